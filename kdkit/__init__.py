@@ -1,0 +1,72 @@
+"""Knowledge distillation from recipes: any loss plugin under any schedule plugin.
+
+Everything a plugin or a script needs is here, loaded when it is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kdkit.contracts import Batch as Batch
+    from kdkit.contracts import Context as Context
+    from kdkit.contracts import FeatureOptions as FeatureOptions
+    from kdkit.contracts import LayerPair as LayerPair
+    from kdkit.contracts import Lesson as Lesson
+    from kdkit.contracts import Loss as Loss
+    from kdkit.contracts import LossOptions as LossOptions
+    from kdkit.contracts import Model as Model
+    from kdkit.contracts import Models as Models
+    from kdkit.contracts import Outputs as Outputs
+    from kdkit.contracts import Schedule as Schedule
+    from kdkit.contracts import ScheduleOptions as ScheduleOptions
+    from kdkit.contracts import Stage as Stage
+    from kdkit.contracts import teach as teach
+    from kdkit.errors import DataError as DataError
+    from kdkit.errors import Interrupted as Interrupted
+    from kdkit.errors import KdkitError as KdkitError
+    from kdkit.errors import ModelError as ModelError
+    from kdkit.errors import PluginError as PluginError
+    from kdkit.errors import RecipeError as RecipeError
+    from kdkit.errors import RunError as RunError
+    from kdkit.errors import ShapeError as ShapeError
+    from kdkit.errors import TapError as TapError
+    from kdkit.hookspecs import hookimpl as hookimpl
+    from kdkit.options import Options as Options
+    from kdkit.options import Ramp as Ramp
+    from kdkit.options import Rampable as Rampable
+    from kdkit.options import RecipePath as RecipePath
+    from kdkit.providers import DataInfo as DataInfo
+    from kdkit.providers import DatasetOptions as DatasetOptions
+    from kdkit.providers import DatasetSource as DatasetSource
+    from kdkit.providers import InMemory as InMemory
+    from kdkit.providers import ModelOptions as ModelOptions
+    from kdkit.providers import ModelSource as ModelSource
+    from kdkit.providers import Normalize as Normalize
+    from kdkit.providers import Split as Split
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "contracts": "Batch Context FeatureOptions LayerPair Lesson Loss LossOptions Model Models Outputs Schedule ScheduleOptions Stage teach",
+    "errors": "DataError Interrupted KdkitError ModelError PluginError RecipeError RunError ShapeError TapError",
+    "hookspecs": "hookimpl",
+    "options": "Options Ramp Rampable RecipePath",
+    "providers": "DataInfo DatasetOptions DatasetSource InMemory ModelOptions ModelSource Normalize Split",
+    "normalization": "NormalizationAdapter",
+    "taps": "taps",
+    "api": "build_loss check train",
+}
+_WHERE = {name: module for module, names in _HOME.items() for name in names.split()}
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'kdkit' has no attribute '{name}'")
+    value = getattr(importlib.import_module(f"kdkit.{_WHERE[name]}"), name)
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

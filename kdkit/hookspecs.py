@@ -1,0 +1,31 @@
+"""The four questions kdkit asks a plugin. Each returns classes and does nothing else."""
+
+from collections.abc import Sequence
+
+import pluggy
+
+from kdkit.contracts import Loss, Schedule
+from kdkit.providers import DatasetSource, ModelSource
+
+hookspec = pluggy.HookspecMarker("kdkit")
+hookimpl = pluggy.HookimplMarker("kdkit")
+
+
+@hookspec
+def kdkit_losses() -> Sequence[type[Loss]]:  # type: ignore[empty-body]
+    """Return the Loss classes this plugin adds."""
+
+
+@hookspec
+def kdkit_schedules() -> Sequence[type[Schedule]]:  # type: ignore[empty-body]
+    """Return the Schedule classes this plugin adds."""
+
+
+@hookspec
+def kdkit_models() -> Sequence[type[ModelSource]]:  # type: ignore[empty-body]
+    """Return the ModelSource classes this plugin adds."""
+
+
+@hookspec
+def kdkit_datasets() -> Sequence[type[DatasetSource]]:  # type: ignore[empty-body]
+    """Return the DatasetSource classes this plugin adds."""

@@ -1,0 +1,109 @@
+"""Typed options: what a recipe may say to a plugin, and numbers that change while training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
+from pydantic_core import CoreSchema, SchemaValidator, core_schema
+
+
+class Options(BaseModel):
+    """Base of all option records: unknown keys are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class Ramp(Options):
+    """A number that moves `from` one value `to` another over some epochs, then stays."""
+
+    from_: float = Field(alias="from", description="Value until `start`.")
+    to: float = Field(description="Value from `start + epochs` on.")
+    epochs: float = Field(gt=0, description="Length of the way, in epochs of the stage.")
+    start: float = Field(default=0.0, ge=0, description="Epoch of the stage at which it begins to move.")
+    shape: Literal["linear", "cosine", "sigmoid", "exponential"] = Field(
+        default="linear",
+        description="linear; cosine: half a cosine wave; sigmoid: exp(-5 (1 - x)^2), as Laine & Aila 2017; "
+        "exponential: a constant factor per epoch (both ends > 0).",
+    )
+
+    def at(self, epoch: float) -> float:
+        """The value at a (fractional) epoch of the stage."""
+        x = min(1.0, max(0.0, (epoch - self.start) / self.epochs))
+        if self.shape == "exponential":
+            return self.from_ * (self.to / self.from_) ** x
+        return self.from_ + (self.to - self.from_) * _PROGRESS[self.shape](x)
+
+    def model_post_init(self, context: Any, /) -> None:
+        if self.shape == "exponential" and min(self.from_, self.to) <= 0:
+            raise ValueError("an exponential ramp needs both ends above 0")
+
+    def __str__(self) -> str:
+        return f"{self.from_:g}->{self.to:g}"
+
+
+_PROGRESS: dict[str, Callable[[float], float]] = {
+    "linear": lambda x: x,
+    "cosine": lambda x: 0.5 - 0.5 * math.cos(math.pi * x),
+    "sigmoid": lambda x: 0.0 if x == 0 else math.exp(-5 * (1 - x) ** 2),
+}
+
+
+class _NumberOrRamp:
+    """Lets a float field hold a Ramp until `at_epoch` puts the number of the moment in its place."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        number = handler(source)
+        ends = SchemaValidator(number)
+
+        def check_ends(ramp: Ramp) -> Ramp:  # the option's bounds hold at both ends, so all the way
+            for key, value in (("from", ramp.from_), ("to", ramp.to)):
+                try:
+                    ends.validate_python(value)
+                except ValidationError as error:
+                    raise ValueError(f"{key}: {error.errors()[0]['msg']}") from None
+            return ramp
+
+        ramp = core_schema.no_info_after_validator_function(check_ends, handler.generate_schema(Ramp))
+        return core_schema.tagged_union_schema(
+            {"ramp": ramp, "number": number},
+            discriminator=lambda value: "ramp" if isinstance(value, (Mapping, Ramp)) else "number",
+        )
+
+
+Rampable = Annotated[float, _NumberOrRamp()]
+"""A float option that a recipe may also write as `{from, to, epochs, start, shape}`; a plugin only ever sees the float."""
+
+
+OptionsT = TypeVar("OptionsT", bound=Options)
+
+
+def at_epoch(options: OptionsT, epoch: float) -> OptionsT:
+    """The same options with every Ramp replaced by its value at that epoch."""
+    ramps = {name: value.at(epoch) for name, value in options if isinstance(value, Ramp)}
+    return options.model_copy(update=ramps) if ramps else options
+
+
+class Text(str):
+    """A string of a recipe that remembers the folder of the file it was written in."""
+
+    folder: Path
+
+    @classmethod
+    def of(cls, value: str, folder: Path) -> Self:
+        text = cls(value)
+        text.folder = folder
+        return text
+
+
+def _beside_its_file(value: Any) -> Any:
+    if isinstance(value, Text):
+        return (value.folder / Path(value).expanduser()).resolve()
+    return Path(value).expanduser().resolve() if isinstance(value, str) else value
+
+
+RecipePath = Annotated[Path, BeforeValidator(_beside_its_file)]
+"""A path that is relative to the recipe file in which it is written (on the command line: to the current folder)."""

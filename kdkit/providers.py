@@ -1,0 +1,129 @@
+"""What the author of a model source or a dataset implements: where networks and images come from."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from kdkit.errors import DataError
+from kdkit.options import Options, RecipePath
+
+
+class Normalize(Options):
+    """Mean and standard deviation per channel of inputs in [0, 1]."""
+
+    mean: tuple[float, ...] = Field(min_length=1, description="Mean per channel, of values in [0, 1].")
+    std: tuple[float, ...] = Field(min_length=1, description="Standard deviation per channel, of values in [0, 1].")
+
+
+class ModelOptions(Options):
+    """What a recipe may say of any model; a source's `Options` adds to it."""
+
+    model: str = Field(description="SOURCE/NAME; a bare NAME is timm's. `kdkit plugins` lists the sources.")
+    checkpoint: RecipePath | None = Field(default=None, description="Weights: a safetensors file, or one that torch loads weights-only.")
+    strip_prefix: str = Field(default="", description="Prefix to drop from the checkpoint's keys, such as `module.`.")
+    normalize: Normalize | None = Field(default=None, description="What the network expects (default: the source's own values).")
+    input_size: int | None = Field(default=None, gt=0, description="Side of the square images this model sees; others are resized.")
+    interpolation: Literal["bilinear", "bicubic", "nearest", "area"] = Field(default="bilinear", description="How images are resized.")
+
+
+class ModelSource(abc.ABC):
+    """Builds networks by name. `model: mlp/small` reaches the source called `mlp` with `model_name` "small"."""
+
+    name: ClassVar[str]
+    Options: ClassVar[type[ModelOptions]] = ModelOptions
+
+    def __init__(self, options: ModelOptions, model_name: str) -> None:
+        self.options = options
+        self.model_name = model_name
+
+    @abc.abstractmethod
+    def build(self, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+        """A network for images (C, H, W) with `num_classes` logits. May run on the meta device.
+
+        Raises:
+            ModelError: no such model, or it cannot be built so.
+        """
+
+    def load(self, module: nn.Module) -> None:
+        """Load the weights that a model has of itself (`pretrained`), in place; `checkpoint` is loaded by kdkit."""
+
+    def normalization(self, module: nn.Module) -> Normalize | None:
+        """What the network expects, if the source knows; None for inputs in [0, 1]."""
+        return None
+
+    def in_channels(self, image_channels: int) -> int:
+        """Channels that the network takes; grey images are repeated to that many."""
+        return image_channels
+
+
+class Split(Protocol):
+    """One part of a dataset, as a map-style dataset: item i is (image, class index)."""
+
+    labels: Sequence[int]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Any, int]: ...
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """What is known of a dataset before it is read: image shape (C, H, W), class count, length of the training part."""
+
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    num_train: int
+    num_test: int
+    class_names: tuple[str, ...] = ()
+
+
+class DatasetOptions(Options):
+    """Options of a dataset; subclass it as `Options` in the dataset source."""
+
+
+class DatasetSource(abc.ABC):
+    """Reads one dataset."""
+
+    name: ClassVar[str]
+    Options: ClassVar[type[DatasetOptions]] = DatasetOptions
+
+    def __init__(self, options: DatasetOptions) -> None:
+        self.options = options
+
+    @abc.abstractmethod
+    def info(self) -> DataInfo:
+        """Shape and class count, without reading the images.
+
+        Raises:
+            DataError: its files are not there (and may not be downloaded).
+        """
+
+    @abc.abstractmethod
+    def split(self, part: Literal["train", "test"]) -> Split | InMemory:
+        """One part: in memory, or a map-style dataset of PIL images.
+
+        Raises:
+            DataError: its files are missing or broken.
+        """
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """A part of a dataset held as one tensor: images uint8 (N, C, H, W), labels int64 (N,)."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4 or len(self.images) != len(self.labels):
+            raise DataError(f"InMemory takes uint8 images (N, C, H, W) and N labels, got {self.images.dtype} {tuple(self.images.shape)}")
+
+    def __len__(self) -> int:
+        return len(self.images)

@@ -1,0 +1,192 @@
+"""The sections of a recipe, apart from what plugins add to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from kdkit.contracts import LossOptions, ScheduleOptions
+from kdkit.options import Options, Rampable, RecipePath
+from kdkit.providers import DatasetOptions, ModelOptions
+
+
+class BatchAugment(Options):
+    """Augmentation of images held in memory, done on whole batches, drawn anew for every image."""
+
+    crop_padding: int = Field(default=0, ge=0, description="Pad by that many pixels (zeros), then crop at a random place: shifts of up to so many pixels.")
+    flip: float = Field(default=0.0, ge=0, le=1, description="Share of the images mirrored left to right.")
+
+
+class TimmAugment(Options):
+    """Augmentation by timm's `create_transform`, image by image, in worker processes."""
+
+    scale: tuple[float, float] | None = Field(default=None, description="RandomResizedCrop: range of the area (timm: 0.08 to 1).")
+    ratio: tuple[float, float] | None = Field(default=None, description="RandomResizedCrop: range of the aspect ratio (timm: 3/4 to 4/3).")
+    flip: float = Field(default=0.5, ge=0, le=1, description="Share of the images mirrored left to right.")
+    vertical_flip: float = Field(default=0.0, ge=0, le=1, description="Share of the images mirrored top to bottom.")
+    color_jitter: float | None = Field(default=None, ge=0, description="Strength of brightness, contrast and saturation jitter.")
+    auto_augment: str | None = Field(default=None, description="A timm policy string, such as `rand-m7-mstd0.5` or `augmix-m5-w4`.")
+    random_erasing: float = Field(default=0.0, ge=0, le=1, description="Share of the images with a rectangle erased.")
+    erasing_mode: Literal["const", "rand", "pixel"] = Field(default="pixel", description="What fills the rectangle.")
+    interpolation: Literal["random", "bilinear", "bicubic"] = Field(default="random", description="How crops are resized.")
+
+
+class DatasetEntry(DatasetOptions):
+    """Which dataset plugin reads the images."""
+
+    use: str = Field(description="Name of a dataset plugin.")
+
+
+class DataSpec(Options):
+    """What is trained and measured on."""
+
+    dataset: DatasetEntry = Field(description="A dataset plugin and its options.")
+    image_size: int | None = Field(default=None, gt=0, description="Side of the square images that batches hold (default: the dataset's own size).")
+    batch_size: int = Field(default=64, gt=0, description="Images per step, over all processes together.")
+    eval_batch_size: int = Field(default=256, gt=0, description="Images per step when measuring, per process.")
+    train_samples: int | None = Field(default=None, gt=0, description="Train on so many images only, drawn by class shares and `data.seed`.")
+    train_fraction: float | None = Field(default=None, gt=0, le=1, description="Train on that share of the images only, drawn likewise.")
+    validation: float | int | None = Field(default=None, gt=0, description="Share (below 1) or number of training images set aside for validation.")
+    seed: int = Field(default=0, ge=0, description="Which images `train_samples`, `train_fraction` and `validation` draw.")
+    augment: BatchAugment | None = Field(default=None, description="Batched crops and flips.")
+    timm_augment: TimmAugment | None = Field(default=None, description="timm's augmentations, image by image (instead of `augment`).")
+    drop_last: bool = Field(default=True, description="Leave out an epoch's last batch when it is not full.")
+    workers: int = Field(default=2, ge=0, description="Processes that load and augment images which are not held in memory.", json_schema_extra={"bookkeeping": True})
+
+    @model_validator(mode="after")
+    def _one_of(self) -> DataSpec:
+        if self.train_samples and self.train_fraction:
+            raise ValueError("give train_samples or train_fraction, not both")
+        if self.augment and self.timm_augment:
+            raise ValueError("give augment or timm_augment, not both")
+        return self
+
+
+class TeacherOptions(Options):
+    """What a recipe may say of a teacher beyond what it says of any model."""
+
+    precision: Literal["fp32", "bf16", "fp16"] | None = Field(default=None, description="The teacher's own precision (default: that of `train.precision`).")
+    mode: Literal["eval", "train"] = Field(default="eval", description="train: batch statistics in its BatchNorm layers (its buffers stay as they are).")
+    fold_batchnorm: bool = Field(default=False, description="Merge BatchNorm layers into the convolutions before them: faster, equal up to rounding.")
+
+
+class RecipeTeacher(TeacherOptions):
+    """A teacher that another recipe trains: its run is made when it is not there yet, and reused when it is."""
+
+    recipe: RecipePath = Field(description="Recipe file whose student is this teacher.")
+
+
+class LossEntry(LossOptions):
+    """One term of the objective."""
+
+    use: str = Field(description="Name of a loss plugin.")
+    name: str | None = Field(default=None, pattern=r"^[a-z][a-z0-9_]*$", description="Name of the term in logs and stages (default: `use`).")
+    weight: Rampable = Field(default=1.0, ge=0, description="Multiplies this loss in the total; a number or a ramp.")
+
+
+class ScheduleEntry(ScheduleOptions):
+    """Who teaches whom."""
+
+    use: str = Field(description="Name of a schedule plugin.")
+
+
+class OptimizerSpec(Options):
+    """An optimizer of timm's factory."""
+
+    name: str = Field(default="sgd", description="Any name that timm knows: sgd (Nesterov), momentum (plain), adamw, lamb...")
+    lr: float = Field(gt=0, description="Learning rate.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Weight decay.")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="Momentum, where the optimizer has one.")
+    decay_norm_and_bias: bool = Field(default=False, description="Decay normalisation parameters and biases too, as the CIFAR papers do.")
+    layer_decay: float | None = Field(default=None, gt=0, le=1, description="Factor on the learning rate per layer, from the last to the first.")
+    args: dict[str, Any] = Field(default_factory=dict, description="Further arguments of the optimizer.")
+
+
+class AdapterSpec(Options):
+    """Optimizer group of the losses' learnable parts."""
+
+    lr: float | None = Field(default=None, gt=0, description="Learning rate (default: the optimizer's).")
+    weight_decay: float | None = Field(default=None, ge=0, description="Weight decay (default: the optimizer's).")
+
+
+class LrScheduleSpec(Options):
+    """A learning-rate schedule of timm's factory."""
+
+    name: Literal["constant", "cosine", "tanh", "step", "multistep", "plateau", "poly"] = Field(default="cosine", description="Shape.")
+    warmup_epochs: int = Field(default=0, ge=0, description="Epochs of linear warm-up.")
+    warmup_lr: float = Field(default=1e-5, ge=0, description="Learning rate at the start of the warm-up.")
+    cooldown_epochs: int = Field(default=0, ge=0, description="Last epochs at `min_lr`, part of `train.epochs`.")
+    min_lr: float = Field(default=0.0, ge=0, description="Learning rate at the end.")
+    milestones: tuple[int, ...] = Field(default=(), description="multistep: epochs at which the rate is multiplied by `decay_rate`.")
+    step_epochs: int = Field(default=30, gt=0, description="step: epochs between decays.")
+    decay_rate: float = Field(default=0.1, gt=0, le=1, description="step, multistep, plateau, poly (power): factor of a decay.")
+    patience: int = Field(default=10, ge=0, description="plateau: epochs without improvement of the validation accuracy (without a validation split: training loss).")
+
+
+class EmaSpec(Options):
+    """Exponential moving average of the student's weights, which then is what is measured and exported."""
+
+    decay: float = Field(default=0.9999, gt=0, lt=1, description="Share of the old average kept at each step.")
+    warmup: bool = Field(default=False, description="Begin with a small decay (timm's warm-up).")
+
+
+class MixupSpec(Options):
+    """timm's mixup and cutmix."""
+
+    mixup_alpha: float = Field(default=0.0, ge=0, description="Mixup's alpha; 0 switches it off.")
+    cutmix_alpha: float = Field(default=0.0, ge=0, description="Cutmix's alpha; 0 switches it off.")
+    prob: float = Field(default=1.0, ge=0, le=1, description="Share of the batches that are mixed.")
+    switch_prob: float = Field(default=0.5, ge=0, le=1, description="Share of cutmix where both are on.")
+    mode: Literal["batch", "pair", "elem"] = Field(default="batch", description="How mixing is drawn.")
+    off_epoch: int = Field(default=0, ge=0, description="Epoch from which nothing is mixed; 0: never.")
+
+    @model_validator(mode="after")
+    def _something(self) -> MixupSpec:
+        if not self.mixup_alpha and not self.cutmix_alpha:
+            raise ValueError("one of mixup_alpha, cutmix_alpha must be above 0")
+        return self
+
+
+class TrainSpec(Options):
+    """How a student is trained, whatever it learns from."""
+
+    epochs: int = Field(gt=0, description="Epochs per stage.")
+    optimizer: OptimizerSpec = Field(description="Optimizer.")
+    adapters: AdapterSpec = Field(default=AdapterSpec(), description="The optimizer's group of the losses' learnable parts.")
+    lr_schedule: LrScheduleSpec = Field(default=LrScheduleSpec(), description="Learning-rate schedule.")
+    ema: EmaSpec | None = Field(default=None, description="Moving average of the weights.")
+    mixup: MixupSpec | None = Field(default=None, description="Mixed images and labels.")
+    clip_grad: float | None = Field(default=None, gt=0, description="Largest norm of the gradient of all parameters together.")
+    accumulate: int = Field(default=1, gt=0, description="Batches per optimizer step.")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="Precision of the students' forward pass (losses run in fp32).")
+    channels_last: bool = Field(default=True, description="Keep images and convolutions channels-last in memory.")
+    compile: bool = Field(default=False, description="Compile the networks with torch.compile.")
+    device: Literal["auto", "cpu"] = Field(default="auto", description="auto: the accelerator there is; cpu: the processor all the same.")
+    evaluate_every: int = Field(default=1, gt=0, description="Epochs between measurements on validation and test data.", json_schema_extra={"bookkeeping": True})
+
+
+class RunSpec(Options):
+    """Where a run is kept and what it says; changes no result."""
+
+    folder: Path = Field(default=Path("runs"), description="Folder in which run folders are made (relative to the current one).")
+    checkpoint_epochs: int = Field(default=1, gt=0, description="Epochs between checkpoints.")
+    checkpoint_steps: int | None = Field(default=None, gt=0, description="Optimizer steps between checkpoints inside an epoch.")
+    log_steps: int = Field(default=50, gt=0, description="Optimizer steps between lines in metrics.jsonl.")
+    trackers: tuple[str, ...] = Field(default=(), description="Accelerate trackers that also get the metrics: tensorboard, wandb...")
+
+
+class RecipeBase(Options):
+    """A recipe: teacher, student, losses, schedule, data, training."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its folder.")
+    plugins: tuple[RecipePath, ...] = Field(default=(), description="Plugin files or folders of your own.")
+    seed: int = Field(default=0, ge=0, description="Everything random follows from it.")
+    data: DataSpec
+    teacher: ModelOptions | RecipeTeacher | None = Field(default=None, description="Who teaches; none for schedules without a teacher.")
+    student: ModelOptions
+    schedule: ScheduleEntry
+    losses: tuple[LossEntry, ...] = Field(min_length=1, description="total = sum of weight * loss")
+    train: TrainSpec
+    run: RunSpec = Field(default=RunSpec(), description="Bookkeeping.", json_schema_extra={"bookkeeping": True})
