@@ -53,7 +53,7 @@ _HOME = {
     "options": "Options Ramp Rampable RecipePath",
     "providers": "DataInfo DatasetOptions DatasetSource InMemory ModelOptions ModelSource Normalize Split",
     "normalization": "NormalizationAdapter",
-    "taps": "taps",
+    "tapping": "taps",
     "api": "build_loss check train",
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names.split()}

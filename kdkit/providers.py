@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field
@@ -64,18 +64,55 @@ class ModelSource(abc.ABC):
 
 
 class Split(Protocol):
-    """One part of a dataset, as a map-style dataset: item i is (image, class index)."""
+    """One part of a dataset, as a map-style dataset: item i is (PIL image, class index).
 
-    labels: Sequence[int]
+    It is read by several processes at once; an image that cannot be read raises, best a DataError that names its file.
+    """
+
+    @property
+    def labels(self) -> Sequence[int]:
+        """Class index of each item, known without reading the images."""
+        ...
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[Any, int]: ...
 
 
+@runtime_checkable
+class Stream(Protocol):
+    """One part of a dataset that can only be read from its start to its end, such as tar shards.
+
+    What needs to know or to reach single images cannot be had with it: train_samples, train_fraction, validation, training in
+    several processes (each raises a DataError), a teacher cache, losses that keep something per image. An interrupted epoch is
+    taken up by reading it again up to that place. Which images come together depends on `data.workers`.
+    """
+
+    def __len__(self) -> int:
+        """Images of one epoch."""
+        ...
+
+    def read(self, seed: int | None, workers: int, batch_size: int) -> Iterable[tuple[Any, int]]:
+        """(PIL image, class index) of one epoch; iterated in each worker process, it gives that worker's share.
+
+        Args:
+            seed: of this epoch's order; None: in the order of the files, every image once.
+            workers: processes that read, 0 for the calling one alone.
+            batch_size: images per batch, so that shares of a shuffled epoch can be made whole batches (by repetition).
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class DataInfo:
-    """What is known of a dataset before it is read: image shape (C, H, W), class count, length of the training part."""
+    """What is known of a dataset before it is read.
+
+    Attributes:
+        image_shape: (C, H, W); H and W are 0 where images have many sizes, so that a recipe must set `data.image_size`.
+        num_classes: K.
+        num_train, num_test: lengths of the parts.
+        class_names: K names, or none.
+    """
 
     image_shape: tuple[int, int, int]
     num_classes: int
@@ -106,8 +143,8 @@ class DatasetSource(abc.ABC):
         """
 
     @abc.abstractmethod
-    def split(self, part: Literal["train", "test"]) -> Split | InMemory:
-        """One part: in memory, or a map-style dataset of PIL images.
+    def split(self, part: Literal["train", "test"]) -> Split | InMemory | Stream:
+        """One part: in memory, a map-style dataset of PIL images, or a stream of them.
 
         Raises:
             DataError: its files are missing or broken.

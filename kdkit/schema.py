@@ -13,14 +13,17 @@ from kdkit.providers import DatasetOptions, ModelOptions
 
 
 class BatchAugment(Options):
-    """Augmentation of images held in memory, done on whole batches, drawn anew for every image."""
+    """Augmentation on whole batches, drawn anew for every image."""
 
     crop_padding: int = Field(default=0, ge=0, description="Pad by that many pixels (zeros), then crop at a random place: shifts of up to so many pixels.")
     flip: float = Field(default=0.0, ge=0, le=1, description="Share of the images mirrored left to right.")
 
 
 class TimmAugment(Options):
-    """Augmentation by timm's `create_transform`, image by image, in worker processes."""
+    """Augmentation by timm's `create_transform`, image by image, in worker processes.
+
+    Erased rectangles and the borders of rotated images are filled as timm does for ImageNet's mean and deviation.
+    """
 
     scale: tuple[float, float] | None = Field(default=None, description="RandomResizedCrop: range of the area (timm: 0.08 to 1).")
     ratio: tuple[float, float] | None = Field(default=None, description="RandomResizedCrop: range of the aspect ratio (timm: 3/4 to 4/3).")
@@ -44,6 +47,8 @@ class DataSpec(Options):
 
     dataset: DatasetEntry = Field(description="A dataset plugin and its options.")
     image_size: int | None = Field(default=None, gt=0, description="Side of the square images that batches hold (default: the dataset's own size).")
+    crop_pct: float = Field(default=1.0, gt=0, le=1, description="Share of the side that the central crop keeps when measuring, of images read one by one.")
+    interpolation: Literal["bilinear", "bicubic"] = Field(default="bilinear", description="How images are resized to `image_size`.")
     batch_size: int = Field(default=64, gt=0, description="Images per step, over all processes together.")
     eval_batch_size: int = Field(default=256, gt=0, description="Images per step when measuring, per process.")
     train_samples: int | None = Field(default=None, gt=0, description="Train on so many images only, drawn by class shares and `data.seed`.")

@@ -1,0 +1,118 @@
+"""Random numbers that are a function of (seed, view, sample index), and crops and flips of whole batches drawn from them.
+
+Nothing here keeps a state, so an image looks the same whoever augments it, in whatever order, on whatever device. The hash is
+the finaliser of SplitMix64 (Steele, Lea & Flood, OOPSLA 2014), chained over the numbers it depends on.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_WEYL = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+_ALL = (1 << 64) - 1
+_MANTISSA = 24  # bits that a float32 in [0, 1) holds exactly
+
+
+def _signed(value: int) -> int:
+    """The int64 with the same 64 bits."""
+    return (value & _ALL) - ((value & (1 << 63)) << 1)
+
+
+def _shifted(x: Tensor, places: int) -> Tensor:
+    """x >> places with zeros coming in from the left, as for unsigned numbers."""
+    return (x >> places) & ((1 << (64 - places)) - 1)
+
+
+def _hash(state: Tensor | int, value: Tensor) -> Tensor:
+    """A new state that depends on the old one and on one more number; both int64, broadcast against each other."""
+    x = (value + 1) * _signed(_WEYL) + state  # int64 arithmetic wraps around, which is what is wanted
+    x = (x ^ _shifted(x, 30)) * _signed(_MIX_1)
+    x = (x ^ _shifted(x, 27)) * _signed(_MIX_2)
+    return x ^ _shifted(x, 31)
+
+
+def _hash_number(state: int, value: int) -> int:
+    """`_hash` of plain integers, as unsigned 64 bits."""
+    x = (state + (value + 1) * _WEYL) & _ALL
+    x = ((x ^ (x >> 30)) * _MIX_1) & _ALL
+    x = ((x ^ (x >> 27)) * _MIX_2) & _ALL
+    return x ^ (x >> 31)
+
+
+def sample_seed(seed: int, view: int, index: int) -> int:
+    """One sample's own seed, 0 to 2^64 - 1: what `uniform` draws from, for generators that want a seed."""
+    return _hash_number(_hash_number(_hash_number(0, seed), view), index)
+
+
+def subseed(seed: int, purpose: str) -> int:
+    """A seed for one purpose, so that two uses of the same recipe seed draw unrelated numbers."""
+    return sample_seed(seed, len(purpose), int.from_bytes(purpose.encode(), "little"))
+
+
+def bits(seed: int, view: int, index: Tensor, draws: int) -> Tensor:
+    """64 random bits per draw, (B, draws) int64, for sample indices (B,)."""
+    state = _signed(_hash_number(_hash_number(0, seed), view))
+    per_sample = _hash(state, index.to(torch.int64))
+    return _hash(per_sample[:, None], torch.arange(draws, device=index.device))
+
+
+def uniform(seed: int, view: int, index: Tensor, draws: int) -> Tensor:
+    """Numbers in [0, 1), (B, draws) float32, that depend on seed, view, sample index (B,) and the draw's place alone.
+
+    The values are multiples of 2^-24 and the same on every device.
+    """
+    return _shifted(bits(seed, view, index, draws), 64 - _MANTISSA).to(torch.float32) * 2.0**-_MANTISSA
+
+
+def permutation(seed: int, number: int, length: int) -> Tensor:
+    """The order (length,) of an epoch: a permutation that depends on (seed, number) alone."""
+    keys = bits(subseed(seed, "order"), number, torch.arange(length), 1)[:, 0]
+    return keys.argsort(stable=True)
+
+
+def crop_flip_count(padding: int) -> int:
+    """How many different pictures `crop_flip` makes of one image: (2p + 1)^2 places, mirrored or not."""
+    return (2 * padding + 1) ** 2 * 2
+
+
+def draw_crop_flip(seed: int, view: int, index: Tensor, padding: int, flip: float) -> Tensor:
+    """Which of the `crop_flip_count(padding)` pictures each sample shows in this view, (B,) int64.
+
+    Args:
+        seed: the run's augmentation seed.
+        view: number of the view, usually the epoch.
+        index: sample indices (B,).
+        padding: pixels of padding p; the place of the crop is uniform over (2p + 1)^2.
+        flip: share of the images that are mirrored, in [0, 1].
+
+    Returns:
+        (top * (2p + 1) + left) * 2 + mirrored.
+    """
+    places = 2 * padding + 1
+    drawn = uniform(seed, view, index, 3)
+    top_left = (drawn[:, :2] * places).to(torch.int64)  # below `places`: a float32 product never rounds up to it here
+    return (top_left[:, 0] * places + top_left[:, 1]) * 2 + (drawn[:, 2] < flip)
+
+
+def crop_flip(images: Tensor, outcome: Tensor, padding: int) -> Tensor:
+    """Pad with zeros, crop every image at its own place, mirror it or not.
+
+    Args:
+        images: (B, C, H, W), of any type.
+        outcome: (B,) int64 as `draw_crop_flip` numbers them; `padding, padding, not mirrored` leaves an image as it is.
+        padding: pixels of padding p on each side.
+
+    Returns:
+        (B, C, H, W) of the same type; the input is left alone.
+    """
+    places = 2 * padding + 1
+    place, mirrored = outcome // 2, outcome % 2 == 1
+    height, width = images.shape[-2:]
+    if padding:
+        windows = F.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view: (B, C, 2p+1, 2p+1, H, W)
+        images = windows[torch.arange(len(images), device=images.device), :, place // places, place % places]
+    return torch.where(mirrored[:, None, None, None], images.flip(-1), images)

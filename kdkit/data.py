@@ -1,0 +1,230 @@
+"""The batches of a run: which images, in which order, augmented how.
+
+All of it follows from the recipe, the seed and the epoch's number, so any batch of any epoch can be made again, on any number
+of processes and workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kdkit import stream
+from kdkit.augment import permutation
+from kdkit.contracts import Batch
+from kdkit.errors import DataError
+from kdkit.images import Finish, HeldImages, Images, Pictures, ReadImages
+from kdkit.providers import DataInfo, DatasetSource, InMemory, Split, Stream
+from kdkit.schema import DataSpec
+from kdkit.subsets import choose
+from kdkit.transforms import for_measuring, for_training, resized
+
+
+class TrainLoader(Protocol):
+    """Training batches by epoch number.
+
+    `Batch.index` is a sample's place in the dataset's whole training part: the same for the same image whatever
+    `train_samples` and `validation` leave out, so a cache may be keyed on it. It can be larger than `num_samples`.
+
+    Attributes:
+        labels: class indices of the chosen images, (N,); empty for a stream.
+        indices: their places in the whole training part, (N,), ascending; empty for a stream.
+        num_samples: N.
+        indexed: whether `Batch.index` names the same image in every epoch (not so for a stream).
+    """
+
+    labels: Tensor
+    indices: Tensor
+    num_samples: int
+    indexed: bool
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+        ...
+
+    def epoch(self, number: int, start: int = 0, view: int | None = None) -> Iterator[Batch]:
+        """This process's share of the batches of one epoch, from batch `start` on, without loading those before it.
+
+        Args:
+            number: of the epoch; it gives the order.
+            start: batches to skip.
+            view: number of the augmentation, `number` by default; smaller ones come again where a cache keeps few views.
+        """
+        ...
+
+
+class EvalLoader(Protocol):
+    """Batches without augmentation, this process's share of them: every `world`-th image, in order.
+
+    Attributes:
+        num_samples: images over all processes together.
+    """
+
+    num_samples: int
+
+    def __len__(self) -> int:
+        """Batches of this process."""
+        ...
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains and measures on; `info.image_shape` is that of the batches."""
+
+    info: DataInfo
+    train: TrainLoader
+    validation: EvalLoader | None
+    test: EvalLoader
+
+
+class _ShuffledLoader:
+    """Epochs over images whose places are known."""
+
+    indexed = True
+
+    def __init__(self, images: Images, spec: DataSpec, seed: int, rank: int, world: int) -> None:
+        self.labels, self.indices, self.num_samples = images.labels, images.indices, len(images.labels)
+        self._images, self._seed, self._rank, self._world = images, seed, rank, world
+        self._batch_size = spec.batch_size
+        self._used = self.num_samples - self.num_samples % (spec.batch_size if spec.drop_last else world)
+
+    def __len__(self) -> int:
+        return -(-self._used // self._batch_size)
+
+    def epoch(self, number: int, start: int = 0, view: int | None = None) -> Iterator[Batch]:
+        order = permutation(self._seed, number, self.num_samples)[: self._used]
+        plan = [self._share(batch) for batch in torch.split(order, self._batch_size)[start:]]
+        return self._images.batches(plan, number if view is None else view)
+
+    def _share(self, batch: Tensor) -> Tensor:
+        size = len(batch) // self._world
+        return batch[self._rank * size : (self._rank + 1) * size]
+
+
+class _OrderedLoader:
+    """Every image once, in order, without augmentation."""
+
+    def __init__(self, images: Images, batch_size: int, rank: int, world: int) -> None:
+        self.num_samples = len(images.labels)
+        self._images = images
+        own = torch.arange(rank, self.num_samples, world)
+        self._plan: Sequence[Tensor] = torch.split(own, batch_size) if len(own) else ()
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._images.batches(self._plan, None)
+
+
+def image_shape(spec: DataSpec, info: DataInfo) -> tuple[int, int, int]:
+    """Shape (C, H, W) of the images in a batch.
+
+    Raises:
+        DataError: the dataset's images have many sizes and `data.image_size` is not set.
+    """
+    channels, height, width = info.image_shape
+    if spec.image_size is not None:
+        return channels, spec.image_size, spec.image_size
+    if not height or not width:
+        raise DataError(f"data.image_size: dataset '{spec.dataset.use}' has images of many sizes, so it must be set")
+    return channels, height, width
+
+
+def prepare(spec: DataSpec, source: DatasetSource, *, seed: int, device: torch.device, rank: int = 0, world: int = 1) -> Data:
+    """Read the dataset and set up its loaders.
+
+    Args:
+        spec: the recipe's `data` section; which images are chosen follows from `spec.seed`.
+        source: the dataset plugin.
+        seed: of the order and the augmentation.
+        device: where batches are; images held in memory are sent there once.
+        rank: this process's number, below `world`.
+        world: training processes; each gets an equal, contiguous share of every batch.
+
+    Raises:
+        DataError: files are missing, or the recipe asks for what the dataset cannot give.
+    """
+    info = source.info()
+    shape = image_shape(spec, info)
+    if spec.batch_size % world:
+        raise DataError(f"data.batch_size: {spec.batch_size} images cannot be shared equally by {world} processes")
+    build = _Builder(spec, replace(info, image_shape=shape), seed, device, rank, world)
+    train, validation = build.train(source.split("train"))
+    return Data(build.info, train, validation, build.test(source.split("test")))
+
+
+@dataclass(frozen=True)
+class _Builder:
+    spec: DataSpec
+    info: DataInfo
+    seed: int
+    device: torch.device
+    rank: int
+    world: int
+
+    def train(self, part: Split | InMemory | Stream) -> tuple[TrainLoader, EvalLoader | None]:
+        finish = Finish(self.spec.augment, self.seed, self.device)
+        if isinstance(part, Stream):
+            stream.refuse(self.spec, self.world)
+            self._refuse_large_batch(len(part))
+            transform = for_training(self.spec, self.info.image_shape, self.seed)
+            reader = stream.StreamReader(part, self.spec.batch_size, self.spec.workers, finish, transform)
+            return stream.StreamTrainLoader(reader, self.seed, self.spec.drop_last), None
+        labels = self._labels(part, "training")
+        chosen, aside = choose(self.spec, labels)
+        self._refuse_large_batch(len(chosen))
+        images = self._images(part, labels, chosen, finish, training=True)
+        validation = self._ordered(part, labels, aside) if len(aside) else None
+        return _ShuffledLoader(images, self.spec, self.seed, self.rank, self.world), validation
+
+    def test(self, part: Split | InMemory | Stream) -> EvalLoader:
+        if isinstance(part, Stream):
+            if self.world > 1:
+                stream.refuse(self.spec, self.world)
+            transform = for_measuring(self.spec, self.info.image_shape)
+            finish = Finish(None, self.seed, self.device)
+            return stream.StreamEvalLoader(stream.StreamReader(part, self.spec.eval_batch_size, self.spec.workers, finish, transform))
+        labels = self._labels(part, "test")
+        return self._ordered(part, labels, torch.arange(len(labels)))
+
+    def _ordered(self, part: Split | InMemory, labels: Tensor, indices: Tensor) -> EvalLoader:
+        images = self._images(part, labels, indices, Finish(None, self.seed, self.device), training=False)
+        return _OrderedLoader(images, self.spec.eval_batch_size, self.rank, self.world)
+
+    def _images(self, part: Split | InMemory, labels: Tensor, indices: Tensor, finish: Finish, training: bool) -> Images:
+        if isinstance(part, InMemory) and not (training and self.spec.timm_augment):
+            pixels = part.images if len(indices) == len(part) else part.images[indices]
+            pixels = resized(pixels, self.spec.image_size, self.spec.interpolation)
+            self._refuse_other_shape(pixels)
+            return HeldImages(pixels, labels[indices], indices, finish)
+        files = Pictures(part) if isinstance(part, InMemory) else part
+        shape = self.info.image_shape
+        transform = for_training(self.spec, shape, self.seed) if training else for_measuring(self.spec, shape)
+        return ReadImages(files, labels, indices, finish, transform, self.spec.workers, keep_workers=training)
+
+    def _labels(self, part: Split | InMemory, name: str) -> Tensor:
+        labels = torch.as_tensor(part.labels, dtype=torch.int64)
+        if not len(labels):
+            raise DataError(f"dataset '{self.spec.dataset.use}' has no {name} images")
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= self.info.num_classes:
+            raise DataError(
+                f"dataset '{self.spec.dataset.use}': {name} labels go from {low} to {high}, but there are {self.info.num_classes} classes"
+            )
+        return labels
+
+    def _refuse_large_batch(self, count: int) -> None:
+        if self.spec.batch_size > count:
+            raise DataError(f"data.batch_size: {self.spec.batch_size} is more than the {count} training images")
+
+    def _refuse_other_shape(self, pixels: Tensor) -> None:
+        if tuple(pixels.shape[1:]) != self.info.image_shape:
+            found, said = " x ".join(map(str, pixels.shape[1:])), " x ".join(map(str, self.info.image_shape))
+            raise DataError(f"dataset '{self.spec.dataset.use}' says that its images are {said}, but they are {found}")

@@ -1,0 +1,169 @@
+"""The one training loop: answers, lessons, objective, backward, step. It knows no algorithm."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from torch import Tensor, nn
+
+from kdkit.contracts import Batch, Stage
+from kdkit.data import TrainLoader
+from kdkit.errors import RunError
+from kdkit.objective import Objective, Value, sum_of
+from kdkit.optim import LrSchedule, build_optimizer
+from kdkit.randomness import derived, reseed
+from kdkit.schema import MixupSpec, TrainSpec
+
+State = dict[str, Any]
+
+
+class Learner(nn.Module):
+    """A stage as one module: its students and their objectives inside, so that one wrapper (DDP, autocast) sees every
+    parameter, and one forward does all that needs gradients."""
+
+    def __init__(self, stage: Stage, objectives: Sequence[Objective]) -> None:
+        super().__init__()
+        self.students = nn.ModuleList(student.module for student in stage.students)
+        self.objectives = nn.ModuleList(objectives)
+        self._lessons = stage.step
+
+    def forward(self, batch: Batch, epoch: float) -> tuple[Tensor, list[Value]]:
+        values = [objective(lesson, batch, epoch) for objective, lesson in zip(self.objectives, self._lessons(batch), strict=True)]
+        return sum_of((value.total for value in values), like=batch.labels), values
+
+
+class Trainer:
+    """Trains one stage. Everything that changes on the way is in `state_dict`."""
+
+    def __init__(self, stage: Stage, objectives: Sequence[Objective], spec: TrainSpec, loader: TrainLoader, accelerator: Accelerator, *, seed: int, num_classes: int, maximize: bool) -> None:
+        self.stage, self.spec, self.loader, self.accelerator, self.seed = stage, spec, loader, accelerator, seed
+        self.epochs = stage.epochs or spec.epochs
+        self.steps_per_epoch = -(-len(loader) // spec.accumulate)
+        self.learner = Learner(stage, objectives).to(accelerator.device)
+        self.optimizer = accelerator.prepare_optimizer(build_optimizer(spec, list(self.learner.students), self.learner.objectives))
+        self.schedule = LrSchedule(spec, self.optimizer.optimizer, self.epochs, self.steps_per_epoch, maximize=maximize)
+        self.averages = [_average(student.module, spec) for student in stage.students]
+        self.mixup = _mixup(spec.mixup, num_classes) if spec.mixup else None
+        self._forward = accelerator.prepare_model(self.learner)
+        self._parameters = [p for p in self.learner.parameters() if p.requires_grad]
+        self.epoch = 0  # finished epochs
+        self.step = 0  # optimizer steps done in the current epoch
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps done in the stage."""
+        return self.epoch * self.steps_per_epoch + self.step
+
+    def train_epoch(self) -> Iterator[list[Value]]:
+        """Train on what is left of the current epoch; after each optimizer step, give the values of its batches' lessons."""
+        self.learner.train()
+        batches = self.loader.epoch(self.epoch, start=self.step * self.spec.accumulate)
+        while group := list(itertools.islice(batches, self.spec.accumulate)):
+            values = self.optimize(group)
+            self.step += 1
+            yield values
+        self.epoch, self.step = self.epoch + 1, 0
+
+    def optimize(self, group: Sequence[Batch]) -> list[Value]:
+        """One optimizer step on the mean over the group's samples."""
+        accelerator, seen = self.accelerator, sum(len(batch.labels) for batch in group)
+        reseed(self.seed, self.stage.name, self.steps, accelerator.process_index)
+        values: list[Value] = []
+        for position, batch in enumerate(group):
+            last = position == len(group) - 1
+            with _unsynchronised(accelerator, self._forward, skip=last):
+                total, answers = self._forward(self._mixed(batch), self.epoch + self.step / self.steps_per_epoch)
+                accelerator.backward(total * (len(batch.labels) / seen) if len(group) > 1 else total)
+            values += answers
+        if self.spec.clip_grad:
+            accelerator.clip_grad_norm_(self._parameters, self.spec.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.after_step(self.steps + 1)
+        for student, average in zip(self.learner.students, self.averages, strict=True):
+            if average is not None:
+                average.update(student, step=self.steps + 1)
+        self.stage.after_step()
+        return values
+
+    def _mixed(self, batch: Batch) -> Batch:
+        if self.mixup is None or (self.spec.mixup and 0 < self.spec.mixup.off_epoch <= self.epoch):
+            return batch
+        inputs, labels = self.mixup(batch.inputs.clone(), batch.labels)  # timm mixes in place
+        return Batch(inputs, labels, batch.index)
+
+    def deployed(self) -> list[nn.Module]:
+        """The networks that are measured and exported: the averages where there are any."""
+        return [s if average is None else average.module for s, average in zip(self.learner.students, self.averages, strict=True)]
+
+    def state_dict(self) -> State:
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "learner": self.learner.state_dict(),
+            "buffers": [model.module.state_dict() for model in self.stage.buffers],
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "averages": [None if average is None else average.module.state_dict() for average in self.averages],
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.learner.load_state_dict(state["learner"])
+        for model, saved in zip(self.stage.buffers, state["buffers"], strict=True):
+            model.module.load_state_dict(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        for average, saved in zip(self.averages, state["averages"], strict=True):
+            if average is not None:
+                average.module.load_state_dict(saved)
+        if self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+
+def build_accelerator(spec: TrainSpec, **options: Any) -> Accelerator:
+    """One process's view of the devices, in the recipe's precision.
+
+    Raises:
+        RunError: fp16 without a GPU.
+    """
+    AcceleratorState._reset_state()  # another recipe in this process may have had another precision
+    if PartialState._shared_state and PartialState().num_processes == 1:
+        PartialState._reset_state()
+    cpu = spec.device == "cpu" or not torch.accelerator.is_available()
+    if spec.precision == "fp16" and cpu:
+        raise RunError("train.precision fp16 needs a GPU; on the CPU use fp32 (or bf16)")
+    return Accelerator(mixed_precision="no" if spec.precision == "fp32" else spec.precision, cpu=cpu, step_scheduler_with_optimizer=False, **options)
+
+
+def _average(student: nn.Module, spec: TrainSpec) -> Any:
+    from timm.utils import ModelEmaV3
+
+    return ModelEmaV3(student, decay=spec.ema.decay, use_warmup=spec.ema.warmup) if spec.ema else None
+
+
+def _mixup(spec: MixupSpec, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    from timm.data import Mixup
+
+    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = Mixup(
+        mixup_alpha=spec.mixup_alpha,
+        cutmix_alpha=spec.cutmix_alpha,
+        prob=spec.prob,
+        switch_prob=spec.switch_prob,
+        mode=spec.mode,
+        label_smoothing=0.0,  # cross_entropy's own option smooths
+        num_classes=num_classes,
+    )
+    return mix
+
+
+def _unsynchronised(accelerator: Accelerator, module: nn.Module, *, skip: bool) -> Any:
+    import contextlib
+
+    return contextlib.nullcontext() if skip else accelerator.no_sync(module)

@@ -1,0 +1,63 @@
+"""Measures a classifier, and how far it agrees with its teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from kdkit.contracts import Batch, Model
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """A model's logits (N, K) for a dataset of N samples, in its order, with the class indices (N,), on the CPU."""
+
+    logits: Tensor
+    labels: Tensor
+
+
+@torch.no_grad()
+def predict(model: Model, batches: Iterable[Batch], *, world: int = 1) -> Predictions:
+    """Answer every batch in eval mode; with several processes, every process gets the answers of all."""
+    was_training = model.module.training
+    model.module.eval()
+    try:
+        parts = [(batch.index.cpu(), model(batch.inputs).logits.float().cpu(), batch.labels.cpu()) for batch in batches]
+    finally:
+        model.module.train(was_training)
+    if world > 1:
+        parts = gather_object(parts)
+    index, logits, labels = (torch.cat(column) for column in zip(*parts, strict=True))
+    order = index.argsort()
+    return Predictions(logits[order], labels[order])
+
+
+def metrics(own: Predictions, teacher: Predictions | None = None) -> dict[str, float]:
+    """What the field reports of a classifier.
+
+    Returns:
+        top1, top5: accuracies in percent (top5 only for more than five classes).
+        nll: cross-entropy on the labels, nats per sample.
+        ece: expected calibration error in percent, 15 bins (Guo et al. 2017).
+        agreement: share of samples whose most likely class is the teacher's too, in percent.
+        kl_to_teacher: KL(softmax(z_t) || softmax(z_s)), nats per sample.
+    """
+    from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
+
+    logits, labels = own.logits, own.labels
+    classes = logits.shape[1]
+    accuracy = {f"top{k}": multiclass_accuracy(logits, labels, classes, average="micro", top_k=k) for k in (1, 5) if k == 1 or classes > 5}
+    found = {
+        **{name: 100 * value for name, value in accuracy.items()},
+        "nll": F.cross_entropy(logits, labels),
+        "ece": 100 * multiclass_calibration_error(logits.softmax(1), labels, classes, n_bins=15),
+    }
+    if teacher is not None:
+        found["agreement"] = 100 * (logits.argmax(1) == teacher.logits.argmax(1)).float().mean()
+        found["kl_to_teacher"] = F.kl_div(logits.log_softmax(1), teacher.logits.log_softmax(1), reduction="batchmean", log_target=True)
+    return {name: float(value) for name, value in found.items()}

@@ -1,0 +1,174 @@
+"""Builds the recipe's models, observed where its losses look."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from kdkit.contracts import LayerPair
+from kdkit.errors import ModelError, RunError, TapError
+from kdkit.folding import fold_batchnorm
+from kdkit.layers import expand_pairs
+from kdkit.models import build_model, split_name
+from kdkit.providers import DataInfo, ModelOptions, ModelSource
+from kdkit.randomness import seeded
+from kdkit.recipe import Recipe
+from kdkit.schema import RecipeTeacher, TeacherOptions
+from kdkit.tapping import TappedModel
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class TrainedTeacher:
+    """The student of another recipe: what it is, and the file of its weights (None: not trained yet)."""
+
+    options: ModelOptions
+    file: Path | None
+
+
+class ModelFactory:
+    """Hands out the recipe's models, as `kdkit.Models` promises to schedules.
+
+    Each student's initial weights depend on (seed, its number) alone.
+
+    Args:
+        recipe: whose models.
+        info: image shape and class count.
+        trained: the teacher, where another recipe trains it.
+        device: where they live; on the meta device they have shapes, but no weights.
+    """
+
+    def __init__(self, recipe: Recipe, info: DataInfo, trained: TrainedTeacher | None, *, device: torch.device) -> None:
+        self.recipe, self.info, self.trained, self.device = recipe, info, trained, device
+        self.frozen: list[tuple[TappedModel, str]] = []
+        self._students = 0
+
+    @functools.cached_property
+    def layers(self) -> tuple[list[str], list[str]]:
+        """Layers that the losses read of a student and of the teacher; without a teacher, students are read as both."""
+        pairs = self.expand([pair for entry in self.recipe.spec.losses for pair in entry.taps()])
+        ours, theirs = [pair.student for pair in pairs], [pair.teacher for pair in pairs]
+        if self.recipe.spec.teacher is None:
+            ours = theirs = ours + theirs
+        return list(dict.fromkeys(ours)), list(dict.fromkeys(theirs))
+
+    def expand(self, pairs: Sequence[LayerPair]) -> list[LayerPair]:
+        """The pairs with globs written out.
+
+        Raises:
+            TapError: a layer that is not there.
+        """
+        student = self._skeleton_of_student
+        return expand_pairs(pairs, student, self._skeleton_of_teacher or student) if pairs else []
+
+    def student(self) -> TappedModel:
+        """A fresh student."""
+        self._students += 1
+        model = self._build("student", self.recipe.spec.student, self.layers[0], self._students)
+        return model.compile() if self.recipe.spec.train.compile else model
+
+    def teacher(self) -> TappedModel:
+        """The frozen teacher, which stops behind its deepest tap if no loss reads its logits."""
+        return self._teacher
+
+    def whole_teacher(self) -> TappedModel | None:
+        """The frozen teacher without taps, for measuring; None without a teacher."""
+        return whole(self._teacher) if self.recipe.spec.teacher is not None else None
+
+    def teacher_module(self) -> nn.Module | None:
+        """The teacher's network; None without a teacher."""
+        return self._teacher.module if self.recipe.spec.teacher is not None else None
+
+    def verify_frozen(self) -> None:
+        """Compare every frozen model with what it was.
+
+        Raises:
+            RunError: a parameter or buffer of it has changed.
+        """
+        for model, before in self.frozen:
+            if _digest(model.module) != before:
+                raise RunError(f"{model.role} is frozen, yet its parameters or buffers have changed; a plugin or schedule must have done it")
+
+    @functools.cached_property
+    def _teacher(self) -> TappedModel:
+        spec = self.recipe.spec.teacher
+        options = self._teacher_options
+        if options is None or not isinstance(spec, TeacherOptions):
+            raise RunError("this recipe has no teacher")
+        reads_logits = any(
+            loss.knowledge == "response" or loss.needs_teacher_logits for loss in (self.recipe.plugins.losses[e.use] for e in self.recipe.spec.losses)
+        )
+        model = self._build("teacher", options, self.layers[1], 0)
+        model.needs_logits = reads_logits
+        model.precision = PRECISIONS[spec.precision] if spec.precision else None
+        model.freeze(spec.mode)
+        if self.device.type != "meta":
+            if spec.fold_batchnorm:
+                model = fold_batchnorm(model, torch.rand(2, *self.info.image_shape, device=self.device), in_place=True)
+            self.frozen.append((model, _digest(model.module)))
+        return model.compile() if self.recipe.spec.train.compile else model
+
+    @property
+    def _teacher_options(self) -> ModelOptions | None:
+        if isinstance(self.recipe.spec.teacher, RecipeTeacher):
+            return self.trained.options if self.trained else None
+        return self.recipe.spec.teacher
+
+    @functools.cached_property
+    def _skeleton_of_student(self) -> nn.Module:
+        return self._skeleton(self.recipe.spec.student)
+
+    @functools.cached_property
+    def _skeleton_of_teacher(self) -> nn.Module | None:
+        return self._skeleton(self._teacher_options) if self._teacher_options else None
+
+    def _skeleton(self, options: ModelOptions) -> nn.Module:
+        source = self._source(options)
+        channels, height, width = self.info.image_shape
+        side = (options.input_size, options.input_size) if options.input_size else (height, width)
+        with torch.device("meta"):
+            return source.build(self.info.num_classes, (source.in_channels(channels), *side))
+
+    def _source(self, options: ModelOptions) -> ModelSource:
+        sources = self.recipe.plugins.models
+        name, model_name = split_name(options.model, sources)
+        return sources[name](options, model_name)
+
+    def _build(self, section: str, options: ModelOptions, layers: Sequence[str], number: int) -> TappedModel:
+        spec, real = self.recipe.spec, self.device.type != "meta"
+        if section == "teacher" and self.trained:
+            options = options.model_copy(update={"checkpoint": self.trained.file, "strip_prefix": ""})
+        try:
+            with seeded(spec.seed, section, number):
+                model = build_model(
+                    options, self._source(options), self.info.num_classes, self.info.image_shape, layers, section,
+                    weights=real, channels_last=spec.train.channels_last,
+                )  # fmt: skip
+        except (ModelError, TapError) as error:
+            raise self.recipe.error([section], str(error)) from error
+        model.module.to(self.device)
+        model.adapt.to(self.device)
+        return model
+
+
+def whole(model: TappedModel, module: nn.Module | None = None) -> TappedModel:
+    """The same model without taps, to be measured or exported; or another network in its place."""
+    return TappedModel(
+        module or model.module, adapt=model.adapt, role=model.role, channels_last=model.channels_last, precision=model.precision, input_shape=model.input_shape
+    )
+
+
+def _digest(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+

@@ -1,0 +1,186 @@
+"""Merges BatchNorm layers of a frozen network into the convolutions before them: equal up to rounding, and faster."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from kdkit.contracts import Inputs
+from kdkit.errors import ModelError
+from kdkit.layers import resolve
+from kdkit.tapping import TappedModel
+
+ModelT = TypeVar("ModelT", TappedModel, nn.Module)
+
+BATCH_NORM = nn.modules.batchnorm._BatchNorm
+TOLERANCE = 1e-4  # of the largest output: some hundred roundings of fp32
+
+
+def fold_batchnorm(model: ModelT, probe: Inputs | tuple[int, int, int], keep: Iterable[str] = (), *, in_place: bool = False) -> ModelT:
+    """The model with every BatchNorm folded whose input is one convolution's output and goes nowhere else.
+
+    Pairs are found by watching one forward on the probe, so names and registration order do not matter. The module tree stays: an
+    Identity (or what timm's BatchNormAct2d does after normalising) stands where the BatchNorm was.
+
+    Args:
+        model: a network, or a tapped one, whose own taps are kept too; the result is in eval mode and without gradients.
+        probe: a batch (B, C, H, W) or mapping that the model takes, or the shape (C, H, W) of its images, to be drawn at random.
+        keep: layers that are observed; a pair that holds one of them is left alone.
+        in_place: change the model itself; otherwise the result shares no tensor with it.
+
+    Raises:
+        ModelError: the network normalises by batch statistics, or the folded one answers differently.
+    """
+    model = model if in_place else copy.deepcopy(model)
+    module = model.module if isinstance(model, TappedModel) else model
+    if any(isinstance(part, BATCH_NORM) and part.training and not part.track_running_stats for part in module.modules()):
+        raise ModelError("BatchNorm that uses batch statistics (`mode: train`) cannot be folded")
+    module.eval().requires_grad_(False)
+    kept = {resolve(name, module).path for name in keep}
+    batch = probe if isinstance(probe, Tensor | Mapping) else _random_images(probe, module)
+    if isinstance(model, TappedModel):
+        kept |= {layer.path for layer in model.layers.values()}
+        batch = model.adapt(batch)
+    with torch.no_grad():
+        before, pairs = _probe(module, batch)
+        for conv, norm in pairs:
+            if conv not in kept and norm not in kept:
+                _fold(module, conv, norm)
+        _compare(before, _answers(_run(module, batch)))
+    return model
+
+
+@dataclass
+class _Sighting:
+    """What one probe forward shows of convolutions and BatchNorm layers."""
+
+    outputs: dict[int, tuple[str, Tensor]] = field(default_factory=dict)  # by id; the tensor is held, or its id could be reused
+    fed: list[tuple[str, str]] = field(default_factory=list)
+    runs: Counter[str] = field(default_factory=Counter)
+    readers: Counter[int] = field(default_factory=Counter)
+    unfit: set[str] = field(default_factory=set)
+    paused: bool = False
+
+
+class _Readers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the operations that read a convolution's output, inside layers and between them."""
+
+    def __init__(self, sighting: _Sighting) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.sighting = sighting
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.sighting.paused:
+            for value in tree_leaves((args, kwargs or {})):
+                if id(value) in self.sighting.outputs:
+                    self.sighting.readers[id(value)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _probe(module: nn.Module, probe: Inputs) -> tuple[list[Tensor], list[tuple[str, str]]]:
+    """The answer to the probe, and the (convolution, BatchNorm) pairs that it shows to be foldable."""
+    seen = _Sighting()
+    names = {part: path for path, part in module.named_modules()}
+    owners = Counter(id(value) for part in names for value in part.parameters(recurse=False))
+
+    def after(part: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        name, seen.paused = names[part], True  # the checks below read tensors too
+        seen.runs[name] += 1
+        if isinstance(part, nn.modules.conv._ConvNd):
+            seen.outputs[id(output)] = (name, output)
+            fits = _is_linear_in_its_weight(part, args, output)
+        else:
+            if id(args[0]) in seen.outputs:
+                seen.fed.append((seen.outputs[id(args[0])][0], name))
+            fits = _is_normalisation(part, args[0], output)
+        if not fits or any(owners[id(value)] > 1 for value in part.parameters(recurse=False)):
+            seen.unfit.add(name)
+        seen.paused = False
+
+    watched = [part for part in names if isinstance(part, nn.modules.conv._ConvNd | BATCH_NORM)]
+    handles = [part.register_forward_hook(after) for part in watched]
+    try:
+        with _Readers(seen):
+            answer = _answers(_run(module, probe))
+    finally:
+        for handle in handles:
+            handle.remove()
+    shared = {name for key, (name, _) in seen.outputs.items() if seen.readers[key] != 1}
+    pairs = [p for p in seen.fed if seen.runs[p[0]] == seen.runs[p[1]] == 1 and not seen.unfit & {*p} and p[0] not in shared]
+    return answer, pairs
+
+
+def _is_linear_in_its_weight(conv: Any, args: tuple[Tensor, ...], output: Tensor) -> bool:
+    """Whether twice the weight gives twice the output: not so where weights are standardised or parametrised.
+
+    Transposed convolutions are left out: their weights are laid out otherwise.
+    """
+    weight = conv._parameters.get("weight")
+    if weight is None or conv.transposed or nn.utils.parametrize.is_parametrized(conv):
+        return False
+    offset = 0 if conv.bias is None else conv.bias.view(1, -1, *[1] * (output.ndim - 2))
+    weight.mul_(2)  # doubling and halving are exact
+    doubled = type(conv).forward(conv, *args)
+    weight.div_(2)
+    return bool(torch.allclose(doubled - offset, 2 * (output - offset), rtol=1e-4, atol=1e-5 * float(output.abs().max())))
+
+
+def _is_normalisation(norm: Any, features: Tensor, output: Tensor) -> bool:
+    """Whether the layer is its running statistics' multiply-add, followed by its children (timm's drop and act)."""
+    if norm.running_mean is None:
+        return False
+    plain = F.batch_norm(features, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+    return bool(torch.allclose(_rest(norm)(plain), output, rtol=1e-4, atol=1e-5))
+
+
+def _rest(norm: nn.Module) -> nn.Module:
+    """What the layer does after normalising."""
+    rest = nn.Sequential()
+    for name, child in norm.named_children():
+        rest.add_module(name, child)  # by the same names, so that `bn1.act` stays a path
+    return rest.eval() if len(rest) else nn.Identity().eval()
+
+
+def _fold(module: nn.Module, conv_path: str, norm_path: str) -> None:
+    conv: Any = module.get_submodule(conv_path)
+    norm: Any = module.get_submodule(norm_path)
+    statistics = [None if value is None else value.double() for value in (norm.running_mean, norm.running_var)]
+    affine = [None if value is None else value.double() for value in (norm.weight, norm.bias)]
+    bias = None if conv.bias is None else conv.bias.double()
+    fused = fuse_conv_bn_weights(conv.weight.double(), bias, statistics[0], statistics[1], norm.eps, affine[0], affine[1])  # type: ignore[arg-type]
+    kind = conv.weight.dtype
+    conv.weight, conv.bias = (nn.Parameter(value.to(kind), requires_grad=False) for value in fused)
+    parent, _, name = norm_path.rpartition(".")
+    setattr(module.get_submodule(parent), name, _rest(norm))
+
+
+def _random_images(shape: tuple[int, int, int], module: nn.Module) -> Tensor:
+    stream = torch.Generator().manual_seed(0)  # its own, so that folding moves nobody's random numbers
+    device = next((value.device for value in module.parameters()), torch.device("cpu"))
+    return torch.rand((2, *shape), generator=stream).to(device)
+
+
+def _run(module: nn.Module, probe: Inputs) -> Any:
+    return module(probe) if isinstance(probe, Tensor) else module(**probe)
+
+
+def _answers(output: Any) -> list[Tensor]:
+    return [value.clone() for value in tree_leaves(output) if isinstance(value, Tensor)]
+
+
+def _compare(before: list[Tensor], after: list[Tensor]) -> None:
+    for old, new in zip(before, after, strict=True):
+        largest = float(old.abs().max())
+        error = float((new - old).abs().max())
+        if not error <= TOLERANCE * max(largest, 1e-3):
+            raise ModelError(f"folding BatchNorm changes this network's answer by {error:.2g} (largest {largest:.2g}): leave it unfolded")

@@ -1,0 +1,193 @@
+"""Batches of images whose places are known: from one tensor on the device, or read one by one by worker processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from kdkit.augment import crop_flip, draw_crop_flip
+from kdkit.contracts import Batch
+from kdkit.errors import DataError
+from kdkit.providers import InMemory, Split
+from kdkit.schema import BatchAugment
+from kdkit.transforms import MODES, Transform
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The last step of a batch, on the device: `data.augment` where a view is given, then floats in [0, 1]."""
+
+    augment: BatchAugment | None
+    seed: int
+    device: torch.device
+
+    def __call__(self, pixels: Tensor, labels: Tensor, index: Tensor, view: int | None) -> Batch:
+        """A batch of uint8 pixels (B, C, H, W), labels (B,) and sample indices (B,)."""
+        pixels, labels, index = (tensor.to(self.device, non_blocking=True) for tensor in (pixels, labels, index))
+        if self.augment and view is not None:
+            outcome = draw_crop_flip(self.seed, view, index, self.augment.crop_padding, self.augment.flip)
+            pixels = crop_flip(pixels, outcome, self.augment.crop_padding)
+        return Batch(pixels.to(torch.float32).div_(255), labels, index)
+
+
+class Images(Protocol):
+    """Some images of one part of a dataset, numbered 0 to N - 1.
+
+    Attributes:
+        labels: class indices, (N,).
+        indices: positions in the whole part, (N,); what `Batch.index` says.
+    """
+
+    labels: Tensor
+    indices: Tensor
+
+    def batches(self, plan: Sequence[Tensor], view: int | None) -> Iterator[Batch]:
+        """One batch per tensor of image numbers, on the device; augmented for this view, or not at all."""
+        ...
+
+
+class HeldImages:
+    """Images in one uint8 tensor on the device."""
+
+    def __init__(self, pixels: Tensor, labels: Tensor, indices: Tensor, finish: Finish) -> None:
+        self.labels, self.indices = labels, indices
+        self._pixels, self._labels, self._indices = (tensor.to(finish.device) for tensor in (pixels, labels, indices))
+        self._finish = finish
+
+    def batches(self, plan: Sequence[Tensor], view: int | None) -> Iterator[Batch]:
+        if not plan:
+            return
+        numbers = torch.cat(list(plan)).to(self._pixels.device)  # one copy per epoch
+        for chosen in torch.split(numbers, [len(part) for part in plan]):
+            yield self._finish(self._pixels[chosen], self._labels[chosen], self._indices[chosen], view)
+
+
+class ReadImages:
+    """Images that worker processes read and transform one by one.
+
+    Workers are told (view, sample index) of each image, so how many there are changes nothing.
+    """
+
+    def __init__(
+        self,
+        part: Split,
+        labels: Tensor,
+        indices: Tensor,
+        finish: Finish,
+        transform: Transform,
+        workers: int,
+        keep_workers: bool,
+    ) -> None:
+        self.labels, self.indices = labels[indices], indices
+        self._finish = finish
+        self._reader, self._workers, self._keep_workers = _Reader(part, transform), workers, keep_workers and workers > 0
+        self._keys = _Keys()
+        self._kept: DataLoader[Any] | None = None
+        self._in_use = False
+
+    def batches(self, plan: Sequence[Tensor], view: int | None) -> Iterator[Batch]:
+        keys = [[(view or 0, index) for index in self.indices[numbers].tolist()] for numbers in plan]
+        for numbers, pixels in zip(plan, self._read(keys), strict=True):
+            yield self._finish(pixels, self.labels[numbers], self.indices[numbers], view)
+
+    def _read(self, keys: list[list[tuple[int, int]]]) -> Iterator[Tensor]:
+        if not self._keep_workers or self._in_use:  # kept workers serve one epoch at a time
+            yield from map(intact, self._loader(_Keys(keys), keep=False))
+            return
+        self._kept = self._kept or self._loader(self._keys, keep=True)
+        self._keys.batches, self._in_use = keys, True
+        try:
+            yield from map(intact, self._kept)
+        finally:
+            self._in_use = False
+
+    def _loader(self, keys: _Keys, keep: bool) -> DataLoader[Any]:
+        return DataLoader(
+            self._reader,
+            batch_sampler=keys,
+            num_workers=self._workers,
+            collate_fn=stack,
+            pin_memory=self._finish.device.type == "cuda",
+            persistent_workers=keep,
+            generator=torch.Generator(),  # or it draws from the global one
+        )
+
+
+class _Keys:
+    """A batch sampler that is told what to say."""
+
+    def __init__(self, batches: list[list[tuple[int, int]]] | None = None) -> None:
+        self.batches = batches or []
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+@dataclass(frozen=True)
+class Broken:
+    """What a worker sends in place of an image that it could not read; an exception would arrive as a page of traceback."""
+
+    message: str
+
+
+class _Reader(Dataset[Any]):
+    def __init__(self, part: Split, transform: Transform) -> None:
+        self.part, self.transform = part, transform
+
+    def __getitem__(self, key: tuple[int, int]) -> Tensor | Broken:
+        view, index = key
+        try:
+            image = self.part[index][0]
+        except DataError as error:
+            return Broken(str(error))
+        except Exception as error:
+            return Broken(f"image {index} cannot be read: {type(error).__name__}: {error}")
+        try:
+            return self.transform(image, view, index)
+        except DataError as error:
+            return Broken(f"image {index}: {error}")
+
+
+def stack(samples: list[Tensor | Broken]) -> Tensor | Broken:
+    """uint8 (B, C, H, W), or the first broken one."""
+    tensors = [sample for sample in samples if isinstance(sample, Tensor)]
+    if len(tensors) == len(samples):
+        return torch.stack(tensors)
+    return next(sample for sample in samples if isinstance(sample, Broken))
+
+
+def intact(pixels: Tensor | Broken) -> Tensor:
+    """The pixels.
+
+    Raises:
+        DataError: an image could not be read.
+    """
+    if isinstance(pixels, Broken):
+        raise DataError(pixels.message)
+    return pixels
+
+
+class Pictures:
+    """Images held as one tensor, handed out as PIL images."""
+
+    def __init__(self, part: InMemory) -> None:
+        if part.images.shape[1] not in MODES:
+            raise DataError(f"data.timm_augment takes images of 1 or 3 channels, these have {part.images.shape[1]}")
+        self.part = part
+        self.labels: list[int] = part.labels.tolist()
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        from torchvision.transforms.functional import to_pil_image
+
+        return to_pil_image(self.part.images[index]), self.labels[index]

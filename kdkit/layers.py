@@ -1,0 +1,215 @@
+"""Names of layers: what a recipe writes, and which module of a network that is.
+
+A layer is a `named_modules()` path, a glob over such paths (`blocks.*.attn`; a star stays within one step of the path), or an
+alias: `stage1`..`stageN`, `penultimate` (the classifier's input), `logits` (the network's output).
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from kdkit.contracts import LayerPair
+from kdkit.errors import TapError
+
+WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One place to observe: what the module at `path` returns, or its first argument. The path "" is the network itself."""
+
+    path: str
+    side: Literal["output", "input"] = "output"
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One line of `kdkit layers`: a layer's path, its class, the shape of what it returns and the aliases it has."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    aliases: tuple[str, ...] = ()
+
+
+def resolve(name: str, module: nn.Module, num_classes: int | None = None) -> Layer:
+    """The place in the network that a name means.
+
+    Raises:
+        TapError: no such layer; says which was probably meant and what there is.
+    """
+    if name == "logits":
+        return Layer("")
+    if name == "penultimate":
+        return Layer(classifier_path(module, num_classes), "input")
+    paths = dict(module.named_modules())
+    if name and name in paths:
+        return Layer(name)
+    stages = stage_paths(module)
+    if re.fullmatch(r"stage\d+", name):
+        position = int(name.removeprefix("stage"))
+        if not stages:
+            raise TapError(f"'{name}': this network does not say what its stages are; name a layer: {_top(module)}")
+        if 1 <= position <= len(stages) and stages[position - 1] in paths:
+            return Layer(stages[position - 1])
+    close = difflib.get_close_matches(name, [*paths, *_aliases(stages)], n=1, cutoff=0.5)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    raise TapError(f"there is no layer '{name}'; {hint}allowed: {', '.join(_aliases(stages))}, or a path that begins with {_top(module)}")
+
+
+def expand(name: str, module: nn.Module) -> list[str]:
+    """The layers that a name or glob means, in the network's order; a plain name is returned as it is.
+
+    Raises:
+        TapError: nothing matches.
+    """
+    if not any(sign in name for sign in "*?["):
+        resolve(name, module)
+        return [name]
+    parts = name.split(".")
+    aliases = [f"stage{i}" for i in range(1, len(stage_paths(module)) + 1)]
+    found = [alias for alias in aliases if fnmatchcase(alias, name)]
+    found = found or [path for path, _ in module.named_modules() if path and _matches(path.split("."), parts)]
+    if not found:
+        raise TapError(f"no layer matches '{name}'; paths begin with {_top(module)}")
+    return found
+
+
+def expand_pairs(pairs: Iterable[LayerPair], student: nn.Module, teacher: nn.Module) -> list[LayerPair]:
+    """The pairs with their globs written out: the student's first match goes with the teacher's first, and so on.
+
+    Raises:
+        TapError: a name matches nothing, or the two sides of a pair match different numbers of layers.
+    """
+    written: list[LayerPair] = []
+    for pair in pairs:
+        ours, theirs = expand(pair.student, student), expand(pair.teacher, teacher)
+        if len(ours) != len(theirs):
+            raise TapError(
+                f"'{pair.student}' is {len(ours)} student layers ({', '.join(ours)}), "
+                f"'{pair.teacher}' is {len(theirs)} teacher layers ({', '.join(theirs)}); they must be as many"
+            )
+        written += [LayerPair(student=s, teacher=t) for s, t in zip(ours, theirs, strict=True)]
+    return written
+
+
+def stage_paths(module: nn.Module) -> list[str]:
+    """Paths of a network's stages, from `stage1` on: timm's `feature_info` without the stem.
+
+    Without `feature_info`, top-level blocks numbered from 1 (`layer1`, `layer2`, ...), if there is one such row.
+    """
+    info = getattr(module, "feature_info", None)
+    entries = getattr(info, "info", info)  # timm keeps a list of mappings, or an object that holds one
+    if not isinstance(entries, Sequence) or not entries:
+        return _numbered_blocks(module)
+    paths = [str(entry["module"]) for entry in entries if entry.get("module")]
+    known = dict(module.named_modules())
+    start = next((i for i, path in enumerate(paths) if not _is_stem(path, known)), 0)  # 0: a plain row of layers, as VGG's
+    return paths[start:]
+
+
+def classifier_path(module: nn.Module, num_classes: int | None = None) -> str:
+    """Path of the layer that turns the embedding into logits: timm's `get_classifier()`, else the last fitting Linear.
+
+    Raises:
+        TapError: there is none, or several.
+    """
+    ask = getattr(module, "get_classifier", None)
+    found = ask() if callable(ask) else module
+    if not isinstance(found, nn.Module) or isinstance(found, nn.ModuleList):
+        raise TapError("'penultimate': this network has several classifiers; name a layer instead")
+    prefix = next((path for path, part in module.named_modules() if part is found), "")
+    if found is not module and not list(found.children()):
+        return prefix
+    inner = [path for path, part in found.named_modules() if isinstance(part, nn.Linear) and num_classes in (None, part.out_features)]
+    if not inner:
+        raise TapError("'penultimate': this network has no linear classifier; name a layer instead")
+    return ".".join(part for part in (prefix, inner[-1]) if part)
+
+
+def tappable_layers(module: nn.Module, shape: tuple[int, int, int]) -> list[LayerRow]:
+    """Every layer that returns one tensor, with its output's shape for two images (C, H, W), in the network's order.
+
+    Runs a copy of the network without data (meta device); one that needs data is run on zeros.
+
+    Raises:
+        TapError: the network cannot take images of that shape.
+    """
+    shadow = copy.deepcopy(module).to("meta").eval()
+    try:
+        shapes = _shapes(shadow, torch.empty((2, *shape), device="meta"))
+    except (RuntimeError, NotImplementedError):
+        shapes = _shapes_on_zeros(shadow, shape)
+    aliases: dict[str, list[str]] = {"": ["logits"]}
+    for number, path in enumerate(stage_paths(module), 1):
+        aliases.setdefault(path, []).append(f"stage{number}")
+    modules = dict(module.named_modules())
+    return [LayerRow(path, type(modules[path]).__name__, size, tuple(aliases.get(path, ()))) for path, size in shapes.items()]
+
+
+def _shapes(module: nn.Module, images: Tensor) -> dict[str, tuple[int, ...]]:
+    seen: dict[str, tuple[int, ...]] = {}
+
+    def watch(path: str) -> Any:
+        def hook(part: nn.Module, args: object, output: object) -> None:
+            if isinstance(output, Tensor):
+                seen[path] = tuple(output.shape)
+
+        return hook
+
+    for path, part in module.named_modules():
+        part.register_forward_hook(watch(path))
+    with torch.no_grad():
+        module(images)
+    return {path: seen[path] for path, _ in module.named_modules() if path in seen}
+
+
+def _shapes_on_zeros(module: nn.Module, shape: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
+    real = module.to_empty(device="cpu")
+    for value in (*real.parameters(), *real.buffers()):
+        value.data.zero_()  # zeros are also valid indices, where a buffer is used as one
+    try:
+        return _shapes(real, torch.zeros((2, *shape)))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise TapError(f"the network does not take images of {shape}: {' '.join(str(error).split())}") from error
+
+
+def _is_stem(path: str, known: Mapping[str, nn.Module]) -> bool:
+    """Whether what precedes the stages: named so, or a single layer that is no member of a row of layers."""
+    steps = path.split(".")
+    if any("stem" in step for step in steps):
+        return True
+    single = path in known and sum(isinstance(part, WEIGHTED) for part in known[path].modules()) < 2
+    return single and not any(step.isdigit() for step in steps)
+
+
+def _numbered_blocks(module: nn.Module) -> list[str]:
+    rows: dict[str, list[str]] = {}
+    for name, child in module.named_children():
+        match = re.fullmatch(r"(.*?\D)(\d+)", name)
+        if match and list(child.children()) and int(match[2]) == len(rows.get(match[1], ())) + 1:
+            rows.setdefault(match[1], []).append(name)
+    long = [row for row in rows.values() if len(row) > 1]
+    return long[0] if len(long) == 1 else []
+
+
+def _matches(path: Sequence[str], pattern: Sequence[str]) -> bool:
+    return len(path) == len(pattern) and all(fnmatchcase(step, part) for step, part in zip(path, pattern, strict=True))
+
+
+def _aliases(stages: Sequence[str]) -> Iterator[str]:
+    yield from ("logits", "penultimate")
+    yield from (f"stage{i}" for i in range(1, len(stages) + 1))
+
+
+def _top(module: nn.Module) -> str:
+    return ", ".join(name for name, _ in module.named_children()) or "(it has no layers)"

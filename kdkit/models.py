@@ -1,0 +1,166 @@
+"""Builds the network that a recipe names, with its weights, its input adapter and its taps."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from kdkit.errors import ModelError, TapError
+from kdkit.layers import classifier_path
+from kdkit.normalization import InputAdapter, NormalizationAdapter
+from kdkit.providers import ModelOptions, ModelSource, Normalize
+from kdkit.tapping import TappedModel
+
+NESTS = ("state_dict", "model", "model_state_dict", "state_dict_ema")  # where training scripts keep weights within a checkpoint
+
+
+def build_model(
+    options: ModelOptions,
+    source: ModelSource,
+    num_classes: int,
+    image_shape: tuple[int, int, int],
+    layers: Iterable[str] = (),
+    role: str = "model",
+    *,
+    weights: bool = True,
+    file: Path | None = None,
+    device: torch.device | None = None,
+    needs_logits: bool = True,
+    channels_last: bool = False,
+    precision: torch.dtype | None = None,
+) -> TappedModel:
+    """The network with its weights, adapted to the batches and observed at `layers`. Random weights are drawn from the current stream.
+
+    Args:
+        options: the recipe's section.
+        source: who builds networks of that kind, with the same options.
+        num_classes: number of logits.
+        image_shape: (C, H, W) of the images in a batch, in [0, 1].
+        layers: names of the layers to observe.
+        role: "teacher resnet18": how messages begin.
+        weights: False builds it on the meta device: shapes only, nothing is read or downloaded.
+        file: weights that take the place of the recipe's, such as another run's student.
+        device: where the model goes once it is built; random weights do not depend on it.
+        needs_logits: see `TappedModel`.
+        channels_last: see `TappedModel`.
+        precision: see `TappedModel`.
+
+    Raises:
+        ModelError: no such model, a checkpoint that does not fit, images that do not fit.
+        TapError: no such layer.
+    """
+    channels = source.in_channels(image_shape[0])
+    side = options.input_size
+    shape = (channels, side, side) if side else (channels, *image_shape[1:])
+    try:
+        with contextlib.nullcontext() if weights else torch.device("meta"):
+            module = source.build(num_classes, shape)
+            adapt = _input_adapter(options, source.normalization(module), image_shape[0], channels)
+        if weights:
+            _load(options, source, module, num_classes, file)
+            module.to(device)
+            adapt.to(device)
+    except ModelError as error:
+        raise ModelError(f"{role}: {error}") from error
+    return TappedModel(
+        module,
+        layers,
+        adapt=adapt,
+        role=role,
+        num_classes=num_classes,
+        needs_logits=needs_logits,
+        channels_last=channels_last,
+        precision=precision,
+        input_shape=shape,
+    )
+
+
+def load_checkpoint(path: Path, module: nn.Module, strip_prefix: str = "", num_classes: int | None = None) -> None:
+    """Load a checkpoint's weights into a network. No code that the file may hold is run.
+
+    Raises:
+        ModelError: the file is missing, holds more than tensors, or does not fit; the network is then unchanged.
+    """
+    found = {key.removeprefix(strip_prefix): value for key, value in read_weights(path).items()}
+    wanted = module.state_dict()
+    missing = [key for key in wanted if key not in found and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in found if key not in wanted]
+    reshaped = [key for key in wanted if key in found and found[key].shape != wanted[key].shape]
+    if reshaped and not missing and not unexpected:
+        _refuse_other_classes(path, module, reshaped, found, num_classes)
+    if missing or unexpected or reshaped:
+        kinds = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
+        counts = [
+            f"{len(keys)} keys {kind} ({', '.join([*keys[:3], *['...'][: max(0, len(keys) - 3)]])})" for kind, keys in kinds.items() if keys
+        ]
+        raise ModelError(f"{path} does not fit: {'; '.join(counts)}{_prefix_hint(found, wanted)}")
+    module.load_state_dict(found, strict=False)  # checked above; old files lack BatchNorm's counters
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The weights in a safetensors or torch file, also where a training script nested them.
+
+    Raises:
+        ModelError: the file is missing, broken, or holds more than tensors and plain values.
+    """
+    if not path.is_file():
+        raise ModelError(f"{path}: no such checkpoint")
+    try:
+        content: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ModelError(f"{path}: no checkpoint, or holds more than tensors; code in a file is never run: save a state_dict()") from None
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise ModelError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+    while isinstance(content, Mapping) and (nest := next((key for key in NESTS if isinstance(content.get(key), Mapping)), None)):
+        content = content[nest]
+    if not isinstance(content, Mapping) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ModelError(f"{path}: holds no weights: a mapping of tensors, at the top or under {', '.join(NESTS)}")
+    return {str(key): value for key, value in content.items()}
+
+
+def _load(options: ModelOptions, source: ModelSource, module: nn.Module, num_classes: int, file: Path | None) -> None:
+    if file:
+        load_checkpoint(file, module, num_classes=num_classes)
+    elif options.checkpoint:
+        load_checkpoint(options.checkpoint, module, options.strip_prefix, num_classes)
+    else:
+        source.load(module)
+
+
+def _input_adapter(options: ModelOptions, own: Normalize | None, image_channels: int, channels: int) -> InputAdapter:
+    if options.normalize:
+        wanted = options.normalize
+        if {len(wanted.mean), len(wanted.std)} - {1, channels}:
+            raise ModelError(f"normalize has {len(wanted.mean)} means and {len(wanted.std)} deviations for {channels} channels")
+    else:
+        wanted = own or Normalize(mean=(0.0,), std=(1.0,))
+    adapter = NormalizationAdapter(0.0, 1.0, _fit(wanted.mean, channels), _fit(wanted.std, channels))
+    adapter(torch.empty(1, image_channels, 1, 1, device=adapter.scale.device))  # raises where the channels cannot be adapted
+    return InputAdapter(adapter, options.input_size, options.interpolation)
+
+
+def _fit(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """One value per channel; colour values become their mean where the network takes another number of channels."""
+    return values if len(values) == channels else (sum(values) / len(values),) * channels
+
+
+def _refuse_other_classes(path: Path, module: nn.Module, keys: list[str], found: Mapping[str, Tensor], num_classes: int | None) -> None:
+    with contextlib.suppress(TapError):
+        head = classifier_path(module, num_classes)
+        if all(key.startswith(f"{head}.") for key in keys):
+            raise ModelError(f"{path} is a classifier ('{head}') of {found[keys[0]].shape[0]} classes, not of {num_classes or 'as many'}")
+
+
+def _prefix_hint(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+    first = next(iter(wanted), "")
+    prefix = next((key.removesuffix(first) for key in found if first and key.endswith(f".{first}")), "")
+    fits = sum(key.startswith(prefix) and key.removeprefix(prefix) in wanted for key in found)
+    return f"; with `strip_prefix: {prefix}` {fits} of {len(wanted)} keys would fit" if prefix else ""

@@ -1,0 +1,97 @@
+"""The weighted sum of losses for one student."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kdkit.contracts import Batch, Context, LayerPair, Lesson, Loss, Outputs
+from kdkit.errors import PluginError
+from kdkit.options import at_epoch
+from kdkit.recipe import Recipe
+from kdkit.schema import LossEntry
+
+
+class NoTeacher(Outputs):
+    """Stands where a loss on labels has no teacher, and says so when read."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __getattribute__(self, name: str) -> object:
+        if name in ("logits", "features"):
+            raise PluginError("a loss with knowledge 'labels' has no teacher to read")
+        return super().__getattribute__(name)
+
+
+@dataclass(frozen=True)
+class Value:
+    """What the losses of one lesson came to: the weighted total (with gradient), and each term unweighted and weighted (without)."""
+
+    total: Tensor
+    terms: Mapping[str, Tensor]
+    weighted: Mapping[str, Tensor]
+
+
+class Objective(nn.Module):
+    """total = sum of weight * loss; each loss is averaged over the lesson's teachers."""
+
+    def __init__(self, losses: Mapping[str, tuple[LossEntry, Loss]]) -> None:
+        super().__init__()
+        self.losses = nn.ModuleDict({name: loss for name, (_, loss) in losses.items()})
+        self.entries = {name: entry for name, (entry, _) in losses.items()}
+
+    def setup(self, probe: Lesson, context: Context) -> None:
+        for loss in self.active(probe).values():
+            teacher = probe.teachers[0] if probe.teachers and loss.knowledge != "labels" else NoTeacher()
+            loss.setup(probe.student, teacher, context)
+
+    def active(self, lesson: Lesson) -> dict[str, Loss]:
+        """The losses that count for a lesson: without a teacher, those on labels."""
+        return {n: loss for n, loss in self.losses.items() if isinstance(loss, Loss) and (lesson.teachers or loss.knowledge == "labels")}
+
+    def forward(self, lesson: Lesson, batch: Batch, epoch: float = 0.0) -> Value:
+        """Value the lesson at a (fractional) epoch of the stage, which sets every ramp."""
+        full = in_full_precision
+        terms: dict[str, Tensor] = {}
+        weighted: dict[str, Tensor] = {}
+        with torch.autocast(lesson.student.logits.device.type, enabled=False):
+            student, teachers = full(lesson.student), [full(teacher) for teacher in lesson.teachers]
+            for name, loss in self.active(lesson).items():
+                entry = at_epoch(self.entries[name], epoch)
+                loss.options = entry
+                against = [NoTeacher()] if loss.knowledge == "labels" else teachers
+                values = [loss(student, teacher, batch) for teacher in against]
+                terms[name] = values[0] if len(values) == 1 else torch.stack(values).mean()
+                weighted[name] = terms[name] * entry.weight
+        total = sum_of(weighted.values(), like=lesson.student.logits)
+        return Value(total, {n: v.detach() for n, v in terms.items()}, {n: v.detach() for n, v in weighted.items()})
+
+
+def in_full_precision(outputs: Outputs) -> Outputs:
+    """Half-precision tensors in fp32; fp32 and fp64 as they are."""
+    return outputs.map(lambda value: value.float() if value.dtype in (torch.float16, torch.bfloat16) else value)
+
+
+def sum_of(values: Iterable[Tensor], like: Tensor) -> Tensor:
+    """Their sum; zero, on the device of `like`, where there are none."""
+    return sum(values, start=torch.zeros((), device=like.device))
+
+
+Expand = Callable[[Sequence[LayerPair]], Sequence[LayerPair]]
+
+
+def build(recipe: Recipe, only: Sequence[str] | None = None, expand: Expand = lambda pairs: pairs) -> Objective:
+    """The recipe's objective, or that of the losses called `only`; `expand` replaces globs in their layer pairs."""
+    losses = {}
+    for name, entry in zip(recipe.loss_names(), recipe.spec.losses, strict=True):
+        if only is None or name in only:
+            losses[name] = (entry := _expanded(entry, expand), recipe.plugins.losses[entry.use](entry))
+    return Objective(losses)
+
+
+def _expanded(entry: LossEntry, expand: Expand) -> LossEntry:
+    return entry.model_copy(update={"layers": tuple(expand(entry.taps()))}) if entry.taps() else entry

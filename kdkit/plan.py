@@ -1,0 +1,222 @@
+"""What a recipe would do, found out without data, weights or training: shapes on the meta device, losses on random numbers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from kdkit import data
+from kdkit.contracts import Batch, Context, Lesson, Outputs, Schedule, Stage
+from kdkit.errors import DataError, KdkitError, ModelError, RecipeError, ShapeError, TapError, suggest
+from kdkit.factory import ModelFactory, TrainedTeacher
+from kdkit.objective import Objective, build
+from kdkit.providers import DataInfo
+from kdkit.randomness import seeded
+from kdkit.recipe import Recipe, load
+from kdkit.schema import LossEntry, RecipeTeacher
+from kdkit.subsets import choose
+from kdkit.tapping import TappedModel
+
+PROBE = 2  # images
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """One model: parameters, multiply-accumulates per image, and the shape (without the batch) of each tap."""
+
+    role: str
+    parameters: int
+    macs: int
+    taps: tuple[tuple[str, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage: its objective as a formula, the learnable parts of its losses, and how long it takes."""
+
+    name: str
+    students: int
+    formula: str
+    adapters: tuple[tuple[str, str, int], ...]
+    epochs: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that `kdkit check` prints."""
+
+    info: DataInfo
+    num_train: int
+    student: ModelPlan
+    teacher: ModelPlan | None
+    stages: tuple[StagePlan, ...]
+    notes: tuple[str, ...]
+
+
+def make(recipe: Recipe) -> Plan:
+    """Plan a recipe.
+
+    Raises:
+        RecipeError: everything that cannot work, one line each with file and line.
+    """
+    return _Planner(recipe).plan()
+
+
+class _Planner:
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.spec = recipe, recipe.spec
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+
+    def plan(self) -> Plan:
+        spec = self.spec
+        source = self.recipe.plugins.datasets[spec.data.dataset.use](spec.data.dataset)
+        with self._problems_at("data", "dataset"):
+            info = source.info()
+            with self._problems_at("data"):
+                info = replace(info, image_shape=data.image_shape(spec.data, info))
+                num_train = len(choose(spec.data, torch.zeros(info.num_train, dtype=torch.int64))[0])
+                if num_train < spec.data.batch_size:
+                    raise self.recipe.error(["data", "batch_size"], f"{spec.data.batch_size} is more than the {num_train} training images")
+            with self._problems_at("teacher"):
+                trained = self._trained(info)
+        self._raise_if_any()
+        factory = ModelFactory(self.recipe, info, trained, device=torch.device("meta"))
+        self._check_layers(factory)
+        with self._problems_at("student"):
+            student = self._model(factory.student(), info)
+        teacher = None
+        if spec.teacher is not None:
+            with self._problems_at("teacher"):
+                teacher = self._model(factory.teacher(), info)
+        self._raise_if_any()
+        steps = -(-(num_train // spec.data.batch_size if spec.data.drop_last else -(-num_train // spec.data.batch_size)) // spec.train.accumulate)
+        with self._problems_at("schedule"):
+            stages = tuple(self._stage(stage, factory, info, num_train, steps) for stage in self._schedule().stages(factory))
+        self._raise_if_any()
+        return Plan(info, num_train, student, teacher, stages, tuple(self.notes))
+
+    @contextlib.contextmanager
+    def _problems_at(self, *location: str | int) -> Iterator[None]:
+        """Collect what goes wrong inside as problems of that place in the recipe."""
+        try:
+            yield
+        except RecipeError as error:  # knows its place
+            self.problems.append(str(error))
+        except (DataError, ModelError, TapError, ShapeError) as error:
+            self.problems.append(self.recipe.problem(self._place(error, location), str(error)))
+
+    def _raise_if_any(self) -> None:
+        if self.problems:
+            raise RecipeError("\n".join(dict.fromkeys(self.problems)))
+
+    def _place(self, error: KdkitError, location: Sequence[str | int]) -> Sequence[str | int]:
+        """Where the layer stands that a TapError names."""
+        if isinstance(error, TapError):
+            for i, entry in enumerate(self.spec.losses):
+                if any(f"'{name}'" in str(error) for pair in entry.taps() for name in (pair.student, pair.teacher)):
+                    return ["losses", i, "layers"]
+        return location
+
+    def _schedule(self) -> Schedule:
+        return self.recipe.plugins.schedules[self.spec.schedule.use](self.spec.schedule)
+
+    def _trained(self, info: DataInfo) -> TrainedTeacher | None:
+        """The teacher of another recipe, whose own plan must be sound and whose classes must be ours."""
+        if not isinstance(self.spec.teacher, RecipeTeacher):
+            return None
+        source = load(self.spec.teacher.recipe)
+        theirs = make(source).info
+        if theirs.num_classes != info.num_classes:
+            raise ModelError(f"the teacher of {self.spec.teacher.recipe.name} knows {theirs.num_classes} classes, this recipe's data has {info.num_classes}")
+        return TrainedTeacher(source.spec.student, None)
+
+    def _check_layers(self, factory: ModelFactory) -> None:
+        for i, entry in enumerate(self.spec.losses):
+            for j, pair in enumerate(entry.taps()):
+                with self._problems_at("losses", i, "layers", j):
+                    try:
+                        factory.expand([pair])
+                    except TapError as error:
+                        raise self.recipe.error(["losses", i, "layers", j], str(error)) from None
+        self._raise_if_any()
+
+    def _model(self, model: TappedModel, info: DataInfo) -> ModelPlan:
+        """Run a model on the meta device."""
+        images = torch.empty(PROBE, *info.image_shape, device="meta")
+        everything = TappedModel(model.module, model.layers, adapt=model.adapt, role=model.role, num_classes=info.num_classes)
+        everything.module.eval()
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            try:
+                outputs = everything(images)
+            except (RuntimeError, ValueError, AssertionError) as error:
+                raise ModelError(f"{model.role} cannot take images {tuple(info.image_shape)}: {' '.join(str(error).split())}") from error
+        if outputs.logits.shape != (PROBE, info.num_classes):
+            raise ModelError(f"{model.role} gives logits {tuple(outputs.logits.shape)} for {PROBE} images; the data has {info.num_classes} classes")
+        taps = tuple((name, tuple(value.shape[1:])) for name, value in outputs.features.items())
+        return ModelPlan(model.role, sum(p.numel() for p in model.module.parameters()), counter.get_total_flops() // 2 // PROBE, taps)
+
+    def _stage(self, stage: Stage, factory: ModelFactory, info: DataInfo, num_train: int, steps: int) -> StagePlan:
+        for student in stage.students:
+            student.module.eval()
+        batch = Batch(torch.empty(PROBE, *info.image_shape, device="meta"), torch.zeros(PROBE, dtype=torch.int64), torch.arange(PROBE))
+        with torch.no_grad():
+            lessons = stage.step(batch)
+        if unknown := set(stage.losses or ()) - set(self.recipe.loss_names()):
+            raise self.recipe.error(["schedule"], f"stage '{stage.name}' asks for losses that are not there: {suggest(unknown.pop(), self.recipe.loss_names())}")
+        objective = build(self.recipe, stage.losses, factory.expand)
+        labels = torch.arange(num_train) % info.num_classes
+        context = Context(stage.students[0].module, factory.teacher_module(), info.num_classes, num_train, labels)
+        with seeded("plan"):
+            self._try_losses(objective, _on_random_numbers(lessons[0]), Batch(torch.rand(PROBE, *info.image_shape), labels[:PROBE], torch.arange(PROBE)), context)
+        epochs = stage.epochs or self.spec.train.epochs
+        adapters = tuple((name, _described(loss), sum(p.numel() for p in loss.parameters())) for name, loss in objective.active(lessons[0]).items() if any(True for _ in loss.parameters()))
+        return StagePlan(stage.name, len(stage.students), self._formula(objective, lessons[0]), adapters, epochs, steps * epochs)
+
+    def _try_losses(self, objective: Objective, lesson: Lesson, batch: Batch, context: Context) -> None:
+        """Set up and evaluate each loss on random numbers of the real shapes."""
+        for name in objective.active(lesson):
+            place = ["losses", self.recipe.loss_names().index(name)]
+            alone = Objective({name: (objective.entries[name], objective.losses[name])})
+            try:
+                alone.setup(lesson, context)
+                value = alone(lesson, batch).terms[name]
+                if value.shape != ():
+                    raise ShapeError(f"{name} gives a tensor {tuple(value.shape)}, not a scalar")
+            except KdkitError as error:
+                self.problems.append(self.recipe.problem(place, str(error)))
+            except Exception as error:  # a plugin's own mistake, told with its place
+                self.problems.append(self.recipe.problem(place, f"fails on the models' shapes: {type(error).__name__}: {' '.join(str(error).split())}"))
+
+    def _formula(self, objective: Objective, lesson: Lesson) -> str:
+        return " + ".join(f"{_short(objective.entries[name].weight)} * {_term(name, objective.entries[name])}" for name in objective.active(lesson))
+
+
+def _on_random_numbers(lesson: Lesson) -> Lesson:
+    def like(outputs: Outputs) -> Outputs:
+        return outputs.map(lambda value: torch.randn(value.shape))
+
+    return Lesson(like(lesson.student), [like(teacher) for teacher in lesson.teachers])
+
+
+def _term(name: str, entry: LossEntry) -> str:
+    """`hint(layer2 ~ layer3, adapter linear)`: a loss with its layers and what the recipe says of it."""
+    layers = [f"{pair.student} ~ {pair.teacher}" for pair in entry.taps()]
+    said = [f"{key} {_short(getattr(entry, key))}" for key in entry.model_fields_set if key not in ("use", "name", "weight", "layers")]
+    return name + (f"({', '.join([*layers, *sorted(said)])})" if layers or said else "")
+
+
+def _short(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _described(loss: nn.Module) -> str:
+    """The learnable leaves of a loss, in order."""
+    leaves = [part for part in loss.modules() if not list(part.children()) and any(True for _ in part.parameters())]
+    return ", ".join(str(leaf) for leaf in leaves) or "parameters of its own"

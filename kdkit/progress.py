@@ -1,0 +1,79 @@
+"""What a training run says while it goes: a live bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+REFRESH = 0.25
+
+
+class _Free(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["status"], overflow="ellipsis", no_wrap=True)
+
+
+class Reporter:
+    """Prints what happens in a run; `quiet` keeps all but warnings to itself."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.console = Console(soft_wrap=True, highlight=False)
+        self.quiet = quiet
+        self._progress: Progress | None = None
+        self._shown = 0.0
+        self.warnings: list[str] = []
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            self.console.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        """Say it once, and keep it for the result."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+            self.console.print(f"warning: {text}", style="yellow", markup=False)
+
+    @contextmanager
+    def training(self, label: str, steps: int, done: int) -> Iterator[None]:
+        """Show a bar while a stage of so many steps is trained, `done` of them already."""
+        if self.quiet or not self.console.is_terminal:
+            yield
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=16), TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn(), _Free())
+        with Progress(*columns, console=self.console, transient=True) as self._progress:
+            self._progress.add_task(label, total=steps, completed=done, status="")
+            yield
+        self._progress = None
+
+    def due(self) -> bool:
+        """Whether a live bar wants fresh numbers."""
+        return self._progress is not None and time.monotonic() - self._shown > REFRESH
+
+    def step(self, done: int, epoch: str, terms: Mapping[str, float], lr: float, images_per_second: float) -> None:
+        """Update the bar."""
+        if self._progress is not None:
+            self._shown = time.monotonic()
+            status = f"{epoch}  {_terms(terms)}  lr {lr:.2g}  {images_per_second:,.0f} images/s"
+            self._progress.update(self._progress.task_ids[0], completed=done, status=status)
+
+    def epoch(self, label: str, terms: Mapping[str, float], lr: float, images_per_second: float, scores: Mapping[str, float], left: float) -> None:
+        """One line for a finished epoch."""
+        shown = "  ".join(f"{name} {value:.2f}" for name, value in scores.items())
+        self.say(f"{label}  {_terms(terms)}  lr {lr:.2g}  {images_per_second:,.0f} images/s  {shown}  left {_clock(left)}")
+
+
+def _terms(terms: Mapping[str, float]) -> str:
+    """`loss 1.2 = cross_entropy 0.3 (0.03) + logit_kl 1.3 (1.17)`: each term unweighted, and weighted in brackets."""
+    names = [name for name in terms if name != "loss" and not name.endswith(".weighted")]
+    return f"loss {terms.get('loss', 0.0):.3g} = " + " + ".join(f"{name} {terms[name]:.3g} ({terms[f'{name}.weighted']:.3g})" for name in names)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"

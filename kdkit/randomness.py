@@ -1,0 +1,41 @@
+"""Random numbers as a function of where training is, never of how it got there.
+
+Every model draws its initial weights from (seed, its number), every optimizer step from (seed, stage, step, rank). So
+resuming needs no random state, and a run gives the same numbers whatever else runs beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+
+def derived(*parts: int | str) -> int:
+    """A seed of 32 bits that depends on all the parts and their order."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4], "big")
+
+
+def reseed(*parts: int | str) -> None:
+    """Seed torch (all devices), numpy and random from the parts."""
+    seed = derived(*parts)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def seeded(*parts: int | str) -> Iterator[None]:
+    """Draw from the parts inside, and leave the random state outside as it was."""
+    python, numeric = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            reseed(*parts)
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numeric)

@@ -1,0 +1,136 @@
+"""Carries out a recipe: its teacher, its stages in order, its result."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from kdkit import data, objective, plan
+from kdkit.checkpoints import write_atomically
+from kdkit.contracts import Context, Stage
+from kdkit.engine import Trainer, build_accelerator
+from kdkit.errors import RunError
+from kdkit.evaluate import metrics, predict
+from kdkit.factory import ModelFactory, TrainedTeacher
+from kdkit.progress import Reporter
+from kdkit.randomness import reseed
+from kdkit.recipe import Recipe
+from kdkit.recipe import load as load_recipe
+from kdkit.run_folder import Result, RunFolder
+from kdkit.schema import RecipeTeacher
+from kdkit.signals import StopRequest
+from kdkit.stage_run import Setting, StageRun, scores_of, weights
+
+
+def train(recipe: Recipe, folder: Path | None = None, *, restart: bool = False, quiet: bool = False) -> Result:
+    """Carry out a recipe, or what is left of it; a finished run is returned as it is.
+
+    Args:
+        recipe: what to do.
+        folder: the run folder (default: `run.folder`/`name`).
+        restart: throw away what is in the folder and begin anew.
+        quiet: print warnings only.
+
+    Raises:
+        RecipeError: a layer, shape or class count does not fit.
+        RunError: the folder is another recipe's; a loss is not finite.
+        Interrupted: a signal stopped it; it is saved, and a further call goes on.
+    """
+    run_folder = RunFolder(folder or recipe.spec.run.folder / recipe.spec.name)
+    if not restart and run_folder.holds(recipe) and (result := run_folder.result()):
+        Reporter(quiet=quiet).say(f"{recipe.spec.name}: trained already, see {run_folder.path}")
+        return result
+    plan.make(recipe)
+    teacher = trained_teacher(recipe, quiet=quiet)
+    accelerator = build_accelerator(
+        recipe.spec.train, **({"log_with": list(recipe.spec.run.trackers), "project_dir": str(run_folder.path)} if recipe.spec.run.trackers else {})
+    )
+    reporter = Reporter(quiet=quiet or not accelerator.is_main_process)
+    if accelerator.is_main_process:
+        if restart:
+            run_folder.clear()
+        run_folder.claim(recipe)
+    accelerator.wait_for_everyone()
+    with run_folder.locked(only=accelerator.is_main_process), StopRequest() as stop:
+        prepared = open_data(recipe, accelerator)
+        factory = ModelFactory(recipe, prepared.info, teacher, device=accelerator.device)
+        setting = Setting(recipe, run_folder, reporter, stop, accelerator, prepared, factory)
+        return _carry_out(setting)
+
+
+def trained_teacher(recipe: Recipe, *, quiet: bool = False) -> TrainedTeacher | None:
+    """The teacher that another recipe trains, where this one names such; trains it if that was not done yet."""
+    if not isinstance(recipe.spec.teacher, RecipeTeacher):
+        return None
+    source = load_recipe(recipe.spec.teacher.recipe)
+    base = recipe.spec.run.folder
+    named, keyed = base / source.spec.name, base / f"{source.spec.name}-{source.fingerprint[:8]}"
+    folder = named if not named.exists() or RunFolder(named).holds(source) else keyed
+    return TrainedTeacher(source.spec.student, train(source, folder, quiet=quiet).student)
+
+
+def open_data(recipe: Recipe, accelerator: object) -> data.Data:
+    """The recipe's data, this process's share of it."""
+    spec = recipe.spec
+    source = recipe.plugins.datasets[spec.data.dataset.use](spec.data.dataset)
+    return data.prepare(
+        spec.data, source, seed=spec.seed, device=accelerator.device, rank=accelerator.process_index, world=accelerator.num_processes
+    )
+
+
+def _carry_out(setting: Setting) -> Result:
+    spec, factory = setting.recipe.spec, setting.factory
+    if spec.run.trackers:
+        setting.accelerator.init_trackers(spec.name)
+    if (teacher := factory.whole_teacher()) is not None:
+        setting.teacher = predict(teacher, setting.data.test, world=setting.accelerator.num_processes)
+        shown = "  ".join(f"{name} {value:.2f}" for name, value in metrics(setting.teacher).items())
+        setting.reporter.say(f"teacher  {shown}")
+    schedule = setting.recipe.plugins.schedules[spec.schedule.use](spec.schedule)
+    last: StageRun | None = None
+    for number, stage in enumerate(schedule.stages(factory)):
+        last = StageRun(setting, number, _trainer(setting, number, stage))
+        last.carry_out()
+        factory.verify_frozen()
+    if last is None:
+        raise RunError(f"schedule '{spec.schedule.use}' has no stage")
+    setting.accelerator.end_training()
+    return _result(setting, last)
+
+
+def _trainer(setting: Setting, number: int, stage: Stage) -> Trainer:
+    """The stage's trainer, its losses set up by a probe batch."""
+    recipe, prepared, factory = setting.recipe, setting.data, setting.factory
+    reseed(recipe.spec.seed, "setup", number)
+    for student in stage.students:
+        student.module.eval()  # a probe moves no statistics
+    with torch.no_grad():
+        lessons = stage.step(next(iter(prepared.train.epoch(0))))
+    labels = prepared.train.labels
+    objectives = []
+    for student, lesson in zip(stage.students, lessons, strict=True):
+        built = objective.build(recipe, stage.losses, factory.expand)
+        built.setup(lesson, Context(student.module, factory.teacher_module(), prepared.info.num_classes, len(labels), labels))
+        objectives.append(built)
+    return Trainer(
+        stage, objectives, recipe.spec.train, prepared.train, setting.accelerator,
+        seed=recipe.spec.seed, num_classes=prepared.info.num_classes, maximize=prepared.validation is not None,
+    )  # fmt: skip
+
+
+def _result(setting: Setting, last: StageRun) -> Result:
+    student, (scores, peers) = last.deployed()[0], scores_of(last.scores)
+    recipe, folder = setting.recipe, setting.folder
+    result = Result(
+        folder=folder.path, name=recipe.spec.name, seed=recipe.spec.seed, test=scores["test"], validation=scores.get("validation"),
+        parameters=sum(p.numel() for p in student.module.parameters()), seconds=round(setting.spent(), 3), epochs=last.trainer.epochs,
+        best=setting.best, teacher=metrics(setting.teacher) if setting.teacher else None, peers=peers, warnings=tuple(setting.reporter.warnings),
+    )  # fmt: skip
+    if setting.is_main:
+        write_atomically(folder.student_file, weights(student))
+        folder.finish(result)
+    setting.accelerator.wait_for_everyone()
+    setting.reporter.say(f"{recipe.spec.name}: top-1 {result.test['top1']:.2f} % on test data after the last epoch; see {folder.path}")
+    return result

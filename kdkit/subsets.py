@@ -1,0 +1,67 @@
+"""Which training images are trained on and which are set aside for validation: by class shares, by seed, nested."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdkit.augment import bits, subseed
+from kdkit.errors import DataError
+from kdkit.schema import DataSpec
+
+
+def stratified_order(labels: Tensor, seed: int) -> Tensor:
+    """An order (N,) of the images in which each beginning holds the classes in about their shares.
+
+    The first K images are one of each of the K classes that occur; after them a class with n images puts its j-th one at
+    (j + 1/2) / n of the way. A shorter subset is part of every longer one.
+    """
+    count = len(labels)
+    if not count:
+        return torch.empty(0, dtype=torch.int64)
+    shuffled = bits(seed, 0, torch.arange(count), 1)[:, 0].argsort(stable=True)
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]
+    sizes = labels.bincount()
+    starts = sizes.cumsum(0) - sizes
+    place = torch.arange(count) - starts[labels[by_class]]
+    share = (place.double() + 0.5) / sizes[labels[by_class]]
+    share[place == 0] -= 1  # the first of each class before all others
+    position = torch.empty(count, dtype=torch.float64)
+    position[by_class] = share
+    return shuffled[position[shuffled].argsort(stable=True)]  # equal places in random order
+
+
+def choose(spec: DataSpec, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of the training images and of the validation images, ascending and disjoint.
+
+    The validation images depend on `data.validation` and `data.seed` alone, so subsets of several sizes share them.
+
+    Raises:
+        DataError: there are not so many images, or none would be left.
+    """
+    total = len(labels)
+    aside = _validation_count(spec, total)
+    order = stratified_order(labels, subseed(spec.seed, "validation"))
+    validation, rest = order[:aside].sort().values, order[aside:].sort().values
+    wanted = len(rest)
+    if spec.train_samples is not None:
+        wanted = spec.train_samples
+    elif spec.train_fraction is not None:
+        wanted = max(1, round(spec.train_fraction * len(rest)))
+    if wanted > len(rest):
+        besides = f" beside {aside} for validation" if aside else ""
+        raise DataError(f"data.train_samples: {wanted} asked for, but the training part has {len(rest)} images{besides}")
+    chosen = rest[stratified_order(labels[rest], subseed(spec.seed, "train"))[:wanted]]
+    return chosen.sort().values, validation
+
+
+def _validation_count(spec: DataSpec, total: int) -> int:
+    if spec.validation is None:
+        return 0
+    asked = spec.validation
+    if asked >= 1 and asked != int(asked):
+        raise DataError(f"data.validation: {asked} is neither a share below 1 nor a number of images")
+    count = max(1, round(asked * total)) if asked < 1 else int(asked)
+    if count >= total:
+        raise DataError(f"data.validation: {count} images asked for, but the training part has {total} and some must be left")
+    return count

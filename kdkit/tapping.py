@@ -1,0 +1,219 @@
+"""Models as kdkit calls them: adapted inputs on the way in, layers observed by forward hooks on the way through."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import types
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from kdkit.contracts import Inputs, Outputs
+from kdkit.errors import TapError
+from kdkit.layers import Layer, expand, resolve
+from kdkit.observation import Keep, Stop, Watch, observed, overwriter, register, version
+
+
+class TappedModel:
+    """Calls a network and returns its Outputs, with what the layers asked for gave. It is no `nn.Module`, so nothing cascades to it.
+
+    Hooks live for one call, and nothing is kept between calls. A layer that runs several times in one forward gives its last output.
+
+    Args:
+        module: the network; it stays usable without this.
+        layers: names as `kdkit.layers.resolve` takes them; they are the keys of `Outputs.features`.
+        adapt: what brings a batch into the network's form (None: nothing).
+        role: how messages call it, such as "teacher resnet18".
+        num_classes: number of logits, which helps to find the classifier of a network that does not say.
+        needs_logits: False stops the forward behind the deepest tapped layer; the first call runs whole, to learn which that is.
+        channels_last: keep network and images (B, C, H, W) channels-last in memory.
+        precision: autocast to that type and return fp32; float32 switches autocast off; None leaves it to the caller.
+        input_shape: images (C, H, W) that the network itself takes, where known.
+
+    Raises:
+        TapError: there is no such layer.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        layers: Iterable[str] = (),
+        *,
+        adapt: nn.Module | None = None,
+        role: str = "model",
+        num_classes: int | None = None,
+        needs_logits: bool = True,
+        channels_last: bool = False,
+        precision: torch.dtype | None = None,
+        input_shape: tuple[int, int, int] | None = None,
+    ) -> None:
+        self.module = module.to(memory_format=torch.channels_last) if channels_last else module
+        self.adapt = adapt if adapt is not None else nn.Identity()
+        self.role, self.needs_logits, self.channels_last = role, needs_logits, channels_last
+        self.precision, self.input_shape = precision, input_shape
+        try:
+            self.layers: dict[str, Layer] = {name: resolve(name, module, num_classes) for name in layers}
+        except TapError as error:
+            raise TapError(f"{role}: {error}") from None
+        self._calls: Counter[str] | None = None  # how often each tapped layer runs in a whole forward
+        self._store: dict[str, Tensor] = {}  # written by a compiled forward, emptied at its end
+        self._compile: dict[str, Any] | None = None
+        self._compiled: Callable[[Inputs], tuple[Tensor | None, dict[str, Tensor]]] | None = None
+        self._hooked = False
+
+    def __call__(self, inputs: Inputs) -> Outputs:
+        """The answer to a batch (B, C, H, W) or to a mapping, whose items become keyword arguments.
+
+        Raises:
+            TapError: a tapped layer did not run, returned something else than one tensor, or was overwritten in place.
+        """
+        if not self.needs_logits and not self.layers:
+            return FeaturesOnly({}, self.role)
+        with self._autocast(inputs):
+            logits, features = self._run_compiled(inputs) if self._compile is not None else self._run(inputs)
+        if self.precision is not None:
+            logits = logits.float() if logits is not None else None
+            features = {name: value.float() for name, value in features.items()}
+        return FeaturesOnly(features, self.role) if logits is None else Outputs(logits, features)
+
+    def freeze(self, mode: Literal["eval", "train"] = "eval") -> TappedModel:
+        """Put it in eval mode without gradients, for good.
+
+        Args:
+            mode: train normalises with each batch's own statistics in BatchNorm layers; their buffers do not change, and all
+                other layers (dropout) stay in eval mode.
+        """
+        self.module.eval().requires_grad_(False)
+        for part in self.module.modules():
+            if mode == "train" and isinstance(part, nn.modules.batchnorm._BatchNorm):
+                part.train()
+                part.track_running_stats = False  # so that running statistics are neither read nor written
+        return self
+
+    def twin(self, module: nn.Module | None = None) -> TappedModel:
+        """The same model without taps, to be measured or exported; or another network (a moving average) in its place."""
+        return TappedModel(
+            self.module if module is None else module,
+            adapt=self.adapt,
+            role=self.role,
+            channels_last=self.channels_last,
+            precision=self.precision,
+            input_shape=self.input_shape,
+        )
+
+    def compile(self, **options: Any) -> TappedModel:
+        """Compile network and taps together by `torch.compile(**options)`; the first call runs once more, uncompiled, to check the taps."""
+        self._compile, self._compiled = options, None
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Compiled code is bound to this very network: a copy compiles its own."""
+        return {**self.__dict__, "_compiled": None}
+
+    def _forward(self, inputs: Inputs) -> Tensor:
+        adapted = self.adapt(inputs)
+        if self.channels_last and isinstance(adapted, Tensor) and adapted.ndim == 4:
+            adapted = adapted.contiguous(memory_format=torch.channels_last)
+        output = self.module(**adapted) if isinstance(adapted, Mapping) else self.module(adapted)
+        if isinstance(output, Mapping) and "logits" in output:
+            output = output["logits"]
+        if not isinstance(output, Tensor):
+            raise TapError(f"{self.role}: returns {type(output).__name__}, not one tensor of logits (switch off auxiliary classifiers)")
+        return output
+
+    def _run(self, inputs: Inputs) -> tuple[Tensor | None, dict[str, Tensor]]:
+        watch = Watch(self.role, None if self.needs_logits else self._calls)
+        with observed(self.module, self.layers, watch.keep), contextlib.suppress(Stop):
+            whole = self._forward(inputs)
+            self._calls = watch.calls
+        if silent := self.layers.keys() - watch.kept.keys():
+            raise TapError(f"{self.role}: {', '.join(sorted(silent))} exist but did not run in forward()")
+        for name, tensor in watch.kept.items():
+            if watch.versions[name] != version(tensor):
+                instead = overwriter(self.module, self.layers[name], functools.partial(self._forward, inputs))
+                raise TapError(f"{self.role}: the output of '{name}' is overwritten in place; tap {instead} instead")
+        features = {name: self._shaped(name, watch.kept[name]) for name in self.layers}
+        return (whole if self.needs_logits else None), features
+
+    def _run_compiled(self, inputs: Inputs) -> tuple[Tensor | None, dict[str, Tensor]]:
+        if self._compiled is None:
+            self._check(inputs)
+            if not self._hooked:
+                register(self.module, self.layers, functools.partial(Keep, store=self._store))
+                self._hooked = True
+            code = TappedModel._collect.__code__.replace()  # a code object of its own: torch limits recompilations per code object
+            own = types.FunctionType(code, globals(), "_collect")
+            self._compiled = torch.compile(types.MethodType(own, self), **(self._compile or {}))
+        return self._compiled(inputs)
+
+    def _collect(self, inputs: Inputs) -> tuple[Tensor | None, dict[str, Tensor]]:
+        logits = self._forward(inputs)
+        features = {name: self._shaped(name, self._store[name]) for name in self.layers}
+        self._store.clear()
+        return (logits if self.needs_logits else None), features  # what nobody reads, the compiler leaves out
+
+    def _check(self, inputs: Inputs) -> None:
+        """One plain forward that leaves no trace: a compiled one cannot tell what became of a tensor."""
+        training = [part for part in self.module.modules() if part.training]
+        try:
+            self.module.eval()
+            with torch.no_grad():
+                self._run(inputs)
+        finally:
+            for part in training:
+                part.training = True
+
+    def _autocast(self, inputs: Inputs) -> contextlib.AbstractContextManager[Any]:
+        if self.precision is None:
+            return contextlib.nullcontext()
+        tensor = inputs if isinstance(inputs, Tensor) else next(iter(inputs.values()))
+        off = self.precision == torch.float32
+        return torch.autocast(tensor.device.type, dtype=None if off else self.precision, enabled=not off)
+
+    def _shaped(self, name: str, tensor: Tensor) -> Tensor:
+        if self.layers[name].side == "output" or tensor.ndim == 2:
+            return tensor
+        embedding = tensor.flatten(1)
+        if tensor.ndim < 2 or embedding.shape[1] != max(tensor.shape[1:]):
+            raise TapError(f"{self.role}: '{name}' is no embedding (B, D) but {tuple(tensor.shape)}; name a layer instead")
+        return embedding
+
+
+class FeaturesOnly(Outputs):
+    """An answer whose forward stopped behind the deepest tapped layer: features, but no logits."""
+
+    def __init__(self, features: Mapping[str, Tensor], role: str) -> None:
+        object.__setattr__(self, "features", features)
+        object.__setattr__(self, "role", role)
+
+    @property
+    def logits(self) -> Tensor:
+        """Never there.
+
+        Raises:
+            TapError: always; says what a loss must declare.
+        """
+        raise TapError(f"{vars(self)['role']}: stops at its deepest tapped layer, no loss having asked for its logits; "
+                       "a loss that reads them sets `needs_teacher_logits = True`")  # fmt: skip
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> FeaturesOnly:
+        """The same record with every tensor changed."""
+        return FeaturesOnly({name: change(value) for name, value in self.features.items()}, vars(self)["role"])
+
+    def __repr__(self) -> str:
+        return f"FeaturesOnly({dict(self.features)!r})"
+
+
+def taps(model: nn.Module, layers: Iterable[str]) -> TappedModel:
+    """Observe layers of any network: call the result with a batch, and read `logits` and `features[name]` of what it returns.
+
+    The batch reaches the network as it is. Globs are written out, so that `blocks.*` gives `features["blocks.0"]` and so on.
+
+    Raises:
+        TapError: there is no such layer.
+    """
+    return TappedModel(model, [name for pattern in layers for name in expand(pattern, model)], role=type(model).__name__)

@@ -1,0 +1,130 @@
+"""From a PIL image to the uint8 tensor that batches are made of: the size, the channels, timm's augmentations."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdkit.augment import sample_seed
+from kdkit.errors import DataError
+from kdkit.schema import DataSpec, TimmAugment
+
+Transform = Callable[[Any, int, int], Tensor]
+"""(PIL image, view, sample index) -> uint8 (C, H, W)."""
+
+MODES = {1: "L", 3: "RGB"}
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's CPU generators for a while, and then put them back as they were."""
+    import numpy as np
+
+    python, numpy, generator = random.getstate(), np.random.get_state(), torch.default_generator
+    torch_state = generator.get_state()
+    random.seed(seed)
+    np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
+    generator.manual_seed(seed)  # torch.manual_seed would also seed the accelerators
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        generator.set_state(torch_state)
+
+
+class Plain:
+    """Centre crop of an image whose shorter side was resized; the image as it is if no size is asked for."""
+
+    def __init__(self, spec: DataSpec, shape: tuple[int, int, int], crop_pct: float) -> None:
+        from timm.data.transforms_factory import create_transform
+
+        self.shape = shape
+        self.resizes = spec.image_size is not None
+        self.resize = create_transform(shape[1:], crop_pct=crop_pct, interpolation=spec.interpolation, normalize=False)
+
+    def __call__(self, image: Any, view: int, index: int) -> Tensor:
+        from torchvision.transforms.functional import pil_to_tensor
+
+        image = with_channels(image, self.shape[0])
+        if self.resizes:
+            result: Tensor = self.resize(image)
+            return result
+        if (image.height, image.width) != self.shape[1:]:
+            raise DataError(f"an image is {image.height} x {image.width}, others {self.shape[1]} x {self.shape[2]}: set data.image_size")
+        tensor: Tensor = pil_to_tensor(image)
+        return tensor
+
+
+class Augmented:
+    """timm's training transform, drawn from (seed, view, sample index) and from nothing else."""
+
+    def __init__(self, options: TimmAugment, shape: tuple[int, int, int], seed: int) -> None:
+        from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+        from timm.data.transforms_factory import create_transform
+
+        self.channels, self.seed = shape[0], seed
+        self.mean = torch.tensor(IMAGENET_DEFAULT_MEAN)[:, None, None]
+        self.std = torch.tensor(IMAGENET_DEFAULT_STD)[:, None, None]
+        try:
+            self.transform = create_transform(
+                shape[1:],
+                is_training=True,
+                scale=options.scale,
+                ratio=options.ratio,
+                hflip=options.flip,
+                vflip=options.vertical_flip,
+                color_jitter=options.color_jitter or 0.0,
+                auto_augment=options.auto_augment,
+                interpolation=options.interpolation,
+                re_prob=options.random_erasing,
+                re_mode=options.erasing_mode,
+                mean=IMAGENET_DEFAULT_MEAN,
+                std=IMAGENET_DEFAULT_STD,
+            )
+        except (AssertionError, KeyError, ValueError, IndexError) as error:  # what timm's policy parser raises
+            raise DataError(
+                f"data.timm_augment: timm does not accept {options.auto_augment!r} ({type(error).__name__}: {error})"
+            ) from error
+
+    def __call__(self, image: Any, view: int, index: int) -> Tensor:
+        with seeded(sample_seed(self.seed, view, index)):
+            normalised: Tensor = self.transform(image.convert("RGB"))  # timm's policies fill with three channels
+        pixels = (normalised * self.std + self.mean).mul_(255).round_().clamp_(0, 255)  # undone: batches are in [0, 1]
+        return pixels.to(torch.uint8)[: self.channels]
+
+
+def with_channels(image: Any, channels: int) -> Any:
+    """The PIL image in grey (1 channel) or RGB (3)."""
+    if channels not in MODES:
+        raise DataError(f"PIL images have 1 or 3 channels, the dataset says {channels}")
+    return image.convert(MODES[channels])
+
+
+def for_training(spec: DataSpec, shape: tuple[int, int, int], seed: int) -> Transform:
+    """What is done to each training image that is read one by one; `data.augment` comes after it, on whole batches."""
+    return Augmented(spec.timm_augment, shape, seed) if spec.timm_augment else Plain(spec, shape, crop_pct=1.0)
+
+
+def for_measuring(spec: DataSpec, shape: tuple[int, int, int]) -> Transform:
+    """What is done to each image of the validation and test parts that is read one by one."""
+    return Plain(spec, shape, spec.crop_pct)
+
+
+def resized(images: Tensor, size: int | None, interpolation: str) -> Tensor:
+    """uint8 images (N, C, H, W) with the shorter side resized to `size` (antialiased), then the centre: (N, C, size, size)."""
+    if size is None or images.shape[-2:] == (size, size):
+        return images
+    height, width = images.shape[-2:]
+    scale = size / min(height, width)
+    target = [max(size, round(height * scale)), max(size, round(width * scale))]
+    chunks = [F.interpolate(part.float(), target, mode=interpolation, antialias=True) for part in torch.split(images, 1024)]
+    top, left = (target[0] - size) // 2, (target[1] - size) // 2
+    whole = torch.cat([chunk.round_().clamp_(0, 255).to(torch.uint8) for chunk in chunks])
+    return whole[..., top : top + size, left : left + size].contiguous()

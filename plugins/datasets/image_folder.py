@@ -1,0 +1,103 @@
+"""Images of your own: a folder for each part, and in it a folder for each class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+import kdkit
+
+
+class ImageFolderOptions(kdkit.DatasetOptions):
+    """Where the images are."""
+
+    root: kdkit.RecipePath = Field(description="Folder that holds the parts' folders.")
+    train: str = Field(default="train", description="Training folder inside `root`.")
+    test: str | None = Field(default=None, description="Test folder inside `root` (default: `test`, or else `val`).")
+
+
+class Files:
+    """Image files with their classes; an item is an RGB image.
+
+    Args:
+        files: (path, class index) of each.
+    """
+
+    def __init__(self, files: Sequence[tuple[str, int]]) -> None:
+        self.paths = [path for path, _ in files]
+        self.labels = [label for _, label in files]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        from PIL import Image
+
+        try:
+            with Image.open(self.paths[index]) as image:
+                return image.convert("RGB"), self.labels[index]
+        except Exception as error:  # a broken file raises whatever its format's reader raises
+            raise kdkit.DataError(f"{self.paths[index]}: cannot be read as an image: {error}") from error
+
+
+class ImageFolder(kdkit.DatasetSource):
+    """Your own images, in folders: train/CLASS/*.jpg and test/CLASS/*.jpg (or val/). Needs `data.image_size`."""
+
+    name = "image_folder"
+    Options = ImageFolderOptions
+    options: ImageFolderOptions
+
+    def info(self) -> kdkit.DataInfo:
+        train, test = self._parts["train"], self._parts["test"]
+        names = tuple(self._classes)
+        return kdkit.DataInfo((3, 0, 0), num_classes=len(names), num_train=len(train), num_test=len(test), class_names=names)
+
+    def split(self, part: Literal["train", "test"]) -> Files:
+        return self._parts[part]
+
+    @cached_property
+    def _classes(self) -> dict[str, int]:
+        from torchvision.datasets.folder import find_classes
+
+        folder = self._folder(self.options.train)
+        try:
+            found: dict[str, int] = find_classes(folder)[1]
+        except FileNotFoundError as error:
+            raise kdkit.DataError(f"{folder}: has no folders, one for each class, in it") from error
+        return found
+
+    @cached_property
+    def _parts(self) -> dict[str, Files]:
+        root = self.options.root
+        test = self.options.test or next((name for name in ("test", "val") if (root / name).is_dir()), "test")
+        return {"train": self._list(self.options.train), "test": self._list(test)}
+
+    def _folder(self, name: str) -> Path:
+        folder = self.options.root / name
+        if not folder.is_dir():
+            inside = sorted(path.name for path in self.options.root.iterdir() if path.is_dir()) if self.options.root.is_dir() else []
+            has = f"{self.options.root} has {', '.join(inside[:10])}" if inside else f"{self.options.root} is no folder or has none in it"
+            raise kdkit.DataError(f"{folder}: no such folder; {has}")
+        return folder
+
+    def _list(self, name: str) -> Files:
+        from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+        folder = self._folder(name)
+        strangers = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name not in self._classes)
+        if strangers:
+            raise kdkit.DataError(f"{folder / strangers[0]}: no such class in {self.options.root / self.options.train}")
+        found = make_dataset(folder, self._classes, extensions=IMG_EXTENSIONS, allow_empty=True)
+        if not found:
+            raise kdkit.DataError(f"{folder}: has no images in class folders (looked for {', '.join(IMG_EXTENSIONS)})")
+        return Files(found)
+
+
+@kdkit.hookimpl
+def kdkit_datasets() -> Sequence[type[kdkit.DatasetSource]]:
+    """The dataset of this file."""
+    return [ImageFolder]

@@ -1,0 +1,89 @@
+"""Hints: a small regressor on the student's features predicts the teacher's.
+
+Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, arXiv:1412.6550, eq. 3. The paper has half the squared norm per sample and
+a valid convolution as large as the difference in size; this is the plain mean over all elements, with the regressor of later public
+benchmarks (batch normalisation and ReLU after it). It suits teacher layers after a ReLU; for others take `adapter: linear`.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+import kdkit
+
+
+class Hint(kdkit.Loss):
+    """Mean squared error of the teacher's features, predicted from the student's by a learnt regressor r.
+
+    Formula: (r(f_s) - f_t)^2, mean over all elements, then over the layer pairs
+
+    Maps (B, C, H, W): r is a convolution, then batch normalisation and ReLU: 1x1 where the sizes agree, 3x3 with stride 2 where the
+    student's is twice the teacher's (odd sizes rounded up), 4x4 transposed with stride 2 where it is half, 1x1 and a bilinear resize
+    at the end elsewhere. With `adapter: linear`, r is a 1x1 convolution alone, resized likewise. Tokens (B, N, D), equally many on both
+    sides, and vectors (B, D): r is a linear layer.
+    """
+
+    name = "hint"
+    knowledge = "feature"
+
+    class Options(kdkit.FeatureOptions):
+        adapter: Literal["regressor", "linear"] = Field(
+            default="regressor",
+            description="What predicts maps: `regressor`, a convolution by size, batch norm and ReLU; or `linear`, a bare 1x1 convolution.",
+        )
+
+    options: Options
+    adapters: nn.ModuleList
+
+    def setup(self, student: kdkit.Outputs, teacher: kdkit.Outputs, context: kdkit.Context | None = None) -> None:
+        self.adapters = nn.ModuleList()
+        for layers, (f_s, f_t) in zip(self.options.layers, self.options.pairs(student, teacher), strict=True):
+            if f_s.ndim != f_t.ndim or f_s.ndim not in (2, 3, 4) or (f_s.ndim == 3 and f_s.shape[1] != f_t.shape[1]):
+                raise kdkit.ShapeError(
+                    f"{self.name}: student '{layers.student}' {tuple(f_s.shape)} cannot predict teacher '{layers.teacher}' "
+                    f"{tuple(f_t.shape)}; pair two maps (B, C, H, W), as many tokens (B, N, D) or vectors (B, D), such as 'penultimate'"
+                )
+            if f_s.ndim < 4:
+                self.adapters.append(nn.Linear(f_s.shape[-1], f_t.shape[-1]))
+            elif self.options.adapter == "linear":
+                self.adapters.append(nn.Conv2d(f_s.shape[1], f_t.shape[1], 1))
+            else:
+                self.adapters.append(nn.Sequential(convolution(f_s, f_t), AnyBatchNorm(f_t.shape[1]), nn.ReLU()))
+
+    def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
+        errors = []
+        for adapter, (f_s, f_t) in zip(self.adapters, self.options.pairs(student, teacher), strict=True):
+            guess = adapter(f_s)
+            if guess.shape[2:] != f_t.shape[2:] and guess.ndim == 4:
+                guess = F.interpolate(guess, size=f_t.shape[2:], mode="bilinear", align_corners=False)
+            errors.append(F.mse_loss(guess, f_t))
+        return torch.stack(errors).mean()
+
+
+def convolution(f_s: Tensor, f_t: Tensor) -> nn.Module:
+    """From the student's channels to the teacher's, and to its size where that is the same, half or double."""
+    sizes = list(zip(f_s.shape[2:], f_t.shape[2:], strict=True))
+    if all(s == t for s, t in sizes):
+        return nn.Conv2d(f_s.shape[1], f_t.shape[1], 1, bias=False)
+    if all((s + 1) // 2 == t for s, t in sizes):
+        return nn.Conv2d(f_s.shape[1], f_t.shape[1], 3, stride=2, padding=1, bias=False)
+    if all(2 * s == t for s, t in sizes):
+        return nn.ConvTranspose2d(f_s.shape[1], f_t.shape[1], 4, stride=2, padding=1, bias=False)
+    return nn.Conv2d(f_s.shape[1], f_t.shape[1], 1, bias=False)
+
+
+class AnyBatchNorm(nn.BatchNorm2d):
+    """Batch normalisation that falls back on its running statistics for a single value per channel, where torch raises."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training and input.numel() == input.shape[1]:
+            return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return super().forward(input)
+
+
+@kdkit.hookimpl
+def kdkit_losses() -> list[type[kdkit.Loss]]:
+    return [Hint]

@@ -1,0 +1,99 @@
+"""timm's models: any of its architectures, its pretrained weights, and a small-image stem for its ResNets."""
+
+import difflib
+from typing import Any, Literal
+
+from pydantic import Field
+from torch import nn
+
+import kdkit
+
+
+class TimmSource(kdkit.ModelSource):
+    """timm's models: `model: resnet18`, `model: timm/resnet18.a1_in1k` or `model: hf-hub:timm/resnet18.a1_in1k`."""
+
+    name = "timm"
+
+    class Options(kdkit.ModelOptions):
+        """Which weights, and what the model is created with."""
+
+        pretrained: bool = Field(default=False, description="Start from timm's pretrained weights (downloaded once).")
+        args: dict[str, Any] = Field(default_factory=dict, description="Arguments of `timm.create_model`: drop_path_rate, img_size...")
+        stem: Literal["default", "small"] = Field(
+            default="default",
+            description="small: a ResNet begins with one 3x3 convolution of stride 1 and no pooling, for images of 8 to 64 pixels; "
+            "where args give `channels`, it is as wide as the first of them.",
+        )
+
+    options: Options
+
+    def build(self, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+        """The network by `timm.create_model`, with random weights."""
+        options = self.options
+        if options.stem == "small" and options.pretrained:
+            raise kdkit.ModelError("pretrained weights need the stem that they were trained with: leave out `stem: small`")
+        arguments = {"in_chans": image_shape[0], **(self._narrow_stem() if options.stem == "small" else {}), **options.args}
+        module = self._create(num_classes=num_classes, **arguments)
+        if options.stem == "small":
+            _shrink_stem(module, self.model_name)
+        return module
+
+    def load(self, module: nn.Module) -> None:
+        """Load timm's pretrained weights; a classifier of another size keeps random ones."""
+        if not self.options.pretrained:
+            return
+        arguments = {"in_chans": self.in_channels(3), **self.options.args}
+        # Only create_model knows how an architecture's files are converted, so a second network is made and copied.
+        donor = self._create(num_classes=module.num_classes, pretrained=True, **arguments)
+        module.load_state_dict(donor.state_dict())
+
+    def normalization(self, module: nn.Module) -> kdkit.Normalize | None:
+        """What the network's `pretrained_cfg` says."""
+        config: dict[str, Any] = getattr(module, "pretrained_cfg", None) or {}
+        if not config.get("mean") or not config.get("std"):
+            return None
+        return kdkit.Normalize(mean=tuple(config["mean"]), std=tuple(config["std"]))
+
+    def in_channels(self, image_channels: int) -> int:
+        """`args.in_chans`; else colour for pretrained networks, and the images' own channels for others."""
+        return int(self.options.args.get("in_chans", 3 if self.options.pretrained else image_channels))
+
+    def _create(self, **arguments: Any) -> nn.Module:
+        import timm
+
+        name = self.model_name
+        if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name):
+            close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
+            raise kdkit.ModelError(f"timm has no model '{name}'" + (f"; did you mean one of: {', '.join(close)}" if close else ""))
+        try:
+            module: nn.Module = timm.create_model(name, **arguments)
+        except Exception as error:
+            raise kdkit.ModelError(f"timm cannot build '{name}': {type(error).__name__}: {' '.join(str(error).split())}") from error
+        return module
+
+    def _narrow_stem(self) -> dict[str, Any]:
+        """Arguments that make timm's blocks expect a stem as wide as the first stage (by itself a ResNet's has 64 channels)."""
+        channels = self.options.args.get("channels")
+        if not channels:
+            return {}
+        if channels[0] % 2:
+            raise kdkit.ModelError(f"`stem: small` needs an even number of first channels, got {channels[0]}")
+        return {"stem_type": "deep", "stem_width": channels[0] // 2}  # a deep stem is twice its width; it is replaced below
+
+
+def _shrink_stem(module: Any, name: str) -> None:
+    from timm.models.resnet import ResNet
+
+    if not isinstance(module, ResNet):
+        raise kdkit.ModelError(f"`stem: small` is for timm's ResNet family, which '{name}' is not in")
+    network: Any = module
+    network.conv1 = nn.Conv2d(network.in_chans, network.bn1.num_features, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm's own
+    network.maxpool = nn.Identity()
+    for number, entry in enumerate(network.feature_info):
+        entry["reduction"] //= 4 if number else 2  # the stem comes before the pooling
+
+
+@kdkit.hookimpl
+def kdkit_models() -> list[type[kdkit.ModelSource]]:
+    return [TimmSource]

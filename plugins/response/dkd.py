@@ -1,0 +1,73 @@
+"""Decoupled distillation: how sure the teacher is of the label, and how it ranks the other classes, weighted apart.
+
+Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022, arXiv:2203.08679, eq. 7; T^2 and the batch mean as in the released code.
+That code takes the log of a sum of probabilities and hides the label's logit by subtracting 1000: infinite or NaN at margins of 100.
+Here both parts come from log-sum-exp over the non-target logits: the same values, finite everywhere. `standardize`: Sun et al., "Logit
+Standardization in Knowledge Distillation", CVPR 2024, arXiv:2403.01427; rows of equal logits count as uniform and have no gradient.
+"""
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+import kdkit
+
+
+class DKD(kdkit.Loss):
+    """Decoupled KL divergences: of the label against the rest (TCKD), and among the other classes (NCKD).
+
+    Formula: T^2 * (alpha * TCKD + beta * NCKD), mean over the batch, in nats
+
+    TCKD = KL of (q_y, 1 - q_y) from (p_y, 1 - p_y), with p = softmax(z_s / T), q = softmax(z_t / T) and y the label; NCKD = the KL of
+    the same kind between softmaxes over the K - 1 classes that are not y. Logits (B, K) on both sides, K >= 2.
+    """
+
+    name = "dkd"
+    knowledge = "response"
+
+    class Options(kdkit.LossOptions):
+        alpha: kdkit.Rampable = Field(default=1.0, ge=0, description="Factor of TCKD, the label against the rest.")
+        beta: kdkit.Rampable = Field(default=8.0, ge=0, description="Factor of NCKD, the classes other than the label.")
+        temperature: kdkit.Rampable = Field(default=4.0, gt=0, description="T: softens both distributions; 1 leaves them as they are.")
+        standardize: bool = Field(default=False, description="Give every sample's logits mean 0 and deviation 1 first, on both sides.")
+
+    options: Options
+
+    def setup(self, student: kdkit.Outputs, teacher: kdkit.Outputs, context: kdkit.Context | None = None) -> None:
+        z_s, z_t = student.logits, teacher.logits
+        if z_s.ndim != 2 or z_t.ndim != 2 or z_s.shape[1] != z_t.shape[1] or z_s.shape[1] < 2:
+            raise kdkit.ShapeError(
+                f"{self.name}: student logits {tuple(z_s.shape)} and teacher logits {tuple(z_t.shape)} must both be (B, K) "
+                "over the same K >= 2 classes; train both on one class set, or compare features instead"
+            )
+
+    def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
+        z_s, z_t, t = student.logits, teacher.logits, self.options.temperature
+        if self.options.standardize:
+            z_s, z_t = standardized(z_s), standardized(z_t)
+        label_s, others_s = log_probabilities(z_s / t, batch.classes)
+        label_t, others_t = log_probabilities(z_t / t, batch.classes)
+        tckd = F.kl_div(label_s, label_t, reduction="batchmean", log_target=True)
+        nckd = F.kl_div(others_s, others_t, reduction="batchmean", log_target=True)
+        return t**2 * (self.options.alpha * tckd + self.options.beta * nckd)
+
+
+def log_probabilities(z: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the label and of the rest (B, 2); of each other class, given that it is not the label (B, K - 1)."""
+    k = torch.arange(z.shape[1] - 1, device=z.device)
+    others = z.gather(1, k + (k >= classes[:, None]))  # every class but the label, in order
+    margin = z.gather(1, classes[:, None]) - others.logsumexp(1, keepdim=True)
+    return F.logsigmoid(torch.cat([margin, -margin], 1)), F.log_softmax(others, dim=1)
+
+
+def standardized(z: Tensor) -> Tensor:
+    """Rows of mean 0 and deviation 1 (B, K); rows whose deviation is below 1e-5 become zeros without gradient."""
+    centred = z - z.mean(1, keepdim=True)
+    variance = centred.square().sum(1, keepdim=True) / (z.shape[1] - 1)
+    return torch.where(variance > 1e-10, centred / (1e-7 + variance.clamp_min(1e-10).sqrt()), 0.0)
+
+
+@kdkit.hookimpl
+def kdkit_losses() -> list[type[kdkit.Loss]]:
+    return [DKD]
