@@ -48,7 +48,11 @@ class RunError(KdkitError):
 
 
 class Interrupted(RunError):
-    """A run that a signal stopped, after it was saved."""
+    """A run that a signal stopped, after it was saved; `signal` is its number."""
+
+    def __init__(self, says: str, signal: int) -> None:
+        super().__init__(says)
+        self.signal = signal
 
 
 def suggest(word: str, allowed: Iterable[str], limit: int = 40) -> str:

@@ -15,10 +15,10 @@ from kdkit.contracts import LayerPair
 from kdkit.errors import ModelError, RunError, TapError
 from kdkit.folding import fold_batchnorm
 from kdkit.layers import expand_pairs
-from kdkit.models import build_model, split_name
+from kdkit.models import build_model
 from kdkit.providers import DataInfo, ModelOptions, ModelSource
 from kdkit.randomness import seeded
-from kdkit.recipe import Recipe
+from kdkit.recipe import Recipe, source_of
 from kdkit.schema import RecipeTeacher, TeacherOptions
 from kdkit.tapping import TappedModel
 
@@ -138,7 +138,7 @@ class ModelFactory:
 
     def _source(self, options: ModelOptions) -> ModelSource:
         sources = self.recipe.plugins.models
-        name, model_name = split_name(options.model, sources)
+        name, model_name = source_of(options.model, sources)
         return sources[name](options, model_name)
 
     def _build(self, section: str, options: ModelOptions, layers: Sequence[str], number: int) -> TappedModel:

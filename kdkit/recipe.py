@@ -15,14 +15,16 @@ from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, crea
 from pydantic_core import ErrorDetails
 
 from kdkit import registry
-from kdkit.errors import RecipeError, suggest
+from kdkit.errors import ModelError, RecipeError, suggest
 from kdkit.options import Options, Text
+from kdkit.providers import ModelOptions
 from kdkit.registry import Registry
 from kdkit.schema import DatasetEntry, DataSpec, LossEntry, RecipeBase, RecipeTeacher, ScheduleEntry, TeacherOptions
 from kdkit.source import Source
 
 Location = Sequence[str | int]
 DEFAULT_SOURCE = "timm"
+RECIPE = "recipe"  # key of a teacher that another recipe trains
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ def load(path: Path | str, overrides: Mapping[str, Any] | None = None, plugins: 
     try:
         spec = model.model_validate(source.data)
     except ValidationError as error:
-        raise RecipeError("\n".join(dict.fromkeys(_explain(e, source, model) for e in error.errors()))) from None
+        problems = (_explain(e, source, model) for e in error.errors() if not _is_echo(e))
+        raise RecipeError("\n".join(dict.fromkeys(problems))) from None
     recipe = Recipe(spec, source, found)
     if problems := list(_cross_check(recipe)):
         raise RecipeError("\n".join(problems))
@@ -111,10 +114,18 @@ def _cross_check(recipe: Recipe) -> Iterable[str]:
         yield recipe.problem(["schedule"], f"schedule '{spec.schedule.use}' needs a `teacher:`")
     if not needs and spec.teacher is not None:
         yield recipe.problem(["teacher"], f"schedule '{spec.schedule.use}' has no teacher; leave it out or write `teacher: null`")
+    for section, options in (("teacher", spec.teacher), ("student", spec.student)):
+        if isinstance(options, ModelOptions):
+            try:
+                source_of(options.model, recipe.plugins.models)
+            except ModelError as error:
+                yield recipe.problem([section, "model"], str(error))
     given = [entry.name for entry in spec.losses if entry.name]
     for i, entry in enumerate(spec.losses):
         if entry.name and given.count(entry.name) > 1:
             yield recipe.problem(["losses", i, "name"], f"'{entry.name}' names two losses")
+    if isinstance(spec.teacher, TeacherOptions) and spec.teacher.fold_batchnorm and spec.teacher.mode == "train":
+        yield recipe.problem(["teacher", "fold_batchnorm"], "folded layers have no batch statistics, which `mode: train` asks for")
     if spec.train.lr_schedule.warmup_epochs + spec.train.lr_schedule.cooldown_epochs > spec.train.epochs:
         yield recipe.problem(["train", "lr_schedule"], f"warm-up and cool-down are longer than the {spec.train.epochs} epochs")
     for location, path in _paths(spec, []):
@@ -165,7 +176,7 @@ def _recipe_type(losses: tuple[Any, ...], schedules: tuple[Any, ...], models: tu
         __base__=RecipeBase,
         __doc__=RecipeBase.__doc__,
         data=(data, Field(description="What is trained and measured on.")),
-        teacher=(_by_source({**teachers, "recipe": RecipeTeacher}) | None, RecipeBase.model_fields["teacher"]),
+        teacher=(_by_source({**teachers, RECIPE: RecipeTeacher}) | None, RecipeBase.model_fields["teacher"]),
         student=(_by_source(students), Field(description="Who learns.")),
         schedule=(_by_use(variants(schedules, "schedule", ScheduleEntry)), Field(description="Who teaches whom, and when.")),
         losses=(tuple[_by_use(variants(losses, "loss", LossEntry)), ...], RecipeBase.model_fields["losses"]),  # type: ignore[misc]
@@ -194,18 +205,35 @@ def _by_source(variants: Mapping[str, type[Options]]) -> Any:
     def which(value: Any) -> str:
         if isinstance(value, BaseModel):
             return next((tag for tag, variant in variants.items() if isinstance(value, variant)), DEFAULT_SOURCE)
-        if isinstance(value, Mapping) and "recipe" in value and "recipe" in variants:
-            return "recipe"
+        if isinstance(value, Mapping) and RECIPE in value and RECIPE in variants:
+            return RECIPE
         model = value.get("model") if isinstance(value, Mapping) else None
-        return source_of(model, variants)[0] if isinstance(model, str) else DEFAULT_SOURCE
+        try:
+            return source_of(model, variants)[0] if isinstance(model, str) else DEFAULT_SOURCE
+        except ModelError:
+            return DEFAULT_SOURCE  # told by _cross_check, with the place
 
     return Annotated[Union[tagged], Discriminator(which)]  # noqa: UP007
 
 
 def source_of(model: str, sources: Iterable[str]) -> tuple[str, str]:
-    """(source, name) of `model:`; what does not begin with a source's name and a slash is timm's."""
+    """Source and name of `model:`; a bare name, and one that begins with `hf-hub:`, is timm's.
+
+    Raises:
+        ModelError: there is no such source.
+    """
     source, slash, name = model.partition("/")
-    return (source, name) if slash and source in set(sources) else (DEFAULT_SOURCE, model)
+    if not slash or ":" in source:
+        return DEFAULT_SOURCE, model
+    names = set(sources) - {RECIPE}
+    if source not in names:
+        raise ModelError(f"no model source is called '{source}'; {suggest(source, names)}")
+    return source, name
+
+
+def _is_echo(error: ErrorDetails) -> bool:
+    """A list that is called too short because its items are wrong."""
+    return error["type"] == "too_short" and len(error["input"]) >= error["ctx"]["min_length"]
 
 
 def _explain(error: ErrorDetails, source: Source, model: type[RecipeBase]) -> str:
@@ -253,7 +281,7 @@ def _keys_at(location: Location, model: type[BaseModel]) -> list[str]:
         if fields:
             here = [m for field in fields for m in _models_in(field.annotation)]
         elif isinstance(step, str):
-            here = [m for m in here if m.__name__.lower().startswith(step.lower()) or (step == "recipe" and m is RecipeTeacher)] or here
+            here = [m for m in here if m.__name__.lower().startswith(step.lower()) or (step == RECIPE and m is RecipeTeacher)] or here
     return sorted({field.alias or name for m in here for name, field in m.model_fields.items()})
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from safetensors.torch import save
 
@@ -189,17 +191,14 @@ class StageRun:
             return here
         if not together:
             return False
-        import torch
-
         wish = torch.tensor(float(here), device=self.setting.accelerator.device)
         return bool(self.setting.accelerator.reduce(wish).item() > 0)
 
     def _leave(self) -> None:
         setting, trainer = self.setting, self.trainer
-        name = setting.stop.signal.name if setting.stop.signal else "a signal"
-        raise Interrupted(
-            f"stopped by {name} in epoch {trainer.epoch + 1} of stage '{trainer.stage.name}', saved in {setting.folder.path}; the same command goes on from here"
-        )
+        received = setting.stop.signal or signal.SIGTERM  # another process may have got it
+        place = f"epoch {trainer.epoch + 1} of stage '{trainer.stage.name}'"
+        raise Interrupted(f"stopped by {received.name} in {place}, saved in {setting.folder.path}; the same command goes on from here", received)
 
 
 def weights(model: Model) -> bytes:

@@ -1,0 +1,75 @@
+"""What a script calls: the same as the command line, with values instead of printing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from kdkit import plan, recipe, registry, runs
+from kdkit.contracts import Loss
+from kdkit.errors import PluginError, suggest
+from kdkit.options import Ramp
+from kdkit.run_folder import Result
+
+
+def train(
+    path: Path | str, *, overrides: Mapping[str, Any] | None = None, plugins: Sequence[Path | str] = (), folder: Path | str | None = None,
+    restart: bool = False, quiet: bool = False,
+) -> Result:  # fmt: skip
+    """Carry out a recipe file, or what is left of it.
+
+    Args:
+        path: the recipe.
+        overrides: values by key path, such as `{"train.epochs": 3, "losses.1.temperature": 2}`.
+        plugins: further plugin files or folders.
+        folder: the run folder (default: `run.folder`/`name`).
+        restart: throw away what is in the folder and begin anew.
+        quiet: print warnings only.
+
+    Raises:
+        RecipeError: the recipe is wrong; all problems, one a line.
+        RunError: the folder is another recipe's, or a loss is not finite.
+        Interrupted: a signal stopped it; it is saved, and a further call goes on.
+    """
+    found = recipe.load(path, overrides, _paths(plugins))
+    return runs.train(found, Path(folder) if folder else None, restart=restart, quiet=quiet)
+
+
+def check(path: Path | str, *, overrides: Mapping[str, Any] | None = None, plugins: Sequence[Path | str] = ()) -> plan.Plan:
+    """What a recipe would do, without doing it.
+
+    Raises:
+        RecipeError: what cannot work, one problem a line.
+    """
+    return plan.make(recipe.load(path, overrides, _paths(plugins)))
+
+
+def build_loss(name: str, *, plugins: Sequence[Path | str] = (), **options: Any) -> Loss:
+    """A loss for a loop of your own: call `setup(student, teacher)` once, then `loss(student, teacher, batch)`.
+
+    Args:
+        name: as `kdkit plugins` lists it.
+        plugins: further plugin files or folders.
+        **options: the loss's own.
+
+    Raises:
+        PluginError: no such loss, or it has no such option.
+    """
+    losses = registry.load(_paths(plugins)).losses
+    if name not in losses:
+        raise PluginError(f"no loss is called '{name}'; {suggest(name, losses)}")
+    try:
+        chosen = losses[name].Options(**options)
+    except ValidationError as error:
+        problems = (f"{name}: {'.'.join(map(str, e['loc']))}: {e['msg'][0].lower()}{e['msg'][1:]}" for e in error.errors())
+        raise PluginError("\n".join(problems)) from None
+    if ramps := [key for key, value in chosen if isinstance(value, Ramp)]:
+        raise PluginError(f"{name}: {ramps[0]}: a ramp needs the engine, which knows the epoch; give a number")
+    return losses[name](chosen)
+
+
+def _paths(plugins: Sequence[Path | str]) -> tuple[Path, ...]:
+    return tuple(Path(path).expanduser().resolve() for path in plugins)

@@ -1,0 +1,141 @@
+"""The command line. Everything heavy is imported in the command that needs it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from kdkit.errors import Interrupted, KdkitError
+
+if TYPE_CHECKING:
+    from kdkit.recipe import Recipe
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich", help="Knowledge distillation from recipes: any loss plugin under any schedule plugin.")
+out = Console(soft_wrap=True, highlight=False)
+
+RecipeFile = Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Values that replace the file's: key.path=value, such as train.epochs=3.", show_default=False)]
+Plugins = Annotated[list[Path] | None, typer.Option("--plugins", help="Further plugin file or folder; may be repeated.", show_default=False)]
+
+
+@app.command()
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    plugins: Plugins = None,
+    run: Annotated[Path | None, typer.Option("--run", help="Run folder (default: run.folder/name).", show_default=False)] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Throw away the run that is there, and begin anew.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print warnings only.")] = False,
+) -> None:
+    """Carry out a recipe; an interrupted run goes on from where it was."""
+    from kdkit import runs
+
+    runs.train(_load(recipe, overrides, plugins), run, restart=restart, quiet=quiet)
+
+
+@app.command()
+def check(recipe: RecipeFile, overrides: Overrides = None, plugins: Plugins = None) -> None:
+    """Say what a recipe would do, without data, weights or training."""
+    from kdkit import plan
+
+    found = _load(recipe, overrides, plugins)
+    made = plan.make(found)
+    out.print(f"{found.spec.name}: {made.num_train:,} training images {tuple(made.info.image_shape)}, {made.info.num_classes} classes, {made.info.num_test:,} test images", markup=False)
+    for model in (made.teacher, made.student):
+        if model:
+            out.print(f"{model.role}: {model.parameters:,} parameters, {model.macs / 1e6:,.2f} M multiply-accumulates per image", markup=False)
+            for name, shape in model.taps:
+                out.print(f"  tap {name} (B, {', '.join(map(str, shape))})", markup=False)
+    for stage in made.stages:
+        students = f", {stage.students} students" if stage.students > 1 else ""
+        out.print(f"stage {stage.name}: {stage.epochs} epochs, {stage.steps:,} steps{students}", markup=False)
+        out.print(f"  total = {stage.formula}", markup=False)
+        for name, parts, parameters in stage.adapters:
+            out.print(f"  adapters of {name}: {parts} ({parameters:,} parameters)", markup=False)
+    for note in made.notes:
+        out.print(f"note: {note}", style="yellow", markup=False)
+
+
+@app.command()
+def layers(
+    model: Annotated[str, typer.Argument(help="SOURCE/NAME; a bare NAME is timm's.")],
+    options: Annotated[list[str] | None, typer.Argument(help="Options of the model: key=value, such as stem=small.", show_default=False)] = None,
+    classes: Annotated[int, typer.Option(help="Number of classes.")] = 10,
+    size: Annotated[str, typer.Option(help="Image shape C,H,W.")] = "3,224,224",
+    plugins: Plugins = None,
+) -> None:
+    """List the layers of a model that a recipe can tap, with output shapes and aliases."""
+    from kdkit import listing
+
+    rows = listing.layers(model, options or [], classes, size, _paths(plugins))
+    table = Table("layer", "type", "output", "alias", box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(row.name or "(the network)", row.type, f"(B, {', '.join(map(str, row.shape[1:]))})", ", ".join(row.aliases))
+    out.print(table)
+
+
+@app.command()
+def plugins(
+    name: Annotated[str | None, typer.Argument(help="Show this one's options, formula and paper.", show_default=False)] = None,
+    plugins: Plugins = None,
+) -> None:
+    """List the plugins found, or show one."""
+    from kdkit import catalogue, registry
+    from kdkit.errors import PluginError, suggest
+
+    found = list(catalogue.entries(registry.load(_paths(plugins))))
+    if name is None:
+        table = Table("name", "kind", "knowledge/scheme", "what it is", "from", box=None, pad_edge=False)
+        for entry in found:
+            table.add_row(entry.name, entry.kind, entry.group, entry.summary, entry.origin)
+        out.print(table)
+        return
+    chosen = [entry for entry in found if entry.name == name]
+    if not chosen:
+        raise PluginError(f"no plugin is called '{name}'; {suggest(name, (entry.name for entry in found))}")
+    for entry in chosen:
+        out.print(f"{entry.name}: {entry.group} {entry.kind}\n{entry.summary}\n\n{entry.details}".rstrip(), markup=False)
+        if entry.paper:
+            out.print(f"\n{entry.paper}", markup=False)
+        table = Table("option", "type", "default", "meaning", box=None, pad_edge=False)
+        for option in entry.options:
+            table.add_row(option.name, option.type, option.default, option.description)
+        if entry.options:
+            out.print()
+            out.print(table)
+        out.print(f"\nfrom {entry.origin}", markup=False)
+
+
+@app.command()
+def schema(plugins: Plugins = None) -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    from kdkit import recipe, registry
+
+    sys.stdout.write(recipe.schema(registry.load(_paths(plugins))))
+
+
+def _load(path: Path, overrides: list[str] | None, plugins: list[Path] | None) -> Recipe:
+    from kdkit import recipe, source
+
+    return recipe.load(path, source.parse_overrides(overrides or []), _paths(plugins))
+
+
+def _paths(plugins: list[Path] | None) -> tuple[Path, ...]:
+    return tuple(path.expanduser().resolve() for path in plugins or [])
+
+
+def main() -> None:
+    """Run the command line: a mistake of the user's is one line and exit code 2; a stop by a signal is 128 plus its number."""
+    try:
+        app(standalone_mode=True)
+    except Interrupted as error:
+        print(error, file=sys.stderr)
+        sys.exit(128 + error.signal)
+    except KdkitError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,232 @@
+"""What `kdkit.testing` tries a loss on: layers of many shapes, hard inputs, and how a loss is valued there."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdkit.contracts import Batch, Context, FeatureOptions, Loss, Outputs
+from kdkit.errors import ShapeError
+from kdkit.objective import NoTeacher
+
+Shape = tuple[int, ...]
+Change = Callable[[Tensor], Tensor]
+
+CLASSES = 5
+STEEPEST = 1e6
+
+# Shapes of the tapped layers, student's and teacher's, without the batch.
+FORMS: Mapping[str, tuple[Shape, Shape]] = {
+    "maps of one shape": ((6, 8, 8), (6, 8, 8)),
+    "maps of other channels": ((6, 8, 8), (10, 8, 8)),
+    "maps of half the size": ((6, 8, 8), (10, 4, 4)),
+    "maps of twice the size": ((6, 4, 4), (10, 8, 8)),
+    "maps of a third of the size": ((6, 9, 9), (10, 3, 3)),
+    "maps of one pixel": ((6, 1, 1), (10, 1, 1)),
+    "tokens": ((9, 6), (9, 10)),
+    "vectors": ((6,), (10,)),
+}
+MISFITS: Mapping[str, tuple[Shape, Shape]] = {
+    "a map and a vector": ((6, 8, 8), (10,)),
+    "tokens and a map": ((9, 6), (10, 3, 3)),
+    "other numbers of tokens": ((9, 6), (16, 10)),
+    "features without a dimension": ((), ()),
+}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A loss that was set up, what it is valued on, and the name of that.
+
+    Attributes:
+        loss: after `setup`; what is valued are copies, so that its state stays.
+        student, teacher, batch: as in training; a loss on labels gets no teacher to read all the same.
+        context: what `setup` was given.
+        form: for messages.
+    """
+
+    loss: Loss
+    student: Outputs
+    teacher: Outputs
+    batch: Batch
+    context: Context
+    form: str
+
+    def require(self, condition: object, says: str) -> None:
+        if not condition:
+            raise AssertionError(f"{self.loss.name}: on {self.form}: {says}")
+
+    def copy_of_loss(self) -> Loss:
+        try:
+            return copy.deepcopy(self.loss)
+        except Exception as error:
+            raise AssertionError(f"{self.loss.name}: copy.deepcopy fails after setup: {error}") from error
+
+    def value(self, loss: Loss | None = None, seed: int = 0) -> Tensor:
+        """What the loss (by default a fresh copy) comes to."""
+        loss = loss or self.copy_of_loss()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                value = loss(self.student, readable(loss, self.teacher), self.batch)
+            except Exception as error:
+                raise AssertionError(f"{loss.name}: on {self.form}: forward raises {type(error).__name__}: {error}") from error
+        self.require(isinstance(value, Tensor) and value.shape == (), f"the value must be a scalar, not {getattr(value, 'shape', value)}")
+        return value  # type: ignore[no-any-return]
+
+    def learning(self) -> Probe:
+        """The same, with a student that asks for a gradient."""
+        return replace(self, student=self.student.map(lambda x: x.detach().clone().requires_grad_()))
+
+    def slopes(self) -> dict[str, Tensor]:
+        """The gradient for the student's logits and features, zero where the loss does not depend on them."""
+        probe = self.learning()
+        tensors = {"logits": probe.student.logits, **probe.student.features}
+        value = probe.value()
+        self.require(value.requires_grad, "the value has no gradient: something on the way from the student is detached")
+        found = torch.autograd.grad(value, list(tensors.values()), allow_unused=True)
+        return {name: torch.zeros_like(x) if g is None else g for (name, x), g in zip(tensors.items(), found, strict=True)}
+
+    def require_finite(self) -> None:
+        """Value and gradient are finite, the gradient within bounds."""
+        value = float(self.value().detach())
+        self.require(value - value == 0, f"the value is {value}")
+        for name, slope in self.slopes().items():
+            self.require(slope.isfinite().all(), f"the gradient for the student's '{name}' is not finite")
+            steepest = float(slope.abs().max())
+            self.require(steepest <= STEEPEST, f"the gradient for the student's '{name}' reaches {steepest:.1e}, above {STEEPEST:.0e}")
+
+    def changed(self, form: str, student: Change, teacher: Change) -> Probe:
+        return replace(self, student=self.student.map(student), teacher=self.teacher.map(teacher), form=f"{self.form}, {form}")
+
+    def rows(self, form: str, index: list[int]) -> Probe:
+        """Only those samples, in that order."""
+        assert isinstance(self.batch.inputs, Tensor)
+        batch = Batch(self.batch.inputs[index], self.batch.labels[index], self.batch.index[index])
+        return replace(self.changed(form, lambda x: x[index], lambda x: x[index]), batch=batch)
+
+
+class Network(nn.Module):
+    """Stands for a network in the context: batch norms called like the tapped layers, and a classifier."""
+
+    def __init__(self, channels: Mapping[str, int]) -> None:
+        super().__init__()
+        for name, count in channels.items():
+            self.add_module(name.replace(".", "_"), nn.BatchNorm2d(count))
+        self.classifier = nn.Linear(next(iter(channels.values()), 6), CLASSES)
+
+    def get_classifier(self) -> nn.Module:
+        return self.classifier
+
+
+def readable(loss: Loss, teacher: Outputs) -> Outputs:
+    """What the loss may read of the teacher: nothing, if it is on labels."""
+    return NoTeacher() if loss.knowledge == "labels" else teacher
+
+
+def random_outputs(features: Mapping[str, Shape] | None = None, *, size: int = 6, classes: int = CLASSES, seed: int = 0) -> Outputs:
+    """Normally distributed logits (size, classes) and features (size, *shape); a layer called `logits` is the logits."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(size, classes, generator=generator)
+    drawn = {name: torch.randn(size, *shape, generator=generator) for name, shape in (features or {}).items()}
+    return Outputs(logits, {name: logits if name == "logits" else x for name, x in drawn.items()})
+
+
+def random_batch(size: int = 6, classes: int = CLASSES, seed: int = 0) -> Batch:
+    """Noise images with every class in turn."""
+    inputs = torch.rand(size, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return Batch(inputs, torch.arange(size) % classes, torch.arange(size))
+
+
+def probe(cls: type[Loss], options: Mapping[str, Any], form: str, shapes: tuple[Shape, Shape], teacher_classes: int = CLASSES) -> Probe:
+    """The loss, set up on four samples for a batch of six.
+
+    Raises:
+        ShapeError: the loss refuses the form.
+    """
+    defaults = {"layers": [{"student": "a", "teacher": "a"}]} if issubclass(cls.Options, FeatureOptions) else {}
+    loss = cls(cls.Options(**{**defaults, **options}))
+    layers = {pair.student: shapes[0] for pair in loss.options.taps()}, {pair.teacher: shapes[1] for pair in loss.options.taps()}
+    networks = [Network({name: shape[0] for name, shape in names.items() if shape}) for names in layers]
+    context = Context(networks[0], networks[1].eval().requires_grad_(False), CLASSES, 64, torch.arange(64) % CLASSES)
+    few, more = (
+        (random_outputs(layers[0], size=size, seed=size), random_outputs(layers[1], size=size, classes=teacher_classes, seed=size + 1))
+        for size in (4, 6)
+    )
+    set_up(loss, *few, context, form)
+    return Probe(loss, *more, random_batch(), context, form)
+
+
+def set_up(loss: Loss, student: Outputs, teacher: Outputs, context: Context, form: str, seed: int = 0) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            loss.setup(student, readable(loss, teacher), context)
+        except ShapeError:
+            raise
+        except Exception as error:
+            raise AssertionError(f"{loss.name}: on {form}: setup raises {type(error).__name__}, not kdkit.ShapeError: {error}") from error
+
+
+def probes(cls: type[Loss], options: Mapping[str, Any]) -> Iterator[Probe]:
+    """The loss on every form that it accepts, at least one."""
+    forms = FORMS if issubclass(cls.Options, FeatureOptions) else {"logits": ((), ())}
+    refusals = []
+    for form, shapes in forms.items():
+        try:
+            accepted = probe(cls, options, form, shapes)
+        except ShapeError as error:
+            refusals.append(str(error))
+            continue
+        yield accepted
+    if len(refusals) == len(forms):
+        raise AssertionError(f"{cls.name}: setup refuses every form tried; the last: {refusals[-1]}")
+
+
+def leaves(value: Tensor) -> list[Tensor]:
+    """The tensors that a backward pass from `value` would give a gradient."""
+    todo, seen, found = [value.grad_fn], set(), []
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if (leaf := getattr(node, "variable", None)) is not None:
+            found.append(leaf)
+        todo += [parent for parent, _ in node.next_functions]
+    return found
+
+
+def as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+def equal_rows(x: Tensor) -> Tensor:
+    return x[:1].expand_as(x).clone()
+
+
+def huge_logits(x: Tensor) -> Tensor:
+    return 1e4 * x.sign() if x.ndim == 2 else x
+
+
+# What happens to the student's tensors, and to the teacher's.
+DEGENERATE: Mapping[str, tuple[Change, Change]] = {
+    "equal rows": (equal_rows, as_it_is),
+    "equal rows of the teacher": (as_it_is, equal_rows),
+    "two equal rows": (lambda x: torch.cat([x[:1], x[:1], x[2:]]), as_it_is),
+    "two rows equal but for rounding": (lambda x: torch.cat([x[:1], x[:1] * (1 + 2e-7), x[2:]]), as_it_is),
+    "a row of zeros": (lambda x: torch.cat([0 * x[:1], x[1:]]), as_it_is),
+    "a row of zeros of the teacher": (as_it_is, lambda x: torch.cat([0 * x[:1], x[1:]])),
+    "zeros": (torch.zeros_like, as_it_is),
+    "zeros of the teacher": (as_it_is, torch.zeros_like),
+    "zeros on both sides": (torch.zeros_like, torch.zeros_like),
+    "a dead channel": (lambda x: torch.cat([0 * x[:, :1], x[:, 1:]], 1), lambda x: torch.cat([0 * x[:, :1], x[:, 1:]], 1)),
+    "logits of 1e4": (huge_logits, as_it_is),
+    "logits of 1e4 of the teacher": (as_it_is, huge_logits),
+    "logits of 1e4 on both sides, opposed": (huge_logits, lambda x: -huge_logits(x)),
+}
