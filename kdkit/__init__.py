@@ -30,7 +30,11 @@ if TYPE_CHECKING:
     from kdkit.errors import RunError as RunError
     from kdkit.errors import ShapeError as ShapeError
     from kdkit.errors import TapError as TapError
+    from kdkit.api import build_loss as build_loss
+    from kdkit.api import check as check
+    from kdkit.api import train as train
     from kdkit.hookspecs import hookimpl as hookimpl
+    from kdkit.normalization import NormalizationAdapter as NormalizationAdapter
     from kdkit.options import Options as Options
     from kdkit.options import Ramp as Ramp
     from kdkit.options import Rampable as Rampable
@@ -43,6 +47,9 @@ if TYPE_CHECKING:
     from kdkit.providers import ModelSource as ModelSource
     from kdkit.providers import Normalize as Normalize
     from kdkit.providers import Split as Split
+    from kdkit.providers import Stream as Stream
+    from kdkit.tapping import taps as taps
+    from kdkit.trained import load_student as load_student
 
 __version__ = "0.1.0"
 
@@ -51,9 +58,10 @@ _HOME = {
     "errors": "DataError Interrupted KdkitError ModelError PluginError RecipeError RunError ShapeError TapError",
     "hookspecs": "hookimpl",
     "options": "Options Ramp Rampable RecipePath",
-    "providers": "DataInfo DatasetOptions DatasetSource InMemory ModelOptions ModelSource Normalize Split",
+    "providers": "DataInfo DatasetOptions DatasetSource InMemory ModelOptions ModelSource Normalize Split Stream",
     "normalization": "NormalizationAdapter",
     "tapping": "taps",
+    "trained": "load_student",
     "api": "build_loss check train",
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names.split()}

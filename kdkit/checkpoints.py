@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import io
 import os
-import pickle
 import re
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-NAME = re.compile(r"(?P<kind>[a-z0-9_]+)-(?P<number>\d{8})-(?P<digest>[0-9a-f]{16})\.pt")
+NAME = re.compile(r"(?P<kind>[a-z0-9_]+)-(?P<number>\d{8,})-(?P<digest>[0-9a-f]{16})\.pt")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -42,21 +41,22 @@ class Checkpoints:
         self.folder = folder
 
     def save(self, kind: str, number: int, state: Any, *, keep: int = 2) -> Path:
-        """Save a state under its kind and number; of that kind, keep the newest `keep`."""
+        """Save a state under its kind and number; of that kind, keep `keep`: this one and the newest before it."""
         buffer = io.BytesIO()
         torch.save(state, buffer)
         content = buffer.getvalue()
         path = self.folder / f"{kind}-{number:08d}-{hashlib.sha256(content).hexdigest()[:16]}.pt"
         write_atomically(path, content)
-        for old in [p for p in self._newest_first(kind) if p != path][keep - 1 :]:
-            old.unlink()
+        before = [p for p in self._newest_first(kind) if p != path and _number(p) <= number]
+        for other in set(self._newest_first(kind)) - {path, *before[: keep - 1]}:  # later ones are damaged, or it would not be saved anew
+            other.unlink()
         for part in self.folder.glob(".*.part"):  # what a killed process left behind
             part.unlink()
         return path
 
     def load_newest(self, kind: str) -> tuple[Any, list[Path]]:
         """The newest state that is whole, or None; and the broken files that are newer."""
-        broken = []
+        broken: list[Path] = []
         for path in self._newest_first(kind):
             if (state := _read(path)) is not None:
                 return state, broken
@@ -69,8 +69,12 @@ class Checkpoints:
             path.unlink()
 
     def _newest_first(self, kind: str) -> Iterator[Path]:
-        found = [(m["number"], p) for p in self.folder.glob("*.pt") if (m := NAME.fullmatch(p.name)) and m["kind"] == kind]
-        return (path for _, path in sorted(found, key=lambda pair: pair[0], reverse=True))
+        found = [p for p in self.folder.glob("*.pt") if (m := NAME.fullmatch(p.name)) and m["kind"] == kind]
+        return iter(sorted(found, key=lambda path: (_number(path), path.stat().st_mtime_ns), reverse=True))
+
+
+def _number(path: Path) -> int:
+    return int(path.stem.split("-")[1])
 
 
 def _read(path: Path) -> Any:
@@ -79,5 +83,5 @@ def _read(path: Path) -> Any:
         return None
     try:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError):
+    except Exception:  # whatever a file that is no checkpoint makes torch raise; nothing in it has been run
         return None

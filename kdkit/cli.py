@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,11 +17,20 @@ if TYPE_CHECKING:
     from kdkit.recipe import Recipe
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich", help="Knowledge distillation from recipes: any loss plugin under any schedule plugin.")
-out = Console(soft_wrap=True, highlight=False)
+out = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 160)
 
 RecipeFile = Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Values that replace the file's: key.path=value, such as train.epochs=3.", show_default=False)]
 Plugins = Annotated[list[Path] | None, typer.Option("--plugins", help="Further plugin file or folder; may be repeated.", show_default=False)]
+RunPath = Annotated[Path, typer.Argument(help="Run folder.", show_default=False)]
+Best = Annotated[bool, typer.Option("--best", help="The epoch with the best validation accuracy, not the last.")]
+
+
+class ExportFormat(StrEnum):
+    """What `kdkit export` writes."""
+
+    timm = "timm"
+    onnx = "onnx"
 
 
 @app.command()
@@ -59,6 +69,116 @@ def check(recipe: RecipeFile, overrides: Overrides = None, plugins: Plugins = No
             out.print(f"  adapters of {name}: {parts} ({parameters:,} parameters)", markup=False)
     for note in made.notes:
         out.print(f"note: {note}", style="yellow", markup=False)
+
+
+@app.command()
+def compare(
+    recipes: Annotated[list[Path], typer.Argument(help="Recipe files.", show_default=False)],
+    seeds: Annotated[int, typer.Option(min=1, help="Runs per recipe, with the seeds 0, 1, 2...")] = 3,
+    plugins: Plugins = None,
+) -> None:
+    """Train recipes with several seeds each, and print one table."""
+    from kdkit import study
+
+    rows = study.compare(recipes, seeds, plugins=_paths(plugins), say=lambda text: out.print(text, markup=False))
+    table = Table("", "top-1 %", "agreement %", "parameters", "size", "latency", box=None, pad_edge=False)
+    for row in rows:
+        cost = row.cost
+        latency = f"{1000 * cost.latencies[0].percentile(50):.2f} ms"
+        table.add_row(row.name, study.spread(row.top1), study.spread(row.agreement), f"{cost.parameters:,}", f"{cost.bytes / 1024:,.0f} KiB", latency)
+    out.print(table)
+    deviation = "mean +- standard deviation" if seeds > 1 else "no deviation"
+    out.print(f"test data, after the last epoch; {seeds} seed{'s' if seeds > 1 else ''}, {deviation}; agreement with the teacher; latency of one image, median", style="dim")
+
+
+@app.command()
+def evaluate(
+    run: RunPath,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Other data: data.key=value, such as data.dataset.root=/images.", show_default=False)
+    ] = None,
+    best: Best = False,
+) -> None:
+    """Measure a run's student again, beside its teacher."""
+    from kdkit import trained
+    from kdkit.engine import build_accelerator
+    from kdkit.show import score_table
+    from kdkit.source import parse_overrides
+
+    opened = trained.TrainedRun(run, parse_overrides(overrides or []))
+    device = build_accelerator(opened.recipe.spec.train).device
+    scores = trained.evaluate(opened, best=best, device=device)
+    out.print(score_table((f"{score.role}, {score.part}", score.metrics) for score in scores))
+
+
+@app.command()
+def show(
+    run: RunPath,
+    png: Annotated[
+        Path | None, typer.Option("--png", help="Picture of the curves (default: curves.png in the run folder).", show_default=False)
+    ] = None,
+) -> None:
+    """Tell a run, finished or not: its recipe in brief, its result, its learning curves."""
+    from kdkit.show import Story
+
+    story = Story(run)
+    out.print(story.report(), markup=False)
+    if png or story.curves.epochs:
+        out.print(f"\ncurves: {story.draw(png)}", markup=False)
+
+
+@app.command()
+def export(
+    run: RunPath,
+    form: Annotated[ExportFormat, typer.Option("--format", help="timm: weights and config.json; onnx: one network.")] = ExportFormat.timm,
+    output: Annotated[Path | None, typer.Option("--output", help="Folder (default: export in the run folder).", show_default=False)] = None,
+    best: Best = False,
+) -> None:
+    """Write a run's student so that timm or ONNX Runtime loads it."""
+    from kdkit import trained
+    from kdkit.export import export as write
+
+    made = write(trained.TrainedRun(run), "onnx" if form is ExportFormat.onnx else "timm", output, best=best)
+    for file in made.files:
+        out.print(f"{file} ({file.stat().st_size:,} bytes)", markup=False)
+    for note in made.notes:
+        out.print(note, markup=False)
+
+
+@app.command()
+def profile(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN|MODEL...", help="Run folders (teacher and student), and names of models.", show_default=False),
+    ],
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Images per answer, beside single ones.")] = 32,
+    size: Annotated[
+        str | None, typer.Option("--size", help="Image shape C,H,W (default: the run's, or 3,224,224).", show_default=False)
+    ] = None,
+    classes: Annotated[
+        int | None, typer.Option("--classes", min=1, help="Logits of named models (default: the run's, or 1000).", show_default=False)
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Processor threads (default: torch's).", show_default=False)
+    ] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Measure on the processor, even where there is an accelerator.")] = False,
+    runs: Annotated[int, typer.Option("--runs", min=1, help="Answers timed of each model and batch size, within five seconds.")] = 100,
+    plugins: Plugins = None,
+) -> None:
+    """Measure what models cost: parameters, multiply-accumulates, bytes, time; from the second on, beside the first."""
+    import torch
+
+    from kdkit import cost_table
+    from kdkit import profile as profiling
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() and not cpu else None
+    device = accelerator or torch.device("cpu")
+    with profiling.threads(threads):
+        found = cost_table.subjects(models, size, classes, device, _paths(plugins))
+        measured = profiling.measure_together([(s.model, s.shape) for s in found], sorted({1, batch}), runs=runs)
+        shapes = " or ".join(dict.fromkeys(f"({', '.join(map(str, s.shape))})" for s in found))
+        out.print(f"images {shapes}, on {device.type}, {torch.get_num_threads()} threads", markup=False)
+    out.print(cost_table.table([s.name for s in found], measured))
 
 
 @app.command()

@@ -23,7 +23,7 @@ class Batch:
     Attributes:
         inputs: images (B, C, H, W) in [0, 1], or a mapping of tensors (text).
         labels: class indices (B,), or shares of the classes (B, K) when inputs are mixed.
-        index: the samples' positions in the dataset (B,).
+        index: the samples' places in the dataset's whole training part (B,), whatever subset is trained on.
     """
 
     inputs: Inputs
@@ -92,8 +92,8 @@ class Context:
     Attributes:
         student, teacher: the networks themselves (teacher is None without one).
         num_classes: K.
-        num_samples: length of the training set.
-        labels: class indices of the training set, (num_samples,).
+        num_samples: one more than the largest `Batch.index`; 0 where images have none (a stream).
+        labels: class by `Batch.index`, (num_samples,); -1 where an image is not trained on.
     """
 
     student: nn.Module

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedDataParallelKwargs, broadcast, gather_object
 from torch import Tensor, nn
 
 from kdkit.contracts import Batch, Stage
@@ -16,7 +18,7 @@ from kdkit.data import TrainLoader
 from kdkit.errors import RunError
 from kdkit.objective import Objective, Value, sum_of
 from kdkit.optim import LrSchedule, build_optimizer
-from kdkit.randomness import derived, reseed
+from kdkit.randomness import reseed
 from kdkit.schema import MixupSpec, TrainSpec
 
 State = dict[str, Any]
@@ -38,9 +40,23 @@ class Learner(nn.Module):
 
 
 class Trainer:
-    """Trains one stage. Everything that changes on the way is in `state_dict`."""
+    """Trains one stage. Everything that changes on the way is in `state_dict`.
 
-    def __init__(self, stage: Stage, objectives: Sequence[Objective], spec: TrainSpec, loader: TrainLoader, accelerator: Accelerator, *, seed: int, num_classes: int, maximize: bool) -> None:
+    Args:
+        stage: what is trained.
+        objectives: one per student, set up.
+        spec: the recipe's `train` section.
+        loader: the training batches.
+        accelerator: devices, precision, processes.
+        seed: with the stage's name and the step, gives every random number.
+        num_classes: K.
+        maximize: whether what `LrSchedule.after_epoch` is told is an accuracy, not a loss.
+    """
+
+    def __init__(
+        self, stage: Stage, objectives: Sequence[Objective], spec: TrainSpec, loader: TrainLoader, accelerator: Accelerator, *,
+        seed: int, num_classes: int, maximize: bool,
+    ) -> None:  # fmt: skip
         self.stage, self.spec, self.loader, self.accelerator, self.seed = stage, spec, loader, accelerator, seed
         self.epochs = stage.epochs or spec.epochs
         self.steps_per_epoch = -(-len(loader) // spec.accumulate)
@@ -49,10 +65,20 @@ class Trainer:
         self.schedule = LrSchedule(spec, self.optimizer.optimizer, self.epochs, self.steps_per_epoch, maximize=maximize)
         self.averages = [_average(student.module, spec) for student in stage.students]
         self.mixup = _mixup(spec.mixup, num_classes) if spec.mixup else None
+        if accelerator.num_processes > 1:
+            accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=self._leaves_parameters_unused())
         self._forward = accelerator.prepare_model(self.learner)
         self._parameters = [p for p in self.learner.parameters() if p.requires_grad]
         self.epoch = 0  # finished epochs
         self.step = 0  # optimizer steps done in the current epoch
+
+    def _leaves_parameters_unused(self) -> bool:
+        """Whether the objective reads only a part of the students: DDP then has to look which, at a cost."""
+        self.learner.eval()
+        total, _ = self.learner(next(iter(self.loader.epoch(0))), 0.0)
+        parameters = [p for p in self.learner.parameters() if p.requires_grad]
+        found = torch.autograd.grad(total, parameters, allow_unused=True)
+        return any(gather_object([any(gradient is None for gradient in found)]))
 
     @property
     def steps(self) -> int:
@@ -76,7 +102,7 @@ class Trainer:
         values: list[Value] = []
         for position, batch in enumerate(group):
             last = position == len(group) - 1
-            with _unsynchronised(accelerator, self._forward, skip=last):
+            with contextlib.nullcontext() if last else accelerator.no_sync(self._forward):
                 total, answers = self._forward(self._mixed(batch), self.epoch + self.step / self.steps_per_epoch)
                 accelerator.backward(total * (len(batch.labels) / seen) if len(group) > 1 else total)
             values += answers
@@ -94,8 +120,32 @@ class Trainer:
     def _mixed(self, batch: Batch) -> Batch:
         if self.mixup is None or (self.spec.mixup and 0 < self.spec.mixup.off_epoch <= self.epoch):
             return batch
+        if not isinstance(batch.inputs, Tensor) or len(batch.labels) % 2:
+            raise RunError(f"train.mixup mixes an even number of images per batch and process, not {len(batch.labels)}")
         inputs, labels = self.mixup(batch.inputs.clone(), batch.labels)  # timm mixes in place
         return Batch(inputs, labels, batch.index)
+
+    def close(self) -> None:
+        """Let go of what the accelerator and, in several processes, the parameters' hooks keep: the next stage wraps them anew."""
+        del self._forward
+        self.accelerator.free_memory()
+
+    def synchronise(self) -> None:
+        """Give every process the first one's buffers, which are what is saved: each has seen its own share of the batches."""
+        if self.accelerator.num_processes > 1:
+            for module in (self.learner, *self.deployed()):
+                broadcast(list(module.buffers()))
+
+    def refuse_non_finite(self) -> None:
+        """Look at what was learnt.
+
+        Raises:
+            RunError: a parameter is not finite.
+        """
+        names, values = zip(*self.learner.named_parameters(), strict=True)
+        for name, finite in zip(names, torch.stack([value.isfinite().all() for value in values]).tolist(), strict=True):
+            if not finite:
+                raise RunError(f"step {self.steps}: the losses are finite, but after the optimizer's step {name} is not")
 
     def deployed(self) -> list[nn.Module]:
         """The networks that are measured and exported: the averages where there are any."""
@@ -139,7 +189,8 @@ def build_accelerator(spec: TrainSpec, **options: Any) -> Accelerator:
     cpu = spec.device == "cpu" or not torch.accelerator.is_available()
     if spec.precision == "fp16" and cpu:
         raise RunError("train.precision fp16 needs a GPU; on the CPU use fp32 (or bf16)")
-    return Accelerator(mixed_precision="no" if spec.precision == "fp32" else spec.precision, cpu=cpu, step_scheduler_with_optimizer=False, **options)
+    precision = "no" if spec.precision == "fp32" else spec.precision
+    return Accelerator(mixed_precision=precision, cpu=cpu, step_scheduler_with_optimizer=False, **options)
 
 
 def _average(student: nn.Module, spec: TrainSpec) -> Any:
@@ -151,7 +202,7 @@ def _average(student: nn.Module, spec: TrainSpec) -> Any:
 def _mixup(spec: MixupSpec, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     from timm.data import Mixup
 
-    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = Mixup(
+    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = Mixup(  # type: ignore[no-untyped-call]
         mixup_alpha=spec.mixup_alpha,
         cutmix_alpha=spec.cutmix_alpha,
         prob=spec.prob,
@@ -161,9 +212,3 @@ def _mixup(spec: MixupSpec, num_classes: int) -> Callable[[Tensor, Tensor], tupl
         num_classes=num_classes,
     )
     return mix
-
-
-def _unsynchronised(accelerator: Accelerator, module: nn.Module, *, skip: bool) -> Any:
-    import contextlib
-
-    return contextlib.nullcontext() if skip else accelerator.no_sync(module)

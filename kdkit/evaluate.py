@@ -24,12 +24,13 @@ class Predictions:
 @torch.no_grad()
 def predict(model: Model, batches: Iterable[Batch], *, world: int = 1) -> Predictions:
     """Answer every batch in eval mode; with several processes, every process gets the answers of all."""
-    was_training = model.module.training
+    training = [part for part in model.module.modules() if part.training]  # one by one: a teacher may have only some of them so
     model.module.eval()
     try:
         parts = [(batch.index.cpu(), model(batch.inputs).logits.float().cpu(), batch.labels.cpu()) for batch in batches]
     finally:
-        model.module.train(was_training)
+        for part in training:
+            part.training = True
     if world > 1:
         parts = gather_object(parts)
     index, logits, labels = (torch.cat(column) for column in zip(*parts, strict=True))

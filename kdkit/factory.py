@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,7 @@ class ModelFactory:
 
     def whole_teacher(self) -> TappedModel | None:
         """The frozen teacher without taps, for measuring; None without a teacher."""
-        return whole(self._teacher) if self.recipe.spec.teacher is not None else None
+        return self._teacher.twin() if self.recipe.spec.teacher is not None else None
 
     def teacher_module(self) -> nn.Module | None:
         """The teacher's network; None without a teacher."""
@@ -123,18 +124,18 @@ class ModelFactory:
 
     @functools.cached_property
     def _skeleton_of_student(self) -> nn.Module:
-        return self._skeleton(self.recipe.spec.student)
+        return self._skeleton("student", self.recipe.spec.student)
 
     @functools.cached_property
     def _skeleton_of_teacher(self) -> nn.Module | None:
-        return self._skeleton(self._teacher_options) if self._teacher_options else None
+        return self._skeleton("teacher", self._teacher_options) if self._teacher_options else None
 
-    def _skeleton(self, options: ModelOptions) -> nn.Module:
-        source = self._source(options)
-        channels, height, width = self.info.image_shape
-        side = (options.input_size, options.input_size) if options.input_size else (height, width)
-        with torch.device("meta"):
-            return source.build(self.info.num_classes, (source.in_channels(channels), *side))
+    def _skeleton(self, section: str, options: ModelOptions) -> nn.Module:
+        try:
+            source = self._source(options)
+            return build_model(options, source, self.info.num_classes, self.info.image_shape, role=section, weights=False).module
+        except ModelError as error:
+            raise self.recipe.error([section], str(error)) from error
 
     def _source(self, options: ModelOptions) -> ModelSource:
         sources = self.recipe.plugins.models
@@ -158,17 +159,10 @@ class ModelFactory:
         return model
 
 
-def whole(model: TappedModel, module: nn.Module | None = None) -> TappedModel:
-    """The same model without taps, to be measured or exported; or another network in its place."""
-    return TappedModel(
-        module or model.module, adapt=model.adapt, role=model.role, channels_last=model.channels_last, precision=model.precision, input_shape=model.input_shape
-    )
-
-
 def _digest(module: nn.Module) -> str:
     digest = hashlib.sha256()
-    for name, value in module.state_dict().items():
+    for name, value in itertools.chain(module.named_parameters(), module.named_buffers()):  # state_dict leaves some buffers out
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

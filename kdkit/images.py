@@ -15,6 +15,7 @@ from kdkit.contracts import Batch
 from kdkit.errors import DataError
 from kdkit.providers import InMemory, Split
 from kdkit.schema import BatchAugment
+from kdkit.signals import leave_to_parent
 from kdkit.transforms import MODES, Transform
 
 
@@ -103,6 +104,9 @@ class ReadImages:
         self._keys.batches, self._in_use = keys, True
         try:
             yield from map(intact, self._kept)
+        except DataError:
+            self._kept = None  # ends its workers now, not when the traceback is collected
+            raise
         finally:
             self._in_use = False
 
@@ -114,6 +118,7 @@ class ReadImages:
             collate_fn=stack,
             pin_memory=self._finish.device.type == "cuda",
             persistent_workers=keep,
+            worker_init_fn=leave_to_parent,
             generator=torch.Generator(),  # or it draws from the global one
         )
 

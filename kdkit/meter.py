@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,21 +18,23 @@ Terms = dict[str, float]
 class Meter:
     """Terms per optimizer step: `loss` (the total), NAME unweighted, NAME.weighted; with several students, NAME@1, NAME@2..."""
 
-    def __init__(self, means: Mapping[str, float] | None = None, steps: int = 0) -> None:
-        self.sums = {name: mean * steps for name, mean in (means or {}).items()}
-        self.steps = steps
+    def __init__(self) -> None:
+        self._sums: Terms = {}
+        self._counts: dict[str, int] = {}
+        self._moving: set[str] = set()  # terms that were something else than zero
         self._waiting: list[tuple[int, dict[str, Tensor]]] = []
 
     def add(self, step: int, values: Sequence[Value], students: int) -> None:
-        """Take the values of one optimizer step (one per student and accumulated batch); nothing is read yet."""
-        rounds = len(values) // students
-        terms: dict[str, Tensor] = {"loss": torch.stack([value.total.detach() for value in values]).sum() / rounds}
-        for position in range(students):
-            mine = values[position::students]
-            suffix = f"@{position + 1}" if students > 1 else ""
-            for name in mine[0].terms:
-                terms[name + suffix] = _mean([value.terms[name] for value in mine])
-                terms[f"{name}{suffix}.weighted"] = _mean([value.weighted[name] for value in mine])
+        """Take the values of one optimizer step (one per student and accumulated batch, batch by batch); nothing is read yet."""
+        by_student = [values[i::students] for i in range(students)]
+        totals = [_mean([(value.total.detach(), value.samples) for value in mine]) for mine in by_student]
+        terms: dict[str, Tensor] = {"loss": torch.stack(totals).sum()}
+        for i, mine in enumerate(by_student):
+            suffix = f"@{i + 1}" if students > 1 else ""
+            for name in dict.fromkeys(name for value in mine for name in value.terms):
+                having = [value for value in mine if name in value.terms]
+                terms[name + suffix] = _mean([(value.terms[name], value.samples) for value in having])
+                terms[f"{name}{suffix}.weighted"] = _mean([(value.weighted[name], value.samples) for value in having])
         self._waiting.append((step, terms))
 
     def read(self) -> Terms:
@@ -40,31 +43,44 @@ class Meter:
         Raises:
             RunError: a term is not finite; names the step, the term and its value.
         """
+        found: Terms = {}
         if not self._waiting:
-            return {}
-        names = list(self._waiting[-1][1])
-        table = torch.stack([torch.stack([terms[name].float() for name in names]) for _, terms in self._waiting]).tolist()
-        steps = [step for step, _ in self._waiting]
-        self._waiting.clear()
-        for step, row in zip(steps, table, strict=True):
-            found = dict(zip(names, row, strict=True))
-            if bad := [f"{name} = {value}" for name, value in found.items() if not math.isfinite(value) and name != "loss"]:
-                raise RunError(f"step {step}: {bad[0]} is not finite")
-            if not math.isfinite(found["loss"]):
-                raise RunError(f"step {step}: the sum of the losses is {found['loss']}")
+            return found
+        numbers = iter(torch.stack([value.float() for _, terms in self._waiting for value in terms.values()]).tolist())
+        waiting, self._waiting = self._waiting, []
+        for step, terms in waiting:
+            found = dict(zip(terms, numbers, strict=False))
+            _refuse_non_finite(step, found)
             for name, value in found.items():
-                self.sums[name] = self.sums.get(name, 0.0) + value
-            self.steps += 1
+                self._sums[name] = self._sums.get(name, 0.0) + value
+                self._counts[name] = self._counts.get(name, 0) + 1
+            self._moving.update(name for name, value in found.items() if value != 0)
         return found
 
     def means(self) -> Terms:
-        """Means over the steps read so far."""
-        return {name: total / self.steps for name, total in self.sums.items()}
+        """Means over the steps read so far, of each term over the steps that had it."""
+        return {name: total / self._counts[name] for name, total in self._sums.items()}
 
     def silent(self) -> list[str]:
         """Terms that were exactly zero at every step: nothing is learnt from them."""
-        return [name for name, total in self.sums.items() if total == 0 and not name.endswith(".weighted")]
+        return [name for name in self._sums if name not in self._moving and not name.endswith(".weighted")]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self._sums, "counts": self._counts, "moving": sorted(self._moving)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._sums, self._counts, self._moving = dict(state["sums"]), dict(state["counts"]), set(state["moving"])
 
 
-def _mean(values: Sequence[Tensor]) -> Tensor:
-    return values[0] if len(values) == 1 else torch.stack(list(values)).mean()
+def _mean(values: Sequence[tuple[Tensor, int]]) -> Tensor:
+    """Mean over the samples of several batches, of (mean over a batch, its size)."""
+    if len(values) == 1:
+        return values[0][0]
+    samples = sum(size for _, size in values)
+    return torch.stack([value * (size / samples) for value, size in values]).sum()
+
+
+def _refuse_non_finite(step: int, terms: Mapping[str, float]) -> None:
+    bad: Iterable[str] = (name for name in sorted(terms, key=lambda name: name == "loss") if not math.isfinite(terms[name]))
+    if (name := next(iter(bad), None)) is not None:
+        raise RunError(f"step {step}: {'the sum of the losses' if name == 'loss' else name} is {terms[name]}")

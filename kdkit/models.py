@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -67,7 +66,7 @@ def build_model(
         if weights:
             _load(options, source, module, num_classes, file)
             module.to(device)
-            adapt.to(device)
+        adapt.to(device if weights else "meta")
     except ModelError as error:
         raise ModelError(f"{role}: {error}") from error
     return TappedModel(
@@ -92,7 +91,7 @@ def load_checkpoint(path: Path, module: nn.Module, strip_prefix: str = "", num_c
     found = {key.removeprefix(strip_prefix): value for key, value in read_weights(path).items()}
     wanted = module.state_dict()
     missing = [key for key in wanted if key not in found and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in found if key not in wanted]
+    unexpected = sorted(key for key in found if key not in wanted)
     reshaped = [key for key in wanted if key in found and found[key].shape != wanted[key].shape]
     if reshaped and not missing and not unexpected:
         _refuse_other_classes(path, module, reshaped, found, num_classes)
@@ -117,7 +116,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         content: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ModelError(f"{path}: no checkpoint, or holds more than tensors; code in a file is never run: save a state_dict()") from None
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever a broken file makes a reader raise
         raise ModelError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
     while isinstance(content, Mapping) and (nest := next((key for key in NESTS if isinstance(content.get(key), Mapping)), None)):
         content = content[nest]

@@ -53,7 +53,7 @@ class NormalizationAdapter(nn.Module):
         # Buffers, so that they follow the device; not persistent, so that a checkpoint is the network's alone.
         self.register_buffer("scale", scale.float().contiguous(), persistent=False)
         self.register_buffer("shift", shift.float().contiguous(), persistent=False)
-        mix = torch.tensor(LUMINANCE).view(1, 3, 1, 1) if self._to == 1 else None
+        mix = torch.tensor(LUMINANCE, device="cpu").view(1, 3, 1, 1) if self._to == 1 else None
         self.register_buffer("mix", mix, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:

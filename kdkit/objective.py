@@ -34,6 +34,7 @@ class Value:
     total: Tensor
     terms: Mapping[str, Tensor]
     weighted: Mapping[str, Tensor]
+    samples: int  # in the batch
 
 
 class Objective(nn.Module):
@@ -45,9 +46,17 @@ class Objective(nn.Module):
         self.entries = {name: entry for name, (entry, _) in losses.items()}
 
     def setup(self, probe: Lesson, context: Context) -> None:
-        for loss in self.active(probe).values():
+        """Let each loss build its learnable parts.
+
+        Raises:
+            PluginError: a loss took a network for one of its parts, which would train it (and save it) twice, or train the teacher.
+        """
+        networks = {id(p) for network in (context.student, context.teacher) if network is not None for p in network.parameters()}
+        for name, loss in self.active(probe).items():
             teacher = probe.teachers[0] if probe.teachers and loss.knowledge != "labels" else NoTeacher()
-            loss.setup(probe.student, teacher, context)
+            loss.setup(in_full_precision(probe.student), teacher if isinstance(teacher, NoTeacher) else in_full_precision(teacher), context)
+            if any(id(p) in networks for p in loss.parameters()):
+                raise PluginError(f"{name}: holds a network of its context as its own part; keep a copy of what it needs instead")
 
     def active(self, lesson: Lesson) -> dict[str, Loss]:
         """The losses that count for a lesson: without a teacher, those on labels."""
@@ -68,7 +77,7 @@ class Objective(nn.Module):
                 terms[name] = values[0] if len(values) == 1 else torch.stack(values).mean()
                 weighted[name] = terms[name] * entry.weight
         total = sum_of(weighted.values(), like=lesson.student.logits)
-        return Value(total, {n: v.detach() for n, v in terms.items()}, {n: v.detach() for n, v in weighted.items()})
+        return Value(total, {n: v.detach() for n, v in terms.items()}, {n: v.detach() for n, v in weighted.items()}, len(batch.labels))
 
 
 def in_full_precision(outputs: Outputs) -> Outputs:

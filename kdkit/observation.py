@@ -46,14 +46,23 @@ class Watch:
             raise Stop
 
 
+class Store:
+    """Where the hooks of a compiled network write while it is open; closed, they let every tensor go."""
+
+    def __init__(self) -> None:
+        self.open = False
+        self.values: dict[str, Tensor] = {}
+
+
 class Keep:
     """A hook that stays on a network which is compiled; an object, so that a copied network writes into a copied store."""
 
-    def __init__(self, name: str, store: dict[str, Tensor]) -> None:
+    def __init__(self, name: str, store: Store) -> None:
         self.name, self.store = name, store
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], *output: Tensor) -> None:
-        self.store[self.name] = output[0] if output else args[0]
+        if self.store.open:
+            self.store.values[self.name] = output[0] if output else args[0]
 
 
 def register(module: nn.Module, layers: Mapping[str, Layer], hook: Callable[[str], Callable[..., None]]) -> list[RemovableHandle]:

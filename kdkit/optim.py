@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from kdkit.errors import RecipeError, suggest
-from kdkit.schema import TrainSpec
+from kdkit.errors import RunError, suggest
+from kdkit.schema import LrScheduleSpec, TrainSpec
 
 
 def build_optimizer(spec: TrainSpec, students: Sequence[nn.Module], adapters: nn.Module) -> torch.optim.Optimizer:
@@ -21,7 +22,7 @@ def build_optimizer(spec: TrainSpec, students: Sequence[nn.Module], adapters: nn
         adapters: holds every learnable part of the losses.
 
     Raises:
-        RecipeError: timm has no such optimizer, or it does not take such arguments.
+        RunError: timm has no such optimizer, or it does not take such arguments.
     """
     import timm.optim
 
@@ -31,15 +32,15 @@ def build_optimizer(spec: TrainSpec, students: Sequence[nn.Module], adapters: nn
         decay = want.weight_decay if spec.adapters.weight_decay is None else spec.adapters.weight_decay
         own = {"lr": spec.adapters.lr} if spec.adapters.lr else {}
         groups += [{**group, **own} for group in _groups(adapters, spec, decay, layers=False)]
-    names = timm.optim.list_optimizers()
+    names = [str(name) for name in timm.optim.list_optimizers()]
     if want.name not in names:
-        raise RecipeError(f"timm has no optimizer '{want.name}'; {suggest(want.name, names)}")
+        raise RunError(f"timm has no optimizer '{want.name}'; {suggest(want.name, names, limit=100)}")
     try:
         optimizer = timm.optim.create_optimizer_v2(
             groups, want.name, lr=want.lr, weight_decay=want.weight_decay, momentum=want.momentum, **want.args
         )
-    except (TypeError, ValueError, AssertionError) as error:
-        raise RecipeError(f"optimizer '{want.name}' cannot be made: {error}") from None
+    except Exception as error:  # each optimizer refuses in its own way
+        raise RunError(f"optimizer '{want.name}' cannot be made: {' '.join(str(error).split())}") from None
     return optimizer
 
 
@@ -48,11 +49,12 @@ def _groups(module: nn.Module, spec: TrainSpec, weight_decay: float, *, layers: 
 
     exempt: Callable[[], set[str]] = getattr(module, "no_weight_decay", set)
     if layers and spec.optimizer.layer_decay:
-        found = param_groups_layer_decay(module, weight_decay, exempt(), layer_decay=spec.optimizer.layer_decay)
-        return list(found)
-    if spec.optimizer.decay_norm_and_bias:
-        return [{"params": [p for p in module.parameters() if p.requires_grad], "weight_decay": weight_decay}]
-    return list(param_groups_weight_decay(module, weight_decay, exempt()))
+        found = param_groups_layer_decay(module, weight_decay, no_weight_decay_list=exempt(), layer_decay=spec.optimizer.layer_decay)
+    elif spec.optimizer.decay_norm_and_bias:
+        found = [{"params": [p for p in module.parameters() if p.requires_grad], "weight_decay": weight_decay}]
+    else:
+        found = param_groups_weight_decay(module, weight_decay, no_weight_decay_list=exempt())
+    return [group for group in found if group["params"]]
 
 
 class LrSchedule:
@@ -62,39 +64,56 @@ class LrSchedule:
     """
 
     def __init__(self, spec: TrainSpec, optimizer: torch.optim.Optimizer, epochs: int, steps_per_epoch: int, *, maximize: bool) -> None:
-        from timm.scheduler import create_scheduler_v2
-
         want = spec.lr_schedule
         self.by_epoch = want.name == "plateau"
-        self._scheduler, _ = create_scheduler_v2(
-            optimizer,
-            sched="step" if want.name == "constant" else want.name,
-            num_epochs=max(1, epochs - want.cooldown_epochs),
-            decay_rate=1.0 if want.name == "constant" else want.decay_rate,
-            decay_epochs=want.step_epochs,
-            decay_milestones=list(want.milestones),
-            warmup_epochs=want.warmup_epochs,
-            warmup_lr=want.warmup_lr,
-            min_lr=want.min_lr,
-            patience_epochs=want.patience,
-            plateau_mode="max" if maximize else "min",
-            step_on_epochs=self.by_epoch,
-            updates_per_epoch=steps_per_epoch,
-        )
+        self._scheduler = _scheduler(want, optimizer, max(1, epochs - want.cooldown_epochs), steps_per_epoch)
+        self._plateau = _plateau(want, optimizer, maximize) if self.by_epoch else None
+        self._warmup, self._per_epoch, self._min_lr = want.warmup_epochs, steps_per_epoch, want.min_lr
+        self._cooldown = (epochs - want.cooldown_epochs) * steps_per_epoch if want.cooldown_epochs else None
         self.after_step(0)
 
     def after_step(self, steps: int) -> None:
         """Set the rate for the step that follows `steps` steps."""
-        if not self.by_epoch:
+        if self._cooldown is not None and steps >= self._cooldown:
+            self._scheduler.update_groups(self._min_lr)  # timm's step schedules would not
+        elif not self.by_epoch or steps <= self._warmup * self._per_epoch:
             self._scheduler.step_update(steps)
 
     def after_epoch(self, epochs: int, metric: float) -> None:
         """Tell plateau how good the epoch was."""
-        if self.by_epoch:
-            self._scheduler.step(epochs, metric)
+        if self._plateau is not None and epochs > self._warmup and (self._cooldown is None or epochs * self._per_epoch < self._cooldown):
+            self._plateau.step(metric)
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(self._scheduler.state_dict())
+        return {} if self._plateau is None else {k: v for k, v in self._plateau.state_dict().items() if isinstance(v, int | float | list)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._scheduler.load_state_dict(state)
+        if self._plateau is not None:
+            self._plateau.load_state_dict(state)
+
+
+def _scheduler(want: LrScheduleSpec, optimizer: torch.optim.Optimizer, epochs: int, steps_per_epoch: int) -> Any:
+    from timm.scheduler import create_scheduler_v2
+
+    steady = want.name in ("constant", "plateau")  # a step schedule that never steps, for its warm-up
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched="step" if steady else want.name,
+        num_epochs=epochs,
+        decay_rate=1.0 if steady else want.decay_rate,
+        decay_epochs=want.step_epochs,
+        decay_milestones=list(want.milestones),
+        warmup_epochs=want.warmup_epochs,
+        warmup_lr=want.warmup_lr,
+        min_lr=want.min_lr,
+        step_on_epochs=False,
+        updates_per_epoch=steps_per_epoch,
+    )
+    if want.name == "multistep":
+        scheduler.decay_t = [milestone * steps_per_epoch + 1 for milestone in sorted(want.milestones)]  # timm decays one step too early
+    return scheduler
+
+
+def _plateau(want: LrScheduleSpec, optimizer: torch.optim.Optimizer, maximize: bool) -> ReduceLROnPlateau:
+    """torch's own: timm's wrapper around it keeps no state."""
+    return ReduceLROnPlateau(optimizer, "max" if maximize else "min", factor=want.decay_rate, patience=want.patience, min_lr=want.min_lr)

@@ -34,7 +34,7 @@ class Ramp(Options):
         """The value at a (fractional) epoch of the stage."""
         x = min(1.0, max(0.0, (epoch - self.start) / self.epochs))
         if self.shape == "exponential":
-            return self.from_ * (self.to / self.from_) ** x
+            return float(self.from_ * (self.to / self.from_) ** x)
         return self.from_ + (self.to - self.from_) * _PROGRESS[self.shape](x)
 
     def model_post_init(self, context: Any, /) -> None:

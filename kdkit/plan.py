@@ -12,10 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kdkit import data
 from kdkit.contracts import Batch, Context, Lesson, Outputs, Schedule, Stage
-from kdkit.errors import DataError, KdkitError, ModelError, RecipeError, ShapeError, TapError, suggest
+from kdkit.errors import DataError, KdkitError, ModelError, RecipeError, RunError, ShapeError, TapError, suggest
 from kdkit.factory import ModelFactory, TrainedTeacher
 from kdkit.objective import Objective, build
-from kdkit.providers import DataInfo
+from kdkit.optim import build_optimizer
+from kdkit.providers import DataInfo, ModelOptions
 from kdkit.randomness import seeded
 from kdkit.recipe import Recipe, load
 from kdkit.schema import LossEntry, RecipeTeacher
@@ -90,15 +91,18 @@ class _Planner:
         factory = ModelFactory(self.recipe, info, trained, device=torch.device("meta"))
         self._check_layers(factory)
         with self._problems_at("student"):
-            student = self._model(factory.student(), info)
+            student = self._model(f"student {spec.student.model}", factory.student(), info)
         teacher = None
         if spec.teacher is not None:
             with self._problems_at("teacher"):
-                teacher = self._model(factory.teacher(), info)
+                teacher = self._model(f"teacher {_teacher_name(spec.teacher, trained)}", factory.teacher(), info)
+            if _has_random_weights(spec.teacher):
+                self.notes.append("the teacher's weights are random: give it a `checkpoint`, `pretrained: true` or a `recipe`")
         self._raise_if_any()
         steps = -(-(num_train // spec.data.batch_size if spec.data.drop_last else -(-num_train // spec.data.batch_size)) // spec.train.accumulate)
         with self._problems_at("schedule"):
             stages = tuple(self._stage(stage, factory, info, num_train, steps) for stage in self._schedule().stages(factory))
+        self._check_training(num_train)
         self._raise_if_any()
         return Plan(info, num_train, student, teacher, stages, tuple(self.notes))
 
@@ -109,7 +113,7 @@ class _Planner:
             yield
         except RecipeError as error:  # knows its place
             self.problems.append(str(error))
-        except (DataError, ModelError, TapError, ShapeError) as error:
+        except (DataError, ModelError, TapError, ShapeError, RunError) as error:
             self.problems.append(self.recipe.problem(self._place(error, location), str(error)))
 
     def _raise_if_any(self) -> None:
@@ -147,7 +151,15 @@ class _Planner:
                         raise self.recipe.error(["losses", i, "layers", j], str(error)) from None
         self._raise_if_any()
 
-    def _model(self, model: TappedModel, info: DataInfo) -> ModelPlan:
+    def _check_training(self, num_train: int) -> None:
+        train, size = self.spec.train, self.spec.data.batch_size
+        with self._problems_at("train", "optimizer"):
+            build_optimizer(train, [nn.Linear(PROBE, PROBE)], nn.Identity())
+        if train.mixup and (size % 2 or (not self.spec.data.drop_last and num_train % size % 2)):
+            says = f"mixes pairs, so every batch must be even: batches of {size} of {num_train} images"
+            self.problems.append(self.recipe.problem(["train", "mixup"], says))
+
+    def _model(self, role: str, model: TappedModel, info: DataInfo) -> ModelPlan:
         """Run a model on the meta device."""
         images = torch.empty(PROBE, *info.image_shape, device="meta")
         everything = TappedModel(model.module, model.layers, adapt=model.adapt, role=model.role, num_classes=info.num_classes)
@@ -160,7 +172,7 @@ class _Planner:
         if outputs.logits.shape != (PROBE, info.num_classes):
             raise ModelError(f"{model.role} gives logits {tuple(outputs.logits.shape)} for {PROBE} images; the data has {info.num_classes} classes")
         taps = tuple((name, tuple(value.shape[1:])) for name, value in outputs.features.items())
-        return ModelPlan(model.role, sum(p.numel() for p in model.module.parameters()), counter.get_total_flops() // 2 // PROBE, taps)
+        return ModelPlan(role, sum(p.numel() for p in model.module.parameters()), counter.get_total_flops() // 2 // PROBE, taps)
 
     def _stage(self, stage: Stage, factory: ModelFactory, info: DataInfo, num_train: int, steps: int) -> StagePlan:
         for student in stage.students:
@@ -181,9 +193,9 @@ class _Planner:
 
     def _try_losses(self, objective: Objective, lesson: Lesson, batch: Batch, context: Context) -> None:
         """Set up and evaluate each loss on random numbers of the real shapes."""
-        for name in objective.active(lesson):
-            place = ["losses", self.recipe.loss_names().index(name)]
-            alone = Objective({name: (objective.entries[name], objective.losses[name])})
+        for name, loss in objective.active(lesson).items():
+            place: list[str | int] = ["losses", self.recipe.loss_names().index(name)]
+            alone = Objective({name: (objective.entries[name], loss)})
             try:
                 alone.setup(lesson, context)
                 value = alone(lesson, batch).terms[name]
@@ -196,6 +208,14 @@ class _Planner:
 
     def _formula(self, objective: Objective, lesson: Lesson) -> str:
         return " + ".join(f"{_short(objective.entries[name].weight)} * {_term(name, objective.entries[name])}" for name in objective.active(lesson))
+
+
+def _teacher_name(options: object, trained: TrainedTeacher | None) -> str:
+    return trained.options.model if trained else options.model if isinstance(options, ModelOptions) else ""
+
+
+def _has_random_weights(options: object) -> bool:
+    return isinstance(options, ModelOptions) and not options.checkpoint and not getattr(options, "pretrained", False)
 
 
 def _on_random_numbers(lesson: Lesson) -> Lesson:

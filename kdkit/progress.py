@@ -44,11 +44,14 @@ class Reporter:
         if self.quiet or not self.console.is_terminal:
             yield
             return
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=16), TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn(), _Free())
+        percentage = TextColumn("{task.percentage:>3.0f}%")
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=16), percentage, TimeRemainingColumn(), _Free())
         with Progress(*columns, console=self.console, transient=True) as self._progress:
             self._progress.add_task(label, total=steps, completed=done, status="")
-            yield
-        self._progress = None
+            try:
+                yield
+            finally:
+                self._progress = None
 
     def due(self) -> bool:
         """Whether a live bar wants fresh numbers."""
@@ -61,7 +64,9 @@ class Reporter:
             status = f"{epoch}  {_terms(terms)}  lr {lr:.2g}  {images_per_second:,.0f} images/s"
             self._progress.update(self._progress.task_ids[0], completed=done, status=status)
 
-    def epoch(self, label: str, terms: Mapping[str, float], lr: float, images_per_second: float, scores: Mapping[str, float], left: float) -> None:
+    def epoch(
+        self, label: str, terms: Mapping[str, float], lr: float, images_per_second: float, scores: Mapping[str, float], left: float
+    ) -> None:
         """One line for a finished epoch."""
         shown = "  ".join(f"{name} {value:.2f}" for name, value in scores.items())
         self.say(f"{label}  {_terms(terms)}  lr {lr:.2g}  {images_per_second:,.0f} images/s  {shown}  left {_clock(left)}")
@@ -70,7 +75,8 @@ class Reporter:
 def _terms(terms: Mapping[str, float]) -> str:
     """`loss 1.2 = cross_entropy 0.3 (0.03) + logit_kl 1.3 (1.17)`: each term unweighted, and weighted in brackets."""
     names = [name for name in terms if name != "loss" and not name.endswith(".weighted")]
-    return f"loss {terms.get('loss', 0.0):.3g} = " + " + ".join(f"{name} {terms[name]:.3g} ({terms[f'{name}.weighted']:.3g})" for name in names)
+    shown = (f"{name} {terms[name]:.3g} ({terms[f'{name}.weighted']:.3g})" for name in names)
+    return f"loss {terms.get('loss', 0.0):.3g} = " + " + ".join(shown)
 
 
 def _clock(seconds: float) -> str:

@@ -7,9 +7,11 @@ resuming needs no random state, and a run gives the same numbers whatever else r
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +23,19 @@ def derived(*parts: int | str) -> int:
 
 
 def reseed(*parts: int | str) -> None:
-    """Seed torch (all devices), numpy and random from the parts."""
+    """Seed torch (the CPU and every accelerator), numpy and random from the parts."""
     seed = derived(*parts)
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed asks for every backend there could be, at each step anew
+    if (accelerator := _accelerator()) is not None:
+        accelerator.manual_seed_all(seed)
+
+
+@functools.cache
+def _accelerator() -> Any:
+    """The module of the kind of accelerator that this machine has: torch.cuda or a relative of it."""
+    return torch.get_device_module() if torch.accelerator.is_available() else None
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 
 from kdkit import registry
 from kdkit.errors import ModelError, RecipeError, suggest
-from kdkit.options import Options, Text
+from kdkit.options import Options, Ramp, Text
 from kdkit.providers import ModelOptions
 from kdkit.registry import Registry
 from kdkit.schema import DatasetEntry, DataSpec, LossEntry, RecipeBase, RecipeTeacher, ScheduleEntry, TeacherOptions
@@ -90,8 +90,8 @@ def load(path: Path | str, overrides: Mapping[str, Any] | None = None, plugins: 
     try:
         spec = model.model_validate(source.data)
     except ValidationError as error:
-        problems = (_explain(e, source, model) for e in error.errors() if not _is_echo(e))
-        raise RecipeError("\n".join(dict.fromkeys(problems))) from None
+        told = dict.fromkeys(_explain(e, source, model) for e in error.errors() if not _is_echo(e))
+        raise RecipeError("\n".join(told)) from None
     recipe = Recipe(spec, source, found)
     if problems := list(_cross_check(recipe)):
         raise RecipeError("\n".join(problems))
@@ -179,8 +179,12 @@ def _recipe_type(losses: tuple[Any, ...], schedules: tuple[Any, ...], models: tu
         teacher=(_by_source({**teachers, RECIPE: RecipeTeacher}) | None, RecipeBase.model_fields["teacher"]),
         student=(_by_source(students), Field(description="Who learns.")),
         schedule=(_by_use(variants(schedules, "schedule", ScheduleEntry)), Field(description="Who teaches whom, and when.")),
-        losses=(tuple[_by_use(variants(losses, "loss", LossEntry)), ...], RecipeBase.model_fields["losses"]),  # type: ignore[misc]
+        losses=(_several(_by_use(variants(losses, "loss", LossEntry))), RecipeBase.model_fields["losses"]),
     )
+
+
+def _several(item: Any) -> Any:
+    return tuple[item, ...]
 
 
 def recipe_type(plugins: Registry) -> type[RecipeBase]:
@@ -265,8 +269,9 @@ def _in_file(error: ErrorDetails, source: Source) -> list[str | int]:
     data: Any = source.data
     for position, step in enumerate(error["loc"]):
         is_last = position == len(error["loc"]) - 1
-        if isinstance(data, dict) and step in data or isinstance(data, list) and isinstance(step, int) and step < len(data):
-            data = data[step]
+        inside = data if isinstance(data, dict) else dict(enumerate(data)) if isinstance(data, list) else {}
+        if step in inside:
+            data = inside[step]
             location.append(step)
         elif is_last and error["type"] == "missing":
             location.append(step)
@@ -280,6 +285,8 @@ def _keys_at(location: Location, model: type[BaseModel]) -> list[str]:
         fields = [m.model_fields[step] for m in here if step in m.model_fields]
         if fields:
             here = [m for field in fields for m in _models_in(field.annotation)]
+        elif step == "ramp":
+            here = [Ramp]
         elif isinstance(step, str):
             here = [m for m in here if m.__name__.lower().startswith(step.lower()) or (step == RECIPE and m is RecipeTeacher)] or here
     return sorted({field.alias or name for m in here for name, field in m.model_fields.items()})
@@ -296,4 +303,13 @@ def schema(plugins: Registry) -> str:
     content = recipe_type(plugins).model_json_schema(by_alias=True)
     content["properties"]["extends"] = {"type": "string", "description": "Recipe file that this one builds on: mappings merge, lists replace."}
     content.pop("required", None)  # what is required may come from the parent
+    _allow_overlap(content)
     return json.dumps(content, indent=1, sort_keys=True) + "\n"
+
+
+def _allow_overlap(node: Any) -> None:
+    """Model sources take many of the same keys, and only kdkit knows which name is whose: any may fit, not exactly one."""
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        _allow_overlap(child)
+    if isinstance(node, dict) and "oneOf" in node and "discriminator" not in node:
+        node["anyOf"] = node.pop("oneOf")

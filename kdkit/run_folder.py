@@ -18,6 +18,7 @@ from kdkit.checkpoints import Checkpoints, write_atomically
 from kdkit.errors import RunError
 from kdkit.recipe import Recipe
 
+LOCK = ".lock"
 VERSIONS = ("kdkit", "torch", "torchvision", "timm", "accelerate")
 
 
@@ -60,6 +61,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.marker = path / "run.json"
         self.recipe_file = path / "recipe.yaml"
         self.metrics_file = path / "metrics.jsonl"
         self.result_file = path / "result.json"
@@ -67,68 +69,66 @@ class RunFolder:
         self.best_file = path / "best.safetensors"
         self.checkpoints = Checkpoints(path / "checkpoints")
 
-    def claim(self, recipe: Recipe) -> None:
-        """Make the folder for this recipe, or find it made for the same one.
+    def check(self, recipe: Recipe, *, restart: bool = False) -> None:
+        """Make sure that this recipe may be carried out here; nothing is changed.
 
         Raises:
-            RunError: it belongs to another recipe; the message says in which keys.
+            RunError: the folder belongs to another recipe (the message says in which keys) and is not to be begun anew; or it is
+                no run folder.
         """
-        marker = self.path / "run.json"
-        if marker.is_file():
-            theirs = json.loads(marker.read_text())
-            if theirs["fingerprint"] != recipe.fingerprint:
+        if self.marker.is_file():
+            theirs = json.loads(self.marker.read_text())
+            if not restart and theirs["fingerprint"] != recipe.fingerprint:
                 keys = ", ".join(_differences(theirs["content"], recipe.content())) or "kdkit's own defaults"
                 raise RunError(
                     f"{self.path} holds a run of another recipe (different: {keys}); give this one another `name:` or `--run FOLDER`, "
                     "or throw the old one away with `--restart`"
                 )
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif self.path.exists() and (not self.path.is_dir() or any(not _leftover(path) for path in self.path.iterdir())):
             raise RunError(f"{self.path} exists and is not a run folder; give the recipe another `name:` or `--run FOLDER`")
+
+    @contextlib.contextmanager
+    def claimed(self, recipe: Recipe, *, restart: bool = False) -> Iterator[None]:
+        """Make the folder for this recipe, or find it made for the same one, and keep other processes from training in it.
+
+        The lock ends with the process, however it ends.
+
+        Raises:
+            RunError: as `check`, or another process trains here.
+        """
+        self.check(recipe, restart=restart)
         self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.recipe_file, recipe.dump().encode())
-        about = {"fingerprint": recipe.fingerprint, "content": recipe.content(), "versions": _versions()}
-        write_atomically(marker, json.dumps(about, indent=1).encode())
+        with (self.path / LOCK).open("w") as handle:
+            try:
+                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: worker processes would inherit it, and outlive a killed one
+            except OSError:
+                raise RunError(f"{self.path}: another process is training in this folder") from None
+            self.check(recipe, restart=restart)  # it may have been made in the meantime
+            for path in self.path.iterdir():
+                if path.name != LOCK and (_leftover(path) or (restart and path != self.marker)):  # the marker is never missing
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            about = {"fingerprint": recipe.fingerprint, "content": recipe.content(), "versions": _versions()}
+            write_atomically(self.marker, json.dumps(about, indent=1).encode())
+            write_atomically(self.recipe_file, recipe.dump().encode())
+            yield
 
     def holds(self, recipe: Recipe) -> bool:
         """Whether a run of this very recipe is here."""
-        marker = self.path / "run.json"
-        return marker.is_file() and json.loads(marker.read_text())["fingerprint"] == recipe.fingerprint
+        return self.marker.is_file() and bool(json.loads(self.marker.read_text())["fingerprint"] == recipe.fingerprint)
 
-    def clear(self) -> None:
-        """Throw the run away; a folder that is not a run is left alone."""
-        if (self.path / "run.json").is_file():
-            shutil.rmtree(self.path)
-
-    @contextlib.contextmanager
-    def locked(self, *, only: bool = True) -> Iterator[None]:
-        """Keep other runs from training in this folder (`only` the main process asks); the lock ends with the process, however it ends.
-
-        Raises:
-            RunError: another process trains here.
-        """
-        if not only:
-            yield
-            return
-        with (self.path / ".lock").open("w") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunError(f"{self.path}: another process is training in this folder") from None
-            yield
-
-    def recipe(self) -> Recipe:
-        """The resolved recipe.
+    def recipe(self, overrides: Mapping[str, Any] | None = None) -> Recipe:
+        """The resolved recipe; `overrides` are values by `key.path`.
 
         Raises:
             RunError: this is no run folder.
         """
         if not self.recipe_file.is_file():
             raise RunError(f"{self.path}: no run folder (it has no recipe.yaml)")
-        return recipes.load(self.recipe_file)
+        return recipes.load(self.recipe_file, overrides)
 
     def result(self) -> Result | None:
-        """The result, once the run is finished."""
-        if not self.result_file.is_file():
+        """The result, once the run is finished (and its student not taken away)."""
+        if not self.result_file.is_file() or not self.student_file.is_file():
             return None
         saved = json.loads(self.result_file.read_text())
         return Result(folder=self.path, **{**saved, "peers": tuple(saved["peers"]), "warnings": tuple(saved["warnings"])})
@@ -143,22 +143,29 @@ class RunFolder:
         with self.metrics_file.open("a") as stream:
             stream.write(json.dumps(line) + "\n")
 
-    def logged(self) -> int:
-        """Length of metrics.jsonl in bytes."""
-        return self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
+    def forget(self, stage: str, epochs: int, steps: int) -> None:
+        """Leave out of metrics.jsonl what a stage will write again: all after so many finished epochs and optimizer steps."""
 
-    def forget(self, after: int) -> None:
-        """Cut metrics.jsonl to its first `after` bytes: later lines will be made again."""
-        if self.metrics_file.exists():
-            with self.metrics_file.open("r+b") as stream:
-                stream.truncate(min(after, self.logged()))
+        def stays(line: Mapping[str, Any]) -> bool:
+            return bool(line["stage"] != stage or (line["epoch"] <= epochs if line["kind"] == "epoch" else line["step"] <= steps))
+
+        kept = filter(stays, self._lines())
+        write_atomically(self.metrics_file, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def metrics(self, kind: str) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl of one kind ("step" or "epoch")."""
-        if not self.metrics_file.exists():
-            return []
-        lines = (json.loads(line) for line in self.metrics_file.read_text().splitlines() if line.endswith("}"))
-        return [line for line in lines if line["kind"] == kind]
+        return [line for line in self._lines() if line["kind"] == kind]
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        text = self.metrics_file.read_text() if self.metrics_file.exists() else ""
+        for line in text.splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # the process was killed while it wrote this one
+                yield json.loads(line)
+
+
+def _leftover(path: Path) -> bool:
+    """Whether a killed process may leave this in a folder before it is a run's."""
+    return path.name == LOCK or (path.name.startswith(".") and path.suffix == ".part")
 
 
 def _versions() -> dict[str, str]:

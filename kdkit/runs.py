@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from torch import Tensor
 
 from kdkit import data, objective, plan
 from kdkit.checkpoints import write_atomically
@@ -43,35 +45,44 @@ def train(recipe: Recipe, folder: Path | None = None, *, restart: bool = False, 
         Reporter(quiet=quiet).say(f"{recipe.spec.name}: trained already, see {run_folder.path}")
         return result
     plan.make(recipe)
-    teacher = trained_teacher(recipe, quiet=quiet)
-    accelerator = build_accelerator(
-        recipe.spec.train, **({"log_with": list(recipe.spec.run.trackers), "project_dir": str(run_folder.path)} if recipe.spec.run.trackers else {})
-    )
+    run_folder.check(recipe, restart=restart)
+    _accelerator(recipe, run_folder)  # refuses what this machine cannot do before a teacher is trained for it
+    teacher = trained_teacher(recipe, run_folder.path, quiet=quiet)
+    accelerator = _accelerator(recipe, run_folder)  # anew: the teacher's training has had its own
     reporter = Reporter(quiet=quiet or not accelerator.is_main_process)
-    if accelerator.is_main_process:
-        if restart:
-            run_folder.clear()
-        run_folder.claim(recipe)
-    accelerator.wait_for_everyone()
-    with run_folder.locked(only=accelerator.is_main_process), StopRequest() as stop:
+    if recipe.spec.train.precision == "bf16" and accelerator.device.type == "cpu" and not _multiplies_bf16():
+        reporter.warn("train.precision bf16 is slower than fp32 on this processor, which has no AMX")
+    with run_folder.claimed(recipe, restart=restart) if accelerator.is_main_process else contextlib.nullcontext(), StopRequest() as stop:
+        accelerator.wait_for_everyone()
         prepared = open_data(recipe, accelerator)
         factory = ModelFactory(recipe, prepared.info, teacher, device=accelerator.device)
         setting = Setting(recipe, run_folder, reporter, stop, accelerator, prepared, factory)
         return _carry_out(setting)
 
 
-def trained_teacher(recipe: Recipe, *, quiet: bool = False) -> TrainedTeacher | None:
+def _accelerator(recipe: Recipe, folder: RunFolder) -> Accelerator:
+    trackers = list(recipe.spec.run.trackers)
+    return build_accelerator(recipe.spec.train, **({"log_with": trackers, "project_dir": str(folder.path)} if trackers else {}))
+
+
+def _multiplies_bf16() -> bool:
+    return bool(torch.cpu.get_capabilities().get("amx_bf16")) if hasattr(torch.cpu, "get_capabilities") else True
+
+
+def trained_teacher(recipe: Recipe, student_folder: Path, *, quiet: bool = False) -> TrainedTeacher | None:
     """The teacher that another recipe trains, where this one names such; trains it if that was not done yet."""
     if not isinstance(recipe.spec.teacher, RecipeTeacher):
         return None
     source = load_recipe(recipe.spec.teacher.recipe)
     base = recipe.spec.run.folder
     named, keyed = base / source.spec.name, base / f"{source.spec.name}-{source.fingerprint[:8]}"
-    folder = named if not named.exists() or RunFolder(named).holds(source) else keyed
+    free = not named.exists() and named.resolve() != student_folder.resolve()
+    folder = named if free or RunFolder(named).holds(source) else keyed
+    build_accelerator(source.spec.train).wait_for_everyone()  # all have looked before one of them makes it
     return TrainedTeacher(source.spec.student, train(source, folder, quiet=quiet).student)
 
 
-def open_data(recipe: Recipe, accelerator: object) -> data.Data:
+def open_data(recipe: Recipe, accelerator: Accelerator) -> data.Data:
     """The recipe's data, this process's share of it."""
     spec = recipe.spec
     source = recipe.plugins.datasets[spec.data.dataset.use](spec.data.dataset)
@@ -93,7 +104,6 @@ def _carry_out(setting: Setting) -> Result:
     for number, stage in enumerate(schedule.stages(factory)):
         last = StageRun(setting, number, _trainer(setting, number, stage))
         last.carry_out()
-        factory.verify_frozen()
     if last is None:
         raise RunError(f"schedule '{spec.schedule.use}' has no stage")
     setting.accelerator.end_training()
@@ -108,7 +118,7 @@ def _trainer(setting: Setting, number: int, stage: Stage) -> Trainer:
         student.module.eval()  # a probe moves no statistics
     with torch.no_grad():
         lessons = stage.step(next(iter(prepared.train.epoch(0))))
-    labels = prepared.train.labels
+    labels = _labels_by_index(prepared.train)
     objectives = []
     for student, lesson in zip(stage.students, lessons, strict=True):
         built = objective.build(recipe, stage.losses, factory.expand)
@@ -120,13 +130,23 @@ def _trainer(setting: Setting, number: int, stage: Stage) -> Trainer:
     )  # fmt: skip
 
 
+def _labels_by_index(loader: data.TrainLoader) -> Tensor:
+    """Class by `Batch.index`, which counts images that are not trained on too: those have -1. Empty for a stream."""
+    if not len(loader.indices):
+        return loader.labels.cpu()
+    labels = torch.full((int(loader.indices.max()) + 1,), -1)
+    labels[loader.indices.cpu()] = loader.labels.cpu()
+    return labels
+
+
 def _result(setting: Setting, last: StageRun) -> Result:
     student, (scores, peers) = last.deployed()[0], scores_of(last.scores)
     recipe, folder = setting.recipe, setting.folder
     result = Result(
         folder=folder.path, name=recipe.spec.name, seed=recipe.spec.seed, test=scores["test"], validation=scores.get("validation"),
         parameters=sum(p.numel() for p in student.module.parameters()), seconds=round(setting.spent(), 3), epochs=last.trainer.epochs,
-        best=setting.best, teacher=metrics(setting.teacher) if setting.teacher else None, peers=peers, warnings=tuple(setting.reporter.warnings),
+        best=setting.best, teacher=metrics(setting.teacher) if setting.teacher else None, peers=peers,
+        warnings=tuple(setting.reporter.warnings),
     )  # fmt: skip
     if setting.is_main:
         write_atomically(folder.student_file, weights(student))

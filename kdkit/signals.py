@@ -8,6 +8,15 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 
+STOPS = (signal.SIGINT, signal.SIGTERM)
+
+
+def leave_to_parent(worker: int) -> None:
+    """In a process that loads data: ignore what a terminal or a launcher sends to all processes; the one that trains ends this one."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class StopRequest:
     """Catches SIGINT and SIGTERM while it is entered; a second one ends the process as usual."""
 
@@ -17,7 +26,7 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # elsewhere, Python allows no handlers
-            self._before = {s: signal.signal(s, self._take) for s in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {s: signal.signal(s, self._take) for s in STOPS}
         return self
 
     def _take(self, number: int, frame: FrameType | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PosixPath, WindowsPath
 from typing import Any
 
 import yaml
@@ -35,6 +35,15 @@ def _text(loader: _Loader, node: yaml.ScalarNode) -> Text:
 _Loader.add_constructor("tag:yaml.org,2002:str", _text)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes what overrides may hold beside YAML's own types."""
+
+
+for _kind in (Text, PosixPath, WindowsPath):
+    _Dumper.add_representer(_kind, lambda dumper, value: dumper.represent_str(str(value)))
+_Dumper.add_representer(tuple, lambda dumper, value: dumper.represent_list(value))
+
+
 class Source:
     """A recipe's data and where each key of it stands.
 
@@ -60,7 +69,8 @@ class Source:
 
     def where(self, location: Sequence[str | int]) -> str:
         """`file:line` of the deepest part of `location` that exists; a key counts where it is written."""
-        node, mark = self._root, self._root.start_mark
+        node: yaml.Node = self._root
+        mark = node.start_mark
         for step in location:
             if isinstance(node, yaml.MappingNode) and (entry := _entry(node, step)):
                 mark, node = entry[0].start_mark, entry[1]
@@ -88,6 +98,10 @@ def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
     return overrides
 
 
+def _composed(text: Any) -> Any:
+    return yaml.compose(text, _Loader)
+
+
 def _shown(name: str) -> str:
     path = Path(name)
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else name
@@ -106,7 +120,7 @@ def _merged(path: Path, children: tuple[Path, ...]) -> yaml.MappingNode:
         raise RecipeError(f"{shown}: extends itself, by way of {' -> '.join(_shown(str(p)) for p in children)}")
     try:
         with path.open(encoding="utf-8") as stream:
-            root = yaml.compose(stream, _Loader)
+            root = _composed(stream)
     except OSError as error:
         raise RecipeError(f"{shown}: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -162,9 +176,9 @@ def _merge(base: yaml.MappingNode, over: yaml.MappingNode) -> yaml.MappingNode:
 
 def _override(root: yaml.MappingNode, path: str, value: Any) -> None:
     def node_of(data: Any) -> yaml.Node:
-        node = yaml.compose(yaml.safe_dump(data), _Loader)
+        node: yaml.Node = _composed(yaml.dump(data, Dumper=_Dumper))
         for part in _walk(node):
-            part.start_mark = yaml.Mark(COMMAND_LINE, 0, 0, 0, None, None)
+            part.start_mark = yaml.Mark(COMMAND_LINE, 0, 0, 0, None, 0)
         return node
 
     *steps, last = path.split(".")

@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -18,14 +18,16 @@ from kdkit.data import Data
 from kdkit.engine import Trainer
 from kdkit.errors import Interrupted, RunError
 from kdkit.evaluate import Predictions, metrics, predict
-from kdkit.factory import ModelFactory, whole
+from kdkit.factory import ModelFactory
 from kdkit.meter import Meter
 from kdkit.progress import Reporter
 from kdkit.recipe import Recipe
 from kdkit.run_folder import RunFolder
 from kdkit.signals import StopRequest
+from kdkit.tapping import TappedModel
 
 Scores = dict[str, dict[str, float]]  # part of the data -> metrics
+STEPS_BETWEEN_QUESTIONS = 10
 
 
 @dataclass
@@ -80,6 +82,7 @@ class StageRun:
                 self._finished = trainer.epoch == trainer.epochs
                 if self._finished or trainer.epoch % setting.recipe.spec.run.checkpoint_epochs == 0:
                     self._save()
+        trainer.close()
         return self.scores
 
     def _train_epoch(self) -> None:
@@ -89,13 +92,14 @@ class StageRun:
             self.meter.add(trainer.steps, values, len(trainer.stage.students))
             logging = trainer.steps % run.log_steps == 0
             saving = bool(run.checkpoint_steps) and trainer.steps % (run.checkpoint_steps or 1) == 0
-            stopping = self._must_stop(together=logging)
+            stopping = self._must_stop()
             if logging or saving or stopping or setting.reporter.due():
-                terms = self._read()
+                terms = self._read(together=logging)
                 setting.reporter.step(trainer.steps, f"epoch {trainer.epoch + 1}/{trainer.epochs}", terms, self.lr, self._speed())
                 if logging and setting.is_main:
-                    setting.folder.log(kind="step", stage=trainer.stage.name, epoch=trainer.epoch, step=trainer.steps, lr=self.lr, terms=terms)
-                    setting.accelerator.log({f"{trainer.stage.name}/{name}": value for name, value in terms.items()}, step=trainer.steps)
+                    stage = trainer.stage.name
+                    setting.folder.log(kind="step", stage=stage, epoch=trainer.epoch, step=trainer.steps, lr=self.lr, terms=terms)
+                    setting.accelerator.log({f"{stage}/{name}": value for name, value in terms.items()}, step=trainer.steps)
             if saving or stopping:
                 self._save()
             if stopping:
@@ -105,21 +109,29 @@ class StageRun:
     def _close_epoch(self) -> None:
         """Measure, warn, log, and begin to count anew."""
         setting, trainer, spec = self.setting, self.trainer, self.setting.recipe.spec
-        means, speed = self.meter.means(), self._speed(whole_epoch=True)
-        for name in self.meter.silent():
-            setting.reporter.warn(f"{name} was exactly 0 in all of epoch {trainer.epoch} of stage '{trainer.stage.name}': nothing is learnt from it")
+        means, speed = self._over_processes(self.meter.means()), self._speed(whole_epoch=True)
+        for name in (name for name in self.meter.silent() if means[name] == 0):
+            place = f"epoch {trainer.epoch} of stage '{trainer.stage.name}'"
+            setting.reporter.warn(f"{name} was exactly 0 in all of {place}: nothing is learnt from it")
         measured = trainer.epoch % spec.train.evaluate_every == 0 or trainer.epoch == trainer.epochs
+        if trainer.schedule.by_epoch and setting.data.validation is not None:
+            measured = True  # its learning rate hangs on it
         if measured:
+            trainer.synchronise()
             self.scores = [self._measure(model) for model in self.deployed()]
             self._keep_best()
         validation = self.scores[0].get("validation") if measured else None
         trainer.schedule.after_epoch(trainer.epoch, validation["top1"] if validation else means["loss"])
         spent, done = setting.spent(), trainer.epoch / trainer.epochs
         test = self.scores[0]["test"] if measured else {}
-        setting.reporter.epoch(f"{trainer.stage.name} epoch {trainer.epoch}/{trainer.epochs}", means, self.lr, speed, test, spent / done - spent)
+        label = f"{trainer.stage.name} epoch {trainer.epoch}/{trainer.epochs}"
+        setting.reporter.epoch(label, means, self.lr, speed, test, spent / done - spent)
         if setting.is_main:
             scores = {**self.scores[0], **({"peers": self.scores[1:]} if len(self.scores) > 1 else {})} if measured else {}
-            setting.folder.log(kind="epoch", stage=trainer.stage.name, epoch=trainer.epoch, step=trainer.steps, seconds=round(spent, 3), lr=self.lr, images_per_second=round(speed, 1), train=means, **scores)
+            setting.folder.log(
+                kind="epoch", stage=trainer.stage.name, epoch=trainer.epoch, step=trainer.steps, seconds=round(spent, 3), lr=self.lr,
+                images_per_second=round(speed, 1), train=means, **scores,
+            )  # fmt: skip
             setting.accelerator.log({f"test/{name}": value for name, value in test.items()}, step=trainer.steps)
         self.meter = Meter()
 
@@ -130,7 +142,8 @@ class StageRun:
 
     def deployed(self) -> list[Model]:
         """The students as they are measured and exported."""
-        return [whole(student, module) for student, module in zip(self.trainer.stage.students, self.trainer.deployed(), strict=True)]
+        pairs = zip(self.trainer.stage.students, self.trainer.deployed(), strict=True)
+        return [cast("TappedModel", student).twin(module) for student, module in pairs]
 
     def _speed(self, *, whole_epoch: bool = False) -> float:
         """Training images per second in this epoch so far, over all processes."""
@@ -153,52 +166,85 @@ class StageRun:
             if setting.is_main:
                 write_atomically(setting.folder.best_file, weights(self.deployed()[0]))
 
-    def _read(self) -> dict[str, float]:
+    def _read(self, *, together: bool = False) -> dict[str, float]:
+        """The last step's terms: this process's, or `together` the mean over all."""
         try:
-            return self.meter.read()
+            terms = self.meter.read()
         except RunError as error:
-            raise RunError(f"stage '{self.trainer.stage.name}', {error}; the last good checkpoint stays in {self.setting.folder.checkpoints.folder}") from None
+            raise self._lost(error) from None
+        return self._over_processes(terms) if together else terms
+
+    def _lost(self, error: RunError) -> RunError:
+        place = self.setting.folder.checkpoints.folder
+        return RunError(f"stage '{self.trainer.stage.name}', {error}; the last good checkpoint, if there was one, stays in {place}")
+
+    def _over_processes(self, terms: dict[str, float]) -> dict[str, float]:
+        accelerator = self.setting.accelerator
+        if accelerator.num_processes == 1:
+            return terms
+        means = accelerator.reduce(torch.tensor(list(terms.values()), device=accelerator.device), "mean").tolist()
+        return dict(zip(terms, means, strict=True))
 
     def _restore(self) -> None:
         setting, trainer = self.setting, self.trainer
         saved, broken = setting.folder.checkpoints.load_newest(self.kind)
-        for path in broken:
-            setting.reporter.warn(f"checkpoint {path.name} is damaged; using {'the one before it' if saved else 'none: this stage begins anew'}")
         setting.accelerator.wait_for_everyone()
-        if saved is None:
-            return
-        trainer.load_state_dict(saved["trainer"])
-        self.meter, self.scores, setting.best = Meter(saved["means"], saved["meter_steps"]), saved["scores"], saved["best"]
-        setting.seconds, setting.began = saved["seconds"], time.monotonic()
+        if saved is not None:
+            self._load(saved)
+        for path in broken:
+            instead = "using the one before it" if saved else "this stage begins anew"
+            setting.reporter.warn(f"checkpoint {path.name} is damaged; {instead}")
         if setting.is_main:
-            setting.folder.forget(after=saved["logged"])
-        if trainer.epoch < trainer.epochs:
+            setting.folder.forget(trainer.stage.name, trainer.epoch, trainer.steps)
+        if saved is not None and trainer.epoch < trainer.epochs:
             setting.reporter.say(f"going on with stage '{trainer.stage.name}' at epoch {trainer.epoch + 1}, step {trainer.step}")
+
+    def _load(self, saved: dict[str, Any]) -> None:
+        setting = self.setting
+        try:
+            self.trainer.load_state_dict(saved["trainer"])
+            self.meter.load_state_dict(saved["meter"])
+            self.scores, setting.best, setting.seconds = saved["scores"], saved["best"], saved["seconds"]
+            setting.reporter.warnings[:] = dict.fromkeys([*saved["warnings"], *setting.reporter.warnings])
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise RunError(
+                f"{setting.folder.path}: the checkpoint of stage '{self.trainer.stage.name}' was written by another version of kdkit or "
+                f"of a plugin ({' '.join(str(error).split())[:200]}); `--restart` begins anew"
+            ) from None
+        setting.began = time.monotonic()
 
     def _save(self) -> None:
         setting = self.setting
+        meter = self.meter.state_dict()
+        meter["sums"] = self._over_processes(meter["sums"])
+        setting.factory.verify_frozen()  # before, so that nothing learnt from a changed teacher is ever gone on with
+        try:
+            self.trainer.refuse_non_finite()
+        except RunError as error:
+            raise self._lost(error) from None
         if setting.is_main:
             state = {
-                "trainer": self.trainer.state_dict(), "means": self.meter.means(), "meter_steps": self.meter.steps, "scores": self.scores,
-                "best": setting.best, "seconds": setting.spent(), "logged": setting.folder.logged(),
+                "trainer": self.trainer.state_dict(), "meter": meter, "scores": self.scores, "best": setting.best,
+                "seconds": setting.spent(), "warnings": list(setting.reporter.warnings),
             }  # fmt: skip
             setting.folder.checkpoints.save(self.kind, self.trainer.steps, state, keep=1 if self._finished else 2)
 
-    def _must_stop(self, *, together: bool) -> bool:
-        """Whether a signal came; several processes ask each other, at the steps where all of them do."""
-        here = self.setting.stop.signal is not None
-        if self.setting.accelerator.num_processes == 1:
+    def _must_stop(self) -> bool:
+        """Whether a signal came; several processes ask each other, every few steps."""
+        here, accelerator = self.setting.stop.signal is not None, self.setting.accelerator
+        if accelerator.num_processes == 1:
             return here
-        if not together:
+        if self.trainer.steps % STEPS_BETWEEN_QUESTIONS:
             return False
-        wish = torch.tensor(float(here), device=self.setting.accelerator.device)
-        return bool(self.setting.accelerator.reduce(wish).item() > 0)
+        return bool(accelerator.reduce(torch.tensor(float(here), device=accelerator.device)).item() > 0)
 
     def _leave(self) -> None:
         setting, trainer = self.setting, self.trainer
+        setting.accelerator.wait_for_everyone()  # a launcher ends all processes once the first has ended: not while one still saves
         received = setting.stop.signal or signal.SIGTERM  # another process may have got it
         place = f"epoch {trainer.epoch + 1} of stage '{trainer.stage.name}'"
-        raise Interrupted(f"stopped by {received.name} in {place}, saved in {setting.folder.path}; the same command goes on from here", received)
+        says = f"stopped by {received.name} in {place}, saved in {setting.folder.path}; the same command goes on from here"
+        raise Interrupted(says, received)
 
 
 def weights(model: Model) -> bytes:

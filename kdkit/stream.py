@@ -16,6 +16,7 @@ from kdkit.errors import DataError
 from kdkit.images import Broken, Finish, intact, stack
 from kdkit.providers import Stream
 from kdkit.schema import DataSpec
+from kdkit.signals import leave_to_parent
 from kdkit.transforms import Transform
 
 Sample = tuple[Tensor | Broken, int, int]
@@ -39,6 +40,7 @@ class StreamReader:
             num_workers=self._workers,
             collate_fn=_collate,
             pin_memory=self._finish.device.type == "cuda",
+            worker_init_fn=leave_to_parent,
             generator=torch.Generator().manual_seed(seed or 0),  # a worker's own seed comes from it
         )
         for pixels, labels, index in loader:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import types
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from kdkit.contracts import Inputs, Outputs
 from kdkit.errors import TapError
 from kdkit.layers import Layer, expand, resolve
-from kdkit.observation import Keep, Stop, Watch, observed, overwriter, register, version
+from kdkit.observation import Keep, Stop, Store, Watch, observed, overwriter, register, version
 
 
 class TappedModel:
@@ -60,7 +59,7 @@ class TappedModel:
         except TapError as error:
             raise TapError(f"{role}: {error}") from None
         self._calls: Counter[str] | None = None  # how often each tapped layer runs in a whole forward
-        self._store: dict[str, Tensor] = {}  # written by a compiled forward, emptied at its end
+        self._store = Store()  # written by a compiled forward, emptied at its end
         self._compile: dict[str, Any] | None = None
         self._compiled: Callable[[Inputs], tuple[Tensor | None, dict[str, Tensor]]] | None = None
         self._hooked = False
@@ -145,15 +144,17 @@ class TappedModel:
             if not self._hooked:
                 register(self.module, self.layers, functools.partial(Keep, store=self._store))
                 self._hooked = True
-            code = TappedModel._collect.__code__.replace()  # a code object of its own: torch limits recompilations per code object
-            own = types.FunctionType(code, globals(), "_collect")
-            self._compiled = torch.compile(types.MethodType(own, self), **(self._compile or {}))
-        return self._compiled(inputs)
+            self._compiled = torch.compile(self._collect, **(self._compile or {}))  # networks of one architecture share its graphs
+        self._store.open = True
+        try:
+            return self._compiled(inputs)
+        finally:
+            self._store.open = False
 
     def _collect(self, inputs: Inputs) -> tuple[Tensor | None, dict[str, Tensor]]:
         logits = self._forward(inputs)
-        features = {name: self._shaped(name, self._store[name]) for name in self.layers}
-        self._store.clear()
+        features = {name: self._shaped(name, self._store.values[name]) for name in self.layers}
+        self._store.values.clear()
         return (logits if self.needs_logits else None), features  # what nobody reads, the compiler leaves out
 
     def _check(self, inputs: Inputs) -> None:

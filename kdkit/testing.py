@@ -15,6 +15,7 @@ AssertionError that says which promise is broken, and on what. `assert_agrees` c
 from __future__ import annotations
 
 import copy
+import functools
 import io
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from kdkit.contracts import Batch, FeatureOptions, Loss, Outputs
 from kdkit.errors import ShapeError
-from kdkit.probes import CLASSES, DEGENERATE, FORMS, MISFITS, as_it_is, leaves, probe, probes, set_up
+from kdkit.probes import CLASSES, DEGENERATE, FORMS, MISFITS, leaves, probe, probes, set_up
 from kdkit.probes import random_batch as random_batch
 from kdkit.probes import random_outputs as random_outputs
 
@@ -48,7 +49,10 @@ def check_refuses_by_shape_error(cls: type[Loss], **options: Any) -> None:
         except ShapeError as error:
             assert str(error), f"{cls.name}: on {form}: the ShapeError says nothing; name both shapes and what would help"
             continue
-        accepted.value()
+        try:
+            accepted.value()
+        except AssertionError as error:
+            raise AssertionError(f"{error}; setup must refuse what forward cannot compare, by kdkit.ShapeError") from error
 
 
 def check_is_a_finite_scalar(cls: type[Loss], **options: Any) -> None:
@@ -73,7 +77,9 @@ def check_adapters_learn(cls: type[Loss], **options: Any) -> None:
     for original in probes(cls, options):
         p, loss = original.learning(), original.copy_of_loss()
         known = {id(x) for x in [*loss.parameters(), *p.context.student.parameters(), p.student.logits, *p.student.features.values()]}
-        strangers = [tuple(leaf.shape) for leaf in leaves(p.value(loss)) if id(leaf) not in known]
+        value = p.value(loss)
+        p.require(value.requires_grad, "the value has no gradient")
+        strangers = [tuple(leaf.shape) for leaf in leaves(value) if id(leaf) not in known]
         p.require(
             not strangers, f"a tensor {strangers[:1]} learns but is not among parameters(); an adapter's place is an nn.Module attribute"
         )
@@ -149,9 +155,10 @@ def check_survives_degenerate_inputs(cls: type[Loss], **options: Any) -> None:
     for p in probes(cls, options):
         for form, (student, teacher) in DEGENERATE.items():
             p.changed(form, student, teacher).require_finite()
-        twins = replace(p.changed("student and teacher alike", as_it_is, as_it_is), teacher=p.student)
-        if all(p.student.features[pair.student].shape == p.teacher.features[pair.teacher].shape for pair in p.loss.options.taps()):
-            replace(twins, teacher=Outputs(p.student.logits, _renamed(p.loss, p.student))).require_finite()
+        pairs = p.loss.options.taps()
+        if all(p.student.features[pair.student].shape == p.teacher.features[pair.teacher].shape for pair in pairs):
+            alike = Outputs(p.student.logits, {pair.teacher: p.student.features[pair.student] for pair in pairs})
+            replace(p, teacher=alike, form=f"{p.form}, student and teacher alike").require_finite()
 
 
 def check_takes_rounded_inputs(cls: type[Loss], **options: Any) -> None:
@@ -183,7 +190,10 @@ def check_is_restored_from_its_state(cls: type[Loss], **options: Any) -> None:
             raise AssertionError(f"{cls.name}: its state_dict holds more than tensors and plain values: {error}") from error
         other = type(loss)(loss.options)
         set_up(other, p.student, p.teacher, p.context, p.form, seed=1)
-        other.load_state_dict(state)
+        try:
+            other.load_state_dict(state)
+        except RuntimeError as error:
+            raise AssertionError(f"{cls.name}: after setup it cannot load the state of one that was used: {error}") from error
         one, two = p.value(loss), p.value(other)
         p.require(torch.equal(one, two), f"with its state loaded it gives {two:.6g}, not {one:.6g}; what it remembers must be a buffer")
 
@@ -215,28 +225,19 @@ def assert_agrees(loss: Loss, formula: Formula, student: Outputs, teacher: Outpu
     for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 1e-4)):
         ours = copy.deepcopy(loss).to(dtype)
         naive = copy.deepcopy(ours).double()
-        narrow = [_cast(x, dtype) for x in (student, teacher)]
-        wide = [_cast(x, torch.float64) for x in narrow]
-        got = _value_and_slopes(ours, ours, *narrow, batch=batch)
-        wanted = _value_and_slopes(naive, formula, naive, *wide, batch=batch)
+        s, t = (x.map(lambda value: value.detach().to(dtype)) for x in (student, teacher))  # noqa: B023
+        got = _value_and_slopes(ours, ours, s, t, batch)
+        wanted = _value_and_slopes(naive, functools.partial(formula, naive), s.map(Tensor.double), t.map(Tensor.double), batch)
         for name, exact in wanted.items():
             error, size = float((got[name] - exact).abs().max()), max(float(exact.abs().max()), 1e-6)
             assert error <= tolerance * size, f"{loss.name}: {name} is off by {error:.2e} of {size:.2e} in {dtype}"
 
 
-def _renamed(loss: Loss, student: Outputs) -> dict[str, Tensor]:
-    return {pair.teacher: student.features[pair.student] for pair in loss.options.taps()}
-
-
-def _cast(outputs: Outputs, dtype: torch.dtype) -> Outputs:
-    return outputs.map(lambda x: x.detach().to(dtype))
-
-
-def _value_and_slopes(loss: Loss, compute: Callable[..., Tensor], *args: Any, batch: Batch) -> dict[str, Tensor]:
-    *before, student, teacher = args
+def _value_and_slopes(loss: Loss, compute: Callable[..., Tensor], student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
     student = student.map(lambda x: x.clone().requires_grad_())
-    labels = batch.labels.to(student.logits.dtype) if batch.labels.ndim == 2 else batch.labels
-    value = compute(*before, student, teacher, replace(batch, labels=labels))
+    if batch.labels.is_floating_point():
+        batch = replace(batch, labels=batch.labels.to(student.logits.dtype))
+    value = compute(student, teacher, batch)
     inputs = {"logits": student.logits, **student.features, **dict(loss.named_parameters())}
     slopes = torch.autograd.grad(value, list(inputs.values()), allow_unused=True)
     found = {f"the gradient for {k}": torch.zeros_like(x) if g is None else g for (k, x), g in zip(inputs.items(), slopes, strict=True)}

@@ -38,7 +38,7 @@ def test_finaliser_is_splitmix64():
 
 def test_uniform_fills_the_unit_interval_evenly():
     u = augment.uniform(3, 1, torch.arange(100_000), 4)
-    assert u.dtype == torch.float32 and 0 <= float(u.min()) and float(u.max()) < 1
+    assert u.dtype == torch.float32 and float(u.min()) >= 0 and float(u.max()) < 1
     for draw in u.T:
         counts = torch.histc(draw, 50, 0, 1)
         chi2 = float(((counts - 2000) ** 2 / 2000).sum())
@@ -91,9 +91,7 @@ def test_permutations_of_epochs_differ_and_come_again():
     assert abs(float(torch.corrcoef(torch.stack([first, second]).float())[0, 1])) < 0.13
 
 
-@given(
-    st.integers(1, 5), st.integers(1, 3), st.integers(1, 6), st.integers(1, 6), st.integers(0, 4), st.booleans(), st.data()
-)
+@given(st.integers(1, 5), st.integers(1, 3), st.integers(1, 6), st.integers(1, 6), st.integers(0, 4), st.booleans(), st.data())
 @settings(max_examples=60, deadline=None)
 def test_crop_flip_agrees_with_a_loop(batch, channels, height, width, padding, floats, data):
     images = torch.arange(1, 1 + batch * channels * height * width).remainder(251).reshape(batch, channels, height, width)

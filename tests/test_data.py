@@ -110,7 +110,7 @@ def test_batches_hold_the_named_samples_in_the_unit_interval(kind):
     assert loaded.info.image_shape == (3, side, side)
     for batch in loaded.train.epoch(0):
         assert batch.inputs.shape == (8, 3, side, side) and batch.inputs.dtype == torch.float32
-        assert 0 <= float(batch.inputs.min()) and 0.5 < float(batch.inputs.max()) <= 1
+        assert float(batch.inputs.min()) >= 0 and 0.5 < float(batch.inputs.max()) <= 1
         assert torch.equal(batch.labels, labels[batch.index])
         seen += batch.index.tolist()
     assert sorted(seen) == list(range(40)) and seen != sorted(seen)
@@ -124,9 +124,7 @@ def test_epochs_come_again_and_differ(kind):
     assert same(one.train.epoch(3), again.train.epoch(3))
     first, second = list(one.train.epoch(0)), list(one.train.epoch(1))
     assert not same(first, second) and not same(first, data(source, seed=2, **settings).train.epoch(0))
-    by_index = [
-        dict(zip(torch.cat([b.index for b in e]).tolist(), torch.cat([b.inputs for b in e]), strict=True)) for e in (first, second)
-    ]
+    by_index = [dict(zip(torch.cat([b.index for b in e]).tolist(), torch.cat([b.inputs for b in e]), strict=True)) for e in (first, second)]
     assert sum(not torch.equal(by_index[0][i], by_index[1][i]) for i in range(40)) > 25  # another view, not only another order
 
 

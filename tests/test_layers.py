@@ -98,7 +98,9 @@ def test_globs_follow_the_network():
 
 def test_pairs_go_together_in_order():
     student, teacher = meta("test_vit"), meta("test_vit2")
-    pairs = expand_pairs([kdkit.LayerPair(student="blocks.*", teacher="blocks.[0-5]"), kdkit.LayerPair(student="logits", teacher="head")], student, teacher)
+    pairs = expand_pairs(
+        [kdkit.LayerPair(student="blocks.*", teacher="blocks.[0-5]"), kdkit.LayerPair(student="logits", teacher="head")], student, teacher
+    )
     assert [(pair.student, pair.teacher) for pair in pairs] == [*((f"blocks.{i}",) * 2 for i in range(6)), ("logits", "head")]
     with pytest.raises(kdkit.TapError) as caught:
         expand_pairs([kdkit.LayerPair(student="blocks.*", teacher="blocks.[01]")], student, teacher)

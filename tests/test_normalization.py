@@ -16,7 +16,9 @@ def images(channels=3, size=6, **options):
     return torch.rand(4, channels, size, size, generator=torch.Generator().manual_seed(0), **options)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 2e-2), (torch.bfloat16, 1e-1), (torch.float64, 1e-5)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 2e-2), (torch.bfloat16, 1e-1), (torch.float64, 1e-5)]
+)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_agrees_with_torchvision(dtype, tolerance, layout):
     raw = images(dtype=torch.float64)

@@ -47,7 +47,8 @@ class TorchvisionSource(kdkit.ModelSource):
             raise kdkit.ModelError(f"torchvision's weights of '{self.model_name}' cannot be fetched: {cause}") from error
         own = module.state_dict()
         fitting = {key: value for key, value in weights.items() if key in own and own[key].shape == value.shape}
-        left = sorted({key.rpartition(".")[0] for key in own.keys() - fitting.keys() if not key.endswith("num_batches_tracked")})
+        misfits = (own.keys() | weights.keys()) - fitting.keys()
+        left = sorted({key.rpartition(".")[0] for key in misfits if not key.endswith("num_batches_tracked")})
         if len(left) > 1:
             raise kdkit.ModelError(f"torchvision's weights of '{self.model_name}' do not fit these arguments: {', '.join(left[:3])}")
         module.load_state_dict(fitting, strict=False)

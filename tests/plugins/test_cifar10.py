@@ -6,10 +6,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from kdkit_plugins.datasets.cifar10 import Cifar10, Cifar10Options
 from torchvision.datasets import CIFAR10
 
 from kdkit.errors import DataError
-from kdkit_plugins.datasets.cifar10 import Cifar10, Cifar10Options
 
 FILES = {"train": ["data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5"], "test": ["test_batch"]}
 META, NAMES = ("batches.meta", "label_names")

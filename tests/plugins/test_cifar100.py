@@ -6,10 +6,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from kdkit_plugins.datasets.cifar100 import Cifar100, Cifar100Options
 from torchvision.datasets import CIFAR100
 
 from kdkit.errors import DataError
-from kdkit_plugins.datasets.cifar100 import Cifar100, Cifar100Options
 
 FILES = {"train": ["train"], "test": ["test"]}
 META, NAMES = ("meta", "fine_label_names")

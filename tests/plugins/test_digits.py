@@ -1,9 +1,8 @@
 """The digits come whole, split once and for all, in class shares."""
 
 import torch
-from sklearn.datasets import load_digits
-
 from kdkit_plugins.datasets.digits import Digits
+from sklearn.datasets import load_digits
 
 
 def parts():

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from kdkit_plugins.datasets.fashion_mnist import FashionMnist, FashionMnistOptions
 
 from kdkit.errors import DataError
-from kdkit_plugins.datasets.fashion_mnist import FashionMnist, FashionMnistOptions
 
 
 def write_idx(folder: Path, prefix: str, images: torch.Tensor, labels: torch.Tensor) -> None:

@@ -5,12 +5,12 @@ import os
 import numpy as np
 import pytest
 import torch
+from kdkit_plugins.datasets.image_folder import ImageFolder, ImageFolderOptions
 from PIL import Image
 
 from kdkit.data import prepare
 from kdkit.errors import DataError
 from kdkit.schema import DataSpec, TimmAugment
-from kdkit_plugins.datasets.image_folder import ImageFolder, ImageFolderOptions
 
 CPU = torch.device("cpu")
 

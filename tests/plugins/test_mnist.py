@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from kdkit_plugins.datasets.mnist import Mnist, MnistOptions
 
 from kdkit.errors import DataError
-from kdkit_plugins.datasets.mnist import Mnist, MnistOptions
 
 
 def write_idx(folder: Path, prefix: str, images: torch.Tensor, labels: torch.Tensor) -> None:

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from kdkit_plugins.datasets.synthetic import Synthetic, SyntheticOptions
 
 

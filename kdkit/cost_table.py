@@ -1,0 +1,131 @@
+"""What `kdkit profile` measures, and the table it shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from rich.table import Table
+
+from kdkit import registry
+from kdkit.errors import ModelError, RunError
+from kdkit.models import build_model
+from kdkit.profile import Profile, Shape
+from kdkit.recipe import source_of
+from kdkit.tapping import TappedModel
+from kdkit.trained import TrainedRun
+
+DEFAULT_SHAPE: Shape = (3, 224, 224)
+DEFAULT_CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to be measured, for images of some shape (C, H, W)."""
+
+    name: str
+    model: TappedModel
+    shape: Shape
+
+
+def subjects(
+    words: Sequence[str], size: str | None, classes: int | None, device: torch.device, plugins: tuple[Path, ...] = ()
+) -> list[Subject]:
+    """Each run's teacher and student, each named model with random weights; a name goes by the first run's shape and classes.
+
+    Args:
+        words: run folders, and model names as a recipe has them.
+        size: "C,H,W" for all of them (None: a run's own; 3,224,224 without a run).
+        classes: number of logits of named models (None: the first run's; 1000 without a run).
+        device: where they are measured.
+        plugins: further plugin files or folders.
+
+    Raises:
+        RunError: neither a run folder nor a model, or an unfinished run.
+        ModelError: a model cannot be built.
+    """
+    runs = {word: TrainedRun(Path(word)) for word in words if Path(word).is_dir()}
+    first = next(iter(runs.values()), None)
+    asked = parse_shape(size) if size else None
+    shape = asked or (first.info.image_shape if first else DEFAULT_SHAPE)
+    number = classes or (first.info.num_classes if first else DEFAULT_CLASSES)
+    found: list[Subject] = []
+    for word in words:
+        found += _of_run(word, runs[word], asked, device) if word in runs else [_of_name(word, shape, number, device, plugins)]
+    return found
+
+
+def parse_shape(size: str) -> Shape:
+    """(C, H, W) of "C,H,W".
+
+    Raises:
+        ModelError: it is not of that form.
+    """
+    try:
+        channels, height, width = (int(side) for side in size.split(","))
+    except ValueError:
+        raise ModelError(f"--size: '{size}' is not of the form C,H,W, such as 3,224,224") from None
+    return channels, height, width
+
+
+def _of_run(word: str, run: TrainedRun, asked: Shape | None, device: torch.device) -> Iterator[Subject]:
+    shape, name = asked or run.info.image_shape, Path(word).resolve().name
+    if (teacher := run.teacher(device=device)) is not None:
+        yield Subject(f"{name}: teacher", teacher, shape)
+    yield Subject(f"{name}: student", run.student(device=device), shape)
+
+
+def _of_name(word: str, shape: Shape, classes: int, device: torch.device, plugins: tuple[Path, ...]) -> Subject:
+    sources = registry.load(plugins).models
+    try:
+        source, name = source_of(word, sources)
+        options = sources[source].Options(model=word)
+    except ModelError as error:
+        raise RunError(f"{word}: no such run folder, and {error}") from None
+    except ValidationError as error:
+        keys = ", ".join(".".join(map(str, e["loc"])) for e in error.errors())
+        raise ModelError(f"{word}: needs options that only a recipe can give ({keys})") from None
+    model = build_model(options, sources[source](options, name), classes, shape, role=word, device=device, channels_last=True)
+    return Subject(word, model, shape)
+
+
+def table(names: Sequence[str], profiles: Sequence[Profile]) -> Table:
+    """One column a model, one row a quantity; how many times the first model's, from the second on."""
+    shown = Table("", box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for name in names:
+        shown.add_column(name, justify="right", overflow="fold")
+    for title, value, text in _rows(profiles[0]):
+        values = [value(profile) for profile in profiles]
+        shown.add_row(title, text(values[0]), *(f"{text(v)}  [dim]{_ratio(v, values[0]):>7}[/dim]" for v in values[1:]))
+    return shown
+
+
+def _rows(first: Profile) -> Iterator[tuple[str, Callable[[Profile], float], Callable[[float], str]]]:
+    """(title, quantity, how it is written)."""
+    yield "parameters", lambda p: p.parameters, lambda v: f"{v:,.0f}"
+    yield "multiply-accumulates per image", lambda p: p.macs, _macs
+    yield "safetensors file, bytes", lambda p: p.bytes, lambda v: f"{v:,.0f}"
+    for position, latency in enumerate(first.latencies):
+        for percent in (50, 90, 99):
+            yield f"batch {latency.batch}: p{percent}, ms", _milliseconds(position, percent), lambda v: f"{v:,.2f}"
+        yield f"batch {latency.batch}: images/s", _throughput(position), lambda v: f"{v:,.0f}"
+
+
+def _milliseconds(position: int, percent: float) -> Callable[[Profile], float]:
+    return lambda profile: 1000 * profile.latencies[position].percentile(percent)
+
+
+def _throughput(position: int) -> Callable[[Profile], float]:
+    return lambda profile: profile.latencies[position].throughput
+
+
+def _macs(count: float) -> str:
+    unit, name = next(((u, n) for u, n in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if count >= u), (1.0, ""))
+    return f"{count / unit:,.2f} {name}" if name else f"{count:,.0f}"
+
+
+def _ratio(value: float, first: float) -> str:
+    return f"x {value / first:.3g}" if first else ""

@@ -1,0 +1,178 @@
+"""A run's learning curves, from its metrics.jsonl: as rows of numbers, as blocks for a terminal, as a picture."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdkit.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+BLOCKS = " ▁▂▃▄▅▆▇█"
+# Okabe and Ito's colours, which every kind of eye tells apart, in an order that alternates dark and light; dashes and
+# markers tell the lines apart in grey.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#000000")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (3, 1)), (0, (1, 1)), (0, (8, 2)))  # one more than colours: no pair comes again soon
+MARKERS = "os^DvPXph"
+INK, GRID = "#333333", "#dddddd"
+TALL = 30.0  # ratio of largest to smallest loss from which they are drawn on a logarithmic scale
+
+
+@dataclass
+class Curve:
+    """Points (x, y), x in epochs over all stages."""
+
+    x: list[float] = field(default_factory=list)
+    y: list[float] = field(default_factory=list)
+
+    def add(self, x: float, y: float) -> None:
+        self.x.append(x)
+        self.y.append(y)
+
+
+@dataclass
+class Curves:
+    """All curves of a run.
+
+    Attributes:
+        top1: accuracy in percent on "test" and "validation"; of further students on "test, student 2"...
+        losses: "loss" (the total) and each term, as it counts in the total.
+        lr: learning rate after that many epochs.
+        stages: where each stage begins, and its name.
+    """
+
+    top1: dict[str, Curve] = field(default_factory=dict)
+    losses: dict[str, Curve] = field(default_factory=dict)
+    lr: Curve = field(default_factory=Curve)
+    stages: list[tuple[float, str]] = field(default_factory=list)
+    epochs: int = 0
+
+
+def read(folder: RunFolder) -> Curves:
+    """The curves of a run so far."""
+    curves = Curves()
+    for line in folder.metrics("epoch"):
+        if not curves.stages or line["stage"] != curves.stages[-1][1]:
+            curves.stages.append((curves.epochs, line["stage"]))
+        x = curves.stages[-1][0] + line["epoch"]
+        curves.epochs = int(x)
+        _take(curves, line, x)
+    return curves
+
+
+def _take(curves: Curves, line: dict[str, Any], x: float) -> None:
+    curves.lr.add(x, line["lr"])
+    for name, value in line["train"].items():
+        if name == "loss" or name.endswith(".weighted"):
+            curves.losses.setdefault(name.removesuffix(".weighted"), Curve()).add(x, value)
+    for part in ("test", "validation"):
+        if part in line:
+            curves.top1.setdefault(part, Curve()).add(x, line[part]["top1"])
+    for number, peer in enumerate(line.get("peers", ()), 2):
+        curves.top1.setdefault(f"test, student {number}", Curve()).add(x, peer["test"]["top1"])
+
+
+def blocks(curve: Curve, epochs: int, width: int) -> str:
+    """A curve in one line of text, `epochs` being as long as `width` or, if they are fewer, one character each.
+
+    Its lowest value is the lowest block, its highest the full one. A character shows the last value up to its place; before
+    the first value and after the last one there is nothing.
+    """
+    columns = min(width, epochs)
+    low, span = min(curve.y), max(curve.y) - min(curve.y)
+    text = ""
+    for column in range(1, columns + 1):
+        until, since = column * epochs / columns, (column - 1) * epochs / columns
+        known = [y for x, y in zip(curve.x, curve.y, strict=True) if x <= until]
+        if not known or since >= curve.x[-1]:
+            text += BLOCKS[0]
+        else:
+            text += BLOCKS[1 + round((known[-1] - low) / span * 7)] if span else BLOCKS[4]
+    return text
+
+
+def draw(curves: Curves, title: str, file: Path, teacher: float | None = None) -> None:
+    """A picture of accuracy, weighted losses and learning rate, as matplotlib writes it for the file's ending.
+
+    Args:
+        curves: of at least one epoch.
+        title: what stands above.
+        file: where it goes.
+        teacher: its accuracy in percent, drawn as a line.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 8.4), dpi=150, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    accuracy, loss, rate = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1.3))
+    figure.suptitle(title, x=0.02, ha="left", fontsize=12, fontweight="bold", color=INK)
+    _lines(accuracy, curves.top1, curves, "{:.2f}")
+    if teacher is not None:
+        accuracy.axhline(teacher, color="#777777", linestyle=(0, (6, 3)), linewidth=1.3, label=f"teacher, test ({teacher:.2f})", zorder=1)
+    _lines(loss, curves.losses, curves, "{:.4g}")
+    values = [v for curve in curves.losses.values() for v in curve.y]
+    if min(values) > 0 and max(values) / min(values) > TALL:
+        loss.set_yscale("log")
+    rate.plot(*_broken(curves.lr, curves), color=INK, linewidth=1.6, marker="." if len(curves.lr.x) < 20 else None)
+    for axes, label in ((accuracy, "top-1, %"), (loss, "training loss,\nterms weighted"), (rate, "learning rate")):
+        _furnish(axes, label, curves)
+    for axes in (accuracy, loss):
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=9, labelcolor=INK, handlelength=3.2)
+    _name_stages(accuracy, curves)
+    rate.set_xlabel("epoch" if len(curves.stages) == 1 else "epoch, over all stages", color=INK)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file)
+
+
+def _lines(axes: Axes, lines: dict[str, Curve], curves: Curves, number: str) -> None:
+    for i, (name, curve) in enumerate(lines.items()):
+        every = max(1, math.ceil(len(curve.x) / 12))
+        axes.plot(
+            *_broken(curve, curves), color=COLORS[i % len(COLORS)], linestyle=DASHES[i % len(DASHES)], marker=MARKERS[i % len(MARKERS)],
+            markevery=every, markersize=4.5, linewidth=1.8, label=f"{name} ({number.format(curve.y[-1])})",
+        )  # fmt: skip
+
+
+def _broken(curve: Curve, curves: Curves) -> tuple[list[float], list[float]]:
+    """The points with a gap wherever a new stage begins: what comes then is not the course of what was before."""
+    xs, ys, starts = [], [], [start for start, _ in curves.stages[1:]]
+    for x, y in zip(curve.x, curve.y, strict=True):
+        while starts and x > starts[0]:
+            xs.append(starts.pop(0))
+            ys.append(math.nan)
+        xs.append(x)
+        ys.append(y)
+    return xs, ys
+
+
+def _furnish(axes: Axes, label: str, curves: Curves) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_ylabel(label, color=INK)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#999999")
+    axes.tick_params(colors=INK, labelsize=9)
+    margin = max(0.3, 0.02 * curves.epochs)
+    axes.set_xlim(1 - margin, curves.epochs + margin)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for start, _ in curves.stages[1:]:
+        axes.axvline(start + 0.5, color="#999999", linewidth=1)
+
+
+def _name_stages(axes: Axes, curves: Curves) -> None:
+    """Above the topmost panel, where no line runs."""
+    if len(curves.stages) < 2:
+        return
+    ends = [start for start, _ in curves.stages[1:]] + [curves.epochs]
+    for (start, name), end in zip(curves.stages, ends, strict=True):
+        middle = (start + 0.5 + min(end + 0.5, curves.epochs)) / 2
+        room = max(3, round(90 * (end - start) / curves.epochs))  # characters
+        text = name if len(name) <= room else f"{name[: room - 1]}…"
+        axes.annotate(text, (middle, 1.01), xycoords=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=8, color=INK)

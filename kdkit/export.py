@@ -1,0 +1,220 @@
+"""Writes a run's student for use without its run: as a folder that timm loads, or as an ONNX file."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from kdkit import __version__
+from kdkit.checkpoints import write_atomically
+from kdkit.errors import ModelError
+from kdkit.normalization import NormalizationAdapter
+from kdkit.recipe import DEFAULT_SOURCE
+from kdkit.stage_run import weights
+from kdkit.tapping import TappedModel
+from kdkit.trained import EXPORTED, WEIGHTS, TrainedRun
+
+Format = Literal["timm", "onnx"]
+ONNX_FILE = "model.onnx"
+ONNX_NEEDS = ("onnx", "onnxscript", "onnxruntime")
+TOLERANCE = 1e-4  # of ONNX against torch, relative to the largest logit
+EMBEDDED = 2**30  # bytes of weights from which an ONNX file keeps them beside itself: a single one ends at 2 GiB
+TIMM_KEPT = ("classifier", "first_conv", "fixed_input_size", "license")  # what timm knows of the architecture; the rest is of other weights
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written, and what there is to know about it, a sentence each."""
+
+    files: tuple[Path, ...]
+    notes: tuple[str, ...]
+
+
+def export(run: TrainedRun, form: Format = "timm", folder: Path | None = None, *, best: bool = False) -> Export:
+    """Write a run's student.
+
+    Args:
+        run: which.
+        form: timm: weights and a `config.json`; onnx: one network from images in [0, 1] to logits, for any batch size.
+        folder: where to (default: `export` in the run folder).
+        best: the epoch with the best validation accuracy, not the last.
+
+    Raises:
+        RunError: the run is not finished.
+        ModelError: ONNX cannot express the network, gives other logits, or is not installed.
+    """
+    if form == "onnx" and (missing := [name for name in ONNX_NEEDS if importlib.util.find_spec(name) is None]):
+        raise ModelError(f"--format onnx needs {', '.join(missing)}: pip install kdkit[export]")
+    target = folder or run.folder.path / "export"
+    student = run.student(best=best, channels_last=False)
+    target.mkdir(parents=True, exist_ok=True)
+    return _write_onnx(student, run.info.image_shape, target) if form == "onnx" else _write_weights(run, student, target)
+
+
+def _write_weights(run: TrainedRun, student: TappedModel, folder: Path) -> Export:
+    own, source, files = _own_config(run), run.model_source(), (folder / WEIGHTS, folder / EXPORTED)
+    write_atomically(files[0], weights(student))
+    reason = f"{source.name} is not timm"
+    if source.name == DEFAULT_SOURCE:
+        _write_json(files[1], {**_timm_config(run, student), "kdkit": own})
+        reason = _difference(student, folder)
+        if not reason:
+            how = f'load it by timm.create_model("local-dir:{folder}", pretrained=True); checked: it gives the same logits'
+            return Export(files, (how, _expects(student)))
+    # A name that timm does not have, so that its message says what this is.
+    _write_json(files[1], {"architecture": f"kdkit:{source.name}/{source.model_name}", "num_classes": run.info.num_classes, "kdkit": own})
+    how = f'load it by kdkit.load_student("{folder}")'
+    if own["needs_files"]:
+        how = f"build the network by {', '.join(own['needs_files'])} and load {WEIGHTS} into it"
+    return Export(files, (f"plain timm cannot rebuild this network: {reason}", how, _expects(student)))
+
+
+def _own_config(run: TrainedRun) -> dict[str, Any]:
+    """What `kdkit.load_student` builds the network from. Paths stay out of it: they mean nothing on another machine."""
+    options = run.recipe.spec.student
+    files = sorted(key for key, value in options if isinstance(value, Path) and key != "checkpoint")
+    return {
+        "version": __version__,
+        "options": options.model_dump(mode="json", exclude={"checkpoint", "strip_prefix", *files}, exclude_none=True),
+        "needs_files": [getattr(options, key).name for key in files],
+        "num_classes": run.info.num_classes,
+        "image_shape": list(run.info.image_shape),
+        "class_names": list(run.info.class_names),
+    }
+
+
+def _timm_config(run: TrainedRun, student: TappedModel) -> dict[str, Any]:
+    """timm's own format: an architecture, the arguments to create it with, what its images are like."""
+    spec, built = run.recipe.spec, getattr(student.module, "pretrained_cfg", None) or {}
+    mean, std = expected(student)
+    shape = student.input_shape or run.info.image_shape
+    about = {
+        **{key: built[key] for key in TIMM_KEPT if built.get(key) is not None},
+        "input_size": list(shape), "mean": mean, "std": std, "num_classes": run.info.num_classes,
+        "interpolation": spec.data.interpolation, "crop_pct": spec.data.crop_pct,
+    }  # fmt: skip
+    config = {
+        "architecture": built.get("architecture", run.model_source().model_name), "num_classes": run.info.num_classes,
+        "num_features": getattr(student.module, "num_features", None), "pretrained_cfg": about,
+        "model_args": {"in_chans": shape[0], **getattr(spec.student, "args", {})},
+    }  # fmt: skip
+    return {**config, "label_names": list(run.info.class_names)} if run.info.class_names else config
+
+
+def expected(student: TappedModel) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel that the network expects of images in [0, 1], to float32's precision."""
+    adapter = getattr(student.adapt, "normalization", None)
+    if not isinstance(adapter, NormalizationAdapter):
+        return [0.0], [1.0]
+    scale, shift = (value.detach().double().flatten().cpu() for value in (adapter.scale, adapter.shift))
+    mean, std = ([float(f"{v:.7g}") + 0.0 for v in row.tolist()] for row in (-shift / scale, 1 / scale))  # + 0.0: no minus zero
+    return mean, std
+
+
+def _expects(student: TappedModel) -> str:
+    mean, std = ("/".join(f"{v:g}" for v in row) for row in expected(student))
+    shape = ", ".join(map(str, student.input_shape or ()))
+    return f"its network takes images (B, {shape}) normalised by mean {mean}, std {std}"
+
+
+def _difference(student: TappedModel, folder: Path) -> str:
+    """How the network that timm makes of the folder differs from the student; empty if it does not."""
+    import timm
+
+    ours = {name: tuple(value.shape) for name, value in student.module.state_dict().items()}
+    try:
+        theirs = {name: tuple(value.shape) for name, value in timm.create_model(f"local-dir:{folder}").state_dict().items()}
+        if said := _other_shapes(ours, theirs):
+            return said
+        rebuilt = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        images = torch.rand((2, *(student.input_shape or ())), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            gap = _relative_gap(rebuilt(images), student.module(images))
+    except Exception as error:  # whatever a library makes of arguments that it does not know
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"its logits differ by {gap:.1g}" if gap > 1e-6 else ""
+
+
+def _other_shapes(ours: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, ...]]) -> str:
+    for name in (*ours, *theirs):
+        if ours.get(name) != theirs.get(name):
+            here, there = (str(found[name]) if name in found else "not there" for found in (ours, theirs))
+            return f"its {name} is {here}, that of timm's {there}"
+    return ""
+
+
+def _relative_gap(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12))
+
+
+class _FromImages(nn.Module):
+    """Input adaptation and network as one module, from images in [0, 1] to logits."""
+
+    def __init__(self, student: TappedModel) -> None:
+        super().__init__()
+        self.adapt, self.network = student.adapt, student.module
+
+    def forward(self, images: Tensor) -> Tensor:
+        answer = self.network(self.adapt(images))
+        logits: Tensor = answer["logits"] if isinstance(answer, Mapping) else answer
+        return logits
+
+
+def _write_onnx(student: TappedModel, shape: tuple[int, int, int], folder: Path) -> Export:
+    network, images = _FromImages(student).eval(), torch.rand((3, *shape), generator=torch.Generator().manual_seed(0))
+    outside = len(weights(student)) > EMBEDDED
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as draft:
+        path = Path(draft) / ONNX_FILE
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the exporter's, about itself
+                torch.onnx.export(
+                    network, (images,), path, dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},), external_data=outside,
+                    input_names=["images"], output_names=["logits"], verbose=False,
+                )  # fmt: skip
+        except Exception as error:  # the exporter raises whatever the network's operations make it raise
+            raise ModelError(f"ONNX cannot express this network: {_first_line(error)}") from error
+        gap = _onnx_gap(path, network, images)
+        written = sorted(Path(draft).iterdir())
+        for file in written:
+            os.replace(file, folder / file.name)
+    files = tuple(folder / file.name for file in written)
+    what = f"images (B, {', '.join(map(str, shape))}) in [0, 1] to logits, any batch size"
+    return Export(files, (what, f"largest difference from torch's logits: {gap:.2g}"))
+
+
+def _onnx_gap(path: Path, network: nn.Module, images: Tensor) -> float:
+    """Largest absolute difference of the logits, over batches of one and of all images."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    gaps = []
+    for batch in (images[:1], images):
+        found = torch.from_numpy(session.run(None, {"images": batch.numpy()})[0])
+        with torch.no_grad():
+            wanted = network(batch)
+        if (relative := _relative_gap(found, wanted)) > TOLERANCE:
+            raise ModelError(f"the ONNX network gives other logits than torch: relative difference {relative:.1g}; nothing was written")
+        gaps.append(float((found - wanted).abs().max()))
+    return max(gaps)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())

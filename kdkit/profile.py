@@ -1,0 +1,158 @@
+"""What a network costs: parameters, multiply-accumulates, file size, and how long it takes to answer."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from kdkit.contracts import Model
+from kdkit.errors import ModelError
+from kdkit.stage_run import weights
+
+Shape = tuple[int, int, int]
+WARM_UP = 5  # calls before any is counted
+RUNS = 100
+SECONDS = 5.0  # that a model may take per batch size, after which MIN_RUNS are enough
+MIN_RUNS = 10
+
+
+@dataclass(frozen=True)
+class Latency:
+    """How long single answers took, ascending, in seconds."""
+
+    batch: int
+    seconds: tuple[float, ...]
+
+    def percentile(self, percent: float) -> float:
+        """Seconds that so many percent of the answers took at most (nearest rank)."""
+        rank = -(-len(self.seconds) * percent // 100)
+        return self.seconds[max(0, int(rank) - 1)]
+
+    @property
+    def throughput(self) -> float:
+        """Images per second at the median."""
+        return self.batch / statistics.median(self.seconds)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The costs of one network.
+
+    Attributes:
+        parameters: learnable numbers.
+        macs: multiply-accumulates per image, of convolutions, matrix products and attention.
+        bytes: size of its weights as a safetensors file.
+        latencies: one for each batch size.
+    """
+
+    parameters: int
+    macs: int
+    bytes: int
+    latencies: tuple[Latency, ...]
+
+
+def measure(model: Model, shape: Shape, batch_sizes: Sequence[int] = (1,), *, runs: int = RUNS, seconds: float = SECONDS) -> Profile:
+    """The costs of one model for images (C, H, W) in [0, 1], where it is and as it is called.
+
+    Raises:
+        ModelError: it cannot take such images.
+    """
+    return measure_together([(model, shape)], batch_sizes, runs=runs, seconds=seconds)[0]
+
+
+def measure_together(
+    models: Sequence[tuple[Model, Shape]], batch_sizes: Sequence[int] = (1,), *, runs: int = RUNS, seconds: float = SECONDS
+) -> list[Profile]:
+    """The costs of several models, timed in turns, so that whatever else the machine does slows all of them.
+
+    Args:
+        models: each with the shape (C, H, W) of its images.
+        batch_sizes: images per answer.
+        runs: answers that are timed, of each model and batch size.
+        seconds: that this may take for each model and batch size; at least `MIN_RUNS` answers are timed.
+
+    Raises:
+        ModelError: a model cannot take such images.
+    """
+    with contextlib.ExitStack() as stack:
+        for model, _ in models:
+            stack.enter_context(_answering(model))
+        costs = [_count(model, shape) for model, shape in models]
+        latencies = [_time(models, batch, runs, seconds * len(models)) for batch in batch_sizes]
+        return [Profile(*cost, latencies=tuple(by_batch[i] for by_batch in latencies)) for i, cost in enumerate(costs)]
+
+
+@contextlib.contextmanager
+def threads(number: int | None) -> Iterator[None]:
+    """Let torch use so many threads of the processor (None: as many as before)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _answering(model: Model) -> Iterator[None]:
+    """Eval mode without gradients; each part's own mode comes back afterwards."""
+    training = [part for part in model.module.modules() if part.training]
+    model.module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def _count(model: Model, shape: Shape) -> tuple[int, int, int]:
+    """Parameters, multiply-accumulates and bytes."""
+    images = _images(model, shape, 1)
+    try:
+        with FlopCounterMode(display=False) as counter:
+            model(images)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ModelError(f"cannot take images {shape}: {' '.join(str(error).split())}") from error
+    return sum(p.numel() for p in model.module.parameters()), counter.get_total_flops() // 2, len(weights(model))
+
+
+def _time(models: Sequence[tuple[Model, Shape]], batch: int, runs: int, seconds: float) -> list[Latency]:
+    inputs = [_images(model, shape, batch) for model, shape in models]
+    taken: list[list[float]] = [[] for _ in models]
+    began = 0.0
+    for turn in range(-WARM_UP, runs):
+        began = time.perf_counter() if turn == 0 else began
+        if turn >= min(MIN_RUNS, runs) and time.perf_counter() - began > seconds:
+            break
+        order = range(len(models)) if turn % 2 else range(len(models) - 1, -1, -1)  # nobody always comes after the same one
+        for i in order:
+            duration = _timed(models[i][0], inputs[i])
+            if turn >= 0:
+                taken[i].append(duration)
+    return [Latency(batch, tuple(sorted(row))) for row in taken]
+
+
+def _timed(model: Model, images: Tensor) -> float:
+    _wait(images.device)
+    began = time.perf_counter()
+    model(images)
+    _wait(images.device)
+    return time.perf_counter() - began
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _images(model: Model, shape: Shape, batch: int) -> Tensor:
+    device = next((p.device for p in model.module.parameters()), torch.device("cpu"))
+    return torch.rand((batch, *shape), generator=torch.Generator().manual_seed(0)).to(device)

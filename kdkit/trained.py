@@ -1,0 +1,186 @@
+"""Rebuilds what a run has trained: its student, the teacher it learnt from, the data it is measured on."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from kdkit import data, registry
+from kdkit.errors import ModelError, RecipeError, RunError
+from kdkit.evaluate import Predictions, metrics, predict
+from kdkit.factory import ModelFactory, TrainedTeacher
+from kdkit.models import build_model
+from kdkit.providers import DataInfo, DatasetSource, ModelSource
+from kdkit.recipe import source_of
+from kdkit.run_folder import RunFolder
+from kdkit.schema import RecipeTeacher
+from kdkit.tapping import TappedModel
+
+EXPORTED = "config.json"  # of an exported student; its `kdkit` key says how to build the network
+WEIGHTS = "model.safetensors"
+
+
+class TrainedRun:
+    """A run folder, read again. Nothing is trained, and nothing in the folder changes.
+
+    Args:
+        path: the run folder.
+        overrides: values of the recipe's `data` section, by key path.
+
+    Raises:
+        RunError: no run folder, or an override of something else than data.
+        RecipeError: what the recipe names is no longer there.
+    """
+
+    def __init__(self, path: Path, overrides: Mapping[str, Any] | None = None) -> None:
+        if foreign := [key for key in overrides or {} if not key.startswith("data.")]:
+            raise RecipeError(f"{foreign[0]}: the run is trained; only `data.` keys can be changed now")
+        self.folder = RunFolder(path)
+        self.recipe = self.folder.recipe(overrides)
+
+    @functools.cached_property
+    def info(self) -> DataInfo:
+        """Class count, and the shape of the images in a batch."""
+        spec, known = self.recipe.spec.data, self._dataset().info()
+        return replace(known, image_shape=data.image_shape(spec, known))
+
+    def model_source(self) -> ModelSource:
+        """Who builds the student's network."""
+        options, sources = self.recipe.spec.student, self.recipe.plugins.models
+        source, name = source_of(options.model, sources)
+        return sources[source](options, name)
+
+    def student(self, *, best: bool = False, device: torch.device | None = None, channels_last: bool | None = None) -> TappedModel:
+        """The student as it was measured, in eval mode.
+
+        Args:
+            best: of the epoch with the best validation accuracy, not of the last.
+            device: where it goes.
+            channels_last: memory format (None: the recipe's).
+
+        Raises:
+            RunError: its weights are not there (yet).
+        """
+        spec = self.recipe.spec
+        layout = spec.train.channels_last if channels_last is None else channels_last
+        model = build_model(
+            spec.student, self.model_source(), self.info.num_classes, self.info.image_shape, role="student",
+            file=self._weights(best), device=device, channels_last=layout,
+        )  # fmt: skip
+        model.module.eval()
+        return model
+
+    def teacher(self, *, device: torch.device | None = None) -> TappedModel | None:
+        """The teacher, frozen and whole; None without one.
+
+        Raises:
+            RunError: the run that trained it is not there any more.
+        """
+        if self.recipe.spec.teacher is None:
+            return None
+        trained = self._taught_by() if isinstance(self.recipe.spec.teacher, RecipeTeacher) else None
+        return ModelFactory(self.recipe, self.info, trained, device=device or torch.device("cpu")).whole_teacher()
+
+    def data(self, *, device: torch.device | None = None) -> data.Data:
+        """The data, as one process sees it."""
+        spec = self.recipe.spec
+        return data.prepare(spec.data, self._dataset(), seed=spec.seed, device=device or torch.device("cpu"))
+
+    def _dataset(self) -> DatasetSource:
+        entry = self.recipe.spec.data.dataset
+        return self.recipe.plugins.datasets[entry.use](entry)
+
+    def _weights(self, best: bool) -> Path:
+        folder, file = self.folder, self.folder.best_file if best else self.folder.student_file
+        if file.is_file():
+            return file
+        if best and not self.recipe.spec.data.validation:
+            raise RunError(f"{folder.path}: has no best epoch, which only `data.validation` can tell; leave out --best")
+        done = len(folder.metrics("epoch"))
+        raise RunError(f"{folder.path}: is not finished ({done} epochs so far), so there is no {file.name}; `kdkit train` goes on with it")
+
+    def _taught_by(self) -> TrainedTeacher:
+        """The teacher's run, found by the fingerprint that this run took down: a recipe file may have changed since."""
+        about = json.loads((self.folder.path / "run.json").read_text())
+        wanted = about["content"]["teacher"]["recipe"]
+        places = dict.fromkeys((self.folder.path.resolve().parent, self.recipe.spec.run.folder.resolve()))
+        for marker in (m for place in places for m in sorted(place.glob("*/run.json"))):
+            found = RunFolder(marker.parent)
+            if json.loads(marker.read_text())["fingerprint"] == wanted and found.student_file.is_file():
+                return TrainedTeacher(found.recipe().spec.student, found.student_file)
+        spec = self.recipe.spec.teacher
+        name = spec.recipe if isinstance(spec, RecipeTeacher) else ""
+        looked = " or ".join(map(str, places))
+        raise RunError(f"{self.folder.path}: the run that trained its teacher ({name}) is not in {looked}; train it again first")
+
+
+@dataclass(frozen=True)
+class Score:
+    """The metrics of one model on one part of the data."""
+
+    role: str
+    part: str
+    metrics: Mapping[str, float]
+
+
+def evaluate(run: TrainedRun, *, best: bool = False, device: torch.device) -> Iterator[Score]:
+    """Measure a run's student and teacher again, on test data and on the validation split if there is one."""
+    teacher, student, prepared = run.teacher(device=device), run.student(best=best, device=device), run.data(device=device)
+    for part, batches in (("test", prepared.test), ("validation", prepared.validation)):
+        if batches is None:
+            continue
+        known: Predictions | None = predict(teacher, batches) if teacher else None
+        yield Score("student", part, metrics(predict(student, batches), known))
+        if known:
+            yield Score("teacher", part, metrics(known))
+
+
+def load_student(
+    folder: Path | str, *, best: bool = False, device: torch.device | str = "cpu", plugins: Sequence[Path | str] = ()
+) -> TappedModel:
+    """The student of a finished run, or one that `kdkit export` wrote: call it with images (B, C, H, W) in [0, 1].
+
+    Its network is `.module`, in eval mode; what it does to images first is `.adapt`.
+
+    Args:
+        folder: a run folder or an exported one.
+        best: of a run, the epoch with the best validation accuracy.
+        device: where it goes.
+        plugins: files or folders of the plugins that an exported network needs; a run knows its own.
+
+    Raises:
+        RunError: neither of the two, or the run is not finished.
+        ModelError: the network cannot be built, or the weights do not fit.
+    """
+    path = Path(folder)
+    if (path / "recipe.yaml").is_file():
+        return TrainedRun(path).student(best=best, device=torch.device(device))
+    if not (path / EXPORTED).is_file():
+        raise RunError(f"{path}: neither a run folder (it has no recipe.yaml) nor an exported student (no {EXPORTED})")
+    return _load_exported(path, torch.device(device), tuple(Path(p).expanduser().resolve() for p in plugins))
+
+
+def _load_exported(folder: Path, device: torch.device, plugins: tuple[Path, ...]) -> TappedModel:
+    about = json.loads((folder / EXPORTED).read_text()).get("kdkit")
+    if about is None:
+        raise RunError(f"{folder}: {EXPORTED} was not written by `kdkit export`")
+    if about["needs_files"]:
+        files = ", ".join(about["needs_files"])
+        raise ModelError(f"{folder}: the network is made by {files}, which kdkit does not run unasked; build it there and load {WEIGHTS}")
+    sources = registry.load(plugins).models
+    source, name = source_of(about["options"]["model"], sources)
+    try:
+        options = sources[source].Options(**about["options"])
+    except ValidationError as error:
+        raise ModelError("\n".join(f"{folder / EXPORTED}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())) from None
+    builder, shape = sources[source](options, name), tuple(about["image_shape"])
+    model = build_model(options, builder, about["num_classes"], shape, role="student", file=folder / WEIGHTS, device=device)
+    model.module.eval()
+    return model

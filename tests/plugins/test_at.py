@@ -1,0 +1,102 @@
+import math
+
+import pytest
+import torch
+
+import kdkit
+from kdkit import registry
+from kdkit.testing import assert_agrees, check_loss, random_batch, random_outputs
+
+AT = registry.load().losses["at"]
+PAIR = [{"student": "a", "teacher": "b"}]
+
+
+def pooled(f, size):
+    """Means over windows that cover the map evenly, one window at a time."""
+    (h, w), (rows, columns) = f.shape[2:], size
+    out = [
+        f[:, :, i * h // rows : math.ceil((i + 1) * h / rows), j * w // columns : math.ceil((j + 1) * w / columns)].mean((2, 3))
+        for i in range(rows)
+        for j in range(columns)
+    ]
+    return torch.stack(out, 2)  # (B, C, positions)
+
+
+def formula(loss, student, teacher, batch):
+    f_s, f_t = student.features["a"], teacher.features["b"]
+    size = [min(s, t) for s, t in zip(f_s.shape[2:], f_t.shape[2:], strict=True)]
+    total, count = 0, 0
+    for maps_s, maps_t in zip(pooled(f_s, size), pooled(f_t, size), strict=True):
+        a_s, a_t = ((maps.abs() ** loss.options.p).sum(0) for maps in (maps_s, maps_t))
+        difference = a_s / (a_s**2).sum().sqrt() - a_t / (a_t**2).sum().sqrt()
+        total, count = total + (difference**2).sum(), count + len(difference)
+    return total / count
+
+
+SHAPES = [
+    ((3, 4, 4), (3, 4, 4)),
+    ((3, 4, 4), (5, 4, 4)),
+    ((3, 8, 8), (5, 4, 4)),
+    ((3, 4, 4), (5, 8, 8)),
+    ((3, 7, 5), (2, 4, 3)),
+    ((3, 4, 6), (2, 8, 3)),
+]
+
+
+def answers(student, teacher, size):
+    return random_outputs({"a": student}, size=size), random_outputs({"b": teacher}, size=size, seed=1), random_batch(size)
+
+
+@pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize("p", [1, 2, 3.5])
+@pytest.mark.parametrize("size", [1, 2])
+def test_is_the_formula(size, p, shapes):
+    assert_agrees(AT(AT.Options(layers=PAIR, p=p)), formula, *answers(*shapes, size))
+
+
+def test_is_the_formula_on_a_usual_batch():
+    assert_agrees(AT(AT.Options(layers=PAIR)), formula, *answers((3, 4, 4), (5, 4, 4), 64))
+
+
+def test_neither_scale_nor_sign_nor_channels_matter():
+    student, teacher, batch = answers((3, 4, 4), (3, 4, 4), 4)
+    alike = kdkit.Outputs(teacher.logits, {"b": -7 * student.features["a"].repeat(1, 2, 1, 1)})
+    loss = AT(AT.Options(layers=PAIR))
+    assert loss(student, alike, batch).item() == pytest.approx(0, abs=1e-12)
+    assert loss(student, teacher, batch).item() > 1e-3
+
+
+def test_several_pairs_are_averaged():
+    student = random_outputs({"a": (3, 4, 4), "c": (3, 2, 2)})
+    teacher = random_outputs({"b": (5, 4, 4), "d": (2, 2, 2)}, seed=1)
+    layers = [*PAIR, {"student": "c", "teacher": "d"}]
+    both, *alone = (AT(AT.Options(layers=chosen))(student, teacher, random_batch()) for chosen in (layers, layers[:1], layers[1:]))
+    torch.testing.assert_close(both, sum(alone) / 2)
+
+
+@pytest.mark.parametrize("shapes", SHAPES[:4])
+@pytest.mark.parametrize("p", [2, 3])
+def test_gradient(shapes, p):
+    student, teacher, batch = answers(*shapes, 2)
+    f, loss = student.features["a"].double().requires_grad_(), AT(AT.Options(layers=PAIR, p=p))
+    assert torch.autograd.gradcheck(lambda f: loss(kdkit.Outputs(student.logits, {"a": f}), teacher.map(torch.Tensor.double), batch), f)
+
+
+@pytest.mark.parametrize("p", [1, 4, 8])
+def test_keeps_the_promises_with_other_powers(p):
+    check_loss(AT, p=p)
+
+
+@pytest.mark.parametrize("p", [1, 2, 4])
+@pytest.mark.parametrize("scale", [1e-12, 1e-7, 1e-4])
+def test_faint_activations_have_bounded_gradients(p, scale):
+    student, teacher, batch = answers((3, 4, 4), (5, 4, 4), 4)
+    f = (scale * student.features["a"]).requires_grad_()
+    AT(AT.Options(layers=PAIR, p=p))(kdkit.Outputs(student.logits, {"a": f}), teacher, batch).backward()
+    assert f.grad.isfinite().all() and f.grad.abs().max() < 1e6
+
+
+@pytest.mark.parametrize(("student", "teacher"), [((3, 4, 4), (5,)), ((9, 3), (9, 5)), ((3,), (5,))])
+def test_refuses_what_has_no_positions(student, teacher):
+    with pytest.raises(kdkit.ShapeError, match="at: student 'a' .*teacher 'b' .*must be maps"):
+        AT(AT.Options(layers=PAIR)).setup(*answers(student, teacher, 4)[:2])

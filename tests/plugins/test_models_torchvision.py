@@ -1,0 +1,60 @@
+import pytest
+import torch
+import torchvision
+
+import kdkit
+from kdkit import registry
+from kdkit.models import build_model
+
+SOURCE = registry.load().models["torchvision"]
+
+
+def build(name, classes=10, weights=True, **options):
+    source = SOURCE(SOURCE.Options(model=f"torchvision/{name}", **options), name)
+    return build_model(
+        source.options, source, classes, (1, 32, 32), ["stage2", "penultimate"] if name == "resnet18" else [], weights=weights
+    )
+
+
+def test_builds_with_stages_and_its_own_normalisation():
+    model = build("resnet18")
+    out = model(torch.rand(2, 1, 32, 32))
+    assert out.logits.shape == (2, 10)
+    assert out.features["stage2"].shape == (2, 128, 4, 4)
+    assert out.features["penultimate"].shape == (2, 512)
+    expected = torch.tensor([-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225])
+    torch.testing.assert_close(model.adapt(torch.zeros(1, 1, 1, 1)).flatten(), expected)
+
+
+def fake_download(monkeypatch, state):
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", lambda self, **options: state)
+
+
+def test_pretrained_weights_without_the_classifier_of_others(monkeypatch):
+    torch.manual_seed(1)
+    trained = torchvision.models.resnet18().state_dict()
+    fake_download(monkeypatch, trained)
+    for classes in (10, 1000):
+        state = build("resnet18", classes, pretrained=True).module.state_dict()
+        assert all(torch.equal(value, trained[key]) for key, value in state.items() if value.shape == trained[key].shape)
+        assert state["fc.weight"].shape == (classes, 512)
+    with pytest.raises(kdkit.ModelError, match="do not fit these arguments: "):
+        build("resnet18", pretrained=True, args={"norm_layer": torch.nn.Identity})
+
+
+def test_failed_download_is_one_line(monkeypatch):
+    def fail(self, **options):
+        raise OSError("no\nnetwork")
+
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", fail)
+    with pytest.raises(kdkit.ModelError, match="cannot be fetched: no network$"):
+        build("resnet18", pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "says"),
+    [("resnt18", {}, "did you mean one of: resnet18"), ("resnet18", {"depth": 3}, "cannot build 'resnet18': .*depth")],
+)
+def test_mistakes_are_one_line(name, args, says):
+    with pytest.raises(kdkit.ModelError, match=says):
+        build(name, args=args, weights=False)

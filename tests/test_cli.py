@@ -1,0 +1,89 @@
+"""The command line as a user meets it: output, exit codes, and never a traceback for a mistake of theirs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+KDKIT = str(Path(sys.executable).with_name("kdkit"))
+RECIPE = """\
+name: shell
+data: {dataset: {use: digits}, train_samples: 100, batch_size: 50}
+student: {model: mlp/16}
+teacher: {model: mlp/32}
+schedule: {use: offline}
+losses: [{use: cross_entropy}, {use: logit_kl}]
+train: {epochs: 2, optimizer: {lr: 0.1}}
+"""
+
+
+@pytest.fixture
+def kdkit(tmp_path):
+    (tmp_path / "r.yaml").write_text(RECIPE)
+
+    def run(*words, code=0):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+        done = subprocess.run([KDKIT, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == code, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stdout if code == 0 else done.stderr
+
+    return run
+
+
+def test_train_and_what_it_says(kdkit, tmp_path):
+    said = kdkit("train", "r.yaml", "train.epochs=1", "losses.1.temperature=2")
+    assert "distill epoch 1/1  loss" in said and "logit_kl" in said and "images/s" in said and "teacher" in said
+    assert json.loads((tmp_path / "runs" / "shell" / "result.json").read_text())["epochs"] == 1
+    assert "trained already" in kdkit("train", "r.yaml", "train.epochs=1", "losses.1.temperature=2")
+    assert "another recipe (different: losses.1.temperature, train.epochs)" in kdkit("train", "r.yaml", "train.epochs=3", code=2)
+
+
+def test_check(kdkit):
+    said = kdkit("check", "r.yaml")
+    assert "total = 1 * cross_entropy + 1 * logit_kl" in said and "student mlp/16: 1,210 parameters" in said
+    assert "note: the teacher's weights are random" in said
+
+
+def test_mistakes_are_one_line_each_with_exit_code_2(kdkit):
+    assert kdkit("train", "none.yaml", code=2).strip() == "none.yaml: No such file or directory"
+    told = kdkit("train", "r.yaml", "losses.1.temprature=2", "train.epochs=-1", code=2).strip().splitlines()
+    assert len(told) == 2 and all(line.startswith("override: ") for line in told)
+    assert "is not of the form key.path=value" in kdkit("check", "r.yaml", "nonsense", code=2)
+    assert "no such plugin file or folder" in kdkit("plugins", "--plugins", "none.py", code=2)
+    assert "no plugin is called 'hnit'; did you mean 'hint'?" in kdkit("plugins", "hnit", code=2)
+    assert "no model source is called" in kdkit("layers", "nowhere/net", code=2)
+    assert "--size" in kdkit("layers", "test_resnet", "--size", "3,64", code=2)
+    kdkit("train", code=2)
+    kdkit("unknown", code=2)
+
+
+def test_plugins(kdkit):
+    listed = kdkit("plugins")
+    for word in ("logit_kl", "response", "offline", "timm", "digits", "rkd_angle"):
+        assert word in listed
+    shown = kdkit("plugins", "logit_kl")
+    for word in ("T^2 * KL", "temperature", "number > 0 or a ramp", "4.0", "1503.02531", "logit_kl.py"):
+        assert word in shown
+
+
+def test_layers(kdkit):
+    shown = kdkit("layers", "resnet18", "stem=small", "--size", "3,32,32")
+    row = next(line for line in shown.splitlines() if line.startswith("layer2 "))
+    assert "(B, 128, 16, 16)" in row and "stage2" in row
+
+
+def test_schema_is_json(kdkit):
+    assert "losses" in json.loads(kdkit("schema"))["properties"]
+
+
+def test_compare(kdkit, tmp_path):
+    (tmp_path / "alone.yaml").write_text(RECIPE.replace("name: shell", "name: alone").replace("teacher: {model: mlp/32}\n", "").replace("offline", "supervised").replace(", {use: logit_kl}", ""))
+    said = kdkit("compare", "alone.yaml", "r.yaml", "--seeds", "2")
+    rows = {line.split()[0]: line for line in said.splitlines() if line.strip()}
+    assert "+-" in rows["alone"] and "+-" in rows["shell"] and "+-" not in rows["teacher"]
+    assert "1,210" in rows["alone"]
+    assert "no deviation" in kdkit("compare", "alone.yaml", "r.yaml", "--seeds", "1")

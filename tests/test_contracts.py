@@ -1,0 +1,102 @@
+import dataclasses
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+import kdkit
+from kdkit.testing import random_batch, random_outputs
+
+
+class TestBatch:
+    def test_indices_are_the_classes(self):
+        assert random_batch(3).classes.tolist() == [0, 1, 2]
+
+    def test_of_a_mixed_sample_the_largest_share_counts(self):
+        shares = torch.tensor([[0.3, 0.7, 0.0], [0.0, 0.4, 0.6]])
+        assert dataclasses.replace(random_batch(2), labels=shares).classes.tolist() == [1, 2]
+
+    def test_does_not_change(self):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            random_batch().labels = torch.zeros(6)
+
+
+class TestOutputs:
+    def test_map_changes_every_tensor_and_keeps_the_names(self):
+        outputs = random_outputs({"a": (3,), "b": (2, 4, 4)})
+        halved = outputs.map(lambda x: x / 2)
+        assert list(halved.features) == ["a", "b"]
+        assert torch.equal(halved.logits * 2, outputs.logits) and torch.equal(halved.features["b"] * 2, outputs.features["b"])
+
+    def test_detach_gives_constants_that_share_memory(self):
+        outputs = random_outputs({"a": (3,)}).map(lambda x: x.requires_grad_())
+        constant = outputs.detach()
+        assert not constant.logits.requires_grad and not constant.features["a"].requires_grad
+        assert constant.logits.data_ptr() == outputs.logits.data_ptr()
+
+    def test_features_may_be_left_out(self):
+        assert kdkit.Outputs(torch.zeros(1, 2)).features == {}
+
+
+class TestFeatureOptions:
+    def test_pairs_come_in_the_order_of_the_layers(self):
+        options = kdkit.FeatureOptions(layers=[{"student": "b", "teacher": "c"}, {"student": "a", "teacher": "c"}])
+        student, teacher = random_outputs({"a": (3,), "b": (2,)}), random_outputs({"c": (5,)}, seed=1)
+        assert [(s.shape[1], t.shape[1]) for s, t in options.pairs(student, teacher)] == [(2, 5), (3, 5)]
+
+    def test_what_is_tapped_are_its_layers(self):
+        options = kdkit.FeatureOptions(layers=[{"student": "b", "teacher": "c"}])
+        assert [(pair.student, pair.teacher) for pair in options.taps()] == [("b", "c")]
+        assert kdkit.LossOptions().taps() == ()
+
+    @pytest.mark.parametrize("layers", [[], [{"student": "a"}], [{"student": "a", "teacher": "b", "weight": 1}]])
+    def test_refuses(self, layers):
+        with pytest.raises(ValidationError):
+            kdkit.FeatureOptions(layers=layers)
+
+
+class TestLoss:
+    def test_needs_a_forward(self):
+        with pytest.raises(TypeError, match="forward"):
+            kdkit.Loss(kdkit.LossOptions())
+
+    def test_keeps_its_options_and_needs_no_setup(self):
+        class Nothing(kdkit.Loss):
+            def forward(self, student, teacher, batch):
+                return 0 * student.logits.sum()
+
+        loss = Nothing(kdkit.LossOptions())
+        loss.setup(random_outputs(), random_outputs())
+        assert loss.options == kdkit.LossOptions() and not list(loss.parameters()) and not loss.needs_teacher_logits
+
+
+class TestStage:
+    def test_by_default_all_losses_count_for_the_usual_time(self):
+        stage = kdkit.Stage("train", [], lambda batch: [])
+        assert (stage.losses, stage.epochs, list(stage.buffers), stage.after_step()) == (None, None, [], None)
+
+    def test_a_schedule_needs_stages(self):
+        with pytest.raises(TypeError, match="stages"):
+            kdkit.Schedule(kdkit.ScheduleOptions())
+
+
+class TestTeach:
+    @staticmethod
+    def model(weight):
+        return lambda inputs: kdkit.Outputs(inputs.flatten(1) @ weight)
+
+    def test_the_student_learns_and_the_teachers_do_not(self):
+        weights = [torch.randn(192, 5, requires_grad=True) for _ in range(3)]
+        student, *teachers = map(self.model, weights)
+        (lesson,) = kdkit.teach(student, by=teachers)(random_batch())
+        assert lesson.student.logits.requires_grad and len(lesson.teachers) == 2
+        assert not any(teacher.logits.requires_grad for teacher in lesson.teachers)
+        torch.testing.assert_close(lesson.teachers[1].logits, random_batch().inputs.flatten(1) @ weights[2].detach())
+
+    def test_without_teachers_there_is_the_student_alone(self):
+        (lesson,) = kdkit.teach(self.model(torch.eye(192)))(random_batch())
+        assert list(lesson.teachers) == []
+
+    def test_gradients_are_recorded_again_after_the_teachers(self):
+        kdkit.teach(self.model(torch.eye(192)), by=[self.model(torch.eye(192))])(random_batch())
+        assert torch.is_grad_enabled()

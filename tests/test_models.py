@@ -1,0 +1,206 @@
+import os
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import kdkit
+from kdkit.models import build_model, load_checkpoint, read_weights
+
+
+class Grid(nn.Module):
+    def __init__(self, channels, num_classes):
+        super().__init__()
+        self.conv, self.bn, self.head = nn.Conv2d(channels, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Linear(4, num_classes)
+
+    def forward(self, x):
+        self.seen = x
+        return self.head(self.bn(self.conv(x)).mean((2, 3)))
+
+
+class GridSource(kdkit.ModelSource):
+    """A small network."""
+
+    name = "grid"
+    takes, own, loaded = 3, None, False
+
+    def build(self, num_classes, image_shape):
+        self.shape = image_shape
+        return Grid(image_shape[0], num_classes)
+
+    def load(self, module):
+        self.loaded = True
+
+    def normalization(self, module):
+        return self.own
+
+    def in_channels(self, image_channels):
+        return self.takes
+
+
+def grid(**options):
+    return GridSource(kdkit.ModelOptions(model="grid/x", **options), "x")
+
+
+def build(source, shape=(3, 8, 8), **more):
+    return build_model(source.options, source, 5, shape, role="student x", **more)
+
+
+X = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def weights():
+    torch.manual_seed(1)
+    return {key: value.clone() for key, value in Grid(3, 5).state_dict().items()}
+
+
+def same(module, weights):
+    return all(torch.equal(value, weights[key]) for key, value in module.state_dict().items())
+
+
+def test_images_arrive_as_the_network_expects():
+    source = grid()
+    source.own = kdkit.Normalize(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
+    model = build(source, layers=["conv", "penultimate"])
+    out = model(X)
+    expected = (X - torch.tensor((0.1, 0.2, 0.3)).view(3, 1, 1)) / torch.tensor((0.5, 0.6, 0.7)).view(3, 1, 1)
+    torch.testing.assert_close(model.module.seen, expected)
+    assert out.features["penultimate"].shape == (2, 4)
+    assert source.loaded
+    assert (model.input_shape, model.role) == ((3, 8, 8), "student x")
+
+
+def test_recipe_overrides_normalisation_and_size():
+    source = grid(normalize={"mean": [0.5], "std": [0.25]}, input_size=4, interpolation="nearest")
+    source.own = kdkit.Normalize(mean=(0.1,) * 3, std=(0.5,) * 3)
+    model = build(source)
+    model(X)
+    assert source.shape == model.input_shape == (3, 4, 4)
+    torch.testing.assert_close(model.module.seen, (X[..., ::2, ::2] - 0.5) / 0.25)
+
+
+def test_number_of_channels_is_adapted():
+    source = grid()
+    source.own = kdkit.Normalize(mean=(0.1, 0.2, 0.3), std=(0.5, 0.5, 0.5))
+    model = build(source, (1, 8, 8))
+    model(X[:, :1])
+    assert model.module.seen.shape == (2, 3, 8, 8)
+    source.takes = 1
+    model = build(source, (1, 8, 8))
+    model(X[:, :1])
+    torch.testing.assert_close(model.module.seen, (X[:, :1] - 0.2) / 0.5)  # one value stands for the three
+    with pytest.raises(kdkit.ModelError, match="student x: images have 4 channels, the network takes 1"):
+        build(source, (4, 8, 8))
+    with pytest.raises(kdkit.ModelError, match="2 means and 3 deviations for 1 channels"):
+        build_model(kdkit.ModelOptions(model="grid/x", normalize={"mean": [0.1] * 2, "std": [0.2] * 3}), source, 5, (1, 8, 8))
+
+
+def test_meta_device_reads_nothing(tmp_path):
+    source = grid(checkpoint=str(tmp_path / "absent.pt"))
+    model = build(source, layers=["conv"], weights=False)
+    assert all(value.is_meta for value in (*model.module.parameters(), *model.module.buffers(), *model.adapt.buffers()))
+    assert not source.loaded
+    assert model(X.to("meta")).features["conv"].shape == (2, 4, 8, 8)
+
+
+def test_same_seed_gives_the_same_network():
+    networks = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        networks.append(build(grid()).module)
+    assert same(networks[0], networks[1].state_dict())
+
+
+def test_file_takes_the_place_of_the_recipes_weights(tmp_path, weights):
+    save_file(weights, tmp_path / "student.safetensors")
+    source = grid(checkpoint=str(tmp_path / "absent.pt"), strip_prefix="conv")
+    model = build(source, file=tmp_path / "student.safetensors", device=torch.device("cpu"))
+    assert same(model.module, weights)
+    assert not source.loaded
+
+
+@pytest.mark.parametrize(
+    "nest", [lambda w: w, lambda w: {"state_dict": w, "epoch": 3}, lambda w: {"model": {"state_dict": w}}, lambda w: {"state_dict_ema": w}]
+)
+def test_torch_checkpoints(tmp_path, weights, nest):
+    torch.save(nest(weights), tmp_path / "w.pt")
+    assert same(build(grid(checkpoint=str(tmp_path / "w.pt"))).module, weights)
+
+
+def test_prefix_is_stripped_or_suggested(tmp_path, weights):
+    path = tmp_path / "w.safetensors"
+    save_file({f"module.net.{key}": value for key, value in weights.items()}, path)
+    assert same(build(grid(checkpoint=str(path), strip_prefix="module.net.")).module, weights)
+    with pytest.raises(kdkit.ModelError) as caught:
+        build(grid(checkpoint=str(path)))
+    assert str(caught.value) == (
+        f"student x: {path} does not fit: 8 keys missing (conv.weight, conv.bias, bn.weight, ...); "
+        "9 keys unexpected (module.net.bn.bias, module.net.bn.num_batches_tracked, module.net.bn.running_mean, ...); "
+        "with `strip_prefix: module.net.` 9 of 9 keys would fit"
+    )
+
+
+def test_misfits_are_counted_and_change_nothing(tmp_path, weights):
+    module = Grid(3, 5)
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    wrong = {**weights, "conv.bias": torch.zeros(9), "extra": torch.zeros(1)}
+    del wrong["head.bias"], wrong["bn.num_batches_tracked"]
+    torch.save(wrong, tmp_path / "w.pt")
+    with pytest.raises(
+        kdkit.ModelError, match=r"1 keys missing \(head.bias\); 1 keys unexpected \(extra\); 1 keys of another shape \(conv.bias\)$"
+    ):
+        load_checkpoint(tmp_path / "w.pt", module)
+    assert same(module, before)
+
+
+def test_old_files_without_batchnorm_counters(tmp_path, weights):
+    del weights["bn.num_batches_tracked"]
+    torch.save(weights, tmp_path / "w.pt")
+    assert torch.equal(build(grid(checkpoint=str(tmp_path / "w.pt"))).module.head.weight, weights["head.weight"])
+
+
+def test_classifier_of_other_classes(tmp_path):
+    torch.save(Grid(3, 7).state_dict(), tmp_path / "w.pt")
+    with pytest.raises(kdkit.ModelError, match=r"w.pt is a classifier \('head'\) of 7 classes, not of 5"):
+        build(grid(checkpoint=str(tmp_path / "w.pt")))
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_code_in_a_checkpoint_never_runs(tmp_path, weights):
+    torch.save({**weights, "bomb": Bomb(tmp_path / "boom")}, tmp_path / "w.pt")
+    with pytest.raises(kdkit.ModelError, match="code in a file is never run"):
+        build(grid(checkpoint=str(tmp_path / "w.pt")))
+    assert not (tmp_path / "boom").exists()
+    torch.load(tmp_path / "w.pt", weights_only=False)
+    assert (tmp_path / "boom").exists()  # it would have
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("w.pt", b"junk", "w.pt: "),
+        ("w.pt", b"", "w.pt: "),
+        ("w.safetensors", b"junk", "w.safetensors: cannot be read"),
+        ("w.pt", {"epoch": 3}, "holds no weights"),
+        ("w.pt", [1, 2], "holds no weights"),
+        ("w.pt", None, "no such checkpoint"),
+    ],
+)
+def test_files_that_are_no_checkpoints(tmp_path, name, content, says):
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(kdkit.ModelError, match=says) as caught:
+        read_weights(path)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,127 @@
+"""`kdkit check`: what a recipe would do, and what of it cannot work, before any data or weight is read."""
+
+import pytest
+
+from kdkit import plan, recipe
+from kdkit.errors import RecipeError
+
+GOOD = """\
+name: good
+data: {dataset: {use: synthetic, train: 96, test: 32, image_size: 32, num_classes: 7}, batch_size: 8, drop_last: false}
+student: {model: test_resnet}
+teacher: {model: test_vit, input_size: 160}
+schedule: {use: offline}
+losses:
+  - {use: cross_entropy, weight: 0.1}
+  - {use: logit_kl, weight: {from: 0, to: 1, epochs: 2}, temperature: 2}
+  - use: rkd_distance
+    layers: [{student: penultimate, teacher: penultimate}]
+train: {epochs: 3, accumulate: 5, optimizer: {lr: 0.1}}
+"""
+
+
+def made(tmp_path, text, **overrides):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    return plan.make(recipe.load(path, overrides))
+
+
+def test_what_a_recipe_would_do(tmp_path):
+    found = made(tmp_path, GOOD)
+    assert found.info.image_shape == (3, 32, 32) and found.num_train == 96
+    assert found.student.role == "student test_resnet" and found.student.taps == (("penultimate", (96,)),)
+    assert found.teacher.taps[0][0] == "penultimate" and found.teacher.macs > 0
+    (stage,) = found.stages
+    assert stage.formula == "0.1 * cross_entropy + 0->1 * logit_kl(temperature 2) + 1 * rkd_distance(penultimate ~ penultimate)"
+    assert (stage.epochs, stage.steps) == (3, 9)  # 12 batches an epoch, 5 to a step
+    assert stage.adapters == ()
+    assert any("random" in note for note in found.notes)
+
+
+def test_parameters_and_macs_are_those_of_the_network(tmp_path):
+    text = GOOD.replace("test_resnet", "mlp/20").replace("penultimate, teacher", "logits, teacher")
+    found = made(tmp_path, text)
+    inputs = 3 * 32 * 32
+    assert found.student.parameters == (inputs + 1) * 20 + 21 * 7
+    assert found.student.macs == inputs * 20 + 20 * 7
+
+
+def test_adapters_are_named_with_their_parameters(tmp_path):
+    text = GOOD.replace("rkd_distance", "hint").replace("{student: penultimate, teacher: penultimate}", "{student: stage2, teacher: penultimate}")
+    with pytest.raises(RecipeError, match="losses.2: "):
+        made(tmp_path, text)
+    text = GOOD.replace("use: rkd_distance", "use: hint\n    adapter: linear").replace("test_vit, input_size: 160", "test_resnet")
+    (name, parts, parameters), = made(tmp_path, text).stages[0].adapters
+    assert name == "hint" and "Linear" in parts and parameters >= 96 * 96
+
+
+def test_subsets_and_dropped_batches_count(tmp_path):
+    found = made(tmp_path, GOOD, **{"data.train_samples": 50, "data.validation": 10, "data.drop_last": True, "train.accumulate": 1})
+    assert found.num_train in (40, 50)  # validation images are taken from the chosen ones, or beside them
+    assert found.stages[0].steps == 3 * (found.num_train // 8)
+
+
+BAD = {  # what is replaced, by what; the line; what the message says
+    "layer": ("student: penultimate", "student: layr1", 10, "losses.2.layers.0: there is no layer 'layr1'; did you mean 'layer1'?"),
+    "stage": ("teacher: penultimate", "teacher: stage99", 10, "losses.2.layers.0: there is no layer 'stage99'"),
+    "glob": ("student: penultimate", "student: 'layer*'", 10, "losses.2.layers.0: 'layer*' is 4 student layers"),
+    "model": ("test_resnet", "test_resnot", 3, "student: timm has no model 'test_resnot'; did you mean"),
+    "shape": ("use: rkd_distance", "use: at", 9, "losses.2: "),
+    "batch": ("batch_size: 8", "batch_size: 800", 2, "data.batch_size: 800 is more than the 96 training images"),
+    "size": ("test_vit, input_size: 160", "test_vit, input_size: 7", 4, "teacher: "),
+    "mlp": ("test_vit, input_size: 160", "mlp/abc", 4, "teacher: 'abc' is no list of hidden sizes"),
+    "optimizer": ("lr: 0.1", "lr: 0.1, name: sgdd", 11, "did you mean 'sgd'?"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_work_is_told_with_its_place(tmp_path, case):
+    old, new, line, says = BAD[case]
+    assert old in GOOD
+    with pytest.raises(RecipeError) as caught:
+        made(tmp_path, GOOD.replace(old, new, 1))
+    told = str(caught.value)
+    assert told.startswith(f"{tmp_path}/r.yaml:{line}: ") and says in told, told
+
+
+def test_several_problems_at_once(tmp_path):
+    text = GOOD.replace("student: penultimate", "student: layr1").replace("teacher: penultimate", "teacher: layr2")
+    with pytest.raises(RecipeError) as caught:
+        made(tmp_path, text.replace("  - use: rkd", "  - {use: sp, layers: [{student: nothing, teacher: stage1}]}\n  - use: rkd"))
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_class_counts_that_differ(tmp_path):
+    (tmp_path / "net.py").write_text("import torch\n\ndef net(num_classes):\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 10))\n")
+    text = GOOD.replace("{model: test_vit, input_size: 160}", "{model: python/net, file: net.py}").replace("rkd_distance", "sp").replace("teacher: penultimate", "teacher: '1'")
+    with pytest.raises(RecipeError, match=r"r.yaml:4: teacher: .*logits \(2, 10\).*7 classes"):
+        made(tmp_path, text)
+
+
+def test_a_teacher_recipe_of_other_classes(tmp_path):
+    (tmp_path / "t.yaml").write_text(GOOD.replace("num_classes: 7", "num_classes: 5").replace("teacher: {model: test_vit, input_size: 160}\n", "").replace("offline", "supervised"))
+    with pytest.raises(RecipeError, match="r.yaml:4: teacher.*5 classes, this recipe's data has 7"):
+        made(tmp_path, GOOD.replace("{model: test_vit, input_size: 160}", "{recipe: t.yaml}"))
+
+
+def test_a_faulty_plugin_is_told_with_its_place(tmp_path):
+    (tmp_path / "mine.py").write_text('''
+import kdkit
+
+
+class Mine(kdkit.Loss):
+    """Fails."""
+
+    name = "mine"
+    knowledge = "response"
+
+    def forward(self, student, teacher, batch):
+        return student.logits @ teacher.logits
+
+
+@kdkit.hookimpl
+def kdkit_losses():
+    return [Mine]
+''')
+    with pytest.raises(RecipeError, match="r.yaml:8: losses.1: fails on the models' shapes: RuntimeError"):
+        made(tmp_path, GOOD.replace("use: logit_kl, weight: {from: 0, to: 1, epochs: 2}, temperature: 2", "use: mine") + "plugins: [mine.py]\n")

@@ -1,0 +1,149 @@
+"""Small recipes, and `kdkit` commands in processes of their own, forked from one that has imported everything."""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import kdkit
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(
+    ["kdkit.cli", "kdkit.runs", "timm", "timm.data", "timm.optim", "timm.scheduler", "timm.utils", "torchmetrics.functional.classification"]
+)
+TIMES = ("seconds", "images_per_second")  # what differs between two runs of one recipe
+
+TINY = {"model": "resnet18", "stem": "small", "args": {"layers": [1, 1, 1, 1], "channels": [4, 4, 8, 8], "zero_init_last": False}}
+PLAIN = {
+    "name": "plain",
+    "data": {"dataset": {"use": "synthetic", "image_size": 8, "train": 48, "test": 20, "num_classes": 6}, "batch_size": 8},
+    "student": TINY,
+    "teacher": {**TINY, "args": {**TINY["args"], "channels": [8, 8, 8, 16]}},
+    "schedule": {"use": "offline"},
+    "losses": [{"use": "cross_entropy"}, {"use": "logit_kl"}],
+    "train": {"epochs": 2, "optimizer": {"lr": 0.05}},
+    "run": {"log_steps": 1},
+}
+EVERYTHING = {
+    **PLAIN,
+    "name": "everything",
+    "data": {
+        **PLAIN["data"],
+        "dataset": {"use": "synthetic", "image_size": 8, "train": 104, "test": 20, "num_classes": 6},
+        "timm_augment": {"auto_augment": None},
+        "validation": 16,
+        "workers": 2,
+    },
+    "losses": [
+        {"use": "cross_entropy", "weight": {"from": 0.1, "to": 1, "epochs": 2}},
+        {"use": "logit_kl", "temperature": {"from": 1, "to": 4, "epochs": 3, "shape": "cosine"}},
+        {"use": "hint", "layers": [{"student": "stage3", "teacher": "stage3"}]},
+    ],
+    "train": {
+        "epochs": 3,
+        "optimizer": {"lr": 0.05, "weight_decay": 0.001},
+        "accumulate": 2,
+        "ema": {"decay": 0.8},
+        "mixup": {"mixup_alpha": 0.4, "cutmix_alpha": 1.0, "off_epoch": 2},
+        "clip_grad": 1.0,
+    },
+    "run": {"log_steps": 1, "checkpoint_steps": 2},
+}
+
+
+def merged(base, changes):
+    """Mappings merge, all else replaces."""
+    if not isinstance(base, dict) or not isinstance(changes, dict):
+        return changes
+    return {**base, **{key: merged(base.get(key), value) for key, value in changes.items()}}
+
+
+def write(folder, recipe=PLAIN, name="recipe.yaml", **changes):
+    """A recipe file in the folder."""
+    path = Path(folder) / name
+    path.write_text(yaml.safe_dump(merged(recipe, changes), sort_keys=False))
+    return path
+
+
+def train(folder, recipe=PLAIN, run="run", restart=False, **changes):
+    """Carry the recipe out in this process; its result."""
+    return kdkit.train(write(folder, recipe, **changes), folder=Path(folder) / run, restart=restart, quiet=True)
+
+
+class Command:
+    """A `kdkit` command, running in `folder`."""
+
+    def __init__(self, folder, *arguments):
+        self.log = Path(folder) / f"log-{time.monotonic_ns()}"
+        self.process = PROCESSES.Process(target=_run, args=(str(folder), str(self.log), [str(argument) for argument in arguments]))
+        self.process.start()
+
+    def finish(self, timeout=120):
+        """Its exit code and what it printed."""
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, f"still running: {self.log.read_text()}"
+        return self.process.exitcode, self.log.read_text()
+
+    def send(self, number, group=False):
+        (os.killpg if group else os.kill)(self.process.pid, number)
+
+    def wait_for(self, condition, timeout=60):
+        """Wait until something holds; whether the process still runs then."""
+        until = time.monotonic() + timeout
+        while self.process.is_alive() and not condition():
+            assert time.monotonic() < until, "waited in vain"
+            time.sleep(0.002)
+        return self.process.is_alive()
+
+
+def _run(folder, log, arguments):
+    os.setsid()
+    stream = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    for target in (1, 2):
+        os.dup2(stream, target)
+    os.chdir(folder)
+    multiprocessing.set_start_method("fork", force=True)  # of its workers
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the process that forks ignores it
+    torch.set_num_threads(1)
+    sys.argv = ["kdkit", *arguments]
+    from kdkit.cli import main
+
+    main()
+
+
+def lines(run):
+    """How many whole lines metrics.jsonl has."""
+    file = Path(run) / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def metrics(run):
+    """metrics.jsonl without the times."""
+    found = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in found]
+
+
+def weights(run, file="student.safetensors"):
+    return load_file(Path(run) / file)
+
+
+def assert_same_run(run, other):
+    """Two run folders hold the same weights, bit for bit, and tell the same, times aside."""
+    for file in ("student.safetensors", "best.safetensors"):
+        assert (run / file).exists() == (other / file).exists()
+        if (run / file).exists():
+            ours, theirs = weights(run, file), weights(other, file)
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[key], theirs[key]) for key in ours), file
+    assert metrics(run) == metrics(other)
+    results = [json.loads((folder / "result.json").read_text()) for folder in (run, other)]
+    for result in results:
+        del result["seconds"], result["warnings"]
+    assert results[0] == results[1]
