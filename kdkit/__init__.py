@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from kdkit.api import train as train
     from kdkit.hookspecs import hookimpl as hookimpl
     from kdkit.normalization import NormalizationAdapter as NormalizationAdapter
+    from kdkit.options import BOOKKEEPING as BOOKKEEPING
     from kdkit.options import Options as Options
     from kdkit.options import Ramp as Ramp
     from kdkit.options import Rampable as Rampable
@@ -57,7 +58,7 @@ _HOME = {
     "contracts": "Batch Context FeatureOptions LayerPair Lesson Loss LossOptions Model Models Outputs Schedule ScheduleOptions Stage teach",
     "errors": "DataError Interrupted KdkitError ModelError PluginError RecipeError RunError ShapeError TapError",
     "hookspecs": "hookimpl",
-    "options": "Options Ramp Rampable RecipePath",
+    "options": "BOOKKEEPING Options Ramp Rampable RecipePath",
     "providers": "DataInfo DatasetOptions DatasetSource InMemory ModelOptions ModelSource Normalize Split Stream",
     "normalization": "NormalizationAdapter",
     "tapping": "taps",

@@ -107,3 +107,6 @@ def _beside_its_file(value: Any) -> Any:
 
 RecipePath = Annotated[Path, BeforeValidator(_beside_its_file)]
 """A path that is relative to the recipe file in which it is written (on the command line: to the current folder)."""
+
+BOOKKEEPING = {"bookkeeping": True}
+"""`Field(json_schema_extra=BOOKKEEPING)`: an option that changes no result, such as where files lie; a run may change it and go on."""

@@ -120,7 +120,7 @@ def _count(model: Model, shape: Shape) -> tuple[int, int, int]:
         with FlopCounterMode(display=False) as counter:
             model(images)
     except (RuntimeError, ValueError, AssertionError) as error:
-        raise ModelError(f"cannot take images {shape}: {' '.join(str(error).split())}") from error
+        raise ModelError(f"{type(model.module).__name__} cannot take images {shape}: {' '.join(str(error).split())}") from error
     return sum(p.numel() for p in model.module.parameters()), counter.get_total_flops() // 2, len(weights(model))
 
 

@@ -129,12 +129,12 @@ def _cross_check(recipe: Recipe) -> Iterable[str]:
     if spec.train.lr_schedule.warmup_epochs + spec.train.lr_schedule.cooldown_epochs > spec.train.epochs:
         yield recipe.problem(["train", "lr_schedule"], f"warm-up and cool-down are longer than the {spec.train.epochs} epochs")
     for location, path in _paths(spec, []):
-        if not path.exists() and location[-1] != "root":
+        if not path.exists() and location[:2] != ["data", "dataset"]:
             yield recipe.problem(location, f"no such file: {path}")
 
 
 def _paths(value: Any, location: list[str | int]) -> Iterable[tuple[list[str | int], Path]]:
-    """Every RecipePath in the recipe; `run.folder` and datasets' roots may be made later."""
+    """Every path in the recipe that must exist: not those of bookkeeping; datasets look after their own."""
     if isinstance(value, Path):
         yield location, value
     elif isinstance(value, tuple):

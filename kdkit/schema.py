@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from kdkit.contracts import LossOptions, ScheduleOptions
-from kdkit.options import Options, Rampable, RecipePath
+from kdkit.options import BOOKKEEPING, Options, Rampable, RecipePath
 from kdkit.providers import DatasetOptions, ModelOptions
 
 
@@ -58,7 +58,7 @@ class DataSpec(Options):
     augment: BatchAugment | None = Field(default=None, description="Batched crops and flips.")
     timm_augment: TimmAugment | None = Field(default=None, description="timm's augmentations, image by image (instead of `augment`).")
     drop_last: bool = Field(default=True, description="Leave out an epoch's last batch when it is not full.")
-    workers: int = Field(default=2, ge=0, description="Processes that load and augment images which are not held in memory.", json_schema_extra={"bookkeeping": True})
+    workers: int = Field(default=2, ge=0, description="Processes that load and augment images which are not held in memory.", json_schema_extra=BOOKKEEPING)
 
     @model_validator(mode="after")
     def _one_of(self) -> DataSpec:
@@ -169,7 +169,7 @@ class TrainSpec(Options):
     channels_last: bool = Field(default=True, description="Keep images and convolutions channels-last in memory.")
     compile: bool = Field(default=False, description="Compile the networks with torch.compile.")
     device: Literal["auto", "cpu"] = Field(default="auto", description="auto: the accelerator there is; cpu: the processor all the same.")
-    evaluate_every: int = Field(default=1, gt=0, description="Epochs between measurements on validation and test data.", json_schema_extra={"bookkeeping": True})
+    evaluate_every: int = Field(default=1, gt=0, description="Epochs between measurements on validation and test data.")
 
 
 class RunSpec(Options):
@@ -194,4 +194,4 @@ class RecipeBase(Options):
     schedule: ScheduleEntry
     losses: tuple[LossEntry, ...] = Field(min_length=1, description="total = sum of weight * loss")
     train: TrainSpec
-    run: RunSpec = Field(default=RunSpec(), description="Bookkeeping.", json_schema_extra={"bookkeeping": True})
+    run: RunSpec = Field(default=RunSpec(), description="Bookkeeping.", json_schema_extra=BOOKKEEPING)

@@ -7,7 +7,6 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-
 STOPS = (signal.SIGINT, signal.SIGTERM)
 
 

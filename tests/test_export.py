@@ -80,7 +80,7 @@ def test_timm_s_config_says_what_images_the_network_takes(runs, tmp_path):
     network = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     config = timm.data.resolve_data_config({}, model=network)
     assert config["input_size"] == (3, 16, 16)
-    assert config["mean"] == (0.1, 0.2, 0.3) and config["std"] == (0.5, 0.25, 0.4321)
+    assert [*config["mean"], *config["std"]] == [0.1, 0.2, 0.3, 0.5, 0.25, 0.4321]
     assert config["interpolation"] == "bilinear" and config["crop_pct"] == 1.0
     assert network.num_classes == 10 and network.pretrained_cfg["label_names"][3] == "3"
 

@@ -127,7 +127,7 @@ def test_a_run_s_student_stands_beside_its_teacher(run, monkeypatch, capsys):
     assert run_cli(monkeypatch, "profile", run, "mlp/64", "--batch", 3, "--runs", 2, "--threads", 1, "--cpu") == 0
     out = capsys.readouterr().out
     assert "images (1, 8, 8), on cpu, 1 threads" in out
-    assert ["r:", "teacher", "r:", "student", "mlp/64"] == out.splitlines()[1].split()
+    assert out.splitlines()[1].split() == ["r:", "teacher", "r:", "student", "mlp/64"]
     counts = [64 * n + n + 10 * n + 10 for n in (32, 8, 64)]
     words = next(line for line in out.splitlines() if line.startswith("parameters")).split()
     assert [words[1], words[2], words[5]] == [f"{n:,}" for n in counts]

@@ -1,0 +1,94 @@
+"""The small sets that torchvision reads: MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100, held in memory.
+
+LeCun, Cortes, Burges: The MNIST database of handwritten digits, 1998. Xiao, Rasul, Vollgraf: Fashion-MNIST, 2017,
+arXiv:1708.07747. Krizhevsky: Learning multiple layers of features from tiny images, 2009.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+import kdkit
+
+CLOTHES = ("T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+THINGS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+class SmallSetOptions(kdkit.DatasetOptions):
+    """Where the files are."""
+
+    root: kdkit.RecipePath = Field(
+        default=Path("data"), description="Folder that has, or gets, the dataset's own folder.", json_schema_extra=kdkit.BOOKKEEPING
+    )
+    download: bool = Field(default=False, description="Fetch the files if they are not there.", json_schema_extra=kdkit.BOOKKEEPING)
+
+
+class SmallSet(kdkit.DatasetSource):
+    """What the four have in common: only their names and facts differ."""
+
+    torchvision_name: ClassVar[str]
+    folder: ClassVar[str]
+    facts: ClassVar[kdkit.DataInfo]
+    Options = SmallSetOptions
+    options: SmallSetOptions
+
+    def info(self) -> kdkit.DataInfo:
+        if not self.options.download and not (self.options.root / self.folder).is_dir():
+            raise kdkit.DataError(f"dataset '{self.name}' is not in {self.options.root}; `download: true` fetches its files")
+        return self.facts
+
+    def split(self, part: Literal["train", "test"]) -> kdkit.InMemory:
+        from torchvision import datasets
+
+        root = self.options.root
+        try:
+            data = getattr(datasets, self.torchvision_name)(root, train=part == "train", download=self.options.download)
+        except Exception as error:  # missing, cut short, altered, no network: each raises something else
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise kdkit.DataError(f"dataset '{self.name}' cannot be read from {root} ({reason}); `download: true` fetches its files") from error
+        pixels = torch.as_tensor(data.data)
+        images = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
+        return kdkit.InMemory(images, torch.as_tensor(data.targets))
+
+
+class Mnist(SmallSet):
+    """Handwritten digits, 28 x 28, grey: 60,000 for training and 10,000 for the test."""
+
+    name = "mnist"
+    torchvision_name, folder = "MNIST", "MNIST"
+    facts = kdkit.DataInfo((1, 28, 28), num_classes=10, num_train=60_000, num_test=10_000, class_names=tuple("0123456789"))
+
+
+class FashionMnist(SmallSet):
+    """Pictures of clothes, 28 x 28, grey: 60,000 for training and 10,000 for the test."""
+
+    name = "fashion_mnist"
+    torchvision_name, folder = "FashionMNIST", "FashionMNIST"
+    facts = kdkit.DataInfo((1, 28, 28), num_classes=10, num_train=60_000, num_test=10_000, class_names=CLOTHES)
+
+
+class Cifar10(SmallSet):
+    """Animals and vehicles, 32 x 32, RGB: 50,000 for training and 10,000 for the test."""
+
+    name = "cifar10"
+    torchvision_name, folder = "CIFAR10", "cifar-10-batches-py"
+    facts = kdkit.DataInfo((3, 32, 32), num_classes=10, num_train=50_000, num_test=10_000, class_names=THINGS)
+
+
+class Cifar100(SmallSet):
+    """A hundred kinds of things, 32 x 32, RGB: 50,000 for training and 10,000 for the test."""
+
+    name = "cifar100"
+    torchvision_name, folder = "CIFAR100", "cifar-100-python"
+    facts = kdkit.DataInfo((3, 32, 32), num_classes=100, num_train=50_000, num_test=10_000)
+
+
+@kdkit.hookimpl
+def kdkit_datasets() -> Sequence[type[kdkit.DatasetSource]]:
+    """The datasets of this file."""
+    return [Mnist, FashionMnist, Cifar10, Cifar100]
