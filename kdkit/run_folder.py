@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
@@ -99,8 +100,9 @@ class RunFolder:
         self.check(recipe, restart=restart)
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / LOCK).open("w") as handle:
+            os.register_at_fork(after_in_child=handle.close)  # or a worker that outlives a killed process keeps its lock
             try:
-                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: worker processes would inherit it, and outlive a killed one
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise RunError(f"{self.path}: another process is training in this folder") from None
             self.check(recipe, restart=restart)  # it may have been made in the meantime

@@ -6,17 +6,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
-from training import PLAIN, TINY, metrics, train, weights, write
+from training import PLAIN, metrics, train, weights, write
 
 import kdkit
-from kdkit import data, recipe, runs
+from kdkit import recipe, runs
 from kdkit.engine import build_accelerator
+from kdkit.evaluate import predict
 from kdkit.factory import ModelFactory
 from kdkit.progress import Reporter
 from kdkit.randomness import reseed
 from kdkit.run_folder import RunFolder
-from kdkit.schema import TrainSpec
 from kdkit.signals import StopRequest
 from kdkit.stage_run import Setting
 
@@ -50,7 +49,7 @@ def test_three_steps_equal_a_plain_loop(tmp_path):
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
     batches = list(trainer.loader.epoch(0))
     assert len(batches) == 3
-    losses = [float(values[0].total) for values in epoch(trainer)]
+    losses = [float(values[0].total.detach()) for values in epoch(trainer)]
 
     student.train()
     for batch, loss in zip(batches, losses, strict=True):
@@ -60,7 +59,7 @@ def test_three_steps_equal_a_plain_loop(tmp_path):
         z_s = student(images)
         soft = F.kl_div(F.log_softmax(z_s / 3, 1), F.softmax(z_t / 3, 1), reduction="batchmean") * 9
         total = F.cross_entropy(z_s, batch.labels) + 0.9 * soft
-        assert loss == pytest.approx(float(total), rel=1e-5)
+        assert loss == pytest.approx(float(total.detach()), rel=1e-5)
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
@@ -68,24 +67,10 @@ def test_three_steps_equal_a_plain_loop(tmp_path):
         torch.testing.assert_close(tapped.module.state_dict()[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def accumulated(folder, batch_size, accumulate, **changes):
-    """Weights of a perceptron after one epoch of 44 images, and its losses."""
-    result = train(
-        folder, student=NO_NORM, teacher={"model": "mlp/16", "args": None}, run={"folder": "runs"},
-        data={"batch_size": batch_size, "drop_last": False, "dataset": {"train": 44}},
-        train={"accumulate": accumulate, "epochs": 2, **changes},
-    )  # fmt: skip
-    return weights(result.folder), [line for line in metrics(result.folder) if line["kind"] == "step"]
-
-
 @pytest.fixture
-def perceptron(monkeypatch):
+def perceptron():
     """PLAIN with networks that have no batch normalisation."""
-    import training
-
-    monkeypatch.setitem(training.PLAIN, "student", NO_NORM)
-    monkeypatch.setitem(training.PLAIN, "teacher", {"model": "mlp/16"})
-    return training.PLAIN
+    return {**PLAIN, "student": NO_NORM, "teacher": {"model": "mlp/16"}}
 
 
 @pytest.mark.parametrize("clip", [None, 0.05])
@@ -96,7 +81,7 @@ def test_small_batches_accumulated_equal_a_large_one(tmp_path, perceptron, clip)
         folder = tmp_path / str(number)
         folder.mkdir()
         changes = {"data": {"batch_size": size, "drop_last": False, "dataset": {"train": 44}}, "train": {"accumulate": accumulate, "clip_grad": clip}}
-        train(folder, **changes)
+        train(folder, perceptron, **changes)
         found.append((weights(folder / "run"), metrics(folder / "run")))
     (large, told), (small, retold) = found
     for name in large:
@@ -147,9 +132,8 @@ def test_mixup_ends_at_its_epoch(tmp_path):
     assert all(batch.labels.shape == (8, 6) and torch.allclose(batch.labels.sum(1), torch.ones(8)) for batch in seen)
     plain = list(trainer.loader.epoch(0))
     assert not torch.equal(plain[0].inputs, seen[0].inputs)
-    lam = np.random.RandomState  # the first batch's share, drawn as timm draws it
     reseed(trainer.seed, trainer.stage.name, 0, 0)
-    assert lam is not None and np.random.rand() < 1
+    np.random.rand()  # whether to mix at all: timm's first draw
     share = np.random.beta(0.5, 0.5)
     torch.testing.assert_close(seen[0].inputs, plain[0].inputs * share + plain[0].inputs.flip(0) * (1 - share))
     seen.clear()
@@ -179,7 +163,7 @@ def test_ramps_have_their_value_at_each_step(tmp_path):
         weight = min(3, 1 + 2 * (step / steps) / 1.5)
         assert float(value.weighted["cross_entropy"]) == pytest.approx(weight * float(value.terms["cross_entropy"]), rel=1e-5)
         assert float(value.weighted["logit_kl"]) == pytest.approx(2 * float(value.terms["logit_kl"]), rel=1e-5)
-        assert float(value.total) == pytest.approx(sum(map(float, value.weighted.values())), rel=1e-5)
+        assert float(value.total.detach()) == pytest.approx(sum(map(float, value.weighted.values())), rel=1e-5)
     seen = []
     kl = trainer.learner.objectives[0].losses["logit_kl"]
     forward = kl.forward
@@ -196,7 +180,7 @@ def test_every_learnable_part_of_every_loss_moves_in_one_step(tmp_path):
     trainer, _ = trainer_of(tmp_path, losses=losses)
     before = {name: value.detach().clone() for name, value in trainer.learner.named_parameters()}
     next(trainer.train_epoch())
-    assert sum(name.startswith("objectives") for name in before) > 20
+    assert sum(name.startswith("objectives") for name in before) == 3 * 3 + 3 * 2
     still = [name for name, value in trainer.learner.named_parameters() if torch.equal(before[name], value)]
     assert still == []
 
@@ -210,8 +194,6 @@ def test_a_probe_moves_no_statistics_and_students_train_in_every_epoch(tmp_path)
     student.register_forward_pre_hook(lambda module, args: modes.append((torch.is_grad_enabled(), module.training)))
     for _ in range(2):
         epoch(trainer)
-        from kdkit.evaluate import predict
-
         predict(trainer.stage.students[0], list(trainer.loader.epoch(0)))
     assert set(modes) == {(True, True), (False, False)}
     assert modes.count((True, True)) == 12
@@ -273,7 +255,6 @@ def test_bf16_trains_on_the_cpu_with_losses_in_fp32(tmp_path):
     assert inner == {torch.bfloat16}
     assert kinds == {(torch.float32, torch.float32, False)}
     assert all(torch.isfinite(value.total) for step in values for value in step)
-    build_accelerator(TrainSpec(epochs=1, optimizer={"lr": 1.0}, device="cpu"))
 
 
 def test_fp16_needs_a_gpu(tmp_path):
@@ -287,8 +268,7 @@ def test_fp16_needs_a_gpu(tmp_path):
 def test_compiled_networks_learn_alike(tmp_path):
     losses = [*PLAIN["losses"], {"use": "hint", "layers": [{"student": "stage2", "teacher": "stage2"}]}]
     for name, compiled in (("plain", False), ("compiled", True)):
-        train(tmp_path, run=name, losses=losses, train={"compile": compiled, "epochs": 1})
+        train(tmp_path, into=name, losses=losses, train={"compile": compiled, "epochs": 1})
     ours, theirs = weights(tmp_path / "compiled"), weights(tmp_path / "plain")
     for key in theirs:
         torch.testing.assert_close(ours[key], theirs[key], rtol=1e-3, atol=1e-4, msg=key)
-    assert TINY["model"] == "resnet18" and isinstance(data.Data, type) and nn is not None

@@ -146,7 +146,7 @@ def interrupted(folder, step, **changes):
 
 
 def test_truncated_checkpoint_is_noticed_and_the_one_before_used(tmp_path):
-    train(tmp_path, run="whole")
+    train(tmp_path, into="whole")
     run = interrupted(tmp_path, 9)
     newest = max((run / "checkpoints").glob("*.pt"))
     assert "-00000009-" in newest.name
@@ -159,7 +159,7 @@ def test_truncated_checkpoint_is_noticed_and_the_one_before_used(tmp_path):
 
 
 def test_all_checkpoints_damaged_begins_the_stage_anew(tmp_path):
-    train(tmp_path, run="whole")
+    train(tmp_path, into="whole")
     run = interrupted(tmp_path, 9)
     for file in (run / "checkpoints").glob("*.pt"):
         file.write_bytes(b"")
@@ -184,7 +184,7 @@ def test_a_finished_stage_that_is_lost_is_trained_again(tmp_path):
 
 
 def test_a_line_that_was_being_written_is_left_out(tmp_path):
-    train(tmp_path, run="whole")
+    train(tmp_path, into="whole")
     run = interrupted(tmp_path, 9)
     with (run / "metrics.jsonl").open("a") as stream:
         stream.write('{"kind": "step", "stage": "distill", "ep')
@@ -194,7 +194,7 @@ def test_a_line_that_was_being_written_is_left_out(tmp_path):
 
 def test_plateau_goes_on_with_what_it_has_counted(tmp_path):
     plateau = {"epochs": 5, "lr_schedule": {"name": "plateau", "patience": 1, "decay_rate": 0.5}}
-    train(tmp_path, run="whole", train=plateau)
+    train(tmp_path, into="whole", train=plateau)
     run = interrupted(tmp_path, 21, train=plateau)
     train(tmp_path, train=plateau)
     assert_same_run(run, tmp_path / "whole")

@@ -72,9 +72,9 @@ def write(folder, recipe=PLAIN, name="recipe.yaml", **changes):
     return path
 
 
-def train(folder, recipe=PLAIN, run="run", restart=False, **changes):
+def train(folder, recipe=PLAIN, into="run", restart=False, **changes):
     """Carry the recipe out in this process; its result."""
-    return kdkit.train(write(folder, recipe, **changes), folder=Path(folder) / run, restart=restart, quiet=True)
+    return kdkit.train(write(folder, recipe, **changes), folder=Path(folder) / into, restart=restart, quiet=True)
 
 
 class Command:

@@ -1,0 +1,66 @@
+"""Who may import whom."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import kdkit
+
+CORE = Path(kdkit.__file__).parent
+PLUGINS = CORE.parent / "plugins"
+ORDER = """
+    errors options contracts providers hookspecs registry source schema recipe catalogue
+    normalization layers observation tapping models folding listing
+    randomness augment signals subsets transforms images stream data
+    objective meter optim engine evaluate probes testing
+    checkpoints run_folder progress factory plan trained curves show
+    stage_run profile export cost_table runs study api __init__ cli
+""".split()
+
+
+def imports(file):
+    """What a file imports, anywhere in it: (module, names)."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            yield node.module, [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, []) for alias in node.names)
+
+
+def own_modules(file):
+    """The modules of kdkit that a file imports."""
+    for module, names in imports(file):
+        if module == "kdkit":
+            yield from (name for name in names if name in ORDER)
+        elif module.startswith("kdkit."):
+            yield module.split(".")[1]
+
+
+def test_every_module_has_its_place():
+    assert sorted(ORDER) == sorted(path.stem for path in CORE.glob("*.py"))
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_a_module_imports_from_those_before_it(module):
+    before = ORDER[: ORDER.index(module)]
+    above = [name for name in own_modules(CORE / f"{module}.py") if name not in before]
+    assert above == [], f"{module} imports {above}, which come after it"
+
+
+def test_the_core_never_imports_the_plugins():
+    for file in CORE.rglob("*.py"):
+        assert not any(module.split(".")[0] in ("kdkit_plugins", "plugins") for module, _ in imports(file)), file
+
+
+def test_plugins_import_the_public_names_only():
+    files = list(PLUGINS.rglob("*.py"))
+    assert len(files) > 20
+    for file in files:
+        for module, names in imports(file):
+            assert not module.startswith("kdkit."), f"{file}: {module}"
+            assert module.split(".")[0] != "kdkit_plugins", f"{file}: a plugin is a file of its own"
+            assert module != "kdkit" or not names, f"{file}: write `import kdkit`"
+        used = {n.attr for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "kdkit"}
+        assert used <= set(kdkit.__all__) | {"__version__"}, f"{file}: {used - set(kdkit.__all__)}"
