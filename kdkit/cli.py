@@ -88,7 +88,7 @@ def compare(
         table.add_row(row.name, study.spread(row.top1), study.spread(row.agreement), f"{cost.parameters:,}", f"{cost.bytes / 1024:,.0f} KiB", latency)
     out.print(table)
     deviation = "mean +- standard deviation" if seeds > 1 else "no deviation"
-    out.print(f"test data, after the last epoch; {seeds} seed{'s' if seeds > 1 else ''}, {deviation}; agreement with the teacher; latency of one image, median", style="dim")
+    out.print(f"test data, after the last epoch; {seeds} seed{'s' if seeds > 1 else ''}, {deviation}; agreement with the teacher; latency of one image on one thread, median", style="dim")
 
 
 @app.command()

@@ -100,7 +100,7 @@ def load_checkpoint(path: Path, module: nn.Module, strip_prefix: str = "", num_c
         counts = [
             f"{len(keys)} keys {kind} ({', '.join([*keys[:3], *['...'][: max(0, len(keys) - 3)]])})" for kind, keys in kinds.items() if keys
         ]
-        raise ModelError(f"{path} does not fit: {'; '.join(counts)}{_prefix_hint(found, wanted)}")
+        raise ModelError(f"{path} does not fit: {'; '.join(counts)}{_prefix_hint(found, wanted) if missing else ''}")
     module.load_state_dict(found, strict=False)  # checked above; old files lack BatchNorm's counters
 
 

@@ -72,13 +72,14 @@ class Recipe:
         return hashlib.sha256(json.dumps(self.content(), sort_keys=True).encode()).hexdigest()
 
 
-def load(path: Path | str, overrides: Mapping[str, Any] | None = None, plugins: Sequence[Path] = ()) -> Recipe:
+def load(path: Path | str, overrides: Mapping[str, Any] | None = None, plugins: Sequence[Path] = (), *, files: bool = True) -> Recipe:
     """Read and check a recipe file.
 
     Args:
         path: the file.
         overrides: values by `key.path`, stronger than the file's.
         plugins: further plugin files or folders.
+        files: whether the files that it names must be there; a run that is finished needs them no more.
 
     Raises:
         RecipeError: all problems found, one line each.
@@ -93,7 +94,7 @@ def load(path: Path | str, overrides: Mapping[str, Any] | None = None, plugins: 
         told = dict.fromkeys(_explain(e, source, model) for e in error.errors() if not _is_echo(e))
         raise RecipeError("\n".join(told)) from None
     recipe = Recipe(spec, source, found)
-    if problems := list(_cross_check(recipe)):
+    if problems := [*_cross_check(recipe), *(_missing_files(recipe) if files else ())]:
         raise RecipeError("\n".join(problems))
     return recipe
 
@@ -128,7 +129,12 @@ def _cross_check(recipe: Recipe) -> Iterable[str]:
         yield recipe.problem(["teacher", "fold_batchnorm"], "folded layers have no batch statistics, which `mode: train` asks for")
     if spec.train.lr_schedule.warmup_epochs + spec.train.lr_schedule.cooldown_epochs > spec.train.epochs:
         yield recipe.problem(["train", "lr_schedule"], f"warm-up and cool-down are longer than the {spec.train.epochs} epochs")
-    for location, path in _paths(spec, []):
+    if spec.train.mixup and spec.data.batch_size % 2:
+        yield recipe.problem(["data", "batch_size"], f"`train.mixup` mixes pairs: {spec.data.batch_size} is not even")
+
+
+def _missing_files(recipe: Recipe) -> Iterable[str]:
+    for location, path in _paths(recipe.spec, []):
         if not path.exists() and location[:2] != ["data", "dataset"]:
             yield recipe.problem(location, f"no such file: {path}")
 

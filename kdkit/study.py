@@ -56,7 +56,8 @@ def compare(paths: Sequence[Path], seeds: int, overrides: Mapping[str, Any] | No
     teacher = _common_teacher([run for variant in finished for run in variant])
     known = predict(teacher, finished[0][0].data().test) if teacher else None
     models = ([(teacher, finished[0][0].info.image_shape)] if teacher else []) + [(variant[0].student(), variant[0].info.image_shape) for variant in finished]
-    costs = profile.measure_together(models, runs=300, seconds=1.0)
+    with profile.threads(1):  # several threads wait for each other on a busy machine
+        costs = profile.measure_together(models, runs=300, seconds=1.0)
     rows = [Row("teacher", (metrics(known)["top1"],), (), costs.pop(0))] if known else []
     for variants, trained, cost in zip(results, finished, costs, strict=True):
         agreement = tuple(_agreement(run, known) for run in trained) if known else ()

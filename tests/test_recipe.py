@@ -73,6 +73,7 @@ BAD = {  # what is replaced, by what; the line; what the message says
     "name": ("name: good", "name: a/b", 1, "name: string should match pattern"),
     "same names": ("use: logit_kl, weight: 0.9, temperature: 4", "use: logit_kl, name: x}\n  - {use: logit_mse, name: x", 8, "losses.1.name: 'x' names two losses"),
     "plugin": ("name: good", "name: good\nplugins: [gone.py]", 2, "plugins.0: no such file or folder: "),
+    "odd batches": ("batch_size: 50}", "batch_size: 51, seed: 0}", 2, "data.batch_size: `train.mixup` mixes pairs: 51 is not even"),
     "fold": ("teacher: {model: test_resnet}", "teacher: {model: test_resnet, mode: train, fold_batchnorm: true}", 4, "teacher.fold_batchnorm: folded layers have no batch statistics"),
 }  # fmt: skip
 
@@ -82,7 +83,8 @@ def test_a_bad_recipe_says_where_and_what(write, case):
     old, new, line, says = BAD[case]
     assert old in GOOD
     path = write(GOOD.replace(old, new, 1))
-    assert f"{path}:{line}: {says}" in "\n".join(problems(path))
+    mixup = {"train.mixup.mixup_alpha": 0.2} if "mixup" in says else {}
+    assert f"{path}:{line}: {says}" in "\n".join(problems(path, **mixup))
 
 
 def test_all_problems_at_once_each_once(write):

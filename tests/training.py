@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -78,11 +79,11 @@ def train(folder, recipe=PLAIN, into="run", restart=False, **changes):
 
 
 class Command:
-    """A `kdkit` command, running in `folder`."""
+    """A `kdkit` command, running in `folder`, with some environment variables beside what there is."""
 
-    def __init__(self, folder, *arguments):
+    def __init__(self, folder, *arguments, **environment):
         self.log = Path(folder) / f"log-{time.monotonic_ns()}"
-        self.process = PROCESSES.Process(target=_run, args=(str(folder), str(self.log), [str(argument) for argument in arguments]))
+        self.process = PROCESSES.Process(target=_run, args=(str(folder), str(self.log), [str(a) for a in arguments], environment))
         self.process.start()
 
     def finish(self, timeout=120):
@@ -103,8 +104,18 @@ class Command:
         return self.process.is_alive()
 
 
-def _run(folder, log, arguments):
+def together(folder, *arguments):
+    """A command in two processes, as a launcher would start them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    return [Command(folder, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)]
+
+
+def _run(folder, log, arguments, environment):
     os.setsid()
+    os.environ.update(environment)
     stream = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     for target in (1, 2):
         os.dup2(stream, target)
