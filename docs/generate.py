@@ -25,7 +25,7 @@ from kdkit.cli import app
 from kdkit.contracts import LayerPair
 from kdkit.options import Options, Ramp
 from kdkit.providers import DatasetOptions, ModelOptions, Normalize
-from kdkit.recipe import recipe_type
+from kdkit.recipe_types import recipe_type
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "docs" / "reference"

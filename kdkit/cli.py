@@ -234,9 +234,9 @@ def plugins(
 @app.command()
 def schema(plugins: Plugins = None) -> None:
     """Print the JSON Schema of recipes, for editors."""
-    from kdkit import recipe, registry
+    from kdkit import recipe_types, registry
 
-    sys.stdout.write(recipe.schema(registry.load(_paths(plugins))))
+    sys.stdout.write(recipe_types.schema(registry.load(_paths(plugins))))
 
 
 def _load(path: Path, overrides: list[str] | None, plugins: list[Path] | None) -> Recipe:

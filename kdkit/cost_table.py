@@ -14,7 +14,7 @@ from kdkit import registry
 from kdkit.errors import ModelError, RunError
 from kdkit.models import build_model
 from kdkit.profile import Profile, Shape
-from kdkit.recipe import source_of
+from kdkit.recipe_types import source_of
 from kdkit.tapping import TappedModel
 from kdkit.trained import TrainedRun
 

@@ -19,7 +19,7 @@ from kdkit import __version__
 from kdkit.checkpoints import write_atomically
 from kdkit.errors import ModelError
 from kdkit.normalization import NormalizationAdapter
-from kdkit.recipe import DEFAULT_SOURCE
+from kdkit.recipe_types import DEFAULT_SOURCE
 from kdkit.stage_run import weights
 from kdkit.tapping import TappedModel
 from kdkit.trained import EXPORTED, WEIGHTS, TrainedRun

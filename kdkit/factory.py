@@ -19,7 +19,8 @@ from kdkit.layers import expand_pairs
 from kdkit.models import build_model
 from kdkit.providers import DataInfo, ModelOptions, ModelSource
 from kdkit.randomness import seeded
-from kdkit.recipe import Recipe, source_of
+from kdkit.recipe import Recipe
+from kdkit.recipe_types import source_of
 from kdkit.schema import RecipeTeacher, TeacherOptions
 from kdkit.tapping import TappedModel
 
@@ -95,7 +96,9 @@ class ModelFactory:
         """
         for model, before in self.frozen:
             if _digest(model.module) != before:
-                raise RunError(f"{model.role} is frozen, yet its parameters or buffers have changed; a plugin or schedule must have done it")
+                raise RunError(
+                    f"{model.role} is frozen, yet its parameters or buffers have changed; a plugin or schedule must have done it"
+                )
 
     @functools.cached_property
     def _teacher(self) -> TappedModel:
@@ -104,7 +107,8 @@ class ModelFactory:
         if options is None or not isinstance(spec, TeacherOptions):
             raise RunError("this recipe has no teacher")
         reads_logits = any(
-            loss.knowledge == "response" or loss.needs_teacher_logits for loss in (self.recipe.plugins.losses[e.use] for e in self.recipe.spec.losses)
+            loss.knowledge == "response" or loss.needs_teacher_logits
+            for loss in (self.recipe.plugins.losses[e.use] for e in self.recipe.spec.losses)
         )
         model = self._build("teacher", options, self.layers[1], 0)
         model.needs_logits = reads_logits
@@ -165,4 +169,3 @@ def _digest(module: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-

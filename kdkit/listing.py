@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from kdkit import registry
 from kdkit.errors import ModelError
 from kdkit.layers import LayerRow, tappable_layers
-from kdkit.recipe import source_of
+from kdkit.recipe_types import source_of
 from kdkit.source import parse_overrides
 
 

@@ -74,6 +74,7 @@ class _Planner:
         self.recipe, self.spec = recipe, recipe.spec
         self.problems: list[str] = []
         self.notes: list[str] = []
+        self._stages: set[str] = set()
 
     def plan(self) -> Plan:
         spec = self.spec
@@ -183,6 +184,11 @@ class _Planner:
         if unknown := set(stage.losses or ()) - set(self.recipe.loss_names()):
             raise self.recipe.error(["schedule"], f"stage '{stage.name}' asks for losses that are not there: {suggest(unknown.pop(), self.recipe.loss_names())}")
         objective = build(self.recipe, stage.losses, factory.expand)
+        if not all(objective.active(lesson) for lesson in lessons):
+            raise self.recipe.error(["losses"], f"stage '{stage.name}' has no teacher, and none of its losses is on labels")
+        if stage.name in self._stages:
+            raise self.recipe.error(["schedule"], f"two stages are called '{stage.name}'; their logs and random numbers go by that name")
+        self._stages.add(stage.name)
         labels = torch.arange(num_train) % info.num_classes
         context = Context(stage.students[0].module, factory.teacher_module(), info.num_classes, num_train, labels)
         with seeded("plan"):

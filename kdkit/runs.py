@@ -23,7 +23,7 @@ from kdkit.recipe import load as load_recipe
 from kdkit.run_folder import Result, RunFolder
 from kdkit.schema import RecipeTeacher
 from kdkit.signals import StopRequest
-from kdkit.stage_run import Setting, StageRun, scores_of, weights
+from kdkit.stage_run import Setting, StageRun, weights
 
 
 def train(recipe: Recipe, folder: Path | None = None, *, restart: bool = False, quiet: bool = False) -> Result:
@@ -106,7 +106,8 @@ def _carry_out(setting: Setting) -> Result:
         last.carry_out()
     if last is None:
         raise RunError(f"schedule '{spec.schedule.use}' has no stage")
-    setting.accelerator.end_training()
+    for tracker in setting.accelerator.trackers:
+        tracker.finish()  # end_training would also part the processes, which may only have trained a teacher so far
     return _result(setting, last)
 
 
@@ -140,12 +141,12 @@ def _labels_by_index(loader: data.TrainLoader) -> Tensor:
 
 
 def _result(setting: Setting, last: StageRun) -> Result:
-    student, (scores, peers) = last.deployed()[0], scores_of(last.scores)
+    student, (scores, *peers) = last.deployed()[0], last.scores
     recipe, folder = setting.recipe, setting.folder
     result = Result(
         folder=folder.path, name=recipe.spec.name, seed=recipe.spec.seed, test=scores["test"], validation=scores.get("validation"),
         parameters=sum(p.numel() for p in student.module.parameters()), seconds=round(setting.spent(), 3), epochs=last.trainer.epochs,
-        best=setting.best, teacher=metrics(setting.teacher) if setting.teacher else None, peers=peers,
+        best=setting.best, teacher=metrics(setting.teacher) if setting.teacher else None, peers=tuple(peer["test"] for peer in peers),
         warnings=tuple(setting.reporter.warnings),
     )  # fmt: skip
     if setting.is_main:

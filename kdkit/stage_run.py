@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -66,8 +65,8 @@ class StageRun:
         self._finished = False
         self._clock, self._clock_step = time.monotonic(), 0
 
-    def carry_out(self) -> list[Scores]:
-        """Train to the end of the stage from where it was; the students' metrics.
+    def carry_out(self) -> None:
+        """Train to the end of the stage from where it was.
 
         Raises:
             RunError: a loss is not finite.
@@ -83,7 +82,6 @@ class StageRun:
                 if self._finished or trainer.epoch % setting.recipe.spec.run.checkpoint_epochs == 0:
                     self._save()
         trainer.close()
-        return self.scores
 
     def _train_epoch(self) -> None:
         setting, trainer, run = self.setting, self.trainer, self.setting.recipe.spec.run
@@ -250,8 +248,3 @@ class StageRun:
 def weights(model: Model) -> bytes:
     """A network's weights as safetensors."""
     return save({name: value.detach().cpu().contiguous() for name, value in model.module.state_dict().items()})
-
-
-def scores_of(first: Sequence[Scores]) -> tuple[Scores, tuple[dict[str, float], ...]]:
-    """The first student's metrics, and the test metrics of its peers."""
-    return first[0], tuple(peer["test"] for peer in first[1:])

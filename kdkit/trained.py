@@ -18,7 +18,7 @@ from kdkit.evaluate import Predictions, metrics, predict
 from kdkit.factory import ModelFactory, TrainedTeacher
 from kdkit.models import build_model
 from kdkit.providers import DataInfo, DatasetSource, ModelSource
-from kdkit.recipe import source_of
+from kdkit.recipe_types import source_of
 from kdkit.run_folder import RunFolder
 from kdkit.schema import RecipeTeacher
 from kdkit.tapping import TappedModel

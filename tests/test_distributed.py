@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import Command, lines, merged, metrics, together, weights, write
+from training import TINY, Command, lines, metrics, together, weights, write
 
 NET = '''
 from torch import nn
@@ -37,7 +37,11 @@ class Net(nn.Module):
 PAIRS = [{"student": "conv2", "teacher": "conv2"}]
 RECIPE = {
     "name": "shared",
-    "data": {"dataset": {"use": "synthetic", "image_size": 8, "train": 36, "test": 19, "num_classes": 6}, "batch_size": 8, "drop_last": False},
+    "data": {
+        "dataset": {"use": "synthetic", "image_size": 8, "train": 36, "test": 19, "num_classes": 6},
+        "batch_size": 8,
+        "drop_last": False,
+    },
     "student": {"model": "python/Net", "file": "net.py", "args": {"width": 4}},
     "teacher": {"model": "python/Net", "file": "net.py", "args": {"width": 6}},
     "schedule": {"use": "offline"},
@@ -89,7 +93,9 @@ def assert_alike(run, other):
     for one, two in zip(metrics(run), metrics(other), strict=True):
         for key in ("terms", "train", "test"):
             assert one.get(key, {}) == pytest.approx(two.get(key, {}), rel=1e-3, abs=1e-4)
-    assert json.loads((run / "result.json").read_text())["test"] == pytest.approx(json.loads((other / "result.json").read_text())["test"], rel=1e-3)
+    assert json.loads((run / "result.json").read_text())["test"] == pytest.approx(
+        json.loads((other / "result.json").read_text())["test"], rel=1e-3
+    )
 
 
 @pytest.mark.parametrize(
@@ -130,29 +136,38 @@ def test_two_processes_stop_together_and_go_on(tmp_path):
     assert "going on with stage 'distill'" in again[0].log.read_text()
     ours, theirs = weights(tmp_path / "run"), weights(tmp_path / "whole")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert_alike(tmp_path / "run", tmp_path / "whole")  # means are put together from the processes' in another order
 
 
 def test_batch_statistics_are_the_first_processs_when_measured(tmp_path):
     """Each process measures its share of the test data: with its own statistics, the parts would be of two networks."""
-    small = {"model": "resnet18", "stem": "small", "file": None, "args": {"layers": [1, 1, 1, 1], "channels": [4, 4, 8, 8], "width": None}}
-    path = recipe(tmp_path, losses=[{"use": "cross_entropy"}, {"use": "logit_kl"}], run={"folder": "runs"})
-    text = merged(RECIPE, {"losses": [{"use": "cross_entropy"}, {"use": "logit_kl"}]})
-    del small["file"], small["args"]["width"]
-    path = write(tmp_path, {**text, "student": small})
+    recipe(tmp_path)
+    path = write(tmp_path, {**RECIPE, "student": TINY, "losses": RECIPE["losses"][:2]})
     commands = together(tmp_path, "train", path, "--run", "two")
     assert [command.finish()[0] for command in commands] == [0, 0]
     code, log = Command(tmp_path, "evaluate", "two").finish()
     assert code == 0, log
     test = json.loads((tmp_path / "two" / "result.json").read_text())["test"]
-    assert re.search(rf"{test['nll']:.2f}\b", log), (test, log)
+    assert re.search(rf"{test['nll']:.4f}\b", log), (test, log)
 
 
 @pytest.mark.slow
 def test_the_launcher_passes_a_signal_on(tmp_path):
-    path = recipe(tmp_path, train={"epochs": 40})
+    path = recipe(tmp_path, train={"epochs": 200})
     kdkit = shutil.which("kdkit", path=str(Path(sys.executable).parent))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", kdkit, "train", str(path), "--run", "run"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        kdkit,
+        "train",
+        str(path),
+        "--run",
+        "run",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     launched = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     until = time.monotonic() + 120

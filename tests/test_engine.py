@@ -80,7 +80,10 @@ def test_small_batches_accumulated_equal_a_large_one(tmp_path, perceptron, clip)
     for number, (size, accumulate) in enumerate([(32, 1), (8, 4)]):
         folder = tmp_path / str(number)
         folder.mkdir()
-        changes = {"data": {"batch_size": size, "drop_last": False, "dataset": {"train": 44}}, "train": {"accumulate": accumulate, "clip_grad": clip}}
+        changes = {
+            "data": {"batch_size": size, "drop_last": False, "dataset": {"train": 44}},
+            "train": {"accumulate": accumulate, "clip_grad": clip},
+        }
         train(folder, perceptron, **changes)
         found.append((weights(folder / "run"), metrics(folder / "run")))
     (large, told), (small, retold) = found
@@ -113,10 +116,8 @@ def test_average_equals_one_made_by_hand(tmp_path):
     average = None
     for _ in trainer.train_epoch():
         now = {name: value.clone() for name, value in trainer.stage.students[0].module.state_dict().items()}
-        if average is None:
-            average = now  # the average begins at the first step's weights
-        else:
-            average = {n: 0.7 * average[n] + 0.3 * v if v.is_floating_point() else v for n, v in now.items()}
+        before = average or now  # it begins at the first step's weights
+        average = {n: 0.7 * before[n] + 0.3 * v if v.is_floating_point() else v for n, v in now.items()}
     deployed = trainer.deployed()[0].state_dict()
     for name, value in average.items():
         torch.testing.assert_close(deployed[name], value, rtol=1e-5, atol=1e-6)
@@ -143,7 +144,7 @@ def test_mixup_ends_at_its_epoch(tmp_path):
 
 def test_odd_batches_cannot_be_mixed(tmp_path):
     mix = {"mixup": {"mixup_alpha": 0.5}}
-    with pytest.raises(kdkit.RecipeError, match=r"recipe.yaml:\d+: train.mixup: mixes pairs"):
+    with pytest.raises(kdkit.RecipeError, match=r"recipe.yaml:\d+: .*mixes pairs"):
         kdkit.check(write(tmp_path, train=mix, data={"batch_size": 7}))
     with pytest.raises(kdkit.RecipeError, match="even"):
         kdkit.check(write(tmp_path, train=mix, data={"drop_last": False, "train_samples": 47}))
@@ -227,7 +228,10 @@ def kdkit_losses():
 
 
 def test_state_dict_goes_on_to_the_same_bits(tmp_path):
-    changes = {"losses": [*PLAIN["losses"], {"use": "hint", "layers": [{"student": "stage2", "teacher": "stage2"}]}], "train": {"ema": {"decay": 0.5}}}
+    changes = {
+        "losses": [*PLAIN["losses"], {"use": "hint", "layers": [{"student": "stage2", "teacher": "stage2"}]}],
+        "train": {"ema": {"decay": 0.5}},
+    }
     whole, _ = trainer_of(tmp_path, **changes)
     half, _ = trainer_of(tmp_path, **changes)
     steps = half.train_epoch()
@@ -248,7 +252,9 @@ def test_bf16_trains_on_the_cpu_with_losses_in_fp32(tmp_path):
     assert factory.teacher().precision is None
     kinds = set()
     loss = trainer.learner.objectives[0].losses["logit_kl"]
-    loss.register_forward_pre_hook(lambda module, args: kinds.add((args[0].logits.dtype, args[1].logits.dtype, torch.is_autocast_enabled("cpu"))))
+    loss.register_forward_pre_hook(
+        lambda module, args: kinds.add((args[0].logits.dtype, args[1].logits.dtype, torch.is_autocast_enabled("cpu")))
+    )
     inner = set()
     trainer.stage.students[0].module.register_forward_hook(lambda module, args, output: inner.add(output.dtype))
     values = epoch(trainer)

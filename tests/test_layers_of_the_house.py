@@ -10,13 +10,13 @@ import kdkit
 CORE = Path(kdkit.__file__).parent
 PLUGINS = CORE.parent / "plugins"
 ORDER = """
-    errors options contracts providers hookspecs registry source schema recipe catalogue
+    errors options contracts providers hookspecs registry source schema recipe_types explain recipe catalogue
     normalization layers observation tapping models folding listing
     randomness augment signals subsets transforms images stream data
     objective meter optim engine evaluate probes testing
     checkpoints run_folder progress factory plan trained curves show
     stage_run profile export cost_table runs study api __init__ cli
-""".split()
+""".split()  # noqa: SIM905
 
 
 def imports(file):

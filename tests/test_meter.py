@@ -81,13 +81,12 @@ def test_a_sum_that_overflows_is_told():
 
 def test_its_state_goes_on_to_the_same_bits():
     numbers = torch.rand(9).tolist()
-    meter, early = Meter(), Meter()
+    meter, early, later = Meter(), Meter(), Meter()
     for step, number in enumerate(numbers):
         meter.add(step, [value(a=number)], 1)
         (early if step < 5 else later).add(step, [value(a=number)], 1)
         if step == 4:
             early.read()
-            later = Meter()
             later.load_state_dict(early.state_dict())
     meter.read(), later.read()
     assert later.means() == meter.means()

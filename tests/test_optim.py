@@ -53,7 +53,14 @@ def warmed(step, warmup_epochs, warmup_lr):
 )
 def test_rates_per_step(name, shape, warmup, cooldown):
     found = rates(
-        name=name, warmup_epochs=warmup, warmup_lr=0.1, cooldown_epochs=cooldown, min_lr=0.01, milestones=[6, 4], step_epochs=3, decay_rate=0.5
+        name=name,
+        warmup_epochs=warmup,
+        warmup_lr=0.1,
+        cooldown_epochs=cooldown,
+        min_lr=0.01,
+        milestones=[6, 4],
+        step_epochs=3,
+        decay_rate=0.5,
     )
     for step, rate in enumerate(found):
         if step < warmup * SPE:
@@ -79,8 +86,8 @@ def test_plateau_decays_when_the_accuracy_stays():
 
 
 def test_plateau_of_a_loss_warms_up_and_cools_down():
-    found = rates(name="plateau", metrics=[3.0, 2, 2, 2, 2, 1, 1, 1, 1, 1], maximize=False, patience=1, decay_rate=0.5, warmup_epochs=2, warmup_lr=0.0,
-                  cooldown_epochs=1, min_lr=0.125)  # fmt: skip
+    options = {"patience": 1, "decay_rate": 0.5, "warmup_epochs": 2, "warmup_lr": 0.0, "cooldown_epochs": 1, "min_lr": 0.125}
+    found = rates(name="plateau", metrics=[3.0, 2, 2, 2, 2, 1, 1, 1, 1, 1], maximize=False, **options)
     assert found[: 2 * SPE] == pytest.approx([warmed(step, 2, 0.0) for step in range(2 * SPE)])
     assert found[2 * SPE :: SPE] == [1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.125]
 
@@ -124,7 +131,13 @@ def test_what_a_network_exempts_is_not_decayed():
 
 def test_adapters_have_a_group_of_their_own():
     student, adapters = nn.Linear(2, 2), nn.Linear(3, 3)
-    chosen = spec(optimizer={"weight_decay": 0.1, "lr": 1.0}, adapters={"lr": 0.25, "weight_decay": 0.5}, name="cosine", warmup_epochs=1, warmup_lr=0.0)
+    chosen = spec(
+        optimizer={"weight_decay": 0.1, "lr": 1.0},
+        adapters={"lr": 0.25, "weight_decay": 0.5},
+        name="cosine",
+        warmup_epochs=1,
+        warmup_lr=0.0,
+    )
     optimizer = build_optimizer(chosen, [student], adapters)
     schedule = LrSchedule(chosen, optimizer, 10, SPE, maximize=True)
     assert decayed(optimizer, adapters) == {"weight": 0.5, "bias": 0}

@@ -285,9 +285,23 @@ def test_peers_are_told_apart(tmp_path):
     last = metrics(tmp_path / "run")[-1]
     terms = {f"{name}@{i}{end}" for name in ("cross_entropy", "logit_kl") for i in (1, 2) for end in ("", ".weighted")}
     assert last["train"].keys() == {"loss", *terms}
-    assert last["train"]["loss"] == pytest.approx(sum(value for name, value in last["train"].items() if name.endswith(".weighted")), rel=1e-5)
+    assert last["train"]["loss"] == pytest.approx(
+        sum(value for name, value in last["train"].items() if name.endswith(".weighted")), rel=1e-5
+    )
     assert len(result.peers) == 1
     assert last["peers"][0]["test"] == result.peers[0] != result.test
+
+
+def test_stages_that_cannot_be_told_apart_or_learn_nothing_are_refused(tmp_path):
+    (tmp_path / "pair.py").write_text(
+        MUTUAL.replace('yield kdkit.Stage("peers", peers, step)', "yield from [kdkit.Stage('peers', peers, step)] * 2")
+    )
+    with pytest.raises(kdkit.RecipeError, match=r"recipe.yaml:\d+: schedule: two stages are called 'peers'"):
+        train(tmp_path, plugins=["pair.py"], schedule={"use": "pair"}, teacher=None)
+    with pytest.raises(
+        kdkit.RecipeError, match=r"recipe.yaml:\d+: losses: stage 'train' has no teacher, and none of its losses is on labels"
+    ):
+        train(tmp_path, schedule={"use": "supervised"}, teacher=None, losses=[{"use": "logit_kl"}])
 
 
 def test_labels_are_found_by_the_index_of_a_batch(tmp_path):
@@ -340,5 +354,7 @@ def test_a_run_takes_no_more_than_its_time_in_the_result(tmp_path):
     began = time.monotonic()
     result = train(tmp_path)
     assert 0 < result.seconds <= time.monotonic() - began
-    assert result.parameters == sum(value.numel() for name, value in weights(tmp_path / "run").items() if "running" not in name and "num_b" not in name)
+    assert result.parameters == sum(
+        value.numel() for name, value in weights(tmp_path / "run").items() if "running" not in name and "num_b" not in name
+    )
     assert TINY["model"] in (tmp_path / "run" / "recipe.yaml").read_text()

@@ -1,0 +1,85 @@
+"""Turns what pydantic says of a recipe into lines for its author: file:line, key, what, did you mean, what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from kdkit.errors import suggest
+from kdkit.options import Ramp
+from kdkit.recipe_types import RECIPE
+from kdkit.schema import RecipeBase, RecipeTeacher
+from kdkit.source import Source
+
+Location = Sequence[str | int]
+
+
+def explain(error: ValidationError, source: Source, model: type[RecipeBase]) -> Iterator[str]:
+    """One line for each thing that is wrong."""
+    return (_explain(e, source, model) for e in error.errors() if not _is_echo(e))
+
+
+def _is_echo(error: ErrorDetails) -> bool:
+    """A list that is called too short because its items are wrong."""
+    return error["type"] == "too_short" and len(error["input"]) >= error["ctx"]["min_length"]
+
+
+def _explain(error: ErrorDetails, source: Source, model: type[RecipeBase]) -> str:
+    kind, context = error["type"], error.get("ctx", {})
+    location = _in_file(error, source)
+    if kind == "union_tag_invalid":
+        location.append("use")
+        tags = [tag.strip(" '") for tag in context["expected_tags"].split(",")]
+        says = f"unknown '{context['tag']}'; {suggest(context['tag'], tags)}"
+    elif kind == "union_tag_not_found":
+        says = "needs a `use:` that names the plugin"
+    elif kind == "extra_forbidden":
+        says = f"no such key; {suggest(str(location[-1]), _keys_at(error['loc'][:-1], model))}"
+    elif kind == "literal_error":
+        allowed = [word.strip(" '") for word in context["expected"].replace(" or ", ", ").split(",")]
+        says = f"got {error['input']!r}; {suggest(str(error['input']), allowed)}"
+    elif kind == "missing":
+        says = "this key is required"
+    elif kind == "value_error":
+        says = str(context["error"])
+    else:
+        says = f"{error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
+    return f"{source.where(location)}: {'.'.join(map(str, location))}: {says}"
+
+
+def _in_file(error: ErrorDetails, source: Source) -> list[str | int]:
+    """The error's location without the names of union members that pydantic puts into it."""
+    location: list[str | int] = []
+    data: Any = source.data
+    for position, step in enumerate(error["loc"]):
+        is_last = position == len(error["loc"]) - 1
+        inside = data if isinstance(data, dict) else dict(enumerate(data)) if isinstance(data, list) else {}
+        if step in inside:
+            data = inside[step]
+            location.append(step)
+        elif is_last and error["type"] == "missing":
+            location.append(step)
+    return location
+
+
+def _keys_at(location: Location, model: type[BaseModel]) -> list[str]:
+    """The keys allowed in the mapping at pydantic's `location`, which names the members of unions."""
+    here: list[type[BaseModel]] = [model]
+    for step in location:
+        fields = [m.model_fields[step] for m in here if step in m.model_fields]
+        if fields:
+            here = [m for field in fields for m in _models_in(field.annotation)]
+        elif step == "ramp":
+            here = [Ramp]
+        elif isinstance(step, str):
+            here = [m for m in here if m.__name__.lower().startswith(step.lower()) or (step == RECIPE and m is RecipeTeacher)] or here
+    return sorted({field.alias or name for m in here for name, field in m.model_fields.items()})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for part in get_args(annotation) for m in _models_in(part)]

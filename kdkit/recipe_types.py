@@ -1,0 +1,107 @@
+"""The type of a recipe, built from whatever plugins there are, and its JSON Schema."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import BaseModel, Discriminator, Field, Tag, create_model
+
+from kdkit.errors import ModelError, suggest
+from kdkit.options import Options
+from kdkit.registry import Registry
+from kdkit.schema import DatasetEntry, DataSpec, LossEntry, RecipeBase, RecipeTeacher, ScheduleEntry, TeacherOptions
+
+DEFAULT_SOURCE = "timm"
+RECIPE = "recipe"  # key of a teacher that another recipe trains
+
+
+@functools.lru_cache(maxsize=8)
+def _recipe_type(losses: tuple[Any, ...], schedules: tuple[Any, ...], models: tuple[Any, ...], datasets: tuple[Any, ...]) -> type[RecipeBase]:
+    def variants(plugins: Iterable[Any], kind: str, base: type[Options]) -> dict[str, type[Options]]:
+        return {p.name: _variant(f"{p.name}_{kind}", (base, p.Options), p.__doc__, p.name) for p in plugins}
+
+    students = {p.name: _variant(f"{p.name}_student", (p.Options,), p.__doc__) for p in models}
+    teachers = {p.name: _variant(f"{p.name}_teacher", (TeacherOptions, p.Options), p.__doc__) for p in models}
+    data = create_model("DataSpec", __base__=DataSpec, __doc__=DataSpec.__doc__, dataset=(_by_use(variants(datasets, "dataset", DatasetEntry)), Field(description="A dataset plugin and its options.")))
+    return create_model(
+        "Recipe",
+        __base__=RecipeBase,
+        __doc__=RecipeBase.__doc__,
+        data=(data, Field(description="What is trained and measured on.")),
+        teacher=(_by_source({**teachers, RECIPE: RecipeTeacher}) | None, RecipeBase.model_fields["teacher"]),
+        student=(_by_source(students), Field(description="Who learns.")),
+        schedule=(_by_use(variants(schedules, "schedule", ScheduleEntry)), Field(description="Who teaches whom, and when.")),
+        losses=(_several(_by_use(variants(losses, "loss", LossEntry))), RecipeBase.model_fields["losses"]),
+    )
+
+
+def _several(item: Any) -> Any:
+    return tuple[item, ...]
+
+
+def recipe_type(plugins: Registry) -> type[RecipeBase]:
+    """A RecipeBase that accepts exactly the registered plugins and their options."""
+    return _recipe_type(*(tuple(kind.values()) for kind in (plugins.losses, plugins.schedules, plugins.models, plugins.datasets)))
+
+
+def _variant(name: str, bases: tuple[type[Options], ...], doc: str | None, use: str | None = None) -> type[Options]:
+    fields: dict[str, Any] = {"use": (Literal[use], Field(description="Name of the plugin."))} if use else {}
+    return create_model(name, __base__=bases, __doc__=(doc or "").strip().split("\n")[0], **fields)
+
+
+def _by_use(variants: Mapping[str, type[Options]]) -> Any:
+    if len(variants) == 1:
+        return next(iter(variants.values()))
+    return Annotated[Union[tuple(variants.values())], Field(discriminator="use")]  # noqa: UP007
+
+
+def _by_source(variants: Mapping[str, type[Options]]) -> Any:
+    tagged = tuple(Annotated[variant, Tag(tag)] for tag, variant in variants.items())
+
+    def which(value: Any) -> str:
+        if isinstance(value, BaseModel):
+            return next((tag for tag, variant in variants.items() if isinstance(value, variant)), DEFAULT_SOURCE)
+        if isinstance(value, Mapping) and RECIPE in value and RECIPE in variants:
+            return RECIPE
+        model = value.get("model") if isinstance(value, Mapping) else None
+        try:
+            return source_of(model, variants)[0] if isinstance(model, str) else DEFAULT_SOURCE
+        except ModelError:
+            return DEFAULT_SOURCE  # told by kdkit.recipe, with the place
+
+    return Annotated[Union[tagged], Discriminator(which)]  # noqa: UP007
+
+
+def source_of(model: str, sources: Iterable[str]) -> tuple[str, str]:
+    """Source and name of `model:`; a bare name, and one that begins with `hf-hub:`, is timm's.
+
+    Raises:
+        ModelError: there is no such source.
+    """
+    source, slash, name = model.partition("/")
+    if not slash or ":" in source:
+        return DEFAULT_SOURCE, model
+    names = set(sources) - {RECIPE}
+    if source not in names:
+        raise ModelError(f"no model source is called '{source}'; {suggest(source, names)}")
+    return source, name
+
+
+def schema(plugins: Registry) -> str:
+    """The recipe's JSON Schema, for editors."""
+    content = recipe_type(plugins).model_json_schema(by_alias=True)
+    content["properties"]["extends"] = {"type": "string", "description": "Recipe file that this one builds on: mappings merge, lists replace."}
+    content.pop("required", None)  # what is required may come from the parent
+    _allow_overlap(content)
+    return json.dumps(content, indent=1, sort_keys=True) + "\n"
+
+
+def _allow_overlap(node: Any) -> None:
+    """Model sources take many of the same keys, and only kdkit knows which name is whose: any may fit, not exactly one."""
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        _allow_overlap(child)
+    if isinstance(node, dict) and "oneOf" in node and "discriminator" not in node:
+        node["anyOf"] = node.pop("oneOf")

@@ -1,0 +1,47 @@
+"""What a run says."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from kdkit.progress import Reporter
+
+TERMS = {"loss": 1.5, "kl": 0.5, "kl.weighted": 1.0, "cross_entropy": 1.0, "cross_entropy.weighted": 0.5}
+
+
+def reporter(quiet=False, terminal=False):
+    made = Reporter(quiet=quiet)
+    made.console = Console(file=io.StringIO(), soft_wrap=True, highlight=False, force_terminal=terminal)
+    return made
+
+
+def test_an_epoch_is_a_line_with_every_term():
+    made = reporter()
+    made.epoch("distill epoch 1/2", TERMS, 0.05, 1234.4, {"top1": 12.345}, 3725.0)
+    expected = "distill epoch 1/2  loss 1.5 = kl 0.5 (1) + cross_entropy 1 (0.5)  lr 0.05  1,234 images/s  top1 12.35  left 1:02:05\n"
+    assert made.console.file.getvalue() == expected.replace("12.35", f"{12.345:.2f}")
+
+
+def test_warnings_are_said_once_also_when_quiet():
+    made = reporter(quiet=True)
+    made.say("nothing")
+    for text in ("first", "second", "first"):
+        made.warn(text)
+    assert made.console.file.getvalue() == "warning: first\nwarning: second\n"
+    assert made.warnings == ["first", "second"]
+
+
+def test_a_bar_lives_on_a_terminal_and_as_long_as_training():
+    plain, live = reporter(), reporter(terminal=True)
+    with plain.training("distill", 10, 0):
+        assert not plain.due()
+        plain.step(1, "epoch 1/2", TERMS, 0.1, 10)
+    assert plain.console.file.getvalue() == ""
+    with pytest.raises(ValueError), live.training("distill", 10, 4):
+        assert live.due()
+        live.step(5, "epoch 1/2", TERMS, 0.1, 10)
+        assert not live.due()
+        raise ValueError
+    assert not live.due()
+    assert "distill" in live.console.file.getvalue()

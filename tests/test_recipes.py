@@ -1,0 +1,46 @@
+"""Every recipe that comes with kdkit can be carried out, as far as that can be told without its data."""
+
+import re
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from kdkit import plan, recipe, recipe_types, registry
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+FILES = sorted(RECIPES.rglob("*.yaml"))
+NAMES = [str(path.relative_to(RECIPES)) for path in FILES]
+
+
+def test_there_are_recipes_of_every_benchmark():
+    assert {path.parent.name for path in FILES} >= {"digits", "mnist", "cifar100"}
+    assert len(FILES) >= 12
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_it_can_be_carried_out(path):
+    made = plan.make(recipe.load(path))
+    assert made.student.parameters > 0
+    assert all(stage.steps > 0 for stage in made.stages)
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_it_says_what_it_shows_and_how_to_run_it(path):
+    comments = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert comments and path.read_text().startswith("# ")
+    if path.stem != "base":
+        assert any(re.match(rf"#   kdkit train recipes/{path.parent.name}/{path.name}\b", line) for line in comments)
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_an_editor_with_the_schema_accepts_it(path):
+    schema = yaml.safe_load(recipe_types.schema(registry.load()))
+    source = recipe.load(path).source
+    jsonschema.Draft202012Validator(schema).validate(source.data)
+
+
+def test_names_are_unique():
+    names = [recipe.load(path).spec.name for path in FILES]
+    assert len(set(names)) == len(names)

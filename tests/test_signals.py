@@ -1,0 +1,67 @@
+"""Signals become wishes, and come to nothing where data is only loaded."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+from training import PROCESSES
+
+from kdkit.signals import StopRequest, leave_to_parent
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_is_a_wish_and_the_second_is_not(number):
+    caught = []
+    before = signal.signal(number, lambda *_: caught.append(1))
+    try:
+        with StopRequest() as stop:
+            assert stop.signal is None
+            os.kill(os.getpid(), number)
+            assert (stop.signal, caught) == (number, [])
+            os.kill(os.getpid(), number)
+            assert caught == [1]
+        os.kill(os.getpid(), number)
+        assert caught == [1, 1]
+    finally:
+        signal.signal(number, before)
+
+
+def test_elsewhere_than_in_the_main_thread_it_catches_nothing():
+    found = []
+
+    def enter():
+        with StopRequest() as stop:
+            found.append(stop.signal)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert found == [None]
+
+
+def _worker(ready):
+    leave_to_parent(0)
+    ready.set()
+    time.sleep(60)
+
+
+def _send(pid, number):
+    os.kill(pid, number)
+
+
+def test_a_worker_is_ended_by_its_parent_alone():
+    ready = PROCESSES.Event()
+    worker = PROCESSES.Process(target=_worker, args=(ready,))
+    worker.start()
+    assert ready.wait(30)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        stranger = PROCESSES.Process(target=_send, args=(worker.pid, number))
+        stranger.start()
+        stranger.join()
+    worker.join(0.3)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(30)
+    assert worker.exitcode == 0
