@@ -29,6 +29,7 @@ from kdkit.recipe_types import recipe_type
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "docs" / "reference"
+GROUPS = {"loss": "knowledge", "schedule": "scheme"}
 NOTE = "<!-- Written by docs/generate.py; do not edit. -->"
 
 # Every section of a recipe: its key path, the record behind it, and what there is to say beside the record's own docstring.
@@ -90,19 +91,18 @@ def plugins_page() -> Iterator[str]:
     found = [entry for entry in catalogue.entries(registry.load()) if (Path.cwd() / entry.origin).is_relative_to(ROOT / "plugins")]
     yield from ("# Plugins", "", "The standard plugins. `kdkit plugins` lists these and your own; `kdkit plugins NAME` shows one.", "")
     titles = {"loss": "Losses", "schedule": "Schedules", "model source": "Model sources", "dataset": "Datasets"}
-    groups = {"loss": "knowledge", "schedule": "scheme"}
     for kind, title in titles.items():
         entries = [entry for entry in found if entry.kind == kind]
         yield from (f"## {title}", "")
-        columns = ["name", *([groups[kind]] if kind in groups else []), "what it is"]
-        rows = [[f"[{e.name}](#{_anchor(e)})", *([e.group] if kind in groups else []), e.summary] for e in entries]
+        columns = ["name", *([GROUPS[kind]] if kind in GROUPS else []), "what it is"]
+        rows = [[f"[{e.name}](#{_anchor(e)})", *([e.group] if kind in GROUPS else []), e.summary] for e in entries]
         yield from (*_table(columns, rows), "")
         for entry in entries:
             yield from _plugin(entry)
 
 
 def _plugin(entry: catalogue.Entry) -> Iterator[str]:
-    yield from (f"### {_title(entry)}", "", f"{entry.summary}{f' Kind: {entry.group}.' if entry.group else ''}", "")
+    yield from (f"### {_title(entry)}", "", f"{entry.summary}{f' {GROUPS[entry.kind].title()}: {entry.group}.' if entry.group else ''}", "")
     if entry.formula:
         yield from ("```text", entry.formula, "```", "")
     rest = re.sub(r"^Formula:.*?(\n\n|\Z)", "", entry.details, flags=re.MULTILINE | re.DOTALL).strip()
@@ -266,7 +266,7 @@ def _options(cls: type[Options]) -> Iterable[catalogue.Option]:
             kind = f"{'list of ' if kind.startswith('list of') else ''}{links}"
             meaning = meaning or _first_paragraph(sections[0][1])
             default = default if default in ("required", "none") else "its defaults"
-        yield catalogue.Option(field.alias or option.name, kind, default.lower() if kind == "true | false" else default, meaning)
+        yield catalogue.Option(field.alias or option.name, kind, default, meaning)
 
 
 def _slug(heading: str) -> str:
@@ -274,8 +274,11 @@ def _slug(heading: str) -> str:
 
 
 def _option_table(options: Iterable[catalogue.Option]) -> list[str]:
-    words = {"required", "none", "its defaults", "true", "false"}
-    rows = [[f"`{o.name}`", o.type, o.default if o.default in words else f"`{o.default or '(empty)'}`", o.description] for o in options]
+    def shown(option: catalogue.Option) -> str:
+        value = option.default.lower() if option.type == "true | false" else option.default or "(empty)"
+        return value if value in ("required", "none", "its defaults") else f"`{value}`"
+
+    rows = [[f"`{o.name}`", o.type, shown(o), o.description] for o in options]
     return _table(["key", "type", "default", "meaning"], rows)
 
 

@@ -7,6 +7,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kdkit.api import build_loss as build_loss
+    from kdkit.api import check as check
+    from kdkit.api import train as train
     from kdkit.contracts import Batch as Batch
     from kdkit.contracts import Context as Context
     from kdkit.contracts import FeatureOptions as FeatureOptions
@@ -30,9 +33,6 @@ if TYPE_CHECKING:
     from kdkit.errors import RunError as RunError
     from kdkit.errors import ShapeError as ShapeError
     from kdkit.errors import TapError as TapError
-    from kdkit.api import build_loss as build_loss
-    from kdkit.api import check as check
-    from kdkit.api import train as train
     from kdkit.hookspecs import hookimpl as hookimpl
     from kdkit.normalization import NormalizationAdapter as NormalizationAdapter
     from kdkit.options import BOOKKEEPING as BOOKKEEPING

@@ -74,7 +74,7 @@ class ModelFactory:
         """A fresh student."""
         self._students += 1
         model = self._build("student", self.recipe.spec.student, self.layers[0], self._students)
-        return model.compile() if self.recipe.spec.train.compile else model
+        return model.compile() if self._compiles else model
 
     def teacher(self) -> TappedModel:
         """The frozen teacher, which stops behind its deepest tap if no loss reads its logits."""
@@ -118,7 +118,11 @@ class ModelFactory:
             if spec.fold_batchnorm:
                 model = fold_batchnorm(model, torch.rand(2, *self.info.image_shape, device=self.device), in_place=True)
             self.frozen.append((model, _digest(model.module)))
-        return model.compile() if self.recipe.spec.train.compile else model
+        return model.compile() if self._compiles else model
+
+    @property
+    def _compiles(self) -> bool:
+        return self.recipe.spec.train.compile and self.device.type != "meta"  # where nothing is computed, there is nothing to compile
 
     @property
     def _teacher_options(self) -> ModelOptions | None:

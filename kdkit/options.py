@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, JsonValue, ValidationError
 from pydantic_core import CoreSchema, SchemaValidator, core_schema
 
 
@@ -108,5 +108,5 @@ def _beside_its_file(value: Any) -> Any:
 RecipePath = Annotated[Path, BeforeValidator(_beside_its_file)]
 """A path that is relative to the recipe file in which it is written (on the command line: to the current folder)."""
 
-BOOKKEEPING = {"bookkeeping": True}
+BOOKKEEPING: dict[str, JsonValue] = {"bookkeeping": True}
 """`Field(json_schema_extra=BOOKKEEPING)`: an option that changes no result, such as where files lie; a run may change it and go on."""

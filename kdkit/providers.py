@@ -51,7 +51,7 @@ class ModelSource(abc.ABC):
             ModelError: no such model, or it cannot be built so.
         """
 
-    def load(self, module: nn.Module) -> None:
+    def load(self, module: nn.Module) -> None:  # noqa: B027 -- most sources have no weights of their own
         """Load the weights that a model has of itself (`pretrained`), in place; `checkpoint` is loaded by kdkit."""
 
     def normalization(self, module: nn.Module) -> Normalize | None:

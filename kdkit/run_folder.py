@@ -17,6 +17,7 @@ from typing import Any
 from kdkit import recipe as recipes
 from kdkit.checkpoints import Checkpoints, write_atomically
 from kdkit.errors import RunError
+from kdkit.providers import DataInfo
 from kdkit.recipe import Recipe
 
 LOCK = ".lock"
@@ -89,7 +90,7 @@ class RunFolder:
             raise RunError(f"{self.path} exists and is not a run folder; give the recipe another `name:` or `--run FOLDER`")
 
     @contextlib.contextmanager
-    def claimed(self, recipe: Recipe, *, restart: bool = False) -> Iterator[None]:
+    def claimed(self, recipe: Recipe, info: DataInfo, *, restart: bool = False) -> Iterator[None]:
         """Make the folder for this recipe, or find it made for the same one, and keep other processes from training in it.
 
         The lock ends with the process, however it ends.
@@ -109,7 +110,7 @@ class RunFolder:
             for path in self.path.iterdir():
                 if path.name != LOCK and (_leftover(path) or (restart and path != self.marker)):  # the marker is never missing
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-            about = {"fingerprint": recipe.fingerprint, "content": recipe.content(), "versions": _versions()}
+            about = {"fingerprint": recipe.fingerprint, "content": recipe.content(), "data": asdict(info), "versions": _versions()}
             write_atomically(self.marker, json.dumps(about, indent=1).encode())
             write_atomically(self.recipe_file, recipe.dump().encode())
             yield
@@ -117,6 +118,17 @@ class RunFolder:
     def holds(self, recipe: Recipe) -> bool:
         """Whether a run of this very recipe is here."""
         return self.marker.is_file() and bool(json.loads(self.marker.read_text())["fingerprint"] == recipe.fingerprint)
+
+    def info(self) -> DataInfo:
+        """Class count and image shape of the data that the run was made for, which may be gone.
+
+        Raises:
+            RunError: this is no run folder.
+        """
+        if not self.marker.is_file():
+            raise RunError(f"{self.path}: no run folder (it has no run.json)")
+        saved: dict[str, Any] = json.loads(self.marker.read_text())["data"]
+        return DataInfo(**{**saved, "image_shape": tuple(saved["image_shape"]), "class_names": tuple(saved["class_names"])})
 
     def recipe(self, overrides: Mapping[str, Any] | None = None) -> Recipe:
         """The resolved recipe; `overrides` are values by `key.path`.
@@ -126,7 +138,7 @@ class RunFolder:
         """
         if not self.recipe_file.is_file():
             raise RunError(f"{self.path}: no run folder (it has no recipe.yaml)")
-        return recipes.load(self.recipe_file, overrides)
+        return recipes.load(self.recipe_file, overrides, files=False)
 
     def result(self) -> Result | None:
         """The result, once the run is finished (and its student not taken away)."""

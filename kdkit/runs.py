@@ -13,7 +13,7 @@ from kdkit import data, objective, plan
 from kdkit.checkpoints import write_atomically
 from kdkit.contracts import Context, Stage
 from kdkit.engine import Trainer, build_accelerator
-from kdkit.errors import RunError
+from kdkit.errors import DataError, RunError
 from kdkit.evaluate import metrics, predict
 from kdkit.factory import ModelFactory, TrainedTeacher
 from kdkit.progress import Reporter
@@ -44,7 +44,7 @@ def train(recipe: Recipe, folder: Path | None = None, *, restart: bool = False, 
     if not restart and run_folder.holds(recipe) and (result := run_folder.result()):
         Reporter(quiet=quiet).say(f"{recipe.spec.name}: trained already, see {run_folder.path}")
         return result
-    plan.make(recipe)
+    planned = plan.make(recipe)
     run_folder.check(recipe, restart=restart)
     _accelerator(recipe, run_folder)  # refuses what this machine cannot do before a teacher is trained for it
     teacher = trained_teacher(recipe, run_folder.path, quiet=quiet)
@@ -52,7 +52,7 @@ def train(recipe: Recipe, folder: Path | None = None, *, restart: bool = False, 
     reporter = Reporter(quiet=quiet or not accelerator.is_main_process)
     if recipe.spec.train.precision == "bf16" and accelerator.device.type == "cpu" and not _multiplies_bf16():
         reporter.warn("train.precision bf16 is slower than fp32 on this processor, which has no AMX")
-    with run_folder.claimed(recipe, restart=restart) if accelerator.is_main_process else contextlib.nullcontext(), StopRequest() as stop:
+    with run_folder.claimed(recipe, planned.info, restart=restart) if accelerator.is_main_process else contextlib.nullcontext(), StopRequest() as stop:
         accelerator.wait_for_everyone()
         prepared = open_data(recipe, accelerator)
         factory = ModelFactory(recipe, prepared.info, teacher, device=accelerator.device)
@@ -61,8 +61,14 @@ def train(recipe: Recipe, folder: Path | None = None, *, restart: bool = False, 
 
 
 def _accelerator(recipe: Recipe, folder: RunFolder) -> Accelerator:
-    trackers = list(recipe.spec.run.trackers)
-    return build_accelerator(recipe.spec.train, **({"log_with": trackers, "project_dir": str(folder.path)} if trackers else {}))
+    wanted = list(recipe.spec.run.trackers)
+    try:
+        accelerator = build_accelerator(recipe.spec.train, **({"log_with": wanted, "project_dir": str(folder.path)} if wanted else {}))
+    except ValueError as error:
+        raise recipe.error(["run", "trackers"], str(error)) from None
+    if absent := set(wanted) - {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}:
+        raise recipe.error(["run", "trackers"], f"{', '.join(sorted(absent))} is not installed")
+    return accelerator
 
 
 def _multiplies_bf16() -> bool:
@@ -86,23 +92,23 @@ def open_data(recipe: Recipe, accelerator: Accelerator) -> data.Data:
     """The recipe's data, this process's share of it."""
     spec = recipe.spec
     source = recipe.plugins.datasets[spec.data.dataset.use](spec.data.dataset)
-    return data.prepare(
-        spec.data, source, seed=spec.seed, device=accelerator.device, rank=accelerator.process_index, world=accelerator.num_processes
-    )
+    rank, world = accelerator.process_index, accelerator.num_processes
+    try:
+        return data.prepare(spec.data, source, seed=spec.seed, device=accelerator.device, rank=rank, world=world)
+    except DataError as error:
+        raise recipe.error(["data"], str(error)) from error
 
 
 def _carry_out(setting: Setting) -> Result:
     spec, factory = setting.recipe.spec, setting.factory
     if spec.run.trackers:
         setting.accelerator.init_trackers(spec.name)
-    if (teacher := factory.whole_teacher()) is not None:
-        setting.teacher = predict(teacher, setting.data.test, world=setting.accelerator.num_processes)
-        shown = "  ".join(f"{name} {value:.2f}" for name, value in metrics(setting.teacher).items())
-        setting.reporter.say(f"teacher  {shown}")
+    _measure_teacher(setting)
     schedule = setting.recipe.plugins.schedules[spec.schedule.use](spec.schedule)
     last: StageRun | None = None
     for number, stage in enumerate(schedule.stages(factory)):
-        last = StageRun(setting, number, _trainer(setting, number, stage))
+        trainer = build_trainer(setting.recipe, setting.data, factory, setting.accelerator, number, stage)
+        last = StageRun(setting, number, trainer)
         last.carry_out()
     if last is None:
         raise RunError(f"schedule '{spec.schedule.use}' has no stage")
@@ -111,9 +117,20 @@ def _carry_out(setting: Setting) -> Result:
     return _result(setting, last)
 
 
-def _trainer(setting: Setting, number: int, stage: Stage) -> Trainer:
-    """The stage's trainer, its losses set up by a probe batch."""
-    recipe, prepared, factory = setting.recipe, setting.data, setting.factory
+def _measure_teacher(setting: Setting) -> None:
+    teacher, classes = setting.factory.whole_teacher(), setting.data.info.num_classes
+    if teacher is None:
+        return
+    setting.teacher = predict(teacher, setting.data.test, world=setting.accelerator.num_processes)
+    found = metrics(setting.teacher)
+    setting.reporter.say("teacher  " + "  ".join(f"{name} {value:.2f}" for name, value in found.items()))
+    chance = 100 / classes
+    if found["top1"] < chance + 0.1 * (100 - chance):
+        setting.reporter.warn(f"the teacher is right on {found['top1']:.1f} % of the test data, guessing on {chance:.1f} %: was it trained for these classes?")
+
+
+def build_trainer(recipe: Recipe, prepared: data.Data, factory: ModelFactory, accelerator: Accelerator, number: int, stage: Stage) -> Trainer:
+    """The trainer of the schedule's stage `number`, its losses set up by a probe batch."""
     reseed(recipe.spec.seed, "setup", number)
     for student in stage.students:
         student.module.eval()  # a probe moves no statistics
@@ -126,7 +143,7 @@ def _trainer(setting: Setting, number: int, stage: Stage) -> Trainer:
         built.setup(lesson, Context(student.module, factory.teacher_module(), prepared.info.num_classes, len(labels), labels))
         objectives.append(built)
     return Trainer(
-        stage, objectives, recipe.spec.train, prepared.train, setting.accelerator,
+        stage, objectives, recipe.spec.train, prepared.train, accelerator,
         seed=recipe.spec.seed, num_classes=prepared.info.num_classes, maximize=prepared.validation is not None,
     )  # fmt: skip
 

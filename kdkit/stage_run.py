@@ -247,4 +247,5 @@ class StageRun:
 
 def weights(model: Model) -> bytes:
     """A network's weights as safetensors."""
-    return save({name: value.detach().cpu().contiguous() for name, value in model.module.state_dict().items()})
+    state = model.module.state_dict()
+    return save({name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()})  # tied ones apart

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +47,8 @@ class TrainedRun:
 
     @functools.cached_property
     def info(self) -> DataInfo:
-        """Class count, and the shape of the images in a batch."""
-        spec, known = self.recipe.spec.data, self._dataset().info()
-        return replace(known, image_shape=data.image_shape(spec, known))
+        """Class count and image shape that the student was trained for; the data itself need not be there."""
+        return self.folder.info()
 
     def model_source(self) -> ModelSource:
         """Who builds the student's network."""

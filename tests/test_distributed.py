@@ -154,24 +154,13 @@ def test_batch_statistics_are_the_first_processs_when_measured(tmp_path):
 @pytest.mark.slow
 def test_the_launcher_passes_a_signal_on(tmp_path):
     path = recipe(tmp_path, train={"epochs": 200})
+    run = tmp_path / "runs" / "shared"
     kdkit = shutil.which("kdkit", path=str(Path(sys.executable).parent))
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        kdkit,
-        "train",
-        str(path),
-        "--run",
-        "run",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", kdkit, "train", str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     launched = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     until = time.monotonic() + 120
-    while lines(tmp_path / "run") < 12:
+    while lines(run) < 12:
         assert launched.poll() is None and time.monotonic() < until
         time.sleep(0.01)
     launched.send_signal(signal.SIGTERM)
@@ -181,5 +170,5 @@ def test_the_launcher_passes_a_signal_on(tmp_path):
     assert done.returncode == 0, done.stderr
     whole = together(tmp_path, "train", path, "--run", "whole")
     assert [command.finish()[0] for command in whole] == [0, 0]
-    ours, theirs = weights(tmp_path / "run"), weights(tmp_path / "whole")
+    ours, theirs = weights(run), weights(tmp_path / "whole")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -197,7 +197,9 @@ def test_a_tutorial_can_be_followed(page, folder):
 def test_the_readme_shows_the_real_recipe_and_its_commands_work(checkout):
     shown = [block.text for block in blocks(ROOT / "README.md") if block.language == "yaml"]
     assert shown == [(ROOT / "recipes" / "digits" / "response.yaml").read_text()]
-    printed = "".join(carry_out(line) for block in blocks(ROOT / "README.md") if block.language == "bash" for line in block.text.splitlines())
+    printed = "".join(
+        carry_out(line) for block in blocks(ROOT / "README.md") if block.language == "bash" for line in block.text.splitlines()
+    )
     assert "total = 0.1 * cross_entropy + 0.9 * logit_kl(temperature 4)" in printed
     assert "student, test, last epoch" in printed
 

@@ -7,7 +7,10 @@ from training import write
 
 from kdkit import recipe
 from kdkit.errors import RunError
+from kdkit.providers import DataInfo
 from kdkit.run_folder import Result, RunFolder
+
+INFO = DataInfo((1, 8, 8), num_classes=10, num_train=1000, num_test=797)
 
 
 def lines(*what):
@@ -52,7 +55,7 @@ def test_the_recipe_in_the_folder_is_the_resolved_one(tmp_path):
     with pytest.raises(RunError, match="no run folder"):
         folder.recipe()
     assert not folder.holds(loaded)
-    with folder.claimed(loaded):
+    with folder.claimed(loaded, INFO):
         assert folder.holds(loaded)
     assert folder.recipe().spec.train.epochs == 7
     assert folder.recipe().fingerprint == loaded.fingerprint
@@ -71,8 +74,8 @@ def test_what_a_running_process_stands_in_is_not_checked_twice(tmp_path):
     """Two claims of one process exclude each other too."""
     loaded = recipe.load(write(tmp_path))
     with (
-        RunFolder(tmp_path / "run").claimed(loaded),
+        RunFolder(tmp_path / "run").claimed(loaded, INFO),
         pytest.raises(RunError, match="another process"),
-        RunFolder(tmp_path / "run").claimed(loaded),
+        RunFolder(tmp_path / "run").claimed(loaded, INFO),
     ):
         pass

@@ -12,7 +12,10 @@ from training import PLAIN, TINY, Command, assert_same_run, lines, merged, metri
 import kdkit
 from kdkit import recipe, runs
 from kdkit.checkpoints import Checkpoints
+from kdkit.providers import DataInfo
 from kdkit.run_folder import RunFolder
+
+INFO = DataInfo((1, 8, 8), num_classes=10, num_train=1000, num_test=797)
 
 TEACHER = {**PLAIN, "name": "taught", "schedule": {"use": "supervised"}, "teacher": None, "losses": [{"use": "cross_entropy"}]}
 PUPIL = {**PLAIN, "name": "pupil", "teacher": {"recipe": "teacher.yaml"}}
@@ -154,7 +157,7 @@ def test_what_a_killed_process_leaves_in_a_new_folder_is_no_hindrance(tmp_path):
 def test_a_second_process_in_the_folder_is_refused(tmp_path):
     path = write(tmp_path)
     loaded = recipe.load(path)
-    with RunFolder(tmp_path / "run").claimed(loaded):
+    with RunFolder(tmp_path / "run").claimed(loaded, INFO):
         before = files(tmp_path / "run")
         for restart in ([], ["--restart"]):
             code, log = Command(tmp_path, "train", path, "--run", "run", *restart).finish()
@@ -237,8 +240,8 @@ def test_a_gradient_that_is_not_finite_in_the_last_step_leaves_no_checkpoint(tmp
 def test_a_term_that_is_always_zero_is_told(tmp_path):
     result = train(tmp_path, **odd(tmp_path, "student.logits.mean() * 0"))
     expected = [f"odd was exactly 0 in all of epoch {epoch} of stage 'distill': nothing is learnt from it" for epoch in (1, 2)]
-    assert list(result.warnings) == expected
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["warnings"] == expected
+    assert [warning for warning in result.warnings if "guessing" not in warning] == expected
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["warnings"] == list(result.warnings)
 
 
 def teacher_of(patch):
@@ -316,7 +319,9 @@ def test_labels_are_found_by_the_index_of_a_batch(tmp_path):
 def test_bf16_on_a_slow_processor_is_told_once(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "_multiplies_bf16", lambda: False)
     result = train(tmp_path, train={"precision": "bf16", "epochs": 1, "device": "cpu"})
-    assert list(result.warnings) == ["train.precision bf16 is slower than fp32 on this processor, which has no AMX"]
+    assert [warning for warning in result.warnings if "bf16" in warning] == [
+        "train.precision bf16 is slower than fp32 on this processor, which has no AMX"
+    ]
 
 
 class Malice:
@@ -340,13 +345,13 @@ def test_code_in_a_checkpoint_is_never_run(tmp_path, protocol):
     content = evil.read_bytes()
     train(tmp_path, into="whole")
     loaded = recipe.load(write(tmp_path))
-    with RunFolder(tmp_path / "run").claimed(loaded):
+    with RunFolder(tmp_path / "run").claimed(loaded, INFO):
         checkpoints = tmp_path / "run" / "checkpoints"
         checkpoints.mkdir()
         (checkpoints / f"stage0-00000099-{hashlib.sha256(content).hexdigest()[:16]}.pt").write_bytes(content)
     result = train(tmp_path)
     assert not sign.exists()
-    assert "begins anew" in result.warnings[0]
+    assert any("begins anew" in warning for warning in result.warnings)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
