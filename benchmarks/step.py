@@ -79,7 +79,11 @@ def by_hand(loss: str, batch: Batch, student: nn.Module, teacher: nn.Module) -> 
             network.get_submodule(name).register_forward_hook(lambda _, __, output, key=(number, name): seen.__setitem__(key, output))
     widths = {"layer2": (32, 64), "layer3": (64, 128), "layer4": (128, 256)}
     regress = nn.ModuleDict(
-        {name: nn.Sequential(nn.Conv2d(*widths[name], 1, bias=False), nn.BatchNorm2d(widths[name][1]), nn.ReLU()) for name in names if loss == "hint"}
+        {
+            name: nn.Sequential(nn.Conv2d(*widths[name], 1, bias=False), nn.BatchNorm2d(widths[name][1]), nn.ReLU())
+            for name in names
+            if loss == "hint"
+        }
     )
     optimizer = torch.optim.SGD([*student.parameters(), *regress.parameters()], lr=1e-3, momentum=0.9, weight_decay=5e-4)
 
@@ -93,7 +97,7 @@ def by_hand(loss: str, batch: Batch, student: nn.Module, teacher: nn.Module) -> 
             return 1000 * sum(F.mse_loss(attention(s), attention(t)) for s, t in pairs) / len(pairs)
         if loss == "sp":
             return 3000 * F.mse_loss(similarity(*pairs[0][:1]), similarity(pairs[0][1]))
-        (s, t), = pairs
+        ((s, t),) = pairs
         return 25 * F.smooth_l1_loss(distances(s), distances(t)) + 50 * F.smooth_l1_loss(angles(s), angles(t))
 
     def step() -> None:

@@ -232,7 +232,10 @@ def _written_below(module: Any, name: str) -> str:
     """The string that follows `name = ...` in a module's source."""
     body = ast.parse(inspect.getsource(module)).body
     for statement, following in zip(body, body[1:], strict=False):
-        if isinstance(statement, ast.Assign) and [ast.unparse(t) for t in statement.targets] == [name]:
+        targets = (
+            statement.targets if isinstance(statement, ast.Assign) else [statement.target] if isinstance(statement, ast.AnnAssign) else []
+        )
+        if [ast.unparse(target) for target in targets] == [name]:
             constant = following.value if isinstance(following, ast.Expr) else None
             return str(constant.value) if isinstance(constant, ast.Constant) else ""
     return ""

@@ -82,7 +82,12 @@ def _value(value: Any) -> str:
 
 
 def _type(info: FieldInfo) -> str:
-    bounds = [f"{sign} {getattr(m, key):g}" for m in info.metadata for key, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")) if hasattr(m, key)]
+    bounds = [
+        f"{sign} {getattr(m, key):g}"
+        for m in info.metadata
+        for key, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+        if hasattr(m, key)
+    ]
     ramp = ["or a ramp"] if any(type(m).__name__ == "_NumberOrRamp" for m in info.metadata) else []
     return " ".join([_name(info.annotation), *([", ".join(bounds)] if bounds else []), *ramp])
 

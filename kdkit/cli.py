@@ -16,12 +16,21 @@ from kdkit.errors import Interrupted, KdkitError
 if TYPE_CHECKING:
     from kdkit.recipe import Recipe
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich", help="Knowledge distillation from recipes: any loss plugin under any schedule plugin.")
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Knowledge distillation from recipes: any loss plugin under any schedule plugin.",
+)
 out = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 160)
 
 RecipeFile = Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Values that replace the file's: key.path=value, such as train.epochs=3.", show_default=False)]
-Plugins = Annotated[list[Path] | None, typer.Option("--plugins", help="Further plugin file or folder; may be repeated.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Values that replace the file's: key.path=value, such as train.epochs=3.", show_default=False)
+]
+Plugins = Annotated[
+    list[Path] | None, typer.Option("--plugins", help="Further plugin file or folder; may be repeated.", show_default=False)
+]
 RunPath = Annotated[Path, typer.Argument(help="Run folder.", show_default=False)]
 Best = Annotated[bool, typer.Option("--best", help="The epoch with the best validation accuracy, not the last.")]
 
@@ -53,22 +62,7 @@ def check(recipe: RecipeFile, overrides: Overrides = None, plugins: Plugins = No
     """Say what a recipe would do, without data, weights or training."""
     from kdkit import plan
 
-    found = _load(recipe, overrides, plugins)
-    made = plan.make(found)
-    out.print(f"{found.spec.name}: {made.num_train:,} training images {tuple(made.info.image_shape)}, {made.info.num_classes} classes, {made.info.num_test:,} test images", markup=False)
-    for model in (made.teacher, made.student):
-        if model:
-            out.print(f"{model.role}: {model.parameters:,} parameters, {model.macs / 1e6:,.2f} M multiply-accumulates per image", markup=False)
-            for name, shape in model.taps:
-                out.print(f"  tap {name} (B, {', '.join(map(str, shape))})", markup=False)
-    for stage in made.stages:
-        students = f", {stage.students} students" if stage.students > 1 else ""
-        out.print(f"stage {stage.name}: {stage.epochs} epochs, {stage.steps:,} steps{students}", markup=False)
-        out.print(f"  total = {stage.formula}", markup=False)
-        for name, parts, parameters in stage.adapters:
-            out.print(f"  adapters of {name}: {parts} ({parameters:,} parameters)", markup=False)
-    for note in made.notes:
-        out.print(f"note: {note}", style="yellow", markup=False)
+    out.print(str(plan.make(_load(recipe, overrides, plugins))), markup=False)
 
 
 @app.command()
@@ -81,14 +75,8 @@ def compare(
     from kdkit import study
 
     rows = study.compare(recipes, seeds, plugins=_paths(plugins), say=lambda text: out.print(text, markup=False))
-    table = Table("", "top-1 %", "agreement %", "parameters", "size", "latency", box=None, pad_edge=False)
-    for row in rows:
-        cost = row.cost
-        latency = f"{1000 * cost.latencies[0].percentile(50):.2f} ms"
-        table.add_row(row.name, study.spread(row.top1), study.spread(row.agreement), f"{cost.parameters:,}", f"{cost.bytes / 1024:,.0f} KiB", latency)
-    out.print(table)
-    deviation = "mean +- standard deviation" if seeds > 1 else "no deviation"
-    out.print(f"test data, after the last epoch; {seeds} seed{'s' if seeds > 1 else ''}, {deviation}; agreement with the teacher; latency of one image on one thread, median", style="dim")
+    out.print(study.table(rows))
+    out.print(study.caption(seeds), style="dim", markup=False)
 
 
 @app.command()
@@ -184,7 +172,9 @@ def profile(
 @app.command()
 def layers(
     model: Annotated[str, typer.Argument(help="SOURCE/NAME; a bare NAME is timm's.")],
-    options: Annotated[list[str] | None, typer.Argument(help="Options of the model: key=value, such as stem=small.", show_default=False)] = None,
+    options: Annotated[
+        list[str] | None, typer.Argument(help="Options of the model: key=value, such as stem=small.", show_default=False)
+    ] = None,
     classes: Annotated[int, typer.Option(help="Number of classes.")] = 10,
     size: Annotated[str, typer.Option(help="Image shape C,H,W.")] = "3,224,224",
     plugins: Plugins = None,

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kdkit import data
 from kdkit.contracts import Batch, Context, Lesson, Outputs, Schedule, Stage
+from kdkit.describe import adapters, formula
 from kdkit.errors import DataError, KdkitError, ModelError, RecipeError, RunError, ShapeError, TapError, suggest
 from kdkit.factory import ModelFactory, TrainedTeacher
 from kdkit.objective import Objective, build
@@ -52,12 +53,30 @@ class StagePlan:
 class Plan:
     """All that `kdkit check` prints."""
 
+    name: str
     info: DataInfo
     num_train: int
     student: ModelPlan
     teacher: ModelPlan | None
     stages: tuple[StagePlan, ...]
     notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        info = self.info
+        yield f"{self.name}: {self.num_train:,} training and {info.num_test:,} test images {info.image_shape}, {info.num_classes} classes"
+        for model in (self.teacher, self.student):
+            if model:
+                yield f"{model.role}: {model.parameters:,} parameters, {model.macs / 1e6:,.2f} M multiply-accumulates per image"
+                yield from (f"  tap {name} (B, {', '.join(map(str, shape))})" for name, shape in model.taps)
+        for stage in self.stages:
+            students = f", {stage.students} students" if stage.students > 1 else ""
+            yield f"stage {stage.name}: {stage.epochs} epochs, {stage.steps:,} steps{students}"
+            yield f"  total = {stage.formula}"
+            yield from (f"  adapters of {name}: {parts} ({parameters:,} parameters)" for name, parts, parameters in stage.adapters)
+        yield from (f"note: {note}" for note in self.notes)
 
 
 def make(recipe: Recipe) -> Plan:
@@ -100,12 +119,14 @@ class _Planner:
             if _has_random_weights(spec.teacher):
                 self.notes.append("the teacher's weights are random: give it a `checkpoint`, `pretrained: true` or a `recipe`")
         self._raise_if_any()
-        steps = -(-(num_train // spec.data.batch_size if spec.data.drop_last else -(-num_train // spec.data.batch_size)) // spec.train.accumulate)
+        steps = -(
+            -(num_train // spec.data.batch_size if spec.data.drop_last else -(-num_train // spec.data.batch_size)) // spec.train.accumulate
+        )
         with self._problems_at("schedule"):
             stages = tuple(self._stage(stage, factory, info, num_train, steps) for stage in self._schedule().stages(factory))
         self._check_training(num_train)
         self._raise_if_any()
-        return Plan(info, num_train, student, teacher, stages, tuple(self.notes))
+        return Plan(spec.name, info, num_train, student, teacher, stages, tuple(self.notes))
 
     @contextlib.contextmanager
     def _problems_at(self, *location: str | int) -> Iterator[None]:
@@ -139,7 +160,9 @@ class _Planner:
         source = load(self.spec.teacher.recipe)
         theirs = make(source).info
         if theirs.num_classes != info.num_classes:
-            raise ModelError(f"the teacher of {self.spec.teacher.recipe.name} knows {theirs.num_classes} classes, this recipe's data has {info.num_classes}")
+            raise ModelError(
+                f"the teacher of {self.spec.teacher.recipe.name} knows {theirs.num_classes} classes, this recipe's data has {info.num_classes}"
+            )
         return TrainedTeacher(source.spec.student, None)
 
     def _check_layers(self, factory: ModelFactory) -> None:
@@ -171,7 +194,9 @@ class _Planner:
             except (RuntimeError, ValueError, AssertionError) as error:
                 raise ModelError(f"{model.role} cannot take images {tuple(info.image_shape)}: {' '.join(str(error).split())}") from error
         if outputs.logits.shape != (PROBE, info.num_classes):
-            raise ModelError(f"{model.role} gives logits {tuple(outputs.logits.shape)} for {PROBE} images; the data has {info.num_classes} classes")
+            raise ModelError(
+                f"{model.role} gives logits {tuple(outputs.logits.shape)} for {PROBE} images; the data has {info.num_classes} classes"
+            )
         taps = tuple((name, tuple(value.shape[1:])) for name, value in outputs.features.items())
         return ModelPlan(role, sum(p.numel() for p in model.module.parameters()), counter.get_total_flops() // 2 // PROBE, taps)
 
@@ -182,7 +207,9 @@ class _Planner:
         with torch.no_grad():
             lessons = stage.step(batch)
         if unknown := set(stage.losses or ()) - set(self.recipe.loss_names()):
-            raise self.recipe.error(["schedule"], f"stage '{stage.name}' asks for losses that are not there: {suggest(unknown.pop(), self.recipe.loss_names())}")
+            raise self.recipe.error(
+                ["schedule"], f"stage '{stage.name}' asks for losses that are not there: {suggest(unknown.pop(), self.recipe.loss_names())}"
+            )
         objective = build(self.recipe, stage.losses, factory.expand)
         if not all(objective.active(lesson) for lesson in lessons):
             raise self.recipe.error(["losses"], f"stage '{stage.name}' has no teacher, and none of its losses is on labels")
@@ -192,10 +219,16 @@ class _Planner:
         labels = torch.arange(num_train) % info.num_classes
         context = Context(stage.students[0].module, factory.teacher_module(), info.num_classes, num_train, labels)
         with seeded("plan"):
-            self._try_losses(objective, _on_random_numbers(lessons[0]), Batch(torch.rand(PROBE, *info.image_shape), labels[:PROBE], torch.arange(PROBE)), context)
+            self._try_losses(
+                objective,
+                _on_random_numbers(lessons[0]),
+                Batch(torch.rand(PROBE, *info.image_shape), labels[:PROBE], torch.arange(PROBE)),
+                context,
+            )
         epochs = stage.epochs or self.spec.train.epochs
-        adapters = tuple((name, _described(loss), sum(p.numel() for p in loss.parameters())) for name, loss in objective.active(lessons[0]).items() if any(True for _ in loss.parameters()))
-        return StagePlan(stage.name, len(stage.students), self._formula(objective, lessons[0]), adapters, epochs, steps * epochs)
+        active = objective.active(lessons[0])
+        entries = {name: objective.entries[name] for name in active}
+        return StagePlan(stage.name, len(stage.students), formula(entries), tuple(adapters(active)), epochs, steps * epochs)
 
     def _try_losses(self, objective: Objective, lesson: Lesson, batch: Batch, context: Context) -> None:
         """Set up and evaluate each loss on random numbers of the real shapes."""
@@ -210,10 +243,9 @@ class _Planner:
             except KdkitError as error:
                 self.problems.append(self.recipe.problem(place, str(error)))
             except Exception as error:  # a plugin's own mistake, told with its place
-                self.problems.append(self.recipe.problem(place, f"fails on the models' shapes: {type(error).__name__}: {' '.join(str(error).split())}"))
-
-    def _formula(self, objective: Objective, lesson: Lesson) -> str:
-        return " + ".join(f"{_short(objective.entries[name].weight)} * {_term(name, objective.entries[name])}" for name in objective.active(lesson))
+                self.problems.append(
+                    self.recipe.problem(place, f"fails on the models' shapes: {type(error).__name__}: {' '.join(str(error).split())}")
+                )
 
 
 def _teacher_name(options: object, trained: TrainedTeacher | None) -> str:
@@ -229,20 +261,3 @@ def _on_random_numbers(lesson: Lesson) -> Lesson:
         return outputs.map(lambda value: torch.randn(value.shape))
 
     return Lesson(like(lesson.student), [like(teacher) for teacher in lesson.teachers])
-
-
-def _term(name: str, entry: LossEntry) -> str:
-    """`hint(layer2 ~ layer3, adapter linear)`: a loss with its layers and what the recipe says of it."""
-    layers = [f"{pair.student} ~ {pair.teacher}" for pair in entry.taps()]
-    said = [f"{key} {_short(getattr(entry, key))}" for key in entry.model_fields_set if key not in ("use", "name", "weight", "layers")]
-    return name + (f"({', '.join([*layers, *sorted(said)])})" if layers or said else "")
-
-
-def _short(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _described(loss: nn.Module) -> str:
-    """The learnable leaves of a loss, in order."""
-    leaves = [part for part in loss.modules() if not list(part.children()) and any(True for _ in part.parameters())]
-    return ", ".join(str(leaf) for leaf in leaves) or "parameters of its own"

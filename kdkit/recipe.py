@@ -115,8 +115,6 @@ def _cross_check(recipe: Recipe) -> Iterable[str]:
             yield recipe.problem(["losses", i, "name"], f"'{entry.name}' names two losses")
     if spec.train.lr_schedule.warmup_epochs + spec.train.lr_schedule.cooldown_epochs > spec.train.epochs:
         yield recipe.problem(["train", "lr_schedule"], f"warm-up and cool-down are longer than the {spec.train.epochs} epochs")
-    if spec.train.mixup and spec.data.batch_size % 2:
-        yield recipe.problem(["data", "batch_size"], f"`train.mixup` mixes pairs: {spec.data.batch_size} is not even")
 
 
 def _check_models(recipe: Recipe) -> Iterable[str]:

@@ -19,13 +19,20 @@ RECIPE = "recipe"  # key of a teacher that another recipe trains
 
 
 @functools.lru_cache(maxsize=8)
-def _recipe_type(losses: tuple[Any, ...], schedules: tuple[Any, ...], models: tuple[Any, ...], datasets: tuple[Any, ...]) -> type[RecipeBase]:
+def _recipe_type(
+    losses: tuple[Any, ...], schedules: tuple[Any, ...], models: tuple[Any, ...], datasets: tuple[Any, ...]
+) -> type[RecipeBase]:
     def variants(plugins: Iterable[Any], kind: str, base: type[Options]) -> dict[str, type[Options]]:
         return {p.name: _variant(f"{p.name}_{kind}", (base, p.Options), p.__doc__, p.name) for p in plugins}
 
     students = {p.name: _variant(f"{p.name}_student", (p.Options,), p.__doc__) for p in models}
     teachers = {p.name: _variant(f"{p.name}_teacher", (TeacherOptions, p.Options), p.__doc__) for p in models}
-    data = create_model("DataSpec", __base__=DataSpec, __doc__=DataSpec.__doc__, dataset=(_by_use(variants(datasets, "dataset", DatasetEntry)), Field(description="A dataset plugin and its options.")))
+    data = create_model(
+        "DataSpec",
+        __base__=DataSpec,
+        __doc__=DataSpec.__doc__,
+        dataset=(_by_use(variants(datasets, "dataset", DatasetEntry)), Field(description="A dataset plugin and its options.")),
+    )
     return create_model(
         "Recipe",
         __base__=RecipeBase,
@@ -93,7 +100,10 @@ def source_of(model: str, sources: Iterable[str]) -> tuple[str, str]:
 def schema(plugins: Registry) -> str:
     """The recipe's JSON Schema, for editors."""
     content = recipe_type(plugins).model_json_schema(by_alias=True)
-    content["properties"]["extends"] = {"type": "string", "description": "Recipe file that this one builds on: mappings merge, lists replace."}
+    content["properties"]["extends"] = {
+        "type": "string",
+        "description": "Recipe file that this one builds on: mappings merge, lists replace.",
+    }
     content.pop("required", None)  # what is required may come from the parent
     _allow_overlap(content)
     return json.dumps(content, indent=1, sort_keys=True) + "\n"

@@ -26,7 +26,12 @@ from kdkit.providers import DatasetSource, ModelSource
 Plugin = type[Loss] | type[Schedule] | type[ModelSource] | type[DatasetSource]
 PluginT = TypeVar("PluginT", bound=type)
 
-KINDS: Mapping[str, type] = {"kdkit_losses": Loss, "kdkit_schedules": Schedule, "kdkit_models": ModelSource, "kdkit_datasets": DatasetSource}
+KINDS: Mapping[str, type] = {
+    "kdkit_losses": Loss,
+    "kdkit_schedules": Schedule,
+    "kdkit_models": ModelSource,
+    "kdkit_datasets": DatasetSource,
+}
 ENTRY_POINTS = "kdkit"
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 RESERVED = {"use", "weight", "name"}
@@ -164,7 +169,9 @@ def _check(cls: Any, base: type, plugin: str) -> None:
     require(not missing, f"{cls.__name__} does not implement {missing}")
     name = getattr(cls, "name", None)
     require(isinstance(name, str) and NAME.fullmatch(name), f"{cls.__name__}.name must be snake_case, got {name!r}")
-    require(inspect.isclass(cls.Options) and issubclass(cls.Options, Options), f"{cls.__name__}.Options must derive from the base's Options")
+    require(
+        inspect.isclass(cls.Options) and issubclass(cls.Options, Options), f"{cls.__name__}.Options must derive from the base's Options"
+    )
     clash = ", ".join(sorted(RESERVED & cls.Options.model_fields.keys()))
     require(not clash, f"{cls.__name__}.Options may not define {clash}: the recipe uses that key")
     require(cls.__dict__.get("__doc__"), f"{cls.__name__} has no docstring: its first line is what `kdkit plugins` shows")

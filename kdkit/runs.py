@@ -52,7 +52,10 @@ def train(recipe: Recipe, folder: Path | None = None, *, restart: bool = False, 
     reporter = Reporter(quiet=quiet or not accelerator.is_main_process)
     if recipe.spec.train.precision == "bf16" and accelerator.device.type == "cpu" and not _multiplies_bf16():
         reporter.warn("train.precision bf16 is slower than fp32 on this processor, which has no AMX")
-    with run_folder.claimed(recipe, planned.info, restart=restart) if accelerator.is_main_process else contextlib.nullcontext(), StopRequest() as stop:
+    with (
+        run_folder.claimed(recipe, planned.info, restart=restart) if accelerator.is_main_process else contextlib.nullcontext(),
+        StopRequest() as stop,
+    ):
         accelerator.wait_for_everyone()
         prepared = open_data(recipe, accelerator)
         factory = ModelFactory(recipe, prepared.info, teacher, device=accelerator.device)
@@ -126,10 +129,14 @@ def _measure_teacher(setting: Setting) -> None:
     setting.reporter.say("teacher  " + "  ".join(f"{name} {value:.2f}" for name, value in found.items()))
     chance = 100 / classes
     if found["top1"] < chance + 0.1 * (100 - chance):
-        setting.reporter.warn(f"the teacher is right on {found['top1']:.1f} % of the test data, guessing on {chance:.1f} %: was it trained for these classes?")
+        setting.reporter.warn(
+            f"the teacher is right on {found['top1']:.1f} % of the test data, guessing on {chance:.1f} %: was it trained for these classes?"
+        )
 
 
-def build_trainer(recipe: Recipe, prepared: data.Data, factory: ModelFactory, accelerator: Accelerator, number: int, stage: Stage) -> Trainer:
+def build_trainer(
+    recipe: Recipe, prepared: data.Data, factory: ModelFactory, accelerator: Accelerator, number: int, stage: Stage
+) -> Trainer:
     """The trainer of the schedule's stage `number`, its losses set up by a probe batch."""
     reseed(recipe.spec.seed, "setup", number)
     for student in stage.students:

@@ -15,7 +15,9 @@ from kdkit.providers import DatasetOptions, ModelOptions
 class BatchAugment(Options):
     """Augmentation on whole batches, drawn anew for every image."""
 
-    crop_padding: int = Field(default=0, ge=0, description="Pad by that many pixels (zeros), then crop at a random place: shifts of up to so many pixels.")
+    crop_padding: int = Field(
+        default=0, ge=0, description="Pad by that many pixels (zeros), then crop at a random place: shifts of up to so many pixels."
+    )
     flip: float = Field(default=0.0, ge=0, le=1, description="Share of the images mirrored left to right.")
 
 
@@ -46,19 +48,29 @@ class DataSpec(Options):
     """What is trained and measured on."""
 
     dataset: DatasetEntry = Field(description="A dataset plugin and its options.")
-    image_size: int | None = Field(default=None, gt=0, description="Side of the square images that batches hold (default: the dataset's own size).")
-    crop_pct: float = Field(default=1.0, gt=0, le=1, description="Share of the side that the central crop keeps when measuring, of images read one by one.")
+    image_size: int | None = Field(
+        default=None, gt=0, description="Side of the square images that batches hold (default: the dataset's own size)."
+    )
+    crop_pct: float = Field(
+        default=1.0, gt=0, le=1, description="Share of the side that the central crop keeps when measuring, of images read one by one."
+    )
     interpolation: Literal["bilinear", "bicubic"] = Field(default="bilinear", description="How images are resized to `image_size`.")
     batch_size: int = Field(default=64, gt=0, description="Images per step, over all processes together.")
     eval_batch_size: int = Field(default=256, gt=0, description="Images per step when measuring, per process.")
-    train_samples: int | None = Field(default=None, gt=0, description="Train on so many images only, drawn by class shares and `data.seed`.")
+    train_samples: int | None = Field(
+        default=None, gt=0, description="Train on so many images only, drawn by class shares and `data.seed`."
+    )
     train_fraction: float | None = Field(default=None, gt=0, le=1, description="Train on that share of the images only, drawn likewise.")
-    validation: float | int | None = Field(default=None, gt=0, description="Share (below 1) or number of training images set aside for validation.")
+    validation: float | int | None = Field(
+        default=None, gt=0, description="Share (below 1) or number of training images set aside for validation."
+    )
     seed: int = Field(default=0, ge=0, description="Which images `train_samples`, `train_fraction` and `validation` draw.")
     augment: BatchAugment | None = Field(default=None, description="Batched crops and flips.")
     timm_augment: TimmAugment | None = Field(default=None, description="timm's augmentations, image by image (instead of `augment`).")
     drop_last: bool = Field(default=True, description="Leave out an epoch's last batch when it is not full.")
-    workers: int = Field(default=2, ge=0, description="Processes that load and augment images which are not held in memory.", json_schema_extra=BOOKKEEPING)
+    workers: int = Field(
+        default=2, ge=0, description="Processes that load and augment images which are not held in memory.", json_schema_extra=BOOKKEEPING
+    )
 
     @model_validator(mode="after")
     def _one_of(self) -> DataSpec:
@@ -72,9 +84,15 @@ class DataSpec(Options):
 class TeacherOptions(Options):
     """What a recipe may say of a teacher beyond what it says of any model."""
 
-    precision: Literal["fp32", "bf16", "fp16"] | None = Field(default=None, description="The teacher's own precision (default: that of `train.precision`).")
-    mode: Literal["eval", "train"] = Field(default="eval", description="train: batch statistics in its BatchNorm layers (its buffers stay as they are).")
-    fold_batchnorm: bool = Field(default=False, description="Merge BatchNorm layers into the convolutions before them: faster, equal up to rounding.")
+    precision: Literal["fp32", "bf16", "fp16"] | None = Field(
+        default=None, description="The teacher's own precision (default: that of `train.precision`)."
+    )
+    mode: Literal["eval", "train"] = Field(
+        default="eval", description="train: batch statistics in its BatchNorm layers (its buffers stay as they are)."
+    )
+    fold_batchnorm: bool = Field(
+        default=False, description="Merge BatchNorm layers into the convolutions before them: faster, equal up to rounding."
+    )
 
 
 class RecipeTeacher(TeacherOptions):
@@ -87,7 +105,9 @@ class LossEntry(LossOptions):
     """One term of the objective."""
 
     use: str = Field(description="Name of a loss plugin.")
-    name: str | None = Field(default=None, pattern=r"^[a-z][a-z0-9_]*$", description="Name of the term in logs and stages (default: `use`).")
+    name: str | None = Field(
+        default=None, pattern=r"^[a-z][a-z0-9_]*$", description="Name of the term in logs and stages (default: `use`)."
+    )
     weight: Rampable = Field(default=1.0, ge=0, description="Multiplies this loss in the total; a number or a ramp.")
 
 
@@ -105,7 +125,9 @@ class OptimizerSpec(Options):
     weight_decay: float = Field(default=0.0, ge=0, description="Weight decay.")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="Momentum, where the optimizer has one.")
     decay_norm_and_bias: bool = Field(default=False, description="Decay normalisation parameters and biases too, as the CIFAR papers do.")
-    layer_decay: float | None = Field(default=None, gt=0, le=1, description="Factor on the learning rate per layer, from the last to the first.")
+    layer_decay: float | None = Field(
+        default=None, gt=0, le=1, description="Factor on the learning rate per layer, from the last to the first."
+    )
     args: dict[str, Any] = Field(default_factory=dict, description="Further arguments of the optimizer.")
 
 
@@ -127,7 +149,11 @@ class LrScheduleSpec(Options):
     milestones: tuple[int, ...] = Field(default=(), description="multistep: epochs at which the rate is multiplied by `decay_rate`.")
     step_epochs: int = Field(default=30, gt=0, description="step: epochs between decays.")
     decay_rate: float = Field(default=0.1, gt=0, le=1, description="step, multistep, plateau, poly (power): factor of a decay.")
-    patience: int = Field(default=10, ge=0, description="plateau: epochs without improvement of the validation accuracy (without a validation split: training loss).")
+    patience: int = Field(
+        default=10,
+        ge=0,
+        description="plateau: epochs without improvement of the validation accuracy (without a validation split: training loss).",
+    )
 
 
 class EmaSpec(Options):
@@ -165,7 +191,9 @@ class TrainSpec(Options):
     mixup: MixupSpec | None = Field(default=None, description="Mixed images and labels.")
     clip_grad: float | None = Field(default=None, gt=0, description="Largest norm of the gradient of all parameters together.")
     accumulate: int = Field(default=1, gt=0, description="Batches per optimizer step.")
-    precision: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="Precision of the students' forward pass (losses run in fp32).")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32", description="Precision of the students' forward pass (losses run in fp32)."
+    )
     channels_last: bool = Field(default=True, description="Keep images and convolutions channels-last in memory.")
     compile: bool = Field(default=False, description="Compile the networks with torch.compile.")
     device: Literal["auto", "cpu"] = Field(default="auto", description="auto: the accelerator there is; cpu: the processor all the same.")

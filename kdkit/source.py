@@ -216,6 +216,12 @@ def _position(node: yaml.SequenceNode, step: str, path: str) -> int:
 
 def _walk(node: yaml.Node) -> Iterable[yaml.Node]:
     yield node
-    children = node.value if isinstance(node, yaml.SequenceNode) else [n for pair in node.value for n in pair] if isinstance(node, yaml.MappingNode) else []
+    children = (
+        node.value
+        if isinstance(node, yaml.SequenceNode)
+        else [n for pair in node.value for n in pair]
+        if isinstance(node, yaml.MappingNode)
+        else []
+    )
     for child in children:
         yield from _walk(child)

@@ -248,4 +248,6 @@ class StageRun:
 def weights(model: Model) -> bytes:
     """A network's weights as safetensors."""
     state = model.module.state_dict()
-    return save({name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()})  # tied ones apart
+    return save(
+        {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
+    )  # tied ones apart

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from kdkit import plan, profile, recipe, runs
 from kdkit.evaluate import Predictions, metrics, predict
 from kdkit.recipe import Recipe
@@ -33,7 +35,13 @@ class Row:
     cost: profile.Profile
 
 
-def compare(paths: Sequence[Path], seeds: int, overrides: Mapping[str, Any] | None = None, plugins: Sequence[Path] = (), say: Callable[[str], None] = lambda _: None) -> list[Row]:
+def compare(
+    paths: Sequence[Path],
+    seeds: int,
+    overrides: Mapping[str, Any] | None = None,
+    plugins: Sequence[Path] = (),
+    say: Callable[[str], None] = lambda _: None,
+) -> list[Row]:
     """Train every recipe with the seeds 0 to `seeds` - 1 (what is trained already is not trained again), then measure all alike.
 
     Runs are kept in `run.folder`/NAME-seedN. The teacher is the one that the recipes name; runs that have none are compared with it too.
@@ -55,7 +63,9 @@ def compare(paths: Sequence[Path], seeds: int, overrides: Mapping[str, Any] | No
     finished = [[TrainedRun(result.folder) for result in variant] for variant in results]
     teacher = _common_teacher([run for variant in finished for run in variant])
     known = predict(teacher, finished[0][0].data().test) if teacher else None
-    models = ([(teacher, finished[0][0].info.image_shape)] if teacher else []) + [(variant[0].student(), variant[0].info.image_shape) for variant in finished]
+    models = ([(teacher, finished[0][0].info.image_shape)] if teacher else []) + [
+        (variant[0].student(), variant[0].info.image_shape) for variant in finished
+    ]
     with profile.threads(1):  # several threads wait for each other on a busy machine
         costs = profile.measure_together(models, runs=300, seconds=1.0)
     rows = [Row("teacher", (metrics(known)["top1"],), (), costs.pop(0))] if known else []
@@ -70,6 +80,21 @@ def spread(values: Sequence[float]) -> str:
     if not values:
         return ""
     return f"{statistics.mean(values):.2f}" + (f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """The rows, for a terminal."""
+    drawn = Table("", "top-1 %", "agreement %", "parameters", "size", "latency", box=None, pad_edge=False)
+    for row in rows:
+        size, latency = f"{row.cost.bytes / 1024:,.0f} KiB", f"{1000 * row.cost.latencies[0].percentile(50):.2f} ms"
+        drawn.add_row(row.name, spread(row.top1), spread(row.agreement), f"{row.cost.parameters:,}", size, latency)
+    return drawn
+
+
+def caption(seeds: int) -> str:
+    """What the numbers of the table are."""
+    deviation = f"{seeds} seeds, mean +- standard deviation" if seeds > 1 else "one seed, so no deviation"
+    return f"Test data, after the last epoch; {deviation}; agreement with the teacher; median latency of one image on one thread."
 
 
 def _train(each: Recipe, say: Callable[[str], None]) -> Result:

@@ -64,7 +64,10 @@ def test_a_loss_in_a_loop_of_ones_own():
 
 def test_taps_and_a_loss_together_lower_the_loss():
     torch.manual_seed(0)
-    nets = [torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, width), torch.nn.ReLU(), torch.nn.Linear(width, 10)) for width in (8, 32)]
+    nets = [
+        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, width), torch.nn.ReLU(), torch.nn.Linear(width, 10))
+        for width in (8, 32)
+    ]
     student, teacher = (kdkit.taps(net, ["2"]) for net in nets)
     loss = kdkit.build_loss("hint", layers=[{"student": "2", "teacher": "2"}], adapter="linear")
     batch = kdkit.Batch(torch.rand(16, 1, 8, 8), torch.arange(16) % 10, torch.arange(16))

@@ -81,9 +81,14 @@ def test_schema_is_json(kdkit):
 
 
 def test_compare(kdkit, tmp_path):
-    (tmp_path / "alone.yaml").write_text(RECIPE.replace("name: shell", "name: alone").replace("teacher: {model: mlp/32}\n", "").replace("offline", "supervised").replace(", {use: logit_kl}", ""))
+    (tmp_path / "alone.yaml").write_text(
+        RECIPE.replace("name: shell", "name: alone")
+        .replace("teacher: {model: mlp/32}\n", "")
+        .replace("offline", "supervised")
+        .replace(", {use: logit_kl}", "")
+    )
     said = kdkit("compare", "alone.yaml", "r.yaml", "--seeds", "2")
     rows = {line.split()[0]: line for line in said.splitlines() if line.strip()}
     assert "+-" in rows["alone"] and "+-" in rows["shell"] and "+-" not in rows["teacher"]
     assert "1,210" in rows["alone"]
-    assert "no deviation" in kdkit("compare", "alone.yaml", "r.yaml", "--seeds", "1")
+    assert "so no deviation" in kdkit("compare", "alone.yaml", "r.yaml", "--seeds", "1")

@@ -14,7 +14,7 @@ ORDER = """
     normalization layers observation tapping models folding listing
     randomness augment signals subsets transforms images stream data
     objective meter optim engine evaluate probes testing
-    checkpoints run_folder progress factory plan trained curves show
+    checkpoints run_folder progress factory describe plan trained curves show
     stage_run profile export cost_table runs study api __init__ cli
 """.split()  # noqa: SIM905
 

@@ -47,11 +47,13 @@ def test_parameters_and_macs_are_those_of_the_network(tmp_path):
 
 
 def test_adapters_are_named_with_their_parameters(tmp_path):
-    text = GOOD.replace("rkd_distance", "hint").replace("{student: penultimate, teacher: penultimate}", "{student: stage2, teacher: penultimate}")
+    text = GOOD.replace("rkd_distance", "hint").replace(
+        "{student: penultimate, teacher: penultimate}", "{student: stage2, teacher: penultimate}"
+    )
     with pytest.raises(RecipeError, match="losses.2: "):
         made(tmp_path, text)
     text = GOOD.replace("use: rkd_distance", "use: hint\n    adapter: linear").replace("test_vit, input_size: 160", "test_resnet")
-    (name, parts, parameters), = made(tmp_path, text).stages[0].adapters
+    ((name, parts, parameters),) = made(tmp_path, text).stages[0].adapters
     assert name == "hint" and "Linear" in parts and parameters >= 96 * 96
 
 
@@ -92,14 +94,24 @@ def test_several_problems_at_once(tmp_path):
 
 
 def test_class_counts_that_differ(tmp_path):
-    (tmp_path / "net.py").write_text("import torch\n\ndef net(num_classes):\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 10))\n")
-    text = GOOD.replace("{model: test_vit, input_size: 160}", "{model: python/net, file: net.py}").replace("rkd_distance", "sp").replace("teacher: penultimate", "teacher: '1'")
+    (tmp_path / "net.py").write_text(
+        "import torch\n\ndef net(num_classes):\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 10))\n"
+    )
+    text = (
+        GOOD.replace("{model: test_vit, input_size: 160}", "{model: python/net, file: net.py}")
+        .replace("rkd_distance", "sp")
+        .replace("teacher: penultimate", "teacher: '1'")
+    )
     with pytest.raises(RecipeError, match=r"r.yaml:4: teacher: .*logits \(2, 10\).*7 classes"):
         made(tmp_path, text)
 
 
 def test_a_teacher_recipe_of_other_classes(tmp_path):
-    (tmp_path / "t.yaml").write_text(GOOD.replace("num_classes: 7", "num_classes: 5").replace("teacher: {model: test_vit, input_size: 160}\n", "").replace("offline", "supervised"))
+    (tmp_path / "t.yaml").write_text(
+        GOOD.replace("num_classes: 7", "num_classes: 5")
+        .replace("teacher: {model: test_vit, input_size: 160}\n", "")
+        .replace("offline", "supervised")
+    )
     with pytest.raises(RecipeError, match="r.yaml:4: teacher.*5 classes, this recipe's data has 7"):
         made(tmp_path, GOOD.replace("{model: test_vit, input_size: 160}", "{recipe: t.yaml}"))
 
@@ -124,4 +136,7 @@ def kdkit_losses():
     return [Mine]
 ''')
     with pytest.raises(RecipeError, match="r.yaml:8: losses.1: fails on the models' shapes: RuntimeError"):
-        made(tmp_path, GOOD.replace("use: logit_kl, weight: {from: 0, to: 1, epochs: 2}, temperature: 2", "use: mine") + "plugins: [mine.py]\n")
+        made(
+            tmp_path,
+            GOOD.replace("use: logit_kl, weight: {from: 0, to: 1, epochs: 2}, temperature: 2", "use: mine") + "plugins: [mine.py]\n",
+        )

@@ -126,7 +126,9 @@ def test_an_installed_package_with_an_entry_point_trains(tmp_path):
     path = write(tmp_path / "r.yaml", RECIPE.format(name="from_afar"))
     environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
     kdkit_command = str(Path(sys.executable).with_name("kdkit"))
-    done = subprocess.run([kdkit_command, "train", str(path), "--run", str(tmp_path / "run")], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [kdkit_command, "train", str(path), "--run", str(tmp_path / "run")], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "from_afar" in (tmp_path / "run" / "metrics.jsonl").read_text()
     listed = subprocess.run([kdkit_command, "plugins"], env=environment, capture_output=True, text=True)

@@ -18,7 +18,19 @@ def write(path, text):
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("5e-4", 5e-4), ("1E3", 1000.0), ("-2.5e+2", -250.0), ("3", 3), ("0.1", 0.1), ("true", True), ("off", "off"), ("no", "no"), ("Yes", "Yes"), ("null", None), ("a b", "a b")],
+    [
+        ("5e-4", 5e-4),
+        ("1E3", 1000.0),
+        ("-2.5e+2", -250.0),
+        ("3", 3),
+        ("0.1", 0.1),
+        ("true", True),
+        ("off", "off"),
+        ("no", "no"),
+        ("Yes", "Yes"),
+        ("null", None),
+        ("a b", "a b"),
+    ],
 )
 def test_scalars_mean_what_they_look_like(tmp_path, text, value):
     data = Source(write(tmp_path / "a.yaml", f"key: {text}\n")).data
@@ -99,7 +111,11 @@ def test_overrides(tmp_path):
     words = ["train.epochs=3", "losses.1.temperature=2e0", "losses.ce.weight=0.5", "losses.late.temperature=1", "train.ema.decay=0.9"]
     source = Source(path, parse_overrides(words))
     assert source.data["train"] == {"epochs": 3, "ema": {"decay": 0.9}}
-    assert source.data["losses"] == [{"use": "ce", "weight": 0.5}, {"use": "kl", "temperature": 2.0}, {"use": "kl", "name": "late", "temperature": 1}]
+    assert source.data["losses"] == [
+        {"use": "ce", "weight": 0.5},
+        {"use": "kl", "temperature": 2.0},
+        {"use": "kl", "name": "late", "temperature": 1},
+    ]
     assert source.where(["train", "epochs"]) == "override"
     assert source.where(["losses", 1]) == f"{path}:4"
 

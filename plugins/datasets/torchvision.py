@@ -50,7 +50,9 @@ class SmallSet(kdkit.DatasetSource):
             data = getattr(datasets, self.torchvision_name)(root, train=part == "train", download=self.options.download)
         except Exception as error:  # missing, cut short, altered, no network: each raises something else
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise kdkit.DataError(f"dataset '{self.name}' cannot be read from {root} ({reason}); `download: true` fetches its files") from error
+            raise kdkit.DataError(
+                f"dataset '{self.name}' cannot be read from {root} ({reason}); `download: true` fetches its files"
+            ) from error
         pixels = torch.as_tensor(data.data)
         images = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
         return kdkit.InMemory(images, torch.as_tensor(data.targets))

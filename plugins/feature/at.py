@@ -49,8 +49,9 @@ class AttentionTransfer(kdkit.Loss):
 def attention(f: Tensor, size: tuple[int, int], p: float) -> Tensor:
     """Maps (B, C, H, W) to unit vectors over the positions, (B, size[0] * size[1])."""
     pooled = F.adaptive_avg_pool2d(f, size) if f.shape[2:] != size else f
+    magnitude = pooled if p % 2 == 0 else pooled.abs()  # an even power needs no absolute value
     # activations below 1e-6 count as none, whatever p: torch's own bound, 1e-12, at p = 2
-    return F.normalize(pooled.abs().pow(p).mean(1).flatten(1), eps=max(1e-6**p, 1e-30))
+    return F.normalize(magnitude.pow(p).mean(1).flatten(1), eps=max(1e-6**p, 1e-30))
 
 
 @kdkit.hookimpl

@@ -14,7 +14,13 @@ from kdkit.errors import DataError
 
 SETS = [Mnist, FashionMnist, Cifar10, Cifar100]
 BATCHES = {
-    "CIFAR10": {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"], "meta": "batches.meta", "names": "label_names", "labels": "labels"},
+    "CIFAR10": {
+        "train": [f"data_batch_{i}" for i in range(1, 6)],
+        "test": ["test_batch"],
+        "meta": "batches.meta",
+        "names": "label_names",
+        "labels": "labels",
+    },
     "CIFAR100": {"train": ["train"], "test": ["test"], "meta": "meta", "names": "fine_label_names", "labels": "fine_labels"},
 }
 DATA = os.environ.get("KDKIT_DATA")
@@ -30,7 +36,9 @@ def test_idx_files(tmp_path, cls):
         images = torch.randint(0, 256, (count, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(count))
         parts[part] = images, torch.arange(count) % 10
         (raw / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 0x803, *images.shape) + images.numpy().tobytes())
-        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, count) + parts[part][1].to(torch.uint8).numpy().tobytes())
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(
+            struct.pack(">2i", 0x801, count) + parts[part][1].to(torch.uint8).numpy().tobytes()
+        )
     source = cls(SmallSetOptions(root=tmp_path))
     for part, (images, labels) in parts.items():
         found = source.split(part)
