@@ -258,9 +258,9 @@ def _nested(cls: type[BaseModel]) -> Iterator[type[BaseModel]]:
 def _options(cls: type[Options]) -> Iterable[catalogue.Option]:
     """What the catalogue says of a record's fields; a field that is a section of its own is a link to it."""
     plugin: Any = SimpleNamespace(Options=recipe_type(registry.load()) if cls is schema.RecipeBase else cls)
-    described = {option.name: option.description for option in catalogue._options(plugin)}
+    described = {option.name: option.description for option in catalogue.options(plugin)}
     plugin.Options = cls
-    for option in catalogue._options(plugin):
+    for option in catalogue.options(plugin):
         field = cls.model_fields[option.name]
         sections = [(path, record) for path, record, _ in SECTIONS if record in _records(field.annotation) and record is not Ramp]
         kind, meaning, default = option.type, described[option.name], option.default

@@ -63,7 +63,7 @@ def entries(plugins: Registry) -> Iterator[Entry]:
         first, _, rest = inspect.cleandoc(plugin.__doc__ or "").partition("\n")
         module = inspect.cleandoc(sys.modules[plugin.__module__].__doc__ or "").partition("\n")[2].strip()
         group = str(getattr(plugin, "knowledge", getattr(plugin, "scheme", "")))
-        yield Entry(plugin.name, KINDS[kind], group, first, rest.strip(), module, _shown(plugins.origins[plugin]), tuple(_options(plugin)))
+        yield Entry(plugin.name, KINDS[kind], group, first, rest.strip(), module, _shown(plugins.origins[plugin]), tuple(options(plugin)))
 
 
 def _shown(origin: str) -> str:
@@ -71,7 +71,8 @@ def _shown(origin: str) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else origin
 
 
-def _options(plugin: Plugin) -> Iterator[Option]:
+def options(plugin: Plugin) -> Iterator[Option]:
+    """The options of a plugin, its own and those of every plugin of its kind."""
     for name, info in plugin.Options.model_fields.items():
         default = "required" if info.is_required() else _value(info.get_default(call_default_factory=True))
         yield Option(name, _type(info), default, info.description or "")

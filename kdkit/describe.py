@@ -1,12 +1,66 @@
-"""An objective in words: its formula, and what its losses have to learn."""
+"""What a recipe would do, in words: `kdkit check` prints it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from torch import nn
 
+from kdkit.providers import DataInfo
 from kdkit.schema import LossEntry
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """One model: parameters, multiply-accumulates per image, and the shape (without the batch) of each tap."""
+
+    role: str
+    parameters: int
+    macs: int
+    taps: tuple[tuple[str, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage: its objective as a formula, the learnable parts of its losses, and how long it takes."""
+
+    name: str
+    students: int
+    formula: str
+    adapters: tuple[tuple[str, str, int], ...]
+    epochs: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that `kdkit check` prints."""
+
+    name: str
+    info: DataInfo
+    num_train: int
+    student: ModelPlan
+    teacher: ModelPlan | None
+    stages: tuple[StagePlan, ...]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        info = self.info
+        yield f"{self.name}: {self.num_train:,} training and {info.num_test:,} test images {info.image_shape}, {info.num_classes} classes"
+        for model in (self.teacher, self.student):
+            if model:
+                yield f"{model.role}: {model.parameters:,} parameters, {model.macs / 1e6:,.2f} M multiply-accumulates per image"
+                yield from (f"  tap {name} (B, {', '.join(map(str, shape))})" for name, shape in model.taps)
+        for stage in self.stages:
+            students = f", {stage.students} students" if stage.students > 1 else ""
+            yield f"stage {stage.name}: {stage.epochs} epochs, {stage.steps:,} steps{students}"
+            yield f"  total = {stage.formula}"
+            yield from (f"  adapters of {name}: {parts} ({parameters:,} parameters)" for name, parts, parameters in stage.adapters)
+        yield from (f"note: {note}" for note in self.notes)
 
 
 def formula(entries: Mapping[str, LossEntry]) -> str:

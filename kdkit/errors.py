@@ -57,7 +57,7 @@ class Interrupted(RunError):
 
 def suggest(word: str, allowed: Iterable[str], limit: int = 40) -> str:
     """Say which name was probably meant and which exist: `did you mean 'x'? allowed: x, y`."""
-    names = sorted(allowed)
+    names = sorted(set(allowed))
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     hint = f"did you mean '{close[0]}'? " if close else ""
     more = f", ... ({len(names)} in all)" if len(names) > limit else ""

@@ -41,6 +41,8 @@ def _explain(error: ErrorDetails, source: Source, model: type[RecipeBase]) -> st
     elif kind == "literal_error":
         allowed = [word.strip(" '") for word in context["expected"].replace(" or ", ", ").split(",")]
         says = f"got {error['input']!r}; {suggest(str(error['input']), allowed)}"
+    elif kind == "too_short":
+        says = f"needs at least {context['min_length']}"
     elif kind == "missing":
         says = "this key is required"
     elif kind == "value_error":

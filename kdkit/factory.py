@@ -143,7 +143,7 @@ class ModelFactory:
             source = self._source(options)
             return build_model(options, source, self.info.num_classes, self.info.image_shape, role=section, weights=False).module
         except ModelError as error:
-            raise self.recipe.error([section], str(error)) from error
+            raise self.recipe.error([section, "model"], str(error).removeprefix(f"{section}: ")) from error
 
     def _source(self, options: ModelOptions) -> ModelSource:
         sources = self.recipe.plugins.models
@@ -161,7 +161,7 @@ class ModelFactory:
                     weights=real, channels_last=spec.train.channels_last,
                 )  # fmt: skip
         except (ModelError, TapError) as error:
-            raise self.recipe.error([section], str(error)) from error
+            raise self.recipe.error([section, "model"], str(error).removeprefix(f"{section}: ")) from error
         model.module.to(self.device)
         model.adapt.to(self.device)
         return model

@@ -12,7 +12,7 @@ from kdkit import registry
 from kdkit.errors import ModelError
 from kdkit.layers import LayerRow, tappable_layers
 from kdkit.recipe_types import source_of
-from kdkit.source import parse_overrides
+from kdkit.source import nested, parse_overrides
 
 
 def layers(model: str, words: Sequence[str], num_classes: int, size: str, plugins: tuple[Path, ...] = ()) -> list[LayerRow]:
@@ -29,7 +29,7 @@ def layers(model: str, words: Sequence[str], num_classes: int, size: str, plugin
     except ValueError:
         raise ModelError(f"--size: '{size}' is not of the form C,H,W, such as 3,224,224") from None
     try:
-        options = sources[source].Options(model=model, **parse_overrides(words))
+        options = sources[source].Options(model=model, **nested(parse_overrides(words)))
     except ValidationError as error:
         raise ModelError("\n".join(f"{model}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())) from None
     builder = sources[source](options, name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -12,71 +12,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kdkit import data
 from kdkit.contracts import Batch, Context, Lesson, Outputs, Schedule, Stage
-from kdkit.describe import adapters, formula
+from kdkit.describe import ModelPlan, Plan, StagePlan, adapters, formula
 from kdkit.errors import DataError, KdkitError, ModelError, RecipeError, RunError, ShapeError, TapError, suggest
 from kdkit.factory import ModelFactory, TrainedTeacher
 from kdkit.objective import Objective, build
 from kdkit.optim import build_optimizer
 from kdkit.providers import DataInfo, ModelOptions
 from kdkit.randomness import seeded
-from kdkit.recipe import Recipe, load
-from kdkit.schema import LossEntry, RecipeTeacher
+from kdkit.recipe import Recipe, teacher_recipe
 from kdkit.subsets import choose
 from kdkit.tapping import TappedModel
 
 PROBE = 2  # images
-
-
-@dataclass(frozen=True)
-class ModelPlan:
-    """One model: parameters, multiply-accumulates per image, and the shape (without the batch) of each tap."""
-
-    role: str
-    parameters: int
-    macs: int
-    taps: tuple[tuple[str, tuple[int, ...]], ...]
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """One stage: its objective as a formula, the learnable parts of its losses, and how long it takes."""
-
-    name: str
-    students: int
-    formula: str
-    adapters: tuple[tuple[str, str, int], ...]
-    epochs: int
-    steps: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All that `kdkit check` prints."""
-
-    name: str
-    info: DataInfo
-    num_train: int
-    student: ModelPlan
-    teacher: ModelPlan | None
-    stages: tuple[StagePlan, ...]
-    notes: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return "\n".join(self._lines())
-
-    def _lines(self) -> Iterator[str]:
-        info = self.info
-        yield f"{self.name}: {self.num_train:,} training and {info.num_test:,} test images {info.image_shape}, {info.num_classes} classes"
-        for model in (self.teacher, self.student):
-            if model:
-                yield f"{model.role}: {model.parameters:,} parameters, {model.macs / 1e6:,.2f} M multiply-accumulates per image"
-                yield from (f"  tap {name} (B, {', '.join(map(str, shape))})" for name, shape in model.taps)
-        for stage in self.stages:
-            students = f", {stage.students} students" if stage.students > 1 else ""
-            yield f"stage {stage.name}: {stage.epochs} epochs, {stage.steps:,} steps{students}"
-            yield f"  total = {stage.formula}"
-            yield from (f"  adapters of {name}: {parts} ({parameters:,} parameters)" for name, parts, parameters in stage.adapters)
-        yield from (f"note: {note}" for note in self.notes)
 
 
 def make(recipe: Recipe) -> Plan:
@@ -155,13 +102,13 @@ class _Planner:
 
     def _trained(self, info: DataInfo) -> TrainedTeacher | None:
         """The teacher of another recipe, whose own plan must be sound and whose classes must be ours."""
-        if not isinstance(self.spec.teacher, RecipeTeacher):
+        source = teacher_recipe(self.spec)
+        if source is None:
             return None
-        source = load(self.spec.teacher.recipe)
         theirs = make(source).info
         if theirs.num_classes != info.num_classes:
             raise ModelError(
-                f"the teacher of {self.spec.teacher.recipe.name} knows {theirs.num_classes} classes, this recipe's data has {info.num_classes}"
+                f"the teacher of {source.source.path.name} knows {theirs.num_classes} classes, this recipe's data has {info.num_classes}"
             )
         return TrainedTeacher(source.spec.student, None)
 

@@ -89,10 +89,24 @@ def load(path: Path | str, overrides: Mapping[str, Any] | None = None, plugins: 
         spec = model.model_validate(source.data)
     except ValidationError as error:
         raise RecipeError("\n".join(dict.fromkeys(explain(error, source, model)))) from None
-    recipe = Recipe(spec, source, found)
+    recipe = Recipe(spec.model_copy(update={"plugins": (*spec.plugins, *plugins)}), source, found)
     if problems := [*_cross_check(recipe), *(_missing_files(recipe) if files else ())]:
         raise RecipeError("\n".join(problems))
     return recipe
+
+
+def teacher_recipe(spec: RecipeBase) -> Recipe | None:
+    """The recipe that trains the teacher, where `spec` names one.
+
+    Where files lie is taken from `spec`, so that one override moves the data of both; it changes no result.
+    """
+    if not isinstance(spec.teacher, RecipeTeacher):
+        return None
+    path, dataset = spec.teacher.recipe, spec.data.dataset
+    if load(path).spec.data.dataset.use != dataset.use:
+        return load(path)
+    kept = [name for name, field in type(dataset).model_fields.items() if _bookkeeping(field) and name in dataset.model_fields_set]
+    return load(path, {f"data.dataset.{name}": getattr(dataset, name) for name in kept})
 
 
 def _plugin_paths(source: Source) -> list[Path]:

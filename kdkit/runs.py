@@ -18,12 +18,11 @@ from kdkit.evaluate import metrics, predict
 from kdkit.factory import ModelFactory, TrainedTeacher
 from kdkit.progress import Reporter
 from kdkit.randomness import reseed
-from kdkit.recipe import Recipe
-from kdkit.recipe import load as load_recipe
+from kdkit.recipe import Recipe, teacher_recipe
 from kdkit.run_folder import Result, RunFolder
-from kdkit.schema import RecipeTeacher
+from kdkit.setting import Setting
 from kdkit.signals import StopRequest
-from kdkit.stage_run import Setting, StageRun, weights
+from kdkit.stage_run import StageRun, weights
 
 
 def train(recipe: Recipe, folder: Path | None = None, *, restart: bool = False, quiet: bool = False) -> Result:
@@ -80,15 +79,19 @@ def _multiplies_bf16() -> bool:
 
 def trained_teacher(recipe: Recipe, student_folder: Path, *, quiet: bool = False) -> TrainedTeacher | None:
     """The teacher that another recipe trains, where this one names such; trains it if that was not done yet."""
-    if not isinstance(recipe.spec.teacher, RecipeTeacher):
+    source = teacher_recipe(recipe.spec)
+    if source is None:
         return None
-    source = load_recipe(recipe.spec.teacher.recipe)
-    base = recipe.spec.run.folder
-    named, keyed = base / source.spec.name, base / f"{source.spec.name}-{source.fingerprint[:8]}"
-    free = not named.exists() and named.resolve() != student_folder.resolve()
-    folder = named if free or RunFolder(named).holds(source) else keyed
+    folder = folder_for(source, recipe.spec.run.folder, source.spec.name, taken=student_folder)
     build_accelerator(source.spec.train).wait_for_everyone()  # all have looked before one of them makes it
     return TrainedTeacher(source.spec.student, train(source, folder, quiet=quiet).student)
+
+
+def folder_for(recipe: Recipe, base: Path, name: str, taken: Path | None = None) -> Path:
+    """The folder `name` in `base`; if another recipe's run is there, or it is `taken`, one with the recipe's fingerprint in its name."""
+    named = base / name
+    free = not named.exists() and (taken is None or named.resolve() != taken.resolve())
+    return named if free or RunFolder(named).holds(recipe) else base / f"{name}-{recipe.fingerprint[:8]}"
 
 
 def open_data(recipe: Recipe, accelerator: Accelerator) -> data.Data:

@@ -98,6 +98,18 @@ def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
     return overrides
 
 
+def nested(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by `key.path` as mappings in mappings."""
+    tree: dict[str, Any] = {}
+    for path, value in overrides.items():
+        *above, last = path.split(".")
+        node = tree
+        for step in above:
+            node = node.setdefault(step, {})
+        node[last] = value
+    return tree
+
+
 def _composed(text: Any) -> Any:
     return yaml.compose(text, _Loader)
 

@@ -4,54 +4,22 @@ from __future__ import annotations
 
 import signal
 import time
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
 from safetensors.torch import save
 
 from kdkit.checkpoints import write_atomically
 from kdkit.contracts import Model
-from kdkit.data import Data
 from kdkit.engine import Trainer
 from kdkit.errors import Interrupted, RunError
-from kdkit.evaluate import Predictions, metrics, predict
-from kdkit.factory import ModelFactory
+from kdkit.evaluate import metrics, predict
 from kdkit.meter import Meter
-from kdkit.progress import Reporter
-from kdkit.recipe import Recipe
-from kdkit.run_folder import RunFolder
-from kdkit.signals import StopRequest
+from kdkit.setting import Setting
 from kdkit.tapping import TappedModel
 
 Scores = dict[str, dict[str, float]]  # part of the data -> metrics
 STEPS_BETWEEN_QUESTIONS = 10
-
-
-@dataclass
-class Setting:
-    """What the stages of a run share."""
-
-    recipe: Recipe
-    folder: RunFolder
-    reporter: Reporter
-    stop: StopRequest
-    accelerator: Accelerator
-    data: Data
-    factory: ModelFactory
-    teacher: Predictions | None = None  # on the test data
-    seconds: float = 0.0  # trained so far, before `began`
-    began: float = field(default_factory=time.monotonic)
-    best: dict[str, Any] | None = None  # of the epoch with the best validation accuracy
-
-    def spent(self) -> float:
-        """Seconds of training, over all attempts."""
-        return self.seconds + time.monotonic() - self.began
-
-    @property
-    def is_main(self) -> bool:
-        return bool(self.accelerator.is_main_process)
 
 
 class StageRun:

@@ -44,7 +44,8 @@ def compare(
 ) -> list[Row]:
     """Train every recipe with the seeds 0 to `seeds` - 1 (what is trained already is not trained again), then measure all alike.
 
-    Runs are kept in `run.folder`/NAME-seedN. The teacher is the one that the recipes name; runs that have none are compared with it too.
+    Runs are kept in `run.folder`/NAME-seedN (and the fingerprint, if another recipe's run is there).
+    The teacher is the one that the recipes name; runs that have none are compared with it too.
 
     Args:
         paths: the recipe files.
@@ -99,7 +100,7 @@ def caption(seeds: int) -> str:
 
 def _train(each: Recipe, say: Callable[[str], None]) -> Result:
     name = f"{each.spec.name}-seed{each.spec.seed}"
-    result = runs.train(each, each.spec.run.folder / name, quiet=True)
+    result = runs.train(each, runs.folder_for(each, each.spec.run.folder, name), quiet=True)
     say(f"{name}: top-1 {result.test['top1']:.2f} %, trained in {result.seconds:.1f} s, see {result.folder}")
     return result
 
