@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from kdkit import plan, recipe, registry, runs
 from kdkit.contracts import Loss
+from kdkit.describe import Plan
 from kdkit.errors import PluginError, suggest
 from kdkit.options import Ramp
 from kdkit.run_folder import Result
@@ -38,7 +39,7 @@ def train(
     return runs.train(found, Path(folder) if folder else None, restart=restart, quiet=quiet)
 
 
-def check(path: Path | str, *, overrides: Mapping[str, Any] | None = None, plugins: Sequence[Path | str] = ()) -> plan.Plan:
+def check(path: Path | str, *, overrides: Mapping[str, Any] | None = None, plugins: Sequence[Path | str] = ()) -> Plan:
     """What a recipe would do, without doing it.
 
     Raises:

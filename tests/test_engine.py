@@ -13,11 +13,7 @@ from kdkit import recipe, runs
 from kdkit.engine import build_accelerator
 from kdkit.evaluate import predict
 from kdkit.factory import ModelFactory
-from kdkit.progress import Reporter
 from kdkit.randomness import reseed
-from kdkit.run_folder import RunFolder
-from kdkit.signals import StopRequest
-from kdkit.stage_run import Setting
 
 NO_NORM = {"model": "mlp/16-8"}
 CPU = torch.device("cpu")
@@ -29,9 +25,8 @@ def trainer_of(folder, base=PLAIN, **changes):
     accelerator = build_accelerator(loaded.spec.train)
     prepared = runs.open_data(loaded, accelerator)
     factory = ModelFactory(loaded, prepared.info, None, device=CPU)
-    setting = Setting(loaded, RunFolder(folder / "run"), Reporter(quiet=True), StopRequest(), accelerator, prepared, factory)
     stage = next(iter(loaded.plugins.schedules[loaded.spec.schedule.use](loaded.spec.schedule).stages(factory)))
-    return runs._trainer(setting, 0, stage), factory
+    return runs.build_trainer(loaded, prepared, factory, accelerator, 0, stage), factory
 
 
 def epoch(trainer):
