@@ -330,7 +330,7 @@ def test_networks_of_one_architecture_share_a_graph_and_nothing_else():
         graphs.append(graph)
         return graph.forward
 
-    for _ in range(torch._dynamo.config.cache_size_limit + 2):
+    for _ in range(10):  # more than torch recompiles by default; an exporter may have raised that limit
         net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
         model = TappedModel(net, ["0"]).compile(backend=backend, fullgraph=True)
         for _ in range(2):
