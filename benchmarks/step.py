@@ -27,7 +27,7 @@ from kdkit.contracts import Batch
 from kdkit.engine import build_accelerator
 from kdkit.factory import ModelFactory
 
-SIZES = {"small": {"image_size": 16, "batch_size": 32}, "large": {"image_size": 32, "batch_size": 64}}
+SIZES = {"small": {"image_size": 16, "batch_size": 16}, "large": {"image_size": 32, "batch_size": 32}}
 STAGES = ["layer2", "layer3", "layer4"]
 LOSSES = {
     "logit_kl": "{use: logit_kl, weight: 0.9, temperature: 4}",

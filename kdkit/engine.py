@@ -61,8 +61,8 @@ class Trainer:
         self.epochs = stage.epochs or spec.epochs
         self.steps_per_epoch = -(-len(loader) // spec.accumulate)
         self.learner = Learner(stage, objectives).to(accelerator.device)
-        self.optimizer = accelerator.prepare_optimizer(build_optimizer(spec, list(self.learner.students), self.learner.objectives))
-        self.schedule = LrSchedule(spec, self.optimizer.optimizer, self.epochs, self.steps_per_epoch, maximize=maximize)
+        self.optimizer = build_optimizer(spec, list(self.learner.students), self.learner.objectives)
+        self.schedule = LrSchedule(spec, self.optimizer, self.epochs, self.steps_per_epoch, maximize=maximize)
         self.averages = [_average(student.module, spec) for student in stage.students]
         self.mixup = _mixup(spec.mixup, num_classes) if spec.mixup else None
         if accelerator.num_processes > 1:
@@ -104,18 +104,33 @@ class Trainer:
             last = position == len(group) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self._forward):
                 total, answers = self._forward(self._mixed(batch), self.epoch + self.step / self.steps_per_epoch)
-                accelerator.backward(total * (len(batch.labels) / seen) if len(group) > 1 else total)
+                self._backward(total * (len(batch.labels) / seen) if len(group) > 1 else total)
             values += answers
-        if self.spec.clip_grad:
-            accelerator.clip_grad_norm_(self._parameters, self.spec.clip_grad)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._update()
         self.schedule.after_step(self.steps + 1)
         for student, average in zip(self.learner.students, self.averages, strict=True):
             if average is not None:
                 average.update(student, step=self.steps + 1)
         self.stage.after_step()
         return values
+
+    def _backward(self, loss: Tensor) -> None:
+        scaled = loss if self.accelerator.scaler is None else self.accelerator.scaler.scale(loss)
+        torch.autograd.backward(scaled)
+
+    def _update(self) -> None:
+        """Clip, step, forget the gradients. Accelerate's wrappers do as much, and search the disk for packages at each step."""
+        scaler = self.accelerator.scaler
+        if self.spec.clip_grad:
+            if scaler is not None:
+                scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self._parameters, self.spec.clip_grad)
+        if scaler is None:
+            self.optimizer.step()
+        else:  # skips the step if the scaled gradients overflowed
+            scaler.step(self.optimizer)
+            scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _mixed(self, batch: Batch) -> Batch:
         if self.mixup is None or (self.spec.mixup and 0 < self.spec.mixup.off_epoch <= self.epoch):
