@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kdkit.contracts import Model as Model
     from kdkit.contracts import Models as Models
     from kdkit.contracts import Outputs as Outputs
+    from kdkit.contracts import RelationOptions as RelationOptions
     from kdkit.contracts import Schedule as Schedule
     from kdkit.contracts import ScheduleOptions as ScheduleOptions
     from kdkit.contracts import Stage as Stage
@@ -55,7 +56,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "contracts": "Batch Context FeatureOptions LayerPair Lesson Loss LossOptions Model Models Outputs Schedule ScheduleOptions Stage teach",
+    "contracts": "Batch Context FeatureOptions LayerPair Lesson Loss LossOptions Model "
+    "Models Outputs RelationOptions Schedule ScheduleOptions Stage teach",
     "errors": "DataError Interrupted KdkitError ModelError PluginError RecipeError RunError ShapeError TapError",
     "hookspecs": "hookimpl",
     "options": "BOOKKEEPING Options Ramp Rampable RecipePath",

@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from kdkit.errors import ShapeError
 from kdkit.options import Options
 
 Inputs = Tensor | Mapping[str, Tensor]
@@ -83,6 +84,24 @@ class FeatureOptions(LossOptions):
     def pairs(self, student: Outputs, teacher: Outputs) -> Iterator[tuple[Tensor, Tensor]]:
         """The features of each pair, (f_s, f_t)."""
         return ((student.features[pair.student], teacher.features[pair.teacher]) for pair in self.layers)
+
+
+class RelationOptions(FeatureOptions):
+    """Options of a loss that compares how the samples of a batch relate to each other: it reads one embedding a sample."""
+
+    def embeddings(self, student: Outputs, teacher: Outputs) -> Iterator[tuple[Tensor, Tensor]]:
+        """The embeddings of each pair, (B, D_s) and (B, D_t); larger features are flattened to that.
+
+        Raises:
+            ShapeError: a layer does not give something for each sample.
+        """
+        for layers, (f_s, f_t) in zip(self.layers, self.pairs(student, teacher), strict=True):
+            if f_s.ndim < 2 or f_t.ndim < 2 or len(f_s) != len(f_t):
+                raise ShapeError(
+                    f"student '{layers.student}' {tuple(f_s.shape)} and teacher '{layers.teacher}' {tuple(f_t.shape)} must hold "
+                    "something for each sample of the batch, (B, ...); any stage or 'penultimate' does"
+                )
+            yield f_s.flatten(1), f_t.flatten(1)
 
 
 @dataclass(frozen=True)

@@ -31,20 +31,14 @@ class RelationalAngle(kdkit.Loss):
 
     name = "rkd_angle"
     knowledge = "relation"
-    Options = kdkit.FeatureOptions
-    options: kdkit.FeatureOptions
+    Options = kdkit.RelationOptions
+    options: kdkit.RelationOptions
 
     def setup(self, student: kdkit.Outputs, teacher: kdkit.Outputs, context: kdkit.Context | None = None) -> None:
-        for layers, (f_s, f_t) in zip(self.options.layers, self.options.pairs(student, teacher), strict=True):
-            if f_s.ndim < 2 or f_t.ndim < 2 or len(f_s) != len(f_t):
-                raise kdkit.ShapeError(
-                    f"{self.name}: student '{layers.student}' {tuple(f_s.shape)} and teacher '{layers.teacher}' {tuple(f_t.shape)} "
-                    "must hold one embedding for each sample of the batch, (B, ...); 'penultimate' does"
-                )
+        tuple(self.options.embeddings(student, teacher))  # refuses what cannot be compared
 
     def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
-        pairs = self.options.pairs(student, teacher)
-        values: list[Tensor] = [AngleDifference.apply(f_s.flatten(1), f_t.flatten(1)) for f_s, f_t in pairs]
+        values: list[Tensor] = [AngleDifference.apply(*pair) for pair in self.options.embeddings(student, teacher)]
         return torch.stack(values).mean()
 
 

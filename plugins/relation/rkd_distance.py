@@ -23,25 +23,19 @@ class RelationalDistance(kdkit.Loss):
 
     name = "rkd_distance"
     knowledge = "relation"
-    Options = kdkit.FeatureOptions
-    options: kdkit.FeatureOptions
+    Options = kdkit.RelationOptions
+    options: kdkit.RelationOptions
 
     def setup(self, student: kdkit.Outputs, teacher: kdkit.Outputs, context: kdkit.Context | None = None) -> None:
-        for layers, (f_s, f_t) in zip(self.options.layers, self.options.pairs(student, teacher), strict=True):
-            if f_s.ndim < 2 or f_t.ndim < 2 or len(f_s) != len(f_t):
-                raise kdkit.ShapeError(
-                    f"{self.name}: student '{layers.student}' {tuple(f_s.shape)} and teacher '{layers.teacher}' {tuple(f_t.shape)} "
-                    "must hold one embedding for each sample of the batch, (B, ...); 'penultimate' does"
-                )
+        tuple(self.options.embeddings(student, teacher))  # refuses what cannot be compared
 
     def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
-        pairs = self.options.pairs(student, teacher)
-        return torch.stack([F.smooth_l1_loss(distances(f_s), distances(f_t)) for f_s, f_t in pairs]).mean()
+        pairs = self.options.embeddings(student, teacher)
+        return torch.stack([F.smooth_l1_loss(distances(e_s), distances(e_t)) for e_s, e_t in pairs]).mean()
 
 
-def distances(features: Tensor) -> Tensor:
-    """Features (N, ...) to Euclidean distances over their mean, (N, N)."""
-    e = features.flatten(1)
+def distances(e: Tensor) -> Tensor:
+    """Embeddings (N, D) to Euclidean distances over their mean, (N, N)."""
     e = e - e.detach().mean(0)
     gram = e @ e.T
     square = gram.diagonal()

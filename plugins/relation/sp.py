@@ -22,25 +22,19 @@ class SimilarityPreserving(kdkit.Loss):
 
     name = "sp"
     knowledge = "relation"
-    Options = kdkit.FeatureOptions
-    options: kdkit.FeatureOptions
+    Options = kdkit.RelationOptions
+    options: kdkit.RelationOptions
 
     def setup(self, student: kdkit.Outputs, teacher: kdkit.Outputs, context: kdkit.Context | None = None) -> None:
-        for layers, (f_s, f_t) in zip(self.options.layers, self.options.pairs(student, teacher), strict=True):
-            if f_s.ndim < 2 or f_t.ndim < 2 or len(f_s) != len(f_t):
-                raise kdkit.ShapeError(
-                    f"{self.name}: student '{layers.student}' {tuple(f_s.shape)} and teacher '{layers.teacher}' {tuple(f_t.shape)} "
-                    "must hold features for each sample of the batch, (B, ...); any stage or 'penultimate' does"
-                )
+        tuple(self.options.embeddings(student, teacher))  # refuses what cannot be compared
 
     def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
-        pairs = self.options.pairs(student, teacher)
-        return torch.stack([F.mse_loss(similarity(f_s), similarity(f_t)) for f_s, f_t in pairs]).mean()
+        pairs = self.options.embeddings(student, teacher)
+        return torch.stack([F.mse_loss(similarity(e_s), similarity(e_t)) for e_s, e_t in pairs]).mean()
 
 
-def similarity(features: Tensor) -> Tensor:
-    """Features (N, ...) to their Gram matrix with rows of unit length, (N, N)."""
-    f = features.flatten(1)
+def similarity(f: Tensor) -> Tensor:
+    """Embeddings (N, D) to their Gram matrix with rows of unit length, (N, N)."""
     gram = f @ f.T
     # A row's norm goes to 0 with its sample's features, as |f_i| * |f|; it says nothing then (nor does a batch of one).
     silent = gram.detach().norm(dim=1, keepdim=True) <= 1e-6 * f.detach().norm()

@@ -162,5 +162,5 @@ def test_a_batch_of_512_is_the_mean_of_its_vertices():
 
 def test_refuses_another_number_of_samples():
     student, teacher = random_outputs({"a": (3,)}), random_outputs({"b": (3,)}, size=4)
-    with pytest.raises(kdkit.ShapeError, match=r"rkd_angle: student 'a' \(6, 3\) and teacher 'b' \(4, 3\)"):
+    with pytest.raises(kdkit.ShapeError, match=r"student 'a' \(6, 3\) and teacher 'b' \(4, 3\)"):
         loss().setup(student, teacher)

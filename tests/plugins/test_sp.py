@@ -84,5 +84,5 @@ def test_gradient(shapes):
 
 def test_refuses_another_number_of_samples():
     student, teacher = random_outputs({"a": (3,)}), random_outputs({"b": (3,)}, size=4)
-    with pytest.raises(kdkit.ShapeError, match=r"sp: student 'a' \(6, 3\) and teacher 'b' \(4, 3\)"):
+    with pytest.raises(kdkit.ShapeError, match=r"student 'a' \(6, 3\) and teacher 'b' \(4, 3\)"):
         SP(SP.Options(layers=PAIR)).setup(student, teacher)
