@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from kdkit.hookspecs import hookimpl as hookimpl
     from kdkit.normalization import NormalizationAdapter as NormalizationAdapter
     from kdkit.options import BOOKKEEPING as BOOKKEEPING
+    from kdkit.options import Arguments as Arguments
     from kdkit.options import Options as Options
     from kdkit.options import Ramp as Ramp
     from kdkit.options import Rampable as Rampable
@@ -60,7 +61,7 @@ _HOME = {
     "Models Outputs RelationOptions Schedule ScheduleOptions Stage teach",
     "errors": "DataError Interrupted KdkitError ModelError PluginError RecipeError RunError ShapeError TapError",
     "hookspecs": "hookimpl",
-    "options": "BOOKKEEPING Options Ramp Rampable RecipePath",
+    "options": "BOOKKEEPING Arguments Options Ramp Rampable RecipePath",
     "providers": "DataInfo DatasetOptions DatasetSource InMemory ModelOptions ModelSource Normalize Split Stream",
     "normalization": "NormalizationAdapter",
     "tapping": "taps",

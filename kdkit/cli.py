@@ -249,3 +249,6 @@ def main() -> None:
     except KdkitError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # a folder that cannot be made, a disk that is full
+        print(f"{error.filename or 'kdkit'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)

@@ -10,7 +10,7 @@ from pydantic_core import ErrorDetails
 
 from kdkit.errors import suggest
 from kdkit.options import Ramp
-from kdkit.recipe_types import RECIPE
+from kdkit.recipe_types import TAUGHT
 from kdkit.schema import RecipeBase, RecipeTeacher
 from kdkit.source import Source
 
@@ -77,7 +77,7 @@ def _keys_at(location: Location, model: type[BaseModel]) -> list[str]:
         elif step == "ramp":
             here = [Ramp]
         elif isinstance(step, str):
-            here = [m for m in here if m.__name__.lower().startswith(step.lower()) or (step == RECIPE and m is RecipeTeacher)] or here
+            here = [m for m in here if m.__name__.lower().startswith(step.lower()) or (step == TAUGHT and m is RecipeTeacher)] or here
     return sorted({field.alias or name for m in here for name, field in m.model_fields.items()})
 
 

@@ -116,7 +116,8 @@ class ModelFactory:
         model.freeze(spec.mode)
         if self.device.type != "meta":
             if spec.fold_batchnorm:
-                model = fold_batchnorm(model, torch.rand(2, *self.info.image_shape, device=self.device), in_place=True)
+                with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the comparison is finer than TF32
+                    model = fold_batchnorm(model, self.info.image_shape, in_place=True)
             self.frozen.append((model, _digest(model.module)))
         return model.compile() if self._compiles else model
 

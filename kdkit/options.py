@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, JsonValue, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, JsonValue, ValidationError
 from pydantic_core import CoreSchema, SchemaValidator, core_schema
 
 
@@ -97,6 +97,18 @@ class Text(str):
         text = cls(value)
         text.folder = folder
         return text
+
+
+def _without_origin(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _without_origin(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_origin(item) for item in value]
+    return str(value) if isinstance(value, Text) else value
+
+
+Arguments = Annotated[dict[str, Any], AfterValidator(_without_origin)]
+"""Arguments that are passed on as they are written, in plain types."""
 
 
 def _beside_its_file(value: Any) -> Any:

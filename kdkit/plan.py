@@ -40,6 +40,7 @@ class _Planner:
         self.recipe, self.spec = recipe, recipe.spec
         self.problems: list[str] = []
         self.notes: list[str] = []
+        self._used: set[str] = set()
         self._stages: set[str] = set()
 
     def plan(self) -> Plan:
@@ -72,6 +73,10 @@ class _Planner:
         with self._problems_at("schedule"):
             stages = tuple(self._stage(stage, factory, info, num_train, steps) for stage in self._schedule().stages(factory))
         self._check_training(num_train)
+        for i, name in enumerate(self.recipe.loss_names()):
+            if name not in self._used and not self.problems:
+                says = f"'{name}' is never used: no stage of schedule '{spec.schedule.use}' has a teacher for it, or asks for it"
+                self.problems.append(self.recipe.problem(["losses", i], says))
         self._raise_if_any()
         return Plan(spec.name, info, num_train, student, teacher, stages, tuple(self.notes))
 
@@ -84,6 +89,11 @@ class _Planner:
             self.problems.append(str(error))
         except (DataError, ModelError, TapError, ShapeError, RunError) as error:
             self.problems.append(self.recipe.problem(self._place(error, location), str(error)))
+        except Exception as error:
+            if location != ("schedule",):
+                raise
+            says = f"fails: {type(error).__name__}: {' '.join(str(error).split())}"  # a plugin's own mistake, told with its place
+            self.problems.append(self.recipe.problem(location, f"schedule '{self.spec.schedule.use}' {says}"))
 
     def _raise_if_any(self) -> None:
         if self.problems:
@@ -126,6 +136,11 @@ class _Planner:
         train, size = self.spec.train, self.spec.data.batch_size
         with self._problems_at("train", "optimizer"):
             build_optimizer(train, [nn.Linear(PROBE, PROBE)], nn.Identity())
+        if not self.spec.data.drop_last and num_train % size == 1:
+            says = (
+                f"the last batch of an epoch would be a single image ({num_train} images in batches of {size}), which BatchNorm cannot take"
+            )
+            self.problems.append(self.recipe.problem(["data", "drop_last"], says))
         if train.mixup and (size % 2 or (not self.spec.data.drop_last and num_train % size % 2)):
             says = f"mixes pairs, so every batch must be even: batches of {size} of {num_train} images"
             self.problems.append(self.recipe.problem(["train", "mixup"], says))
@@ -150,7 +165,8 @@ class _Planner:
     def _stage(self, stage: Stage, factory: ModelFactory, info: DataInfo, num_train: int, steps: int) -> StagePlan:
         for student in stage.students:
             student.module.eval()
-        batch = Batch(torch.empty(PROBE, *info.image_shape, device="meta"), torch.zeros(PROBE, dtype=torch.int64), torch.arange(PROBE))
+        with torch.device("meta"):
+            batch = Batch(torch.empty(PROBE, *info.image_shape), torch.zeros(PROBE, dtype=torch.int64), torch.arange(PROBE))
         with torch.no_grad():
             lessons = stage.step(batch)
         if unknown := set(stage.losses or ()) - set(self.recipe.loss_names()):
@@ -174,6 +190,7 @@ class _Planner:
             )
         epochs = stage.epochs or self.spec.train.epochs
         active = objective.active(lessons[0])
+        self._used.update(active)
         entries = {name: objective.entries[name] for name in active}
         return StagePlan(stage.name, len(stage.students), formula(entries), tuple(adapters(active)), epochs, steps * epochs)
 

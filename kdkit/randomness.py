@@ -42,7 +42,8 @@ def _accelerator() -> Any:
 def seeded(*parts: int | str) -> Iterator[None]:
     """Draw from the parts inside, and leave the random state outside as it was."""
     python, numeric = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    devices = [_accelerator().current_device()] if _accelerator() is not None else []
+    with torch.random.fork_rng(devices):
         try:
             reseed(*parts)
             yield

@@ -61,6 +61,9 @@ class Recipe:
         """All that the trained weights depend on: `plain` without bookkeeping, files by what is in them."""
         plain = cast("dict[str, Any]", _content(self.spec))
         del plain["name"]
+        plain["plugins"] = [
+            _digest(file) for path in self.spec.plugins for file in ([path] if path.is_file() else sorted(path.rglob("*.py")))
+        ]
         return plain
 
     @functools.cached_property
@@ -138,6 +141,8 @@ def _check_models(recipe: Recipe) -> Iterable[str]:
         yield recipe.problem(["schedule"], f"schedule '{spec.schedule.use}' needs a `teacher:`")
     if not needs and spec.teacher is not None:
         yield recipe.problem(["teacher"], f"schedule '{spec.schedule.use}' has no teacher; leave it out or write `teacher: null`")
+    if isinstance(spec.teacher, RecipeTeacher) and _teaches_itself(recipe.source.path, spec.teacher.recipe):
+        yield recipe.problem(["teacher", "recipe"], f"{spec.teacher.recipe.name} has this recipe among its own teachers")
     for section, options in (("teacher", spec.teacher), ("student", spec.student)):
         if isinstance(options, ModelOptions):
             try:
@@ -146,6 +151,21 @@ def _check_models(recipe: Recipe) -> Iterable[str]:
                 yield recipe.problem([section, "model"], str(error))
     if isinstance(spec.teacher, TeacherOptions) and spec.teacher.fold_batchnorm and spec.teacher.mode == "train":
         yield recipe.problem(["teacher", "fold_batchnorm"], "folded layers have no batch statistics, which `mode: train` asks for")
+
+
+def _teaches_itself(start: Path, path: Path) -> bool:
+    """Whether following `teacher: {recipe: ...}` from `path` on comes back to a recipe that was met before."""
+    seen = {start.resolve()}
+    while path.is_file():
+        if path.resolve() in seen:
+            return True
+        seen.add(path.resolve())
+        teacher = Source(path).data.get("teacher")
+        named = teacher.get("recipe") if isinstance(teacher, dict) else None
+        if not isinstance(named, Text):
+            return False
+        path = named.folder / named
+    return False
 
 
 def _missing_files(recipe: Recipe) -> Iterable[str]:
@@ -181,5 +201,9 @@ def _content(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_content(item) for item in value]
     if isinstance(value, Path):
-        return hashlib.sha256(value.read_bytes()).hexdigest() if value.is_file() else str(value)
+        return _digest(value) if value.is_file() else str(value)
     return value
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

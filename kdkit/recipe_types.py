@@ -16,6 +16,7 @@ from kdkit.schema import DatasetEntry, DataSpec, LossEntry, RecipeBase, RecipeTe
 
 DEFAULT_SOURCE = "timm"
 RECIPE = "recipe"  # key of a teacher that another recipe trains
+TAUGHT = "@recipe"  # what pydantic calls that kind of teacher; no key can be called so
 
 
 @functools.lru_cache(maxsize=8)
@@ -38,7 +39,7 @@ def _recipe_type(
         __base__=RecipeBase,
         __doc__=RecipeBase.__doc__,
         data=(data, Field(description="What is trained and measured on.")),
-        teacher=(_by_source({**teachers, RECIPE: RecipeTeacher}) | None, RecipeBase.model_fields["teacher"]),
+        teacher=(_by_source({**teachers, TAUGHT: RecipeTeacher}) | None, RecipeBase.model_fields["teacher"]),
         student=(_by_source(students), Field(description="Who learns.")),
         schedule=(_by_use(variants(schedules, "schedule", ScheduleEntry)), Field(description="Who teaches whom, and when.")),
         losses=(_several(_by_use(variants(losses, "loss", LossEntry))), RecipeBase.model_fields["losses"]),
@@ -71,8 +72,8 @@ def _by_source(variants: Mapping[str, type[Options]]) -> Any:
     def which(value: Any) -> str:
         if isinstance(value, BaseModel):
             return next((tag for tag, variant in variants.items() if isinstance(value, variant)), DEFAULT_SOURCE)
-        if isinstance(value, Mapping) and RECIPE in value and RECIPE in variants:
-            return RECIPE
+        if isinstance(value, Mapping) and RECIPE in value and TAUGHT in variants:
+            return TAUGHT
         model = value.get("model") if isinstance(value, Mapping) else None
         try:
             return source_of(model, variants)[0] if isinstance(model, str) else DEFAULT_SOURCE
@@ -91,7 +92,7 @@ def source_of(model: str, sources: Iterable[str]) -> tuple[str, str]:
     source, slash, name = model.partition("/")
     if not slash or ":" in source:
         return DEFAULT_SOURCE, model
-    names = set(sources) - {RECIPE}
+    names = set(sources) - {TAUGHT}
     if source not in names:
         raise ModelError(f"no model source is called '{source}'; {suggest(source, names)}")
     return source, name

@@ -56,7 +56,6 @@ class Registry:
                 yield kind, plugin
 
 
-@functools.lru_cache(maxsize=8)
 def load(files: tuple[Path, ...] = (), *, installed: bool = True) -> Registry:
     """Ask every plugin: installed ones (entry-point group `kdkit`; the standard plugins are such), then files and folders.
 
@@ -66,9 +65,16 @@ def load(files: tuple[Path, ...] = (), *, installed: bool = True) -> Registry:
     Raises:
         PluginError: naming the plugin and what is wrong with it.
     """
+    sources = tuple(_plugin_files(files))
+    return _load(tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in sources), installed)
+
+
+@functools.lru_cache(maxsize=8)
+def _load(files: tuple[tuple[Path, int, int], ...], installed: bool) -> Registry:
+    """Plugins of these files as they are now: an edited file is read again."""
     manager = pluggy.PluginManager("kdkit")
     manager.add_hookspecs(hookspecs)
-    found = [*(_installed() if installed else ()), *((str(path), _import(path)) for path in _plugin_files(files))]
+    found = [*(_installed() if installed else ()), *((str(path), _import(path)) for path, _, _ in files)]
     for origin, module in found:
         try:
             manager.register(module, name=origin)

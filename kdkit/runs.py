@@ -100,7 +100,8 @@ def open_data(recipe: Recipe, accelerator: Accelerator) -> data.Data:
     source = recipe.plugins.datasets[spec.data.dataset.use](spec.data.dataset)
     rank, world = accelerator.process_index, accelerator.num_processes
     try:
-        return data.prepare(spec.data, source, seed=spec.seed, device=accelerator.device, rank=rank, world=world)
+        with accelerator.local_main_process_first():  # it may have to download
+            return data.prepare(spec.data, source, seed=spec.seed, device=accelerator.device, rank=rank, world=world)
     except DataError as error:
         raise recipe.error(["data"], str(error)) from error
 

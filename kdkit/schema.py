@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from kdkit.contracts import LossOptions, ScheduleOptions
-from kdkit.options import BOOKKEEPING, Options, Rampable, RecipePath
+from kdkit.options import BOOKKEEPING, Arguments, Options, Rampable, RecipePath
 from kdkit.providers import DatasetOptions, ModelOptions
 
 
@@ -128,7 +128,7 @@ class OptimizerSpec(Options):
     layer_decay: float | None = Field(
         default=None, gt=0, le=1, description="Factor on the learning rate per layer, from the last to the first."
     )
-    args: dict[str, Any] = Field(default_factory=dict, description="Further arguments of the optimizer.")
+    args: Arguments = Field(default_factory=dict, description="Further arguments of the optimizer.")
 
 
 class AdapterSpec(Options):

@@ -126,9 +126,12 @@ class StageRun:
 
     def _keep_best(self) -> None:
         """Remember the epoch that is best on validation, never on test."""
-        setting, scores = self.setting, self.scores[0]
-        if "validation" in scores and (setting.best is None or scores["validation"]["top1"] > setting.best["validation"]["top1"]):
-            setting.best = {"stage": self.trainer.stage.name, "epoch": self.trainer.epoch, **scores}
+        setting, scores, stage = self.setting, self.scores[0], self.trainer.stage.name
+        if "validation" not in scores:
+            return
+        known = setting.best if setting.best and setting.best["stage"] == stage else None  # an earlier stage trained something else
+        if known is None or scores["validation"]["top1"] > known["validation"]["top1"]:
+            setting.best = {"stage": stage, "epoch": self.trainer.epoch, **scores}
             if setting.is_main:
                 write_atomically(setting.folder.best_file, weights(self.deployed()[0]))
 

@@ -169,9 +169,9 @@ class TappedModel:
                 part.training = True
 
     def _autocast(self, inputs: Inputs) -> contextlib.AbstractContextManager[Any]:
-        if self.precision is None:
-            return contextlib.nullcontext()
         tensor = inputs if isinstance(inputs, Tensor) else next(iter(inputs.values()))
+        if self.precision is None or tensor.device.type == "meta":  # shapes have no precision
+            return contextlib.nullcontext()
         off = self.precision == torch.float32
         return torch.autocast(tensor.device.type, dtype=None if off else self.precision, enabled=not off)
 

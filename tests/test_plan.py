@@ -107,11 +107,10 @@ def test_class_counts_that_differ(tmp_path):
 
 
 def test_a_teacher_recipe_of_other_classes(tmp_path):
-    (tmp_path / "t.yaml").write_text(
-        GOOD.replace("num_classes: 7", "num_classes: 5")
-        .replace("teacher: {model: test_vit, input_size: 160}\n", "")
-        .replace("offline", "supervised")
-    )
+    head, losses = GOOD.index("losses:"), GOOD.index("train: {epochs")
+    alone = GOOD[:head] + "losses: [{use: cross_entropy}]\n" + GOOD[losses:]
+    alone = alone.replace("num_classes: 7", "num_classes: 5").replace("teacher: {model: test_vit, input_size: 160}\n", "")
+    (tmp_path / "t.yaml").write_text(alone.replace("offline", "supervised"))
     with pytest.raises(RecipeError, match="r.yaml:4: teacher.*5 classes, this recipe's data has 7"):
         made(tmp_path, GOOD.replace("{model: test_vit, input_size: 160}", "{recipe: t.yaml}"))
 

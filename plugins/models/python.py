@@ -6,7 +6,6 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from pydantic import Field
 from torch import nn
@@ -23,7 +22,7 @@ class PythonSource(kdkit.ModelSource):
         """Where the class is, and what it is called with."""
 
         file: kdkit.RecipePath = Field(description="Python file that defines the class or function; it is executed.")
-        args: dict[str, Any] = Field(default_factory=dict, description="Arguments beside `num_classes`.")
+        args: kdkit.Arguments = Field(default_factory=dict, description="Arguments beside `num_classes`.")
         in_channels: int | None = Field(default=None, gt=0, description="Channels that the network takes (default: the images').")
 
     options: Options

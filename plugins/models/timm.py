@@ -18,7 +18,7 @@ class TimmSource(kdkit.ModelSource):
         """Which weights, and what the model is created with."""
 
         pretrained: bool = Field(default=False, description="Start from timm's pretrained weights (downloaded once).")
-        args: dict[str, Any] = Field(default_factory=dict, description="Arguments of `timm.create_model`: drop_path_rate, img_size...")
+        args: kdkit.Arguments = Field(default_factory=dict, description="Arguments of `timm.create_model`: drop_path_rate, img_size...")
         stem: Literal["default", "small"] = Field(
             default="default",
             description="small: a ResNet begins with one 3x3 convolution of stride 1 and no pooling, for images of 8 to 64 pixels; "
