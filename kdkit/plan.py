@@ -15,6 +15,7 @@ from kdkit.contracts import Batch, Context, Lesson, Outputs, Schedule, Stage
 from kdkit.describe import ModelPlan, Plan, StagePlan, adapters, formula
 from kdkit.errors import DataError, KdkitError, ModelError, RecipeError, RunError, ShapeError, TapError, suggest
 from kdkit.factory import ModelFactory, TrainedTeacher
+from kdkit.models import read_weights
 from kdkit.objective import Objective, build
 from kdkit.optim import build_optimizer
 from kdkit.providers import DataInfo, ModelOptions
@@ -55,6 +56,10 @@ class _Planner:
                     raise self.recipe.error(["data", "batch_size"], f"{spec.data.batch_size} is more than the {num_train} training images")
             with self._problems_at("teacher"):
                 trained = self._trained(info)
+        for section, options in (("teacher", spec.teacher), ("student", spec.student)):
+            if isinstance(options, ModelOptions) and options.checkpoint:
+                with self._problems_at(section, "checkpoint"):
+                    read_weights(options.checkpoint)  # whether they fit is seen when they are loaded
         self._raise_if_any()
         factory = ModelFactory(self.recipe, info, trained, device=torch.device("meta"))
         self._check_layers(factory)

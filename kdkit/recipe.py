@@ -21,7 +21,7 @@ from kdkit.providers import ModelOptions
 from kdkit.recipe_types import recipe_type, source_of
 from kdkit.registry import Registry
 from kdkit.schema import RecipeBase, RecipeTeacher, TeacherOptions
-from kdkit.source import Source
+from kdkit.source import COMMAND_LINE, Source
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,11 @@ def _cross_check(recipe: Recipe) -> Iterable[str]:
     for i, entry in enumerate(spec.losses):
         if entry.name and given.count(entry.name) > 1:
             yield recipe.problem(["losses", i, "name"], f"'{entry.name}' names two losses")
-    if spec.train.lr_schedule.warmup_epochs + spec.train.lr_schedule.cooldown_epochs > spec.train.epochs:
-        yield recipe.problem(["train", "lr_schedule"], f"warm-up and cool-down are longer than the {spec.train.epochs} epochs")
+    shape = spec.train.lr_schedule
+    if shape.warmup_epochs + shape.cooldown_epochs > spec.train.epochs:
+        key = "epochs" if recipe.source.where(["train", "epochs"]) == COMMAND_LINE else "lr_schedule"
+        says = f"warm-up and cool-down ({shape.warmup_epochs} + {shape.cooldown_epochs}) are longer than the {spec.train.epochs} epochs"
+        yield recipe.problem(["train", key], f"{says}; shorten train.lr_schedule.warmup_epochs")
 
 
 def _check_models(recipe: Recipe) -> Iterable[str]:

@@ -83,6 +83,8 @@ def trained_teacher(recipe: Recipe, student_folder: Path, *, quiet: bool = False
     if source is None:
         return None
     folder = folder_for(source, recipe.spec.run.folder, source.spec.name, taken=student_folder)
+    if not RunFolder(folder).result():
+        Reporter(quiet=quiet).say(f"{source.spec.name}: the teacher is trained first, in {folder}")
     build_accelerator(source.spec.train).wait_for_everyone()  # all have looked before one of them makes it
     return TrainedTeacher(source.spec.student, train(source, folder, quiet=quiet).student)
 

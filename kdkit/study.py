@@ -100,6 +100,7 @@ def caption(seeds: int) -> str:
 
 def _train(each: Recipe, say: Callable[[str], None]) -> Result:
     name = f"{each.spec.name}-seed{each.spec.seed}"
+    say(f"{name}: training")
     result = runs.train(each, runs.folder_for(each, each.spec.run.folder, name), quiet=True)
     say(f"{name}: top-1 {result.test['top1']:.2f} %, trained in {result.seconds:.1f} s, see {result.folder}")
     return result

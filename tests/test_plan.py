@@ -139,3 +139,9 @@ def kdkit_losses():
             tmp_path,
             GOOD.replace("use: logit_kl, weight: {from: 0, to: 1, epochs: 2}, temperature: 2", "use: mine") + "plugins: [mine.py]\n",
         )
+
+
+def test_a_checkpoint_that_is_none_is_told_at_once(tmp_path):
+    (tmp_path / "weights.pt").write_text("nothing")
+    with pytest.raises(RecipeError, match="r.yaml:3: student.checkpoint: .*weights.pt"):
+        made(tmp_path, GOOD.replace("{model: test_resnet}", "{model: test_resnet, checkpoint: weights.pt}"))
