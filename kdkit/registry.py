@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import pluggy
 
@@ -24,7 +24,6 @@ from kdkit.options import Options
 from kdkit.providers import DatasetSource, ModelSource
 
 Plugin = type[Loss] | type[Schedule] | type[ModelSource] | type[DatasetSource]
-PluginT = TypeVar("PluginT", bound=type)
 
 KINDS: Mapping[str, type] = {
     "kdkit_losses": Loss,
