@@ -22,7 +22,7 @@ from typer.models import ArgumentInfo
 import kdkit
 from kdkit import catalogue, registry, schema
 from kdkit.cli import app
-from kdkit.contracts import LayerPair
+from kdkit.loss_options import LayerPair
 from kdkit.options import Options, Ramp
 from kdkit.providers import DatasetOptions, ModelOptions, Normalize
 from kdkit.recipe_types import recipe_type

@@ -10,21 +10,17 @@ if TYPE_CHECKING:
     from kdkit.api import build_loss as build_loss
     from kdkit.api import check as check
     from kdkit.api import train as train
-    from kdkit.contracts import Batch as Batch
     from kdkit.contracts import Context as Context
-    from kdkit.contracts import FeatureOptions as FeatureOptions
-    from kdkit.contracts import LayerPair as LayerPair
     from kdkit.contracts import Lesson as Lesson
     from kdkit.contracts import Loss as Loss
-    from kdkit.contracts import LossOptions as LossOptions
     from kdkit.contracts import Model as Model
     from kdkit.contracts import Models as Models
-    from kdkit.contracts import Outputs as Outputs
-    from kdkit.contracts import RelationOptions as RelationOptions
     from kdkit.contracts import Schedule as Schedule
     from kdkit.contracts import ScheduleOptions as ScheduleOptions
     from kdkit.contracts import Stage as Stage
+    from kdkit.contracts import see as see
     from kdkit.contracts import teach as teach
+    from kdkit.contracts import turned as turned
     from kdkit.errors import DataError as DataError
     from kdkit.errors import Interrupted as Interrupted
     from kdkit.errors import KdkitError as KdkitError
@@ -34,7 +30,21 @@ if TYPE_CHECKING:
     from kdkit.errors import RunError as RunError
     from kdkit.errors import ShapeError as ShapeError
     from kdkit.errors import TapError as TapError
+    from kdkit.forms import as_map as as_map
+    from kdkit.forms import as_tokens as as_tokens
+    from kdkit.forms import as_vectors as as_vectors
+    from kdkit.forms import pooled_alike as pooled_alike
+    from kdkit.forms import resized as resized
+    from kdkit.gathering import gather as gather
     from kdkit.hookspecs import hookimpl as hookimpl
+    from kdkit.loss_options import FeatureOptions as FeatureOptions
+    from kdkit.loss_options import LayerPair as LayerPair
+    from kdkit.loss_options import LossOptions as LossOptions
+    from kdkit.loss_options import MapOptions as MapOptions
+    from kdkit.loss_options import RelationOptions as RelationOptions
+    from kdkit.loss_options import ResponseOptions as ResponseOptions
+    from kdkit.loss_options import TokenOptions as TokenOptions
+    from kdkit.loss_options import VectorOptions as VectorOptions
     from kdkit.normalization import NormalizationAdapter as NormalizationAdapter
     from kdkit.options import BOOKKEEPING as BOOKKEEPING
     from kdkit.options import Arguments as Arguments
@@ -42,6 +52,10 @@ if TYPE_CHECKING:
     from kdkit.options import Ramp as Ramp
     from kdkit.options import Rampable as Rampable
     from kdkit.options import RecipePath as RecipePath
+    from kdkit.parts import AnyBatchNorm as AnyBatchNorm
+    from kdkit.parts import aligned as aligned
+    from kdkit.parts import frozen_copy as frozen_copy
+    from kdkit.parts import standardized as standardized
     from kdkit.providers import DataInfo as DataInfo
     from kdkit.providers import DatasetOptions as DatasetOptions
     from kdkit.providers import DatasetSource as DatasetSource
@@ -51,14 +65,20 @@ if TYPE_CHECKING:
     from kdkit.providers import Normalize as Normalize
     from kdkit.providers import Split as Split
     from kdkit.providers import Stream as Stream
+    from kdkit.records import Batch as Batch
+    from kdkit.records import Outputs as Outputs
     from kdkit.tapping import taps as taps
     from kdkit.trained import load_student as load_student
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "contracts": "Batch Context FeatureOptions LayerPair Lesson Loss LossOptions Model "
-    "Models Outputs RelationOptions Schedule ScheduleOptions Stage teach",
+    "records": "Batch Outputs",
+    "forms": "as_map as_tokens as_vectors pooled_alike resized",
+    "parts": "AnyBatchNorm aligned frozen_copy standardized",
+    "gathering": "gather",
+    "loss_options": "FeatureOptions LayerPair LossOptions MapOptions RelationOptions ResponseOptions TokenOptions VectorOptions",
+    "contracts": "Context Lesson Loss Model Models Schedule ScheduleOptions Stage see teach turned",
     "errors": "DataError Interrupted KdkitError ModelError PluginError RecipeError RunError ShapeError TapError",
     "hookspecs": "hookimpl",
     "options": "BOOKKEEPING Arguments Options Ramp Rampable RecipePath",

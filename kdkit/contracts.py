@@ -1,107 +1,22 @@
-"""What the author of a loss or a schedule implements and receives: Loss, Schedule, and the records between them."""
+"""What the author of a loss or a schedule implements and receives: Loss, Schedule, and what passes between them."""
 
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Protocol
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from kdkit.errors import ShapeError
+from kdkit.errors import TapError
+from kdkit.layers import classifier_path, norm_path
+from kdkit.loss_options import LossOptions
 from kdkit.options import Options
-
-Inputs = Tensor | Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One batch, before any normalisation.
-
-    Attributes:
-        inputs: images (B, C, H, W) in [0, 1], or a mapping of tensors (text).
-        labels: class indices (B,), or shares of the classes (B, K) when inputs are mixed.
-        index: the samples' places in the dataset's whole training part (B,), whatever subset is trained on.
-    """
-
-    inputs: Inputs
-    labels: Tensor
-    index: Tensor
-
-    @property
-    def classes(self) -> Tensor:
-        """Class indices (B,); of a mixed sample, the class with the largest share."""
-        return self.labels if self.labels.ndim == 1 else self.labels.argmax(1)
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """One model's answer to one batch.
-
-    Attributes:
-        logits: scores before softmax, (B, K).
-        features: what the tapped layers gave, by the layer names of the recipe.
-    """
-
-    logits: Tensor
-    features: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Outputs:
-        """The same record with every tensor changed."""
-        return Outputs(change(self.logits), {name: change(value) for name, value in self.features.items()})
-
-    def detach(self) -> Outputs:
-        """The same values as constants."""
-        return self.map(Tensor.detach)
-
-
-class LayerPair(Options):
-    """Which student layer learns from which teacher layer."""
-
-    student: str = Field(description="Student layer: a `named_modules()` path, a glob, stage1..N, penultimate or logits.")
-    teacher: str = Field(description="Teacher layer, named in the same ways.")
-
-
-class LossOptions(Options):
-    """Options of a loss; subclass it as `Options` in the loss."""
-
-    def taps(self) -> Sequence[LayerPair]:
-        """Layers whose outputs the loss reads; none unless it is a feature or relation loss."""
-        return ()
-
-
-class FeatureOptions(LossOptions):
-    """Options of a loss that compares layers."""
-
-    layers: tuple[LayerPair, ...] = Field(min_length=1, description="Student/teacher layer pairs to compare.")
-
-    def taps(self) -> Sequence[LayerPair]:
-        return self.layers
-
-    def pairs(self, student: Outputs, teacher: Outputs) -> Iterator[tuple[Tensor, Tensor]]:
-        """The features of each pair, (f_s, f_t)."""
-        return ((student.features[pair.student], teacher.features[pair.teacher]) for pair in self.layers)
-
-
-class RelationOptions(FeatureOptions):
-    """Options of a loss that compares how the samples of a batch relate to each other: it reads one embedding a sample."""
-
-    def embeddings(self, student: Outputs, teacher: Outputs) -> Iterator[tuple[Tensor, Tensor]]:
-        """The embeddings of each pair, (B, D_s) and (B, D_t); larger features are flattened to that.
-
-        Raises:
-            ShapeError: a layer does not give something for each sample.
-        """
-        for layers, (f_s, f_t) in zip(self.layers, self.pairs(student, teacher), strict=True):
-            if f_s.ndim < 2 or f_t.ndim < 2 or len(f_s) != len(f_t):
-                raise ShapeError(
-                    f"student '{layers.student}' {tuple(f_s.shape)} and teacher '{layers.teacher}' {tuple(f_t.shape)} must hold "
-                    "something for each sample of the batch, (B, ...); any stage or 'penultimate' does"
-                )
-            yield f_s.flatten(1), f_t.flatten(1)
+from kdkit.parts import frozen_copy
+from kdkit.records import Batch, Inputs, Outputs
 
 
 @dataclass(frozen=True)
@@ -121,6 +36,35 @@ class Context:
     num_samples: int
     labels: Tensor
 
+    def student_classifier(self) -> nn.Module:
+        """The student's layer from embedding to logits itself: it learns. Keep it in a tuple, as it is the student's part, not the loss's.
+
+        Raises:
+            TapError: it has none, or several.
+        """
+        return self.student.get_submodule(classifier_path(self.student, self.num_classes))
+
+    def teacher_classifier(self) -> nn.Module:
+        """A frozen copy of the teacher's layer from embedding to logits.
+
+        Raises:
+            TapError: it has none, or several.
+        """
+        return frozen_copy(self._teacher().get_submodule(classifier_path(self._teacher(), self.num_classes)))
+
+    def teacher_norm(self, layer: str) -> nn.Module:
+        """The teacher's batch normalisation that a layer's values come from: the layer itself, or the last one in or before it.
+
+        Raises:
+            TapError: there is none.
+        """
+        return self._teacher().get_submodule(norm_path(layer, self._teacher()))
+
+    def _teacher(self) -> nn.Module:
+        if self.teacher is None:
+            raise TapError("there is no teacher network to take a layer from")
+        return self.teacher
+
 
 class Loss(nn.Module, abc.ABC):
     """One term of the objective, unweighted: the recipe's `weight` multiplies it.
@@ -132,6 +76,8 @@ class Loss(nn.Module, abc.ABC):
     knowledge: ClassVar[Literal["labels", "response", "feature", "relation"]]
     needs_teacher_logits: ClassVar[bool] = False
     """Whether a feature or relation loss also reads `teacher.logits` (response losses always may)."""
+    needs_networks: ClassVar[bool] = False
+    """Whether `setup` reads the networks of its context. `kdkit check` then runs real ones; batch norms are not folded away."""
     Options: ClassVar[type[LossOptions]] = LossOptions
 
     def __init__(self, options: LossOptions) -> None:
@@ -141,13 +87,20 @@ class Loss(nn.Module, abc.ABC):
     def setup(self, student: Outputs, teacher: Outputs, context: Context | None = None) -> None:
         """Build learnable parts, sized by a probe batch's outputs. Called once, before the optimizer exists.
 
+        By itself it builds nothing, and looks whether the options can compare the two.
+
         Raises:
             ShapeError: the two cannot be compared.
         """
+        self.options.check(student, teacher)
 
     @abc.abstractmethod
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """The scalar loss."""
+
+    def deploy(self, student: nn.Module) -> nn.Module:
+        """The network that is measured and exported in the student's place: the student itself, unless the loss adds a part to it."""
+        return student
 
 
 @dataclass(frozen=True)
@@ -186,8 +139,11 @@ class Stage:
         students: the models that learn.
         step: who teaches whom on a batch; one lesson per student, in their order.
         after_step: called after each optimizer step.
-        losses: names of the recipe's losses that count here (None: all).
+        losses: names of the recipe's losses that count here (None: all); a mapping gives them other weights than the recipe's.
         epochs: how long (None: the recipe's `train.epochs`).
+        lr: learning rate before its schedule (None: the recipe's `train.optimizer.lr`).
+        train: what learns (None: everything): `student`, a layer of it (`student.layer1`, `student.stage2`), a loss's learnable parts by
+            its name (`hint`), or one of them (`ft.paraphraser`). All else is frozen for the stage, its batch norms included.
         buffers: frozen models that `after_step` changes (moving averages): saved and restored with the stage.
     """
 
@@ -195,8 +151,10 @@ class Stage:
     students: Sequence[Model]
     step: Callable[[Batch], Sequence[Lesson]]
     after_step: Callable[[], None] = lambda: None
-    losses: Sequence[str] | None = None
+    losses: Sequence[str] | Mapping[str, float] | None = None
     epochs: int | None = None
+    lr: float | None = None
+    train: Sequence[str] | None = None
     buffers: Sequence[Model] = ()
 
 
@@ -223,12 +181,41 @@ class Schedule(abc.ABC):
         """
 
 
-def teach(student: Model, by: Sequence[Model] = ()) -> Callable[[Batch], Sequence[Lesson]]:
-    """The usual step: one student, fixed teachers."""
+View = Callable[[Tensor], Tensor]
+
+
+def teach(student: Model, by: Sequence[Model] = (), views: Mapping[str, View] | None = None) -> Callable[[Batch], Sequence[Lesson]]:
+    """The usual step: one student, fixed teachers.
+
+    Args:
+        student: who learns.
+        by: its teachers.
+        views: further views of the images that all models answer together with the images themselves; what a model says of them is in
+            `Outputs.views` under the same names. A view may hold several copies of each image.
+    """
 
     def step(batch: Batch) -> Sequence[Lesson]:
         with torch.no_grad():
-            teachers = [teacher(batch.inputs).detach() for teacher in by]
-        return [Lesson(student(batch.inputs), teachers)]
+            teachers = [see(teacher, batch.inputs, views or {}).detach() for teacher in by]
+        return [Lesson(see(student, batch.inputs, views or {}), teachers)]
 
     return step
+
+
+def see(model: Model, inputs: Inputs, views: Mapping[str, View]) -> Outputs:
+    """A model's answer to images and their views, in one forward."""
+    if not views or not isinstance(inputs, Tensor):
+        return model(inputs)
+    shown = [inputs, *(view(inputs) for view in views.values())]
+    answer, sizes = model(torch.cat(shown)), [len(images) for images in shown]
+    own, *others = (answer.map(functools.partial(_rows, sizes=sizes, part=i)) for i in range(len(sizes)))
+    return replace(own, views=dict(zip(views, others, strict=True)))
+
+
+def _rows(x: Tensor, sizes: Sequence[int], part: int) -> Tensor:
+    return x.narrow(0, sum(sizes[:part]), sizes[part])
+
+
+def turned(images: Tensor) -> Tensor:
+    """Each image turned by 90, 180 and 270 degrees: (B, C, H, W) to (3B, C, H, W), all images at one angle, then at the next."""
+    return torch.cat([images.rot90(quarters, (2, 3)) for quarters in (1, 2, 3)])

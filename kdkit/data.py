@@ -15,10 +15,10 @@ from torch import Tensor
 
 from kdkit import stream
 from kdkit.augment import permutation
-from kdkit.contracts import Batch
 from kdkit.errors import DataError
 from kdkit.images import Finish, HeldImages, Images, Pictures, ReadImages
 from kdkit.providers import DataInfo, DatasetSource, InMemory, Split, Stream
+from kdkit.records import Batch
 from kdkit.schema import DataSpec
 from kdkit.subsets import choose
 from kdkit.transforms import for_measuring, for_training, resized

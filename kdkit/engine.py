@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -13,13 +13,15 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast, gather_object
 from torch import Tensor, nn
 
-from kdkit.contracts import Batch, Stage
+from kdkit.contracts import Stage
 from kdkit.data import TrainLoader
 from kdkit.errors import RunError
 from kdkit.objective import Objective, Value, sum_of
 from kdkit.optim import LrSchedule, build_optimizer
 from kdkit.randomness import reseed
+from kdkit.records import Batch
 from kdkit.schema import MixupSpec, TrainSpec
+from kdkit.trainable import freeze_all_but, rest
 
 State = dict[str, Any]
 
@@ -61,9 +63,13 @@ class Trainer:
         self.epochs = stage.epochs or spec.epochs
         self.steps_per_epoch = -(-len(loader) // spec.accumulate)
         self.learner = Learner(stage, objectives).to(accelerator.device)
+        self._frozen = [] if stage.train is None else self._freeze(stage.train)
+        if stage.lr is not None:
+            spec = spec.model_copy(update={"optimizer": spec.optimizer.model_copy(update={"lr": stage.lr})})
         self.optimizer = build_optimizer(spec, list(self.learner.students), self.learner.objectives)
         self.schedule = LrSchedule(spec, self.optimizer, self.epochs, self.steps_per_epoch, maximize=maximize)
-        self.averages = [_average(student.module, spec) for student in stage.students]
+        self._networks = [objective.deploy(student.module) for student, objective in zip(stage.students, objectives, strict=True)]
+        self.averages = [_average(network, spec) for network in self._networks]
         self.mixup = _mixup(spec.mixup, num_classes) if spec.mixup else None
         if accelerator.num_processes > 1:
             accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=self._leaves_parameters_unused())
@@ -72,12 +78,20 @@ class Trainer:
         self.epoch = 0  # finished epochs
         self.step = 0  # optimizer steps done in the current epoch
 
+    def _freeze(self, wanted: Sequence[str]) -> list[nn.Parameter]:
+        learner = self.learner
+        pairs = zip(learner.students, learner.objectives, strict=True)
+        return [p for student, objective in pairs for p in freeze_all_but(wanted, student, cast("Objective", objective).parts())]
+
     def _leaves_parameters_unused(self) -> bool:
         """Whether the objective reads only a part of the students: DDP then has to look which, at a cost."""
         self.learner.eval()
+        before = [buffer.clone() for buffer in self.learner.buffers()]
         total, _ = self.learner(next(iter(self.loader.epoch(0))), 0.0)
         parameters = [p for p in self.learner.parameters() if p.requires_grad]
         found = torch.autograd.grad(total, parameters, allow_unused=True)
+        for buffer, value in zip(self.learner.buffers(), before, strict=True):
+            buffer.copy_(value)  # a loss's memory has seen nothing yet
         return any(gather_object([any(gradient is None for gradient in found)]))
 
     @property
@@ -88,6 +102,9 @@ class Trainer:
     def train_epoch(self) -> Iterator[list[Value]]:
         """Train on what is left of the current epoch; after each optimizer step, give the values of its batches' lessons."""
         self.learner.train()
+        if self.stage.train is not None:
+            for student in self.learner.students:
+                rest(student)
         batches = self.loader.epoch(self.epoch, start=self.step * self.spec.accumulate)
         while group := list(itertools.islice(batches, self.spec.accumulate)):
             values = self.optimize(group)
@@ -108,9 +125,9 @@ class Trainer:
             values += answers
         self._update()
         self.schedule.after_step(self.steps + 1)
-        for student, average in zip(self.learner.students, self.averages, strict=True):
+        for network, average in zip(self._networks, self.averages, strict=True):
             if average is not None:
-                average.update(student, step=self.steps + 1)
+                average.update(network, step=self.steps + 1)
         self.stage.after_step()
         return values
 
@@ -143,6 +160,8 @@ class Trainer:
     def close(self) -> None:
         """Let go of what the accelerator and, in several processes, the parameters' hooks keep: the next stage wraps them anew."""
         del self._forward
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
         self.accelerator.free_memory()
 
     def synchronise(self) -> None:
@@ -164,7 +183,7 @@ class Trainer:
 
     def deployed(self) -> list[nn.Module]:
         """The networks that are measured and exported: the averages where there are any."""
-        return [s if average is None else average.module for s, average in zip(self.learner.students, self.averages, strict=True)]
+        return [n if average is None else average.module for n, average in zip(self._networks, self.averages, strict=True)]
 
     def state_dict(self) -> State:
         return {

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from kdkit.contracts import Batch, Model
+from kdkit.contracts import Model
+from kdkit.records import Batch
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kdkit.contracts import LayerPair
 from kdkit.errors import ModelError, RunError, TapError
 from kdkit.folding import fold_batchnorm
 from kdkit.layers import expand_pairs
+from kdkit.loss_options import LayerPair
 from kdkit.models import build_model
 from kdkit.providers import DataInfo, ModelOptions, ModelSource
 from kdkit.randomness import seeded
@@ -45,10 +45,13 @@ class ModelFactory:
         info: image shape and class count.
         trained: the teacher, where another recipe trains it.
         device: where they live; on the meta device they have shapes, but no weights.
+        rehearsal: weights are random and nothing is read, downloaded or folded: only shapes and structure count.
     """
 
-    def __init__(self, recipe: Recipe, info: DataInfo, trained: TrainedTeacher | None, *, device: torch.device) -> None:
-        self.recipe, self.info, self.trained, self.device = recipe, info, trained, device
+    def __init__(
+        self, recipe: Recipe, info: DataInfo, trained: TrainedTeacher | None, *, device: torch.device, rehearsal: bool = False
+    ) -> None:
+        self.recipe, self.info, self.trained, self.device, self.rehearsal = recipe, info, trained, device, rehearsal
         self.frozen: list[tuple[TappedModel, str]] = []
         self._students = 0
 
@@ -106,16 +109,14 @@ class ModelFactory:
         options = self._teacher_options
         if options is None or not isinstance(spec, TeacherOptions):
             raise RunError("this recipe has no teacher")
-        reads_logits = any(
-            loss.knowledge == "response" or loss.needs_teacher_logits
-            for loss in (self.recipe.plugins.losses[e.use] for e in self.recipe.spec.losses)
-        )
+        losses = [self.recipe.plugins.losses[entry.use] for entry in self.recipe.spec.losses]
+        reads_logits = any(loss.knowledge == "response" or loss.needs_teacher_logits for loss in losses)
         model = self._build("teacher", options, self.layers[1], 0)
         model.needs_logits = reads_logits
         model.precision = PRECISIONS[spec.precision] if spec.precision else None
         model.freeze(spec.mode)
-        if self.device.type != "meta":
-            if spec.fold_batchnorm:
+        if self._real:
+            if spec.fold_batchnorm and not any(loss.needs_networks for loss in losses):
                 with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the comparison is finer than TF32
                     model = fold_batchnorm(model, self.info.image_shape, in_place=True)
             self.frozen.append((model, _digest(model.module)))
@@ -123,7 +124,11 @@ class ModelFactory:
 
     @property
     def _compiles(self) -> bool:
-        return self.recipe.spec.train.compile and self.device.type != "meta"  # where nothing is computed, there is nothing to compile
+        return self.recipe.spec.train.compile and self._real
+
+    @property
+    def _real(self) -> bool:
+        return self.device.type != "meta" and not self.rehearsal
 
     @property
     def _teacher_options(self) -> ModelOptions | None:
@@ -152,14 +157,16 @@ class ModelFactory:
         return sources[name](options, model_name)
 
     def _build(self, section: str, options: ModelOptions, layers: Sequence[str], number: int) -> TappedModel:
-        spec, real = self.recipe.spec, self.device.type != "meta"
-        if section == "teacher" and self.trained:
+        spec = self.recipe.spec
+        if self.rehearsal:
+            options = options.model_copy(update={"checkpoint": None, **({"pretrained": False} if hasattr(options, "pretrained") else {})})
+        elif section == "teacher" and self.trained:
             options = options.model_copy(update={"checkpoint": self.trained.file, "strip_prefix": ""})
         try:
             with seeded(spec.seed, section, number):
                 model = build_model(
                     options, self._source(options), self.info.num_classes, self.info.image_shape, layers, section,
-                    weights=real, channels_last=spec.train.channels_last,
+                    weights=self.device.type != "meta", channels_last=spec.train.channels_last,
                 )  # fmt: skip
         except (ModelError, TapError) as error:
             raise self.recipe.error([section, "model"], str(error).removeprefix(f"{section}: ")) from error

@@ -15,9 +15,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kdkit.contracts import Inputs
 from kdkit.errors import ModelError
 from kdkit.layers import resolve
+from kdkit.records import Inputs
 from kdkit.tapping import TappedModel
 
 ModelT = TypeVar("ModelT", TappedModel, nn.Module)

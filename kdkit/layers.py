@@ -1,7 +1,8 @@
 """Names of layers: what a recipe writes, and which module of a network that is.
 
 A layer is a `named_modules()` path, a glob over such paths (`blocks.*.attn`; a star stays within one step of the path), or an
-alias: `stage1`..`stageN`, `penultimate` (the classifier's input), `logits` (the network's output).
+alias: `stage1`..`stageN`, `penultimate` (the classifier's input), `logits` (the network's output). With `@input` behind it, it is what
+the layer takes, not what it gives: `layer1.0.act2@input` is a block's sum before its activation.
 """
 
 from __future__ import annotations
@@ -17,18 +18,23 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kdkit.contracts import LayerPair
 from kdkit.errors import TapError
+from kdkit.loss_options import LayerPair
 
+INPUT = "@input"
 WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One place to observe: what the module at `path` returns, or its first argument. The path "" is the network itself."""
+    """One place to observe: what the module at `path` returns, or its first argument. The path "" is the network itself.
+
+    `embedding` says that it is one vector per sample, whatever dimensions of size 1 surround it.
+    """
 
     path: str
     side: Literal["output", "input"] = "output"
+    embedding: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,9 @@ def resolve(name: str, module: nn.Module, num_classes: int | None = None) -> Lay
     if name == "logits":
         return Layer("")
     if name == "penultimate":
-        return Layer(classifier_path(module, num_classes), "input")
+        return Layer(classifier_path(module, num_classes), "input", embedding=True)
+    if name.endswith(INPUT):
+        return Layer(resolve(name.removesuffix(INPUT), module, num_classes).path, "input")
     paths = dict(module.named_modules())
     if name and name in paths:
         return Layer(name)
@@ -75,6 +83,8 @@ def expand(name: str, module: nn.Module) -> list[str]:
     if not any(sign in name for sign in "*?["):
         resolve(name, module)
         return [name]
+    if name.endswith(INPUT):
+        return [f"{found}{INPUT}" for found in expand(name.removesuffix(INPUT), module)]
     parts = name.split(".")
     aliases = [f"stage{i}" for i in range(1, len(stage_paths(module)) + 1)]
     found = [alias for alias in aliases if fnmatchcase(alias, name)]
@@ -134,6 +144,24 @@ def classifier_path(module: nn.Module, num_classes: int | None = None) -> str:
     if not inner:
         raise TapError("'penultimate': this network has no linear classifier; name a layer instead")
     return ".".join(part for part in (prefix, inner[-1]) if part)
+
+
+def norm_path(layer: str, module: nn.Module) -> str:
+    """Path of the batch normalisation that a layer's values come from.
+
+    That is the layer itself, or, of an activation's input, the last one registered before it in the same block.
+
+    Raises:
+        TapError: the layer is something else, or there is none.
+    """
+    found = resolve(layer, module)
+    block, _, _ = found.path.rpartition(".")
+    siblings = [f"{block}.{name}" if block else name for name, _ in module.get_submodule(block).named_children()]
+    before = siblings[: siblings.index(found.path)] if found.side == "input" else [found.path]
+    norms = [path for path in before if isinstance(module.get_submodule(path), nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        raise TapError(f"no batch norm is known to give '{layer}'; name one, or the input of the activation behind it ('...act2{INPUT}')")
+    return norms[-1]
 
 
 def tappable_layers(module: nn.Module, shape: tuple[int, int, int]) -> list[LayerRow]:

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kdkit.contracts import Batch, Context, LayerPair, Lesson, Loss, Outputs
-from kdkit.errors import PluginError
+from kdkit.contracts import Context, Lesson, Loss
+from kdkit.errors import PluginError, ShapeError, TapError
+from kdkit.loss_options import LayerPair
 from kdkit.options import at_epoch
 from kdkit.recipe import Recipe
+from kdkit.records import Batch, Outputs
 from kdkit.schema import LossEntry
 
 
@@ -49,18 +51,33 @@ class Objective(nn.Module):
         """Let each loss build its learnable parts.
 
         Raises:
+            ShapeError, TapError: a loss cannot compare the two; begins with its name.
             PluginError: a loss took a network for one of its parts, which would train it (and save it) twice, or train the teacher.
         """
         networks = {id(p) for network in (context.student, context.teacher) if network is not None for p in network.parameters()}
         for name, loss in self.active(probe).items():
             teacher = probe.teachers[0] if probe.teachers and loss.knowledge != "labels" else NoTeacher()
-            loss.setup(in_full_precision(probe.student), teacher if isinstance(teacher, NoTeacher) else in_full_precision(teacher), context)
+            known = teacher if isinstance(teacher, NoTeacher) else in_full_precision(teacher)
+            try:
+                loss.setup(in_full_precision(probe.student), known, context)
+            except (ShapeError, TapError) as error:
+                raise type(error)(f"{name}: {error}") from None
             if any(id(p) in networks for p in loss.parameters()):
                 raise PluginError(f"{name}: holds a network of its context as its own part; keep a copy of what it needs instead")
 
+    def parts(self) -> dict[str, Loss]:
+        """The losses by name."""
+        return {name: loss for name, loss in self.losses.items() if isinstance(loss, Loss)}
+
+    def deploy(self, student: nn.Module) -> nn.Module:
+        """What is measured and exported in the student's place, as the losses have it."""
+        for loss in self.parts().values():
+            student = loss.deploy(student)
+        return student
+
     def active(self, lesson: Lesson) -> dict[str, Loss]:
         """The losses that count for a lesson: without a teacher, those on labels."""
-        return {n: loss for n, loss in self.losses.items() if isinstance(loss, Loss) and (lesson.teachers or loss.knowledge == "labels")}
+        return {name: loss for name, loss in self.parts().items() if lesson.teachers or loss.knowledge == "labels"}
 
     def forward(self, lesson: Lesson, batch: Batch, epoch: float = 0.0) -> Value:
         """Value the lesson at a (fractional) epoch of the stage, which sets every ramp."""
@@ -93,12 +110,14 @@ def sum_of(values: Iterable[Tensor], like: Tensor) -> Tensor:
 Expand = Callable[[Sequence[LayerPair]], Sequence[LayerPair]]
 
 
-def build(recipe: Recipe, only: Sequence[str] | None = None, expand: Expand = lambda pairs: pairs) -> Objective:
-    """The recipe's objective, or that of the losses called `only`; `expand` replaces globs in their layer pairs."""
+def build(recipe: Recipe, only: Sequence[str] | Mapping[str, float] | None = None, expand: Expand = lambda pairs: pairs) -> Objective:
+    """The recipe's objective, or that of the losses called `only`, with its weights where it has any; `expand` writes globs out."""
+    weights = only if isinstance(only, Mapping) else {}
     losses = {}
     for name, entry in zip(recipe.loss_names(), recipe.spec.losses, strict=True):
         if only is None or name in only:
-            losses[name] = (entry := _expanded(entry, expand), recipe.plugins.losses[entry.use](entry))
+            entry = _expanded(entry, expand).model_copy(update={"weight": weights[name]} if name in weights else {})
+            losses[name] = (entry, recipe.plugins.losses[entry.use](entry))
     return Objective(losses)
 
 

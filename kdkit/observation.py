@@ -62,7 +62,7 @@ class Keep:
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], *output: Tensor) -> None:
         if self.store.open:
-            self.store.values[self.name] = output[0] if output else args[0]
+            self.store.values[self.name] = seen(module, args, output)  # type: ignore[assignment]
 
 
 def register(module: nn.Module, layers: Mapping[str, Layer], hook: Callable[[str], Callable[..., None]]) -> list[RemovableHandle]:
@@ -80,7 +80,7 @@ def observed(module: nn.Module, layers: Mapping[str, Layer], keep: Callable[[str
 
     def hook(name: str) -> Callable[..., None]:
         def observe(part: nn.Module, args: tuple[object, ...], *output: object) -> None:
-            keep(name, (*output, *args, None)[0])
+            keep(name, seen(part, args, output))
 
         return observe
 
@@ -90,6 +90,12 @@ def observed(module: nn.Module, layers: Mapping[str, Layer], keep: Callable[[str
     finally:
         for handle in handles:
             handle.remove()
+
+
+def seen(part: nn.Module, args: tuple[object, ...], output: tuple[object, ...]) -> object:
+    """What a hook keeps: the output, or of a hook before the forward the first argument, copied where the module would overwrite it."""
+    value = (*output, *args, None)[0]
+    return value.clone() if not output and isinstance(value, Tensor) and getattr(part, "inplace", False) else value
 
 
 def version(tensor: Tensor) -> int | None:

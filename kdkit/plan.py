@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdkit import data
-from kdkit.contracts import Batch, Context, Lesson, Outputs, Schedule, Stage
+from kdkit.contracts import Context, Lesson, Schedule, Stage
 from kdkit.describe import ModelPlan, Plan, StagePlan, adapters, formula
 from kdkit.errors import DataError, KdkitError, ModelError, RecipeError, RunError, ShapeError, TapError, suggest
 from kdkit.factory import ModelFactory, TrainedTeacher
@@ -21,8 +21,10 @@ from kdkit.optim import build_optimizer
 from kdkit.providers import DataInfo, ModelOptions
 from kdkit.randomness import seeded
 from kdkit.recipe import Recipe, teacher_recipe
+from kdkit.records import Batch, Outputs
 from kdkit.subsets import choose
 from kdkit.tapping import TappedModel
+from kdkit.trainable import freeze_all_but
 
 PROBE = 2  # images
 
@@ -75,6 +77,8 @@ class _Planner:
         steps = -(
             -(num_train // spec.data.batch_size if spec.data.drop_last else -(-num_train // spec.data.batch_size)) // spec.train.accumulate
         )
+        if any(self.recipe.plugins.losses[entry.use].needs_networks for entry in spec.losses):
+            factory = ModelFactory(self.recipe, info, trained, device=torch.device("cpu"), rehearsal=True)
         with self._problems_at("schedule"):
             stages = tuple(self._stage(stage, factory, info, num_train, steps) for stage in self._schedule().stages(factory))
         self._check_training(num_train)
@@ -170,10 +174,12 @@ class _Planner:
     def _stage(self, stage: Stage, factory: ModelFactory, info: DataInfo, num_train: int, steps: int) -> StagePlan:
         for student in stage.students:
             student.module.eval()
-        with torch.device("meta"):
-            batch = Batch(torch.empty(PROBE, *info.image_shape), torch.zeros(PROBE, dtype=torch.int64), torch.arange(PROBE))
+        labels = torch.arange(num_train) % info.num_classes
+        with seeded("images"):
+            images = torch.rand(PROBE, *info.image_shape)
         with torch.no_grad():
-            lessons = stage.step(batch)
+            index = torch.arange(PROBE, device=factory.device)
+            lessons = stage.step(Batch(images.to(factory.device), index % info.num_classes, index))
         if unknown := set(stage.losses or ()) - set(self.recipe.loss_names()):
             raise self.recipe.error(
                 ["schedule"], f"stage '{stage.name}' asks for losses that are not there: {suggest(unknown.pop(), self.recipe.loss_names())}"
@@ -184,15 +190,14 @@ class _Planner:
         if stage.name in self._stages:
             raise self.recipe.error(["schedule"], f"two stages are called '{stage.name}'; their logs and random numbers go by that name")
         self._stages.add(stage.name)
-        labels = torch.arange(num_train) % info.num_classes
-        context = Context(stage.students[0].module, factory.teacher_module(), info.num_classes, num_train, labels)
+        network = stage.students[0].module
+        context = Context(network, factory.teacher_module(), info.num_classes, num_train, labels)
         with seeded("plan"):
-            self._try_losses(
-                objective,
-                _on_random_numbers(lessons[0]),
-                Batch(torch.rand(PROBE, *info.image_shape), labels[:PROBE], torch.arange(PROBE)),
-                context,
-            )
+            lesson = _on_random_numbers(lessons[0]) if factory.device.type == "meta" else lessons[0]
+            self._try_losses(objective, lesson, Batch(images, labels[:PROBE], torch.arange(PROBE)), context)
+        if stage.train is not None and not self.problems:
+            for parameter in freeze_all_but(stage.train, network, objective.parts()):
+                parameter.requires_grad_(True)
         epochs = stage.epochs or self.spec.train.epochs
         active = objective.active(lessons[0])
         self._used.update(active)

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdkit.contracts import Batch, Context, FeatureOptions, Loss, Outputs
+from kdkit.contracts import Context, Loss
 from kdkit.errors import ShapeError
+from kdkit.forms import as_vectors
+from kdkit.loss_options import FeatureOptions
 from kdkit.objective import NoTeacher
+from kdkit.records import Batch, Outputs
 
 Shape = tuple[int, ...]
 Change = Callable[[Tensor], Tensor]
@@ -29,13 +32,16 @@ FORMS: Mapping[str, tuple[Shape, Shape]] = {
     "maps of twice the size": ((6, 4, 4), (10, 8, 8)),
     "maps of a third of the size": ((6, 9, 9), (10, 3, 3)),
     "maps of one pixel": ((6, 1, 1), (10, 1, 1)),
+    "maps with channels last": ((6, 4, 4), (4, 4, 10)),
     "tokens": ((9, 6), (9, 10)),
+    "tokens and a map": ((17, 6), (10, 4, 4)),
+    "a map and tokens": ((6, 8, 8), (16, 10)),
+    "other numbers of tokens": ((10, 6), (16, 10)),
     "vectors": ((6,), (10,)),
 }
 MISFITS: Mapping[str, tuple[Shape, Shape]] = {
     "a map and a vector": ((6, 8, 8), (10,)),
-    "tokens and a map": ((9, 6), (10, 3, 3)),
-    "other numbers of tokens": ((9, 6), (16, 10)),
+    "tokens of no square grid and a map": ((15, 6), (10, 3, 3)),
     "features without a dimension": ((), ()),
 }
 
@@ -113,16 +119,31 @@ class Probe:
 
 
 class Network(nn.Module):
-    """Stands for a network in the context: batch norms called like the tapped layers, and a classifier."""
+    """Stands for a network in the context: batch norms called like the tapped layers, and a classifier of the last one's mean."""
 
-    def __init__(self, channels: Mapping[str, int]) -> None:
+    def __init__(self, layers: Mapping[str, Shape]) -> None:
         super().__init__()
-        for name, count in channels.items():
-            self.add_module(name.replace(".", "_"), nn.BatchNorm2d(count))
-        self.classifier = nn.Linear(next(iter(channels.values()), 6), CLASSES)
+        for name, shape in layers.items():
+            norm = nn.BatchNorm2d(width(shape))
+            nn.init.normal_(norm.bias)
+            self.add_module(name.replace(".", "_"), norm)
+        self.last = next(reversed(list(layers)), None)
+        self.classifier = nn.Linear(width(layers[self.last]) if self.last else 6, CLASSES)
+
+    def answer(self, outputs: Outputs) -> Outputs:
+        """Outputs whose logits are what the classifier makes of the last layer."""
+        if self.last is None or outputs.logits.shape[1] != CLASSES or self.last == "logits":
+            return outputs
+        with torch.no_grad():
+            return replace(outputs, logits=self.classifier(as_vectors(outputs.features[self.last])))
 
     def get_classifier(self) -> nn.Module:
         return self.classifier
+
+
+def width(shape: Shape) -> int:
+    """Channels of a map (first or, of equal sides, last), or of tokens or a vector."""
+    return as_vectors(torch.empty(1, *shape)).shape[1]
 
 
 def readable(loss: Loss, teacher: Outputs) -> Outputs:
@@ -153,12 +174,14 @@ def probe(cls: type[Loss], options: Mapping[str, Any], form: str, shapes: tuple[
     defaults = {"layers": [{"student": "a", "teacher": "a"}]} if issubclass(cls.Options, FeatureOptions) else {}
     loss = cls(cls.Options(**{**defaults, **options}))
     layers = {pair.student: shapes[0] for pair in loss.options.taps()}, {pair.teacher: shapes[1] for pair in loss.options.taps()}
-    networks = [Network({name: shape[0] for name, shape in names.items() if shape}) for names in layers]
+    networks = [Network({name: shape for name, shape in names.items() if shape}) for names in layers]
     context = Context(networks[0], networks[1].eval().requires_grad_(False), CLASSES, 64, torch.arange(64) % CLASSES)
     few, more = (
         (random_outputs(layers[0], size=size, seed=size), random_outputs(layers[1], size=size, classes=teacher_classes, seed=size + 1))
         for size in (4, 6)
     )
+    if cls.needs_networks:
+        few, more = ((networks[0].answer(s), networks[1].answer(t)) for s, t in (few, more))
     set_up(loss, *few, context, form)
     right = torch.where(torch.arange(6) % 3 == 0, torch.arange(6), more[1].logits.argmax(1)) % CLASSES  # mostly, as teachers are
     return Probe(loss, *more, replace(random_batch(), labels=right), context, form)
@@ -216,6 +239,10 @@ def huge_logits(x: Tensor) -> Tensor:
     return 1e4 * x.sign() if x.ndim == 2 else x
 
 
+def certain(x: Tensor) -> Tensor:
+    return 100.0 * (x == x.amax(1, keepdim=True)) if x.ndim == 2 else x
+
+
 # What happens to the student's tensors, and to the teacher's.
 DEGENERATE: Mapping[str, tuple[Change, Change]] = {
     "equal rows": (equal_rows, as_it_is),
@@ -230,5 +257,6 @@ DEGENERATE: Mapping[str, tuple[Change, Change]] = {
     "a dead channel": (lambda x: torch.cat([0 * x[:, :1], x[:, 1:]], 1), lambda x: torch.cat([0 * x[:, :1], x[:, 1:]], 1)),
     "logits of 1e4": (huge_logits, as_it_is),
     "logits of 1e4 of the teacher": (as_it_is, huge_logits),
+    "a teacher that is certain": (as_it_is, certain),
     "logits of 1e4 on both sides, opposed": (huge_logits, lambda x: -huge_logits(x)),
 }

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kdkit import data, objective, plan
 from kdkit.checkpoints import write_atomically
-from kdkit.contracts import Context, Stage
+from kdkit.contracts import Context, Loss, Model, Stage
 from kdkit.engine import Trainer, build_accelerator
 from kdkit.errors import DataError, RunError
 from kdkit.evaluate import metrics, predict
@@ -23,6 +23,8 @@ from kdkit.run_folder import Result, RunFolder
 from kdkit.setting import Setting
 from kdkit.signals import StopRequest
 from kdkit.stage_run import StageRun, weights
+
+Carried = dict[Model, dict[str, Loss]]  # of each student, its losses so far by name
 
 
 def train(recipe: Recipe, folder: Path | None = None, *, restart: bool = False, quiet: bool = False) -> Result:
@@ -115,8 +117,9 @@ def _carry_out(setting: Setting) -> Result:
     _measure_teacher(setting)
     schedule = setting.recipe.plugins.schedules[spec.schedule.use](spec.schedule)
     last: StageRun | None = None
+    carried: Carried = {}
     for number, stage in enumerate(schedule.stages(factory)):
-        trainer = build_trainer(setting.recipe, setting.data, factory, setting.accelerator, number, stage)
+        trainer = build_trainer(setting.recipe, setting.data, factory, setting.accelerator, number, stage, carried)
         last = StageRun(setting, number, trainer)
         last.carry_out()
     if last is None:
@@ -141,9 +144,13 @@ def _measure_teacher(setting: Setting) -> None:
 
 
 def build_trainer(
-    recipe: Recipe, prepared: data.Data, factory: ModelFactory, accelerator: Accelerator, number: int, stage: Stage
-) -> Trainer:
-    """The trainer of the schedule's stage `number`, its losses set up by a probe batch."""
+    recipe: Recipe, prepared: data.Data, factory: ModelFactory, accelerator: Accelerator, number: int, stage: Stage,
+    carried: Carried | None = None,
+) -> Trainer:  # fmt: skip
+    """The trainer of the schedule's stage `number`, its losses set up by a probe batch.
+
+    A loss that a student already had in an earlier stage goes on with what it has learnt: `carried` keeps them.
+    """
     reseed(recipe.spec.seed, "setup", number)
     for student in stage.students:
         student.module.eval()  # a probe moves no statistics
@@ -154,6 +161,11 @@ def build_trainer(
     for student, lesson in zip(stage.students, lessons, strict=True):
         built = objective.build(recipe, stage.losses, factory.expand)
         built.setup(lesson, Context(student.module, factory.teacher_module(), prepared.info.num_classes, len(labels), labels))
+        before = (carried if carried is not None else {}).setdefault(student, {})
+        for name, loss in built.parts().items():
+            if name in before:
+                loss.load_state_dict(before[name].state_dict())
+        before |= built.parts()
         objectives.append(built)
     return Trainer(
         stage, objectives, recipe.spec.train, prepared.train, accelerator,

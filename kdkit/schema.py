@@ -7,7 +7,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from kdkit.contracts import LossOptions, ScheduleOptions
+from kdkit.contracts import ScheduleOptions
+from kdkit.loss_options import LossOptions
 from kdkit.options import BOOKKEEPING, Arguments, Options, Rampable, RecipePath
 from kdkit.providers import DatasetOptions, ModelOptions
 

@@ -11,10 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kdkit.contracts import Inputs, Outputs
 from kdkit.errors import TapError
 from kdkit.layers import Layer, expand, resolve
 from kdkit.observation import Keep, Stop, Store, Watch, observed, overwriter, register, version
+from kdkit.records import Inputs, Outputs
+
+BEFORE = ", or, for the values before it, its input ('...@input')"
 
 
 class TappedModel:
@@ -134,7 +136,7 @@ class TappedModel:
         for name, tensor in watch.kept.items():
             if watch.versions[name] != version(tensor):
                 instead = overwriter(self.module, self.layers[name], functools.partial(self._forward, inputs))
-                raise TapError(f"{self.role}: the output of '{name}' is overwritten in place; tap {instead} instead")
+                raise TapError(f"{self.role}: the output of '{name}' is overwritten in place; tap {instead} instead{BEFORE}")
         features = {name: self._shaped(name, watch.kept[name]) for name in self.layers}
         return (whole if self.needs_logits else None), features
 
@@ -176,7 +178,7 @@ class TappedModel:
         return torch.autocast(tensor.device.type, dtype=None if off else self.precision, enabled=not off)
 
     def _shaped(self, name: str, tensor: Tensor) -> Tensor:
-        if self.layers[name].side == "output" or tensor.ndim == 2:
+        if not self.layers[name].embedding or tensor.ndim == 2:
             return tensor
         embedding = tensor.flatten(1)
         if tensor.ndim < 2 or embedding.shape[1] != max(tensor.shape[1:]):

@@ -24,11 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdkit.contracts import Batch, FeatureOptions, Loss, Outputs
+from kdkit.contracts import Loss
 from kdkit.errors import ShapeError
+from kdkit.loss_options import FeatureOptions
 from kdkit.probes import CLASSES, DEGENERATE, FORMS, MISFITS, leaves, probe, probes, set_up
 from kdkit.probes import random_batch as random_batch
 from kdkit.probes import random_outputs as random_outputs
+from kdkit.records import Batch, Outputs
 
 Formula = Callable[[Any, Outputs, Outputs, Batch], Tensor]
 

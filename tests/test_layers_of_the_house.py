@@ -10,10 +10,10 @@ import kdkit
 CORE = Path(kdkit.__file__).parent
 PLUGINS = CORE.parent / "plugins"
 ORDER = """
-    errors options contracts providers hookspecs registry source schema recipe_types explain recipe catalogue
-    normalization layers observation tapping models folding listing
+    errors options records forms parts gathering loss_options layers contracts providers hookspecs registry
+    source schema recipe_types explain recipe catalogue normalization observation tapping models folding listing
     randomness augment signals subsets transforms images stream data
-    objective meter optim engine evaluate probes testing
+    objective meter optim trainable engine evaluate probes testing
     checkpoints run_folder progress factory describe plan trained curves show
     setting stage_run profile export cost_table runs study api __init__ cli __main__
 """.split()  # noqa: SIM905

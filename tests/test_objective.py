@@ -5,9 +5,10 @@ import torch
 from training import PLAIN, write
 
 from kdkit import recipe
-from kdkit.contracts import Batch, Context, Lesson, Outputs
+from kdkit.contracts import Context, Lesson
 from kdkit.errors import PluginError
 from kdkit.objective import NoTeacher, build, sum_of
+from kdkit.records import Batch, Outputs
 
 BATCH = Batch(torch.rand(5, 3, 8, 8), torch.tensor([0, 1, 2, 3, 4]), torch.arange(5))
 

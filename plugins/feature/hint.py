@@ -23,7 +23,7 @@ class Hint(kdkit.Loss):
     Maps (B, C, H, W): r is a convolution, then batch normalisation and ReLU: 1x1 where the sizes agree, 3x3 with stride 2 where the
     student's is twice the teacher's (odd sizes rounded up), 4x4 transposed with stride 2 where it is half, 1x1 and a bilinear resize
     at the end elsewhere. With `adapter: linear`, r is a 1x1 convolution alone, resized likewise. Tokens (B, N, D), equally many on both
-    sides, and vectors (B, D): r is a linear layer.
+    sides, and vectors (B, D): r is a linear layer. Tokens and a map, or unequally many tokens, are compared as maps.
     """
 
     name = "hint"
@@ -40,25 +40,19 @@ class Hint(kdkit.Loss):
 
     def setup(self, student: kdkit.Outputs, teacher: kdkit.Outputs, context: kdkit.Context | None = None) -> None:
         self.adapters = nn.ModuleList()
-        for layers, (f_s, f_t) in zip(self.options.layers, self.options.pairs(student, teacher), strict=True):
-            if f_s.ndim != f_t.ndim or f_s.ndim not in (2, 3, 4) or (f_s.ndim == 3 and f_s.shape[1] != f_t.shape[1]):
-                raise kdkit.ShapeError(
-                    f"{self.name}: student '{layers.student}' {tuple(f_s.shape)} cannot predict teacher '{layers.teacher}' "
-                    f"{tuple(f_t.shape)}; pair two maps (B, C, H, W), as many tokens (B, N, D) or vectors (B, D), such as 'penultimate'"
-                )
+        for f_s, f_t in self.options.pairs(student, teacher):
             if f_s.ndim < 4:
                 self.adapters.append(nn.Linear(f_s.shape[-1], f_t.shape[-1]))
             elif self.options.adapter == "linear":
                 self.adapters.append(nn.Conv2d(f_s.shape[1], f_t.shape[1], 1))
             else:
-                self.adapters.append(nn.Sequential(convolution(f_s, f_t), AnyBatchNorm(f_t.shape[1]), nn.ReLU()))
+                self.adapters.append(nn.Sequential(convolution(f_s, f_t), kdkit.AnyBatchNorm(f_t.shape[1]), nn.ReLU()))
 
     def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
         errors = []
         for adapter, (f_s, f_t) in zip(self.adapters, self.options.pairs(student, teacher), strict=True):
             guess = adapter(f_s)
-            if guess.shape[2:] != f_t.shape[2:] and guess.ndim == 4:
-                guess = F.interpolate(guess, size=f_t.shape[2:], mode="bilinear", align_corners=False)
+            guess = kdkit.resized(guess, f_t.shape[2:]) if guess.ndim == 4 else guess
             errors.append(F.mse_loss(guess, f_t))
         return torch.stack(errors).mean()
 
@@ -73,15 +67,6 @@ def convolution(f_s: Tensor, f_t: Tensor) -> nn.Module:
     if all(2 * s == t for s, t in sizes):
         return nn.ConvTranspose2d(f_s.shape[1], f_t.shape[1], 4, stride=2, padding=1, bias=False)
     return nn.Conv2d(f_s.shape[1], f_t.shape[1], 1, bias=False)
-
-
-class AnyBatchNorm(nn.BatchNorm2d):
-    """Batch normalisation that falls back on its running statistics for a single value per channel, where torch raises."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        if self.training and input.numel() == input.shape[1]:
-            return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        return super().forward(input)
 
 
 @kdkit.hookimpl

@@ -34,11 +34,8 @@ class RelationalAngle(kdkit.Loss):
     Options = kdkit.RelationOptions
     options: kdkit.RelationOptions
 
-    def setup(self, student: kdkit.Outputs, teacher: kdkit.Outputs, context: kdkit.Context | None = None) -> None:
-        tuple(self.options.embeddings(student, teacher))  # refuses what cannot be compared
-
     def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
-        values: list[Tensor] = [AngleDifference.apply(*pair) for pair in self.options.embeddings(student, teacher)]
+        values: list[Tensor] = [AngleDifference.apply(*pair) for pair in self.options.pairs(student, teacher)]
         return torch.stack(values).mean()
 
 

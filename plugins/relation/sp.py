@@ -25,11 +25,8 @@ class SimilarityPreserving(kdkit.Loss):
     Options = kdkit.RelationOptions
     options: kdkit.RelationOptions
 
-    def setup(self, student: kdkit.Outputs, teacher: kdkit.Outputs, context: kdkit.Context | None = None) -> None:
-        tuple(self.options.embeddings(student, teacher))  # refuses what cannot be compared
-
     def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
-        pairs = self.options.embeddings(student, teacher)
+        pairs = self.options.pairs(student, teacher)
         return torch.stack([F.mse_loss(similarity(e_s), similarity(e_t)) for e_s, e_t in pairs]).mean()
 
 

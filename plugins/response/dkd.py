@@ -26,7 +26,7 @@ class DKD(kdkit.Loss):
     name = "dkd"
     knowledge = "response"
 
-    class Options(kdkit.LossOptions):
+    class Options(kdkit.ResponseOptions):
         alpha: kdkit.Rampable = Field(default=1.0, ge=0, description="Factor of TCKD, the label against the rest.")
         beta: kdkit.Rampable = Field(default=8.0, ge=0, description="Factor of NCKD, the classes other than the label.")
         temperature: kdkit.Rampable = Field(default=4.0, gt=0, description="T: softens both distributions; 1 leaves them as they are.")
@@ -35,17 +35,14 @@ class DKD(kdkit.Loss):
     options: Options
 
     def setup(self, student: kdkit.Outputs, teacher: kdkit.Outputs, context: kdkit.Context | None = None) -> None:
-        z_s, z_t = student.logits, teacher.logits
-        if z_s.ndim != 2 or z_t.ndim != 2 or z_s.shape[1] != z_t.shape[1] or z_s.shape[1] < 2:
-            raise kdkit.ShapeError(
-                f"{self.name}: student logits {tuple(z_s.shape)} and teacher logits {tuple(z_t.shape)} must both be (B, K) "
-                "over the same K >= 2 classes; train both on one class set, or compare features instead"
-            )
+        super().setup(student, teacher, context)
+        if student.logits.shape[1] < 2:
+            raise kdkit.ShapeError(f"logits {tuple(student.logits.shape)} have no class beside the label; at least two are needed")
 
     def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
         z_s, z_t, t = student.logits, teacher.logits, self.options.temperature
         if self.options.standardize:
-            z_s, z_t = standardized(z_s), standardized(z_t)
+            z_s, z_t = kdkit.standardized(z_s), kdkit.standardized(z_t)
         label_s, others_s = log_probabilities(z_s / t, batch.classes)
         label_t, others_t = log_probabilities(z_t / t, batch.classes)
         tckd = F.kl_div(label_s, label_t, reduction="batchmean", log_target=True)
@@ -59,13 +56,6 @@ def log_probabilities(z: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
     others = z.gather(1, k + (k >= classes[:, None]))  # every class but the label, in order
     margin = z.gather(1, classes[:, None]) - others.logsumexp(1, keepdim=True)
     return F.logsigmoid(torch.cat([margin, -margin], 1)), F.log_softmax(others, dim=1)
-
-
-def standardized(z: Tensor) -> Tensor:
-    """Rows of mean 0 and deviation 1 (B, K); rows whose deviation is below 1e-5 become zeros without gradient."""
-    centred = z - z.mean(1, keepdim=True)
-    variance = centred.square().sum(1, keepdim=True) / (z.shape[1] - 1)
-    return torch.where(variance > 1e-10, centred / (1e-7 + variance.clamp_min(1e-10).sqrt()), 0.0)
 
 
 @kdkit.hookimpl

@@ -27,36 +27,21 @@ class LogitKL(kdkit.Loss):
     name = "logit_kl"
     knowledge = "response"
 
-    class Options(kdkit.LossOptions):
+    class Options(kdkit.ResponseOptions):
         temperature: kdkit.Rampable = Field(default=4.0, gt=0, description="T: softens both distributions; 1 leaves them as they are.")
         standardize: bool = Field(default=False, description="Give every sample's logits mean 0 and deviation 1 first, on both sides.")
         only_correct: bool = Field(default=False, description="Learn only from samples that the teacher classifies correctly.")
 
     options: Options
 
-    def setup(self, student: kdkit.Outputs, teacher: kdkit.Outputs, context: kdkit.Context | None = None) -> None:
-        z_s, z_t = student.logits, teacher.logits
-        if z_s.ndim != 2 or z_t.ndim != 2 or z_s.shape[1] != z_t.shape[1]:
-            raise kdkit.ShapeError(
-                f"{self.name}: student logits {tuple(z_s.shape)} and teacher logits {tuple(z_t.shape)} must both be (B, K) "
-                "over the same K classes; train both on one class set, or compare features instead"
-            )
-
     def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
         z_s, z_t, t = student.logits, teacher.logits, self.options.temperature
         correct = z_t.argmax(1) == batch.classes if self.options.only_correct else torch.ones_like(z_t[:, 0], dtype=torch.bool)
         if self.options.standardize:
-            z_s, z_t = standardized(z_s), standardized(z_t)
+            z_s, z_t = kdkit.standardized(z_s), kdkit.standardized(z_t)
         log_p, log_q = F.log_softmax(z_s / t, dim=1), F.log_softmax(z_t / t, dim=1)
         divergence = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(1)
         return t**2 * (divergence * correct).sum() / correct.sum().clamp_min(1)
-
-
-def standardized(z: Tensor) -> Tensor:
-    """Rows of mean 0 and deviation 1 (B, K); rows whose deviation is below 1e-5 become zeros without gradient."""
-    centred = z - z.mean(1, keepdim=True)
-    variance = centred.square().sum(1, keepdim=True) / max(z.shape[1] - 1, 1)
-    return torch.where(variance > 1e-10, centred / (1e-7 + variance.clamp_min(1e-10).sqrt()), 0.0)
 
 
 @kdkit.hookimpl

@@ -20,14 +20,7 @@ class LogitMSE(kdkit.Loss):
 
     name = "logit_mse"
     knowledge = "response"
-
-    def setup(self, student: kdkit.Outputs, teacher: kdkit.Outputs, context: kdkit.Context | None = None) -> None:
-        z_s, z_t = student.logits, teacher.logits
-        if z_s.ndim != 2 or z_t.ndim != 2 or z_s.shape[1] != z_t.shape[1]:
-            raise kdkit.ShapeError(
-                f"{self.name}: student logits {tuple(z_s.shape)} and teacher logits {tuple(z_t.shape)} must both be (B, K) "
-                "over the same K classes; train both on one class set, or compare features instead"
-            )
+    Options = kdkit.ResponseOptions
 
     def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
         return F.mse_loss(student.logits, teacher.logits)

@@ -157,8 +157,8 @@ def test_keeps_the_promises_with_a_linear_adapter():
     check_loss(Hint, adapter="linear")
 
 
-@pytest.mark.parametrize(("student", "teacher"), [((3, 4, 4), (5,)), ((4, 3), (9, 5)), ((4, 3), (5, 2, 2)), ((), ())])
+@pytest.mark.parametrize(("student", "teacher"), [((3, 4, 4), (5,)), ((15, 3), (9, 5)), ((15, 3), (5, 2, 2)), ((), ())])
 def test_refuses_what_no_layer_maps(student, teacher):
-    with pytest.raises(kdkit.ShapeError, match="hint: student 'a' .*teacher 'b' .*pair two maps") as caught:
+    with pytest.raises(kdkit.ShapeError, match="student 'a' .*teacher 'b' .*must be two maps") as caught:
         hint(student, teacher)
     assert str((4, *student)) in str(caught.value) and str((4, *teacher)) in str(caught.value)

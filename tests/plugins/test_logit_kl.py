@@ -103,5 +103,5 @@ def test_equal_logits_have_no_direction():
 
 
 def test_refuses_other_classes():
-    with pytest.raises(kdkit.ShapeError, match=r"logit_kl: student logits \(6, 5\) and teacher logits \(6, 7\).*class set"):
+    with pytest.raises(kdkit.ShapeError, match=r"student logits \(6, 5\) and teacher logits \(6, 7\).*class set"):
         loss().setup(random_outputs(), random_outputs(classes=7))

@@ -25,5 +25,5 @@ def test_gradient():
 
 
 def test_refuses_other_classes():
-    with pytest.raises(kdkit.ShapeError, match=r"logit_mse: student logits \(6, 5\) and teacher logits \(6, 7\).*class set"):
+    with pytest.raises(kdkit.ShapeError, match=r"student logits \(6, 5\) and teacher logits \(6, 7\).*class set"):
         LogitMSE(LogitMSE.Options()).setup(random_outputs(), random_outputs(classes=7))

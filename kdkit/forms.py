@@ -1,0 +1,77 @@
+"""Features of one form from features of another: maps (B, C, H, W), tokens (B, N, D), vectors (B, D).
+
+A vision transformer's tokens become a map by leaving out what precedes the patches (class, distillation and register tokens) and folding
+the rest to the square grid it came from; a map's positions become tokens, row by row. Maps with channels last, (B, H, W, C), are told
+by H = W and turned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdkit.errors import ShapeError
+
+MOST_PREFIX_TOKENS = 5  # a class token and four registers
+
+
+def prefix_tokens(count: int) -> int | None:
+    """How many of a sequence's tokens come before its patches: the fewest that leave a square; None where no number does."""
+    return next((p for p in range(MOST_PREFIX_TOKENS + 1) if p < count and math.isqrt(count - p) ** 2 == count - p), None)
+
+
+def as_map(f: Tensor) -> Tensor:
+    """Maps or tokens as maps (B, C, H, W).
+
+    Raises:
+        ShapeError: there is no grid of positions.
+    """
+    if f.ndim == 4:
+        last = f.shape[1] == f.shape[2] != f.shape[3]
+        return f.permute(0, 3, 1, 2) if last else f
+    prefix = prefix_tokens(f.shape[1]) if f.ndim == 3 else None
+    if prefix is None:
+        raise ShapeError("no map (B, C, H, W), nor tokens (B, N, D) of a square grid")
+    side = math.isqrt(f.shape[1] - prefix)
+    return f[:, prefix:].transpose(1, 2).reshape(len(f), f.shape[2], side, side)
+
+
+def as_tokens(f: Tensor) -> Tensor:
+    """Maps or tokens as tokens (B, N, D).
+
+    Raises:
+        ShapeError: neither of the two.
+    """
+    if f.ndim == 3:
+        return f
+    if f.ndim != 4:
+        raise ShapeError("neither tokens (B, N, D) nor a map (B, C, H, W)")
+    return as_map(f).flatten(2).transpose(1, 2)
+
+
+def as_vectors(f: Tensor) -> Tensor:
+    """One vector per sample (B, D): a map's mean over its positions, the mean over all tokens, a vector as it is.
+
+    Raises:
+        ShapeError: nothing of that kind.
+    """
+    if f.ndim == 2:
+        return f
+    if f.ndim not in (3, 4):
+        raise ShapeError("neither a vector (B, D), tokens (B, N, D) nor a map (B, C, H, W)")
+    return f.mean(1) if f.ndim == 3 else as_map(f).mean((2, 3))
+
+
+def resized(f: Tensor, size: Sequence[int]) -> Tensor:
+    """Maps (B, C, H, W) at another size, by bilinear interpolation."""
+    return f if tuple(f.shape[2:]) == tuple(size) else F.interpolate(f, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def pooled_alike(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
+    """Two maps at the smaller one's height and width: the larger is average-pooled."""
+    size = min(f_s.shape[2], f_t.shape[2]), min(f_s.shape[3], f_t.shape[3])
+    one, other = (f if tuple(f.shape[2:]) == size else F.adaptive_avg_pool2d(f, size) for f in (f_s, f_t))
+    return one, other

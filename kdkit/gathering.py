@@ -1,0 +1,36 @@
+"""The whole batch of several processes, in each of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def gather(x: Tensor) -> Tensor:
+    """Every process's rows, (B, ...) to (world * B, ...), in the processes' order; with one process, `x` itself.
+
+    The gradient of a process's rows is summed over all processes' losses. A data-parallel trainer then averages the parameters' gradients,
+    so that a loss which each process computes on all rows has the gradient it has in a single process.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return x
+    rows: Tensor = _Gather.apply(x)
+    return rows
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.size = len(x)
+        everyone = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, x.contiguous())
+        return torch.cat(everyone)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.contiguous().clone()
+        dist.all_reduce(total)
+        return total.narrow(0, dist.get_rank() * ctx.size, ctx.size)

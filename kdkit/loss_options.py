@@ -1,0 +1,149 @@
+"""Options of losses: which layers a loss reads, and in which form it gets them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from pydantic import Field
+from torch import Tensor
+
+from kdkit.errors import ShapeError
+from kdkit.forms import as_map, as_tokens, as_vectors
+from kdkit.gathering import gather
+from kdkit.options import Options
+from kdkit.records import Outputs
+
+Pairs = Iterator[tuple[Tensor, Tensor]]
+
+
+class LayerPair(Options):
+    """Which student layer learns from which teacher layer."""
+
+    student: str = Field(description="Student layer: a `named_modules()` path, a glob, stage1..N, penultimate or logits.")
+    teacher: str = Field(description="Teacher layer, named in the same ways.")
+
+
+class LossOptions(Options):
+    """Options of a loss; subclass it as `Options` in the loss."""
+
+    def taps(self) -> Sequence[LayerPair]:
+        """Layers whose outputs the loss reads; none unless it is a feature or relation loss."""
+        return ()
+
+    def check(self, student: Outputs, teacher: Outputs) -> None:
+        """Look whether the two can be compared.
+
+        Raises:
+            ShapeError: they cannot.
+        """
+
+
+class ResponseOptions(LossOptions):
+    """Options of a loss that compares logits over the same classes."""
+
+    def check(self, student: Outputs, teacher: Outputs) -> None:
+        """Both must give logits (B, K) over the same K classes.
+
+        Raises:
+            ShapeError: they do not.
+        """
+        z_s, z_t = student.logits, teacher.logits
+        if z_s.ndim != 2 or z_t.ndim != 2 or z_s.shape[1] != z_t.shape[1]:
+            raise ShapeError(
+                f"student logits {tuple(z_s.shape)} and teacher logits {tuple(z_t.shape)} must both be (B, K) over the same K classes; "
+                "train both on one class set, or compare features instead"
+            )
+
+
+class FeatureOptions(LossOptions):
+    """Options of a loss that compares layers of any form: two maps, equally many tokens or two vectors.
+
+    A map and tokens, or unequally many tokens, come as maps.
+    """
+
+    layers: tuple[LayerPair, ...] = Field(min_length=1, description="Student/teacher layer pairs to compare.")
+
+    def taps(self) -> Sequence[LayerPair]:
+        return self.layers
+
+    def pairs(self, student: Outputs, teacher: Outputs) -> Pairs:
+        """The features of each pair, (f_s, f_t), in the form that the loss compares.
+
+        Raises:
+            ShapeError: they do not have that form.
+        """
+        wanted = "two maps, tokens or vectors: a vector has no positions; name 'penultimate' on both sides"
+        return self._each(student, teacher, _alike, wanted)
+
+    def check(self, student: Outputs, teacher: Outputs) -> None:
+        tuple(self.pairs(student, teacher))
+
+    def _each(self, student: Outputs, teacher: Outputs, form: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], wanted: str) -> Pairs:
+        for pair in self.layers:
+            f_s, f_t = student.features[pair.student], teacher.features[pair.teacher]
+            try:
+                yield form(f_s, f_t)
+            except ShapeError:
+                raise ShapeError(
+                    f"student '{pair.student}' {tuple(f_s.shape)} and teacher '{pair.teacher}' {tuple(f_t.shape)} must be {wanted}"
+                ) from None
+
+
+class MapOptions(FeatureOptions):
+    """Options of a loss that compares maps (B, C, H, W); tokens of a square grid are folded to maps."""
+
+    def pairs(self, student: Outputs, teacher: Outputs) -> Pairs:
+        wanted = "maps (B, C, H, W), or tokens (B, N, D) of a square grid; name layers before the pooling, such as 'stage3'"
+        return self._each(student, teacher, lambda s, t: (as_map(s), as_map(t)), wanted)
+
+
+class TokenOptions(FeatureOptions):
+    """Options of a loss that compares tokens (B, N, D); a map's positions are taken as tokens where the other side has as many."""
+
+    def pairs(self, student: Outputs, teacher: Outputs) -> Pairs:
+        return self._each(student, teacher, _tokens, "equally many tokens (B, N, D), or maps (B, C, H, W) of as many positions")
+
+
+class VectorOptions(FeatureOptions):
+    """Options of a loss that compares one vector per sample, (B, D); maps are averaged over positions, sequences over tokens."""
+
+    def pairs(self, student: Outputs, teacher: Outputs) -> Pairs:
+        wanted = "vectors (B, D), maps (B, C, H, W) or tokens (B, N, D)"
+        return self._each(student, teacher, lambda s, t: (as_vectors(s), as_vectors(t)), wanted)
+
+
+class RelationOptions(FeatureOptions):
+    """Options of a loss that compares how the samples of a batch relate to each other: it reads one embedding a sample, (N, D)."""
+
+    gather: bool = Field(default=False, description="In several processes, relate the samples of all of them, not each process's own.")
+
+    def pairs(self, student: Outputs, teacher: Outputs) -> Pairs:
+        """The embeddings of each pair, (N, D_s) and (N, D_t); larger features are flattened to that.
+
+        Raises:
+            ShapeError: a layer does not give something for each sample.
+        """
+        wanted = "of something for each sample of the batch, (B, ...); any stage or 'penultimate' does"
+        for e_s, e_t in self._each(student, teacher, _embeddings, wanted):
+            yield (gather(e_s), gather(e_t)) if self.gather else (e_s, e_t)
+
+
+def _alike(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
+    if f_s.ndim == f_t.ndim and (f_s.ndim == 2 or (f_s.ndim == 3 and f_s.shape[1] == f_t.shape[1])):
+        return f_s, f_t
+    return as_map(f_s), as_map(f_t)
+
+
+def _tokens(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
+    if f_s.ndim == f_t.ndim == 3 and f_s.shape[1] == f_t.shape[1]:
+        return f_s, f_t
+    one, other = (as_tokens(as_map(f)) for f in (f_s, f_t))  # without prefix tokens, which a map has none of
+    if one.shape[1] != other.shape[1]:
+        raise ShapeError("unequally many tokens")
+    return one, other
+
+
+def _embeddings(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
+    if f_s.ndim < 2 or f_t.ndim < 2 or len(f_s) != len(f_t):
+        raise ShapeError("no embeddings")
+    return f_s.flatten(1), f_t.flatten(1)

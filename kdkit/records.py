@@ -1,0 +1,54 @@
+"""What travels through a training step: a batch, and a model's answer to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+Inputs = Tensor | Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch, before any normalisation.
+
+    Attributes:
+        inputs: images (B, C, H, W) in [0, 1], or a mapping of tensors (text).
+        labels: class indices (B,), or shares of the classes (B, K) when inputs are mixed.
+        index: the samples' places in the dataset's whole training part (B,), whatever subset is trained on.
+    """
+
+    inputs: Inputs
+    labels: Tensor
+    index: Tensor
+
+    @property
+    def classes(self) -> Tensor:
+        """Class indices (B,); of a mixed sample, the class with the largest share."""
+        return self.labels if self.labels.ndim == 1 else self.labels.argmax(1)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """One model's answer to one batch.
+
+    Attributes:
+        logits: scores before softmax, (B, K).
+        features: what the tapped layers gave, by the layer names of the recipe.
+        views: its answers to other views of the same images, where the schedule shows it any.
+    """
+
+    logits: Tensor
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+    views: Mapping[str, Outputs] = field(default_factory=dict)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Outputs:
+        """The same record with every tensor changed."""
+        features = {name: change(value) for name, value in self.features.items()}
+        return Outputs(change(self.logits), features, {name: view.map(change) for name, view in self.views.items()})
+
+    def detach(self) -> Outputs:
+        """The same values as constants."""
+        return self.map(Tensor.detach)
