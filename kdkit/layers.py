@@ -157,7 +157,8 @@ def norm_path(layer: str, module: nn.Module) -> str:
     found = resolve(layer, module)
     block, _, _ = found.path.rpartition(".")
     siblings = [f"{block}.{name}" if block else name for name, _ in module.get_submodule(block).named_children()]
-    before = siblings[: siblings.index(found.path)] if found.side == "input" else [found.path]
+    activation = found.side == "input" and not any(True for _ in module.get_submodule(found.path).parameters())
+    before = siblings[: siblings.index(found.path)] if activation else [found.path] if found.side == "output" else []
     norms = [path for path in before if isinstance(module.get_submodule(path), nn.modules.batchnorm._BatchNorm)]
     if not norms:
         raise TapError(f"no batch norm is known to give '{layer}'; name one, or the input of the activation behind it ('...act2{INPUT}')")

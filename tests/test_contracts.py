@@ -100,3 +100,42 @@ class TestTeach:
     def test_gradients_are_recorded_again_after_the_teachers(self):
         kdkit.teach(self.model(torch.eye(192)), by=[self.model(torch.eye(192))])(random_batch())
         assert torch.is_grad_enabled()
+
+
+class TestViews:
+    def test_images_turn_by_quarters_angle_by_angle(self):
+        images = torch.rand(2, 3, 4, 4)
+        turned = kdkit.turned(images)
+        assert turned.shape == (6, 3, 4, 4)
+        for i, quarters in enumerate((1, 2, 3)):
+            for j in range(2):
+                assert torch.equal(turned[2 * i + j], images[j].rot90(quarters, (1, 2)))
+
+    def test_a_model_answers_images_and_views_in_one_forward(self):
+        calls = []
+
+        def model(images):
+            calls.append(images)
+            return kdkit.Outputs(images.flatten(1), {"a": images})
+
+        images = torch.rand(2, 3, 4, 4)
+        answer = kdkit.see(model, images, {"turned": kdkit.turned, "dark": lambda x: x / 2})
+        (shown,) = calls
+        assert shown.shape == (10, 3, 4, 4)
+        assert torch.equal(answer.features["a"], images) and torch.equal(answer.logits, images.flatten(1))
+        assert torch.equal(answer.views["turned"].features["a"], kdkit.turned(images))
+        assert torch.equal(answer.views["dark"].features["a"], images / 2)
+
+    def test_views_are_mapped_too(self):
+        answer = kdkit.Outputs(torch.ones(1, 2), views={"dark": kdkit.Outputs(torch.ones(1, 2))})
+        assert answer.map(lambda x: 3 * x).views["dark"].logits.tolist() == [[3, 3]]
+
+    def test_teachers_answer_views_as_constants(self):
+        weight = torch.ones((), requires_grad=True)
+
+        def model(images):
+            return kdkit.Outputs(weight * images.flatten(1))
+
+        (lesson,) = kdkit.teach(model, [model], {"turned": kdkit.turned})(kdkit.testing.random_batch(2))
+        assert lesson.student.views["turned"].logits.requires_grad
+        assert not lesson.teachers[0].views["turned"].logits.requires_grad

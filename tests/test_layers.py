@@ -5,7 +5,7 @@ import torchvision
 from torch import nn
 
 import kdkit
-from kdkit.layers import Layer, classifier_path, expand, expand_pairs, resolve, stage_paths, tappable_layers
+from kdkit.layers import Layer, classifier_path, expand, expand_pairs, norm_path, resolve, stage_paths, tappable_layers
 
 
 def meta(name, **options):
@@ -136,3 +136,32 @@ def test_listing_falls_back_to_zeros():
     assert [(row.name, row.shape) for row in rows] == [("", (2, 5)), ("body", (2, 5))]
     with pytest.raises(kdkit.TapError, match="does not take images"):
         tappable_layers(NeedsData(), (1, 3, 3))
+
+
+def test_what_a_layer_takes():
+    module = meta("resnet18")
+    assert resolve("layer1.0.act2@input", module) == Layer("layer1.0.act2", "input")
+    assert resolve("stage2@input", module) == Layer("layer2", "input")
+    assert expand("layer1.*.act2@input", module) == ["layer1.0.act2@input", "layer1.1.act2@input"]
+    with pytest.raises(kdkit.TapError, match="there is no layer 'layer9'"):
+        resolve("layer9@input", module)
+
+
+@pytest.mark.parametrize(
+    ("layer", "norm"),
+    [
+        ("layer1.0.act1@input", "layer1.0.bn1"),
+        ("layer1.0.act2@input", "layer1.0.bn2"),
+        ("layer2.0.act2@input", "layer2.0.bn2"),  # and not the shortcut's
+        ("layer2.0.downsample.1", "layer2.0.downsample.1"),
+        ("layer2.0.bn1", "layer2.0.bn1"),
+    ],
+)
+def test_the_norm_that_a_layers_values_come_from(layer, norm):
+    assert norm_path(layer, meta("resnet18")) == norm
+
+
+@pytest.mark.parametrize("layer", ["layer1", "conv1@input", "layer1.0.conv1", "penultimate"])
+def test_no_norm_is_guessed(layer):
+    with pytest.raises(kdkit.TapError, match="name one, or the input of the activation"):
+        norm_path(layer, meta("resnet18"))

@@ -388,3 +388,21 @@ def test_under_distributed_data_parallel(tmp_path):
         assert all(value.grad is not None for value in net.parameters())
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_an_activation_takes_is_kept_although_it_is_overwritten(compiled):
+    module = timm.create_model("resnet18", num_classes=3, layers=(1, 1, 1, 1), zero_init_last=False).eval()
+    block = module.layer1[0]
+    assert block.act2.inplace
+    tapped = kdkit.taps(module, ["layer1.0.act2@input", "layer1"])
+    images = torch.rand(2, 3, 32, 32)
+    if compiled:
+        tapped.compile(backend="eager")
+    with torch.no_grad():
+        out = tapped(images)
+        x = module.maxpool(module.act1(module.bn1(module.conv1(images))))
+        before = block.bn2(block.conv2(block.act1(block.bn1(block.conv1(x))))) + x
+    torch.testing.assert_close(out.features["layer1.0.act2@input"], before)
+    torch.testing.assert_close(out.features["layer1"], before.relu())
+    assert (before < 0).any()
