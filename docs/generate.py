@@ -44,7 +44,7 @@ SECTIONS: list[tuple[str, type[Options], str]] = [
     ("teacher", schema.TeacherOptions, "These keys stand beside those of every model."),
     ("teacher, trained by another recipe", schema.RecipeTeacher, ""),
     ("schedule", schema.ScheduleEntry, "Each schedule plugin adds [options of its own](plugins.md#schedules)."),
-    ("losses", schema.LossEntry, "A list. Each loss plugin adds [options of its own](plugins.md#losses)."),
+    ("losses", schema.LossEntry, "A list. Each loss plugin adds [options of its own](losses.md)."),
     ("losses.N.layers", LayerPair, "A list, for losses that compare layers: most feature and relation losses."),
     ("a ramp", Ramp, "Stands in the place of a number where the type says `or a ramp`."),
     ("train", schema.TrainSpec, ""),
@@ -55,6 +55,15 @@ SECTIONS: list[tuple[str, type[Options], str]] = [
     ("train.mixup", schema.MixupSpec, ""),
     ("run", schema.RunSpec, "None of these keys changes what is learnt."),
 ]
+
+KNOWLEDGE = ["response", "feature", "relation", "labels"]
+COMMAND = ("", "`kdkit plugins` lists them, and your own; `kdkit plugins NAME` shows one.", "")
+CONVENTIONS = """\
+z_s, z_t are the student's and the teacher's logits, f_s, f_t features; B or N is the batch, C channels, H and W height and width, K classes;
+p = softmax(z_s), q = softmax(z_t). Every loss is unweighted: a paper's weight belongs in the recipe. Losses compute in fp32 (or fp64) with
+autocast off, and stay finite on degenerate input. Features may be maps (B, C, H, W), a vision transformer's tokens (B, N, D), which fold to
+a map where a loss needs one, or vectors (B, D); what a loss cannot compare is told by `kdkit check`.
+"""
 
 RECIPE_RULES = """\
 A recipe is a YAML file. `kdkit check RECIPE` says what one would do. All problems of a file are told at once, one line each,
@@ -70,7 +79,9 @@ with file, line and key. `kdkit schema` prints a JSON Schema; `recipes/recipe.sc
 
 def pages() -> dict[Path, str]:
     """The generated pages by their path."""
-    makers = {"recipe.md": recipe_page, "plugins.md": plugins_page, "cli.md": cli_page, "python.md": python_page}
+    makers = {
+        "recipe.md": recipe_page, "losses.md": losses_page, "plugins.md": plugins_page, "cli.md": cli_page, "python.md": python_page,
+    }  # fmt: skip
     return {REFERENCE / name: "\n".join([NOTE, *make()]).rstrip() + "\n" for name, make in makers.items()}
 
 
@@ -87,18 +98,41 @@ def recipe_page() -> Iterator[str]:
 
 
 def plugins_page() -> Iterator[str]:
-    """Every standard plugin with its formula, options and source."""
-    found = [entry for entry in catalogue.entries(registry.load()) if (Path.cwd() / entry.origin).is_relative_to(ROOT / "plugins")]
-    yield from ("# Plugins", "", "The standard plugins. `kdkit plugins` lists these and your own; `kdkit plugins NAME` shows one.", "")
-    titles = {"loss": "Losses", "schedule": "Schedules", "model source": "Model sources", "dataset": "Datasets"}
+    """Every standard plugin that is no loss, with its options and source."""
+    yield from ("# Plugins", "", "The standard plugins, beside the [losses](losses.md).", *COMMAND)
+    titles = {"schedule": "Schedules", "model source": "Model sources", "dataset": "Datasets"}
     for kind, title in titles.items():
-        entries = [entry for entry in found if entry.kind == kind]
+        entries = _entries(kind)
         yield from (f"## {title}", "")
         columns = ["name", *([GROUPS[kind]] if kind in GROUPS else []), "what it is"]
         rows = [[f"[{e.name}](#{_anchor(e)})", *([e.group] if kind in GROUPS else []), e.summary] for e in entries]
         yield from (*_table(columns, rows), "")
         for entry in entries:
             yield from _plugin(entry)
+
+
+def losses_page() -> Iterator[str]:
+    """Every standard loss: its formula, paper and options."""
+    entries = sorted(_entries("loss"), key=lambda entry: (KNOWLEDGE.index(entry.group), entry.name))
+    yield from ("# Losses", "", f"The {len(entries)} standard losses. Any of them mixes with any other in a recipe.", *COMMAND, CONVENTIONS)
+    for knowledge in KNOWLEDGE:
+        mine = [entry for entry in entries if entry.group == knowledge]
+        yield from (f"## {knowledge.capitalize()} knowledge", "")
+        rows = [[f"[{e.name}](#{_anchor(e)})", e.summary, f"`{e.formula}`", _source(e)] for e in mine]
+        yield from (*_table(["name", "what it is", "formula", "source"], rows), "")
+        for entry in mine:
+            yield from _plugin(entry)
+
+
+def _entries(kind: str) -> list[catalogue.Entry]:
+    found = [entry for entry in catalogue.entries(registry.load()) if entry.kind == kind]
+    return [entry for entry in found if (Path.cwd() / entry.origin).is_relative_to(ROOT / "plugins")]
+
+
+def _source(entry: catalogue.Entry) -> str:
+    """Venue and link of the paper that a plugin's file cites first."""
+    cited = re.search(r'"[^"]+",\s+(?:(.+?),\s+)?arXiv:(\d{4}\.\d{4,5})', _line(entry.paper))
+    return f"[{cited[1] or 'arXiv'}](https://arxiv.org/abs/{cited[2]})" if cited else ""
 
 
 def _plugin(entry: catalogue.Entry) -> Iterator[str]:

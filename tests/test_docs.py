@@ -138,7 +138,7 @@ def test_the_recipe_schema_is_fresh():
 
 
 def test_every_plugin_has_an_entry():
-    page = (DOCS / "reference" / "plugins.md").read_text()
+    page = "".join((DOCS / "reference" / name).read_text() for name in ("losses.md", "plugins.md"))
     kinds = {"losses": "loss", "schedules": "schedule", "models": "model source", "datasets": "dataset"}
     plugins = list(registry.load())
     assert len(plugins) >= 20
@@ -234,7 +234,7 @@ def completed(fragment: str) -> dict:
     """A recipe of which a page shows a part: data and training are filled up, other sections are taken as they are."""
     base, shown = yaml.safe_load(BASE), yaml.safe_load(fragment)
     merged = {key: {**base[key], **shown.get(key, {})} for key in ("data", "train")}
-    needs_teacher = (shown.get("schedule") or base["schedule"])["use"] == "offline"
+    needs_teacher = (shown.get("schedule") or base["schedule"])["use"] in ("offline", "staged")
     return {**base, **({} if needs_teacher else {"teacher": None}), **shown, **merged}
 
 
