@@ -17,7 +17,7 @@ from kdkit.contracts import Stage
 from kdkit.data import TrainLoader
 from kdkit.errors import RunError
 from kdkit.objective import Objective, Value, sum_of
-from kdkit.optim import LrSchedule, build_optimizer
+from kdkit.optim import Updater
 from kdkit.randomness import reseed
 from kdkit.records import Batch
 from kdkit.schema import MixupSpec, TrainSpec
@@ -52,7 +52,7 @@ class Trainer:
         accelerator: devices, precision, processes.
         seed: with the stage's name and the step, gives every random number.
         num_classes: K.
-        maximize: whether what `LrSchedule.after_epoch` is told is an accuracy, not a loss.
+        maximize: whether what the learning-rate schedules are told after an epoch is an accuracy, not a loss.
     """
 
     def __init__(
@@ -66,15 +66,17 @@ class Trainer:
         self._frozen = [] if stage.train is None else self._freeze(stage.train)
         if stage.lr is not None:
             spec = spec.model_copy(update={"optimizer": spec.optimizer.model_copy(update={"lr": stage.lr})})
-        self.optimizer = build_optimizer(spec, list(self.learner.students), self.learner.objectives)
-        self.schedule = LrSchedule(spec, self.optimizer, self.epochs, self.steps_per_epoch, maximize=maximize)
+        self.updaters: list[Updater] = []
+        for student, objective in zip(self.learner.students, self.learner.objectives, strict=True):
+            taken = [p for updater in self.updaters for p in updater.parameters]
+            lengths = {"epochs": self.epochs, "steps_per_epoch": self.steps_per_epoch}
+            self.updaters.append(Updater(spec, student, objective, taken, **lengths, maximize=maximize))
         self._networks = [objective.deploy(student.module) for student, objective in zip(stage.students, objectives, strict=True)]
         self.averages = [_average(network, spec) for network in self._networks]
         self.mixup = _mixup(spec.mixup, num_classes) if spec.mixup else None
         if accelerator.num_processes > 1:
             accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=self._leaves_parameters_unused())
         self._forward = accelerator.prepare_model(self.learner)
-        self._parameters = [p for p in self.learner.parameters() if p.requires_grad]
         self.epoch = 0  # finished epochs
         self.step = 0  # optimizer steps done in the current epoch
 
@@ -123,8 +125,11 @@ class Trainer:
                 total, answers = self._forward(self._mixed(batch), self.epoch + self.step / self.steps_per_epoch)
                 self._backward(total * (len(batch.labels) / seen) if len(group) > 1 else total)
             values += answers
-        self._update()
-        self.schedule.after_step(self.steps + 1)
+        scaler = accelerator.scaler
+        for updater in self.updaters:
+            updater.update(self.steps + 1, scaler)
+        if scaler is not None:
+            scaler.update()
         for network, average in zip(self._networks, self.averages, strict=True):
             if average is not None:
                 average.update(network, step=self.steps + 1)
@@ -134,20 +139,6 @@ class Trainer:
     def _backward(self, loss: Tensor) -> None:
         scaled = loss if self.accelerator.scaler is None else self.accelerator.scaler.scale(loss)
         torch.autograd.backward(scaled)
-
-    def _update(self) -> None:
-        """Clip, step, forget the gradients. Accelerate's wrappers do as much, and search the disk for packages at each step."""
-        scaler = self.accelerator.scaler
-        if self.spec.clip_grad:
-            if scaler is not None:
-                scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self._parameters, self.spec.clip_grad)
-        if scaler is None:
-            self.optimizer.step()
-        else:  # skips the step if the scaled gradients overflowed
-            scaler.step(self.optimizer)
-            scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
 
     def _mixed(self, batch: Batch) -> Batch:
         if self.mixup is None or (self.spec.mixup and 0 < self.spec.mixup.off_epoch <= self.epoch):
@@ -191,8 +182,7 @@ class Trainer:
             "step": self.step,
             "learner": self.learner.state_dict(),
             "buffers": [model.module.state_dict() for model in self.stage.buffers],
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
+            "updaters": [updater.state_dict() for updater in self.updaters],
             "averages": [None if average is None else average.module.state_dict() for average in self.averages],
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
         }
@@ -202,8 +192,8 @@ class Trainer:
         self.learner.load_state_dict(state["learner"])
         for model, saved in zip(self.stage.buffers, state["buffers"], strict=True):
             model.module.load_state_dict(saved)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+        for updater, saved in zip(self.updaters, state["updaters"], strict=True):
+            updater.load_state_dict(saved)
         for average, saved in zip(self.averages, state["averages"], strict=True):
             if average is not None:
                 average.module.load_state_dict(saved)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -13,13 +13,65 @@ from kdkit.errors import RunError, suggest
 from kdkit.schema import LrScheduleSpec, TrainSpec
 
 
-def build_optimizer(spec: TrainSpec, students: Sequence[nn.Module], adapters: nn.Module) -> torch.optim.Optimizer:
-    """The recipe's optimizer over the students and the losses' learnable parts.
+class Updater:
+    """What changes one student and the learnable parts of its losses: an optimizer, its learning-rate schedule, clipping.
 
     Args:
         spec: the recipe's `train` section.
-        students: networks that learn; layer decay and decay-free parameters as timm does them.
+        student: the network that learns.
+        adapters: holds every learnable part of its losses.
+        taken: parameters that another student's optimizer changes already.
+        epochs, steps_per_epoch, maximize: see `LrSchedule`.
+    """
+
+    def __init__(
+        self, spec: TrainSpec, student: nn.Module, adapters: nn.Module, taken: Collection[nn.Parameter] = (), *,
+        epochs: int, steps_per_epoch: int, maximize: bool,
+    ) -> None:  # fmt: skip
+        self.optimizer = build_optimizer(spec, student, adapters, taken)
+        self.schedule = LrSchedule(spec, self.optimizer, epochs, steps_per_epoch, maximize=maximize)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self._clip = spec.clip_grad
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def update(self, steps: int, scaler: Any = None) -> None:
+        """Clip, step, forget the gradients, set the rate that follows `steps` steps.
+
+        Accelerate's wrappers do as much, and search the disk for packages at each step.
+        """
+        if self._clip:
+            if scaler is not None:
+                scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.parameters, self._clip)
+        if scaler is None:
+            self.optimizer.step()
+        else:
+            scaler.step(self.optimizer)  # which skips it if the scaled gradients overflowed
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.after_step(steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+
+
+def build_optimizer(
+    spec: TrainSpec, student: nn.Module, adapters: nn.Module, taken: Collection[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
+    """The recipe's optimizer over a student and its losses' learnable parts.
+
+    Args:
+        spec: the recipe's `train` section.
+        student: the network that learns; layer decay and decay-free parameters as timm does them.
         adapters: holds every learnable part of the losses.
+        taken: parameters to leave out.
 
     Raises:
         RunError: timm has no such optimizer, or it does not take such arguments.
@@ -27,11 +79,14 @@ def build_optimizer(spec: TrainSpec, students: Sequence[nn.Module], adapters: nn
     import timm.optim
 
     want = spec.optimizer
-    groups = [group for student in students for group in _groups(student, spec, want.weight_decay)]
+    groups = _groups(student, spec, want.weight_decay) if any(p.requires_grad for p in student.parameters()) else []
     if any(True for _ in adapters.parameters()):
         decay = want.weight_decay if spec.adapters.weight_decay is None else spec.adapters.weight_decay
         own = {"lr": spec.adapters.lr} if spec.adapters.lr else {}
         groups += [{**group, **own} for group in _groups(adapters, spec, decay, layers=False)]
+    left_out = {id(p) for p in taken}
+    groups = [{**group, "params": [p for p in group["params"] if id(p) not in left_out]} for group in groups]
+    groups = [group for group in groups if group["params"]]
     names = [str(name) for name in timm.optim.list_optimizers()]
     if want.name not in names:
         raise RunError(f"timm has no optimizer '{want.name}'; {suggest(want.name, names, limit=100)}")

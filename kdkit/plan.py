@@ -144,7 +144,7 @@ class _Planner:
     def _check_training(self, num_train: int) -> None:
         train, size = self.spec.train, self.spec.data.batch_size
         with self._problems_at("train", "optimizer"):
-            build_optimizer(train, [nn.Linear(PROBE, PROBE)], nn.Identity())
+            build_optimizer(train, nn.Linear(PROBE, PROBE), nn.Identity())
         if not self.spec.data.drop_last and num_train % size == 1:
             says = (
                 f"the last batch of an epoch would be a single image ({num_train} images in batches of {size}), which BatchNorm cannot take"

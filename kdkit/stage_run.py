@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import time
 from typing import Any, cast
@@ -80,14 +81,15 @@ class StageRun:
             place = f"epoch {trainer.epoch} of stage '{trainer.stage.name}'"
             setting.reporter.warn(f"{name} was exactly 0 in all of {place}: nothing is learnt from it")
         measured = trainer.epoch % spec.train.evaluate_every == 0 or trainer.epoch == trainer.epochs
-        if trainer.schedule.by_epoch and setting.data.validation is not None:
+        if trainer.updaters[0].schedule.by_epoch and setting.data.validation is not None:
             measured = True  # its learning rate hangs on it
         if measured:
             trainer.synchronise()
             self.scores = [self._measure(model) for model in self.deployed()]
             self._keep_best()
         validation = self.scores[0].get("validation") if measured else None
-        trainer.schedule.after_epoch(trainer.epoch, validation["top1"] if validation else means["loss"])
+        for updater, scores in itertools.zip_longest(trainer.updaters, self.scores if validation else []):
+            updater.schedule.after_epoch(trainer.epoch, scores["validation"]["top1"] if scores else means["loss"])
         spent, done = setting.spent(), trainer.epoch / trainer.epochs
         test = self.scores[0]["test"] if measured else {}
         label = f"{trainer.stage.name} epoch {trainer.epoch}/{trainer.epochs}"
@@ -104,7 +106,7 @@ class StageRun:
     @property
     def lr(self) -> float:
         """Learning rate of the next step."""
-        return float(self.trainer.optimizer.param_groups[0]["lr"])
+        return self.trainer.updaters[0].lr
 
     def deployed(self) -> list[Model]:
         """The students as they are measured and exported."""

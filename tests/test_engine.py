@@ -95,13 +95,13 @@ def test_gradients_are_clipped_all_together(tmp_path):
     losses = [*PLAIN["losses"], {"use": "hint", "layers": [{"student": "stage2", "teacher": "stage2"}]}]
     trainer, _ = trainer_of(tmp_path, losses=losses, train={"clip_grad": 0.01})
     norms = []
-    step = trainer.optimizer.step
+    step = trainer.updaters[0].optimizer.step
 
     def measured(*args, **kwargs):
         norms.append(float(torch.stack([p.grad.norm() for p in trainer.learner.parameters() if p.requires_grad]).norm()))
         return step(*args, **kwargs)
 
-    trainer.optimizer.step = measured
+    trainer.updaters[0].optimizer.step = measured
     epoch(trainer)
     assert norms == pytest.approx([0.01] * len(norms), rel=1e-3)
 

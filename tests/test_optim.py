@@ -23,7 +23,7 @@ def spec(epochs=10, optimizer=None, adapters=None, **schedule):
 def rates(epochs=10, metrics=None, maximize=True, **schedule):
     """The rate of each step, and the one after the last."""
     chosen = spec(epochs, **schedule)
-    optimizer = build_optimizer(chosen, [nn.Linear(2, 2)], nn.Identity())
+    optimizer = build_optimizer(chosen, nn.Linear(2, 2), nn.Identity())
     lr = LrSchedule(chosen, optimizer, epochs, SPE, maximize=maximize)
     found = []
     for step in range(epochs * SPE):
@@ -96,7 +96,7 @@ def test_plateau_keeps_its_counts():
     chosen = spec(name="plateau", patience=2, decay_rate=0.5)
 
     def made():
-        optimizer = build_optimizer(chosen, [nn.Linear(2, 2)], nn.Identity())
+        optimizer = build_optimizer(chosen, nn.Linear(2, 2), nn.Identity())
         return optimizer, LrSchedule(chosen, optimizer, 10, SPE, maximize=True)
 
     optimizer, schedule = made()
@@ -116,15 +116,15 @@ def decayed(optimizer, module):
 
 def test_norm_and_bias_are_not_decayed_unless_asked():
     student = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
-    found = decayed(build_optimizer(spec(optimizer={"weight_decay": 0.1}), [student], nn.Identity()), student)
+    found = decayed(build_optimizer(spec(optimizer={"weight_decay": 0.1}), student, nn.Identity()), student)
     assert found == {"0.weight": 0.1, "0.bias": 0, "1.weight": 0, "1.bias": 0, "2.weight": 0.1, "2.bias": 0}
-    found = decayed(build_optimizer(spec(optimizer={"weight_decay": 0.1, "decay_norm_and_bias": True}), [student], nn.Identity()), student)
+    found = decayed(build_optimizer(spec(optimizer={"weight_decay": 0.1, "decay_norm_and_bias": True}), student, nn.Identity()), student)
     assert set(found.values()) == {0.1} and len(found) == 6
 
 
 def test_what_a_network_exempts_is_not_decayed():
     student = timm.create_model("test_vit", num_classes=3)
-    found = decayed(build_optimizer(spec(optimizer={"weight_decay": 0.1}), [student], nn.Identity()), student)
+    found = decayed(build_optimizer(spec(optimizer={"weight_decay": 0.1}), student, nn.Identity()), student)
     assert found["pos_embed"] == 0 and found["blocks.0.attn.qkv.weight"] == 0.1
     assert len(found) == len(list(student.parameters()))
 
@@ -138,7 +138,7 @@ def test_adapters_have_a_group_of_their_own():
         warmup_epochs=1,
         warmup_lr=0.0,
     )
-    optimizer = build_optimizer(chosen, [student], adapters)
+    optimizer = build_optimizer(chosen, student, adapters)
     schedule = LrSchedule(chosen, optimizer, 10, SPE, maximize=True)
     assert decayed(optimizer, adapters) == {"weight": 0.5, "bias": 0}
     assert decayed(optimizer, student) == {"weight": 0.1, "bias": 0}
@@ -150,7 +150,7 @@ def test_adapters_have_a_group_of_their_own():
 def test_layer_decay_scales_the_rate_from_the_last_layer_to_the_first():
     student = timm.create_model("test_vit", num_classes=3)
     chosen = spec(optimizer={"layer_decay": 0.5}, name="constant")
-    optimizer = build_optimizer(chosen, [student], nn.Identity())
+    optimizer = build_optimizer(chosen, student, nn.Identity())
     LrSchedule(chosen, optimizer, 10, SPE, maximize=True)
     rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     depth = [rate[id(block.attn.qkv.weight)] for block in student.blocks]
@@ -163,7 +163,7 @@ def test_layer_decay_scales_the_rate_from_the_last_layer_to_the_first():
 def test_timms_optimizers_take_a_step(name):
     student = nn.Linear(3, 2)
     before = student.weight.detach().clone()
-    optimizer = build_optimizer(spec(optimizer={"name": name, "lr": 0.1}), [student], nn.Identity())
+    optimizer = build_optimizer(spec(optimizer={"name": name, "lr": 0.1}), student, nn.Identity())
     for _ in range(2):  # adopt only looks at the first gradient
         student(torch.ones(2, 3)).square().sum().backward()
         optimizer.step()
@@ -172,7 +172,7 @@ def test_timms_optimizers_take_a_step(name):
 
 def test_an_unknown_optimizer_is_told_with_file_and_line(tmp_path):
     with pytest.raises(RunError, match="did you mean 'adamw'"):
-        build_optimizer(spec(optimizer={"name": "adamww"}), [nn.Linear(2, 2)], nn.Identity())
+        build_optimizer(spec(optimizer={"name": "adamww"}), nn.Linear(2, 2), nn.Identity())
     path = write(tmp_path, train={"optimizer": {"name": "adamww"}})
     with pytest.raises(kdkit.RecipeError, match=r"recipe.yaml:\d+: train.optimizer: timm has no optimizer 'adamww'; did you mean 'adamw'"):
         kdkit.check(path)
