@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from kdkit.api import build_loss as build_loss
     from kdkit.api import check as check
     from kdkit.api import train as train
+    from kdkit.backbone import Backbone as Backbone
     from kdkit.contracts import Context as Context
     from kdkit.contracts import Lesson as Lesson
     from kdkit.contracts import Loss as Loss
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from kdkit.parts import AnyBatchNorm as AnyBatchNorm
     from kdkit.parts import aligned as aligned
     from kdkit.parts import frozen_copy as frozen_copy
+    from kdkit.parts import pooled_head as pooled_head
     from kdkit.parts import standardized as standardized
     from kdkit.providers import DataInfo as DataInfo
     from kdkit.providers import DatasetOptions as DatasetOptions
@@ -75,7 +77,8 @@ __version__ = "0.1.0"
 _HOME = {
     "records": "Batch Outputs",
     "forms": "as_map as_tokens as_vectors pooled_alike resized",
-    "parts": "AnyBatchNorm aligned frozen_copy standardized",
+    "parts": "AnyBatchNorm aligned frozen_copy pooled_head standardized",
+    "backbone": "Backbone",
     "gathering": "gather",
     "loss_options": "FeatureOptions LayerPair LossOptions MapOptions RelationOptions ResponseOptions TokenOptions VectorOptions",
     "contracts": "Context Lesson Loss Model Models Schedule ScheduleOptions Stage see teach turned",

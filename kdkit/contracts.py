@@ -5,17 +5,18 @@ from __future__ import annotations
 import abc
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from kdkit.errors import TapError
+from kdkit.errors import ShapeError, TapError
 from kdkit.layers import classifier_path, norm_path
 from kdkit.loss_options import LossOptions
 from kdkit.options import Options
 from kdkit.parts import frozen_copy
+from kdkit.providers import ModelOptions
 from kdkit.records import Batch, Inputs, Outputs
 
 
@@ -78,6 +79,8 @@ class Loss(nn.Module, abc.ABC):
     """Whether a feature or relation loss also reads `teacher.logits` (response losses always may)."""
     needs_networks: ClassVar[bool] = False
     """Whether `setup` reads the networks of its context. `kdkit check` then runs real ones; batch norms are not folded away."""
+    needs_views: ClassVar[Mapping[str, int]] = {}
+    """The views it reads in `Outputs.views`, with how many copies of each image they hold; `setup` refuses outputs without them."""
     Options: ClassVar[type[LossOptions]] = LossOptions
 
     def __init__(self, options: LossOptions) -> None:
@@ -105,10 +108,19 @@ class Loss(nn.Module, abc.ABC):
 
 @dataclass(frozen=True)
 class Lesson:
-    """A student's answer and those it learns from on this batch; a loss is averaged over the teachers."""
+    """A student's answer and those it learns from on this batch.
+
+    Attributes:
+        student: what learns.
+        teachers: what it learns from; a loss is averaged over them.
+        weights: shares of the teachers in that average (None: equal ones).
+        named: answers that a loss of the recipe may ask for by its `teacher:`, instead of the above.
+    """
 
     student: Outputs
     teachers: Sequence[Outputs] = ()
+    weights: Sequence[float] | None = None
+    named: Mapping[str, Outputs] = field(default_factory=dict)
 
 
 class Model(Protocol):
@@ -123,11 +135,25 @@ class Model(Protocol):
 
 
 class Models(Protocol):
-    """Hands out the recipe's models; each call of `student` gives a fresh, independent one."""
+    """Hands out the recipe's models."""
 
-    def student(self) -> Model: ...
+    def student(self, options: ModelOptions | None = None) -> Model:
+        """A fresh, independent student: the recipe's, or one of the schedule's own options."""
+        ...
 
-    def teacher(self) -> Model: ...
+    def teacher(self, name: str | None = None) -> Model:
+        """A frozen teacher: the recipe's only one, or the one of that name."""
+        ...
+
+    def teachers(self) -> Mapping[str, Model]:
+        """All frozen teachers by name."""
+        ...
+
+
+Arrange = Callable[[Tensor, Tensor, int], Tensor]
+"""From an epoch's images in random order (N,), their classes (N,) and the batch size to another order (N,), some perhaps repeated.
+
+Each process gets a contiguous share of every batch, so images that belong together must stand side by side."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +170,11 @@ class Stage:
         lr: learning rate before its schedule (None: the recipe's `train.optimizer.lr`).
         train: what learns (None: everything): `student`, a layer of it (`student.layer1`, `student.stage2`), a loss's learnable parts by
             its name (`hint`), or one of them (`ft.paraphraser`). All else is frozen for the stage, its batch norms included.
-        buffers: frozen models that `after_step` changes (moving averages): saved and restored with the stage.
+        buffers: frozen models that `after_step` or `after_epoch` changes (moving averages): saved and restored with the stage.
+        after_epoch: called after the last step of each epoch.
+        parts: what the schedule itself learns or remembers: its parameters learn beside the first student's, its buffers are saved.
+        arrange: which images of an epoch come together (None: chance alone).
+        views: augmentations of each image in a batch; those beyond the first are in `Batch.views`.
     """
 
     name: str
@@ -156,6 +186,10 @@ class Stage:
     lr: float | None = None
     train: Sequence[str] | None = None
     buffers: Sequence[Model] = ()
+    after_epoch: Callable[[], None] = lambda: None
+    parts: nn.Module | None = None
+    arrange: Arrange | None = None
+    views: int = 1
 
 
 class ScheduleOptions(Options):
@@ -181,7 +215,7 @@ class Schedule(abc.ABC):
         """
 
 
-View = Callable[[Tensor], Tensor]
+View = Callable[[Batch], Tensor]
 
 
 def teach(student: Model, by: Sequence[Model] = (), views: Mapping[str, View] | None = None) -> Callable[[Batch], Sequence[Lesson]]:
@@ -190,23 +224,24 @@ def teach(student: Model, by: Sequence[Model] = (), views: Mapping[str, View] | 
     Args:
         student: who learns.
         by: its teachers.
-        views: further views of the images that all models answer together with the images themselves; what a model says of them is in
-            `Outputs.views` under the same names. A view may hold several copies of each image.
+        views: further views of a batch's images, which all models answer together with the images themselves; what a model says of them
+            is in `Outputs.views` under the same names. A view may hold several copies of each image.
     """
 
     def step(batch: Batch) -> Sequence[Lesson]:
+        shown = {name: view(batch) for name, view in (views or {}).items()}
         with torch.no_grad():
-            teachers = [see(teacher, batch.inputs, views or {}).detach() for teacher in by]
-        return [Lesson(see(student, batch.inputs, views or {}), teachers)]
+            teachers = [see(teacher, batch.inputs, shown).detach() for teacher in by]
+        return [Lesson(see(student, batch.inputs, shown), teachers)]
 
     return step
 
 
-def see(model: Model, inputs: Inputs, views: Mapping[str, View]) -> Outputs:
-    """A model's answer to images and their views, in one forward."""
-    if not views or not isinstance(inputs, Tensor):
+def see(model: Model, inputs: Inputs, views: Mapping[str, Inputs]) -> Outputs:
+    """A model's answer to images and to views of them, in one forward."""
+    if not views:
         return model(inputs)
-    shown = [inputs, *(view(inputs) for view in views.values())]
+    shown = [images for images in (inputs, *views.values()) if isinstance(images, Tensor)]
     answer, sizes = model(torch.cat(shown)), [len(images) for images in shown]
     own, *others = (answer.map(functools.partial(_rows, sizes=sizes, part=i)) for i in range(len(sizes)))
     return replace(own, views=dict(zip(views, others, strict=True)))
@@ -216,6 +251,9 @@ def _rows(x: Tensor, sizes: Sequence[int], part: int) -> Tensor:
     return x.narrow(0, sum(sizes[:part]), sizes[part])
 
 
-def turned(images: Tensor) -> Tensor:
+def turned(batch: Batch) -> Tensor:
     """Each image turned by 90, 180 and 270 degrees: (B, C, H, W) to (3B, C, H, W), all images at one angle, then at the next."""
+    images = batch.inputs
+    if not isinstance(images, Tensor):
+        raise ShapeError("only images can be turned")
     return torch.cat([images.rot90(quarters, (2, 3)) for quarters in (1, 2, 3)])

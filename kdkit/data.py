@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kdkit import stream
 from kdkit.augment import permutation
+from kdkit.contracts import Arrange
 from kdkit.errors import DataError
 from kdkit.images import Finish, HeldImages, Images, Pictures, ReadImages
 from kdkit.providers import DataInfo, DatasetSource, InMemory, Split, Stream
@@ -46,13 +47,17 @@ class TrainLoader(Protocol):
         """Batches per epoch."""
         ...
 
-    def epoch(self, number: int, start: int = 0, view: int | None = None) -> Iterator[Batch]:
+    def epoch(self, number: int, start: int = 0, view: int | None = None, arrange: Arrange | None = None) -> Iterator[Batch]:
         """This process's share of the batches of one epoch, from batch `start` on, without loading those before it.
 
         Args:
             number: of the epoch; it gives the order.
             start: batches to skip.
             view: number of the augmentation, `number` by default; smaller ones come again where a cache keeps few views.
+            arrange: changes the order.
+
+        Raises:
+            DataError: a stream cannot be arranged.
         """
         ...
 
@@ -97,8 +102,11 @@ class _ShuffledLoader:
     def __len__(self) -> int:
         return -(-self._used // self._batch_size)
 
-    def epoch(self, number: int, start: int = 0, view: int | None = None) -> Iterator[Batch]:
+    def epoch(self, number: int, start: int = 0, view: int | None = None, arrange: Arrange | None = None) -> Iterator[Batch]:
         order = permutation(self._seed, number, self.num_samples)[: self._used]
+        if arrange is not None:
+            order = arrange(order, self.labels.to(order.device)[order], self._batch_size)
+            assert len(order) == self._used, "an arrangement keeps the number of images"
         plan = [self._share(batch) for batch in torch.split(order, self._batch_size)[start:]]
         return self._images.batches(plan, number if view is None else view)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -24,6 +25,7 @@ from kdkit.schema import MixupSpec, TrainSpec
 from kdkit.trainable import freeze_all_but, rest
 
 State = dict[str, Any]
+MOST_EPOCHS = 1 << 20  # an epoch's further views are numbered from multiples of this on, so that none comes twice
 
 
 class Learner(nn.Module):
@@ -34,11 +36,19 @@ class Learner(nn.Module):
         super().__init__()
         self.students = nn.ModuleList(student.module for student in stage.students)
         self.objectives = nn.ModuleList(objectives)
+        self.parts = stage.parts if stage.parts is not None else nn.Module()
         self._lessons = stage.step
 
     def forward(self, batch: Batch, epoch: float) -> tuple[Tensor, list[Value]]:
         values = [objective(lesson, batch, epoch) for objective, lesson in zip(self.objectives, self._lessons(batch), strict=True)]
         return sum_of((value.total for value in values), like=batch.labels), values
+
+
+def batches(loader: TrainLoader, stage: Stage, epoch: int, start: int = 0) -> Iterator[Batch]:
+    """An epoch's batches as a stage wants them: arranged, and in several views."""
+    first, *others = (loader.epoch(epoch, start, epoch + view * MOST_EPOCHS, stage.arrange) for view in range(stage.views))
+    for batch, *more in zip(first, *others, strict=True):
+        yield replace(batch, views=tuple(other.inputs for other in more)) if more else batch
 
 
 class Trainer:
@@ -68,9 +78,10 @@ class Trainer:
             spec = spec.model_copy(update={"optimizer": spec.optimizer.model_copy(update={"lr": stage.lr})})
         self.updaters: list[Updater] = []
         for student, objective in zip(self.learner.students, self.learner.objectives, strict=True):
+            adapters = objective if self.updaters else nn.ModuleList([objective, self.learner.parts])
             taken = [p for updater in self.updaters for p in updater.parameters]
             lengths = {"epochs": self.epochs, "steps_per_epoch": self.steps_per_epoch}
-            self.updaters.append(Updater(spec, student, objective, taken, **lengths, maximize=maximize))
+            self.updaters.append(Updater(spec, student, adapters, taken, **lengths, maximize=maximize))
         self._networks = [objective.deploy(student.module) for student, objective in zip(stage.students, objectives, strict=True)]
         self.averages = [_average(network, spec) for network in self._networks]
         self.mixup = _mixup(spec.mixup, num_classes) if spec.mixup else None
@@ -89,7 +100,7 @@ class Trainer:
         """Whether the objective reads only a part of the students: DDP then has to look which, at a cost."""
         self.learner.eval()
         before = [buffer.clone() for buffer in self.learner.buffers()]
-        total, _ = self.learner(next(iter(self.loader.epoch(0))), 0.0)
+        total, _ = self.learner(next(batches(self.loader, self.stage, 0)), 0.0)
         parameters = [p for p in self.learner.parameters() if p.requires_grad]
         found = torch.autograd.grad(total, parameters, allow_unused=True)
         for buffer, value in zip(self.learner.buffers(), before, strict=True):
@@ -107,11 +118,12 @@ class Trainer:
         if self.stage.train is not None:
             for student in self.learner.students:
                 rest(student)
-        batches = self.loader.epoch(self.epoch, start=self.step * self.spec.accumulate)
-        while group := list(itertools.islice(batches, self.spec.accumulate)):
+        coming = batches(self.loader, self.stage, self.epoch, start=self.step * self.spec.accumulate)
+        while group := list(itertools.islice(coming, self.spec.accumulate)):
             values = self.optimize(group)
             self.step += 1
             yield values
+        self.stage.after_epoch()
         self.epoch, self.step = self.epoch + 1, 0
 
     def optimize(self, group: Sequence[Batch]) -> list[Value]:
@@ -146,7 +158,7 @@ class Trainer:
         if not isinstance(batch.inputs, Tensor) or len(batch.labels) % 2:
             raise RunError(f"train.mixup mixes an even number of images per batch and process, not {len(batch.labels)}")
         inputs, labels = self.mixup(batch.inputs.clone(), batch.labels)  # timm mixes in place
-        return Batch(inputs, labels, batch.index)
+        return replace(batch, inputs=inputs, labels=labels)
 
     def close(self) -> None:
         """Let go of what the accelerator and, in several processes, the parameters' hooks keep: the next stage wraps them anew."""

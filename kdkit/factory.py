@@ -64,7 +64,7 @@ class ModelFactory:
             ours = theirs = ours + theirs
         return list(dict.fromkeys(ours)), list(dict.fromkeys(theirs))
 
-    def expand(self, pairs: Sequence[LayerPair]) -> list[LayerPair]:
+    def expand(self, pairs: Sequence[LayerPair], teacher: str | None = None) -> list[LayerPair]:
         """The pairs with globs written out.
 
         Raises:
@@ -73,15 +73,19 @@ class ModelFactory:
         student = self._skeleton_of_student
         return expand_pairs(pairs, student, self._skeleton_of_teacher or student) if pairs else []
 
-    def student(self) -> TappedModel:
-        """A fresh student."""
+    def student(self, options: ModelOptions | None = None) -> TappedModel:
+        """A fresh student: the recipe's, or one of the schedule's own options."""
         self._students += 1
-        model = self._build("student", self.recipe.spec.student, self.layers[0], self._students)
+        model = self._build("student", options or self.recipe.spec.student, self.layers[0], self._students)
         return model.compile() if self._compiles else model
 
-    def teacher(self) -> TappedModel:
+    def teacher(self, name: str | None = None) -> TappedModel:
         """The frozen teacher, which stops behind its deepest tap if no loss reads its logits."""
         return self._teacher
+
+    def teachers(self) -> dict[str, TappedModel]:
+        """All frozen teachers by name."""
+        return {"teacher": self._teacher} if self.recipe.spec.teacher is not None else {}
 
     def whole_teacher(self) -> TappedModel | None:
         """The frozen teacher without taps, for measuring; None without a teacher."""

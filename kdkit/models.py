@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +83,28 @@ def build_model(
     )
 
 
-def load_checkpoint(path: Path, module: nn.Module, strip_prefix: str = "", num_classes: int | None = None) -> None:
+def load_checkpoint(
+    path: Path, module: nn.Module, strip_prefix: str = "", num_classes: int | None = None, rename: Callable[[str], str] | None = None
+) -> None:
     """Load a checkpoint's weights into a network. No code that the file may hold is run.
+
+    Args:
+        path: the file.
+        module: the network.
+        strip_prefix: what to drop from the file's keys.
+        num_classes: number of logits, for the message when the file is of another number.
+        rename: the network's own name of a key, once the prefix is dropped (None: the same).
 
     Raises:
         ModelError: the file is missing, holds more than tensors, or does not fit; the network is then unchanged.
     """
-    found = {key.removeprefix(strip_prefix): value for key, value in read_weights(path).items()}
+    found: dict[str, Tensor] = {}
+    for key, value in read_weights(path).items():
+        plain = key.removeprefix(strip_prefix)
+        own = rename(plain) if rename else plain
+        if own in found:
+            raise ModelError(f"{path} does not fit: several of its keys mean '{own}'")
+        found[own] = value
     wanted = module.state_dict()
     missing = [key for key in wanted if key not in found and not key.endswith("num_batches_tracked")]
     unexpected = sorted(key for key in found if key not in wanted)
@@ -129,7 +145,7 @@ def _load(options: ModelOptions, source: ModelSource, module: nn.Module, num_cla
     if file:
         load_checkpoint(file, module, num_classes=num_classes)
     elif options.checkpoint:
-        load_checkpoint(options.checkpoint, module, options.strip_prefix, num_classes)
+        load_checkpoint(options.checkpoint, module, options.strip_prefix, num_classes, functools.partial(source.rename, module=module))
     else:
         source.load(module)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -47,19 +47,23 @@ class Objective(nn.Module):
         self.losses = nn.ModuleDict({name: loss for name, (_, loss) in losses.items()})
         self.entries = {name: entry for name, (entry, _) in losses.items()}
 
-    def setup(self, probe: Lesson, context: Context) -> None:
+    def setup(self, probe: Lesson, context: Context, teachers: Mapping[str, nn.Module] | None = None) -> None:
         """Let each loss build its learnable parts.
+
+        Args:
+            probe: a lesson, whose first teacher sizes what a loss learns.
+            context: with the teacher's network, if all losses look at one.
+            teachers: networks of teachers that losses may ask for by name.
 
         Raises:
             ShapeError, TapError: a loss cannot compare the two; begins with its name.
             PluginError: a loss took a network for one of its parts, which would train it (and save it) twice, or train the teacher.
         """
-        networks = {id(p) for network in (context.student, context.teacher) if network is not None for p in network.parameters()}
         for name, loss in self.active(probe).items():
-            teacher = probe.teachers[0] if probe.teachers and loss.knowledge != "labels" else NoTeacher()
-            known = teacher if isinstance(teacher, NoTeacher) else in_full_precision(teacher)
+            network = (teachers or {}).get(self.entries[name].teacher or "", context.teacher)
+            networks = {id(p) for part in (context.student, network) if part is not None for p in part.parameters()}
             try:
-                loss.setup(in_full_precision(probe.student), known, context)
+                loss.setup(in_full_precision(probe.student), self._teachers(name, probe)[0], replace(context, teacher=network))
             except (ShapeError, TapError) as error:
                 raise type(error)(f"{name}: {error}") from None
             if any(id(p) in networks for p in loss.parameters()):
@@ -76,22 +80,29 @@ class Objective(nn.Module):
         return student
 
     def active(self, lesson: Lesson) -> dict[str, Loss]:
-        """The losses that count for a lesson: without a teacher, those on labels."""
-        return {name: loss for name, loss in self.parts().items() if lesson.teachers or loss.knowledge == "labels"}
+        """The losses that count for a lesson: those on labels, and those that have a teacher there."""
+        return {name: loss for name, loss in self.parts().items() if self._teachers(name, lesson)}
+
+    def _teachers(self, name: str, lesson: Lesson) -> list[Outputs]:
+        """The answers that a loss looks at."""
+        wanted = self.entries[name].teacher
+        if self.losses[name].knowledge == "labels":
+            return [NoTeacher()]
+        if wanted is None:
+            return [in_full_precision(teacher) for teacher in lesson.teachers]
+        return [in_full_precision(lesson.named[wanted])] if wanted in lesson.named else []
 
     def forward(self, lesson: Lesson, batch: Batch, epoch: float = 0.0) -> Value:
         """Value the lesson at a (fractional) epoch of the stage, which sets every ramp."""
-        full = in_full_precision
         terms: dict[str, Tensor] = {}
         weighted: dict[str, Tensor] = {}
         with torch.autocast(lesson.student.logits.device.type, enabled=False):
-            student, teachers = full(lesson.student), [full(teacher) for teacher in lesson.teachers]
+            student = in_full_precision(lesson.student)
             for name, loss in self.active(lesson).items():
                 entry = at_epoch(self.entries[name], epoch)
                 loss.options = entry
-                against = [NoTeacher()] if loss.knowledge == "labels" else teachers
-                values = [loss(student, teacher, batch) for teacher in against]
-                terms[name] = values[0] if len(values) == 1 else torch.stack(values).mean()
+                values = [loss(student, teacher, batch) for teacher in self._teachers(name, lesson)]
+                terms[name] = values[0] if len(values) == 1 else mean_of(values, lesson.weights)
                 weighted[name] = terms[name] * entry.weight
         total = sum_of(weighted.values(), like=lesson.student.logits)
         return Value(total, {n: v.detach() for n, v in terms.items()}, {n: v.detach() for n, v in weighted.items()}, len(batch.labels))
@@ -102,15 +113,25 @@ def in_full_precision(outputs: Outputs) -> Outputs:
     return outputs.map(lambda value: value.float() if value.dtype in (torch.float16, torch.bfloat16) else value)
 
 
+def mean_of(values: Sequence[Tensor], weights: Sequence[float] | None) -> Tensor:
+    """Their mean, by shares where there are some."""
+    stacked = torch.stack(list(values))
+    return stacked.mean() if weights is None else (stacked * stacked.new_tensor(list(weights))).sum() / sum(weights)
+
+
 def sum_of(values: Iterable[Tensor], like: Tensor) -> Tensor:
     """Their sum; zero, on the device of `like`, where there are none."""
     return sum(values, start=torch.zeros((), device=like.device))
 
 
-Expand = Callable[[Sequence[LayerPair]], Sequence[LayerPair]]
+Expand = Callable[[Sequence[LayerPair], str | None], Sequence[LayerPair]]
 
 
-def build(recipe: Recipe, only: Sequence[str] | Mapping[str, float] | None = None, expand: Expand = lambda pairs: pairs) -> Objective:
+def _as_written(pairs: Sequence[LayerPair], teacher: str | None) -> Sequence[LayerPair]:
+    return pairs
+
+
+def build(recipe: Recipe, only: Sequence[str] | Mapping[str, float] | None = None, expand: Expand = _as_written) -> Objective:
     """The recipe's objective, or that of the losses called `only`, with its weights where it has any; `expand` writes globs out."""
     weights = only if isinstance(only, Mapping) else {}
     losses = {}
@@ -122,4 +143,4 @@ def build(recipe: Recipe, only: Sequence[str] | Mapping[str, float] | None = Non
 
 
 def _expanded(entry: LossEntry, expand: Expand) -> LossEntry:
-    return entry.model_copy(update={"layers": tuple(expand(entry.taps()))}) if entry.taps() else entry
+    return entry.model_copy(update={"layers": tuple(expand(entry.taps(), entry.teacher))}) if entry.taps() else entry

@@ -9,7 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdkit.errors import ShapeError
+from kdkit.forms import as_vectors
+
 M = TypeVar("M", bound=nn.Module)
+HEAD_TOLERANCE = 0.05  # of the largest logit: mixed precision stays far below, another head far above
 
 
 class AnyBatchNorm(nn.BatchNorm2d):
@@ -30,6 +34,31 @@ def aligned(f_s: Tensor, f_t: Tensor) -> nn.Module:
 def frozen_copy(module: M) -> M:
     """A copy in eval mode that does not learn."""
     return copy.deepcopy(module).eval().requires_grad_(False)
+
+
+def pooled_head(classifier: nn.Module, f: Tensor, logits: Tensor, whose: str) -> nn.Linear:
+    """A network's classifier, once it is seen to be a linear layer of the mean over a layer's positions.
+
+    Args:
+        classifier: the layer that gives the logits.
+        f: what the layer in question gives: a map, tokens or a vector.
+        logits: of the same samples.
+        whose: begins the message: "teacher 'stage3'".
+
+    Raises:
+        ShapeError: the logits come about in another way.
+    """
+    v = as_vectors(f)
+    if isinstance(classifier, nn.Linear) and classifier.in_features == v.shape[1] and classifier.out_features == logits.shape[1]:
+        with torch.no_grad():
+            gap = (classifier(v.to(classifier.weight.dtype)) - logits).abs().max()
+        if gap <= HEAD_TOLERANCE * logits.abs().max():
+            return classifier
+    raise ShapeError(
+        f"{whose} {tuple(f.shape)} does not give the logits {tuple(logits.shape)} by pooling and a linear classifier: its head is more than "
+        "that behind the tapped layer; tap the last layer before the pooling, norm and activation included (`kdkit layers`), or, where a "
+        "vector will do, 'penultimate'"
+    )
 
 
 def standardized(z: Tensor) -> Tensor:

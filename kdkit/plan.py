@@ -179,7 +179,8 @@ class _Planner:
             images = torch.rand(PROBE, *info.image_shape)
         with torch.no_grad():
             index = torch.arange(PROBE, device=factory.device)
-            lessons = stage.step(Batch(images.to(factory.device), index % info.num_classes, index))
+            views = (images.to(factory.device),) * stage.views
+            lessons = stage.step(Batch(views[0], index % info.num_classes, index, views[1:]))
         if unknown := set(stage.losses or ()) - set(self.recipe.loss_names()):
             raise self.recipe.error(
                 ["schedule"], f"stage '{stage.name}' asks for losses that are not there: {suggest(unknown.pop(), self.recipe.loss_names())}"
@@ -187,6 +188,8 @@ class _Planner:
         objective = build(self.recipe, stage.losses, factory.expand)
         if not all(objective.active(lesson) for lesson in lessons):
             raise self.recipe.error(["losses"], f"stage '{stage.name}' has no teacher, and none of its losses is on labels")
+        if stage.views > 1 and self.spec.train.mixup:
+            raise self.recipe.error(["train", "mixup"], f"stage '{stage.name}' compares views of single images; leave mixup out")
         if stage.name in self._stages:
             raise self.recipe.error(["schedule"], f"two stages are called '{stage.name}'; their logs and random numbers go by that name")
         self._stages.add(stage.name)

@@ -70,7 +70,8 @@ class Probe:
 
     def copy_of_loss(self) -> Loss:
         try:
-            return copy.deepcopy(self.loss)
+            # a layer of the student that the loss reads stays that layer
+            return copy.deepcopy(self.loss, {id(part): part for part in self.context.student.modules()})
         except Exception as error:
             raise AssertionError(f"{self.loss.name}: copy.deepcopy fails after setup: {error}") from error
 
@@ -93,7 +94,7 @@ class Probe:
     def slopes(self) -> dict[str, Tensor]:
         """The gradient for the student's logits and features, zero where the loss does not depend on them."""
         probe = self.learning()
-        tensors = {"logits": probe.student.logits, **probe.student.features}
+        tensors = named(probe.student)
         value = probe.value()
         self.require(value.requires_grad, "the value has no gradient: something on the way from the student is detached")
         found = torch.autograd.grad(value, list(tensors.values()), allow_unused=True)
@@ -115,7 +116,20 @@ class Probe:
         """Only those samples, in that order."""
         assert isinstance(self.batch.inputs, Tensor)
         batch = Batch(self.batch.inputs[index], self.batch.labels[index], self.batch.index[index])
-        return replace(self.changed(form, lambda x: x[index], lambda x: x[index]), batch=batch)
+        student, teacher = (_rows(outputs, index, len(self.batch.labels)) for outputs in (self.student, self.teacher))
+        return replace(self, student=student, teacher=teacher, batch=batch, form=f"{self.form}, {form}")
+
+
+def _rows(outputs: Outputs, index: list[int], size: int) -> Outputs:
+    """What is said of those samples; a view holds a copy of all `size` of them, then the next."""
+    own = replace(outputs, views={}).map(lambda x: torch.cat([copy[index] for copy in torch.split(x, size)]))
+    return replace(own, views={name: _rows(view, index, size) for name, view in outputs.views.items()})
+
+
+def named(outputs: Outputs) -> dict[str, Tensor]:
+    """Its tensors: the logits, the features by layer, those of views with the view's name before."""
+    views = {f"{name} {of}": x for name, view in outputs.views.items() for of, x in named(view).items()}
+    return {"logits": outputs.logits, **outputs.features, **views}
 
 
 class Network(nn.Module):
@@ -151,12 +165,23 @@ def readable(loss: Loss, teacher: Outputs) -> Outputs:
     return NoTeacher() if loss.knowledge == "labels" else teacher
 
 
-def random_outputs(features: Mapping[str, Shape] | None = None, *, size: int = 6, classes: int = CLASSES, seed: int = 0) -> Outputs:
-    """Normally distributed logits (size, classes) and features (size, *shape); a layer called `logits` is the logits."""
+def random_outputs(
+    features: Mapping[str, Shape] | None = None,
+    *,
+    size: int = 6,
+    classes: int = CLASSES,
+    seed: int = 0,
+    views: Mapping[str, int] | None = None,
+) -> Outputs:
+    """Normally distributed logits (size, classes) and features (size, *shape); a layer called `logits` is the logits.
+
+    `views` asks for views of so many copies of each sample.
+    """
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(size, classes, generator=generator)
     drawn = {name: torch.randn(size, *shape, generator=generator) for name, shape in (features or {}).items()}
-    return Outputs(logits, {name: logits if name == "logits" else x for name, x in drawn.items()})
+    seen = {name: random_outputs(features, size=n * size, classes=classes, seed=seed + 100 * n) for name, n in (views or {}).items()}
+    return Outputs(logits, {name: logits if name == "logits" else x for name, x in drawn.items()}, seen)
 
 
 def random_batch(size: int = 6, classes: int = CLASSES, seed: int = 0) -> Batch:
@@ -177,7 +202,10 @@ def probe(cls: type[Loss], options: Mapping[str, Any], form: str, shapes: tuple[
     networks = [Network({name: shape for name, shape in names.items() if shape}) for names in layers]
     context = Context(networks[0], networks[1].eval().requires_grad_(False), CLASSES, 64, torch.arange(64) % CLASSES)
     few, more = (
-        (random_outputs(layers[0], size=size, seed=size), random_outputs(layers[1], size=size, classes=teacher_classes, seed=size + 1))
+        (
+            random_outputs(layers[0], size=size, seed=size, views=cls.needs_views),
+            random_outputs(layers[1], size=size, seed=size + 1, views=cls.needs_views, classes=teacher_classes),
+        )
         for size in (4, 6)
     )
     if cls.needs_networks:
@@ -198,9 +226,14 @@ def set_up(loss: Loss, student: Outputs, teacher: Outputs, context: Context, for
             raise AssertionError(f"{loss.name}: on {form}: setup raises {type(error).__name__}, not kdkit.ShapeError: {error}") from error
 
 
+def reads_layers(cls: type[Loss], options: Mapping[str, Any]) -> bool:
+    """Whether the loss compares layers always, or by these options."""
+    return issubclass(cls.Options, FeatureOptions) or bool(options.get("layers"))
+
+
 def probes(cls: type[Loss], options: Mapping[str, Any]) -> Iterator[Probe]:
     """The loss on every form that it accepts, at least one."""
-    forms = FORMS if issubclass(cls.Options, FeatureOptions) else {"logits": ((), ())}
+    forms = FORMS if reads_layers(cls, options) else {"logits": ((), ())}
     refusals = []
     for form, shapes in forms.items():
         try:

@@ -54,6 +54,10 @@ class ModelSource(abc.ABC):
     def load(self, module: nn.Module) -> None:  # noqa: B027 -- most sources have no weights of their own
         """Load the weights that a model has of itself (`pretrained`), in place; `checkpoint` is loaded by kdkit."""
 
+    def rename(self, key: str, module: nn.Module) -> str:
+        """The network's own name of what a `checkpoint` calls `key`, where other code bases name its layers otherwise."""
+        return key
+
     def normalization(self, module: nn.Module) -> Normalize | None:
         """What the network expects, if the source knows; None for inputs in [0, 1]."""
         return None

@@ -18,11 +18,13 @@ class Batch:
         inputs: images (B, C, H, W) in [0, 1], or a mapping of tensors (text).
         labels: class indices (B,), or shares of the classes (B, K) when inputs are mixed.
         index: the samples' places in the dataset's whole training part (B,), whatever subset is trained on.
+        views: the same images in further augmentations, where the stage asks for some.
     """
 
     inputs: Inputs
     labels: Tensor
     index: Tensor
+    views: tuple[Inputs, ...] = ()
 
     @property
     def classes(self) -> Tensor:

@@ -33,7 +33,7 @@ KINDS: Mapping[str, type] = {
 }
 ENTRY_POINTS = "kdkit"
 NAME = re.compile(r"[a-z][a-z0-9_]*")
-RESERVED = {"use", "weight", "name"}
+RESERVED = {"use", "weight", "name", "teacher"}
 KNOWLEDGE = {"labels", "response", "feature", "relation"}
 SCHEMES = {"none", "offline", "online", "self"}
 

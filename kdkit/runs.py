@@ -12,7 +12,7 @@ from torch import Tensor
 from kdkit import data, objective, plan
 from kdkit.checkpoints import write_atomically
 from kdkit.contracts import Context, Loss, Model, Stage
-from kdkit.engine import Trainer, build_accelerator
+from kdkit.engine import Trainer, batches, build_accelerator
 from kdkit.errors import DataError, RunError
 from kdkit.evaluate import metrics, predict
 from kdkit.factory import ModelFactory, TrainedTeacher
@@ -155,7 +155,7 @@ def build_trainer(
     for student in stage.students:
         student.module.eval()  # a probe moves no statistics
     with torch.no_grad():
-        lessons = stage.step(next(iter(prepared.train.epoch(0))))
+        lessons = stage.step(next(batches(prepared.train, stage, 0)))
     labels = _labels_by_index(prepared.train)
     objectives = []
     for student, lesson in zip(stage.students, lessons, strict=True):

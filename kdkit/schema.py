@@ -110,6 +110,7 @@ class LossEntry(LossOptions):
         default=None, pattern=r"^[a-z][a-z0-9_]*$", description="Name of the term in logs and stages (default: `use`)."
     )
     weight: Rampable = Field(default=1.0, ge=0, description="Multiplies this loss in the total; a number or a ramp.")
+    teacher: str | None = Field(default=None, description="Of several teachers, the one that this loss looks at (default: all that teach).")
 
 
 class ScheduleEntry(ScheduleOptions):

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from kdkit.augment import sample_seed, subseed
+from kdkit.contracts import Arrange
 from kdkit.errors import DataError
 from kdkit.images import Broken, Finish, intact, stack
 from kdkit.providers import Stream
@@ -86,7 +87,9 @@ class StreamTrainLoader:
         full, rest = divmod(self.num_samples, self._reader.batch_size)
         return full + (rest > 0 and not self._drop_last)
 
-    def epoch(self, number: int, start: int = 0, view: int | None = None) -> Iterator[Batch]:
+    def epoch(self, number: int, start: int = 0, view: int | None = None, arrange: Arrange | None = None) -> Iterator[Batch]:
+        if arrange is not None:
+            raise DataError("this dataset can only be read from start to end, but the schedule chooses which images come together")
         seed = sample_seed(self._seed, number, 0) >> 33  # 31 bits: readers hand it to NumPy and TensorFlow
         given = start
         for batch in islice(self._reader.batches(seed, number if view is None else view), start, len(self)):

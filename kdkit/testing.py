@@ -26,8 +26,7 @@ from torch import Tensor, nn
 
 from kdkit.contracts import Loss
 from kdkit.errors import ShapeError
-from kdkit.loss_options import FeatureOptions
-from kdkit.probes import CLASSES, DEGENERATE, FORMS, MISFITS, leaves, probe, probes, set_up
+from kdkit.probes import CLASSES, DEGENERATE, FORMS, MISFITS, leaves, named, probe, probes, reads_layers, set_up
 from kdkit.probes import random_batch as random_batch
 from kdkit.probes import random_outputs as random_outputs
 from kdkit.records import Batch, Outputs
@@ -44,7 +43,7 @@ def check_is_documented(cls: type[Loss], **options: Any) -> None:
 
 def check_refuses_by_shape_error(cls: type[Loss], **options: Any) -> None:
     """What cannot be compared is refused in `setup`, by a ShapeError."""
-    cases = [(form, shapes, CLASSES) for form, shapes in MISFITS.items()] if issubclass(cls.Options, FeatureOptions) else []
+    cases = [(form, shapes, CLASSES) for form, shapes in MISFITS.items()] if reads_layers(cls, options) else []
     for form, shapes, classes in [*cases, ("other numbers of classes", FORMS["maps of one shape"], CLASSES + 2)]:
         try:
             accepted = probe(cls, options, form, shapes, classes)
@@ -78,7 +77,7 @@ def check_adapters_learn(cls: type[Loss], **options: Any) -> None:
     """All that learns is among `parameters()`, and each of them moves within three steps."""
     for original in probes(cls, options):
         p, loss = original.learning(), original.copy_of_loss()
-        known = {id(x) for x in [*loss.parameters(), *p.context.student.parameters(), p.student.logits, *p.student.features.values()]}
+        known = {id(x) for x in [*loss.parameters(), *p.context.student.parameters(), *named(p.student).values()]}
         value = p.value(loss)
         p.require(value.requires_grad, "the value has no gradient")
         strangers = [tuple(leaf.shape) for leaf in leaves(value) if id(leaf) not in known]
@@ -104,7 +103,7 @@ def check_leaves_the_teacher_alone(cls: type[Loss], **options: Any) -> None:
         inside = {id(module) for module in p.loss.modules()} & {id(module) for module in network.modules()}
         p.require(not inside, "it holds the teacher's network as a submodule, to be trained and saved with it; keep it in a tuple")
         p.value()
-        asked = [x for x in [p.teacher.logits, *p.teacher.features.values(), *network.parameters()] if x.requires_grad]
+        asked = [x for x in [*named(p.teacher).values(), *network.parameters()] if x.requires_grad]
         p.require(not asked, "it asks for a gradient of the teacher (requires_grad was switched on)")
 
 
@@ -125,7 +124,7 @@ def check_leaves_its_inputs_alone(cls: type[Loss], **options: Any) -> None:
     for p in probes(cls, options):
         inputs = {"labels": p.batch.labels, "inputs": p.batch.inputs}
         for side, outputs in (("student", p.student), ("teacher", p.teacher)):
-            inputs |= {f"{side}'s {name}": x for name, x in {"logits": outputs.logits, **outputs.features}.items()}
+            inputs |= {f"{side}'s {name}": x for name, x in named(outputs).items()}
         before = copy.deepcopy(inputs)
         p.value()
         written = [name for name, x in inputs.items() if isinstance(x, Tensor) and not x.equal(before[name])]  # type: ignore[arg-type]
@@ -159,8 +158,13 @@ def check_survives_degenerate_inputs(cls: type[Loss], **options: Any) -> None:
             p.changed(form, student, teacher).require_finite()
         pairs = p.loss.options.taps()
         if all(p.student.features[pair.student].shape == p.teacher.features[pair.teacher].shape for pair in pairs):
-            alike = Outputs(p.student.logits, {pair.teacher: p.student.features[pair.student] for pair in pairs})
+            alike = _renamed(p.student, {pair.teacher: pair.student for pair in pairs})
             replace(p, teacher=alike, form=f"{p.form}, student and teacher alike").require_finite()
+
+
+def _renamed(outputs: Outputs, names: dict[str, str]) -> Outputs:
+    views = {name: _renamed(view, names) for name, view in outputs.views.items()}
+    return Outputs(outputs.logits, {new: outputs.features[name] for new, name in names.items()}, views)
 
 
 def check_takes_rounded_inputs(cls: type[Loss], **options: Any) -> None:
@@ -240,7 +244,7 @@ def _value_and_slopes(loss: Loss, compute: Callable[..., Tensor], student: Outpu
     if batch.labels.is_floating_point():
         batch = replace(batch, labels=batch.labels.to(student.logits.dtype))
     value = compute(student, teacher, batch)
-    inputs = {"logits": student.logits, **student.features, **dict(loss.named_parameters())}
+    inputs = {**named(student), **{name: weight for name, weight in loss.named_parameters() if weight.requires_grad}}
     slopes = torch.autograd.grad(value, list(inputs.values()), allow_unused=True)
     found = {f"the gradient for {k}": torch.zeros_like(x) if g is None else g for (k, x), g in zip(inputs.items(), slopes, strict=True)}
     return {"the value": value.detach(), **found}

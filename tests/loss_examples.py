@@ -4,6 +4,7 @@ ONE, TWO = {"student": "a", "teacher": "a"}, {"student": "b", "teacher": "b"}
 OPTIONS = {
     "afd": {"layers": [ONE, TWO]},
     "crd": {"layers": [ONE], "negatives": 8, "size": 4},
+    "ctkd": {"reversal": 1.0},
     "fsp": {"layers": [ONE, TWO]},
     "irg": {"layers": [ONE, TWO]},
     "kdsvd": {"layers": [ONE, TWO]},

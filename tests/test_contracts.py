@@ -105,7 +105,7 @@ class TestTeach:
 class TestViews:
     def test_images_turn_by_quarters_angle_by_angle(self):
         images = torch.rand(2, 3, 4, 4)
-        turned = kdkit.turned(images)
+        turned = kdkit.turned(kdkit.Batch(images, torch.zeros(2), torch.zeros(2)))
         assert turned.shape == (6, 3, 4, 4)
         for i, quarters in enumerate((1, 2, 3)):
             for j in range(2):
@@ -119,11 +119,11 @@ class TestViews:
             return kdkit.Outputs(images.flatten(1), {"a": images})
 
         images = torch.rand(2, 3, 4, 4)
-        answer = kdkit.see(model, images, {"turned": kdkit.turned, "dark": lambda x: x / 2})
+        answer = kdkit.see(model, images, {"turned": images.flip(2).repeat(3, 1, 1, 1), "dark": images / 2})
         (shown,) = calls
         assert shown.shape == (10, 3, 4, 4)
         assert torch.equal(answer.features["a"], images) and torch.equal(answer.logits, images.flatten(1))
-        assert torch.equal(answer.views["turned"].features["a"], kdkit.turned(images))
+        assert torch.equal(answer.views["turned"].features["a"], images.flip(2).repeat(3, 1, 1, 1))
         assert torch.equal(answer.views["dark"].features["a"], images / 2)
 
     def test_views_are_mapped_too(self):

@@ -10,8 +10,8 @@ import kdkit
 CORE = Path(kdkit.__file__).parent
 PLUGINS = CORE.parent / "plugins"
 ORDER = """
-    errors options records forms parts gathering loss_options layers contracts providers hookspecs registry
-    source schema recipe_types explain recipe catalogue normalization observation tapping models folding listing
+    errors options records forms parts gathering loss_options layers providers contracts ensembles hookspecs registry
+    source schema recipe_types explain recipe catalogue normalization observation backbone tapping models folding listing
     randomness augment signals subsets transforms images stream data
     objective meter optim trainable engine evaluate probes testing
     checkpoints run_folder progress factory describe plan trained curves show
@@ -20,13 +20,22 @@ ORDER = """
 
 
 def imports(file):
-    """What a file imports, anywhere in it: (module, names)."""
+    """What a file imports, anywhere in it: (module, names); a plugin's own private modules are left out."""
     for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}: relative import"
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert is_private_part(file, node), f"{file}: relative import"
+        elif isinstance(node, ast.ImportFrom):
             yield node.module, [alias.name for alias in node.names]
         elif isinstance(node, ast.Import):
             yield from ((alias.name, []) for alias in node.names)
+
+
+def is_private_part(file, node):
+    """Whether a relative import stays in the folder of a plugin, and reaches a private module there (a path part begins with `_`)."""
+    if node.level != 1 or PLUGINS not in file.parents:
+        return False
+    parts = [*file.parent.relative_to(PLUGINS).parts, *(node.module or "").split(".")]
+    return any(part.startswith("_") for part in parts)
 
 
 def own_modules(file):

@@ -1,0 +1,58 @@
+"""Multi-level logit distillation: predictions agree sample by sample, in how samples relate, and in how classes relate.
+
+Jin, Wang, Lin, "Multi-Level Logit Distillation", CVPR 2023, with the temperatures of the released code. That code shows the models a
+weakly and a strongly augmented image, masks what the teacher is unsure of, and takes the mean over all entries of masked correlations;
+here one view, no mask, and sums over the entries divided by K and N, its unmasked form. `standardize`: Sun et al., "Logit Standardization
+in Knowledge Distillation", CVPR 2024, arXiv:2403.01427; rows of equal logits count as uniform and have no gradient.
+"""
+
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+import kdkit
+
+
+class MultiLevelKD(kdkit.Loss):
+    """KL divergence, and squared differences of class and batch correlations, at several temperatures.
+
+    Formula: sum over T of instance * T^2 KL(Q || P) / N + category * sum (Q'Q - P'P)^2 / K + batch * sum (QQ' - PP')^2 / N
+
+    P = softmax(z_s / T), Q = softmax(z_t / T), both (N, K), ' is the transpose, N the batch; the divergence is in nats. Logits (N, K) on
+    both sides.
+    """
+
+    name = "mlkd"
+    knowledge = "response"
+
+    class Options(kdkit.ResponseOptions):
+        temperatures: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+            default=(2.0, 3.0, 4.0, 5.0, 6.0), min_length=1, description="Each T at which predictions are compared; the parts are summed."
+        )
+        instance: kdkit.Rampable = Field(default=1.0, ge=0, description="Factor of the KL divergence of each sample's prediction.")
+        category: kdkit.Rampable = Field(default=1.0, ge=0, description="Factor of the correlations between classes.")
+        batch: kdkit.Rampable = Field(default=1.0, ge=0, description="Factor of the correlations between samples.")
+        standardize: bool = Field(default=False, description="Give every sample's logits mean 0 and deviation 1 first, on both sides.")
+
+    options: Options
+
+    def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
+        z_s, z_t, o = student.logits, teacher.logits, self.options
+        if o.standardize:
+            z_s, z_t = kdkit.standardized(z_s), kdkit.standardized(z_t)
+        values = []
+        for t in o.temperatures:
+            log_p, log_q = F.log_softmax(z_s / t, dim=1), F.log_softmax(z_t / t, dim=1)
+            p, q = log_p.exp(), log_q.exp()
+            divergence = t**2 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+            category, samples = (q.T @ q - p.T @ p).square().sum(), (q @ q.T - p @ p.T).square().sum()
+            values.append(o.instance * divergence + o.category * category / p.shape[1] + o.batch * samples / len(p))
+        return torch.stack(values).sum()
+
+
+@kdkit.hookimpl
+def kdkit_losses() -> list[type[kdkit.Loss]]:
+    return [MultiLevelKD]

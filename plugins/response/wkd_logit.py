@@ -1,0 +1,92 @@
+"""Wasserstein distillation of logits (WKD-L): probability moves from the student's classes to the teacher's, cheaply between like ones.
+
+Lv, Yang, Li, "Wasserstein Distance Rivals Kullback-Leibler Divergence for Knowledge Distillation", NeurIPS 2024, arXiv:2412.08139. As in
+the released code, the label has a term of its own and transport is among the other classes, by a fixed number of Sinkhorn steps that the
+gradient passes through. How alike classes are comes from the teacher's classifier, that code's `fc` variant; the paper's main one, CKA of
+each class's features, needs a pass over the training images. That code adds 1e-8 to every Sinkhorn divisor and to the costs and still is
+lost where probabilities vanish; here logarithms keep all of it. The last step, which fits the student's side, is put in closed form.
+"""
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+import kdkit
+
+
+class WassersteinLogits(kdkit.Loss):
+    """Cost of moving the student's distribution over the non-target classes to the teacher's, with a cross-entropy on the target.
+
+    Formula: -q_y log p_y + gamma * sum_ij F_ij c_ij, mean over the batch; the first part in nats, the second in units of cost
+
+    p = softmax(z_s), q = softmax(z_t), y is the label (of a mixed sample, the class with the largest share). F is the entropic transport
+    plan, after `iterations` Sinkhorn steps, between softmaxes at T over the K - 1 other classes, student's i and teacher's j. The cost
+    is c_ij = 1 - exp(-sharpness * (1 - cos_ij)), cos_ij being the cosine of rows i and j of the teacher's last linear layer; with
+    sharpness 0 it is 1 - cos_ij itself. c_ii = 0. Logits (B, K) on both sides, K >= 2.
+    """
+
+    name = "wkd_logit"
+    knowledge = "response"
+    needs_networks = True
+
+    class Options(kdkit.ResponseOptions):
+        gamma: kdkit.Rampable = Field(default=1.0, ge=0, description="Factor of the transport cost.")
+        temperature: kdkit.Rampable = Field(default=4.0, gt=0, description="T: softens the distributions that transport is between.")
+        sharpness: float = Field(
+            default=1.0, ge=0, le=100, description="How fast the cost rises with unlikeness; 0: the cost is 1 - cosine."
+        )
+        regularization: float = Field(
+            default=0.05,
+            ge=0.025,
+            description="Weight of the plan's entropy: a smaller one is nearer to exact transport, and slower to settle.",
+        )
+        iterations: int = Field(default=10, ge=1, le=1000, description="Sinkhorn steps.")
+
+    options: Options
+    cost: Tensor
+
+    def setup(self, student: kdkit.Outputs, teacher: kdkit.Outputs, context: kdkit.Context | None = None) -> None:
+        super().setup(student, teacher, context)
+        if context is None:
+            raise kdkit.ShapeError("the cost is made of the teacher's classifier; give setup a kdkit.Context with the teacher network")
+        rows = context.teacher_classifier().get_parameter("weight").detach().flatten(1)
+        if len(rows) != teacher.logits.shape[1] or len(rows) < 2:
+            raise kdkit.ShapeError(
+                f"the teacher's classifier {tuple(rows.shape)} must have a row for each class of its logits {tuple(teacher.logits.shape)}, "
+                "and two at least"
+            )
+        rows = F.normalize(rows.to(student.logits), dim=1)
+        unlike = (1 - rows @ rows.T).clamp_min(0).fill_diagonal_(0)
+        sharpness = self.options.sharpness
+        self.register_buffer("cost", -torch.expm1(-sharpness * unlike) if sharpness else unlike)
+
+    def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
+        z_s, z_t, t, y = student.logits, teacher.logits, self.options.temperature, batch.classes[:, None]
+        label = z_t.softmax(1).gather(1, y) * z_s.log_softmax(1).gather(1, y)
+        target = torch.zeros_like(z_s, dtype=torch.bool).scatter(1, y, True)
+        log_p, log_q = ((z / t).masked_fill(target, -torch.inf).log_softmax(1) for z in (z_s, z_t))
+        return -label.mean() + self.options.gamma * self.transport(log_p, log_q).mean()
+
+    def transport(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        """Cost (B,) of moving p to q, whose logarithms (B, K) may be -inf."""
+        cost = self.cost.to(log_p)
+        kernel = torch.exp(-cost / self.options.regularization)  # symmetric, and nowhere 0, by the bound on regularization
+        log_u = torch.zeros_like(log_p).masked_fill(log_p.isneginf(), -torch.inf)
+        log_v = log_q - log_product(log_u, kernel)
+        for _ in range(self.options.iterations - 1):
+            log_u = log_p - log_product(log_v, kernel)
+            log_v = log_q - log_product(log_u, kernel)
+        v = torch.exp(log_v - log_v.detach().amax(1, keepdim=True))
+        return (log_p.exp() * (v @ (kernel * cost)) / (v @ kernel)).sum(1)
+
+
+def log_product(log_x: Tensor, kernel: Tensor) -> Tensor:
+    """log(exp(log_x) @ kernel), without the exponentials' size."""
+    largest = log_x.detach().amax(1, keepdim=True)
+    return largest + torch.log(torch.exp(log_x - largest) @ kernel)
+
+
+@kdkit.hookimpl
+def kdkit_losses() -> list[type[kdkit.Loss]]:
+    return [WassersteinLogits]
