@@ -146,14 +146,25 @@ def _check_models(recipe: Recipe) -> Iterable[str]:
         yield recipe.problem(["teacher"], f"schedule '{spec.schedule.use}' has no teacher; leave it out or write `teacher: null`")
     if isinstance(spec.teacher, RecipeTeacher) and _teaches_itself(recipe.source.path, spec.teacher.recipe):
         yield recipe.problem(["teacher", "recipe"], f"{spec.teacher.recipe.name} has this recipe among its own teachers")
-    for section, options in (("teacher", spec.teacher), ("student", spec.student)):
-        if isinstance(options, ModelOptions):
-            try:
-                source_of(options.model, recipe.plugins.models)
-            except ModelError as error:
-                yield recipe.problem([section, "model"], str(error))
+    for location, options in _models({"teacher": spec.teacher, "student": spec.student, "schedule": spec.schedule}, []):
+        try:
+            source_of(options.model, recipe.plugins.models)
+        except ModelError as error:
+            yield recipe.problem([*location, "model"], str(error))
     if isinstance(spec.teacher, TeacherOptions) and spec.teacher.fold_batchnorm and spec.teacher.mode == "train":
         yield recipe.problem(["teacher", "fold_batchnorm"], "folded layers have no batch statistics, which `mode: train` asks for")
+
+
+def _models(value: Any, location: list[str | int]) -> Iterable[tuple[list[str | int], ModelOptions]]:
+    """Every model that a part of the recipe names."""
+    if isinstance(value, ModelOptions):
+        yield location, value
+    elif isinstance(value, Mapping | BaseModel):
+        for key, part in value.items() if isinstance(value, Mapping) else value:
+            yield from _models(part, [*location, key])
+    elif isinstance(value, tuple):
+        for i, part in enumerate(value):
+            yield from _models(part, [*location, i])
 
 
 def _teaches_itself(start: Path, path: Path) -> bool:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, Union
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, Discriminator, Field, Tag, create_model
 
 from kdkit.errors import ModelError, suggest
 from kdkit.options import Options
+from kdkit.providers import ModelOptions
 from kdkit.registry import Registry
 from kdkit.schema import DatasetEntry, DataSpec, LossEntry, RecipeBase, RecipeTeacher, ScheduleEntry, TeacherOptions
 
@@ -24,9 +26,9 @@ def _recipe_type(
     losses: tuple[Any, ...], schedules: tuple[Any, ...], models: tuple[Any, ...], datasets: tuple[Any, ...]
 ) -> type[RecipeBase]:
     def variants(plugins: Iterable[Any], kind: str, base: type[Options]) -> dict[str, type[Options]]:
-        return {p.name: _variant(f"{p.name}_{kind}", (base, p.Options), p.__doc__, p.name) for p in plugins}
+        return {p.name: _variant(f"{p.name}_{kind}", (base, p.Options), p.__doc__, p.name, student) for p in plugins}
 
-    students = {p.name: _variant(f"{p.name}_student", (p.Options,), p.__doc__) for p in models}
+    student = _by_source({p.name: _variant(f"{p.name}_student", (p.Options,), p.__doc__) for p in models})
     teachers = {p.name: _variant(f"{p.name}_teacher", (TeacherOptions, p.Options), p.__doc__) for p in models}
     data = create_model(
         "DataSpec",
@@ -40,7 +42,7 @@ def _recipe_type(
         __doc__=RecipeBase.__doc__,
         data=(data, Field(description="What is trained and measured on.")),
         teacher=(_by_source({**teachers, TAUGHT: RecipeTeacher}) | None, RecipeBase.model_fields["teacher"]),
-        student=(_by_source(students), Field(description="Who learns.")),
+        student=(student, Field(description="Who learns.")),
         schedule=(_by_use(variants(schedules, "schedule", ScheduleEntry)), Field(description="Who teaches whom, and when.")),
         losses=(_several(_by_use(variants(losses, "loss", LossEntry))), RecipeBase.model_fields["losses"]),
     )
@@ -55,9 +57,25 @@ def recipe_type(plugins: Registry) -> type[RecipeBase]:
     return _recipe_type(*(tuple(kind.values()) for kind in (plugins.losses, plugins.schedules, plugins.models, plugins.datasets)))
 
 
-def _variant(name: str, bases: tuple[type[Options], ...], doc: str | None, use: str | None = None) -> type[Options]:
+def _variant(name: str, bases: tuple[type[Options], ...], doc: str | None, use: str | None = None, model: Any = None) -> type[Options]:
+    """A section's type; where a plugin's options say `ModelOptions`, any `model` may stand."""
     fields: dict[str, Any] = {"use": (Literal[use], Field(description="Name of the plugin."))} if use else {}
+    for key, info in bases[-1].model_fields.items():
+        if model is not None and (kind := _filled(info.annotation, model)) != info.annotation:
+            fields[key] = (kind, info)
     return create_model(name, __base__=bases, __doc__=(doc or "").strip().split("\n")[0], **fields)
+
+
+def _filled(annotation: Any, model: Any) -> Any:
+    """A type with `model` in the place of `ModelOptions`."""
+    if annotation is ModelOptions:
+        return model
+    parts = get_args(annotation)
+    filled = tuple(_filled(part, model) for part in parts)
+    if filled == parts:
+        return annotation
+    origin = Union if get_origin(annotation) is UnionType else get_origin(annotation)
+    return origin[filled]
 
 
 def _by_use(variants: Mapping[str, type[Options]]) -> Any:
