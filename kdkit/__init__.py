@@ -12,16 +12,7 @@ if TYPE_CHECKING:
     from kdkit.api import train as train
     from kdkit.backbone import Backbone as Backbone
     from kdkit.contracts import Context as Context
-    from kdkit.contracts import Lesson as Lesson
     from kdkit.contracts import Loss as Loss
-    from kdkit.contracts import Model as Model
-    from kdkit.contracts import Models as Models
-    from kdkit.contracts import Schedule as Schedule
-    from kdkit.contracts import ScheduleOptions as ScheduleOptions
-    from kdkit.contracts import Stage as Stage
-    from kdkit.contracts import see as see
-    from kdkit.contracts import teach as teach
-    from kdkit.contracts import turned as turned
     from kdkit.errors import DataError as DataError
     from kdkit.errors import Interrupted as Interrupted
     from kdkit.errors import KdkitError as KdkitError
@@ -70,6 +61,15 @@ if TYPE_CHECKING:
     from kdkit.records import Batch as Batch
     from kdkit.records import Outputs as Outputs
     from kdkit.tapping import taps as taps
+    from kdkit.teaching import Lesson as Lesson
+    from kdkit.teaching import Model as Model
+    from kdkit.teaching import Models as Models
+    from kdkit.teaching import Schedule as Schedule
+    from kdkit.teaching import ScheduleOptions as ScheduleOptions
+    from kdkit.teaching import Stage as Stage
+    from kdkit.teaching import see as see
+    from kdkit.teaching import teach as teach
+    from kdkit.teaching import turned as turned
     from kdkit.trained import load_student as load_student
 
 __version__ = "0.1.0"
@@ -81,7 +81,8 @@ _HOME = {
     "backbone": "Backbone",
     "gathering": "gather",
     "loss_options": "FeatureOptions LayerPair LossOptions MapOptions RelationOptions ResponseOptions TokenOptions VectorOptions",
-    "contracts": "Context Lesson Loss Model Models Schedule ScheduleOptions Stage see teach turned",
+    "contracts": "Context Loss",
+    "teaching": "Lesson Model Models Schedule ScheduleOptions Stage see teach turned",
     "errors": "DataError Interrupted KdkitError ModelError PluginError RecipeError RunError ShapeError TapError",
     "hookspecs": "hookimpl",
     "options": "BOOKKEEPING Arguments Options Ramp Rampable RecipePath",

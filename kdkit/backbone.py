@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -35,10 +34,10 @@ class Backbone(nn.Module):
         register(self.network, {layer: place}, lambda name: Keep(name, self._store))
         self._layer = layer
 
-    def forward(self, *inputs: Tensor, **named: Tensor) -> Any:
+    def forward(self, images: Tensor) -> Tensor:
         self._store.open = True
         try:
-            self.network(*inputs, **named)
+            self.network(images)
             return self._store.values.pop(self._layer)
         finally:
             self._store.open = False

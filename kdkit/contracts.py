@@ -1,23 +1,19 @@
-"""What the author of a loss or a schedule implements and receives: Loss, Schedule, and what passes between them."""
+"""What the author of a loss implements and receives: Loss and Context."""
 
 from __future__ import annotations
 
 import abc
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
-from kdkit.errors import ShapeError, TapError
+from kdkit.errors import TapError
 from kdkit.layers import classifier_path, norm_path
 from kdkit.loss_options import LossOptions
-from kdkit.options import Options
 from kdkit.parts import frozen_copy
-from kdkit.providers import ModelOptions
-from kdkit.records import Batch, Inputs, Outputs
+from kdkit.records import Batch, Outputs
 
 
 @dataclass(frozen=True)
@@ -104,156 +100,3 @@ class Loss(nn.Module, abc.ABC):
     def deploy(self, student: nn.Module) -> nn.Module:
         """The network that is measured and exported in the student's place: the student itself, unless the loss adds a part to it."""
         return student
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """A student's answer and those it learns from on this batch.
-
-    Attributes:
-        student: what learns.
-        teachers: what it learns from; a loss is averaged over them.
-        weights: shares of the teachers in that average (None: equal ones).
-        named: answers that a loss of the recipe may ask for by its `teacher:`, instead of the above.
-    """
-
-    student: Outputs
-    teachers: Sequence[Outputs] = ()
-    weights: Sequence[float] | None = None
-    named: Mapping[str, Outputs] = field(default_factory=dict)
-
-
-class Model(Protocol):
-    """A network that adapts its inputs and is observed at its tapped layers."""
-
-    module: nn.Module
-
-    def __call__(self, inputs: Inputs) -> Outputs: ...
-
-    def freeze(self) -> Model:
-        """Put it in eval mode without gradients, for good."""
-
-
-class Models(Protocol):
-    """Hands out the recipe's models."""
-
-    def student(self, options: ModelOptions | None = None) -> Model:
-        """A fresh, independent student: the recipe's, or one of the schedule's own options."""
-        ...
-
-    def teacher(self, name: str | None = None) -> Model:
-        """A frozen teacher: the recipe's only one, or the one of that name."""
-        ...
-
-    def teachers(self) -> Mapping[str, Model]:
-        """All frozen teachers by name."""
-        ...
-
-
-Arrange = Callable[[Tensor, Tensor, int], Tensor]
-"""From an epoch's images in random order (N,), their classes (N,) and the batch size to another order (N,), some perhaps repeated.
-
-Each process gets a contiguous share of every batch, so images that belong together must stand side by side."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stretch of training with a fixed set of students.
-
-    Attributes:
-        name: unique within the schedule, snake_case.
-        students: the models that learn.
-        step: who teaches whom on a batch; one lesson per student, in their order.
-        after_step: called after each optimizer step.
-        losses: names of the recipe's losses that count here (None: all); a mapping gives them other weights than the recipe's.
-        epochs: how long (None: the recipe's `train.epochs`).
-        lr: learning rate before its schedule (None: the recipe's `train.optimizer.lr`).
-        train: what learns (None: everything): `student`, a layer of it (`student.layer1`, `student.stage2`), a loss's learnable parts by
-            its name (`hint`), or one of them (`ft.paraphraser`). All else is frozen for the stage, its batch norms included.
-        buffers: frozen models that `after_step` or `after_epoch` changes (moving averages): saved and restored with the stage.
-        after_epoch: called after the last step of each epoch.
-        parts: what the schedule itself learns or remembers: its parameters learn beside the first student's, its buffers are saved.
-        arrange: which images of an epoch come together (None: chance alone).
-        views: augmentations of each image in a batch; those beyond the first are in `Batch.views`.
-    """
-
-    name: str
-    students: Sequence[Model]
-    step: Callable[[Batch], Sequence[Lesson]]
-    after_step: Callable[[], None] = lambda: None
-    losses: Sequence[str] | Mapping[str, float] | None = None
-    epochs: int | None = None
-    lr: float | None = None
-    train: Sequence[str] | None = None
-    buffers: Sequence[Model] = ()
-    after_epoch: Callable[[], None] = lambda: None
-    parts: nn.Module | None = None
-    arrange: Arrange | None = None
-    views: int = 1
-
-
-class ScheduleOptions(Options):
-    """Options of a schedule; subclass it as `Options` in the schedule."""
-
-
-class Schedule(abc.ABC):
-    """Who teaches whom, and when. It owns no loop and computes no loss."""
-
-    name: ClassVar[str]
-    scheme: ClassVar[Literal["none", "offline", "online", "self"]]
-    needs_teacher: ClassVar[bool]
-    Options: ClassVar[type[ScheduleOptions]] = ScheduleOptions
-
-    def __init__(self, options: ScheduleOptions) -> None:
-        self.options = options
-
-    @abc.abstractmethod
-    def stages(self, models: Models) -> Iterator[Stage]:
-        """Yield the stages in order. Code after a `yield` runs once that stage is trained (or restored).
-
-        The last stage's first student is the run's result.
-        """
-
-
-View = Callable[[Batch], Tensor]
-
-
-def teach(student: Model, by: Sequence[Model] = (), views: Mapping[str, View] | None = None) -> Callable[[Batch], Sequence[Lesson]]:
-    """The usual step: one student, fixed teachers.
-
-    Args:
-        student: who learns.
-        by: its teachers.
-        views: further views of a batch's images, which all models answer together with the images themselves; what a model says of them
-            is in `Outputs.views` under the same names. A view may hold several copies of each image.
-    """
-
-    def step(batch: Batch) -> Sequence[Lesson]:
-        shown = {name: view(batch) for name, view in (views or {}).items()}
-        with torch.no_grad():
-            teachers = [see(teacher, batch.inputs, shown).detach() for teacher in by]
-        return [Lesson(see(student, batch.inputs, shown), teachers)]
-
-    return step
-
-
-def see(model: Model, inputs: Inputs, views: Mapping[str, Inputs]) -> Outputs:
-    """A model's answer to images and to views of them, in one forward."""
-    if not views:
-        return model(inputs)
-    shown = [images for images in (inputs, *views.values()) if isinstance(images, Tensor)]
-    answer, sizes = model(torch.cat(shown)), [len(images) for images in shown]
-    own, *others = (answer.map(functools.partial(_rows, sizes=sizes, part=i)) for i in range(len(sizes)))
-    return replace(own, views=dict(zip(views, others, strict=True)))
-
-
-def _rows(x: Tensor, sizes: Sequence[int], part: int) -> Tensor:
-    return x.narrow(0, sum(sizes[:part]), sizes[part])
-
-
-def turned(batch: Batch) -> Tensor:
-    """Each image turned by 90, 180 and 270 degrees: (B, C, H, W) to (3B, C, H, W), all images at one angle, then at the next."""
-    images = batch.inputs
-    if not isinstance(images, Tensor):
-        raise ShapeError("only images can be turned")
-    return torch.cat([images.rot90(quarters, (2, 3)) for quarters in (1, 2, 3)])

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from kdkit import stream
 from kdkit.augment import permutation
-from kdkit.contracts import Arrange
 from kdkit.errors import DataError
 from kdkit.images import Finish, HeldImages, Images, Pictures, ReadImages
 from kdkit.providers import DataInfo, DatasetSource, InMemory, Split, Stream
 from kdkit.records import Batch
 from kdkit.schema import DataSpec
 from kdkit.subsets import choose
+from kdkit.teaching import Arrange
 from kdkit.transforms import for_measuring, for_training, resized
 
 

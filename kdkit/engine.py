@@ -14,7 +14,6 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast, gather_object
 from torch import Tensor, nn
 
-from kdkit.contracts import Stage
 from kdkit.data import TrainLoader
 from kdkit.errors import RunError
 from kdkit.objective import Objective, Value, sum_of
@@ -22,6 +21,7 @@ from kdkit.optim import Updater
 from kdkit.randomness import reseed
 from kdkit.records import Batch
 from kdkit.schema import MixupSpec, TrainSpec
+from kdkit.teaching import Stage
 from kdkit.trainable import freeze_all_but, rest
 
 State = dict[str, Any]

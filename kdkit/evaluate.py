@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from kdkit.contracts import Model
 from kdkit.records import Batch
+from kdkit.teaching import Model
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from kdkit import __version__
 from kdkit.checkpoints import write_atomically
+from kdkit.deployment import deploying
 from kdkit.errors import ModelError
 from kdkit.normalization import NormalizationAdapter
 from kdkit.recipe_types import DEFAULT_SOURCE
@@ -51,10 +52,14 @@ def export(run: TrainedRun, form: Format = "timm", folder: Path | None = None, *
 
     Raises:
         RunError: the run is not finished.
-        ModelError: ONNX cannot express the network, gives other logits, or is not installed.
+        ModelError: a loss has added parts to the student, and the format is timm; ONNX cannot express the network, gives other logits, or
+            is not installed.
     """
     if form == "onnx" and (missing := [name for name in ONNX_NEEDS if importlib.util.find_spec(name) is None]):
         raise ModelError(f"--format onnx needs {', '.join(missing)}: pip install kdkit[export]")
+    if form == "timm" and run.deployed() is not None:
+        names = ", ".join(deploying(run.recipe))
+        raise ModelError(f"{run.folder.path}: the student is deployed with parts of {names}, which timm cannot build; use --format onnx")
     target = folder or run.folder.path / "export"
     student = run.student(best=best, channels_last=False)
     target.mkdir(parents=True, exist_ok=True)

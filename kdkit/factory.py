@@ -162,15 +162,13 @@ class ModelFactory:
 
     def _build(self, section: str, options: ModelOptions, layers: Sequence[str], number: int) -> TappedModel:
         spec = self.recipe.spec
-        if self.rehearsal:
-            options = options.model_copy(update={"checkpoint": None, **({"pretrained": False} if hasattr(options, "pretrained") else {})})
-        elif section == "teacher" and self.trained:
+        if section == "teacher" and self.trained and not self.rehearsal:
             options = options.model_copy(update={"checkpoint": self.trained.file, "strip_prefix": ""})
         try:
             with seeded(spec.seed, section, number):
                 model = build_model(
                     options, self._source(options), self.info.num_classes, self.info.image_shape, layers, section,
-                    weights=self.device.type != "meta", channels_last=spec.train.channels_last,
+                    weights=self.device.type != "meta", load=not self.rehearsal, channels_last=spec.train.channels_last,
                 )  # fmt: skip
         except (ModelError, TapError) as error:
             raise self.recipe.error([section, "model"], str(error).removeprefix(f"{section}: ")) from error

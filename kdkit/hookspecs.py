@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import pluggy
 
-from kdkit.contracts import Loss, Schedule
+from kdkit.contracts import Loss
 from kdkit.providers import DatasetSource, ModelSource
+from kdkit.teaching import Schedule
 
 hookspec = pluggy.HookspecMarker("kdkit")
 hookimpl = pluggy.HookimplMarker("kdkit")

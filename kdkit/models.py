@@ -31,6 +31,7 @@ def build_model(
     role: str = "model",
     *,
     weights: bool = True,
+    load: bool = True,
     file: Path | None = None,
     device: torch.device | None = None,
     needs_logits: bool = True,
@@ -47,6 +48,7 @@ def build_model(
         layers: names of the layers to observe.
         role: "teacher resnet18": how messages begin.
         weights: False builds it on the meta device: shapes only, nothing is read or downloaded.
+        load: False leaves the weights random: nothing is read or downloaded.
         file: weights that take the place of the recipe's, such as another run's student.
         device: where the model goes once it is built; random weights do not depend on it.
         needs_logits: see `TappedModel`.
@@ -64,8 +66,9 @@ def build_model(
         with contextlib.nullcontext() if weights else torch.device("meta"):
             module = source.build(num_classes, shape)
             adapt = _input_adapter(options, source.normalization(module), image_shape[0], channels)
-        if weights:
+        if weights and load:
             _load(options, source, module, num_classes, file)
+        if weights:
             module.to(device)
         adapt.to(device if weights else "meta")
     except ModelError as error:

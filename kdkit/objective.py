@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from kdkit.contracts import Context, Lesson, Loss
+from kdkit.contracts import Context, Loss
 from kdkit.errors import PluginError, ShapeError, TapError
 from kdkit.loss_options import LayerPair
 from kdkit.options import at_epoch
 from kdkit.recipe import Recipe
 from kdkit.records import Batch, Outputs
 from kdkit.schema import LossEntry
+from kdkit.teaching import Lesson
 
 
 class NoTeacher(Outputs):

@@ -55,9 +55,9 @@ def pooled_head(classifier: nn.Module, f: Tensor, logits: Tensor, whose: str) ->
         if gap <= HEAD_TOLERANCE * logits.abs().max():
             return classifier
     raise ShapeError(
-        f"{whose} {tuple(f.shape)} does not give the logits {tuple(logits.shape)} by pooling and a linear classifier: its head is more than "
-        "that behind the tapped layer; tap the last layer before the pooling, norm and activation included (`kdkit layers`), or, where a "
-        "vector will do, 'penultimate'"
+        f"{whose} {tuple(f.shape)} does not give the logits {tuple(logits.shape)} by pooling and a linear classifier: its head is more "
+        "than that behind the tapped layer; tap the last layer before the pooling, norm and activation included (`kdkit layers`), or, "
+        "where a vector will do, 'penultimate'"
     )
 
 

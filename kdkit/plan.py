@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdkit import data
-from kdkit.contracts import Context, Lesson, Schedule, Stage
+from kdkit.contracts import Context
 from kdkit.describe import ModelPlan, Plan, StagePlan, adapters, formula
 from kdkit.errors import DataError, KdkitError, ModelError, RecipeError, RunError, ShapeError, TapError, suggest
 from kdkit.factory import ModelFactory, TrainedTeacher
@@ -24,6 +24,7 @@ from kdkit.recipe import Recipe, teacher_recipe
 from kdkit.records import Batch, Outputs
 from kdkit.subsets import choose
 from kdkit.tapping import TappedModel
+from kdkit.teaching import Lesson, Schedule, Stage
 from kdkit.trainable import freeze_all_but
 
 PROBE = 2  # images
@@ -188,6 +189,10 @@ class _Planner:
         objective = build(self.recipe, stage.losses, factory.expand)
         if not all(objective.active(lesson) for lesson in lessons):
             raise self.recipe.error(["losses"], f"stage '{stage.name}' has no teacher, and none of its losses is on labels")
+        if stage.result == "best" and not self.spec.data.validation:
+            raise self.recipe.error(
+                ["schedule"], f"stage '{stage.name}' leaves the best student on validation data; set `data.validation`"
+            )
         if stage.views > 1 and self.spec.train.mixup:
             raise self.recipe.error(["train", "mixup"], f"stage '{stage.name}' compares views of single images; leave mixup out")
         if stage.name in self._stages:

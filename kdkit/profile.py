@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdkit.contracts import Model
 from kdkit.errors import ModelError
 from kdkit.stage_run import weights
+from kdkit.teaching import Model
 
 Shape = tuple[int, int, int]
 WARM_UP = 5  # calls before any is counted

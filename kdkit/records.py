@@ -47,9 +47,10 @@ class Outputs:
     views: Mapping[str, Outputs] = field(default_factory=dict)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Outputs:
-        """The same record with every tensor changed."""
-        features = {name: change(value) for name, value in self.features.items()}
-        return Outputs(change(self.logits), features, {name: view.map(change) for name, view in self.views.items()})
+        """The same record with every tensor changed; a layer that is the logits stays one tensor with them."""
+        logits = change(self.logits)
+        features = {name: logits if value is self.logits else change(value) for name, value in self.features.items()}
+        return Outputs(logits, features, {name: view.map(change) for name, view in self.views.items()})
 
     def detach(self) -> Outputs:
         """The same values as constants."""

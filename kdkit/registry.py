@@ -18,10 +18,11 @@ from typing import Any
 import pluggy
 
 from kdkit import hookspecs
-from kdkit.contracts import Loss, Schedule
+from kdkit.contracts import Loss
 from kdkit.errors import PluginError, suggest
 from kdkit.options import Options
 from kdkit.providers import DatasetSource, ModelSource
+from kdkit.teaching import Schedule
 
 Plugin = type[Loss] | type[Schedule] | type[ModelSource] | type[DatasetSource]
 

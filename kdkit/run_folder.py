@@ -35,6 +35,8 @@ class Result:
         validation: likewise on the validation split, if there is one.
         best: of the epoch with the best validation accuracy: `epoch`, `validation` and `test` metrics.
         teacher: the teacher's own metrics on the test data.
+        peers: metrics of the other students on the test data.
+        ensemble: of all students (and models in their company) together, on the test data.
         parameters: of the student.
         seconds: training time, measurements included.
     """
@@ -50,6 +52,7 @@ class Result:
     best: Mapping[str, Any] | None = None
     teacher: Mapping[str, float] | None = None
     peers: tuple[Mapping[str, float], ...] = ()
+    ensemble: Mapping[str, float] | None = None
     warnings: tuple[str, ...] = field(default=())
 
     @property

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kdkit import data, objective, plan
 from kdkit.checkpoints import write_atomically
-from kdkit.contracts import Context, Loss, Model, Stage
+from kdkit.contracts import Context, Loss
 from kdkit.engine import Trainer, batches, build_accelerator
 from kdkit.errors import DataError, RunError
 from kdkit.evaluate import metrics, predict
@@ -23,6 +23,7 @@ from kdkit.run_folder import Result, RunFolder
 from kdkit.setting import Setting
 from kdkit.signals import StopRequest
 from kdkit.stage_run import StageRun, weights
+from kdkit.teaching import Model, Stage
 
 Carried = dict[Model, dict[str, Loss]]  # of each student, its losses so far by name
 
@@ -183,12 +184,15 @@ def _labels_by_index(loader: data.TrainLoader) -> Tensor:
 
 
 def _result(setting: Setting, last: StageRun) -> Result:
-    student, (scores, *peers) = last.deployed()[0], last.scores
+    chosen = last.chosen
+    student, scores = last.deployed()[chosen], last.scores[chosen]
+    peers = [other for i, other in enumerate(last.scores) if i != chosen]
     recipe, folder = setting.recipe, setting.folder
     result = Result(
         folder=folder.path, name=recipe.spec.name, seed=recipe.spec.seed, test=scores["test"], validation=scores.get("validation"),
         parameters=sum(p.numel() for p in student.module.parameters()), seconds=round(setting.spent(), 3), epochs=last.trainer.epochs,
         best=setting.best, teacher=metrics(setting.teacher) if setting.teacher else None, peers=tuple(peer["test"] for peer in peers),
+        ensemble=last.ensemble.get("test"),
         warnings=tuple(setting.reporter.warnings),
     )  # fmt: skip
     if setting.is_main:

@@ -7,10 +7,10 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from kdkit.contracts import ScheduleOptions
 from kdkit.loss_options import LossOptions
 from kdkit.options import BOOKKEEPING, Arguments, Options, Rampable, RecipePath
 from kdkit.providers import DatasetOptions, ModelOptions
+from kdkit.teaching import ScheduleOptions
 
 
 class BatchAugment(Options):

@@ -152,6 +152,7 @@ def _outcome(result: Result) -> Iterator[RenderableType]:
     if best := result.best:
         rows += [(f"student, test, epoch {best['epoch']} (best on validation)", best["test"])]
     rows += [(f"student {number}, test", scores) for number, scores in enumerate(result.peers, 2)]
+    rows += [("ensemble, test", result.ensemble)] if result.ensemble else []
     rows += [("teacher, test", result.teacher)] if result.teacher else []
     yield score_table(rows)
     yield Text(f"{result.parameters:,} parameters, {result.epochs} epochs in the last stage, trained for {result.seconds:,.0f} s")

@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import save
 
 from kdkit.checkpoints import write_atomically
-from kdkit.contracts import Model
 from kdkit.engine import Trainer
+from kdkit.ensembles import combined
 from kdkit.errors import Interrupted, RunError
-from kdkit.evaluate import metrics, predict
+from kdkit.evaluate import Predictions, metrics, predict
 from kdkit.meter import Meter
 from kdkit.setting import Setting
 from kdkit.tapping import TappedModel
+from kdkit.teaching import Model
 
 Scores = dict[str, dict[str, float]]  # part of the data -> metrics
 STEPS_BETWEEN_QUESTIONS = 10
@@ -31,6 +32,7 @@ class StageRun:
         self.kind = f"stage{number}"
         self.meter = Meter()
         self.scores: list[Scores] = []  # of each student, when last measured
+        self.ensemble: Scores = {}  # of all together
         self._finished = False
         self._clock, self._clock_step = time.monotonic(), 0
 
@@ -85,7 +87,7 @@ class StageRun:
             measured = True  # its learning rate hangs on it
         if measured:
             trainer.synchronise()
-            self.scores = [self._measure(model) for model in self.deployed()]
+            self._measure()
             self._keep_best()
         validation = self.scores[0].get("validation") if measured else None
         for updater, scores in itertools.zip_longest(trainer.updaters, self.scores if validation else []):
@@ -95,10 +97,14 @@ class StageRun:
         label = f"{trainer.stage.name} epoch {trainer.epoch}/{trainer.epochs}"
         setting.reporter.epoch(label, means, self.lr, speed, test, spent / done - spent)
         if setting.is_main:
-            scores = {**self.scores[0], **({"peers": self.scores[1:]} if len(self.scores) > 1 else {})} if measured else {}
+            line: dict[str, Any] = dict(self.scores[0]) if measured else {}
+            if measured and len(self.scores) > 1:
+                line["peers"] = self.scores[1:]
+            if measured and self.ensemble:
+                line["ensemble"] = self.ensemble
             setting.folder.log(
                 kind="epoch", stage=trainer.stage.name, epoch=trainer.epoch, step=trainer.steps, seconds=round(spent, 3), lr=self.lr,
-                images_per_second=round(speed, 1), train=means, **scores,
+                images_per_second=round(speed, 1), train=means, **line,
             )  # fmt: skip
             setting.accelerator.log({f"test/{name}": value for name, value in test.items()}, step=trainer.steps)
         self.meter = Meter()
@@ -119,12 +125,28 @@ class StageRun:
         images = steps * self.trainer.spec.accumulate * self.setting.recipe.spec.data.batch_size
         return images / max(time.monotonic() - self._clock, 1e-9)
 
-    def _measure(self, model: Model) -> Scores:
+    def _measure(self) -> None:
+        """Each student, and, where there are several models, their ensemble (the mean of their probabilities)."""
         setting, world = self.setting, self.setting.accelerator.num_processes
-        scores = {"test": metrics(predict(model, setting.data.test, world=world), setting.teacher)}
-        if setting.data.validation is not None:
-            scores["validation"] = metrics(predict(model, setting.data.validation, world=world))
-        return scores
+        models = [*self.deployed(), *self.trainer.stage.company]
+        self.scores = [{} for _ in self.trainer.stage.students]
+        self.ensemble = {}
+        for part, batches in (("test", setting.data.test), ("validation", setting.data.validation)):
+            if batches is None:
+                continue
+            teacher = setting.teacher if part == "test" else None
+            found = [predict(model, batches, world=world) for model in models]
+            for scores, one in zip(self.scores, found, strict=False):  # the company has no scores of its own
+                scores[part] = metrics(one, teacher)
+            if len(found) > 1:
+                self.ensemble[part] = metrics(Predictions(combined([one.logits for one in found]), found[0].labels), teacher)
+
+    @property
+    def chosen(self) -> int:
+        """Which student the stage leaves, by its number."""
+        if self.trainer.stage.result == "first":
+            return 0
+        return max(range(len(self.scores)), key=lambda i: self.scores[i]["validation"]["top1"])
 
     def _keep_best(self) -> None:
         """Remember the epoch that is best on validation, never on test."""
@@ -175,7 +197,8 @@ class StageRun:
         try:
             self.trainer.load_state_dict(saved["trainer"])
             self.meter.load_state_dict(saved["meter"])
-            self.scores, setting.best, setting.seconds = saved["scores"], saved["best"], saved["seconds"]
+            self.scores, self.ensemble = saved["scores"], saved["ensemble"]
+            setting.best, setting.seconds = saved["best"], saved["seconds"]
             setting.reporter.warnings[:] = dict.fromkeys([*saved["warnings"], *setting.reporter.warnings])
         except (KeyError, ValueError, RuntimeError) as error:
             raise RunError(
@@ -195,7 +218,8 @@ class StageRun:
             raise self._lost(error) from None
         if setting.is_main:
             state = {
-                "trainer": self.trainer.state_dict(), "meter": meter, "scores": self.scores, "best": setting.best,
+                "trainer": self.trainer.state_dict(), "meter": meter, "scores": self.scores, "ensemble": self.ensemble,
+                "best": setting.best,
                 "seconds": setting.spent(), "warnings": list(setting.reporter.warnings),
             }  # fmt: skip
             setting.folder.checkpoints.save(self.kind, self.trainer.steps, state, keep=1 if self._finished else 2)

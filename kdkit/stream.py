@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from kdkit.augment import sample_seed, subseed
-from kdkit.contracts import Arrange
 from kdkit.errors import DataError
 from kdkit.images import Broken, Finish, intact, stack
 from kdkit.providers import Stream
 from kdkit.records import Batch
 from kdkit.schema import DataSpec
 from kdkit.signals import leave_to_parent
+from kdkit.teaching import Arrange
 from kdkit.transforms import Transform
 
 Sample = tuple[Tensor | Broken, int, int]

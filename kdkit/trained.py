@@ -13,10 +13,11 @@ import torch
 from pydantic import ValidationError
 
 from kdkit import data, registry
+from kdkit.deployment import deployed, deploying
 from kdkit.errors import ModelError, RecipeError, RunError
 from kdkit.evaluate import Predictions, metrics, predict
 from kdkit.factory import ModelFactory, TrainedTeacher
-from kdkit.models import build_model
+from kdkit.models import build_model, load_checkpoint
 from kdkit.providers import DataInfo, DatasetSource, ModelSource
 from kdkit.recipe_types import source_of
 from kdkit.run_folder import RunFolder
@@ -67,14 +68,31 @@ class TrainedRun:
         Raises:
             RunError: its weights are not there (yet).
         """
-        spec = self.recipe.spec
+        spec, file = self.recipe.spec, self._weights(best)
         layout = spec.train.channels_last if channels_last is None else channels_last
+        if (model := self.deployed()) is not None:
+            load_checkpoint(file, model.module)
+            model.module.to(device, memory_format=torch.channels_last if layout else torch.contiguous_format)
+            model.adapt.to(device)
+            model.channels_last = layout
+            return model
         model = build_model(
             spec.student, self.model_source(), self.info.num_classes, self.info.image_shape, role="student",
-            file=self._weights(best), device=device, channels_last=layout,
+            file=file, device=device, channels_last=layout,
         )  # fmt: skip
         model.module.eval()
         return model
+
+    def deployed(self) -> TappedModel | None:
+        """The network that the losses have put in the student's place, with random weights; None where they have not.
+
+        Raises:
+            RunError: the run that trained the teacher, a part of which is in it, is not there any more.
+        """
+        if not deploying(self.recipe):
+            return None
+        trained = self._taught_by() if isinstance(self.recipe.spec.teacher, RecipeTeacher) else None
+        return deployed(self.recipe, self.info, trained)
 
     def teacher(self, *, device: torch.device | None = None) -> TappedModel | None:
         """The teacher, frozen and whole; None without one.

@@ -10,7 +10,7 @@ import kdkit
 CORE = Path(kdkit.__file__).parent
 PLUGINS = CORE.parent / "plugins"
 ORDER = """
-    errors options records forms parts gathering loss_options layers providers contracts ensembles hookspecs registry
+    errors options records forms parts gathering loss_options layers providers contracts teaching ensembles hookspecs registry
     source schema recipe_types explain recipe catalogue normalization observation backbone tapping models folding listing
     randomness augment signals subsets transforms images stream data
     objective meter optim trainable engine evaluate probes testing
