@@ -116,8 +116,8 @@ class Trainer:
         """Train on what is left of the current epoch; after each optimizer step, give the values of its batches' lessons."""
         self.learner.train()
         if self.stage.train is not None:
-            for student in self.learner.students:
-                rest(student)
+            for network in (*self.learner.students, *self.learner.objectives):
+                rest(network)
         coming = batches(self.loader, self.stage, self.epoch, start=self.step * self.spec.accumulate)
         while group := list(itertools.islice(coming, self.spec.accumulate)):
             values = self.optimize(group)

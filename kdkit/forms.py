@@ -1,8 +1,7 @@
 """Features of one form from features of another: maps (B, C, H, W), tokens (B, N, D), vectors (B, D).
 
 A vision transformer's tokens become a map by leaving out what precedes the patches (class, distillation and register tokens) and folding
-the rest to the square grid it came from; a map's positions become tokens, row by row. Maps with channels last, (B, H, W, C), are told
-by H = W and turned.
+the rest to the square grid it came from; a map's positions become tokens, row by row.
 """
 
 from __future__ import annotations
@@ -30,8 +29,7 @@ def as_map(f: Tensor) -> Tensor:
         ShapeError: there is no grid of positions.
     """
     if f.ndim == 4:
-        last = f.shape[1] == f.shape[2] != f.shape[3]
-        return f.permute(0, 3, 1, 2) if last else f
+        return f
     prefix = prefix_tokens(f.shape[1]) if f.ndim == 3 else None
     if prefix is None:
         raise ShapeError("no map (B, C, H, W), nor tokens (B, N, D) of a square grid")
@@ -49,7 +47,7 @@ def as_tokens(f: Tensor) -> Tensor:
         return f
     if f.ndim != 4:
         raise ShapeError("neither tokens (B, N, D) nor a map (B, C, H, W)")
-    return as_map(f).flatten(2).transpose(1, 2)
+    return f.flatten(2).transpose(1, 2)
 
 
 def as_vectors(f: Tensor) -> Tensor:
@@ -62,7 +60,7 @@ def as_vectors(f: Tensor) -> Tensor:
         return f
     if f.ndim not in (3, 4):
         raise ShapeError("neither a vector (B, D), tokens (B, N, D) nor a map (B, C, H, W)")
-    return f.mean(1) if f.ndim == 3 else as_map(f).mean((2, 3))
+    return f.mean(1) if f.ndim == 3 else f.mean((2, 3))
 
 
 def resized(f: Tensor, size: Sequence[int]) -> Tensor:

@@ -12,6 +12,8 @@ from torch import Tensor
 def gather(x: Tensor) -> Tensor:
     """Every process's rows, (B, ...) to (world * B, ...), in the processes' order; with one process, `x` itself.
 
+    All processes must call it, with as many rows each.
+
     The gradient of a process's rows is summed over all processes' losses. A data-parallel trainer then averages the parameters' gradients,
     so that a loss which each process computes on all rows has the gradient it has in a single process.
     """

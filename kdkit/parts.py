@@ -25,10 +25,10 @@ class AnyBatchNorm(nn.BatchNorm2d):
         return super().forward(input)
 
 
-def aligned(f_s: Tensor, f_t: Tensor) -> nn.Module:
+def aligned(f_s: Tensor, f_t: Tensor, *, bias: bool = True) -> nn.Module:
     """From the student's channels to the teacher's: a 1x1 convolution of maps where they differ, nothing where they agree."""
     same = f_s.shape[1] == f_t.shape[1]
-    return nn.Identity() if same else nn.Conv2d(f_s.shape[1], f_t.shape[1], 1)
+    return nn.Identity() if same else nn.Conv2d(f_s.shape[1], f_t.shape[1], 1, bias=bias)
 
 
 def frozen_copy(module: M) -> M:

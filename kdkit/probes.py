@@ -32,7 +32,6 @@ FORMS: Mapping[str, tuple[Shape, Shape]] = {
     "maps of twice the size": ((6, 4, 4), (10, 8, 8)),
     "maps of a third of the size": ((6, 9, 9), (10, 3, 3)),
     "maps of one pixel": ((6, 1, 1), (10, 1, 1)),
-    "maps with channels last": ((6, 4, 4), (4, 4, 10)),
     "tokens": ((9, 6), (9, 10)),
     "tokens and a map": ((17, 6), (10, 4, 4)),
     "a map and tokens": ((6, 8, 8), (16, 10)),
@@ -156,7 +155,7 @@ class Network(nn.Module):
 
 
 def width(shape: Shape) -> int:
-    """Channels of a map (first or, of equal sides, last), or of tokens or a vector."""
+    """Channels of a map or of tokens or a vector."""
     return as_vectors(torch.empty(1, *shape)).shape[1]
 
 

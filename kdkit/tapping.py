@@ -22,7 +22,8 @@ BEFORE = ", or, for the values before it, its input ('...@input')"
 class TappedModel:
     """Calls a network and returns its Outputs, with what the layers asked for gave. It is no `nn.Module`, so nothing cascades to it.
 
-    Hooks live for one call, and nothing is kept between calls. A layer that runs several times in one forward gives its last output.
+    Hooks live for one call, and nothing is kept between calls. A layer that runs several times in one forward gives its last output. Maps
+    with channels last, (B, H, W, C), as Swin transformers have them, are given as (B, C, H, W).
 
     Args:
         module: the network; it stays usable without this.
@@ -137,7 +138,7 @@ class TappedModel:
             if watch.versions[name] != version(tensor):
                 instead = overwriter(self.module, self.layers[name], functools.partial(self._forward, inputs))
                 raise TapError(f"{self.role}: the output of '{name}' is overwritten in place; tap {instead} instead{BEFORE}")
-        features = {name: self._shaped(name, watch.kept[name]) for name in self.layers}
+        features = {name: self._shaped(name, watch.kept[name], inputs) for name in self.layers}
         return (whole if self.needs_logits else None), features
 
     def _run_compiled(self, inputs: Inputs) -> tuple[Tensor | None, dict[str, Tensor]]:
@@ -155,7 +156,7 @@ class TappedModel:
 
     def _collect(self, inputs: Inputs) -> tuple[Tensor | None, dict[str, Tensor]]:
         logits = self._forward(inputs)
-        features = {name: self._shaped(name, self._store.values[name]) for name in self.layers}
+        features = {name: self._shaped(name, self._store.values[name], inputs) for name in self.layers}
         self._store.values.clear()
         return (logits if self.needs_logits else None), features  # what nobody reads, the compiler leaves out
 
@@ -177,13 +178,24 @@ class TappedModel:
         off = self.precision == torch.float32
         return torch.autocast(tensor.device.type, dtype=None if off else self.precision, enabled=not off)
 
-    def _shaped(self, name: str, tensor: Tensor) -> Tensor:
+    def _shaped(self, name: str, tensor: Tensor, inputs: Inputs) -> Tensor:
+        if tensor.ndim == 4 and _has_channels_last(tensor, inputs, self.module):
+            return tensor.permute(0, 3, 1, 2)
         if not self.layers[name].embedding or tensor.ndim == 2:
             return tensor
         embedding = tensor.flatten(1)
         if tensor.ndim < 2 or embedding.shape[1] != max(tensor.shape[1:]):
             raise TapError(f"{self.role}: '{name}' is no embedding (B, D) but {tuple(tensor.shape)}; name a layer instead")
         return embedding
+
+
+def _has_channels_last(f: Tensor, inputs: Inputs, module: nn.Module) -> bool:
+    """Whether a map is (B, H, W, C): timm's networks say so; else square images have maps with two equal sides, which tell."""
+    said = getattr(module, "output_fmt", None)
+    if said is not None:
+        return str(getattr(said, "value", said)) == "NHWC"
+    square = isinstance(inputs, Tensor) and inputs.ndim == 4 and inputs.shape[2] == inputs.shape[3]
+    return square and f.shape[1] == f.shape[2] != f.shape[3]
 
 
 class FeaturesOnly(Outputs):

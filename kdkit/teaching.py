@@ -80,7 +80,7 @@ class Stage:
         epochs: how long (None: the recipe's `train.epochs`).
         lr: learning rate before its schedule (None: the recipe's `train.optimizer.lr`).
         train: what learns (None: everything): `student`, a layer of it (`student.layer1`, `student.stage2`), a loss's learnable parts by
-            its name (`hint`), or one of them (`ft.paraphraser`). All else is frozen for the stage, its batch norms included.
+            its name (`hint`), or one of them (`ft.paraphrasers`). All else is frozen for the stage, its batch norms included.
         buffers: frozen models that `after_step` or `after_epoch` changes (moving averages): saved and restored with the stage.
         after_epoch: called after the last step of each epoch.
         parts: what the schedule itself learns or remembers: its parameters learn beside the first student's, its buffers are saved.

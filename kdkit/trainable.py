@@ -16,7 +16,7 @@ def freeze_all_but(wanted: Sequence[str], student: nn.Module, losses: Mapping[st
     """Take the gradient from everything that is not named, and put what learns nothing into eval mode; gives what was frozen.
 
     Args:
-        wanted: `student`, a layer of it (`student.stage1`), a loss by name, or a learnable part of one (`ft.paraphraser`).
+        wanted: `student`, a layer of it (`student.stage1`), a loss by name, or a learnable part of one (`ft.paraphrasers`).
         student: the network that learns.
         losses: its losses by name.
 
@@ -30,9 +30,9 @@ def freeze_all_but(wanted: Sequence[str], student: nn.Module, losses: Mapping[st
     return frozen
 
 
-def rest(student: nn.Module) -> None:
-    """Put those layers of a student into eval mode whose parameters are all frozen, so that no statistics move."""
-    for part in student.modules():
+def rest(network: nn.Module) -> None:
+    """Put those layers of a student or loss into eval mode whose parameters are all frozen, so that no statistics move."""
+    for part in network.modules():
         parameters = list(part.parameters())
         if parameters and not any(p.requires_grad for p in parameters):
             part.eval()

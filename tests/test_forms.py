@@ -25,13 +25,6 @@ def test_tokens_fold_row_by_row_without_their_prefix():
     assert torch.equal(as_tokens(folded), patches)
 
 
-def test_channels_last_are_told_by_their_equal_sides():
-    f = torch.rand(2, 5, 4, 4)
-    assert torch.equal(as_map(f.permute(0, 2, 3, 1)), f)
-    assert as_map(torch.rand(2, 4, 4, 4)).shape == (2, 4, 4, 4)
-    assert as_map(torch.rand(2, 3, 4, 8)).shape == (2, 3, 4, 8)
-
-
 @pytest.mark.parametrize("f", [torch.rand(2, 15, 4), torch.rand(2, 4), torch.rand(2)])
 def test_what_has_no_positions(f):
     with pytest.raises(kdkit.ShapeError):
@@ -41,7 +34,6 @@ def test_what_has_no_positions(f):
 def test_vectors_are_means():
     f = torch.rand(2, 5, 4, 4)
     assert torch.equal(as_vectors(f), f.mean((2, 3)))
-    assert torch.equal(as_vectors(f.permute(0, 2, 3, 1)), f.permute(0, 2, 3, 1).mean((1, 2)))
     assert torch.equal(as_vectors(f[:, :, 0]), f[:, :, 0].mean(1))
     assert torch.equal(as_vectors(f[:, :, 0, 0]), f[:, :, 0, 0])
     with pytest.raises(kdkit.ShapeError):

@@ -406,3 +406,35 @@ def test_what_an_activation_takes_is_kept_although_it_is_overwritten(compiled):
     torch.testing.assert_close(out.features["layer1.0.act2@input"], before)
     torch.testing.assert_close(out.features["layer1"], before.relu())
     assert (before < 0).any()
+
+
+class LastChannels(nn.Module):
+    """A map (B, H, W, C) inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.turn = Turn()
+
+    def forward(self, x):
+        return self.turn(self.conv(x)).mean((1, 2))
+
+
+class Turn(nn.Module):
+    def forward(self, x):
+        return x.permute(0, 2, 3, 1)
+
+
+def test_channels_come_first_whatever_the_network_does():
+    tapped = kdkit.taps(LastChannels(), ["conv", "turn"])
+    out = tapped(torch.rand(2, 3, 6, 6))
+    assert out.features["turn"].shape == (2, 4, 6, 6) and torch.equal(out.features["turn"], out.features["conv"])
+    wide = tapped(torch.rand(2, 3, 4, 7))  # conv gives (2, 4, 4, 7), which is no sign of anything here
+    assert wide.features["conv"].shape == (2, 4, 4, 7)
+
+
+def test_timm_says_where_channels_are():
+    tapped = kdkit.taps(timm.create_model("swin_tiny_patch4_window7_224", num_classes=3).eval(), ["stage1", "stage4"])
+    with torch.no_grad():
+        features = tapped(torch.rand(1, 3, 224, 224)).features
+    assert features["stage1"].shape == (1, 96, 56, 56) and features["stage4"].shape == (1, 768, 7, 7)

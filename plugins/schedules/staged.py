@@ -22,7 +22,7 @@ class StagePlan(kdkit.Options):
     lr: float | None = Field(default=None, gt=0, description="Learning rate before its schedule; none: `train.optimizer.lr`.")
     train: tuple[str, ...] | None = Field(
         default=None,
-        description="What learns: `student`, a layer of it (`student.stage1`), a loss's parts by its name (`hint`, `ft.paraphraser`); "
+        description="What learns: `student`, a layer of it (`student.stage1`), a loss's parts by its name (`hint`, `ft.paraphrasers`); "
         "none: everything.",
     )
 

@@ -1,7 +1,7 @@
-import math
-
 import pytest
+import timm
 import torch
+from naive_maps import pooled_alike
 
 import kdkit
 from kdkit import registry
@@ -11,23 +11,10 @@ AT = registry.load().losses["at"]
 PAIR = [{"student": "a", "teacher": "b"}]
 
 
-def pooled(f, size):
-    """Means over windows that cover the map evenly, one window at a time."""
-    (h, w), (rows, columns) = f.shape[2:], size
-    out = [
-        f[:, :, i * h // rows : math.ceil((i + 1) * h / rows), j * w // columns : math.ceil((j + 1) * w / columns)].mean((2, 3))
-        for i in range(rows)
-        for j in range(columns)
-    ]
-    return torch.stack(out, 2)  # (B, C, positions)
-
-
 def formula(loss, student, teacher, batch):
-    f_s, f_t = student.features["a"], teacher.features["b"]
-    size = [min(s, t) for s, t in zip(f_s.shape[2:], f_t.shape[2:], strict=True)]
     total, count = 0, 0
-    for maps_s, maps_t in zip(pooled(f_s, size), pooled(f_t, size), strict=True):
-        a_s, a_t = ((maps.abs() ** loss.options.p).sum(0) for maps in (maps_s, maps_t))
+    for maps_s, maps_t in zip(*pooled_alike(student.features["a"], teacher.features["b"]), strict=True):
+        a_s, a_t = ((maps.abs() ** loss.options.p).sum(0).flatten() for maps in (maps_s, maps_t))
         difference = a_s / (a_s**2).sum().sqrt() - a_t / (a_t**2).sum().sqrt()
         total, count = total + (difference**2).sum(), count + len(difference)
     return total / count
@@ -64,6 +51,26 @@ def test_neither_scale_nor_sign_nor_channels_matter():
     loss = AT(AT.Options(layers=PAIR))
     assert loss(student, alike, batch).item() == pytest.approx(0, abs=1e-12)
     assert loss(student, teacher, batch).item() > 1e-3
+
+
+def test_a_vision_transformer_and_a_convolutional_network():
+    """Sixteen patches and a class token against a map of 2 x 2, on real networks, both ways."""
+    images = torch.rand(3, 3, 64, 64)
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, embed_dim=12, num_heads=2).eval()
+    resnet = timm.create_model("resnet18", layers=[1, 1, 1, 1], channels=[4, 4, 8, 8]).eval()
+    tokens, maps = (kdkit.taps(net, [layer])(images) for net, layer in ((vit, "blocks.1"), (resnet, "layer4")))
+    f, g = tokens.features["blocks.1"], maps.features["layer4"]
+    assert f.shape == (3, 17, 12) and g.shape == (3, 8, 2, 2)
+    as_map = kdkit.Outputs(tokens.logits, {"blocks.1": f[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)})
+    for student, teacher, unfolded in ((tokens, maps.detach(), as_map), (maps, tokens.detach(), as_map)):
+        layers = [{"student": next(iter(student.features)), "teacher": next(iter(teacher.features))}]
+        loss = AT(AT.Options(layers=layers))
+        loss.setup(student, teacher)
+        value = loss(student, teacher, random_batch(3))
+        pair = (unfolded, teacher) if student is tokens else (student, unfolded)
+        torch.testing.assert_close(value, loss(*pair, random_batch(3)))
+        value.backward()
+    assert all(net.get_submodule(name).weight.grad.any() for net, name in ((vit, "patch_embed.proj"), (resnet, "conv1")))
 
 
 def test_several_pairs_are_averaged():

@@ -1,7 +1,7 @@
-import math
-
 import pytest
+import timm
 import torch
+from naive_maps import convolved, normalised, resized
 
 import kdkit
 from kdkit import registry
@@ -15,44 +15,9 @@ def hint(student, teacher, size=4, layers=PAIR, **options):
     """The loss, set up, and what it compares; shapes are without the batch."""
     loss = Hint(Hint.Options(layers=layers, **options))
     f_s, f_t = random_outputs({"a": student}, size=size), random_outputs({"b": teacher}, size=size, seed=1)
+    torch.manual_seed(0)
     loss.setup(f_s, f_t)
     return loss, f_s, f_t, random_batch(size)
-
-
-def convolved(x, conv):
-    """A convolution, one kernel position at a time."""
-    k, stride, pad, (h, w) = conv.kernel_size[0], conv.stride[0], conv.padding[0], x.shape[2:]
-    if isinstance(conv, torch.nn.ConvTranspose2d):
-        out = x.new_zeros(len(x), conv.out_channels, stride * h + k, stride * w + k)
-        for i in range(k):
-            for j in range(k):
-                out[:, :, i : i + stride * h : stride, j : j + stride * w : stride] += torch.einsum(
-                    "bchw,cd->bdhw", x, conv.weight[:, :, i, j]
-                )
-        return out[:, :, pad : pad + stride * h, pad : pad + stride * w]
-    rows, columns = ((n + 2 * pad - k) // stride + 1 for n in (h, w))
-    padded = x.new_zeros(*x.shape[:2], h + 2 * pad, w + 2 * pad)
-    padded[:, :, pad : pad + h, pad : pad + w] = x
-    out = 0
-    for i in range(k):
-        for j in range(k):
-            window = padded[:, :, i : i + stride * rows : stride, j : j + stride * columns : stride]
-            out = out + torch.einsum("bchw,dc->bdhw", window, conv.weight[:, :, i, j])
-    return out if conv.bias is None else out + conv.bias[:, None, None]
-
-
-def resized(x, size):
-    """Bilinear, pixel centres at half, edges repeated: one output pixel at a time."""
-
-    def sources(inner, outer):
-        for i in range(outer):
-            at = max((i + 0.5) * inner / outer - 0.5, 0)
-            low = math.floor(at)
-            yield low, min(low + 1, inner - 1), at - low
-
-    rows = [(1 - share) * x[:, :, low] + share * x[:, :, high] for low, high, share in sources(x.shape[2], size[0])]
-    x = torch.stack(rows, 2)
-    return torch.stack([(1 - share) * x[..., low] + share * x[..., high] for low, high, share in sources(x.shape[3], size[1])], 3)
 
 
 def formula(loss, student, teacher, batch):
@@ -64,9 +29,7 @@ def formula(loss, student, teacher, batch):
     else:
         conv, norm, _ = adapter
         guess = convolved(f_s, conv)
-        mean, variance = guess.mean((0, 2, 3), keepdim=True), guess.var((0, 2, 3), correction=0, keepdim=True)
-        guess = (guess - mean) / (variance + 1e-5).sqrt() * norm.weight[:, None, None] + norm.bias[:, None, None]
-        guess = guess.clamp_min(0)
+        guess = normalised(guess, norm).clamp_min(0)
     if guess.shape != f_t.shape:
         guess = resized(guess, f_t.shape[2:])
     return ((guess - f_t) ** 2).sum() / f_t.numel()
@@ -151,6 +114,22 @@ def test_a_single_pixel_of_a_single_image():
     expected = (loss.adapters[0][0](student.features["a"]) / (1 + norm.eps) ** 0.5).clamp_min(0)
     torch.testing.assert_close(value, ((expected - teacher.features["b"]) ** 2).mean())
     assert torch.equal(norm.running_mean, before)
+
+
+@pytest.mark.parametrize("adapter", ["regressor", "linear"])
+def test_a_vision_transformer_and_a_convolutional_network(adapter):
+    """Sixteen patches and a class token against a map of 2 x 2, on real networks, both ways."""
+    images = torch.rand(3, 3, 64, 64)
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, embed_dim=12, num_heads=2).eval()
+    resnet = timm.create_model("resnet18", layers=[1, 1, 1, 1], channels=[4, 4, 8, 8]).eval()
+    tokens, maps = (kdkit.taps(net, [layer])(images) for net, layer in ((vit, "blocks.1"), (resnet, "layer4")))
+    for student, teacher, kind in ((tokens, maps, torch.nn.Conv2d), (maps, tokens, torch.nn.ConvTranspose2d)):
+        layers = [{"student": next(iter(student.features)), "teacher": next(iter(teacher.features))}]
+        loss = Hint(Hint.Options(layers=layers, adapter=adapter))
+        loss.setup(student, teacher.detach())
+        assert adapter == "linear" or type(loss.adapters[0][0]) is kind
+        loss(student, teacher.detach(), random_batch(3)).backward()
+    assert all(net.get_submodule(name).weight.grad.any() for net, name in ((vit, "patch_embed.proj"), (resnet, "conv1")))
 
 
 def test_keeps_the_promises_with_a_linear_adapter():
