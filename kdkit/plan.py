@@ -190,9 +190,7 @@ class _Planner:
         if not all(objective.active(lesson) for lesson in lessons):
             raise self.recipe.error(["losses"], f"stage '{stage.name}' has no teacher, and none of its losses is on labels")
         if stage.result == "best" and not self.spec.data.validation:
-            raise self.recipe.error(
-                ["schedule"], f"stage '{stage.name}' leaves the best student on validation data; set `data.validation`"
-            )
+            raise self.recipe.error(["schedule"], f"stage '{stage.name}' leaves the best student on validation data; set `data.validation`")
         if stage.views > 1 and self.spec.train.mixup:
             raise self.recipe.error(["train", "mixup"], f"stage '{stage.name}' compares views of single images; leave mixup out")
         if stage.name in self._stages:

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from kdkit import registry
-from kdkit.errors import ModelError, RecipeError
+from kdkit.errors import ModelError, RecipeError, suggest
 from kdkit.explain import Location, explain
 from kdkit.options import Text
 from kdkit.providers import ModelOptions
@@ -98,18 +98,21 @@ def load(path: Path | str, overrides: Mapping[str, Any] | None = None, plugins: 
     return recipe
 
 
-def teacher_recipe(spec: RecipeBase) -> Recipe | None:
-    """The recipe that trains the teacher, where `spec` names one.
+def teacher_recipes(spec: RecipeBase) -> dict[str, Recipe]:
+    """The recipes that train teachers, by the teachers' names.
 
-    Where files lie is taken from `spec`, so that one override moves the data of both; it changes no result.
+    Where files lie is taken from `spec`, so that one override moves the data of all; it changes no result.
     """
-    if not isinstance(spec.teacher, RecipeTeacher):
-        return None
-    path, dataset = spec.teacher.recipe, spec.data.dataset
+    return {name: _taught_by(one, spec) for name, one in spec.all_teachers().items() if isinstance(one, RecipeTeacher)}
+
+
+def _taught_by(teacher: RecipeTeacher, spec: RecipeBase) -> Recipe:
+    seed: dict[str, Any] = {} if teacher.seed is None else {"seed": teacher.seed}
+    path, dataset = teacher.recipe, spec.data.dataset
     if load(path).spec.data.dataset.use != dataset.use:
-        return load(path)
+        return load(path, seed)
     kept = [name for name, field in type(dataset).model_fields.items() if _bookkeeping(field) and name in dataset.model_fields_set]
-    return load(path, {f"data.dataset.{name}": getattr(dataset, name) for name in kept})
+    return load(path, {**seed, **{f"data.dataset.{name}": getattr(dataset, name) for name in kept}})
 
 
 def _plugin_paths(source: Source) -> list[Path]:
@@ -140,19 +143,31 @@ def _cross_check(recipe: Recipe) -> Iterable[str]:
 def _check_models(recipe: Recipe) -> Iterable[str]:
     spec = recipe.spec
     needs = recipe.plugins.schedules[spec.schedule.use].needs_teacher
-    if needs and spec.teacher is None:
+    teachers = spec.all_teachers()
+    if spec.teacher is not None and spec.teachers:
+        yield recipe.problem(["teachers"], "give `teacher` or `teachers`, not both")
+        return
+    if len(teachers) < len(spec.teachers):
+        yield recipe.problem(["teachers"], "two teachers have one name")
+    if needs and not teachers:
         yield recipe.problem(["schedule"], f"schedule '{spec.schedule.use}' needs a `teacher:`")
-    if not needs and spec.teacher is not None:
-        yield recipe.problem(["teacher"], f"schedule '{spec.schedule.use}' has no teacher; leave it out or write `teacher: null`")
-    if isinstance(spec.teacher, RecipeTeacher) and _teaches_itself(recipe.source.path, spec.teacher.recipe):
-        yield recipe.problem(["teacher", "recipe"], f"{spec.teacher.recipe.name} has this recipe among its own teachers")
-    for location, options in _models({"teacher": spec.teacher, "student": spec.student, "schedule": spec.schedule}, []):
+    if not needs and teachers:
+        key = "teacher" if spec.teacher is not None else "teachers"
+        yield recipe.problem([key], f"schedule '{spec.schedule.use}' has no teacher; leave it out or write `{key}: null`")
+    for i, entry in enumerate(spec.losses):
+        if entry.teacher is not None and entry.teacher not in teachers:
+            yield recipe.problem(["losses", i, "teacher"], f"there is no such teacher; {suggest(entry.teacher, teachers)}")
+    for name, one in teachers.items():
+        if isinstance(one, RecipeTeacher) and _teaches_itself(recipe.source.path, one.recipe):
+            yield recipe.problem([*spec.place_of(name), "recipe"], f"{one.recipe.name} has this recipe among its own teachers")
+        if isinstance(one, TeacherOptions) and one.fold_batchnorm and one.mode == "train":
+            says = "folded layers have no batch statistics, which `mode: train` asks for"
+            yield recipe.problem([*spec.place_of(name), "fold_batchnorm"], says)
+    for location, options in _models({"teacher": spec.teacher, "teachers": spec.teachers, "student": spec.student, "schedule": spec.schedule}, []):
         try:
             source_of(options.model, recipe.plugins.models)
         except ModelError as error:
             yield recipe.problem([*location, "model"], str(error))
-    if isinstance(spec.teacher, TeacherOptions) and spec.teacher.fold_batchnorm and spec.teacher.mode == "train":
-        yield recipe.problem(["teacher", "fold_batchnorm"], "folded layers have no batch statistics, which `mode: train` asks for")
 
 
 def _models(value: Any, location: list[str | int]) -> Iterable[tuple[list[str | int], ModelOptions]]:
@@ -168,18 +183,19 @@ def _models(value: Any, location: list[str | int]) -> Iterable[tuple[list[str | 
 
 
 def _teaches_itself(start: Path, path: Path) -> bool:
-    """Whether following `teacher: {recipe: ...}` from `path` on comes back to a recipe that was met before."""
-    seen = {start.resolve()}
-    while path.is_file():
-        if path.resolve() in seen:
-            return True
-        seen.add(path.resolve())
-        teacher = Source(path).data.get("teacher")
-        named = teacher.get("recipe") if isinstance(teacher, dict) else None
-        if not isinstance(named, Text):
-            return False
-        path = named.folder / named
-    return False
+    """Whether following the recipes of teachers from `path` on comes back to `start`, or to a recipe that was met before."""
+    return path.is_file() and _comes_back(path.resolve(), frozenset([start.resolve()]))
+
+
+def _comes_back(path: Path, met: frozenset[Path]) -> bool:
+    if path in met:
+        return True
+    data = Source(path).data
+    several = data.get("teachers")
+    sections = [data.get("teacher"), *(several if isinstance(several, list) else [several])]
+    named = [section.get("recipe") for section in sections if isinstance(section, dict)]
+    next_ones = [(text.folder / text).resolve() for text in named if isinstance(text, Text)]
+    return any(following.is_file() and _comes_back(following, met | {path}) for following in next_ones)
 
 
 def _missing_files(recipe: Recipe) -> Iterable[str]:
@@ -209,7 +225,8 @@ def _bookkeeping(field: Any) -> bool:
 
 def _content(value: Any) -> Any:
     if isinstance(value, RecipeTeacher):
-        return {**{k: _content(v) for k, v in value if k != "recipe"}, "recipe": load(value.recipe).fingerprint}
+        taught = load(value.recipe, {} if value.seed is None else {"seed": value.seed})
+        return {**{k: _content(v) for k, v in value if k not in ("recipe", "seed", "name")}, "recipe": taught.fingerprint}
     if isinstance(value, BaseModel):
         return {name: _content(getattr(value, name)) for name, field in type(value).model_fields.items() if not _bookkeeping(field)}
     if isinstance(value, tuple | list):

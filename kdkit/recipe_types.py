@@ -30,6 +30,7 @@ def _recipe_type(
 
     student = _by_source({p.name: _variant(f"{p.name}_student", (p.Options,), p.__doc__) for p in models})
     teachers = {p.name: _variant(f"{p.name}_teacher", (TeacherOptions, p.Options), p.__doc__) for p in models}
+    teacher = _by_source({**teachers, TAUGHT: RecipeTeacher})
     data = create_model(
         "DataSpec",
         __base__=DataSpec,
@@ -41,7 +42,8 @@ def _recipe_type(
         __base__=RecipeBase,
         __doc__=RecipeBase.__doc__,
         data=(data, Field(description="What is trained and measured on.")),
-        teacher=(_by_source({**teachers, TAUGHT: RecipeTeacher}) | None, RecipeBase.model_fields["teacher"]),
+        teacher=(teacher | None, RecipeBase.model_fields["teacher"]),
+        teachers=(_several(teacher), RecipeBase.model_fields["teachers"]),
         student=(student, Field(description="Who learns.")),
         schedule=(_by_use(variants(schedules, "schedule", ScheduleEntry)), Field(description="Who teaches whom, and when.")),
         losses=(_several(_by_use(variants(losses, "loss", LossEntry))), RecipeBase.model_fields["losses"]),

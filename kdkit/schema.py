@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from kdkit.loss_options import LossOptions
 from kdkit.options import BOOKKEEPING, Arguments, Options, Rampable, RecipePath
@@ -85,6 +86,9 @@ class DataSpec(Options):
 class TeacherOptions(Options):
     """What a recipe may say of a teacher beyond what it says of any model."""
 
+    name: str | None = Field(
+        default=None, pattern=r"^[a-z][a-z0-9_]*$", description="What losses and messages call it, of several (default: teacher1, teacher2...)."
+    )
     precision: Literal["fp32", "bf16", "fp16"] | None = Field(
         default=None, description="The teacher's own precision (default: that of `train.precision`)."
     )
@@ -100,6 +104,7 @@ class RecipeTeacher(TeacherOptions):
     """A teacher that another recipe trains: its run is made when it is not there yet, and reused when it is."""
 
     recipe: RecipePath = Field(description="Recipe file whose student is this teacher.")
+    seed: int | None = Field(default=None, ge=0, description="Seed in place of that recipe's own.")
 
 
 class LossEntry(LossOptions):
@@ -220,8 +225,29 @@ class RecipeBase(Options):
     seed: int = Field(default=0, ge=0, description="Everything random follows from it.")
     data: DataSpec
     teacher: ModelOptions | RecipeTeacher | None = Field(default=None, description="Who teaches; none for schedules without a teacher.")
+    teachers: tuple[ModelOptions | RecipeTeacher, ...] = Field(
+        default=(), description="Several teachers instead; `{recipe: FILE, seeds: [0, 1]}` is one recipe with several seeds."
+    )
     student: ModelOptions
     schedule: ScheduleEntry
     losses: tuple[LossEntry, ...] = Field(min_length=1, description="total = sum of weight * loss")
     train: TrainSpec
     run: RunSpec = Field(default=RunSpec(), description="Bookkeeping.", json_schema_extra=BOOKKEEPING)
+
+    @field_validator("teachers", mode="before")
+    @classmethod
+    def _one_for_each_seed(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and "seeds" in value and isinstance(value["seeds"], list):
+            rest = {key: part for key, part in value.items() if key != "seeds"}
+            return [{**rest, "seed": seed} for seed in value["seeds"]]
+        return value
+
+    def all_teachers(self) -> dict[str, ModelOptions | RecipeTeacher]:
+        """Its teachers by name; a single one is called `teacher`."""
+        if self.teacher is not None:
+            return {"teacher": self.teacher}
+        return {getattr(one, "name", None) or f"teacher{number}": one for number, one in enumerate(self.teachers, 1)}
+
+    def place_of(self, teacher: str) -> list[str | int]:
+        """Where in the recipe a teacher stands."""
+        return ["teacher"] if self.teacher is not None else ["teachers", list(self.all_teachers()).index(teacher)]

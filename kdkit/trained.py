@@ -72,7 +72,7 @@ class TrainedRun:
         layout = spec.train.channels_last if channels_last is None else channels_last
         if (model := self.deployed()) is not None:
             load_checkpoint(file, model.module)
-            model.module.to(device, memory_format=torch.channels_last if layout else torch.contiguous_format)
+            model.module.to(device).to(memory_format=torch.channels_last if layout else torch.contiguous_format)
             model.adapt.to(device)
             model.channels_last = layout
             return model

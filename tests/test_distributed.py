@@ -1,6 +1,6 @@
 """Two processes give what one process gives with the whole batch.
 
-Relation losses compare the images of one batch, of which each process sees its share only: they are left out here.
+Relation losses do with `gather: true`: without it they compare the images of a process's own share. test_global_batch.py has them all.
 """
 
 import json
@@ -55,6 +55,11 @@ RECIPE = {
     "run": {"log_steps": 2},
 }
 FIRST_LAYER_ONLY = [{"use": "hint", "adapter": "linear", "layers": [{"student": "conv1", "teacher": "conv1"}]}]
+GATHERED = [
+    {"use": "cross_entropy"},
+    {"use": "sp", "gather": True, "weight": 100, "layers": PAIRS},
+    {"use": "irg", "gather": True, "layers": [{"student": "conv1", "teacher": "conv1"}, *PAIRS]},
+]
 TWICE = '''
 import kdkit
 
@@ -100,8 +105,24 @@ def assert_alike(run, other):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"train": {"accumulate": 2}}, {"losses": FIRST_LAYER_ONLY}, {"plugins": ["twice.py"], "schedule": {"use": "twice"}}],
-    ids=["all losses", "accumulated", "part of the student unused", "two stages"],
+    [
+        {},
+        {"train": {"accumulate": 2}},
+        {"losses": FIRST_LAYER_ONLY},
+        {"plugins": ["twice.py"], "schedule": {"use": "twice"}},
+        {"losses": GATHERED, "train": {"epochs": 1}},
+        {"losses": GATHERED, "train": {"accumulate": 2}},
+        {"losses": GATHERED[1:2], "train": {"epochs": 1}},
+    ],
+    ids=[
+        "all losses",
+        "accumulated",
+        "part of the student unused",
+        "two stages",
+        "relations",
+        "relations, accumulated",
+        "a relation alone, part of the student unused",
+    ],
 )
 def test_two_processes_equal_one(tmp_path, changes):
     path = recipe(tmp_path, **changes)

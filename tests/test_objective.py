@@ -5,10 +5,11 @@ import torch
 from training import PLAIN, write
 
 from kdkit import recipe
-from kdkit.contracts import Context, Lesson
+from kdkit.contracts import Context
 from kdkit.errors import PluginError
 from kdkit.objective import NoTeacher, build, sum_of
 from kdkit.records import Batch, Outputs
+from kdkit.teaching import Lesson
 
 BATCH = Batch(torch.rand(5, 3, 8, 8), torch.tensor([0, 1, 2, 3, 4]), torch.arange(5))
 

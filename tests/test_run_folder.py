@@ -40,7 +40,19 @@ def test_what_will_be_written_again_is_left_out(tmp_path):
 def test_a_result_is_read_as_it_was_written(tmp_path):
     folder = RunFolder(tmp_path)
     result = Result(
-        tmp_path, "name", 3, {"top1": 50.0}, 10, 1.5, 2, {"top1": 40.0}, {"epoch": 1}, {"top1": 60.0}, ({"top1": 49.0},), {"top1": 51.0}, ("careful",)
+        tmp_path,
+        "name",
+        3,
+        {"top1": 50.0},
+        10,
+        1.5,
+        2,
+        {"top1": 40.0},
+        {"epoch": 1},
+        {"top1": 60.0},
+        ({"top1": 49.0},),
+        {"top1": 51.0},
+        ("careful",),
     )
     folder.finish(result)
     assert folder.result() is None  # its student is not there
