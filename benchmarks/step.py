@@ -57,12 +57,12 @@ def engine(loss: str, size: str) -> tuple[Callable[[], None], Batch, nn.Module, 
     accelerator = build_accelerator(loaded.spec.train)
     source = loaded.plugins.datasets["synthetic"](loaded.spec.data.dataset)
     prepared = data.prepare(loaded.spec.data, source, seed=0, device=accelerator.device)
-    factory = ModelFactory(loaded, prepared.info, None, device=accelerator.device)
+    factory = ModelFactory(loaded, prepared.info, {}, device=accelerator.device)
     stage = next(iter(loaded.plugins.schedules["offline"](loaded.spec.schedule).stages(factory)))
     trainer = runs.build_trainer(loaded, prepared, factory, accelerator, 0, stage)
     trainer.learner.train()
     batch = next(iter(prepared.train.epoch(0)))
-    student = runs.ModelFactory(loaded, prepared.info, None, device=accelerator.device).student().module
+    student = runs.ModelFactory(loaded, prepared.info, {}, device=accelerator.device).student().module
     return lambda: void(trainer.optimize([batch])), batch, student, factory.teacher().module
 
 

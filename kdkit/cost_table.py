@@ -73,8 +73,8 @@ def parse_shape(size: str) -> Shape:
 
 def _of_run(word: str, run: TrainedRun, asked: Shape | None, device: torch.device) -> Iterator[Subject]:
     shape, name = asked or run.info.image_shape, Path(word).resolve().name
-    if (teacher := run.teacher(device=device)) is not None:
-        yield Subject(f"{name}: teacher", teacher, shape)
+    for called, teacher in zip(run.recipe.spec.all_teachers(), run.teachers(device=device), strict=True):
+        yield Subject(f"{name}: {called}", teacher, shape)
     yield Subject(f"{name}: student", run.student(device=device), shape)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from kdkit import objective
@@ -22,13 +24,13 @@ def deploying(recipe: Recipe) -> list[str]:
     return [name for name, entry in pairs if recipe.plugins.losses[entry.use].deploy is not Loss.deploy]
 
 
-def deployed(recipe: Recipe, info: DataInfo, trained: TrainedTeacher | None) -> TappedModel | None:
+def deployed(recipe: Recipe, info: DataInfo, trained: Mapping[str, TrainedTeacher]) -> TappedModel | None:
     """What the last stage leaves in the student's place, with random weights, in eval mode; None where that is the student itself.
 
     Args:
         recipe: of the run.
         info: of its data.
-        trained: the teacher, where another recipe trained it; its weights are not read.
+        trained: teachers by name, where other recipes trained them; their weights are not read.
     """
     if not (names := deploying(recipe)):
         return None
@@ -46,6 +48,7 @@ def deployed(recipe: Recipe, info: DataInfo, trained: TrainedTeacher | None) -> 
         parts = objective.build(recipe, used, factory.expand)
         if not parts.active(lesson):
             return None
-        parts.setup(lesson, Context(student.module, factory.teacher_module(), info.num_classes, PROBE, labels))
+        teachers = factory.teacher_modules()
+        parts.setup(lesson, Context(student.module, next(iter(teachers.values()), None), info.num_classes, PROBE, labels), teachers)
         network = parts.deploy(student.module)
     return None if network is student.module else student.twin(network.eval())

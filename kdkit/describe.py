@@ -41,7 +41,7 @@ class Plan:
     info: DataInfo
     num_train: int
     student: ModelPlan
-    teacher: ModelPlan | None
+    teachers: tuple[ModelPlan, ...]
     stages: tuple[StagePlan, ...]
     notes: tuple[str, ...]
 
@@ -51,10 +51,9 @@ class Plan:
     def _lines(self) -> Iterator[str]:
         info = self.info
         yield f"{self.name}: {self.num_train:,} training and {info.num_test:,} test images {info.image_shape}, {info.num_classes} classes"
-        for model in (self.teacher, self.student):
-            if model:
-                yield f"{model.role}: {model.parameters:,} parameters, {model.macs / 1e6:,.2f} M multiply-accumulates per image"
-                yield from (f"  tap {name} (B, {', '.join(map(str, shape))})" for name, shape in model.taps)
+        for model in (*self.teachers, self.student):
+            yield f"{model.role}: {model.parameters:,} parameters, {model.macs / 1e6:,.2f} M multiply-accumulates per image"
+            yield from (f"  tap {name} (B, {', '.join(map(str, shape))})" for name, shape in model.taps)
         for stage in self.stages:
             students = f", {stage.students} students" if stage.students > 1 else ""
             yield f"stage {stage.name}: {stage.epochs} epochs, {stage.steps:,} steps{students}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from kdkit.ensembles import combined
 from kdkit.records import Batch
 from kdkit.teaching import Model
 
@@ -37,6 +38,14 @@ def predict(model: Model, batches: Iterable[Batch], *, world: int = 1) -> Predic
     index, logits, labels = (torch.cat(column) for column in zip(*parts, strict=True))
     order = index.argsort()
     return Predictions(logits[order], labels[order])
+
+
+def predict_together(models: Sequence[Model], batches: Iterable[Batch], *, world: int = 1) -> Predictions | None:
+    """The answer of an ensemble, the mean of its models' probabilities; of one model, its own; of none, none."""
+    found = [predict(model, batches, world=world) for model in models]
+    if len(found) < 2:
+        return found[0] if found else None
+    return Predictions(combined([one.logits for one in found]), found[0].labels)
 
 
 def metrics(own: Predictions, teacher: Predictions | None = None) -> dict[str, float]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from kdkit.errors import ModelError, RunError, TapError
+from kdkit.errors import ModelError, RecipeError, RunError, TapError
 from kdkit.folding import fold_batchnorm
 from kdkit.layers import expand_pairs
 from kdkit.loss_options import LayerPair
@@ -21,7 +20,7 @@ from kdkit.providers import DataInfo, ModelOptions, ModelSource
 from kdkit.randomness import seeded
 from kdkit.recipe import Recipe
 from kdkit.recipe_types import source_of
-from kdkit.schema import RecipeTeacher, TeacherOptions
+from kdkit.schema import LossEntry, RecipeTeacher, TeacherOptions
 from kdkit.tapping import TappedModel
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,57 +42,80 @@ class ModelFactory:
     Args:
         recipe: whose models.
         info: image shape and class count.
-        trained: the teacher, where another recipe trains it.
+        trained: teachers by name, where other recipes train them.
         device: where they live; on the meta device they have shapes, but no weights.
         rehearsal: weights are random and nothing is read, downloaded or folded: only shapes and structure count.
     """
 
     def __init__(
-        self, recipe: Recipe, info: DataInfo, trained: TrainedTeacher | None, *, device: torch.device, rehearsal: bool = False
+        self, recipe: Recipe, info: DataInfo, trained: Mapping[str, TrainedTeacher], *, device: torch.device, rehearsal: bool = False
     ) -> None:
         self.recipe, self.info, self.trained, self.device, self.rehearsal = recipe, info, trained, device, rehearsal
         self.frozen: list[tuple[TappedModel, str]] = []
         self._students = 0
+        self._teachers: dict[str, TappedModel] = {}
+        self._skeletons: dict[str, nn.Module] = {}
 
-    @functools.cached_property
-    def layers(self) -> tuple[list[str], list[str]]:
-        """Layers that the losses read of a student and of the teacher; without a teacher, students are read as both."""
-        pairs = self.expand([pair for entry in self.recipe.spec.losses for pair in entry.taps()])
-        ours, theirs = [pair.student for pair in pairs], [pair.teacher for pair in pairs]
-        if self.recipe.spec.teacher is None:
-            ours = theirs = ours + theirs
-        return list(dict.fromkeys(ours)), list(dict.fromkeys(theirs))
+    def student_layers(self) -> list[str]:
+        """Layers that the losses read of a student: those of teachers too, where students teach."""
+        schedule, names = self.recipe.plugins.schedules[self.recipe.spec.schedule.use], []
+        for entry in self.recipe.spec.losses:
+            teaches = schedule.students_teach or not self.recipe.spec.all_teachers()
+            both = teaches or self.recipe.plugins.losses[entry.use].knowledge == "labels"
+            for pair in self.expand(entry.taps(), entry.teacher):
+                names += [pair.student, pair.teacher] if both else [pair.student]
+        return list(dict.fromkeys(names))
+
+    def teacher_layers(self, name: str) -> list[str]:
+        """Layers that the losses read of a teacher."""
+        entries = [entry for entry in self._looking_at(name) if self.recipe.plugins.losses[entry.use].knowledge != "labels"]
+        return list(dict.fromkeys(pair.teacher for entry in entries for pair in self.expand(entry.taps(), name)))
 
     def expand(self, pairs: Sequence[LayerPair], teacher: str | None = None) -> list[LayerPair]:
-        """The pairs with globs written out.
+        """The pairs with globs written out, for the teacher of that name (default: the first).
 
         Raises:
             TapError: a layer that is not there.
         """
-        student = self._skeleton_of_student
-        return expand_pairs(pairs, student, self._skeleton_of_teacher or student) if pairs else []
+        if not pairs:
+            return []
+        teachers = self.recipe.spec.all_teachers()
+        student = self._skeleton("student", self.recipe.spec.student)
+        name = teacher or next(iter(teachers), None)
+        options = self._teacher_options(name) if name else None
+        return expand_pairs(pairs, student, self._skeleton(name, options) if name and options else student)
 
     def student(self, options: ModelOptions | None = None) -> TappedModel:
         """A fresh student: the recipe's, or one of the schedule's own options."""
         self._students += 1
-        model = self._build("student", options or self.recipe.spec.student, self.layers[0], self._students)
+        model = self._build("student", options or self.recipe.spec.student, self.student_layers(), self._students)
         return model.compile() if self._compiles else model
 
     def teacher(self, name: str | None = None) -> TappedModel:
-        """The frozen teacher, which stops behind its deepest tap if no loss reads its logits."""
-        return self._teacher
+        """The frozen teacher of that name, or the only one; it stops behind its deepest tap if no loss reads its logits.
+
+        Raises:
+            RunError: there is none, or there are several.
+        """
+        names = list(self.recipe.spec.all_teachers())
+        if name is None and len(names) != 1:
+            raise RunError(f"this schedule takes one teacher, the recipe has {len(names)}")
+        chosen = name or names[0]
+        if chosen not in self._teachers:
+            self._teachers[chosen] = self._build_teacher(chosen, names.index(chosen))
+        return self._teachers[chosen]
 
     def teachers(self) -> dict[str, TappedModel]:
         """All frozen teachers by name."""
-        return {"teacher": self._teacher} if self.recipe.spec.teacher is not None else {}
+        return {name: self.teacher(name) for name in self.recipe.spec.all_teachers()}
 
-    def whole_teacher(self) -> TappedModel | None:
-        """The frozen teacher without taps, for measuring; None without a teacher."""
-        return self._teacher.twin() if self.recipe.spec.teacher is not None else None
+    def whole_teachers(self) -> list[TappedModel]:
+        """The frozen teachers without taps, for measuring."""
+        return [teacher.twin() for teacher in self.teachers().values()]
 
-    def teacher_module(self) -> nn.Module | None:
-        """The teacher's network; None without a teacher."""
-        return self._teacher.module if self.recipe.spec.teacher is not None else None
+    def teacher_modules(self) -> dict[str, nn.Module]:
+        """The teachers' networks by name."""
+        return {name: teacher.module for name, teacher in self.teachers().items()}
 
     def verify_frozen(self) -> None:
         """Compare every frozen model with what it was.
@@ -107,16 +129,17 @@ class ModelFactory:
                     f"{model.role} is frozen, yet its parameters or buffers have changed; a plugin or schedule must have done it"
                 )
 
-    @functools.cached_property
-    def _teacher(self) -> TappedModel:
-        spec = self.recipe.spec.teacher
-        options = self._teacher_options
-        if options is None or not isinstance(spec, TeacherOptions):
-            raise RunError("this recipe has no teacher")
-        losses = [self.recipe.plugins.losses[entry.use] for entry in self.recipe.spec.losses]
-        reads_logits = any(loss.knowledge == "response" or loss.needs_teacher_logits for loss in losses)
-        model = self._build("teacher", options, self.layers[1], 0)
-        model.needs_logits = reads_logits
+    def _looking_at(self, name: str) -> list[LossEntry]:
+        """The losses that look at a teacher."""
+        return [entry for entry in self.recipe.spec.losses if entry.teacher in (None, name)]
+
+    def _build_teacher(self, name: str, number: int) -> TappedModel:
+        spec, options = self.recipe.spec.all_teachers()[name], self._teacher_options(name)
+        assert options is not None and isinstance(spec, TeacherOptions)
+        losses = [self.recipe.plugins.losses[entry.use] for entry in self._looking_at(name)]
+        model = self._build(name, options, self.teacher_layers(name), number)
+        several = len(self.recipe.spec.all_teachers()) > 1  # which a schedule may weigh by their logits
+        model.needs_logits = several or any(loss.knowledge == "response" or loss.needs_teacher_logits for loss in losses)
         model.precision = PRECISIONS[spec.precision] if spec.precision else None
         model.freeze(spec.mode)
         if self._real:
@@ -134,26 +157,25 @@ class ModelFactory:
     def _real(self) -> bool:
         return self.device.type != "meta" and not self.rehearsal
 
-    @property
-    def _teacher_options(self) -> ModelOptions | None:
-        if isinstance(self.recipe.spec.teacher, RecipeTeacher):
-            return self.trained.options if self.trained else None
-        return self.recipe.spec.teacher
-
-    @functools.cached_property
-    def _skeleton_of_student(self) -> nn.Module:
-        return self._skeleton("student", self.recipe.spec.student)
-
-    @functools.cached_property
-    def _skeleton_of_teacher(self) -> nn.Module | None:
-        return self._skeleton("teacher", self._teacher_options) if self._teacher_options else None
+    def _teacher_options(self, name: str) -> ModelOptions | None:
+        options = self.recipe.spec.all_teachers()[name]
+        if isinstance(options, RecipeTeacher):
+            return self.trained[name].options if name in self.trained else None
+        return options
 
     def _skeleton(self, section: str, options: ModelOptions) -> nn.Module:
-        try:
-            source = self._source(options)
-            return build_model(options, source, self.info.num_classes, self.info.image_shape, role=section, weights=False).module
-        except ModelError as error:
-            raise self.recipe.error([section, "model"], str(error).removeprefix(f"{section}: ")) from error
+        if section not in self._skeletons:
+            try:
+                source = self._source(options)
+                built = build_model(options, source, self.info.num_classes, self.info.image_shape, role=section, weights=False)
+            except ModelError as error:
+                raise self._error(section, error) from error
+            self._skeletons[section] = built.module
+        return self._skeletons[section]
+
+    def _error(self, section: str, error: Exception) -> RecipeError:
+        place = ["student"] if section == "student" else self.recipe.spec.place_of(section)
+        return self.recipe.error([*place, "model"], str(error).removeprefix(f"{section}: "))
 
     def _source(self, options: ModelOptions) -> ModelSource:
         sources = self.recipe.plugins.models
@@ -162,16 +184,16 @@ class ModelFactory:
 
     def _build(self, section: str, options: ModelOptions, layers: Sequence[str], number: int) -> TappedModel:
         spec = self.recipe.spec
-        if section == "teacher" and self.trained and not self.rehearsal:
-            options = options.model_copy(update={"checkpoint": self.trained.file, "strip_prefix": ""})
+        if section in self.trained and not self.rehearsal:
+            options = options.model_copy(update={"checkpoint": self.trained[section].file, "strip_prefix": ""})
         try:
-            with seeded(spec.seed, section, number):
+            with seeded(spec.seed, "student" if section == "student" else "teacher", number):
                 model = build_model(
                     options, self._source(options), self.info.num_classes, self.info.image_shape, layers, section,
                     weights=self.device.type != "meta", load=not self.rehearsal, channels_last=spec.train.channels_last,
                 )  # fmt: skip
         except (ModelError, TapError) as error:
-            raise self.recipe.error([section, "model"], str(error).removeprefix(f"{section}: ")) from error
+            raise self._error(section, error) from error
         model.module.to(self.device)
         model.adapt.to(self.device)
         return model

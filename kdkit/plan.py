@@ -20,7 +20,7 @@ from kdkit.objective import Objective, build
 from kdkit.optim import build_optimizer
 from kdkit.providers import DataInfo, ModelOptions
 from kdkit.randomness import seeded
-from kdkit.recipe import Recipe, teacher_recipe
+from kdkit.recipe import Recipe, teacher_recipes
 from kdkit.records import Batch, Outputs
 from kdkit.subsets import choose
 from kdkit.tapping import TappedModel
@@ -57,23 +57,24 @@ class _Planner:
                 num_train = len(choose(spec.data, torch.zeros(info.num_train, dtype=torch.int64))[0])
                 if num_train < spec.data.batch_size:
                     raise self.recipe.error(["data", "batch_size"], f"{spec.data.batch_size} is more than the {num_train} training images")
-            with self._problems_at("teacher"):
-                trained = self._trained(info)
-        for section, options in (("teacher", spec.teacher), ("student", spec.student)):
+            trained = self._trained(info)
+        teachers = spec.all_teachers()
+        places: list[tuple[list[str | int], object]] = [(["student"], spec.student)]
+        for place, options in [*places, *((spec.place_of(name), one) for name, one in teachers.items())]:
             if isinstance(options, ModelOptions) and options.checkpoint:
-                with self._problems_at(section, "checkpoint"):
+                with self._problems_at(*place, "checkpoint"):
                     read_weights(options.checkpoint)  # whether they fit is seen when they are loaded
         self._raise_if_any()
         factory = ModelFactory(self.recipe, info, trained, device=torch.device("meta"))
         self._check_layers(factory)
         with self._problems_at("student"):
             student = self._model(f"student {spec.student.model}", factory.student(), info)
-        teacher = None
-        if spec.teacher is not None:
-            with self._problems_at("teacher"):
-                teacher = self._model(f"teacher {_teacher_name(spec.teacher, trained)}", factory.teacher(), info)
-            if _has_random_weights(spec.teacher):
-                self.notes.append("the teacher's weights are random: give it a `checkpoint`, `pretrained: true` or a `recipe`")
+        planned = []
+        for name, one in teachers.items():
+            with self._problems_at(*spec.place_of(name)):
+                planned.append(self._model(f"{name} {_teacher_name(one, trained.get(name))}", factory.teacher(name), info))
+            if _has_random_weights(one):
+                self.notes.append(f"the weights of {name} are random: give it a `checkpoint`, `pretrained: true` or a `recipe`")
         self._raise_if_any()
         steps = -(
             -(num_train // spec.data.batch_size if spec.data.drop_last else -(-num_train // spec.data.batch_size)) // spec.train.accumulate
@@ -88,7 +89,7 @@ class _Planner:
                 says = f"'{name}' is never used: no stage of schedule '{spec.schedule.use}' has a teacher for it, or asks for it"
                 self.problems.append(self.recipe.problem(["losses", i], says))
         self._raise_if_any()
-        return Plan(spec.name, info, num_train, student, teacher, stages, tuple(self.notes))
+        return Plan(spec.name, info, num_train, student, tuple(planned), stages, tuple(self.notes))
 
     @contextlib.contextmanager
     def _problems_at(self, *location: str | int) -> Iterator[None]:
@@ -120,24 +121,24 @@ class _Planner:
     def _schedule(self) -> Schedule:
         return self.recipe.plugins.schedules[self.spec.schedule.use](self.spec.schedule)
 
-    def _trained(self, info: DataInfo) -> TrainedTeacher | None:
-        """The teacher of another recipe, whose own plan must be sound and whose classes must be ours."""
-        source = teacher_recipe(self.spec)
-        if source is None:
-            return None
-        theirs = make(source).info
-        if theirs.num_classes != info.num_classes:
-            raise ModelError(
-                f"the teacher of {source.source.path.name} knows {theirs.num_classes} classes, this recipe's data has {info.num_classes}"
-            )
-        return TrainedTeacher(source.spec.student, None)
+    def _trained(self, info: DataInfo) -> dict[str, TrainedTeacher]:
+        """The teachers of other recipes, whose own plans must be sound and whose classes must be ours."""
+        found = {}
+        for name, source in teacher_recipes(self.spec).items():
+            with self._problems_at(*self.spec.place_of(name)):
+                theirs = make(source).info.num_classes
+                if theirs != info.num_classes:
+                    whose = f"the teacher of {source.source.path.name}"
+                    raise ModelError(f"{whose} knows {theirs} classes, this recipe's data has {info.num_classes}")
+            found[name] = TrainedTeacher(source.spec.student, None)
+        return found
 
     def _check_layers(self, factory: ModelFactory) -> None:
         for i, entry in enumerate(self.spec.losses):
             for j, pair in enumerate(entry.taps()):
                 with self._problems_at("losses", i, "layers", j):
                     try:
-                        factory.expand([pair])
+                        factory.expand([pair], entry.teacher)
                     except TapError as error:
                         raise self.recipe.error(["losses", i, "layers", j], str(error)) from None
         self._raise_if_any()
@@ -197,7 +198,8 @@ class _Planner:
             raise self.recipe.error(["schedule"], f"two stages are called '{stage.name}'; their logs and random numbers go by that name")
         self._stages.add(stage.name)
         network = stage.students[0].module
-        context = Context(network, factory.teacher_module(), info.num_classes, num_train, labels)
+        self._networks = factory.teacher_modules()
+        context = Context(network, next(iter(self._networks.values()), None), info.num_classes, num_train, labels)
         with seeded("plan"):
             lesson = _on_random_numbers(lessons[0]) if factory.device.type == "meta" else lessons[0]
             self._try_losses(objective, lesson, Batch(images, labels[:PROBE], torch.arange(PROBE)), context)
@@ -216,7 +218,7 @@ class _Planner:
             place: list[str | int] = ["losses", self.recipe.loss_names().index(name)]
             alone = Objective({name: (objective.entries[name], loss)})
             try:
-                alone.setup(lesson, context)
+                alone.setup(lesson, context, self._networks)
                 value = alone(lesson, batch).terms[name]
                 if value.shape != ():
                     raise ShapeError(f"{name} gives a tensor {tuple(value.shape)}, not a scalar")
@@ -240,4 +242,5 @@ def _on_random_numbers(lesson: Lesson) -> Lesson:
     def like(outputs: Outputs) -> Outputs:
         return outputs.map(lambda value: torch.randn(value.shape))
 
-    return Lesson(like(lesson.student), [like(teacher) for teacher in lesson.teachers])
+    named = {name: like(teacher) for name, teacher in lesson.named.items()}
+    return replace(lesson, student=like(lesson.student), teachers=[like(teacher) for teacher in lesson.teachers], named=named)

@@ -142,18 +142,28 @@ def _cross_check(recipe: Recipe) -> Iterable[str]:
 
 def _check_models(recipe: Recipe) -> Iterable[str]:
     spec = recipe.spec
-    needs = recipe.plugins.schedules[spec.schedule.use].needs_teacher
-    teachers = spec.all_teachers()
     if spec.teacher is not None and spec.teachers:
         yield recipe.problem(["teachers"], "give `teacher` or `teachers`, not both")
         return
+    yield from _check_teachers(recipe)
+    sections = {"teacher": spec.teacher, "teachers": spec.teachers, "student": spec.student, "schedule": spec.schedule}
+    for location, options in _models(sections, []):
+        try:
+            source_of(options.model, recipe.plugins.models)
+        except ModelError as error:
+            yield recipe.problem([*location, "model"], str(error))
+
+
+def _check_teachers(recipe: Recipe) -> Iterable[str]:
+    spec, teachers, called = recipe.spec, recipe.spec.all_teachers(), recipe.spec.schedule.use
+    needs = recipe.plugins.schedules[called].needs_teacher
     if len(teachers) < len(spec.teachers):
         yield recipe.problem(["teachers"], "two teachers have one name")
     if needs and not teachers:
-        yield recipe.problem(["schedule"], f"schedule '{spec.schedule.use}' needs a `teacher:`")
+        yield recipe.problem(["schedule"], f"schedule '{called}' needs a `teacher:`")
     if not needs and teachers:
         key = "teacher" if spec.teacher is not None else "teachers"
-        yield recipe.problem([key], f"schedule '{spec.schedule.use}' has no teacher; leave it out or write `{key}: null`")
+        yield recipe.problem([key], f"schedule '{called}' has no teacher; leave it out or write `{key}: null`")
     for i, entry in enumerate(spec.losses):
         if entry.teacher is not None and entry.teacher not in teachers:
             yield recipe.problem(["losses", i, "teacher"], f"there is no such teacher; {suggest(entry.teacher, teachers)}")
@@ -163,11 +173,6 @@ def _check_models(recipe: Recipe) -> Iterable[str]:
         if isinstance(one, TeacherOptions) and one.fold_batchnorm and one.mode == "train":
             says = "folded layers have no batch statistics, which `mode: train` asks for"
             yield recipe.problem([*spec.place_of(name), "fold_batchnorm"], says)
-    for location, options in _models({"teacher": spec.teacher, "teachers": spec.teachers, "student": spec.student, "schedule": spec.schedule}, []):
-        try:
-            source_of(options.model, recipe.plugins.models)
-        except ModelError as error:
-            yield recipe.problem([*location, "model"], str(error))
 
 
 def _models(value: Any, location: list[str | int]) -> Iterable[tuple[list[str | int], ModelOptions]]:

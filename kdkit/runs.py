@@ -14,11 +14,11 @@ from kdkit.checkpoints import write_atomically
 from kdkit.contracts import Context, Loss
 from kdkit.engine import Trainer, batches, build_accelerator
 from kdkit.errors import DataError, RunError
-from kdkit.evaluate import metrics, predict
+from kdkit.evaluate import metrics, predict_together
 from kdkit.factory import ModelFactory, TrainedTeacher
 from kdkit.progress import Reporter
 from kdkit.randomness import reseed
-from kdkit.recipe import Recipe, teacher_recipe
+from kdkit.recipe import Recipe, teacher_recipes
 from kdkit.run_folder import Result, RunFolder
 from kdkit.setting import Setting
 from kdkit.signals import StopRequest
@@ -49,7 +49,7 @@ def train(recipe: Recipe, folder: Path | None = None, *, restart: bool = False, 
     planned = plan.make(recipe)
     run_folder.check(recipe, restart=restart)
     _accelerator(recipe, run_folder)  # refuses what this machine cannot do before a teacher is trained for it
-    teacher = trained_teacher(recipe, run_folder.path, quiet=quiet)
+    teachers = trained_teachers(recipe, run_folder.path, quiet=quiet)
     accelerator = _accelerator(recipe, run_folder)  # anew: the teacher's training has had its own
     reporter = Reporter(quiet=quiet or not accelerator.is_main_process)
     if recipe.spec.train.precision == "bf16" and accelerator.device.type == "cpu" and not _multiplies_bf16():
@@ -60,7 +60,7 @@ def train(recipe: Recipe, folder: Path | None = None, *, restart: bool = False, 
     ):
         accelerator.wait_for_everyone()
         prepared = open_data(recipe, accelerator)
-        factory = ModelFactory(recipe, prepared.info, teacher, device=accelerator.device)
+        factory = ModelFactory(recipe, prepared.info, teachers, device=accelerator.device)
         setting = Setting(recipe, run_folder, reporter, stop, accelerator, prepared, factory)
         return _carry_out(setting)
 
@@ -80,16 +80,16 @@ def _multiplies_bf16() -> bool:
     return bool(torch.cpu.get_capabilities().get("amx_bf16")) if hasattr(torch.cpu, "get_capabilities") else True
 
 
-def trained_teacher(recipe: Recipe, student_folder: Path, *, quiet: bool = False) -> TrainedTeacher | None:
-    """The teacher that another recipe trains, where this one names such; trains it if that was not done yet."""
-    source = teacher_recipe(recipe.spec)
-    if source is None:
-        return None
-    folder = folder_for(source, recipe.spec.run.folder, source.spec.name, taken=student_folder)
-    if not RunFolder(folder).result():
-        Reporter(quiet=quiet).say(f"{source.spec.name}: the teacher is trained first, in {folder}")
-    build_accelerator(source.spec.train).wait_for_everyone()  # all have looked before one of them makes it
-    return TrainedTeacher(source.spec.student, train(source, folder, quiet=quiet).student)
+def trained_teachers(recipe: Recipe, student_folder: Path, *, quiet: bool = False) -> dict[str, TrainedTeacher]:
+    """The teachers that other recipes train, by name; trains those that are not there yet."""
+    teachers = {}
+    for name, source in teacher_recipes(recipe.spec).items():
+        folder = folder_for(source, recipe.spec.run.folder, source.spec.name, taken=student_folder)
+        if not RunFolder(folder).result():
+            Reporter(quiet=quiet).say(f"{source.spec.name}: the teacher is trained first, in {folder}")
+        build_accelerator(source.spec.train).wait_for_everyone()  # all have looked before one of them makes it
+        teachers[name] = TrainedTeacher(source.spec.student, train(source, folder, quiet=quiet).student)
+    return teachers
 
 
 def folder_for(recipe: Recipe, base: Path, name: str, taken: Path | None = None) -> Path:
@@ -131,12 +131,15 @@ def _carry_out(setting: Setting) -> Result:
 
 
 def _measure_teacher(setting: Setting) -> None:
-    teacher, classes = setting.factory.whole_teacher(), setting.data.info.num_classes
-    if teacher is None:
+    teachers, classes = setting.factory.whole_teachers(), setting.data.info.num_classes
+    setting.teacher = predict_together(teachers, setting.data.test, world=setting.accelerator.num_processes)
+    if setting.teacher is None:
         return
-    setting.teacher = predict(teacher, setting.data.test, world=setting.accelerator.num_processes)
     found = metrics(setting.teacher)
-    setting.reporter.say("teacher  " + "  ".join(f"{name} {value:.2f}" for name, value in found.items()))
+    setting.reporter.say(
+        f"{'teacher' if len(teachers) == 1 else f'{len(teachers)} teachers together'}  "
+        + "  ".join(f"{name} {value:.2f}" for name, value in found.items())
+    )
     chance = 100 / classes
     if found["top1"] < chance + 0.1 * (100 - chance):
         setting.reporter.warn(
@@ -158,10 +161,11 @@ def build_trainer(
     with torch.no_grad():
         lessons = stage.step(next(batches(prepared.train, stage, 0)))
     labels = _labels_by_index(prepared.train)
-    objectives = []
+    objectives, teachers = [], factory.teacher_modules()
     for student, lesson in zip(stage.students, lessons, strict=True):
         built = objective.build(recipe, stage.losses, factory.expand)
-        built.setup(lesson, Context(student.module, factory.teacher_module(), prepared.info.num_classes, len(labels), labels))
+        context = Context(student.module, next(iter(teachers.values()), None), prepared.info.num_classes, len(labels), labels)
+        built.setup(lesson, context, teachers)
         before = (carried if carried is not None else {}).setdefault(student, {})
         for name, loss in built.parts().items():
             if name in before:

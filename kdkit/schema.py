@@ -87,7 +87,9 @@ class TeacherOptions(Options):
     """What a recipe may say of a teacher beyond what it says of any model."""
 
     name: str | None = Field(
-        default=None, pattern=r"^[a-z][a-z0-9_]*$", description="What losses and messages call it, of several (default: teacher1, teacher2...)."
+        default=None,
+        pattern=r"^[a-z][a-z0-9_]*$",
+        description="What losses call it, of several (default: teacher1, teacher2...).",
     )
     precision: Literal["fp32", "bf16", "fp16"] | None = Field(
         default=None, description="The teacher's own precision (default: that of `train.precision`)."

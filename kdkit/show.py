@@ -79,6 +79,8 @@ def brief(recipe: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "student", _model(recipe["student"])
     if recipe.get("teacher"):
         yield "teacher", _model(recipe["teacher"])
+    for number, teacher in enumerate(recipe.get("teachers", ()), 1):
+        yield teacher.get("name") or f"teacher{number}", _model(teacher)
     yield "schedule", _named(recipe["schedule"])
     yield "total", " + ".join(f"{_number(entry['weight'])} * {_named(entry)}" for entry in recipe["losses"])
     augment = [f"{key} ({', '.join(_on(data[key]))})" for key in ("augment", "timm_augment") if data.get(key)]

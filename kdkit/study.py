@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from kdkit import plan, profile, recipe, runs
-from kdkit.evaluate import Predictions, metrics, predict
+from kdkit.evaluate import Predictions, metrics, predict, predict_together
 from kdkit.recipe import Recipe
 from kdkit.run_folder import Result
 from kdkit.tapping import TappedModel
@@ -62,9 +62,9 @@ def compare(
         plan.make(first)
     results = [[_train(each, say) for each in variants] for variants in planned]
     finished = [[TrainedRun(result.folder) for result in variant] for variant in results]
-    teacher = _common_teacher([run for variant in finished for run in variant])
-    known = predict(teacher, finished[0][0].data().test) if teacher else None
-    models = ([(teacher, finished[0][0].info.image_shape)] if teacher else []) + [
+    teachers = _common_teachers([run for variant in finished for run in variant])
+    known = predict_together(teachers, finished[0][0].data().test)
+    models = [(teacher, finished[0][0].info.image_shape) for teacher in teachers[:1]] + [
         (variant[0].student(), variant[0].info.image_shape) for variant in finished
     ]
     with profile.threads(1):  # several threads wait for each other on a busy machine
@@ -106,11 +106,16 @@ def _train(each: Recipe, say: Callable[[str], None]) -> Result:
     return result
 
 
-def _common_teacher(finished: Sequence[TrainedRun]) -> TappedModel | None:
-    """The teacher of all runs that have one, if it is the same."""
-    taught = [run for run in finished if run.recipe.spec.teacher is not None]
-    same = {str(run.recipe.content()["teacher"].get("recipe", run.recipe.content()["teacher"])) for run in taught}
-    return taught[0].teacher() if len(same) == 1 else None
+def _common_teachers(finished: Sequence[TrainedRun]) -> list[TappedModel]:
+    """The teachers of all runs that have any, if they are the same."""
+    taught = [run for run in finished if run.recipe.spec.all_teachers()]
+    return taught[0].teachers() if len({_who(run.recipe) for run in taught}) == 1 else []
+
+
+def _who(recipe: Recipe) -> str:
+    """What the teachers are, without how they are run."""
+    content = recipe.content()
+    return str([one.get("recipe", one) for one in (content["teacher"], *content["teachers"]) if one])
 
 
 def _agreement(run: TrainedRun, teacher: Predictions) -> float:

@@ -117,6 +117,8 @@ class Schedule(abc.ABC):
     name: ClassVar[str]
     scheme: ClassVar[Literal["none", "offline", "online", "self"]]
     needs_teacher: ClassVar[bool]
+    students_teach: ClassVar[bool] = False
+    """Whether students teach each other or later ones, so that losses read them at the teacher's layers too."""
     Options: ClassVar[type[ScheduleOptions]] = ScheduleOptions
 
     def __init__(self, options: ScheduleOptions) -> None:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from kdkit import data, registry
 from kdkit.deployment import deployed, deploying
 from kdkit.errors import ModelError, RecipeError, RunError
-from kdkit.evaluate import Predictions, metrics, predict
+from kdkit.evaluate import metrics, predict, predict_together
 from kdkit.factory import ModelFactory, TrainedTeacher
 from kdkit.models import build_model, load_checkpoint
 from kdkit.providers import DataInfo, DatasetSource, ModelSource
@@ -91,19 +91,17 @@ class TrainedRun:
         """
         if not deploying(self.recipe):
             return None
-        trained = self._taught_by() if isinstance(self.recipe.spec.teacher, RecipeTeacher) else None
-        return deployed(self.recipe, self.info, trained)
+        return deployed(self.recipe, self.info, self._taught_by())
 
-    def teacher(self, *, device: torch.device | None = None) -> TappedModel | None:
-        """The teacher, frozen and whole; None without one.
+    def teachers(self, *, device: torch.device | None = None) -> list[TappedModel]:
+        """The teachers, frozen and whole.
 
         Raises:
-            RunError: the run that trained it is not there any more.
+            RunError: a run that trained one is not there any more.
         """
-        if self.recipe.spec.teacher is None:
-            return None
-        trained = self._taught_by() if isinstance(self.recipe.spec.teacher, RecipeTeacher) else None
-        return ModelFactory(self.recipe, self.info, trained, device=device or torch.device("cpu")).whole_teacher()
+        if not self.recipe.spec.all_teachers():
+            return []
+        return ModelFactory(self.recipe, self.info, self._taught_by(), device=device or torch.device("cpu")).whole_teachers()
 
     def data(self, *, device: torch.device | None = None) -> data.Data:
         """The data, as one process sees it."""
@@ -123,19 +121,21 @@ class TrainedRun:
         done = len(folder.metrics("epoch"))
         raise RunError(f"{folder.path}: is not finished ({done} epochs so far), so there is no {file.name}; `kdkit train` goes on with it")
 
-    def _taught_by(self) -> TrainedTeacher:
-        """The teacher's run, found by the fingerprint that this run took down: a recipe file may have changed since."""
-        about = json.loads((self.folder.path / "run.json").read_text())
-        wanted = about["content"]["teacher"]["recipe"]
+    def _taught_by(self) -> dict[str, TrainedTeacher]:
+        """The runs of teachers, found by the fingerprints that this run took down: a recipe file may have changed since."""
+        content = json.loads((self.folder.path / "run.json").read_text())["content"]
+        sections = [content["teacher"]] if content["teacher"] else content["teachers"]
+        teachers = zip(self.recipe.spec.all_teachers().items(), sections, strict=True)
+        return {name: self._run_of(one, saved["recipe"]) for (name, one), saved in teachers if isinstance(one, RecipeTeacher)}
+
+    def _run_of(self, teacher: RecipeTeacher, wanted: str) -> TrainedTeacher:
         places = dict.fromkeys((self.folder.path.resolve().parent, self.recipe.spec.run.folder.resolve()))
         for marker in (m for place in places for m in sorted(place.glob("*/run.json"))):
             found = RunFolder(marker.parent)
             if json.loads(marker.read_text())["fingerprint"] == wanted and found.student_file.is_file():
                 return TrainedTeacher(found.recipe().spec.student, found.student_file)
-        spec = self.recipe.spec.teacher
-        name = spec.recipe if isinstance(spec, RecipeTeacher) else ""
         looked = " or ".join(map(str, places))
-        raise RunError(f"{self.folder.path}: the run that trained its teacher ({name}) is not in {looked}; train it again first")
+        raise RunError(f"{self.folder.path}: the run that trained its teacher ({teacher.recipe}) is not in {looked}; train it again first")
 
 
 @dataclass(frozen=True)
@@ -149,14 +149,14 @@ class Score:
 
 def evaluate(run: TrainedRun, *, best: bool = False, device: torch.device) -> Iterator[Score]:
     """Measure a run's student and teacher again, on test data and on the validation split if there is one."""
-    teacher, student, prepared = run.teacher(device=device), run.student(best=best, device=device), run.data(device=device)
+    teachers, student, prepared = run.teachers(device=device), run.student(best=best, device=device), run.data(device=device)
     for part, batches in (("test", prepared.test), ("validation", prepared.validation)):
         if batches is None:
             continue
-        known: Predictions | None = predict(teacher, batches) if teacher else None
+        known = predict_together(teachers, batches)
         yield Score("student", part, metrics(predict(student, batches), known))
         if known:
-            yield Score("teacher", part, metrics(known))
+            yield Score("teacher" if len(teachers) == 1 else "teachers together", part, metrics(known))
 
 
 def load_student(

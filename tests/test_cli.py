@@ -45,7 +45,7 @@ def test_train_and_what_it_says(kdkit, tmp_path):
 def test_check(kdkit):
     said = kdkit("check", "r.yaml")
     assert "total = 1 * cross_entropy + 1 * logit_kl" in said and "student mlp/16: 1,210 parameters" in said
-    assert "note: the teacher's weights are random" in said
+    assert "note: the weights of teacher are random" in said
 
 
 def test_mistakes_are_one_line_each_with_exit_code_2(kdkit):

@@ -24,7 +24,7 @@ def trainer_of(folder, base=PLAIN, **changes):
     loaded = recipe.load(write(folder, base, **changes))
     accelerator = build_accelerator(loaded.spec.train)
     prepared = runs.open_data(loaded, accelerator)
-    factory = ModelFactory(loaded, prepared.info, None, device=CPU)
+    factory = ModelFactory(loaded, prepared.info, {}, device=CPU)
     stage = next(iter(loaded.plugins.schedules[loaded.spec.schedule.use](loaded.spec.schedule).stages(factory)))
     return runs.build_trainer(loaded, prepared, factory, accelerator, 0, stage), factory
 

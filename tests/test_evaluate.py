@@ -143,9 +143,9 @@ def test_a_teacher_is_found_beside_the_run_wherever_both_were_moved(taught, tmp_
     shutil.copytree(folder / "net", tmp_path / "renamed")
     shutil.copytree(folder / "teacher", tmp_path / "other_name")
     moved = TrainedRun(tmp_path / "renamed")
-    assert moved._taught_by().file.parent == tmp_path / "other_name"  # not the one in the folder that the recipe names
+    assert moved._taught_by()["teacher"].file.parent == tmp_path / "other_name"  # not the one in the folder that the recipe names
     images = torch.rand(2, 1, 8, 8)
-    assert torch.equal(moved.teacher()(images).logits, kdkit.load_student(folder / "teacher")(images).logits)
+    assert torch.equal(moved.teachers()[0](images).logits, kdkit.load_student(folder / "teacher")(images).logits)
 
 
 @pytest.mark.parametrize(("spoil", "words", "says"), [

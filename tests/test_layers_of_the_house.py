@@ -14,7 +14,7 @@ ORDER = """
     source schema recipe_types explain recipe catalogue normalization observation backbone tapping models folding listing
     randomness augment signals subsets transforms images stream data
     objective meter optim trainable engine evaluate probes testing
-    checkpoints run_folder progress factory describe plan trained curves show
+    checkpoints run_folder progress factory deployment describe plan trained curves show
     setting stage_run profile export cost_table runs study api __init__ cli __main__
 """.split()  # noqa: SIM905
 

@@ -142,6 +142,26 @@ def test_prefix_is_stripped_or_suggested(tmp_path, weights):
     )
 
 
+def test_a_source_knows_other_names_of_its_layers(tmp_path, weights):
+    class Renaming(GridSource):
+        def rename(self, key, module):
+            assert isinstance(module, Grid)
+            return key.replace("linear.", "head.")
+
+    other = {f"module.{key.replace('head.', 'linear.')}": value for key, value in weights.items()}
+    torch.save(other, tmp_path / "other.pt")
+    torch.save({**other, "module.head.bias": weights["head.bias"]}, tmp_path / "both.pt")
+    save_file(weights, tmp_path / "own.safetensors")
+
+    def load(file, prefix="module."):
+        options = kdkit.ModelOptions(model="grid/x", checkpoint=tmp_path / file, strip_prefix=prefix)
+        return build(Renaming(options, "x")).module
+
+    assert same(load("other.pt"), weights) and same(load("own.safetensors", ""), weights)
+    with pytest.raises(kdkit.ModelError, match="both.pt does not fit: several of its keys mean 'head.bias'"):
+        load("both.pt")
+
+
 def test_misfits_are_counted_and_change_nothing(tmp_path, weights):
     module = Grid(3, 5)
     before = {key: value.clone() for key, value in module.state_dict().items()}

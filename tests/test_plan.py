@@ -30,7 +30,7 @@ def test_what_a_recipe_would_do(tmp_path):
     found = made(tmp_path, GOOD)
     assert found.info.image_shape == (3, 32, 32) and found.num_train == 96
     assert found.student.role == "student test_resnet" and found.student.taps == (("penultimate", (96,)),)
-    assert found.teacher.taps[0][0] == "penultimate" and found.teacher.macs > 0
+    assert found.teachers[0].taps[0][0] == "penultimate" and found.teachers[0].macs > 0
     (stage,) = found.stages
     assert stage.formula == "0.1 * cross_entropy + 0->1 * logit_kl(temperature 2) + 1 * rkd_distance(penultimate ~ penultimate)"
     assert (stage.epochs, stage.steps) == (3, 9)  # 12 batches an epoch, 5 to a step

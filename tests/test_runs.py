@@ -251,8 +251,8 @@ def teacher_of(patch):
     found = []
     teacher = ModelFactory.teacher
 
-    def taken(self):
-        model = teacher(self)
+    def taken(self, name=None):
+        model = teacher(self, name)
         found.append((model, {n: v.clone() for n, v in [*model.module.named_parameters(), *model.module.named_buffers()]}))
         return model
 
