@@ -33,8 +33,9 @@ docs: $(VENV)/installed  ## write what is generated: the recipe schema and the r
 	$(BIN)/kdkit schema > recipes/recipe.schema.json
 	$(BIN)/python docs/generate.py
 
-bench: $(VENV)/installed  ## a step of kdkit against the same step in plain torch
+bench: $(VENV)/installed  ## a step of kdkit against the same step in plain torch, and each loss against its naive form
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/losses.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

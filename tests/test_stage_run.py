@@ -66,7 +66,7 @@ def kill_often(folder, recipe, run, total_lines, kills, seed):
     dice, killed = random.Random(seed), 0
     for _ in range(kills):
         command = Command(folder, "train", recipe, "--run", run)
-        if dice.random() < 0.25:
+        if killed and dice.random() < 0.25:
             time.sleep(dice.uniform(0, 1.0))
         else:
             wanted = min(lines(folder / run) + dice.randint(1, max(2, total_lines // 3)), total_lines)
