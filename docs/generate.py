@@ -59,7 +59,7 @@ SECTIONS: list[tuple[str, type[Options], str]] = [
 KNOWLEDGE = ["response", "feature", "relation", "labels"]
 COMMAND = ("", "`kdkit plugins` lists them, and your own; `kdkit plugins NAME` shows one.", "")
 CONVENTIONS = """\
-z_s, z_t are the student's and the teacher's logits, f_s, f_t features; B or N is the batch, C channels, H and W height and width, K classes;
+z_s, z_t are the student's and the teacher's logits, f_s, f_t features; B or N the batch, C channels, H and W height and width, K classes;
 p = softmax(z_s), q = softmax(z_t). Every loss is unweighted: a paper's weight belongs in the recipe. Losses compute in fp32 (or fp64) with
 autocast off, and stay finite on degenerate input. Features may be maps (B, C, H, W), a vision transformer's tokens (B, N, D), which fold to
 a map where a loss needs one, or vectors (B, D); what a loss cannot compare is told by `kdkit check`.
