@@ -177,6 +177,8 @@ class _Planner:
         for student in stage.students:
             student.module.eval()
         labels = torch.arange(num_train) % info.num_classes
+        if stage.parts is not None:
+            stage.parts.to(factory.device)
         with seeded("images"):
             images = torch.rand(PROBE, *info.image_shape)
         with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from pathlib import Path
 
 import torch
@@ -158,8 +159,11 @@ def build_trainer(
     reseed(recipe.spec.seed, "setup", number)
     for student in stage.students:
         student.module.eval()  # a probe moves no statistics
+    parts = stage.parts.to(accelerator.device) if stage.parts is not None else torch.nn.Module()
+    remembered = copy.deepcopy(parts.state_dict())  # nor what the schedule remembers
     with torch.no_grad():
         lessons = stage.step(next(batches(prepared.train, stage, 0)))
+    parts.load_state_dict(remembered)
     labels = _labels_by_index(prepared.train)
     objectives, teachers = [], factory.teacher_modules()
     for student, lesson in zip(stage.students, lessons, strict=True):

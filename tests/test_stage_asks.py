@@ -1,0 +1,169 @@
+"""What a stage may ask for beside its students and its step."""
+
+import signal
+
+import pytest
+import torch
+from training import PLAIN, Command, assert_same_run, lines, metrics, train, weights, write
+
+import kdkit
+from kdkit import recipe, runs
+from kdkit.engine import batches, build_accelerator
+from kdkit.factory import ModelFactory
+
+ASKING = '''
+import kdkit
+import torch
+from torch import nn
+
+
+class Memory(nn.Module):
+    """A scale that learns; how often each hook was called; the last batch's images."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.register_buffer("steps", torch.zeros(()))
+        self.register_buffer("epochs", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(shape))
+
+
+class Asking(kdkit.Schedule):
+    """The student learns from its scaled answer to another view; images come in pairs of one class."""
+
+    name = "asking"
+    scheme = "self"
+    needs_teacher = False
+
+    def stages(self, models):
+        student, memory = models.student(), Memory((6,))
+
+        def step(batch):
+            seen = kdkit.see(student, batch.inputs, {"other": batch.views[0]})
+            taught = memory.scale * seen.views["other"].logits.detach() + 0.1 * memory.last
+            with torch.no_grad():
+                memory.last.copy_(seen.logits.mean(0))
+            return [kdkit.Lesson(seen, [kdkit.Outputs(taught)])]
+
+        yield kdkit.Stage(
+            "train", [student], step, parts=memory, views=2, arrange=pairs,
+            after_step=lambda: memory.steps.add_(1), after_epoch=lambda: memory.epochs.add_(1),
+        )
+
+
+def pairs(order, classes, batch_size):
+    """By class, so that neighbours are alike; the first of each pair comes twice."""
+    sorted_ = order[classes.argsort(stable=True)]
+    return sorted_[::2].repeat_interleave(2)
+
+
+@kdkit.hookimpl
+def kdkit_schedules():
+    return [Asking]
+'''
+RECIPE = {
+    **{key: value for key, value in PLAIN.items() if key != "teacher"},
+    "plugins": ["asking.py"],
+    "schedule": {"use": "asking"},
+    "data": {**PLAIN["data"], "augment": {"crop_padding": 2, "flip": 0.5}},
+    "run": {"log_steps": 1, "checkpoint_steps": 2},
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "asking.py").write_text(ASKING)
+    return tmp_path
+
+
+def first_stage(folder):
+    loaded = recipe.load(write(folder, RECIPE))
+    accelerator = build_accelerator(loaded.spec.train)
+    prepared = runs.open_data(loaded, accelerator)
+    factory = ModelFactory(loaded, prepared.info, {}, device=torch.device("cpu"))
+    stage = next(iter(loaded.plugins.schedules["asking"](loaded.spec.schedule).stages(factory)))
+    return runs.build_trainer(loaded, prepared, factory, accelerator, 0, stage), prepared
+
+
+def test_images_come_together_as_arranged(folder):
+    trainer, prepared = first_stage(folder)
+    seen = list(batches(prepared.train, trainer.stage, 0))
+    assert [len(batch.labels) for batch in seen] == [8] * 6
+    for batch in seen:
+        assert torch.equal(batch.index[::2], batch.index[1::2])
+    later = list(batches(prepared.train, trainer.stage, 0, start=4))
+    assert all(torch.equal(one.index, other.index) for one, other in zip(seen[4:], later, strict=True))
+    assert not torch.equal(seen[0].index, next(batches(prepared.train, trainer.stage, 1)).index)
+
+
+def test_views_are_the_same_images_augmented_otherwise(folder):
+    trainer, prepared = first_stage(folder)
+    one, again = (next(batches(prepared.train, trainer.stage, 3)) for _ in range(2))
+    (other,) = one.views
+    assert other.shape == one.inputs.shape and not torch.equal(other, one.inputs)
+    assert torch.equal(other, again.views[0]) and torch.equal(one.inputs, again.inputs)
+    assert torch.equal(one.inputs, next(prepared.train.epoch(3, arrange=trainer.stage.arrange)).inputs)
+    assert (one.inputs.flatten(1).sort(1)[0] == other.flatten(1).sort(1)[0]).float().mean() > 0.5  # the same pixels, mostly
+
+
+def test_parts_learn_and_hooks_are_called(folder):
+    trainer, _ = first_stage(folder)
+    for _ in range(2):
+        list(trainer.train_epoch())
+    memory = trainer.stage.parts
+    assert (memory.steps, memory.epochs) == (12, 2)
+    assert memory.scale != 1 and memory.scale.grad is None
+    assert any(memory.scale is p for p in trainer.updaters[0].parameters)
+
+
+def test_what_a_schedule_remembers_is_gone_on_with(folder):
+    path = write(folder, RECIPE, train={"epochs": 3})
+    assert Command(folder, "train", path, "--run", "whole").finish()[0] == 0
+    for wanted in (3, 9):
+        command = Command(folder, "train", path, "--run", "parts")
+        command.wait_for(lambda wanted=wanted: lines(folder / "parts") >= wanted)
+        command.send(signal.SIGKILL)
+        command.process.join()
+    assert Command(folder, "train", path, "--run", "parts").finish()[0] == 0
+    assert_same_run(folder / "whole", folder / "parts")
+
+
+def test_mixed_images_have_no_views(folder):
+    mixed = {"epochs": 1, "optimizer": {"lr": 0.1}, "mixup": {"mixup_alpha": 0.2}}
+    with pytest.raises(kdkit.RecipeError, match=r"recipe.yaml:\d+: train.mixup: stage 'train' compares views"):
+        kdkit.check(write(folder, RECIPE, train=mixed))
+
+
+def test_peers_are_measured_together(folder):
+    mutual = (
+        ASKING[: ASKING.index("class Memory")]
+        + '''
+class Peers(kdkit.Schedule):
+    """Two peers on labels."""
+
+    name = "peers"
+    scheme = "online"
+    needs_teacher = False
+
+    def stages(self, models):
+        peers = [models.student(), models.student()]
+        yield kdkit.Stage("peers", peers, lambda batch: [kdkit.Lesson(p(batch.inputs)) for p in peers], result="best")
+
+
+@kdkit.hookimpl
+def kdkit_schedules():
+    return [Peers]
+'''
+    )
+    (folder / "peers.py").write_text(mutual)
+    peers = {**RECIPE, "plugins": ["peers.py"], "schedule": {"use": "peers"}, "losses": [{"use": "cross_entropy"}]}
+    with pytest.raises(kdkit.RecipeError, match="the best student on validation data; set `data.validation`"):
+        kdkit.check(write(folder, peers))
+    result = train(folder, peers, data={"validation": 8})
+    last = [line for line in metrics(folder / "run") if line["kind"] == "epoch"][-1]
+    assert last["ensemble"]["test"] == result.ensemble and len(result.peers) == 1
+    validation = [last["validation"]["top1"], last["peers"][0]["validation"]["top1"]]
+    chosen = validation.index(max(validation))
+    assert result.validation["top1"] == max(validation)
+    assert result.test == [last["test"], last["peers"][0]["test"]][chosen]
+    assert weights(folder / "run")
