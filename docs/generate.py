@@ -24,7 +24,7 @@ from kdkit import catalogue, registry, schema
 from kdkit.cli import app
 from kdkit.loss_options import LayerPair
 from kdkit.options import Options, Ramp
-from kdkit.providers import DatasetOptions, ModelOptions, Normalize
+from kdkit.providers import DatasetOptions, ModelOptions, Normalize, RecipeTeacher, TeacherOptions
 from kdkit.recipe_types import recipe_type
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,8 +41,8 @@ SECTIONS: list[tuple[str, type[Options], str]] = [
     ("data.timm_augment", schema.TimmAugment, ""),
     ("student, teacher", ModelOptions, "Keys of every model. Each model source adds [options of its own](plugins.md#model-sources)."),
     ("student.normalize, teacher.normalize", Normalize, ""),
-    ("teacher", schema.TeacherOptions, "These keys stand beside those of every model."),
-    ("teacher, trained by another recipe", schema.RecipeTeacher, ""),
+    ("teacher", TeacherOptions, "These keys stand beside those of every model."),
+    ("teacher, trained by another recipe", RecipeTeacher, ""),
     ("schedule", schema.ScheduleEntry, "Each schedule plugin adds [options of its own](plugins.md#schedules)."),
     ("losses", schema.LossEntry, "A list. Each loss plugin adds [options of its own](losses.md)."),
     ("losses.N.layers", LayerPair, "A list, for losses that compare layers: most feature and relation losses."),
@@ -92,7 +92,7 @@ def recipe_page() -> Iterator[str]:
     yield from ("# Recipe keys", "", RECIPE_RULES)
     for path, cls, note in SECTIONS:
         yield from (f"## {path}", "", _first_paragraph(cls), *(["", note] if note else []), "")
-        told = set(schema.TeacherOptions.model_fields) if cls is schema.RecipeTeacher else set()  # by the section before it
+        told = set(TeacherOptions.model_fields) if cls is RecipeTeacher else set()  # by the section before it
         yield from _option_table(option for option in _options(cls) if option.name not in told)
         yield ""
 
@@ -131,8 +131,9 @@ def _entries(kind: str) -> list[catalogue.Entry]:
 
 def _source(entry: catalogue.Entry) -> str:
     """Venue and link of the paper that a plugin's file cites first."""
-    cited = re.search(r'"[^"]+",\s+(?:(.+?),\s+)?arXiv:(\d{4}\.\d{4,5})', _line(entry.paper))
-    return f"[{cited[1] or 'arXiv'}](https://arxiv.org/abs/{cited[2]})" if cited else ""
+    cited = re.match(r'[^"]*"[^"]+",\s+(?:([^"]+?),\s+)?(arXiv:|doi:|https://)(\S+?)[.,;:]?(?:\s|$)', _line(entry.paper))
+    sites = {"arXiv:": "https://arxiv.org/abs/", "doi:": "https://doi.org/", "https://": "https://"}
+    return f"[{cited[1] or 'arXiv'}]({sites[cited[2]]}{cited[3]})" if cited else ""
 
 
 def _plugin(entry: catalogue.Entry) -> Iterator[str]:

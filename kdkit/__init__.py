@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from kdkit.backbone import Backbone as Backbone
     from kdkit.contracts import Context as Context
     from kdkit.contracts import Loss as Loss
+    from kdkit.ensembles import combined as combined
+    from kdkit.ensembles import ensemble as ensemble
+    from kdkit.ensembles import with_logits as with_logits
     from kdkit.errors import DataError as DataError
     from kdkit.errors import Interrupted as Interrupted
     from kdkit.errors import KdkitError as KdkitError
@@ -49,6 +52,7 @@ if TYPE_CHECKING:
     from kdkit.parts import frozen_copy as frozen_copy
     from kdkit.parts import pooled_head as pooled_head
     from kdkit.parts import standardized as standardized
+    from kdkit.peers import PeerOptions as PeerOptions
     from kdkit.providers import DataInfo as DataInfo
     from kdkit.providers import DatasetOptions as DatasetOptions
     from kdkit.providers import DatasetSource as DatasetSource
@@ -67,10 +71,13 @@ if TYPE_CHECKING:
     from kdkit.teaching import Schedule as Schedule
     from kdkit.teaching import ScheduleOptions as ScheduleOptions
     from kdkit.teaching import Stage as Stage
+    from kdkit.teaching import by_class as by_class
     from kdkit.teaching import see as see
     from kdkit.teaching import teach as teach
     from kdkit.teaching import turned as turned
     from kdkit.trained import load_student as load_student
+    from kdkit.trunk import Trunk as Trunk
+    from kdkit.trunk import channels as channels
 
 __version__ = "0.1.0"
 
@@ -82,7 +89,10 @@ _HOME = {
     "gathering": "gather",
     "loss_options": "FeatureOptions LayerPair LossOptions MapOptions RelationOptions ResponseOptions TokenOptions VectorOptions",
     "contracts": "Context Loss",
-    "teaching": "Lesson Model Models Schedule ScheduleOptions Stage see teach turned",
+    "teaching": "Lesson Model Models Schedule ScheduleOptions Stage by_class see teach turned",
+    "ensembles": "combined ensemble with_logits",
+    "peers": "PeerOptions",
+    "trunk": "Trunk channels",
     "errors": "DataError Interrupted KdkitError ModelError PluginError RecipeError RunError ShapeError TapError",
     "hookspecs": "hookimpl",
     "options": "BOOKKEEPING Arguments Options Ramp Rampable RecipePath",

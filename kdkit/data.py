@@ -77,6 +77,10 @@ class EvalLoader(Protocol):
 
     def __iter__(self) -> Iterator[Batch]: ...
 
+    def whole(self) -> EvalLoader:
+        """The same images, all of them in this process."""
+        ...
+
 
 @dataclass(frozen=True)
 class Data:
@@ -120,7 +124,7 @@ class _OrderedLoader:
 
     def __init__(self, images: Images, batch_size: int, rank: int, world: int) -> None:
         self.num_samples = len(images.labels)
-        self._images = images
+        self._images, self._batch_size = images, batch_size
         own = torch.arange(rank, self.num_samples, world)
         self._plan: Sequence[Tensor] = torch.split(own, batch_size) if len(own) else ()
 
@@ -129,6 +133,9 @@ class _OrderedLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         return self._images.batches(self._plan, None)
+
+    def whole(self) -> EvalLoader:
+        return _OrderedLoader(self._images, self._batch_size, rank=0, world=1)
 
 
 def image_shape(spec: DataSpec, info: DataInfo) -> tuple[int, int, int]:

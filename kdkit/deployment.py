@@ -8,14 +8,14 @@ import torch
 
 from kdkit import objective
 from kdkit.contracts import Context, Loss
-from kdkit.factory import ModelFactory, TrainedTeacher
-from kdkit.providers import DataInfo
+from kdkit.factory import ModelFactory, TrainedTeacher, options_of
+from kdkit.providers import DataInfo, ModelOptions
 from kdkit.randomness import seeded
 from kdkit.recipe import Recipe
 from kdkit.records import Batch
 from kdkit.tapping import TappedModel
 
-PROBE = 2  # images
+PROBE = 4  # images, of which a schedule may compare only half
 
 
 def deploying(recipe: Recipe) -> list[str]:
@@ -24,31 +24,36 @@ def deploying(recipe: Recipe) -> list[str]:
     return [name for name, entry in pairs if recipe.plugins.losses[entry.use].deploy is not Loss.deploy]
 
 
-def deployed(recipe: Recipe, info: DataInfo, trained: Mapping[str, TrainedTeacher]) -> TappedModel | None:
+def deployed(
+    recipe: Recipe, info: DataInfo, trained: Mapping[str, TrainedTeacher], network: ModelOptions | None = None
+) -> TappedModel | None:
     """What the last stage leaves in the student's place, with random weights, in eval mode; None where that is the student itself.
 
     Args:
         recipe: of the run.
         info: of its data.
         trained: teachers by name, where other recipes trained them; their weights are not read.
+        network: of several students, the one that is built from these options (None: the recipe's `student`).
     """
     if not (names := deploying(recipe)):
         return None
     factory = ModelFactory(recipe, info, trained, device=torch.device("cpu"), rehearsal=True)
     *_, stage = recipe.plugins.schedules[recipe.spec.schedule.use](recipe.spec.schedule).stages(factory)
     used = [name for name in names if stage.losses is None or name in stage.losses]
-    student = stage.students[0]
+    built = [options_of(recipe, factory.network(one)) for one in stage.students]
+    number = built.index(network) if network in built else 0
+    student = stage.students[number]
     assert isinstance(student, TappedModel)
     student.module.eval()
     index = torch.arange(PROBE)
     labels = index % info.num_classes
     with torch.no_grad(), seeded("deployed"):
         views = tuple(torch.rand(PROBE, *info.image_shape) for _ in range(stage.views))
-        lesson = stage.step(Batch(views[0], labels, index, views[1:]))[0]
+        lesson = stage.step(Batch(views[0], labels, index, views[1:]))[number]
         parts = objective.build(recipe, used, factory.expand)
         if not parts.active(lesson):
             return None
         teachers = factory.teacher_modules()
-        parts.setup(lesson, Context(student.module, next(iter(teachers.values()), None), info.num_classes, PROBE, labels), teachers)
-        network = parts.deploy(student.module)
-    return None if network is student.module else student.twin(network.eval())
+        parts.setup(lesson, Context(student.module, factory.teaching(stage, number), info.num_classes, PROBE, labels), teachers)
+        left = parts.deploy(student.module)
+    return None if left is student.module else student.twin(left.eval())

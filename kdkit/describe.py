@@ -9,6 +9,7 @@ from torch import nn
 
 from kdkit.providers import DataInfo
 from kdkit.schema import LossEntry
+from kdkit.step_cost import StepCost
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class ModelPlan:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage: its objective as a formula, the learnable parts of its losses, and how long it takes."""
+    """One stage: its objective as a formula, the learnable parts of its losses, how long it takes, and what a step costs."""
 
     name: str
     students: int
@@ -31,6 +32,7 @@ class StagePlan:
     adapters: tuple[tuple[str, str, int], ...]
     epochs: int
     steps: int
+    cost: StepCost
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Plan:
             students = f", {stage.students} students" if stage.students > 1 else ""
             yield f"stage {stage.name}: {stage.epochs} epochs, {stage.steps:,} steps{students}"
             yield f"  total = {stage.formula}"
+            yield f"  a step takes {stage.cost}"
             yield from (f"  adapters of {name}: {parts} ({parameters:,} parameters)" for name, parts, parameters in stage.adapters)
         yield from (f"note: {note}" for note in self.notes)
 

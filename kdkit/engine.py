@@ -21,6 +21,7 @@ from kdkit.optim import Updater
 from kdkit.randomness import reseed
 from kdkit.records import Batch
 from kdkit.schema import MixupSpec, TrainSpec
+from kdkit.tapping import TappedModel
 from kdkit.teaching import Stage
 from kdkit.trainable import freeze_all_but, rest
 
@@ -56,7 +57,7 @@ class Trainer:
 
     Args:
         stage: what is trained.
-        objectives: one per student, set up.
+        objectives: one per lesson, set up: the students' own, then those of any further lessons.
         spec: the recipe's `train` section.
         loader: the training batches.
         accelerator: devices, precision, processes.
@@ -77,23 +78,25 @@ class Trainer:
         if stage.lr is not None:
             spec = spec.model_copy(update={"optimizer": spec.optimizer.model_copy(update={"lr": stage.lr})})
         self.updaters: list[Updater] = []
-        for student, objective in zip(self.learner.students, self.learner.objectives, strict=True):
-            adapters = objective if self.updaters else nn.ModuleList([objective, self.learner.parts])
+        shared = nn.ModuleList([self.learner.parts, *objectives[len(stage.students) :]])  # learns beside the first student
+        for student, objective in zip(self.learner.students, self.learner.objectives, strict=False):
+            adapters = objective if self.updaters else nn.ModuleList([objective, shared])
             taken = [p for updater in self.updaters for p in updater.parameters]
             lengths = {"epochs": self.epochs, "steps_per_epoch": self.steps_per_epoch}
             self.updaters.append(Updater(spec, student, adapters, taken, **lengths, maximize=maximize))
-        self._networks = [objective.deploy(student.module) for student, objective in zip(stage.students, objectives, strict=True)]
+        self._networks = [objective.deploy(student.module) for student, objective in zip(stage.students, objectives, strict=False)]
         self.averages = [_average(network, spec) for network in self._networks]
         self.mixup = _mixup(spec.mixup, num_classes) if spec.mixup else None
-        if accelerator.num_processes > 1:
+        self.apart = stage.apart and accelerator.num_processes > 1
+        if accelerator.num_processes > 1 and not self.apart:
             accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=self._leaves_parameters_unused())
-        self._forward = accelerator.prepare_model(self.learner)
+        self._forward = accelerator.prepare_model(self.learner, evaluation_mode=self.apart)  # which wraps it for mixed precision alone
         self.epoch = 0  # finished epochs
         self.step = 0  # optimizer steps done in the current epoch
 
     def _freeze(self, wanted: Sequence[str]) -> list[nn.Parameter]:
         learner = self.learner
-        pairs = zip(learner.students, learner.objectives, strict=True)
+        pairs = zip(learner.students, learner.objectives, strict=False)
         return [p for student, objective in pairs for p in freeze_all_but(wanted, student, cast("Objective", objective).parts())]
 
     def _leaves_parameters_unused(self) -> bool:
@@ -145,6 +148,8 @@ class Trainer:
         for network, average in zip(self._networks, self.averages, strict=True):
             if average is not None:
                 average.update(network, step=self.steps + 1)
+        if self.stage.buffers:
+            self.synchronise()  # what goes into frozen copies is the same everywhere, as a checkpoint has it
         self.stage.after_step()
         return values
 
@@ -163,13 +168,15 @@ class Trainer:
     def close(self) -> None:
         """Let go of what the accelerator and, in several processes, the parameters' hooks keep: the next stage wraps them anew."""
         del self._forward
+        for student, network in zip(self.stage.students, self.deployed(), strict=True):
+            cast("TappedModel", student).settle(network)
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self.accelerator.free_memory()
 
     def synchronise(self) -> None:
         """Give every process the first one's buffers, which are what is saved: each has seen its own share of the batches."""
-        if self.accelerator.num_processes > 1:
+        if self.accelerator.num_processes > 1 and not self.apart:
             for module in (self.learner, *self.deployed()):
                 broadcast(list(module.buffers()))
 

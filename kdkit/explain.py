@@ -10,8 +10,9 @@ from pydantic_core import ErrorDetails
 
 from kdkit.errors import suggest
 from kdkit.options import Ramp
+from kdkit.providers import RecipeTeacher
 from kdkit.recipe_types import TAUGHT
-from kdkit.schema import RecipeBase, RecipeTeacher
+from kdkit.schema import RecipeBase
 from kdkit.source import Source
 
 Location = Sequence[str | int]
@@ -72,13 +73,19 @@ def _keys_at(location: Location, model: type[BaseModel]) -> list[str]:
     here: list[type[BaseModel]] = [model]
     for step in location:
         fields = [m.model_fields[step] for m in here if step in m.model_fields]
-        if fields:
+        members = [m for m in here if _is_called(m, step)] if len(here) > 1 else []  # of a union; another one may have a key of that name
+        if members:
+            here = members
+        elif fields:
             here = [m for field in fields for m in _models_in(field.annotation)]
         elif step == "ramp":
             here = [Ramp]
-        elif isinstance(step, str):
-            here = [m for m in here if m.__name__.lower().startswith(step.lower()) or (step == TAUGHT and m is RecipeTeacher)] or here
     return sorted({field.alias or name for m in here for name, field in m.model_fields.items()})
+
+
+def _is_called(member: type[BaseModel], step: str | int) -> bool:
+    """Whether pydantic's name of a union's member is this model's."""
+    return isinstance(step, str) and (member.__name__.lower().startswith(step.lower()) or (step == TAUGHT and member is RecipeTeacher))
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -20,6 +20,7 @@ from kdkit.checkpoints import write_atomically
 from kdkit.deployment import deploying
 from kdkit.errors import ModelError
 from kdkit.normalization import NormalizationAdapter
+from kdkit.providers import ModelOptions, ModelSource
 from kdkit.recipe_types import DEFAULT_SOURCE
 from kdkit.stage_run import weights
 from kdkit.tapping import TappedModel
@@ -57,21 +58,22 @@ def export(run: TrainedRun, form: Format = "timm", folder: Path | None = None, *
     """
     if form == "onnx" and (missing := [name for name in ONNX_NEEDS if importlib.util.find_spec(name) is None]):
         raise ModelError(f"--format onnx needs {', '.join(missing)}: pip install kdkit[export]")
-    if form == "timm" and run.deployed() is not None:
+    if form == "timm" and run.deployed(best=best) is not None:
         names = ", ".join(deploying(run.recipe))
         raise ModelError(f"{run.folder.path}: the student is deployed with parts of {names}, which timm cannot build; use --format onnx")
     target = folder or run.folder.path / "export"
     student = run.student(best=best, channels_last=False)
     target.mkdir(parents=True, exist_ok=True)
-    return _write_onnx(student, run.info.image_shape, target) if form == "onnx" else _write_weights(run, student, target)
+    network, source = run.network(best=best), run.model_source(best=best)
+    return _write_onnx(student, run.info.image_shape, target) if form == "onnx" else _write_weights(run, student, network, source, target)
 
 
-def _write_weights(run: TrainedRun, student: TappedModel, folder: Path) -> Export:
-    own, source, files = _own_config(run), run.model_source(), (folder / WEIGHTS, folder / EXPORTED)
+def _write_weights(run: TrainedRun, student: TappedModel, network: ModelOptions, source: ModelSource, folder: Path) -> Export:
+    own, files = _own_config(run, network), (folder / WEIGHTS, folder / EXPORTED)
     write_atomically(files[0], weights(student))
     reason = f"{source.name} is not timm"
     if source.name == DEFAULT_SOURCE:
-        _write_json(files[1], {**_timm_config(run, student), "kdkit": own})
+        _write_json(files[1], {**_timm_config(run, student, network, source), "kdkit": own})
         reason = _difference(student, folder)
         if not reason:
             how = f'load it by timm.create_model("local-dir:{folder}", pretrained=True); checked: it gives the same logits'
@@ -84,9 +86,8 @@ def _write_weights(run: TrainedRun, student: TappedModel, folder: Path) -> Expor
     return Export(files, (f"plain timm cannot rebuild this network: {reason}", how, _expects(student)))
 
 
-def _own_config(run: TrainedRun) -> dict[str, Any]:
+def _own_config(run: TrainedRun, options: ModelOptions) -> dict[str, Any]:
     """What `kdkit.load_student` builds the network from. Paths stay out of it: they mean nothing on another machine."""
-    options = run.recipe.spec.student
     files = sorted(key for key, value in options if isinstance(value, Path) and key != "checkpoint")
     return {
         "version": __version__,
@@ -98,7 +99,7 @@ def _own_config(run: TrainedRun) -> dict[str, Any]:
     }
 
 
-def _timm_config(run: TrainedRun, student: TappedModel) -> dict[str, Any]:
+def _timm_config(run: TrainedRun, student: TappedModel, network: ModelOptions, source: ModelSource) -> dict[str, Any]:
     """timm's own format: an architecture, the arguments to create it with, what its images are like."""
     spec, built = run.recipe.spec, getattr(student.module, "pretrained_cfg", None) or {}
     mean, std = expected(student)
@@ -109,9 +110,9 @@ def _timm_config(run: TrainedRun, student: TappedModel) -> dict[str, Any]:
         "interpolation": spec.data.interpolation, "crop_pct": spec.data.crop_pct,
     }  # fmt: skip
     config = {
-        "architecture": built.get("architecture", run.model_source().model_name), "num_classes": run.info.num_classes,
+        "architecture": built.get("architecture", source.model_name), "num_classes": run.info.num_classes,
         "num_features": getattr(student.module, "num_features", None), "pretrained_cfg": about,
-        "model_args": {"in_chans": shape[0], **getattr(spec.student, "args", {})},
+        "model_args": {"in_chans": shape[0], **getattr(network, "args", {})},
     }  # fmt: skip
     return {**config, "label_names": list(run.info.class_names)} if run.info.class_names else config
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,22 +18,24 @@ from kdkit.folding import fold_batchnorm
 from kdkit.layers import expand_pairs
 from kdkit.loss_options import LayerPair
 from kdkit.models import build_model
-from kdkit.providers import DataInfo, ModelOptions, ModelSource
+from kdkit.providers import DataInfo, ModelOptions, ModelSource, RecipeTeacher, TeacherOptions
 from kdkit.randomness import seeded
-from kdkit.recipe import Recipe
+from kdkit.recipe import Recipe, models_in
 from kdkit.recipe_types import source_of
-from kdkit.schema import LossEntry, RecipeTeacher, TeacherOptions
+from kdkit.schema import LossEntry
 from kdkit.tapping import TappedModel
+from kdkit.teaching import Model, Stage
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class TrainedTeacher:
-    """The student of another recipe: what it is, and the file of its weights (None: not trained yet)."""
+    """The student of another recipe: what it is, the file of its weights, and those of its snapshots by epoch (None: not trained yet)."""
 
     options: ModelOptions
     file: Path | None
+    snapshots: Mapping[int, Path | None] = field(default_factory=dict)
 
 
 class ModelFactory:
@@ -51,8 +55,9 @@ class ModelFactory:
         self, recipe: Recipe, info: DataInfo, trained: Mapping[str, TrainedTeacher], *, device: torch.device, rehearsal: bool = False
     ) -> None:
         self.recipe, self.info, self.trained, self.device, self.rehearsal = recipe, info, trained, device, rehearsal
-        self.frozen: list[tuple[TappedModel, str]] = []
-        self._students = 0
+        self._digests: weakref.WeakKeyDictionary[TappedModel, str] = weakref.WeakKeyDictionary()  # of what must not change
+        self._students: list[weakref.ref[TappedModel]] = []
+        self._networks: weakref.WeakKeyDictionary[Model, ModelOptions] = weakref.WeakKeyDictionary()  # that are not the recipe's `student`
         self._teachers: dict[str, TappedModel] = {}
         self._skeletons: dict[str, nn.Module] = {}
 
@@ -61,9 +66,9 @@ class ModelFactory:
         schedule, names = self.recipe.plugins.schedules[self.recipe.spec.schedule.use], []
         for entry in self.recipe.spec.losses:
             teaches = schedule.students_teach or not self.recipe.spec.all_teachers()
-            both = teaches or self.recipe.plugins.losses[entry.use].knowledge == "labels"
-            for pair in self.expand(entry.taps(), entry.teacher):
-                names += [pair.student, pair.teacher] if both else [pair.student]
+            own = self.recipe.plugins.losses[entry.use].knowledge == "labels"
+            for pair in self.expand(entry.taps(), entry.teacher, own):
+                names += [pair.student, pair.teacher] if teaches or own else [pair.student]
         return list(dict.fromkeys(names))
 
     def teacher_layers(self, name: str) -> list[str]:
@@ -71,8 +76,8 @@ class ModelFactory:
         entries = [entry for entry in self._looking_at(name) if self.recipe.plugins.losses[entry.use].knowledge != "labels"]
         return list(dict.fromkeys(pair.teacher for entry in entries for pair in self.expand(entry.taps(), name)))
 
-    def expand(self, pairs: Sequence[LayerPair], teacher: str | None = None) -> list[LayerPair]:
-        """The pairs with globs written out, for the teacher of that name (default: the first).
+    def expand(self, pairs: Sequence[LayerPair], teacher: str | None = None, own: bool = False) -> list[LayerPair]:
+        """The pairs with globs written out, for the teacher of that name (default: the first), or both sides for the student's own.
 
         Raises:
             TapError: a layer that is not there.
@@ -83,24 +88,42 @@ class ModelFactory:
         student = self._skeleton("student", self.recipe.spec.student)
         name = teacher or next(iter(teachers), None)
         options = self._teacher_options(name) if name else None
-        return expand_pairs(pairs, student, self._skeleton(name, options) if name and options else student)
+        return expand_pairs(pairs, student, self._skeleton(name, options) if name and options and not own else student)
 
-    def student(self, options: ModelOptions | None = None) -> TappedModel:
-        """A fresh student: the recipe's, or one of the schedule's own options."""
-        self._students += 1
-        model = self._build("student", options or self.recipe.spec.student, self.student_layers(), self._students)
+    def student(self, options: ModelOptions | None = None, taps: Sequence[str] = ()) -> TappedModel:
+        """A fresh student: the recipe's, or one of the schedule's own options; `taps` are layers beside those of the losses."""
+        layers = list(dict.fromkeys([*self.student_layers(), *taps]))
+        model = self._build("student", options or self.recipe.spec.student, layers, len(self._students) + 1)
+        self._students.append(weakref.ref(model))
+        if options is not None:
+            self._networks[model] = options
         return model.compile() if self._compiles else model
 
-    def teacher(self, name: str | None = None) -> TappedModel:
+    def network(self, student: Model) -> dict[str, Any] | None:
+        """What a student's network is built from, weights aside, in plain values; None: the recipe's `student`."""
+        options = self._networks.get(student)
+        return None if options is None else options.model_dump(mode="json", exclude={"checkpoint", "strip_prefix"})
+
+    def models(self) -> list[TappedModel]:
+        """All that were handed out and are still in use."""
+        return [*self._teachers.values(), *filter(None, (student() for student in self._students))]
+
+    def teacher(self, name: str | None = None, epoch: int | None = None) -> TappedModel:
         """The frozen teacher of that name, or the only one; it stops behind its deepest tap if no loss reads its logits.
 
+        Args:
+            name: what the recipe calls it.
+            epoch: as it was after that epoch of its own training (None: trained to the end).
+
         Raises:
-            RunError: there is none, or there are several.
+            RunError: there is none, or there are several; it has no snapshot of that epoch.
         """
         names = list(self.recipe.spec.all_teachers())
         if name is None and len(names) != 1:
             raise RunError(f"this schedule takes one teacher, the recipe has {len(names)}")
         chosen = name or names[0]
+        if epoch is not None:
+            return self._build_teacher(chosen, names.index(chosen), self._snapshot(chosen, epoch))
         if chosen not in self._teachers:
             self._teachers[chosen] = self._build_teacher(chosen, names.index(chosen))
         return self._teachers[chosen]
@@ -117,13 +140,25 @@ class ModelFactory:
         """The teachers' networks by name."""
         return {name: teacher.module for name, teacher in self.teachers().items()}
 
+    def teaching(self, stage: Stage, number: int = 0) -> nn.Module | None:
+        """The network that losses of a stage's student may look into: the stage's own, or the recipe's first teacher."""
+        return stage.teachers[number].module if stage.teachers else next(iter(self.teacher_modules().values()), None)
+
+    def watch(self, but: Sequence[Model] = ()) -> None:
+        """From here on, hold the students that are frozen by now to what they are, apart from those that a stage changes itself."""
+        for model in filter(None, (student() for student in self._students)):
+            if model.frozen and model not in self._digests:
+                self._digests[model] = _digest(model.module)
+        for changing in but:
+            self._digests.pop(cast("TappedModel", changing), None)
+
     def verify_frozen(self) -> None:
         """Compare every frozen model with what it was.
 
         Raises:
             RunError: a parameter or buffer of it has changed.
         """
-        for model, before in self.frozen:
+        for model, before in self._digests.items():
             if _digest(model.module) != before:
                 raise RunError(
                     f"{model.role} is frozen, yet its parameters or buffers have changed; a plugin or schedule must have done it"
@@ -133,11 +168,27 @@ class ModelFactory:
         """The losses that look at a teacher."""
         return [entry for entry in self.recipe.spec.losses if entry.teacher in (None, name)]
 
-    def _build_teacher(self, name: str, number: int) -> TappedModel:
+    def _snapshot(self, name: str, epoch: int) -> Path | None:
+        """The file of a teacher's weights after an epoch of its training.
+
+        Raises:
+            RunError: there is none.
+        """
+        spec = self.recipe.spec.all_teachers()[name]
+        if not isinstance(spec, RecipeTeacher):
+            raise RunError(f"{name} has no snapshots of its training, which only a teacher of another recipe has; name it by `recipe:`")
+        there, whose = self.trained[name].snapshots, f"the run of {name} ({spec.recipe.name})"
+        if not there:
+            raise RunError(f"{whose} keeps no snapshots; set `run.snapshots: N` in {spec.recipe.name}, and train it again if it is trained")
+        if epoch not in there:
+            raise RunError(f"{whose} has no snapshot of epoch {epoch}, only of {', '.join(map(str, there))}; see its `run.snapshots`")
+        return there[epoch]
+
+    def _build_teacher(self, name: str, number: int, file: Path | None = None) -> TappedModel:
         spec, options = self.recipe.spec.all_teachers()[name], self._teacher_options(name)
         assert options is not None and isinstance(spec, TeacherOptions)
         losses = [self.recipe.plugins.losses[entry.use] for entry in self._looking_at(name)]
-        model = self._build(name, options, self.teacher_layers(name), number)
+        model = self._build(name, options, self.teacher_layers(name), number, file)
         several = len(self.recipe.spec.all_teachers()) > 1  # which a schedule may weigh by their logits
         model.needs_logits = several or any(loss.knowledge == "response" or loss.needs_teacher_logits for loss in losses)
         model.precision = PRECISIONS[spec.precision] if spec.precision else None
@@ -146,7 +197,7 @@ class ModelFactory:
             if spec.fold_batchnorm and not any(loss.needs_networks for loss in losses):
                 with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the comparison is finer than TF32
                     model = fold_batchnorm(model, self.info.image_shape, in_place=True)
-            self.frozen.append((model, _digest(model.module)))
+            self._digests[model] = _digest(model.module)
         return model.compile() if self._compiles else model
 
     @property
@@ -173,8 +224,9 @@ class ModelFactory:
             self._skeletons[section] = built.module
         return self._skeletons[section]
 
-    def _error(self, section: str, error: Exception) -> RecipeError:
+    def _error(self, section: str, error: Exception, options: ModelOptions | None = None) -> RecipeError:
         place = ["student"] if section == "student" else self.recipe.spec.place_of(section)
+        place = next((where for where, model in models_in({"schedule": self.recipe.spec.schedule}) if model is options), place)
         return self.recipe.error([*place, "model"], str(error).removeprefix(f"{section}: "))
 
     def _source(self, options: ModelOptions) -> ModelSource:
@@ -182,10 +234,10 @@ class ModelFactory:
         name, model_name = source_of(options.model, sources)
         return sources[name](options, model_name)
 
-    def _build(self, section: str, options: ModelOptions, layers: Sequence[str], number: int) -> TappedModel:
+    def _build(self, section: str, options: ModelOptions, layers: Sequence[str], number: int, file: Path | None = None) -> TappedModel:
         spec = self.recipe.spec
         if section in self.trained and not self.rehearsal:
-            options = options.model_copy(update={"checkpoint": self.trained[section].file, "strip_prefix": ""})
+            options = options.model_copy(update={"checkpoint": file or self.trained[section].file, "strip_prefix": ""})
         try:
             with seeded(spec.seed, "student" if section == "student" else "teacher", number):
                 model = build_model(
@@ -193,10 +245,18 @@ class ModelFactory:
                     weights=self.device.type != "meta", load=not self.rehearsal, channels_last=spec.train.channels_last,
                 )  # fmt: skip
         except (ModelError, TapError) as error:
-            raise self._error(section, error) from error
+            raise self._error(section, error, options) from error
         model.module.to(self.device)
         model.adapt.to(self.device)
         return model
+
+
+def options_of(recipe: Recipe, network: Mapping[str, Any] | None) -> ModelOptions:
+    """The options of a network that `ModelFactory.network` took down; None: the recipe's `student`."""
+    if network is None:
+        return recipe.spec.student
+    source, _ = source_of(network["model"], recipe.plugins.models)
+    return recipe.plugins.models[source].Options(**network)
 
 
 def _digest(module: nn.Module) -> str:

@@ -23,6 +23,7 @@ from kdkit.loss_options import LayerPair
 
 INPUT = "@input"
 WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
+BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
 @dataclass(frozen=True)
@@ -149,20 +150,41 @@ def classifier_path(module: nn.Module, num_classes: int | None = None) -> str:
 def norm_path(layer: str, module: nn.Module) -> str:
     """Path of the batch normalisation that a layer's values come from.
 
-    That is the layer itself, or, of an activation's input, the last one registered before it in the same block.
+    That is the layer itself, or, of an activation's input, the last one registered before it in the same block or around it.
 
     Raises:
-        TapError: the layer is something else, or there is none.
+        TapError: the layer is something else, there is none, or an activation that runs several times leaves open which it is.
     """
     found = resolve(layer, module)
-    block, _, _ = found.path.rpartition(".")
-    siblings = [f"{block}.{name}" if block else name for name, _ in module.get_submodule(block).named_children()]
-    activation = found.side == "input" and not any(True for _ in module.get_submodule(found.path).parameters())
-    before = siblings[: siblings.index(found.path)] if activation else [found.path] if found.side == "output" else []
-    norms = [path for path in before if isinstance(module.get_submodule(path), nn.modules.batchnorm._BatchNorm)]
-    if not norms:
+    part = module.get_submodule(found.path)
+    if found.side == "output" and isinstance(part, BATCH_NORM):
+        if activation := next((name for name, child in part.named_children() if not isinstance(child, nn.Identity)), None):
+            raise TapError(f"'{layer}' gives values behind its activation; take '{found.path}.{activation}{INPUT}'")
+        return found.path
+    norm = _norm_before(found.path, module) if found.side == "input" and not any(True for _ in part.parameters()) else None
+    if norm is None:
         raise TapError(f"no batch norm is known to give '{layer}'; name one, or the input of the activation behind it ('...act2{INPUT}')")
-    return norms[-1]
+    return norm
+
+
+def _norm_before(path: str, module: nn.Module) -> str | None:
+    """The batch norm in front of an activation, with no convolution or linear layer between them."""
+    block, _, name = path.rpartition(".")
+    around = module.get_submodule(block)
+    if isinstance(around, BATCH_NORM):
+        return block
+    names, parts = zip(*around.named_children(), strict=True)
+    here = names.index(name)
+    norms = [i for i, part in enumerate(parts) if isinstance(part, BATCH_NORM)]
+    before = [i for i in norms if i < here and not any(isinstance(part, WEIGHTED) for part in parts[i:here])]
+    if not before:
+        return None
+    if norms[-1] > here and not isinstance(around, nn.Sequential) and not any(type(p) is type(parts[here]) for p in parts[norms[-1] :]):
+        given = ", ".join(f"'{block}.{names[i]}'" for i in norms)
+        raise TapError(
+            f"'{path}' may run several times, of which the last is seen; name the batch norm in front of that one (`norms`): {given}"
+        )
+    return ".".join(step for step in (block, names[before[-1]]) if step)
 
 
 def tappable_layers(module: nn.Module, shape: tuple[int, int, int]) -> list[LayerRow]:

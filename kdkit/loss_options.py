@@ -80,7 +80,7 @@ class FeatureOptions(LossOptions):
 
     def _each(self, student: Outputs, teacher: Outputs, form: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], wanted: str) -> Pairs:
         for pair in self.layers:
-            f_s, f_t = student.features[pair.student], teacher.features[pair.teacher]
+            f_s, f_t = student.features[pair.student], _shown(teacher, pair.teacher)
             try:
                 yield form(f_s, f_t)
             except ShapeError:
@@ -126,6 +126,15 @@ class RelationOptions(FeatureOptions):
         wanted = "of something for each sample of the batch, (B, ...); any stage or 'penultimate' does"
         for e_s, e_t in self._each(student, teacher, _embeddings, wanted):
             yield (gather(e_s), gather(e_t)) if self.gather else (e_s, e_t)
+
+
+def _shown(teacher: Outputs, layer: str) -> Tensor:
+    if layer not in teacher.features:
+        raise ShapeError(
+            f"the answer that teaches shows no layer '{layer}'; where several teachers' answers are combined into one, say which of them "
+            "this loss looks at: `teacher: NAME`"
+        )
+    return teacher.features[layer]
 
 
 def _alike(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:

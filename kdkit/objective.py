@@ -61,14 +61,31 @@ class Objective(nn.Module):
             PluginError: a loss took a network for one of its parts, which would train it (and save it) twice, or train the teacher.
         """
         for name, loss in self.active(probe).items():
+            student = self._read(name, probe).student
             network = (teachers or {}).get(self.entries[name].teacher or "", context.teacher)
             networks = {id(p) for part in (context.student, network) if part is not None for p in part.parameters()}
             try:
-                loss.setup(in_full_precision(probe.student), self._teachers(name, probe)[0], replace(context, teacher=network))
+                loss.setup(in_full_precision(student), self._teachers(name, probe)[0], replace(context, teacher=network))
+                self._compare_teachers(name, loss, probe)
             except (ShapeError, TapError) as error:
                 raise type(error)(f"{name}: {error}") from None
             if any(id(p) in networks for p in loss.parameters()):
                 raise PluginError(f"{name}: holds a network of its context as its own part; keep a copy of what it needs instead")
+
+    def _compare_teachers(self, name: str, loss: Loss, probe: Lesson) -> None:
+        """See that a loss can be averaged over the teachers: what it learns or remembers has the size of the first one's layers.
+
+        Raises:
+            ShapeError: layers of one name have several shapes.
+        """
+        teachers = self._teachers(name, probe) if loss.knowledge != "labels" and loss.state_dict() else []
+        for layer in dict.fromkeys(pair.teacher for pair in loss.options.taps()):
+            shapes = dict.fromkeys(tuple(teacher.features[layer].shape[1:]) for teacher in teachers if layer in teacher.features)
+            if len(shapes) > 1:
+                raise ShapeError(
+                    f"teacher layer '{layer}' is {' in one teacher, '.join(map(str, shapes))} in another; say which of them this loss "
+                    "looks at: `teacher: NAME`"
+                )
 
     def parts(self) -> dict[str, Loss]:
         """The losses by name."""
@@ -84,6 +101,10 @@ class Objective(nn.Module):
         """The losses that count for a lesson: those on labels, and those that have a teacher there."""
         return {name: loss for name, loss in self.parts().items() if self._teachers(name, lesson)}
 
+    def _read(self, name: str, lesson: Lesson) -> Lesson:
+        """The lesson that a loss gets."""
+        return lesson.supervised or lesson if self.losses[name].knowledge == "labels" else lesson
+
     def _teachers(self, name: str, lesson: Lesson) -> list[Outputs]:
         """The answers that a loss looks at."""
         wanted = self.entries[name].teacher
@@ -98,11 +119,12 @@ class Objective(nn.Module):
         terms: dict[str, Tensor] = {}
         weighted: dict[str, Tensor] = {}
         with torch.autocast(lesson.student.logits.device.type, enabled=False):
-            student = in_full_precision(lesson.student)
             for name, loss in self.active(lesson).items():
                 entry = at_epoch(self.entries[name], epoch)
                 loss.options = entry
-                values = [loss(student, teacher, batch) for teacher in self._teachers(name, lesson)]
+                read = self._read(name, lesson)
+                student = in_full_precision(read.student)
+                values = [loss(student, teacher, read.batch or batch) for teacher in self._teachers(name, lesson)]
                 terms[name] = values[0] if len(values) == 1 else mean_of(values, lesson.weights)
                 weighted[name] = terms[name] * entry.weight
         total = sum_of(weighted.values(), like=lesson.student.logits)
@@ -125,23 +147,34 @@ def sum_of(values: Iterable[Tensor], like: Tensor) -> Tensor:
     return sum(values, start=torch.zeros((), device=like.device))
 
 
-Expand = Callable[[Sequence[LayerPair], str | None], Sequence[LayerPair]]
+Expand = Callable[[Sequence[LayerPair], str | None, bool], Sequence[LayerPair]]
 
 
-def _as_written(pairs: Sequence[LayerPair], teacher: str | None) -> Sequence[LayerPair]:
+def _as_written(pairs: Sequence[LayerPair], teacher: str | None, own: bool) -> Sequence[LayerPair]:
     return pairs
 
 
-def build(recipe: Recipe, only: Sequence[str] | Mapping[str, float] | None = None, expand: Expand = _as_written) -> Objective:
-    """The recipe's objective, or that of the losses called `only`, with its weights where it has any; `expand` writes globs out."""
+def build(
+    recipe: Recipe, only: Sequence[str] | Mapping[str, float] | None = None, expand: Expand = _as_written, *, layers: bool = True
+) -> Objective:
+    """The recipe's objective, or that of the losses called `only`, with its weights where it has any.
+
+    Args:
+        recipe: whose losses.
+        only: names of those that count (None: all); a mapping gives them other weights.
+        expand: writes globs out.
+        layers: False leaves those out that read layers.
+    """
     weights = only if isinstance(only, Mapping) else {}
     losses = {}
     for name, entry in zip(recipe.loss_names(), recipe.spec.losses, strict=True):
-        if only is None or name in only:
-            entry = _expanded(entry, expand).model_copy(update={"weight": weights[name]} if name in weights else {})
-            losses[name] = (entry, recipe.plugins.losses[entry.use](entry))
+        if (only is None or name in only) and (layers or not entry.taps()):
+            loss = recipe.plugins.losses[entry.use]
+            entry = _expanded(entry, expand, loss.knowledge == "labels")
+            entry = entry.model_copy(update={"weight": weights[name]} if name in weights else {})
+            losses[name] = (entry, loss(entry))
     return Objective(losses)
 
 
-def _expanded(entry: LossEntry, expand: Expand) -> LossEntry:
-    return entry.model_copy(update={"layers": tuple(expand(entry.taps(), entry.teacher))}) if entry.taps() else entry
+def _expanded(entry: LossEntry, expand: Expand, own: bool) -> LossEntry:
+    return entry.model_copy(update={"layers": tuple(expand(entry.taps(), entry.teacher, own))}) if entry.taps() else entry

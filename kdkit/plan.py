@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import nn
@@ -22,12 +23,13 @@ from kdkit.providers import DataInfo, ModelOptions
 from kdkit.randomness import seeded
 from kdkit.recipe import Recipe, teacher_recipes
 from kdkit.records import Batch, Outputs
+from kdkit.step_cost import step_cost
 from kdkit.subsets import choose
 from kdkit.tapping import TappedModel
 from kdkit.teaching import Lesson, Schedule, Stage
 from kdkit.trainable import freeze_all_but
 
-PROBE = 2  # images
+PROBE = 4  # images, of which a schedule may compare only half
 
 
 def make(recipe: Recipe) -> Plan:
@@ -126,11 +128,14 @@ class _Planner:
         found = {}
         for name, source in teacher_recipes(self.spec).items():
             with self._problems_at(*self.spec.place_of(name)):
-                theirs = make(source).info.num_classes
+                planned = make(source)
+                theirs = planned.info.num_classes
                 if theirs != info.num_classes:
                     whose = f"the teacher of {source.source.path.name}"
                     raise ModelError(f"{whose} knows {theirs} classes, this recipe's data has {info.num_classes}")
-            found[name] = TrainedTeacher(source.spec.student, None)
+                every = source.spec.run.snapshots
+                kept = range(every, planned.stages[-1].epochs + 1, every) if every else ()
+                found[name] = TrainedTeacher(source.spec.student, None, dict.fromkeys(kept))
         return found
 
     def _check_layers(self, factory: ModelFactory) -> None:
@@ -138,7 +143,7 @@ class _Planner:
             for j, pair in enumerate(entry.taps()):
                 with self._problems_at("losses", i, "layers", j):
                     try:
-                        factory.expand([pair], entry.teacher)
+                        factory.expand([pair], entry.teacher, self.recipe.plugins.losses[entry.use].knowledge == "labels")
                     except TapError as error:
                         raise self.recipe.error(["losses", i, "layers", j], str(error)) from None
         self._raise_if_any()
@@ -181,30 +186,42 @@ class _Planner:
             stage.parts.to(factory.device)
         with seeded("images"):
             images = torch.rand(PROBE, *info.image_shape)
+
+        def batch(count: int) -> Batch:
+            index = torch.arange(count, device=factory.device)
+            views = (images.to(factory.device).repeat(count // PROBE, 1, 1, 1),) * stage.views
+            return Batch(views[0], index % info.num_classes, index, views[1:])
+
         with torch.no_grad():
-            index = torch.arange(PROBE, device=factory.device)
-            views = (images.to(factory.device),) * stage.views
-            lessons = stage.step(Batch(views[0], index % info.num_classes, index, views[1:]))
+            lessons = stage.step(batch(PROBE))
         if unknown := set(stage.losses or ()) - set(self.recipe.loss_names()):
             raise self.recipe.error(
                 ["schedule"], f"stage '{stage.name}' asks for losses that are not there: {suggest(unknown.pop(), self.recipe.loss_names())}"
             )
-        objective = build(self.recipe, stage.losses, factory.expand)
+        last = len(stage.students) - 1
+        if len(lessons) <= last:
+            raise self.recipe.error(["schedule"], f"stage '{stage.name}' gives {len(lessons)} lessons for {last + 1} students")
+        objective, *others = (build(self.recipe, stage.losses, factory.expand, layers=i <= last) for i in range(len(lessons)))
         if not all(objective.active(lesson) for lesson in lessons):
             raise self.recipe.error(["losses"], f"stage '{stage.name}' has no teacher, and none of its losses is on labels")
         if stage.result == "best" and not self.spec.data.validation:
             raise self.recipe.error(["schedule"], f"stage '{stage.name}' leaves the best student on validation data; set `data.validation`")
-        if stage.views > 1 and self.spec.train.mixup:
-            raise self.recipe.error(["train", "mixup"], f"stage '{stage.name}' compares views of single images; leave mixup out")
+        self._check_images(stage, labels)
         if stage.name in self._stages:
             raise self.recipe.error(["schedule"], f"two stages are called '{stage.name}'; their logs and random numbers go by that name")
         self._stages.add(stage.name)
         network = stage.students[0].module
         self._networks = factory.teacher_modules()
-        context = Context(network, next(iter(self._networks.values()), None), info.num_classes, num_train, labels)
+        context = Context(network, factory.teaching(stage), info.num_classes, num_train, labels)
         with seeded("plan"):
-            lesson = _on_random_numbers(lessons[0]) if factory.device.type == "meta" else lessons[0]
-            self._try_losses(objective, lesson, Batch(images, labels[:PROBE], torch.arange(PROBE)), context)
+            known, random = Batch(images, labels[:PROBE], torch.arange(PROBE)), factory.device.type == "meta"
+            tried = [_on_random_numbers(lesson, images[0].shape, info.num_classes) if random else lesson for lesson in lessons]
+            left = self._try_losses(objective, tried[0], known, context)
+            cast("TappedModel", stage.students[0]).settle(left)
+            for i, (other, lesson) in enumerate(zip(others, tried[1:], strict=True), 1):
+                if _shapes(lesson) != _shapes(tried[0]):  # a peer of another architecture
+                    whose = replace(context, student=stage.students[min(i, last)].module, teacher=factory.teaching(stage, min(i, last)))
+                    self._try_losses(other, lesson, known, whose)
         if stage.train is not None and not self.problems:
             for parameter in freeze_all_but(stage.train, network, objective.parts()):
                 parameter.requires_grad_(True)
@@ -212,10 +229,23 @@ class _Planner:
         active = objective.active(lessons[0])
         self._used.update(active)
         entries = {name: objective.entries[name] for name in active}
-        return StagePlan(stage.name, len(stage.students), formula(entries), tuple(adapters(active)), epochs, steps * epochs)
+        cost = step_cost(stage, factory.models(), batch, PROBE)
+        return StagePlan(stage.name, len(stage.students), formula(entries), tuple(adapters(active)), epochs, steps * epochs, cost)
 
-    def _try_losses(self, objective: Objective, lesson: Lesson, batch: Batch, context: Context) -> None:
-        """Set up and evaluate each loss on random numbers of the real shapes."""
+    def _check_images(self, stage: Stage, labels: torch.Tensor) -> None:
+        """Whether the recipe can give the stage its views, and its images in the order that it wants."""
+        mixed, size = self.spec.train.mixup is not None, self.spec.data.batch_size
+        if stage.views > 1 and mixed:
+            raise self.recipe.error(["train", "mixup"], f"stage '{stage.name}' compares views of single images; leave mixup out")
+        if stage.arrange is not None and mixed:
+            raise self.recipe.error(["train", "mixup"], f"stage '{stage.name}' chooses which images come together; leave mixup out")
+        if stage.arrange is not None:
+            used = len(labels) - (len(labels) % size if self.spec.data.drop_last else 0)
+            stage.arrange(torch.arange(used), labels[:used], size)  # which may refuse their numbers
+
+    def _try_losses(self, objective: Objective, lesson: Lesson, batch: Batch, context: Context) -> nn.Module:
+        """Set up and evaluate each loss on random numbers of the real shapes; gives the network that they leave."""
+        network = context.student
         for name, loss in objective.active(lesson).items():
             place: list[str | int] = ["losses", self.recipe.loss_names().index(name)]
             alone = Objective({name: (objective.entries[name], loss)})
@@ -224,25 +254,37 @@ class _Planner:
                 value = alone(lesson, batch).terms[name]
                 if value.shape != ():
                     raise ShapeError(f"{name} gives a tensor {tuple(value.shape)}, not a scalar")
+                network = alone.deploy(network)
             except KdkitError as error:
                 self.problems.append(self.recipe.problem(place, str(error)))
             except Exception as error:  # a plugin's own mistake, told with its place
                 self.problems.append(
                     self.recipe.problem(place, f"fails on the models' shapes: {type(error).__name__}: {' '.join(str(error).split())}")
                 )
+        return network
 
 
 def _teacher_name(options: object, trained: TrainedTeacher | None) -> str:
     return trained.options.model if trained else options.model if isinstance(options, ModelOptions) else ""
 
 
+def _shapes(lesson: Lesson) -> list[dict[str, torch.Size]]:
+    return [{"": said.logits.shape, **{k: f.shape for k, f in said.features.items()}} for said in (lesson.student, *lesson.teachers)]
+
+
 def _has_random_weights(options: object) -> bool:
     return isinstance(options, ModelOptions) and not options.checkpoint and not getattr(options, "pretrained", False)
 
 
-def _on_random_numbers(lesson: Lesson) -> Lesson:
+def _on_random_numbers(lesson: Lesson, shape: torch.Size, num_classes: int) -> Lesson:
     def like(outputs: Outputs) -> Outputs:
         return outputs.map(lambda value: torch.randn(value.shape))
 
     named = {name: like(teacher) for name, teacher in lesson.named.items()}
-    return replace(lesson, student=like(lesson.student), teachers=[like(teacher) for teacher in lesson.teachers], named=named)
+    changed = replace(lesson, student=like(lesson.student), teachers=[like(teacher) for teacher in lesson.teachers], named=named)
+    if lesson.batch is not None:
+        index = torch.arange(len(lesson.batch.labels))
+        changed = replace(changed, batch=Batch(torch.rand(len(index), *shape), index % num_classes, index))
+    if lesson.supervised is not None:
+        changed = replace(changed, supervised=_on_random_numbers(lesson.supervised, shape, num_classes))
+    return changed

@@ -33,6 +33,32 @@ class ModelOptions(Options):
     interpolation: Literal["bilinear", "bicubic", "nearest", "area"] = Field(default="bilinear", description="How images are resized.")
 
 
+class TeacherOptions(Options):
+    """What a recipe may say of a teacher beyond what it says of any model."""
+
+    name: str | None = Field(
+        default=None,
+        pattern=r"^[a-z][a-z0-9_]*$",
+        description="What losses call it, of several (default: teacher1, teacher2...).",
+    )
+    precision: Literal["fp32", "bf16", "fp16"] | None = Field(
+        default=None, description="The teacher's own precision (default: that of `train.precision`)."
+    )
+    mode: Literal["eval", "train"] = Field(
+        default="eval", description="train: batch statistics in its BatchNorm layers (its buffers stay as they are)."
+    )
+    fold_batchnorm: bool = Field(
+        default=False, description="Merge BatchNorm layers into the convolutions before them: faster, equal up to rounding."
+    )
+
+
+class RecipeTeacher(TeacherOptions):
+    """A teacher that another recipe trains: its run is made when it is not there yet, and reused when it is."""
+
+    recipe: RecipePath = Field(description="Recipe file whose student is this teacher.")
+    seed: int | None = Field(default=None, ge=0, description="Seed in place of that recipe's own.")
+
+
 class ModelSource(abc.ABC):
     """Builds networks by name. `model: mlp/small` reaches the source called `mlp` with `model_name` "small"."""
 

@@ -17,10 +17,10 @@ from kdkit import registry
 from kdkit.errors import ModelError, RecipeError, suggest
 from kdkit.explain import Location, explain
 from kdkit.options import Text
-from kdkit.providers import ModelOptions
+from kdkit.providers import ModelOptions, RecipeTeacher, TeacherOptions
 from kdkit.recipe_types import recipe_type, source_of
 from kdkit.registry import Registry
-from kdkit.schema import RecipeBase, RecipeTeacher, TeacherOptions
+from kdkit.schema import RecipeBase
 from kdkit.source import COMMAND_LINE, Source
 
 
@@ -147,7 +147,7 @@ def _check_models(recipe: Recipe) -> Iterable[str]:
         return
     yield from _check_teachers(recipe)
     sections = {"teacher": spec.teacher, "teachers": spec.teachers, "student": spec.student, "schedule": spec.schedule}
-    for location, options in _models(sections, []):
+    for location, options in models_in(sections):
         try:
             source_of(options.model, recipe.plugins.models)
         except ModelError as error:
@@ -175,16 +175,16 @@ def _check_teachers(recipe: Recipe) -> Iterable[str]:
             yield recipe.problem([*spec.place_of(name), "fold_batchnorm"], says)
 
 
-def _models(value: Any, location: list[str | int]) -> Iterable[tuple[list[str | int], ModelOptions]]:
-    """Every model that a part of the recipe names."""
+def models_in(value: Any, location: Sequence[str | int] = ()) -> Iterable[tuple[list[str | int], ModelOptions]]:
+    """Every model that a part of the recipe names, with its place."""
     if isinstance(value, ModelOptions):
-        yield location, value
+        yield [*location], value
     elif isinstance(value, Mapping | BaseModel):
         for key, part in value.items() if isinstance(value, Mapping) else value:
-            yield from _models(part, [*location, key])
+            yield from models_in(part, [*location, key])
     elif isinstance(value, tuple):
         for i, part in enumerate(value):
-            yield from _models(part, [*location, i])
+            yield from models_in(part, [*location, i])
 
 
 def _teaches_itself(start: Path, path: Path) -> bool:

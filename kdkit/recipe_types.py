@@ -12,9 +12,9 @@ from pydantic import BaseModel, Discriminator, Field, Tag, create_model
 
 from kdkit.errors import ModelError, suggest
 from kdkit.options import Options
-from kdkit.providers import ModelOptions
+from kdkit.providers import ModelOptions, RecipeTeacher, TeacherOptions
 from kdkit.registry import Registry
-from kdkit.schema import DatasetEntry, DataSpec, LossEntry, RecipeBase, RecipeTeacher, ScheduleEntry, TeacherOptions
+from kdkit.schema import DatasetEntry, DataSpec, LossEntry, RecipeBase, ScheduleEntry
 
 DEFAULT_SOURCE = "timm"
 RECIPE = "recipe"  # key of a teacher that another recipe trains

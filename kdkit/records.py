@@ -31,6 +31,11 @@ class Batch:
         """Class indices (B,); of a mixed sample, the class with the largest share."""
         return self.labels if self.labels.ndim == 1 else self.labels.argmax(1)
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same record with every tensor changed."""
+        inputs, *views = (change(x) if isinstance(x, Tensor) else {k: change(v) for k, v in x.items()} for x in (self.inputs, *self.views))
+        return Batch(inputs, change(self.labels), change(self.index), tuple(views))
+
 
 @dataclass(frozen=True)
 class Outputs:

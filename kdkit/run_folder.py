@@ -37,6 +37,7 @@ class Result:
         teacher: the teacher's own metrics on the test data.
         peers: metrics of the other students on the test data.
         ensemble: of all students (and models in their company) together, on the test data.
+        network: what the student's network is built from, where it is not the recipe's `student` (a peer that a schedule names).
         parameters: of the student.
         seconds: training time, measurements included.
     """
@@ -53,6 +54,7 @@ class Result:
     teacher: Mapping[str, float] | None = None
     peers: tuple[Mapping[str, float], ...] = ()
     ensemble: Mapping[str, float] | None = None
+    network: Mapping[str, Any] | None = None
     warnings: tuple[str, ...] = field(default=())
 
     @property
@@ -154,6 +156,16 @@ class RunFolder:
         saved = asdict(result)
         del saved["folder"]
         write_atomically(self.result_file, (json.dumps(saved, indent=1) + "\n").encode())
+
+    def snapshot_file(self, stage: str, epoch: int) -> Path:
+        """The student's weights after an epoch of a stage."""
+        return self.path / "snapshots" / stage / f"epoch-{epoch:04d}.safetensors"
+
+    def snapshots(self) -> dict[int, Path]:
+        """The snapshots of the last stage, the one that trained what the run leaves, by their epochs."""
+        stage = next((line["stage"] for line in reversed(self.metrics("epoch"))), None)
+        files = sorted((self.path / "snapshots" / stage).glob("epoch-*.safetensors")) if stage else []
+        return {int(file.stem.removeprefix("epoch-")): file for file in files}
 
     def log(self, **line: Any) -> None:
         """Add a line to metrics.jsonl."""

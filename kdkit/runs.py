@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from kdkit.contracts import Context, Loss
 from kdkit.engine import Trainer, batches, build_accelerator
 from kdkit.errors import DataError, RunError
 from kdkit.evaluate import metrics, predict_together
-from kdkit.factory import ModelFactory, TrainedTeacher
+from kdkit.factory import ModelFactory, TrainedTeacher, options_of
 from kdkit.progress import Reporter
 from kdkit.randomness import reseed
 from kdkit.recipe import Recipe, teacher_recipes
@@ -26,7 +27,7 @@ from kdkit.signals import StopRequest
 from kdkit.stage_run import StageRun, weights
 from kdkit.teaching import Model, Stage
 
-Carried = dict[Model, dict[str, Loss]]  # of each student, its losses so far by name
+Carried = dict[tuple[Model, int], dict[str, Loss]]  # of each student (and lesson beyond the students'), its losses so far by name
 
 
 def train(recipe: Recipe, folder: Path | None = None, *, restart: bool = False, quiet: bool = False) -> Result:
@@ -89,7 +90,8 @@ def trained_teachers(recipe: Recipe, student_folder: Path, *, quiet: bool = Fals
         if not RunFolder(folder).result():
             Reporter(quiet=quiet).say(f"{source.spec.name}: the teacher is trained first, in {folder}")
         build_accelerator(source.spec.train).wait_for_everyone()  # all have looked before one of them makes it
-        teachers[name] = TrainedTeacher(source.spec.student, train(source, folder, quiet=quiet).student)
+        result = train(source, folder, quiet=quiet)
+        teachers[name] = TrainedTeacher(options_of(source, result.network), result.student, RunFolder(folder).snapshots())
     return teachers
 
 
@@ -120,7 +122,12 @@ def _carry_out(setting: Setting) -> Result:
     schedule = setting.recipe.plugins.schedules[spec.schedule.use](spec.schedule)
     last: StageRun | None = None
     carried: Carried = {}
-    for number, stage in enumerate(schedule.stages(factory)):
+    stages = iter(schedule.stages(factory))
+    for number in itertools.count():
+        reseed(spec.seed, "stage", number)  # from which a schedule draws the first values of what it learns itself
+        if (stage := next(stages, None)) is None:
+            break
+        factory.watch(but=stage.buffers)
         trainer = build_trainer(setting.recipe, setting.data, factory, setting.accelerator, number, stage, carried)
         last = StageRun(setting, number, trainer)
         last.carry_out()
@@ -165,21 +172,42 @@ def build_trainer(
         lessons = stage.step(next(batches(prepared.train, stage, 0)))
     parts.load_state_dict(remembered)
     labels = _labels_by_index(prepared.train)
-    objectives, teachers = [], factory.teacher_modules()
-    for student, lesson in zip(stage.students, lessons, strict=True):
-        built = objective.build(recipe, stage.losses, factory.expand)
-        context = Context(student.module, next(iter(teachers.values()), None), prepared.info.num_classes, len(labels), labels)
+    if len(lessons) < len(stage.students):
+        raise RunError(f"stage '{stage.name}' gives {len(lessons)} lessons for {len(stage.students)} students")
+    if stage.apart and accelerator.num_processes > 1:
+        _refuse_together(recipe, stage)
+    objectives, teachers, last = [], factory.teacher_modules(), len(stage.students) - 1
+    for i, lesson in enumerate(lessons):
+        student = stage.students[i if i <= last else 0]
+        built = objective.build(recipe, stage.losses, factory.expand, layers=i <= last)
+        context = Context(student.module, factory.teaching(stage, min(i, last)), prepared.info.num_classes, len(labels), labels)
         built.setup(lesson, context, teachers)
-        before = (carried if carried is not None else {}).setdefault(student, {})
+        before = (carried if carried is not None else {}).setdefault((student, max(0, i - last)), {})
         for name, loss in built.parts().items():
             if name in before:
-                loss.load_state_dict(before[name].state_dict())
+                copied = {key: p.detach() for key, p in loss.named_parameters() if not p.requires_grad}  # of whom this stage's teacher is
+                loss.load_state_dict({**before[name].state_dict(), **copied})
         before |= built.parts()
         objectives.append(built)
     return Trainer(
         stage, objectives, recipe.spec.train, prepared.train, accelerator,
         seed=recipe.spec.seed, num_classes=prepared.info.num_classes, maximize=prepared.validation is not None,
     )  # fmt: skip
+
+
+def _refuse_together(recipe: Recipe, stage: Stage) -> None:
+    """Say what processes that train students of their own cannot do.
+
+    Raises:
+        RecipeError: a loss would compare the answers of different networks.
+        RunError: the stage leaves a student that only another process has.
+    """
+    for i, entry in enumerate(recipe.spec.losses):
+        if getattr(entry, "gather", False):
+            says = f"in stage '{stage.name}' each process trains a student of its own, whose answers are not to be gathered into one batch"
+            raise recipe.error(["losses", i, "gather"], says)
+    if stage.result != "first":
+        raise RunError(f"stage '{stage.name}' trains apart, so it can only leave the first process's student")
 
 
 def _labels_by_index(loader: data.TrainLoader) -> Tensor:
@@ -200,7 +228,7 @@ def _result(setting: Setting, last: StageRun) -> Result:
         folder=folder.path, name=recipe.spec.name, seed=recipe.spec.seed, test=scores["test"], validation=scores.get("validation"),
         parameters=sum(p.numel() for p in student.module.parameters()), seconds=round(setting.spent(), 3), epochs=last.trainer.epochs,
         best=setting.best, teacher=metrics(setting.teacher) if setting.teacher else None, peers=tuple(peer["test"] for peer in peers),
-        ensemble=last.ensemble.get("test"),
+        ensemble=last.ensemble.get("test"), network=setting.factory.network(last.trainer.stage.students[chosen]),
         warnings=tuple(setting.reporter.warnings),
     )  # fmt: skip
     if setting.is_main:

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from kdkit.loss_options import LossOptions
 from kdkit.options import BOOKKEEPING, Arguments, Options, Rampable, RecipePath
-from kdkit.providers import DatasetOptions, ModelOptions
+from kdkit.providers import DatasetOptions, ModelOptions, RecipeTeacher
 from kdkit.teaching import ScheduleOptions
 
 
@@ -81,32 +81,6 @@ class DataSpec(Options):
         if self.augment and self.timm_augment:
             raise ValueError("give augment or timm_augment, not both")
         return self
-
-
-class TeacherOptions(Options):
-    """What a recipe may say of a teacher beyond what it says of any model."""
-
-    name: str | None = Field(
-        default=None,
-        pattern=r"^[a-z][a-z0-9_]*$",
-        description="What losses call it, of several (default: teacher1, teacher2...).",
-    )
-    precision: Literal["fp32", "bf16", "fp16"] | None = Field(
-        default=None, description="The teacher's own precision (default: that of `train.precision`)."
-    )
-    mode: Literal["eval", "train"] = Field(
-        default="eval", description="train: batch statistics in its BatchNorm layers (its buffers stay as they are)."
-    )
-    fold_batchnorm: bool = Field(
-        default=False, description="Merge BatchNorm layers into the convolutions before them: faster, equal up to rounding."
-    )
-
-
-class RecipeTeacher(TeacherOptions):
-    """A teacher that another recipe trains: its run is made when it is not there yet, and reused when it is."""
-
-    recipe: RecipePath = Field(description="Recipe file whose student is this teacher.")
-    seed: int | None = Field(default=None, ge=0, description="Seed in place of that recipe's own.")
 
 
 class LossEntry(LossOptions):
@@ -215,6 +189,9 @@ class RunSpec(Options):
     folder: Path = Field(default=Path("runs"), description="Folder in which run folders are made (relative to the current one).")
     checkpoint_epochs: int = Field(default=1, gt=0, description="Epochs between checkpoints.")
     checkpoint_steps: int | None = Field(default=None, gt=0, description="Optimizer steps between checkpoints inside an epoch.")
+    snapshots: int | None = Field(
+        default=None, gt=0, description="Epochs between snapshots: the student's weights on its way, kept in the run folder."
+    )
     log_steps: int = Field(default=50, gt=0, description="Optimizer steps between lines in metrics.jsonl.")
     trackers: tuple[str, ...] = Field(default=(), description="Accelerate trackers that also get the metrics: tensorboard, wandb...")
 

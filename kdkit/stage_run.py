@@ -8,6 +8,7 @@ import time
 from typing import Any, cast
 
 import torch
+from accelerate.utils import gather_object, send_to_device
 from safetensors.torch import save
 
 from kdkit.checkpoints import write_atomically
@@ -50,6 +51,7 @@ class StageRun:
                 self._train_epoch()
                 self._close_epoch()
                 self._finished = trainer.epoch == trainer.epochs
+                self._keep_snapshot()
                 if self._finished or trainer.epoch % setting.recipe.spec.run.checkpoint_epochs == 0:
                     self._save()
         trainer.close()
@@ -58,7 +60,7 @@ class StageRun:
         setting, trainer, run = self.setting, self.trainer, self.setting.recipe.spec.run
         self._clock, self._clock_step = time.monotonic(), trainer.step
         for values in trainer.train_epoch():
-            self.meter.add(trainer.steps, values, len(trainer.stage.students))
+            self.meter.add(trainer.steps, values, len(trainer.learner.objectives))
             logging = trainer.steps % run.log_steps == 0
             saving = bool(run.checkpoint_steps) and trainer.steps % (run.checkpoint_steps or 1) == 0
             stopping = self._must_stop()
@@ -90,7 +92,7 @@ class StageRun:
             self._measure()
             self._keep_best()
         validation = self.scores[0].get("validation") if measured else None
-        for updater, scores in itertools.zip_longest(trainer.updaters, self.scores if validation else []):
+        for updater, scores in itertools.zip_longest(trainer.updaters, self.own_scores if validation else []):
             updater.schedule.after_epoch(trainer.epoch, scores["validation"]["top1"] if scores else means["loss"])
         spent, done = setting.spent(), trainer.epoch / trainer.epochs
         test = self.scores[0]["test"] if measured else {}
@@ -114,6 +116,13 @@ class StageRun:
         """Learning rate of the next step."""
         return self.trainer.updaters[0].lr
 
+    @property
+    def own_scores(self) -> list[Scores]:
+        """Those of this process's students."""
+        count = len(self.trainer.stage.students)
+        begin = self.setting.accelerator.process_index * count if self.trainer.apart else 0
+        return self.scores[begin : begin + count]
+
     def deployed(self) -> list[Model]:
         """The students as they are measured and exported."""
         pairs = zip(self.trainer.stage.students, self.trainer.deployed(), strict=True)
@@ -126,16 +135,21 @@ class StageRun:
         return images / max(time.monotonic() - self._clock, 1e-9)
 
     def _measure(self) -> None:
-        """Each student, and, where there are several models, their ensemble (the mean of their probabilities)."""
-        setting, world = self.setting, self.setting.accelerator.num_processes
-        models = [*self.deployed(), *self.trainer.stage.company]
-        self.scores = [{} for _ in self.trainer.stage.students]
+        """Each student, and, where there are several models, their ensemble (the mean of their probabilities).
+
+        Processes that train apart measure their own students on the whole data, and tell each other.
+        """
+        setting, apart = self.setting, self.trainer.apart
+        world = 1 if apart else setting.accelerator.num_processes
+        models = [*self.deployed(), *(() if apart else self.trainer.stage.company)]
+        self.scores = [{} for _ in range(len(self.trainer.stage.students) * (setting.accelerator.num_processes if apart else 1))]
         self.ensemble = {}
         for part, batches in (("test", setting.data.test), ("validation", setting.data.validation)):
             if batches is None:
                 continue
             teacher = setting.teacher if part == "test" else None
-            found = [predict(model, batches, world=world) for model in models]
+            found = [predict(model, batches.whole() if apart else batches, world=world) for model in models]
+            found = gather_object(found) if apart else found
             for scores, one in zip(self.scores, found, strict=False):  # the company has no scores of its own
                 scores[part] = metrics(one, teacher)
             if len(found) > 1:
@@ -149,15 +163,25 @@ class StageRun:
         return max(range(len(self.scores)), key=lambda i: self.scores[i]["validation"]["top1"])
 
     def _keep_best(self) -> None:
-        """Remember the epoch that is best on validation, never on test."""
-        setting, scores, stage = self.setting, self.scores[0], self.trainer.stage.name
-        if "validation" not in scores:
+        """Remember the epoch (and, where the stage leaves the best student, which one it is) that is best on validation, never on test."""
+        setting, stage = self.setting, self.trainer.stage.name
+        if "validation" not in self.scores[0]:
             return
+        scores, student = self.scores[self.chosen], self.trainer.stage.students[self.chosen]
         known = setting.best if setting.best and setting.best["stage"] == stage else None  # an earlier stage trained something else
         if known is None or scores["validation"]["top1"] > known["validation"]["top1"]:
             setting.best = {"stage": stage, "epoch": self.trainer.epoch, **scores}
+            if (network := setting.factory.network(student)) is not None:
+                setting.best["network"] = network
             if setting.is_main:
-                write_atomically(setting.folder.best_file, weights(self.deployed()[0]))
+                write_atomically(setting.folder.best_file, weights(self.deployed()[self.chosen]))
+
+    def _keep_snapshot(self) -> None:
+        every, trainer, setting = self.setting.recipe.spec.run.snapshots, self.trainer, self.setting
+        if every and trainer.epoch % every == 0:
+            trainer.synchronise()
+            if setting.is_main:
+                write_atomically(setting.folder.snapshot_file(trainer.stage.name, trainer.epoch), weights(self.deployed()[0]))
 
     def _read(self, *, together: bool = False) -> dict[str, float]:
         """The last step's terms: this process's, or `together` the mean over all."""
@@ -194,8 +218,9 @@ class StageRun:
 
     def _load(self, saved: dict[str, Any]) -> None:
         setting = self.setting
+        learnt = self._own_part(saved["trainer"])
         try:
-            self.trainer.load_state_dict(saved["trainer"])
+            self.trainer.load_state_dict(learnt)
             self.meter.load_state_dict(saved["meter"])
             self.scores, self.ensemble = saved["scores"], saved["ensemble"]
             setting.best, setting.seconds = saved["best"], saved["seconds"]
@@ -207,22 +232,43 @@ class StageRun:
             ) from None
         setting.began = time.monotonic()
 
+    def _own_part(self, learnt: dict[str, Any]) -> dict[str, Any]:
+        """What this process saved, where each trains students of its own."""
+        accelerator, saved = self.setting.accelerator, learnt.get("processes", [learnt])
+        now = accelerator.num_processes if self.trainer.apart else 1
+        if len(saved) != now:
+            raise RunError(
+                f"{self.setting.folder.path}: stage '{self.trainer.stage.name}' was begun by {len(saved)} process(es), each with students "
+                f"of its own, and goes on with as many, not with {accelerator.num_processes}; `--restart` begins anew"
+            )
+        return cast("dict[str, Any]", saved[accelerator.process_index if self.trainer.apart else 0])
+
     def _save(self) -> None:
         setting = self.setting
         meter = self.meter.state_dict()
         meter["sums"] = self._over_processes(meter["sums"])
         setting.factory.verify_frozen()  # before, so that nothing learnt from a changed teacher is ever gone on with
-        try:
-            self.trainer.refuse_non_finite()
-        except RunError as error:
-            raise self._lost(error) from None
+        self._refuse_non_finite()
+        learnt = self.trainer.state_dict()
+        if self.trainer.apart:
+            learnt = {"processes": gather_object([send_to_device(learnt, "cpu")])}
         if setting.is_main:
             state = {
-                "trainer": self.trainer.state_dict(), "meter": meter, "scores": self.scores, "ensemble": self.ensemble,
+                "trainer": learnt, "meter": meter, "scores": self.scores, "ensemble": self.ensemble,
                 "best": setting.best,
                 "seconds": setting.spent(), "warnings": list(setting.reporter.warnings),
             }  # fmt: skip
             setting.folder.checkpoints.save(self.kind, self.trainer.steps, state, keep=1 if self._finished else 2)
+
+    def _refuse_non_finite(self) -> None:
+        told: list[str | None] = [None]
+        try:
+            self.trainer.refuse_non_finite()
+        except RunError as error:
+            told = [str(error)]
+        everyones = gather_object(told) if self.trainer.apart else told  # or one would leave while the others wait for it
+        for says in filter(None, everyones):
+            raise self._lost(RunError(says))
 
     def _must_stop(self) -> bool:
         """Whether a signal came; several processes ask each other, every few steps."""

@@ -112,6 +112,9 @@ class StreamEvalLoader:
     def __iter__(self) -> Iterator[Batch]:
         return self._reader.batches(None, None)
 
+    def whole(self) -> StreamEvalLoader:
+        return self  # streams are read by one process alone
+
 
 def refuse(spec: DataSpec, world: int) -> None:
     """Say what a stream cannot do.

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kdkit.errors import TapError
+from kdkit.errors import RunError, TapError
 from kdkit.layers import Layer, expand, resolve
 from kdkit.observation import Keep, Stop, Store, Watch, observed, overwriter, register, version
 from kdkit.records import Inputs, Outputs
@@ -66,6 +66,8 @@ class TappedModel:
         self._compile: dict[str, Any] | None = None
         self._compiled: Callable[[Inputs], tuple[Tensor | None, dict[str, Tensor]]] | None = None
         self._hooked = False
+        self._settled: nn.Module | None = None
+        self.frozen = False
 
     def __call__(self, inputs: Inputs) -> Outputs:
         """The answer to a batch (B, C, H, W) or to a mapping, whose items become keyword arguments.
@@ -82,13 +84,27 @@ class TappedModel:
             features = {name: value.float() for name, value in features.items()}
         return FeaturesOnly(features, self.role) if logits is None else Outputs(logits, features)
 
+    def settle(self, network: nn.Module) -> None:
+        """Say what a finished stage has made of it: itself, the average of its weights, or a network in which it is a part."""
+        self._settled = None if network is self.module else network
+
     def freeze(self, mode: Literal["eval", "train"] = "eval") -> TappedModel:
-        """Put it in eval mode without gradients, for good.
+        """Put it in eval mode without gradients, for good; with the averaged weights where a finished stage has some.
 
         Args:
             mode: train normalises with each batch's own statistics in BatchNorm layers; their buffers do not change, and all
                 other layers (dropout) stay in eval mode.
+
+        Raises:
+            RunError: a loss has put another network in its place, which has other layers.
         """
+        if self._settled is not None:
+            if type(self._settled) is not type(self.module):
+                whole = type(self._settled).__name__
+                raise RunError(f"{self.role}: a loss has made it a part of another network, {whole}, so that it cannot teach on its own")
+            self.module.load_state_dict(self._settled.state_dict())
+            self._settled = None
+        self.frozen = True
         self.module.eval().requires_grad_(False)
         for part in self.module.modules():
             if mode == "train" and isinstance(part, nn.modules.batchnorm._BatchNorm):
@@ -111,6 +127,11 @@ class TappedModel:
         """Compile network and taps together by `torch.compile(**options)`; the first call runs once more, uncompiled, to check the taps."""
         self._compile, self._compiled = options, None
         return self
+
+    @property
+    def compiled(self) -> bool:
+        """Whether calls run compiled code, which hooks put on later do not reach."""
+        return self._compile is not None
 
     def __getstate__(self) -> dict[str, Any]:
         """Compiled code is bound to this very network: a copy compiles its own."""

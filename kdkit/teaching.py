@@ -11,7 +11,7 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from kdkit.errors import ShapeError
+from kdkit.errors import RunError, ShapeError
 from kdkit.options import Options
 from kdkit.providers import ModelOptions
 from kdkit.records import Batch, Inputs, Outputs
@@ -26,12 +26,16 @@ class Lesson:
         teachers: what it learns from; a loss is averaged over them.
         weights: shares of the teachers in that average (None: equal ones).
         named: answers that a loss of the recipe may ask for by its `teacher:`, instead of the above.
+        batch: the images of these answers, row by row (None: the whole batch).
+        supervised: the lesson that losses on labels get instead of this one, where not every image has a teacher.
     """
 
     student: Outputs
     teachers: Sequence[Outputs] = ()
     weights: Sequence[float] | None = None
     named: Mapping[str, Outputs] = field(default_factory=dict)
+    batch: Batch | None = None
+    supervised: Lesson | None = None
 
 
 class Model(Protocol):
@@ -48,12 +52,15 @@ class Model(Protocol):
 class Models(Protocol):
     """Hands out the recipe's models."""
 
-    def student(self, options: ModelOptions | None = None) -> Model:
-        """A fresh, independent student: the recipe's, or one of the schedule's own options."""
+    def student(self, options: ModelOptions | None = None, taps: Sequence[str] = ()) -> Model:
+        """A fresh, independent student: the recipe's, or one of the schedule's own options.
+
+        `taps` are layers that the schedule itself reads in `Outputs.features`, beside those of the losses.
+        """
         ...
 
-    def teacher(self, name: str | None = None) -> Model:
-        """A frozen teacher: the recipe's only one, or the one of that name."""
+    def teacher(self, name: str | None = None, epoch: int | None = None) -> Model:
+        """A frozen teacher: the recipe's only one, or the one of that name; as it was after an epoch of its own training."""
         ...
 
     def teachers(self) -> Mapping[str, Model]:
@@ -74,7 +81,8 @@ class Stage:
     Attributes:
         name: unique within the schedule, snake_case.
         students: the models that learn.
-        step: who teaches whom on a batch; one lesson per student, in their order.
+        step: who teaches whom on a batch; one lesson per student, in their order, then any of answers that only `parts` and several
+            students make together: in those, losses that read layers do not count.
         after_step: called after each optimizer step.
         losses: names of the recipe's losses that count here (None: all); a mapping gives them other weights than the recipe's.
         epochs: how long (None: the recipe's `train.epochs`).
@@ -87,7 +95,10 @@ class Stage:
         arrange: which images of an epoch come together (None: chance alone).
         views: augmentations of each image in a batch; those beyond the first are in `Batch.views`.
         company: models that are measured as an ensemble together with the students.
+        teachers: for each student, whose network its losses may look into (none: the recipe's first teacher's).
         result: which student the stage leaves: the first, or the best by accuracy on validation after the last epoch.
+        apart: in several processes, each trains students of its own on its share of every batch: no gradients are averaged, no statistics
+            made equal. All are measured, each on the whole data; the first process's are exported. It goes on in as many processes only.
     """
 
     name: str
@@ -104,7 +115,9 @@ class Stage:
     arrange: Arrange | None = None
     views: int = 1
     company: Sequence[Model] = ()
+    teachers: Sequence[Model] = ()
     result: Literal["first", "best"] = "first"
+    apart: bool = False
 
 
 class ScheduleOptions(Options):
@@ -174,3 +187,27 @@ def turned(batch: Batch) -> Tensor:
     if not isinstance(images, Tensor):
         raise ShapeError("only images can be turned")
     return torch.cat([images.rot90(quarters, (2, 3)) for quarters in (1, 2, 3)])
+
+
+def by_class(size: int) -> Arrange:
+    """An arrangement that puts images of one class side by side in groups of `size`, the groups in random order.
+
+    An epoch has each image once, but for classes whose number of images the size does not divide: their last group is filled up with
+    images of other groups, and as many groups are left out as that makes too many.
+    """
+
+    def arrange(order: Tensor, classes: Tensor, batch_size: int) -> Tensor:
+        if batch_size % size or len(order) % size:
+            raise RunError(
+                f"images come in groups of {size}, which must divide `data.batch_size` ({batch_size}) and what an epoch has "
+                f"({len(order)} images; `data.drop_last: true` leaves out what is over)"
+            )
+        sorted_places = classes.argsort(stable=True)
+        counts = classes.bincount()[classes[sorted_places]]
+        nth = torch.arange(len(order), device=order.device) - torch.searchsorted(classes[sorted_places], classes[sorted_places])
+        heads = (nth % size == 0).nonzero()  # (groups, 1)
+        members = heads - nth[heads] + (nth[heads] + torch.arange(size, device=order.device)) % counts[heads]
+        groups = sorted_places[members]
+        return order[groups[groups[:, 0].argsort()][: len(order) // size].flatten()]
+
+    return arrange

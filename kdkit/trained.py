@@ -16,12 +16,11 @@ from kdkit import data, registry
 from kdkit.deployment import deployed, deploying
 from kdkit.errors import ModelError, RecipeError, RunError
 from kdkit.evaluate import metrics, predict, predict_together
-from kdkit.factory import ModelFactory, TrainedTeacher
+from kdkit.factory import ModelFactory, TrainedTeacher, options_of
 from kdkit.models import build_model, load_checkpoint
-from kdkit.providers import DataInfo, DatasetSource, ModelSource
+from kdkit.providers import DataInfo, DatasetSource, ModelOptions, ModelSource, RecipeTeacher
 from kdkit.recipe_types import source_of
 from kdkit.run_folder import RunFolder
-from kdkit.schema import RecipeTeacher
 from kdkit.tapping import TappedModel
 
 EXPORTED = "config.json"  # of an exported student; its `kdkit` key says how to build the network
@@ -51,9 +50,15 @@ class TrainedRun:
         """Class count and image shape that the student was trained for; the data itself need not be there."""
         return self.folder.info()
 
-    def model_source(self) -> ModelSource:
+    def network(self, *, best: bool = False) -> ModelOptions:
+        """What the student's network is built from: the recipe's `student`, unless a peer was the best (of the best epoch, or the last)."""
+        if (result := self.folder.result()) is None:
+            return self.recipe.spec.student
+        return options_of(self.recipe, result.best.get("network") if best and result.best else result.network)
+
+    def model_source(self, *, best: bool = False) -> ModelSource:
         """Who builds the student's network."""
-        options, sources = self.recipe.spec.student, self.recipe.plugins.models
+        options, sources = self.network(best=best), self.recipe.plugins.models
         source, name = source_of(options.model, sources)
         return sources[source](options, name)
 
@@ -70,20 +75,20 @@ class TrainedRun:
         """
         spec, file = self.recipe.spec, self._weights(best)
         layout = spec.train.channels_last if channels_last is None else channels_last
-        if (model := self.deployed()) is not None:
+        if (model := self.deployed(best=best)) is not None:
             load_checkpoint(file, model.module)
             model.module.to(device).to(memory_format=torch.channels_last if layout else torch.contiguous_format)
             model.adapt.to(device)
             model.channels_last = layout
             return model
         model = build_model(
-            spec.student, self.model_source(), self.info.num_classes, self.info.image_shape, role="student",
+            self.network(best=best), self.model_source(best=best), self.info.num_classes, self.info.image_shape, role="student",
             file=file, device=device, channels_last=layout,
         )  # fmt: skip
         model.module.eval()
         return model
 
-    def deployed(self) -> TappedModel | None:
+    def deployed(self, *, best: bool = False) -> TappedModel | None:
         """The network that the losses have put in the student's place, with random weights; None where they have not.
 
         Raises:
@@ -91,7 +96,7 @@ class TrainedRun:
         """
         if not deploying(self.recipe):
             return None
-        return deployed(self.recipe, self.info, self._taught_by())
+        return deployed(self.recipe, self.info, self._taught_by(), self.network(best=best))
 
     def teachers(self, *, device: torch.device | None = None) -> list[TappedModel]:
         """The teachers, frozen and whole.
@@ -133,7 +138,8 @@ class TrainedRun:
         for marker in (m for place in places for m in sorted(place.glob("*/run.json"))):
             found = RunFolder(marker.parent)
             if json.loads(marker.read_text())["fingerprint"] == wanted and found.student_file.is_file():
-                return TrainedTeacher(found.recipe().spec.student, found.student_file)
+                result = found.result()
+                return TrainedTeacher(options_of(found.recipe(), result.network if result else None), found.student_file, found.snapshots())
         looked = " or ".join(map(str, places))
         raise RunError(f"{self.folder.path}: the run that trained its teacher ({teacher.recipe}) is not in {looked}; train it again first")
 

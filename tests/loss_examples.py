@@ -5,6 +5,7 @@ OPTIONS = {
     "afd": {"layers": [ONE, TWO]},
     "crd": {"layers": [ONE], "negatives": 8, "size": 4},
     "ctkd": {"reversal": 1.0},
+    "frskd": {"layers": [ONE, TWO]},
     "fsp": {"layers": [ONE, TWO]},
     "irg": {"layers": [ONE, TWO]},
     "kdsvd": {"layers": [ONE, TWO]},

@@ -165,3 +165,26 @@ def test_the_norm_that_a_layers_values_come_from(layer, norm):
 def test_no_norm_is_guessed(layer):
     with pytest.raises(kdkit.TapError, match="name one, or the input of the activation"):
         norm_path(layer, meta("resnet18"))
+
+
+def test_no_norm_is_guessed_for_an_activation_that_runs_twice():
+    with torch.device("meta"):
+        basic, bottleneck = torchvision.models.resnet18(), torchvision.models.resnet50()
+    with pytest.raises(kdkit.TapError, match="several times.*: 'layer1.0.bn1', 'layer1.0.bn2'"):
+        norm_path("layer1.0.relu@input", basic)
+    assert norm_path("layer1.0.relu@input", bottleneck) == "layer1.0.bn3"  # the last run's, which is what a tap gives
+    assert norm_path("relu@input", basic) == "bn1"
+
+
+def test_no_norm_is_taken_from_behind_a_convolution():
+    module = nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.ReLU())
+    with pytest.raises(kdkit.TapError, match="no batch norm is known to give '2@input'"):
+        norm_path("2@input", module)
+
+
+def test_a_norm_that_activates_has_its_values_before_the_activation():
+    module = meta("mobilenetv2_050")
+    with pytest.raises(kdkit.TapError, match="behind its activation; take 'bn2.act@input'"):
+        norm_path("bn2", module)
+    assert norm_path("bn2.act@input", module) == "bn2"
+    assert norm_path("blocks.1.0.bn3", module) == "blocks.1.0.bn3"

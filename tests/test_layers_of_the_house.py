@@ -10,11 +10,11 @@ import kdkit
 CORE = Path(kdkit.__file__).parent
 PLUGINS = CORE.parent / "plugins"
 ORDER = """
-    errors options records forms parts gathering loss_options layers providers contracts teaching ensembles hookspecs registry
-    source schema recipe_types explain recipe catalogue normalization observation backbone tapping models folding listing
+    errors options records forms parts gathering loss_options layers providers contracts teaching peers ensembles hookspecs registry
+    source schema recipe_types explain recipe catalogue normalization observation backbone tapping trunk models folding listing
     randomness augment signals subsets transforms images stream data
     objective meter optim trainable engine evaluate probes testing
-    checkpoints run_folder progress factory deployment describe plan trained curves show
+    checkpoints run_folder progress factory deployment step_cost describe plan trained curves show
     setting stage_run profile export cost_table runs study api __init__ cli __main__
 """.split()  # noqa: SIM905
 

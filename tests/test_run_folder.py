@@ -52,7 +52,7 @@ def test_a_result_is_read_as_it_was_written(tmp_path):
         {"top1": 60.0},
         ({"top1": 49.0},),
         {"top1": 51.0},
-        ("careful",),
+        warnings=("careful",),
     )
     folder.finish(result)
     assert folder.result() is None  # its student is not there

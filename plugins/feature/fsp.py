@@ -1,8 +1,8 @@
 """Flow of the solution procedure (FSP): how one layer's channels go with the next one's, in the student as in the teacher.
 
-Yim et al., "A Gift from Knowledge Distillation: Fast Optimization, Network Minimization and Transfer Learning", CVPR 2017, eq. 1 and 2.
-The paper is not on arXiv; the reduction (element mean, where the paper weighs and sums) and consecutive layers as pairs are those of the
-benchmark of Tian et al., "Contrastive Representation Distillation", ICLR 2020, arXiv:1910.10699. Of two layers of different size, the paper
+Yim et al., "A Gift from Knowledge Distillation: Fast Optimization, Network Minimization and Transfer Learning", CVPR 2017,
+doi:10.1109/CVPR.2017.754, eq. 1 and 2. The reduction (element mean, where the paper weighs and sums) and consecutive layers as pairs are
+those of the benchmark of Tian et al., "Contrastive Representation Distillation", ICLR 2020. Of two layers of different size, the paper
 max-pools the larger; here it is average-pooled, as there.
 """
 

@@ -30,20 +30,32 @@ class InterChannel(kdkit.Loss):
         self.adapters = nn.ModuleList(kdkit.aligned(f_s, f_t) for f_s, f_t in self.options.pairs(student, teacher))
 
     def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
-        errors = []
-        for adapter, (f_s, f_t) in zip(self.adapters, self.options.pairs(student, teacher), strict=True):
-            difference = correlations(adapter(f_s)) - correlations(f_t)
-            errors.append(difference.square().sum((1, 2)).mean() / f_t.shape[1])
-        return torch.stack(errors).mean()
+        pairs = zip(self.adapters, self.options.pairs(student, teacher), strict=True)
+        return torch.stack([unlikeness(adapter(f_s).flatten(2), f_t.flatten(2)).mean() for adapter, (f_s, f_t) in pairs]).mean()
 
 
-def correlations(f: Tensor) -> Tensor:
-    """Maps (B, C, H, W) to their channels' inner products (B, C, C), rows of unit length; 0 for channels whose norm is below 1e-6."""
-    f = f.flatten(2)
+def unlikeness(s: Tensor, t: Tensor) -> Tensor:
+    """Squared distance of the rows of unit length, (B, C), from channels at positions (B, C, P) and (B, C, Q)."""
+    heard_s, heard_t = (f.detach().square().sum(2, keepdim=True) > 1e-12 for f in (s, t))
+    if max(s.shape[2], t.shape[2]) >= s.shape[1]:
+        return (rows(s, heard_s) - rows(t, heard_t)).square().sum(2)
+    # With fewer positions than channels, products between positions are fewer; the square is then 2 - 2 cos.
+    both = heard_s & heard_t
+    norms = [torch.where(both, row_products(f, f), 1.0).sqrt() for f in (s, t)]
+    cosine = torch.where(both, row_products(s, t) / (norms[0] * norms[1]), 0.0)
+    return (heard_s.to(s) + heard_t.to(s) - 2 * cosine)[..., 0]
+
+
+def rows(f: Tensor, heard: Tensor) -> Tensor:
+    """The channels' inner products (B, C, C), rows of unit length; 0 for channels that are not heard."""
     gram = f @ f.mT
-    square = gram.square().sum(2, keepdim=True)
-    alive = gram.diagonal(dim1=1, dim2=2)[..., None] > 1e-12
-    return torch.where(alive, gram / torch.where(alive, square, 1.0).sqrt(), 0.0)
+    norm = torch.linalg.vector_norm(gram, dim=2, keepdim=True).masked_fill(~heard, 1.0)
+    return gram * torch.where(heard, 1 / norm, 0.0)
+
+
+def row_products(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product of each row of a a^T with that of b b^T, (B, C, 1)."""
+    return ((a @ (a.mT @ b)) * b).sum(2, keepdim=True)
 
 
 @kdkit.hookimpl

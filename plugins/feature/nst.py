@@ -32,8 +32,16 @@ class NeuronSelectivity(kdkit.Loss):
         discrepancies = []
         for f_s, f_t in self.options.pairs(student, teacher):
             x, y = (F.normalize(f.flatten(2), dim=2, eps=1e-5) for f in kdkit.pooled_alike(f_s, f_t))
-            discrepancies.append(kernel(x, x) + kernel(y, y) - 2 * kernel(x, y))
+            if x.shape[2] < max(x.shape[1], y.shape[1]):  # products between positions are fewer than those between channels
+                discrepancies.append((likeness(x) - likeness(y)).square().sum((1, 2)).mean())
+            else:
+                discrepancies.append(kernel(x, x) + kernel(y, y) - 2 * kernel(x, y))
         return torch.stack(discrepancies).mean()
+
+
+def likeness(x: Tensor) -> Tensor:
+    """Products between the positions of (B, C, D), (B, D, D), mean over the channels; their inner products are the kernel's means."""
+    return x.mT @ x / x.shape[1]
 
 
 def kernel(x: Tensor, y: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class Overhaul(kdkit.Loss):
         norms: tuple[str, ...] | None = Field(
             default=None,
             description="The teacher's batch norm before each layer's activation, one per layer pair; "
-            "none: the last one before the activation whose `@input` is read, or the layer itself.",
+            "none: the one in front of the activation whose `@input` is read, or the layer itself.",
         )
 
     options: Options

@@ -1,9 +1,9 @@
 """Softmax regression: the teacher's own classifier judges the student's features, and must judge them as it does the teacher's.
 
-Yang et al., "Knowledge Distillation via Softmax Regression Representation Learning", ICLR 2021 (OpenReview ZzwDy_wiWv), section 3: L_FM
-and L_SR, the latter as a squared error of logits; both are means over all elements, as in the released code. Vectors are taken as maps of
-one position, as in the comparison of Chen et al., "Knowledge Distillation with the Reused Teacher Classifier", CVPR 2022,
-arXiv:2203.14001. The teacher's head is checked, not assumed, to be pooling and a linear layer.
+Yang et al., "Knowledge Distillation via Softmax Regression Representation Learning", ICLR 2021,
+https://openreview.net/forum?id=ZzwDy_wiWv, section 3: L_FM and L_SR, the latter as a squared error of logits; both are means over all
+elements, as in the released code. Vectors are taken as maps of one position, as in the comparison of Chen et al., "Knowledge Distillation
+with the Reused Teacher Classifier", CVPR 2022. The teacher's head is checked, not assumed, to be pooling and a linear layer.
 """
 
 import torch.nn.functional as F

@@ -1,9 +1,9 @@
 """Instance relationship graph: the teacher's answers, its distances between samples, and how far each sample moves between layers.
 
-Liu et al., "Knowledge Distillation via Instance Relationship Graph", CVPR 2019, doi:10.1109/CVPR.2019.00726; no preprint, but described in
-Gou et al., "Knowledge Distillation: A Survey", IJCV 2021, arXiv:2006.05525, section 2.3. The released code is a patch of Caffe; this
-follows its best known port: squared distances over the largest of them, vertices that are the logits, edges averaged over the layers.
-The port has fixed layers and halves channels; here any consecutive layers are brought to one size by averaging, the same where it halves.
+Liu et al., "Knowledge Distillation via Instance Relationship Graph", CVPR 2019, doi:10.1109/CVPR.2019.00726. The released code is a patch
+of Caffe; this follows its best known port: squared distances over the largest of them, vertices that are the logits, edges averaged over
+the layers. The port has fixed layers and halves channels; here any consecutive layers are brought to one size by averaging, the same where
+it halves.
 """
 
 import itertools

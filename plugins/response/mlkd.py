@@ -1,9 +1,10 @@
 """Multi-level logit distillation: predictions agree sample by sample, in how samples relate, and in how classes relate.
 
-Jin, Wang, Lin, "Multi-Level Logit Distillation", CVPR 2023, with the temperatures of the released code. That code shows the models a
-weakly and a strongly augmented image, masks what the teacher is unsure of, and takes the mean over all entries of masked correlations;
-here one view, no mask, and sums over the entries divided by K and N, its unmasked form. `standardize`: Sun et al., "Logit Standardization
-in Knowledge Distillation", CVPR 2024, arXiv:2403.01427; rows of equal logits count as uniform and have no gradient.
+Jin, Wang, Lin, "Multi-Level Logit Distillation", CVPR 2023, doi:10.1109/CVPR52729.2023.02325, with the temperatures of the released
+code. That code shows the models a weakly and a strongly augmented image, masks what the teacher is unsure of, and takes the mean over all
+entries of masked correlations; here one view, no mask, and sums over the entries divided by K and N, its unmasked form. `standardize`: Sun
+et al., "Logit Standardization in Knowledge Distillation", CVPR 2024, arXiv:2403.01427; rows of equal logits count as uniform and have no
+gradient.
 """
 
 from typing import Annotated

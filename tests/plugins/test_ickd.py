@@ -32,6 +32,7 @@ def formula(loss, student, teacher, batch):
 
 
 SHAPES = [((3, 4, 4), (3, 4, 4)), ((3, 4, 4), (5, 4, 4)), ((3, 8, 8), (5, 4, 4)), ((3, 2, 4), (3, 8, 6)), ((3, 1, 1), (5, 1, 1))]
+SHAPES += [((9, 2, 2), (9, 2, 2)), ((6, 2, 2), (9, 2, 3))]  # fewer positions than channels
 
 
 @pytest.mark.parametrize("shapes", SHAPES)
@@ -80,8 +81,9 @@ def test_gradient(shapes):
     assert torch.autograd.gradcheck(lambda f: loss(kdkit.Outputs(student.logits, {"a": f}), teacher, batch), f)
 
 
-def test_a_silent_channel_has_a_row_of_zeros_without_gradient():
-    loss, student, teacher, batch = ickd((3, 4, 4), (3, 4, 4))
+@pytest.mark.parametrize("shape", [(3, 4, 4), (3, 1, 2)])
+def test_a_silent_channel_has_a_row_of_zeros_without_gradient(shape):
+    loss, student, teacher, batch = ickd(shape, shape)
     f = student.features["a"].clone()
     f[:, 0] = 0
     f.requires_grad_()
@@ -96,9 +98,10 @@ def test_a_silent_channel_has_a_row_of_zeros_without_gradient():
     assert f.grad.isfinite().all() and 0 < f.grad[:, 0].abs().max() < 1  # by its column: what the others' products with it should be
 
 
+@pytest.mark.parametrize("shape", [(3, 4, 4), (3, 1, 2)])
 @pytest.mark.parametrize("scale", [1e-12, 1e-7, 1e-5])
-def test_faint_channels_have_bounded_gradients(scale):
-    loss, student, teacher, batch = ickd((3, 4, 4), (3, 4, 4))
+def test_faint_channels_have_bounded_gradients(scale, shape):
+    loss, student, teacher, batch = ickd(shape, shape)
     for factor in (torch.tensor([scale, scale, scale]), torch.tensor([scale, 1.0, 1.0])):
         f = (factor[:, None, None] * student.features["a"]).requires_grad_()
         loss(kdkit.Outputs(student.logits, {"a": f}), teacher, batch).backward()

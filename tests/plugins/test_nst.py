@@ -30,6 +30,7 @@ def formula(loss, student, teacher, batch):
 
 
 SHAPES = [((3, 4, 4), (3, 4, 4)), ((3, 4, 4), (5, 4, 4)), ((3, 8, 8), (5, 4, 4)), ((3, 4, 4), (2, 7, 6)), ((3, 4, 6), (2, 8, 3))]
+SHAPES += [((6, 2, 2), (6, 2, 2)), ((6, 4, 4), (9, 2, 3))]  # fewer positions than channels
 
 
 @pytest.mark.parametrize("shapes", SHAPES)

@@ -1,0 +1,97 @@
+"""What a step of a stage costs, counted by running it."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from kdkit.records import Batch
+from kdkit.tapping import TappedModel
+from kdkit.teaching import Stage
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Per image of a batch, as multiples of one whole pass through the model that runs.
+
+    Attributes:
+        forwards, backwards: of students, all together.
+        teachers: forwards of models that do not learn: the recipe's teachers, frozen students, averages.
+    """
+
+    forwards: float
+    backwards: float
+    teachers: float
+
+    def __str__(self) -> str:
+        taught = f", {self.teachers:.3g} of models that teach" if self.teachers else ""
+        return f"{self.forwards:.3g} student forwards and {self.backwards:.3g} backwards an image{taught}"
+
+
+def step_cost(stage: Stage, models: Iterable[TappedModel], batch: Callable[[int], Batch], images: int) -> StepCost:
+    """Count a step's passes by the floating-point operations that they take.
+
+    Args:
+        stage: whose step; what its `parts` remember is left as it was.
+        models: all that may run beside the stage's students.
+        batch: makes one of so many images, on the models' device.
+        images: how many. The step is run with these and with twice as many, so that what it does once a batch does not count.
+    """
+    students = {id(student.module) for student in stage.students}
+    others = [model for model in (*models, *stage.buffers) if isinstance(model, TappedModel)]
+    known = {id(model.module): model for model in (*others, *stage.students) if isinstance(model, TappedModel)}
+    few, many = (_passes(stage, [model.module for model in known.values()], batch(count)) for count in (images, 2 * images))
+    forwards = backwards = teachers = 0.0
+    for key, model in known.items():
+        more = [many[key, learns] - few[key, learns] for learns in (False, True)]
+        if not any(more):
+            continue
+        whole = _whole(model, batch(images))
+        if key in students:
+            forwards, backwards = forwards + sum(more) / whole, backwards + more[True] / whole
+        else:
+            teachers += sum(more) / whole
+    return StepCost(forwards, backwards, teachers)
+
+
+def _passes(stage: Stage, networks: Iterable[nn.Module], batch: Batch) -> Counter[tuple[int, bool]]:
+    """Operations in each network's forwards, apart by whether a backward follows."""
+    spent: Counter[tuple[int, bool]] = Counter()
+    began: dict[int, int] = {}
+    remembered = copy.deepcopy(stage.parts.state_dict()) if stage.parts is not None else {}
+    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+
+        def starts(part: nn.Module, args: object) -> None:
+            began[id(part)] = counter.get_total_flops()
+
+        def ends(part: nn.Module, args: object, output: object) -> None:
+            learns = any(isinstance(value, Tensor) and value.requires_grad for value in _values(output))
+            spent[id(part), learns] += counter.get_total_flops() - began[id(part)]
+
+        handles = [network.register_forward_pre_hook(starts) for network in networks]
+        handles += [network.register_forward_hook(ends, always_call=True) for network in networks]  # a teacher may stop on its way
+        try:
+            stage.step(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+    if stage.parts is not None:
+        stage.parts.load_state_dict(remembered)
+    return spent
+
+
+def _values(output: object) -> Iterable[object]:
+    return output.values() if isinstance(output, dict) else [output]
+
+
+def _whole(model: TappedModel, batch: Batch) -> float:
+    """Operations of one whole forward with a batch."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.twin()(batch.inputs)
+    return max(1.0, float(counter.get_total_flops()))

@@ -1,0 +1,209 @@
+"""Several networks of one architecture with a common trunk, which is computed once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdkit.errors import TapError
+from kdkit.forms import as_vectors
+from kdkit.layers import Layer, resolve
+from kdkit.records import Inputs, Outputs
+from kdkit.tapping import TappedModel
+from kdkit.teaching import Model
+
+PROBE = 3  # images
+
+
+class Trunk:
+    """Makes students share everything up to a layer, that layer included; call it with images for the trunk's and all students' answers.
+
+    What the first student's layer depends on, parameters and buffers, takes the place of the others' own. Each stays a whole network, with
+    all of its names, to be measured, averaged and exported by itself.
+
+    A call runs the first student as it is. Each other runs on one image up to the layer, at rest and without gradient, and from there on
+    with what the first one's layer gave for the whole batch. Where that gives another answer than the whole network (code behind the layer
+    that looks back before it), and for compiled networks, every student runs whole: `once` says which.
+
+    Args:
+        students: fresh ones of one architecture.
+        layer: where the trunk ends, named in any of the ways of a recipe.
+
+    Raises:
+        TapError: there is no such layer, it does not give one tensor, or nothing that learns lies behind it.
+    """
+
+    def __init__(self, students: Sequence[Model], layer: str) -> None:
+        self.students = [_tapped(student) for student in students]
+        first = self.students[0]
+        self.place = resolve(layer, first.module)
+        if self.place.side != "output" or not self.place.path:
+            raise TapError(f"'{layer}': a trunk ends behind a layer of the network; name one")
+        self.layer = layer
+        first.layers.setdefault(layer, self.place)
+        with _at_rest(*(student.module for student in self.students)):
+            images = torch.rand(PROBE, *_input_shape(first), generator=torch.Generator().manual_seed(0)).to(_device(first))
+            self._began, self._ended, given, shared = _extent(first.module, self.place.path, images, layer)
+            for student in self.students[1:]:
+                _share(first.module, student.module, shared, self._began)
+            if all(name in shared for name, _ in first.module.named_parameters(remove_duplicate=False)):
+                raise TapError(f"'{layer}': nothing that learns lies behind it; end the trunk earlier")
+            self.once = not any(student.compiled for student in self.students) and self._agrees(images, given)
+
+    def __call__(self, inputs: Inputs) -> tuple[Tensor, list[Outputs]]:
+        """What the trunk gives, and each student's answer."""
+        first, *others = self.students
+        kept: list[Tensor] = []
+        handle = first.module.get_submodule(self.place.path).register_forward_hook(lambda part, args, output: kept.append(output))
+        try:
+            answer = first(inputs)
+        finally:
+            handle.remove()
+        return answer.features[self.layer], [answer, *(self._answer(other, inputs, kept[-1:], answer) for other in others)]
+
+    def _answer(self, student: TappedModel, inputs: Inputs, kept: Sequence[Tensor], first: Outputs) -> Outputs:
+        if not self.once:
+            return student(inputs)
+        one = inputs[:1] if isinstance(inputs, Tensor) else {name: value[:1] for name, value in inputs.items()}
+        with self._from_layer(student.module, kept[0]):
+            answer = student(one)
+        early = {name for name, layer in student.layers.items() if self._is_early(layer)}
+        return replace(answer, features={name: first.features[name] if name in early else f for name, f in answer.features.items()})
+
+    def _is_early(self, layer: Layer) -> bool:
+        return layer.path in (self._ended if layer.side == "output" else self._began)
+
+    @contextlib.contextmanager
+    def _from_layer(self, network: nn.Module, given: Tensor) -> Iterator[None]:
+        """Let the network begin, in effect, with what the trunk's last layer gave."""
+        learning = torch.is_grad_enabled()
+
+        def give(part: nn.Module, args: object, output: object) -> Tensor:
+            torch.set_grad_enabled(learning)
+            return given
+
+        resting = [part for path, part in network.named_modules() if path in self._ended and part.training]
+        handle = network.get_submodule(self.place.path).register_forward_hook(give)
+        for part in resting:
+            part.training = False
+        try:
+            torch.set_grad_enabled(False)
+            yield
+        finally:
+            torch.set_grad_enabled(learning)
+            handle.remove()
+            for part in resting:
+                part.training = True
+
+    @torch.no_grad()
+    def _agrees(self, images: Tensor, given: Tensor) -> bool:
+        """Whether a network that begins with what the trunk gave answers as the whole network does."""
+        network = self.students[-1].module
+        whole = _logits(network(images))
+        try:
+            with self._from_layer(network, given):
+                short = _logits(network(images[:1]))
+        except (RuntimeError, ValueError, AssertionError, IndexError):  # what the code behind the layer makes of one image and a batch
+            return False
+        return whole.shape == short.shape and (whole.is_meta or torch.allclose(whole, short, rtol=1e-4, atol=1e-5))
+
+
+def channels(student: Model, layer: str) -> int:
+    """How many channels a tapped layer of a student has, or how long its vectors are; found by running it on zeros."""
+    model = _tapped(student)
+    probe = TappedModel(model.module, input_shape=model.input_shape)
+    probe.layers = {layer: model.layers[layer]}
+    with _at_rest(model.module), torch.no_grad():
+        return as_vectors(probe(torch.zeros(1, *_input_shape(model), device=_device(model))).features[layer]).shape[1]
+
+
+def _extent(network: nn.Module, path: str, images: Tensor, layer: str) -> tuple[set[str], set[str], Tensor, set[str]]:
+    """Modules that begin, and those that end, before a layer has given its output; the output; the parameters that it depends on."""
+    began: set[str] = set()
+    ended: set[str] = set()
+    given: list[Any] = []
+
+    def starts(name: str) -> Callable[..., None]:
+        return lambda part, args: None if given else began.add(name)
+
+    def ends(name: str) -> Callable[..., None]:
+        def hook(part: nn.Module, args: object, output: object) -> None:
+            if not given:
+                ended.add(name)
+            if name == path:
+                given.append(output)
+
+        return hook
+
+    named = dict(network.named_modules())
+    handles = [part.register_forward_pre_hook(starts(name)) for name, part in named.items()]
+    handles += [part.register_forward_hook(ends(name)) for name, part in named.items()]
+    parameters = {id(p): p for p in network.parameters() if p.is_floating_point()}
+    constant = [p for p in parameters.values() if not p.requires_grad]
+    try:
+        with torch.enable_grad():
+            for parameter in constant:
+                parameter.requires_grad_(True)
+            network(images)
+            if len(given) != 1 or not isinstance(given[0], Tensor):
+                raise TapError(f"'{layer}' runs {len(given)} times or does not give one tensor; a trunk ends behind a layer that does")
+            found = torch.autograd.grad(given[0].sum(), list(parameters.values()), allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in constant:
+            parameter.requires_grad_(False)
+    reached = {key for key, slope in zip(parameters, found, strict=True) if slope is not None}
+    shared = {name for name, p in network.named_parameters(remove_duplicate=False) if id(p) in reached}
+    return began, ended, given[0].detach(), shared
+
+
+def _share(source: nn.Module, target: nn.Module, parameters: set[str], modules: set[str]) -> None:
+    """Put parameters, and the buffers of modules, of one network into another."""
+    for path, part in source.named_modules():
+        other, prefix = target.get_submodule(path), f"{path}." if path else ""
+        for name, parameter in part.named_parameters(recurse=False, remove_duplicate=False):
+            if f"{prefix}{name}" in parameters:
+                setattr(other, name, parameter)
+        if path in modules:
+            for name, buffer in part.named_buffers(recurse=False, remove_duplicate=False):
+                setattr(other, name, buffer)
+
+
+@contextlib.contextmanager
+def _at_rest(*networks: nn.Module) -> Iterator[None]:
+    """Eval mode inside, whatever it was before outside."""
+    training = [part for network in networks for part in network.modules() if part.training]
+    try:
+        for network in networks:
+            network.eval()
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def _tapped(student: Model) -> TappedModel:
+    assert isinstance(student, TappedModel), "students come from kdkit.Models"
+    return student
+
+
+def _input_shape(model: TappedModel) -> tuple[int, int, int]:
+    if model.input_shape is None:
+        raise TapError(f"{model.role}: the shape of its images is not known")
+    return model.input_shape
+
+
+def _device(model: TappedModel) -> torch.device:
+    return next(model.module.parameters()).device
+
+
+def _logits(output: object) -> Tensor:
+    logits = output["logits"] if isinstance(output, Mapping) else output
+    assert isinstance(logits, Tensor)
+    return logits
