@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import cast
@@ -186,31 +187,14 @@ class _Planner:
             stage.parts.to(factory.device)
         with seeded("images"):
             images = torch.rand(PROBE, *info.image_shape)
-
-        def batch(count: int) -> Batch:
-            index = torch.arange(count, device=factory.device)
-            views = (images.to(factory.device).repeat(count // PROBE, 1, 1, 1),) * stage.views
-            return Batch(views[0], index % info.num_classes, index, views[1:])
-
+        batch = functools.partial(_batch, images.to(factory.device), info.num_classes, stage.views)
         with torch.no_grad():
             lessons = stage.step(batch(PROBE))
-        if unknown := set(stage.losses or ()) - set(self.recipe.loss_names()):
-            raise self.recipe.error(
-                ["schedule"], f"stage '{stage.name}' asks for losses that are not there: {suggest(unknown.pop(), self.recipe.loss_names())}"
-            )
         last = len(stage.students) - 1
-        if len(lessons) <= last:
-            raise self.recipe.error(["schedule"], f"stage '{stage.name}' gives {len(lessons)} lessons for {last + 1} students")
-        objective, *others = (build(self.recipe, stage.losses, factory.expand, layers=i <= last) for i in range(len(lessons)))
-        if not all(objective.active(lesson) for lesson in lessons):
-            raise self.recipe.error(["losses"], f"stage '{stage.name}' has no teacher, and none of its losses is on labels")
-        if stage.result == "best" and not self.spec.data.validation:
-            raise self.recipe.error(["schedule"], f"stage '{stage.name}' leaves the best student on validation data; set `data.validation`")
+        objectives = [build(self.recipe, stage.losses, factory.expand, layers=i <= last) for i in range(len(lessons))]
+        self._check_stage(stage, lessons, objectives)
         self._check_images(stage, labels)
-        if stage.name in self._stages:
-            raise self.recipe.error(["schedule"], f"two stages are called '{stage.name}'; their logs and random numbers go by that name")
-        self._stages.add(stage.name)
-        network = stage.students[0].module
+        objective, network = objectives[0], stage.students[0].module
         self._networks = factory.teacher_modules()
         context = Context(network, factory.teaching(stage), info.num_classes, num_train, labels)
         with seeded("plan"):
@@ -218,8 +202,8 @@ class _Planner:
             tried = [_on_random_numbers(lesson, images[0].shape, info.num_classes) if random else lesson for lesson in lessons]
             left = self._try_losses(objective, tried[0], known, context)
             cast("TappedModel", stage.students[0]).settle(left)
-            for i, (other, lesson) in enumerate(zip(others, tried[1:], strict=True), 1):
-                if _shapes(lesson) != _shapes(tried[0]):  # a peer of another architecture
+            for i, (other, lesson) in enumerate(zip(objectives, tried, strict=True)):
+                if _shapes(lesson) != _shapes(tried[0]):  # a peer of another architecture, or no student's
                     whose = replace(context, student=stage.students[min(i, last)].module, teacher=factory.teaching(stage, min(i, last)))
                     self._try_losses(other, lesson, known, whose)
         if stage.train is not None and not self.problems:
@@ -231,6 +215,21 @@ class _Planner:
         entries = {name: objective.entries[name] for name in active}
         cost = step_cost(stage, factory.models(), batch, PROBE)
         return StagePlan(stage.name, len(stage.students), formula(entries), tuple(adapters(active)), epochs, steps * epochs, cost)
+
+    def _check_stage(self, stage: Stage, lessons: Sequence[Lesson], objectives: Sequence[Objective]) -> None:
+        """Whether its names, numbers and wishes fit the recipe."""
+        names, called = self.recipe.loss_names(), f"stage '{stage.name}'"
+        if unknown := set(stage.losses or ()) - set(names):
+            raise self.recipe.error(["schedule"], f"{called} asks for losses that are not there: {suggest(unknown.pop(), names)}")
+        if len(lessons) < len(stage.students):
+            raise self.recipe.error(["schedule"], f"{called} gives {len(lessons)} lessons for {len(stage.students)} students")
+        if not all(objective.active(lesson) for objective, lesson in zip(objectives, lessons, strict=True)):
+            raise self.recipe.error(["losses"], f"{called} has no teacher, and none of its losses is on labels")
+        if stage.result == "best" and not self.spec.data.validation:
+            raise self.recipe.error(["schedule"], f"{called} leaves the best student on validation data; set `data.validation`")
+        if stage.name in self._stages:
+            raise self.recipe.error(["schedule"], f"two stages are called '{stage.name}'; their logs and random numbers go by that name")
+        self._stages.add(stage.name)
 
     def _check_images(self, stage: Stage, labels: torch.Tensor) -> None:
         """Whether the recipe can give the stage its views, and its images in the order that it wants."""
@@ -268,8 +267,24 @@ def _teacher_name(options: object, trained: TrainedTeacher | None) -> str:
     return trained.options.model if trained else options.model if isinstance(options, ModelOptions) else ""
 
 
-def _shapes(lesson: Lesson) -> list[dict[str, torch.Size]]:
-    return [{"": said.logits.shape, **{k: f.shape for k, f in said.features.items()}} for said in (lesson.student, *lesson.teachers)]
+def _batch(images: torch.Tensor, num_classes: int, views: int, count: int) -> Batch:
+    """So many images, the same ones again where they are not enough."""
+    index = torch.arange(count, device=images.device)
+    shown = images[index % len(images)]
+    return Batch(shown, index % num_classes, index, (shown,) * (views - 1))
+
+
+def _shapes(lesson: Lesson) -> list[torch.Size]:
+    """Of all that it shows."""
+    found: list[torch.Size] = []
+
+    def note(value: torch.Tensor) -> torch.Tensor:
+        found.append(value.shape)
+        return value
+
+    for said in (lesson.student, *lesson.teachers):
+        said.map(note)
+    return found
 
 
 def _has_random_weights(options: object) -> bool:

@@ -142,7 +142,11 @@ def test_a_network_that_looks_back_runs_whole():
 
 @pytest.mark.parametrize(
     ("kind", "layer", "says"),
-    [(Twice, "one", "runs 2 times"), (LooksBack, "two", "nothing that learns lies behind"), (LooksBack, "two@input", "ends behind a layer")],
+    [
+        (Twice, "one", "runs 2 times"),
+        (LooksBack, "two", "nothing that learns lies behind"),
+        (LooksBack, "two@input", "ends behind a layer"),
+    ],
 )
 def test_where_no_trunk_can_end(kind, layer, says):
     with pytest.raises(kdkit.TapError, match=says):

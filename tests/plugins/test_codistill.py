@@ -101,7 +101,10 @@ def test_each_process_goes_on_with_its_own_student(tmp_path):
     ("changes", "says"),
     [
         ({"schedule": {"use": "codistill", "size": 3}}, "3 students cannot be trained by 2 processes"),
-        ({"losses": [*PAIR["losses"], {"use": "sp", "gather": True, "layers": [{"student": "conv2", "teacher": "conv2"}]}]}, "are not to be gathered"),
+        (
+            {"losses": [*PAIR["losses"], {"use": "sp", "gather": True, "layers": [{"student": "conv2", "teacher": "conv2"}]}]},
+            "are not to be gathered",
+        ),
     ],
 )
 def test_what_processes_that_train_apart_cannot_do(tmp_path, changes, says):

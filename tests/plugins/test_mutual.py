@@ -104,12 +104,14 @@ def test_peers_of_other_backbones_and_the_best_one_is_exported(tmp_path, monkeyp
     monkeypatch.setattr(StageRun, "chosen", property(lambda self: 1))
     peers = [{"model": "mlp/16", "activation": "tanh"}]
     changes = {"schedule": {"peers": peers, "result": "best"}, "data": {"validation": 8, "dataset": {"train": 56}}}
-    result = train(tmp_path, recipe("mutual", name="group"), **changes)
+    result = train(tmp_path, {**recipe("mutual"), "name": "group"}, **changes)
     assert result.network["model"] == "mlp/16" and result.network["activation"] == "tanh"
     assert "layer1.0.weight" in weights(tmp_path / "run")
     for best in (False, True):
         student = kdkit.load_student(tmp_path / "run", best=best)
-        assert torch.equal(student.module.fc.weight, weights(tmp_path / "run", "best.safetensors" if best else "student.safetensors")["fc.weight"])
+        assert torch.equal(
+            student.module.fc.weight, weights(tmp_path / "run", "best.safetensors" if best else "student.safetensors")["fc.weight"]
+        )
     assert json.loads((tmp_path / "run" / "result.json").read_text())["best"]["network"] == result.network
     monkeypatch.undo()
     (tmp_path / "runs").mkdir()
@@ -134,7 +136,9 @@ def test_a_peer_that_does_not_fit_a_loss_is_told(tmp_path):
 
 def test_each_peers_adapters_are_sized_for_it(tmp_path):
     peer = {**PLAIN["teacher"], "args": {**PLAIN["teacher"]["args"], "channels": [4, 8, 12, 16]}}
-    trainer, _ = trainer_of(tmp_path, recipe("mutual", schedule={"peers": [peer]}, losses=[*PLAIN["losses"], {**HINT, "adapter": "linear"}]))
+    trainer, _ = trainer_of(
+        tmp_path, recipe("mutual", schedule={"peers": [peer]}, losses=[*PLAIN["losses"], {**HINT, "adapter": "linear"}])
+    )
     epoch(trainer)
     one, two = (str(objective.losses["hint"]) for objective in trainer.learner.objectives)
     assert one != two

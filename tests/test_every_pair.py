@@ -1,0 +1,106 @@
+"""Every loss under every schedule: two steps on tiny models in every stage, or one clear line that says why not."""
+
+import itertools
+
+import pytest
+import torch
+from training import TINY, train, write
+
+import kdkit
+from kdkit import plan, recipe, registry, runs
+from kdkit.engine import build_accelerator
+from kdkit.factory import ModelFactory
+
+PLUGINS = registry.load()
+WIDER = {**TINY, "args": {**TINY["args"], "channels": [8, 8, 16, 16]}}
+BASE = {
+    "name": "pair",
+    "data": {"dataset": {"use": "synthetic", "image_size": 16, "train": 24, "test": 8, "num_classes": 4}, "batch_size": 8},
+    "student": TINY,
+    "train": {"epochs": 1, "optimizer": {"lr": 1e-3}, "clip_grad": 1.0},
+    "run": {"snapshots": 1},
+}
+SCHEDULES = {
+    "assistants": {"assistants": [TINY]},
+    "branches": {"split": "stage2"},
+    "born_again": {"generations": 2},
+    "rco": {"anchors": [1]},
+    "staged": {"stages": [{"name": "all"}], "turned": True},
+}
+
+
+def layers(*names):
+    return {"layers": [{"student": name, "teacher": name} for name in names]}
+
+
+OPTIONS = {
+    "byot": {"layers": [{"student": "stage2", "teacher": "stage4"}]},
+    "cat_kd": layers("stage4"),
+    "crd": {**layers("penultimate"), "negatives": 4, "size": 4},
+    "ctkd": {"reversal": 1.0},
+    "frskd": layers("stage2", "stage3"),
+    "mgd": {**layers("stage3"), "weight": 1e-4},
+    "ofd": layers("layer3.0.act2@input"),
+    "review": {**layers("stage2", "stage3"), "width": 4},
+    "simkd": layers("stage4"),
+    "srrl": layers("stage4"),
+    "vitkd": {**layers("stage2", "stage3"), "weight": 1e-4},
+}
+# What cannot be, and the words that say why.
+NO_TEACHER = "is never used: no stage of schedule 'supervised' has a teacher"
+REFUSED = {("supervised", loss): NO_TEACHER for loss, cls in PLUGINS.losses.items() if cls.knowledge != "labels"}
+
+
+def options(loss):
+    compares = issubclass(PLUGINS.losses[loss].Options, kdkit.FeatureOptions)
+    return OPTIONS.get(loss, layers("stage2", "stage3") if compares else {})
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A recipe whose run has snapshots."""
+    folder = tmp_path_factory.mktemp("teacher")
+    alone = {**BASE, "name": "teacher", "student": WIDER, "schedule": {"use": "supervised"}, "losses": [{"use": "cross_entropy"}]}
+    train(folder, alone, into="runs/teacher")
+    return folder / "recipe.yaml"
+
+
+def two_steps(path):
+    """The first two steps of every stage; the values of their terms."""
+    loaded = recipe.load(path)
+    plan.make(loaded)
+    accelerator = build_accelerator(loaded.spec.train)
+    prepared = runs.open_data(loaded, accelerator)
+    teachers = runs.trained_teachers(loaded, path.parent / "run", quiet=True)
+    factory = ModelFactory(loaded, prepared.info, teachers, device=torch.device("cpu"))
+    carried, found = {}, []
+    schedule = loaded.plugins.schedules[loaded.spec.schedule.use](loaded.spec.schedule)
+    for number, stage in enumerate(schedule.stages(factory)):
+        trainer = runs.build_trainer(loaded, prepared, factory, accelerator, number, stage, carried)
+        found += itertools.chain(*itertools.islice(trainer.train_epoch(), 2))
+        trainer.refuse_non_finite()
+        trainer.close()
+    factory.verify_frozen()
+    return found
+
+
+@pytest.mark.parametrize("schedule", PLUGINS.schedules)
+def test_every_loss_trains_under(schedule, teacher, tmp_path, monkeypatch):
+    monkeypatch.chdir(teacher.parent)
+    needs_teacher = PLUGINS.schedules[schedule].needs_teacher
+    wrong = []
+    for loss in PLUGINS.losses:
+        losses = [{"use": "cross_entropy", "name": "labels"}, {"use": loss, **options(loss)}]
+        spec = {**BASE, "schedule": {"use": schedule, **SCHEDULES.get(schedule, {})}, "losses": losses}
+        path = write(tmp_path, {**spec, "teacher": {"recipe": str(teacher)}} if needs_teacher else spec)
+        try:
+            values = two_steps(path)
+        except kdkit.KdkitError as error:
+            if REFUSED.get((schedule, loss), "nothing") not in str(error) or "\n" in str(error):
+                wrong.append(f"{loss}: {error}")
+            continue
+        if (schedule, loss) in REFUSED:
+            wrong.append(f"{loss}: should be refused: {REFUSED[schedule, loss]}")
+        if not any(loss in value.terms for value in values) or not all(value.total.isfinite() for value in values):
+            wrong.append(f"{loss}: {[{name: float(x) for name, x in value.terms.items()} for value in values]}")
+    assert not wrong, "\n".join(wrong)
