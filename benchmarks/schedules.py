@@ -1,7 +1,7 @@
 """Every schedule with response, feature and relation losses on handwritten digits: accuracy over seeds, and cost.
 
-Trains the recipes of recipes/digits/schedules, each with its own losses, with `hint` added and with `rkd_distance` added, and prints a table
-in Markdown. Runs that are there already are reused, so that a table with more seeds trains only what is new.
+Trains the recipes of recipes/digits/schedules, each with its own losses, with `hint` added and with `rkd_distance` added, and prints a
+table in Markdown. Runs that are there already are reused, so that a table with more seeds trains only what is new.
 
     python benchmarks/schedules.py --seeds 5
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -56,6 +56,10 @@ class Outputs:
         logits = change(self.logits)
         features = {name: logits if value is self.logits else change(value) for name, value in self.features.items()}
         return Outputs(logits, features, {name: view.map(change) for name, view in self.views.items()})
+
+    def seen_beside(self, views: Mapping[str, Outputs]) -> Outputs:
+        """The same answer, with those to other views."""
+        return replace(self, views=views)
 
     def detach(self) -> Outputs:
         """The same values as constants."""

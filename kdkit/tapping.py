@@ -222,9 +222,9 @@ def _has_channels_last(f: Tensor, inputs: Inputs, module: nn.Module) -> bool:
 class FeaturesOnly(Outputs):
     """An answer whose forward stopped behind the deepest tapped layer: features, but no logits."""
 
-    def __init__(self, features: Mapping[str, Tensor], role: str) -> None:
-        object.__setattr__(self, "features", features)
-        object.__setattr__(self, "role", role)
+    def __init__(self, features: Mapping[str, Tensor], role: str, views: Mapping[str, Outputs] | None = None) -> None:
+        for name, value in (("features", features), ("role", role), ("views", views or {})):
+            object.__setattr__(self, name, value)  # the record is frozen
 
     @property
     def logits(self) -> Tensor:
@@ -238,7 +238,12 @@ class FeaturesOnly(Outputs):
 
     def map(self, change: Callable[[Tensor], Tensor]) -> FeaturesOnly:
         """The same record with every tensor changed."""
-        return FeaturesOnly({name: change(value) for name, value in self.features.items()}, vars(self)["role"])
+        views = {name: view.map(change) for name, view in self.views.items()}
+        return FeaturesOnly({name: change(value) for name, value in self.features.items()}, vars(self)["role"], views)
+
+    def seen_beside(self, views: Mapping[str, Outputs]) -> FeaturesOnly:
+        """The same answer, with those to other views."""
+        return FeaturesOnly(self.features, vars(self)["role"], views)
 
     def __repr__(self) -> str:
         return f"FeaturesOnly({dict(self.features)!r})"

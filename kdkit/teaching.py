@@ -174,7 +174,7 @@ def see(model: Model, inputs: Inputs, views: Mapping[str, Inputs]) -> Outputs:
     shown = [images for images in (inputs, *views.values()) if isinstance(images, Tensor)]
     answer, sizes = model(torch.cat(shown)), [len(images) for images in shown]
     own, *others = (answer.map(functools.partial(_rows, sizes=sizes, part=i)) for i in range(len(sizes)))
-    return replace(own, views=dict(zip(views, others, strict=True)))
+    return own.seen_beside(dict(zip(views, others, strict=True)))
 
 
 def _rows(x: Tensor, sizes: Sequence[int], part: int) -> Tensor:

@@ -87,3 +87,9 @@ def test_check_says_what_each_stage_does(tmp_path):
     said = str(kdkit.check(write(tmp_path, RECIPE)))
     assert "stage hints: 2 epochs" in said and "total = 10 * hint(stage2 ~ stage2)" in said
     assert "stage answers: 1 epochs" in said and "total = 1 * cross_entropy + 1 * logit_kl" in said
+
+
+def test_a_teacher_that_stops_early_answers_turned_images_too(tmp_path):
+    plan = {"name": "hints", "epochs": 1}
+    result = train(tmp_path, RECIPE, losses=[{"use": "cross_entropy"}, HINT], schedule=stages(plan, turned=True))
+    assert result.test["top1"] >= 0
