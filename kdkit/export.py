@@ -22,7 +22,7 @@ from kdkit.errors import ModelError
 from kdkit.normalization import NormalizationAdapter
 from kdkit.providers import ModelOptions, ModelSource
 from kdkit.recipe_types import DEFAULT_SOURCE
-from kdkit.stage_run import weights
+from kdkit.standing import weights
 from kdkit.tapping import TappedModel
 from kdkit.trained import EXPORTED, WEIGHTS, TrainedRun
 

@@ -73,7 +73,7 @@ class ModelFactory:
 
     def teacher_layers(self, name: str) -> list[str]:
         """Layers that the losses read of a teacher."""
-        entries = [entry for entry in self._looking_at(name) if self.recipe.plugins.losses[entry.use].knowledge != "labels"]
+        entries = [entry for entry in self.looking_at(name) if self.recipe.plugins.losses[entry.use].knowledge != "labels"]
         return list(dict.fromkeys(pair.teacher for entry in entries for pair in self.expand(entry.taps(), name)))
 
     def expand(self, pairs: Sequence[LayerPair], teacher: str | None = None, own: bool = False) -> list[LayerPair]:
@@ -164,7 +164,7 @@ class ModelFactory:
                     f"{model.role} is frozen, yet its parameters or buffers have changed; a plugin or schedule must have done it"
                 )
 
-    def _looking_at(self, name: str) -> list[LossEntry]:
+    def looking_at(self, name: str) -> list[LossEntry]:
         """The losses that look at a teacher."""
         return [entry for entry in self.recipe.spec.losses if entry.teacher in (None, name)]
 
@@ -187,7 +187,7 @@ class ModelFactory:
     def _build_teacher(self, name: str, number: int, file: Path | None = None) -> TappedModel:
         spec, options = self.recipe.spec.all_teachers()[name], self._teacher_options(name)
         assert options is not None and isinstance(spec, TeacherOptions)
-        losses = [self.recipe.plugins.losses[entry.use] for entry in self._looking_at(name)]
+        losses = [self.recipe.plugins.losses[entry.use] for entry in self.looking_at(name)]
         model = self._build(name, options, self.teacher_layers(name), number, file)
         several = len(self.recipe.spec.all_teachers()) > 1  # which a schedule may weigh by their logits
         model.needs_logits = several or any(loss.knowledge == "response" or loss.needs_teacher_logits for loss in losses)

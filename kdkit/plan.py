@@ -76,6 +76,9 @@ class _Planner:
         for name, one in teachers.items():
             with self._problems_at(*spec.place_of(name)):
                 planned.append(self._model(f"{name} {_teacher_name(one, trained.get(name))}", factory.teacher(name), info))
+            reading = [entry.use for entry in factory.looking_at(name) if self.recipe.plugins.losses[entry.use].needs_networks]
+            if getattr(one, "fold_batchnorm", False) and reading:
+                self.notes.append(f"`fold_batchnorm` of {name} has no effect: {reading[0]} reads its layers")
             if _has_random_weights(one):
                 self.notes.append(f"the weights of {name} are random: give it a `checkpoint`, `pretrained: true` or a `recipe`")
         self._raise_if_any()

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdkit.errors import ModelError
-from kdkit.stage_run import weights
+from kdkit.standing import weights
 from kdkit.teaching import Model
 
 Shape = tuple[int, int, int]

@@ -24,7 +24,8 @@ from kdkit.recipe import Recipe, teacher_recipes
 from kdkit.run_folder import Result, RunFolder
 from kdkit.setting import Setting
 from kdkit.signals import StopRequest
-from kdkit.stage_run import StageRun, weights
+from kdkit.stage_run import StageRun
+from kdkit.standing import weights
 from kdkit.teaching import Model, Stage
 
 Carried = dict[tuple[Model, int], dict[str, Loss]]  # of each student (and lesson beyond the students'), its losses so far by name
@@ -220,15 +221,15 @@ def _labels_by_index(loader: data.TrainLoader) -> Tensor:
 
 
 def _result(setting: Setting, last: StageRun) -> Result:
-    chosen = last.chosen
-    student, scores = last.deployed()[chosen], last.scores[chosen]
-    peers = [other for i, other in enumerate(last.scores) if i != chosen]
+    standing, chosen = last.standing, last.standing.chosen
+    student, scores = standing.deployed()[chosen], standing.scores[chosen]
+    peers = [other for i, other in enumerate(standing.scores) if i != chosen]
     recipe, folder = setting.recipe, setting.folder
     result = Result(
         folder=folder.path, name=recipe.spec.name, seed=recipe.spec.seed, test=scores["test"], validation=scores.get("validation"),
         parameters=sum(p.numel() for p in student.module.parameters()), seconds=round(setting.spent(), 3), epochs=last.trainer.epochs,
         best=setting.best, teacher=metrics(setting.teacher) if setting.teacher else None, peers=tuple(peer["test"] for peer in peers),
-        ensemble=last.ensemble.get("test"), network=setting.factory.network(last.trainer.stage.students[chosen]),
+        ensemble=standing.ensemble.get("test"), network=setting.factory.network(last.trainer.stage.students[chosen]),
         warnings=tuple(setting.reporter.warnings),
     )  # fmt: skip
     if setting.is_main:

@@ -9,19 +9,13 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object, send_to_device
-from safetensors.torch import save
 
-from kdkit.checkpoints import write_atomically
 from kdkit.engine import Trainer
-from kdkit.ensembles import combined
 from kdkit.errors import Interrupted, RunError
-from kdkit.evaluate import Predictions, metrics, predict
 from kdkit.meter import Meter
 from kdkit.setting import Setting
-from kdkit.tapping import TappedModel
-from kdkit.teaching import Model
+from kdkit.standing import Standing
 
-Scores = dict[str, dict[str, float]]  # part of the data -> metrics
 STEPS_BETWEEN_QUESTIONS = 10
 
 
@@ -32,8 +26,7 @@ class StageRun:
         self.setting, self.trainer = setting, trainer
         self.kind = f"stage{number}"
         self.meter = Meter()
-        self.scores: list[Scores] = []  # of each student, when last measured
-        self.ensemble: Scores = {}  # of all together
+        self.standing = Standing(setting, trainer)
         self._finished = False
         self._clock, self._clock_step = time.monotonic(), 0
 
@@ -51,7 +44,7 @@ class StageRun:
                 self._train_epoch()
                 self._close_epoch()
                 self._finished = trainer.epoch == trainer.epochs
-                self._keep_snapshot()
+                self.standing.keep_snapshot()
                 if self._finished or trainer.epoch % setting.recipe.spec.run.checkpoint_epochs == 0:
                     self._save()
         trainer.close()
@@ -79,7 +72,7 @@ class StageRun:
 
     def _close_epoch(self) -> None:
         """Measure, warn, log, and begin to count anew."""
-        setting, trainer, spec = self.setting, self.trainer, self.setting.recipe.spec
+        setting, trainer, standing, spec = self.setting, self.trainer, self.standing, self.setting.recipe.spec
         means, speed = self._over_processes(self.meter.means()), self._speed(whole_epoch=True)
         for name in (name for name in self.meter.silent() if means[name] == 0):
             place = f"epoch {trainer.epoch} of stage '{trainer.stage.name}'"
@@ -89,24 +82,19 @@ class StageRun:
             measured = True  # its learning rate hangs on it
         if measured:
             trainer.synchronise()
-            self._measure()
-            self._keep_best()
-        validation = self.scores[0].get("validation") if measured else None
-        for updater, scores in itertools.zip_longest(trainer.updaters, self.own_scores if validation else []):
+            standing.measure()
+            standing.keep_best()
+        validation = standing.scores[0].get("validation") if measured else None
+        for updater, scores in itertools.zip_longest(trainer.updaters, standing.own_scores if validation else []):
             updater.schedule.after_epoch(trainer.epoch, scores["validation"]["top1"] if scores else means["loss"])
         spent, done = setting.spent(), trainer.epoch / trainer.epochs
-        test = self.scores[0]["test"] if measured else {}
+        test = standing.scores[0]["test"] if measured else {}
         label = f"{trainer.stage.name} epoch {trainer.epoch}/{trainer.epochs}"
         setting.reporter.epoch(label, means, self.lr, speed, test, spent / done - spent)
         if setting.is_main:
-            line: dict[str, Any] = dict(self.scores[0]) if measured else {}
-            if measured and len(self.scores) > 1:
-                line["peers"] = self.scores[1:]
-            if measured and self.ensemble:
-                line["ensemble"] = self.ensemble
             setting.folder.log(
                 kind="epoch", stage=trainer.stage.name, epoch=trainer.epoch, step=trainer.steps, seconds=round(spent, 3), lr=self.lr,
-                images_per_second=round(speed, 1), train=means, **line,
+                images_per_second=round(speed, 1), train=means, **(standing.line() if measured else {}),
             )  # fmt: skip
             setting.accelerator.log({f"test/{name}": value for name, value in test.items()}, step=trainer.steps)
         self.meter = Meter()
@@ -116,72 +104,11 @@ class StageRun:
         """Learning rate of the next step."""
         return self.trainer.updaters[0].lr
 
-    @property
-    def own_scores(self) -> list[Scores]:
-        """Those of this process's students."""
-        count = len(self.trainer.stage.students)
-        begin = self.setting.accelerator.process_index * count if self.trainer.apart else 0
-        return self.scores[begin : begin + count]
-
-    def deployed(self) -> list[Model]:
-        """The students as they are measured and exported."""
-        pairs = zip(self.trainer.stage.students, self.trainer.deployed(), strict=True)
-        return [cast("TappedModel", student).twin(module) for student, module in pairs]
-
     def _speed(self, *, whole_epoch: bool = False) -> float:
         """Training images per second in this epoch so far, over all processes."""
         steps = (self.trainer.steps_per_epoch if whole_epoch else self.trainer.step) - self._clock_step
         images = steps * self.trainer.spec.accumulate * self.setting.recipe.spec.data.batch_size
         return images / max(time.monotonic() - self._clock, 1e-9)
-
-    def _measure(self) -> None:
-        """Each student, and, where there are several models, their ensemble (the mean of their probabilities).
-
-        Processes that train apart measure their own students on the whole data, and tell each other.
-        """
-        setting, apart = self.setting, self.trainer.apart
-        world = 1 if apart else setting.accelerator.num_processes
-        models = [*self.deployed(), *(() if apart else self.trainer.stage.company)]
-        self.scores = [{} for _ in range(len(self.trainer.stage.students) * (setting.accelerator.num_processes if apart else 1))]
-        self.ensemble = {}
-        for part, batches in (("test", setting.data.test), ("validation", setting.data.validation)):
-            if batches is None:
-                continue
-            teacher = setting.teacher if part == "test" else None
-            found = [predict(model, batches.whole() if apart else batches, world=world) for model in models]
-            found = gather_object(found) if apart else found
-            for scores, one in zip(self.scores, found, strict=False):  # the company has no scores of its own
-                scores[part] = metrics(one, teacher)
-            if len(found) > 1:
-                self.ensemble[part] = metrics(Predictions(combined([one.logits for one in found]), found[0].labels), teacher)
-
-    @property
-    def chosen(self) -> int:
-        """Which student the stage leaves, by its number."""
-        if self.trainer.stage.result == "first":
-            return 0
-        return max(range(len(self.scores)), key=lambda i: self.scores[i]["validation"]["top1"])
-
-    def _keep_best(self) -> None:
-        """Remember the epoch (and, where the stage leaves the best student, which one it is) that is best on validation, never on test."""
-        setting, stage = self.setting, self.trainer.stage.name
-        if "validation" not in self.scores[0]:
-            return
-        scores, student = self.scores[self.chosen], self.trainer.stage.students[self.chosen]
-        known = setting.best if setting.best and setting.best["stage"] == stage else None  # an earlier stage trained something else
-        if known is None or scores["validation"]["top1"] > known["validation"]["top1"]:
-            setting.best = {"stage": stage, "epoch": self.trainer.epoch, **scores}
-            if (network := setting.factory.network(student)) is not None:
-                setting.best["network"] = network
-            if setting.is_main:
-                write_atomically(setting.folder.best_file, weights(self.deployed()[self.chosen]))
-
-    def _keep_snapshot(self) -> None:
-        every, trainer, setting = self.setting.recipe.spec.run.snapshots, self.trainer, self.setting
-        if every and trainer.epoch % every == 0:
-            trainer.synchronise()
-            if setting.is_main:
-                write_atomically(setting.folder.snapshot_file(trainer.stage.name, trainer.epoch), weights(self.deployed()[0]))
 
     def _read(self, *, together: bool = False) -> dict[str, float]:
         """The last step's terms: this process's, or `together` the mean over all."""
@@ -222,7 +149,7 @@ class StageRun:
         try:
             self.trainer.load_state_dict(learnt)
             self.meter.load_state_dict(saved["meter"])
-            self.scores, self.ensemble = saved["scores"], saved["ensemble"]
+            self.standing.scores, self.standing.ensemble = saved["scores"], saved["ensemble"]
             setting.best, setting.seconds = saved["best"], saved["seconds"]
             setting.reporter.warnings[:] = dict.fromkeys([*saved["warnings"], *setting.reporter.warnings])
         except (KeyError, ValueError, RuntimeError) as error:
@@ -254,7 +181,7 @@ class StageRun:
             learnt = {"processes": gather_object([send_to_device(learnt, "cpu")])}
         if setting.is_main:
             state = {
-                "trainer": learnt, "meter": meter, "scores": self.scores, "ensemble": self.ensemble,
+                "trainer": learnt, "meter": meter, "scores": self.standing.scores, "ensemble": self.standing.ensemble,
                 "best": setting.best,
                 "seconds": setting.spent(), "warnings": list(setting.reporter.warnings),
             }  # fmt: skip
@@ -286,11 +213,3 @@ class StageRun:
         place = f"epoch {trainer.epoch + 1} of stage '{trainer.stage.name}'"
         says = f"stopped by {received.name} in {place}, saved in {setting.folder.path}; the same command goes on from here"
         raise Interrupted(says, received)
-
-
-def weights(model: Model) -> bytes:
-    """A network's weights as safetensors."""
-    state = model.module.state_dict()
-    return save(
-        {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
-    )  # tied ones apart

@@ -15,7 +15,7 @@ ORDER = """
     randomness augment signals subsets transforms images stream data
     objective meter optim trainable engine evaluate probes testing
     checkpoints run_folder progress factory deployment step_cost describe plan trained curves show
-    setting stage_run profile export cost_table runs study api __init__ cli __main__
+    setting standing stage_run profile export cost_table runs study api __init__ cli __main__
 """.split()  # noqa: SIM905
 
 

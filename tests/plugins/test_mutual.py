@@ -99,9 +99,9 @@ def test_stopped_anywhere_it_goes_on_as_if_it_had_not(tmp_path, name):
 
 
 def test_peers_of_other_backbones_and_the_best_one_is_exported(tmp_path, monkeypatch):
-    from kdkit.stage_run import StageRun
+    from kdkit.standing import Standing
 
-    monkeypatch.setattr(StageRun, "chosen", property(lambda self: 1))
+    monkeypatch.setattr(Standing, "chosen", property(lambda self: 1))
     peers = [{"model": "mlp/16", "activation": "tanh"}]
     changes = {"schedule": {"peers": peers, "result": "best"}, "data": {"validation": 8, "dataset": {"train": 56}}}
     result = train(tmp_path, {**recipe("mutual"), "name": "group"}, **changes)

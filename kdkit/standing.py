@@ -1,0 +1,111 @@
+"""How good a stage's models are, and which of them are kept."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from accelerate.utils import gather_object
+from safetensors.torch import save
+
+from kdkit.checkpoints import write_atomically
+from kdkit.engine import Trainer
+from kdkit.ensembles import combined
+from kdkit.evaluate import Predictions, metrics, predict
+from kdkit.setting import Setting
+from kdkit.tapping import TappedModel
+from kdkit.teaching import Model
+
+Scores = dict[str, dict[str, float]]  # part of the data -> metrics
+
+
+class Standing:
+    """Where a stage's students stand.
+
+    Attributes:
+        scores: of each student, when last measured; of all processes' where they train apart.
+        ensemble: of all together.
+    """
+
+    def __init__(self, setting: Setting, trainer: Trainer) -> None:
+        self.setting, self.trainer = setting, trainer
+        self.scores: list[Scores] = []
+        self.ensemble: Scores = {}
+
+    def line(self) -> dict[str, Any]:
+        """What metrics.jsonl says of it."""
+        told: dict[str, Any] = dict(self.scores[0])
+        if len(self.scores) > 1:
+            told["peers"] = self.scores[1:]
+        if self.ensemble:
+            told["ensemble"] = self.ensemble
+        return told
+
+    @property
+    def own_scores(self) -> list[Scores]:
+        """Those of this process's students."""
+        count = len(self.trainer.stage.students)
+        begin = self.setting.accelerator.process_index * count if self.trainer.apart else 0
+        return self.scores[begin : begin + count]
+
+    def deployed(self) -> list[Model]:
+        """The students as they are measured and exported."""
+        pairs = zip(self.trainer.stage.students, self.trainer.deployed(), strict=True)
+        return [cast("TappedModel", student).twin(module) for student, module in pairs]
+
+    def measure(self) -> None:
+        """Each student, and, where there are several models, their ensemble (the mean of their probabilities).
+
+        Processes that train apart measure their own students on the whole data, and tell each other.
+        """
+        setting, apart = self.setting, self.trainer.apart
+        world = 1 if apart else setting.accelerator.num_processes
+        models = [*self.deployed(), *(() if apart else self.trainer.stage.company)]
+        self.scores = [{} for _ in range(len(self.trainer.stage.students) * (setting.accelerator.num_processes if apart else 1))]
+        self.ensemble = {}
+        for part, batches in (("test", setting.data.test), ("validation", setting.data.validation)):
+            if batches is None:
+                continue
+            teacher = setting.teacher if part == "test" else None
+            found = [predict(model, batches.whole() if apart else batches, world=world) for model in models]
+            found = gather_object(found) if apart else found
+            for scores, one in zip(self.scores, found, strict=False):  # the company has no scores of its own
+                scores[part] = metrics(one, teacher)
+            if len(found) > 1:
+                self.ensemble[part] = metrics(Predictions(combined([one.logits for one in found]), found[0].labels), teacher)
+
+    @property
+    def chosen(self) -> int:
+        """Which student the stage leaves, by its number."""
+        if self.trainer.stage.result == "first":
+            return 0
+        return max(range(len(self.scores)), key=lambda i: self.scores[i]["validation"]["top1"])
+
+    def keep_best(self) -> None:
+        """Remember the epoch (and, where the stage leaves the best student, which one it is) that is best on validation, never on test."""
+        setting, stage = self.setting, self.trainer.stage.name
+        if "validation" not in self.scores[0]:
+            return
+        scores, student = self.scores[self.chosen], self.trainer.stage.students[self.chosen]
+        known = setting.best if setting.best and setting.best["stage"] == stage else None  # an earlier stage trained something else
+        if known is None or scores["validation"]["top1"] > known["validation"]["top1"]:
+            setting.best = {"stage": stage, "epoch": self.trainer.epoch, **scores}
+            if (network := setting.factory.network(student)) is not None:
+                setting.best["network"] = network
+            if setting.is_main:
+                write_atomically(setting.folder.best_file, weights(self.deployed()[self.chosen]))
+
+    def keep_snapshot(self) -> None:
+        every, trainer, setting = self.setting.recipe.spec.run.snapshots, self.trainer, self.setting
+        if every and trainer.epoch % every == 0:
+            trainer.synchronise()
+            if setting.is_main:
+                write_atomically(setting.folder.snapshot_file(trainer.stage.name, trainer.epoch), weights(self.deployed()[0]))
+
+
+def weights(model: Model) -> bytes:
+    """A network's weights as safetensors."""
+    state = model.module.state_dict()
+    return save(
+        {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
+    )  # tied ones apart
