@@ -58,15 +58,16 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="names of recipes")
     chosen = parser.parse_args()
     notes: list[str] = []
-    print("| recipe | cost of a step | losses of the recipe | " + " | ".join(name for name in ADDED if name) + " |")
-    print("| --- " * (len(ADDED) + 2) + "|")
+    print("| recipe | cost of a step | steps | losses of the recipe | " + " | ".join(name for name in ADDED if name) + " |")
+    print("| --- " * (len(ADDED) + 3) + "|")
     paths = [RECIPES / "alone.yaml", *sorted((RECIPES / "schedules").glob("*.yaml"))]
     for path in paths:
         if path.stem == "base" or (chosen.only and path.stem not in chosen.only):
             continue
-        cost = "; ".join(dict.fromkeys(str(stage.cost) for stage in plan.make(recipe.load(path)).stages))
+        stages = plan.make(recipe.load(path)).stages
+        cost, steps = "; ".join(dict.fromkeys(str(stage.cost) for stage in stages)), sum(stage.steps for stage in stages)
         cells = [cell(path, added, chosen.seeds, notes) for added in ADDED.values()]
-        print(f"| {path.stem} | {cost} | {' | '.join(cells)} |", flush=True)
+        print(f"| {path.stem} | {cost} | {steps} | {' | '.join(cells)} |", flush=True)
     print(f"\nTop-1 % on test data after the last epoch, {chosen.seeds} seeds, mean +- standard deviation.")
     print("\n".join(f"- {note}" for note in dict.fromkeys(notes)))
 

@@ -59,6 +59,7 @@ class ModelFactory:
         self._students: list[weakref.ref[TappedModel]] = []
         self._networks: weakref.WeakKeyDictionary[Model, ModelOptions] = weakref.WeakKeyDictionary()  # that are not the recipe's `student`
         self._teachers: dict[str, TappedModel] = {}
+        self._past: list[weakref.ref[TappedModel]] = []  # teachers as they were
         self._skeletons: dict[str, nn.Module] = {}
 
     def student_layers(self) -> list[str]:
@@ -106,7 +107,7 @@ class ModelFactory:
 
     def models(self) -> list[TappedModel]:
         """All that were handed out and are still in use."""
-        return [*self._teachers.values(), *filter(None, (student() for student in self._students))]
+        return [*self._teachers.values(), *filter(None, (model() for model in (*self._students, *self._past)))]
 
     def teacher(self, name: str | None = None, epoch: int | None = None) -> TappedModel:
         """The frozen teacher of that name, or the only one; it stops behind its deepest tap if no loss reads its logits.
@@ -123,7 +124,9 @@ class ModelFactory:
             raise RunError(f"this schedule takes one teacher, the recipe has {len(names)}")
         chosen = name or names[0]
         if epoch is not None:
-            return self._build_teacher(chosen, names.index(chosen), self._snapshot(chosen, epoch))
+            model = self._build_teacher(chosen, names.index(chosen), self._snapshot(chosen, epoch))
+            self._past.append(weakref.ref(model))
+            return model
         if chosen not in self._teachers:
             self._teachers[chosen] = self._build_teacher(chosen, names.index(chosen))
         return self._teachers[chosen]
