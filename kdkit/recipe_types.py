@@ -126,8 +126,20 @@ def schema(plugins: Registry) -> str:
         "description": "Recipe file that this one builds on: mappings merge, lists replace.",
     }
     content.pop("required", None)  # what is required may come from the parent
+    _allow_seeds(content)
     _allow_overlap(content)
     return json.dumps(content, indent=1, sort_keys=True) + "\n"
+
+
+def _allow_seeds(content: dict[str, Any]) -> None:
+    """Several teachers may also be one recipe with several seeds."""
+    one = content["$defs"]["RecipeTeacher"]
+    seeds = {"type": "array", "items": {"type": "integer", "minimum": 0}, "description": "A teacher for each."}
+    keys = {**{key: value for key, value in one["properties"].items() if key not in ("seed", "name")}, "seeds": seeds}
+    mapping = {"type": "object", "additionalProperties": False, "properties": keys, "required": ["recipe", "seeds"]}
+    listed = content["properties"]["teachers"]
+    said = {key: listed.pop(key) for key in ("description", "title") if key in listed}
+    content["properties"]["teachers"] = {**said, "anyOf": [listed, mapping]}
 
 
 def _allow_overlap(node: Any) -> None:

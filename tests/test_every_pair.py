@@ -48,7 +48,15 @@ OPTIONS = {
 }
 # What cannot be, and the words that say why.
 NO_TEACHER = "is never used: no stage of schedule 'supervised' has a teacher"
-REFUSED = {("supervised", loss): NO_TEACHER for loss, cls in PLUGINS.losses.items() if cls.knowledge != "labels"}
+NO_NETWORK = "there is no teacher network to take a layer from"  # peers and passing answers have none that stays
+WITHOUT_NETWORK = ["codistill", "ensemble_peers", "mean_teacher", "mutual", "okddip", "ps_kd", "branches"]
+READING = ["cat_kd", "ofd", "simkd", "srrl", "wkd_logit"]
+REFUSED = {
+    **{("supervised", loss): NO_TEACHER for loss, cls in PLUGINS.losses.items() if cls.knowledge != "labels"},
+    **{(schedule, loss): NO_NETWORK for schedule in WITHOUT_NETWORK for loss in READING},
+    **{("bake", loss): "by pooling and a linear classifier: its head is more" for loss in ("simkd", "srrl")},
+    **{(schedule, "sskd"): "turned: true" for schedule in PLUGINS.schedules if schedule not in ("staged", "supervised")},
+}
 
 
 def options(loss):

@@ -69,7 +69,7 @@ def test_the_recipe_in_brief(run):
     said = dict(brief(yaml.safe_load((run.folder / "recipe.yaml").read_text())))
     assert said["run"] == "told, seed 3"
     assert said["student"] == "mlp/8 (activation relu)" and said["teacher"] == "mlp/32 (activation gelu)"
-    assert said["schedule"] == "offline"
+    assert said["schedule"] == "offline (combine probabilities, per_sample none)"
     assert said["data"] == "digits, train_samples 64, validation 64, batches of 64, augment (crop_padding 1)"
     assert said["train"] == "1 epochs, sgd, lr 0.1 cosine, fp32"
 
