@@ -39,6 +39,7 @@ OPTIONS = {
     "crd": {**layers("penultimate"), "negatives": 4, "size": 4},
     "ctkd": {"reversal": 1.0},
     "frskd": layers("stage2", "stage3"),
+    "fsp": {"layers": [{"student": "stage3", "teacher": "stage1"}, {"student": "stage4", "teacher": "stage2"}]},
     "mgd": {**layers("stage3"), "weight": 1e-4},
     "ofd": layers("layer3.0.act2@input"),
     "review": {**layers("stage2", "stage3"), "width": 4},
@@ -54,7 +55,9 @@ READING = ["cat_kd", "ofd", "simkd", "srrl", "wkd_logit"]
 REFUSED = {
     **{("supervised", loss): NO_TEACHER for loss, cls in PLUGINS.losses.items() if cls.knowledge != "labels"},
     **{(schedule, loss): NO_NETWORK for schedule in WITHOUT_NETWORK for loss in READING},
-    **{("bake", loss): "by pooling and a linear classifier: its head is more" for loss in ("simkd", "srrl")},
+    **{(schedule, "ofd"): "set up with a context that has its network" for schedule in WITHOUT_NETWORK},
+    **{("bake", loss): "by pooling and a linear classifier: its head is more" for loss in ("cat_kd", "simkd", "srrl")},
+    **{(schedule, "simkd"): "so that it cannot teach on its own" for schedule in ("assistants", "born_again")},
     **{(schedule, "sskd"): "turned: true" for schedule in PLUGINS.schedules if schedule not in ("staged", "supervised")},
 }
 

@@ -1,6 +1,6 @@
 """Contrastive representation distillation: tell the teacher's embedding of an image from those of images of other classes, and vice versa.
 
-Tian, Krishnan and Isola, "Contrastive Representation Distillation", ICLR 2020, arXiv:1910.10699, eq. 10 to 19; memories, partition
+Tian, Krishnan and Isola, "Contrastive Representation Distillation", ICLR 2020, arXiv:1910.10699, section 3.1; memories, partition
 constants and both directions as in the released code. That code gathers K rows of a memory for each image, (B, K, D) numbers. Here one
 product scores an image against the whole memory and K of the scores are gathered: the same value and gradient. The gradient is a product
 too, of a (B, M) matrix of coefficients and the memory, taken before the memory changes, so that the memory is updated in place.
