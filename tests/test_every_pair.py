@@ -39,7 +39,6 @@ OPTIONS = {
     "crd": {**layers("penultimate"), "negatives": 4, "size": 4},
     "ctkd": {"reversal": 1.0},
     "frskd": layers("stage2", "stage3"),
-    "fsp": {"layers": [{"student": "stage3", "teacher": "stage1"}, {"student": "stage4", "teacher": "stage2"}]},
     "mgd": {**layers("stage3"), "weight": 1e-4},
     "ofd": layers("layer3.0.act2@input"),
     "review": {**layers("stage2", "stage3"), "width": 4},
@@ -57,12 +56,15 @@ REFUSED = {
     **{(schedule, loss): NO_NETWORK for schedule in WITHOUT_NETWORK for loss in READING},
     **{(schedule, "ofd"): "set up with a context that has its network" for schedule in WITHOUT_NETWORK},
     **{("bake", loss): "by pooling and a linear classifier: its head is more" for loss in ("cat_kd", "simkd", "srrl")},
+    ("assistants", "fsp"): "must have equally many channels",
     **{(schedule, "simkd"): "so that it cannot teach on its own" for schedule in ("assistants", "born_again")},
     **{(schedule, "sskd"): "turned: true" for schedule in PLUGINS.schedules if schedule not in ("staged", "supervised")},
 }
 
 
-def options(loss):
+def options(loss, schedule):
+    if loss == "fsp" and schedule in ("offline", "rco", "staged"):  # where the teacher is wider, other layers are as wide
+        return {"layers": [{"student": "stage3", "teacher": "stage1"}, {"student": "stage4", "teacher": "stage2"}]}
     compares = issubclass(PLUGINS.losses[loss].Options, kdkit.FeatureOptions)
     return OPTIONS.get(loss, layers("stage2", "stage3") if compares else {})
 
@@ -112,7 +114,7 @@ def try_losses(schedule, names, teacher, tmp_path):
     needs_teacher = PLUGINS.schedules[schedule].needs_teacher
     wrong = []
     for loss in names:
-        losses = [{"use": "cross_entropy", "name": "labels"}, {"use": loss, **options(loss)}]
+        losses = [{"use": "cross_entropy", "name": "labels"}, {"use": loss, **options(loss, schedule)}]
         spec = {**BASE, "schedule": {"use": schedule, **SCHEDULES.get(schedule, {})}, "losses": losses}
         path = write(tmp_path, {**spec, "teacher": {"recipe": str(teacher)}} if needs_teacher else spec)
         try:
