@@ -6,9 +6,11 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from test_distributed import assert_alike
+from test_distributed import recipe as shared
 from test_engine import epoch, trainer_of
 from test_stage_run import interrupt_at
-from training import PLAIN, assert_same_run, merged, train, weights, write
+from training import PLAIN, Command, assert_same_run, merged, together, train, weights, write
 
 import kdkit
 
@@ -151,3 +153,10 @@ def test_each_peers_adapters_are_sized_for_it(tmp_path):
 def test_the_plan_says_what_a_step_costs(tmp_path, name, cost):
     (stage,) = kdkit.check(write(tmp_path, recipe(name))).stages
     assert (stage.cost.forwards, stage.cost.backwards, stage.cost.teachers) == cost
+
+
+def test_two_processes_equal_one(tmp_path):
+    path = shared(tmp_path, teacher=None, schedule={"use": "mutual"}, losses=[{"use": "cross_entropy"}, {"use": "logit_kl"}])
+    commands = [Command(tmp_path, "train", path, "--run", "one"), *together(tmp_path, "train", path, "--run", "two")]
+    assert [command.finish()[0] for command in commands] == [0, 0, 0], commands[0].log.read_text()
+    assert_alike(tmp_path / "two", tmp_path / "one")

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from training import PLAIN, Command, assert_same_run, lines, metrics, weights, write
+from training import PLAIN, Command, assert_same_run, lines, metrics, together, weights, write
 
 import kdkit
 from kdkit import recipe, registry, runs
@@ -184,3 +184,13 @@ def test_killed_it_ends_with_the_same_bits_and_can_be_evaluated(tmp_path):
     code, log = Command(tmp_path, "evaluate", "runs/pupil").finish()
     test = json.loads((tmp_path / "runs" / "pupil" / "result.json").read_text())["test"]
     assert code == 0 and f"{test['nll']:.4f}" in log
+
+
+def test_two_processes_equal_one(tmp_path):
+    path = recipes(tmp_path)
+    assert Command(tmp_path, "train", path, "--run", "one").finish()[0] == 0  # and the teacher, once
+    commands = together(tmp_path, "train", path, "--run", "two")
+    assert [command.finish()[0] for command in commands] == [0, 0], commands[0].log.read_text()
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6)
