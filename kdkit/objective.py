@@ -60,12 +60,13 @@ class Objective(nn.Module):
             ShapeError, TapError: a loss cannot compare the two; begins with its name.
             PluginError: a loss took a network for one of its parts, which would train it (and save it) twice, or train the teacher.
         """
+        probe = self._in_full_precision(probe)
         for name, loss in self.active(probe).items():
             student = self._read(name, probe).student
             network = (teachers or {}).get(self.entries[name].teacher or "", context.teacher)
             networks = {id(p) for part in (context.student, network) if part is not None for p in part.parameters()}
             try:
-                loss.setup(in_full_precision(student), self._teachers(name, probe)[0], replace(context, teacher=network))
+                loss.setup(student, self._teachers(name, probe)[0], replace(context, teacher=network))
                 self._compare_teachers(name, loss, probe)
             except (ShapeError, TapError) as error:
                 raise type(error)(f"{name}: {error}") from None
@@ -105,26 +106,37 @@ class Objective(nn.Module):
         """The lesson that a loss gets."""
         return lesson.supervised or lesson if self.losses[name].knowledge == "labels" else lesson
 
-    def _teachers(self, name: str, lesson: Lesson) -> list[Outputs]:
+    def _teachers(self, name: str, lesson: Lesson) -> Sequence[Outputs]:
         """The answers that a loss looks at."""
         wanted = self.entries[name].teacher
         if self.losses[name].knowledge == "labels":
             return [NoTeacher()]
         if wanted is None:
-            return [in_full_precision(teacher) for teacher in lesson.teachers]
-        return [in_full_precision(lesson.named[wanted])] if wanted in lesson.named else []
+            return lesson.teachers
+        return [lesson.named[wanted]] if wanted in lesson.named else []
+
+    def _in_full_precision(self, lesson: Lesson) -> Lesson:
+        """The lesson as losses get it, every answer converted once for all of them; of those by name, the ones that are asked for."""
+        asked = {entry.teacher for entry in self.entries.values()}
+        return replace(
+            lesson,
+            student=in_full_precision(lesson.student),
+            teachers=[in_full_precision(teacher) for teacher in lesson.teachers],
+            named={name: in_full_precision(teacher) for name, teacher in lesson.named.items() if name in asked},
+            supervised=self._in_full_precision(lesson.supervised) if lesson.supervised else None,
+        )
 
     def forward(self, lesson: Lesson, batch: Batch, epoch: float = 0.0) -> Value:
         """Value the lesson at a (fractional) epoch of the stage, which sets every ramp."""
         terms: dict[str, Tensor] = {}
         weighted: dict[str, Tensor] = {}
         with torch.autocast(lesson.student.logits.device.type, enabled=False):
+            lesson = self._in_full_precision(lesson)
             for name, loss in self.active(lesson).items():
                 entry = at_epoch(self.entries[name], epoch)
                 loss.options = entry
                 read = self._read(name, lesson)
-                student = in_full_precision(read.student)
-                values = [loss(student, teacher, read.batch or batch) for teacher in self._teachers(name, lesson)]
+                values = [loss(read.student, teacher, read.batch or batch) for teacher in self._teachers(name, lesson)]
                 terms[name] = values[0] if len(values) == 1 else mean_of(values, lesson.weights)
                 weighted[name] = terms[name] * entry.weight
         total = sum_of(weighted.values(), like=lesson.student.logits)
