@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from kdkit.objective import Objective, Value, sum_of
 from kdkit.optim import Updater
 from kdkit.randomness import reseed
 from kdkit.records import Batch
-from kdkit.schema import MixupSpec, TrainSpec
+from kdkit.schema import TrainSpec
 from kdkit.tapping import TappedModel
 from kdkit.teaching import Stage
 from kdkit.trainable import freeze_all_but, rest
@@ -62,13 +62,12 @@ class Trainer:
         loader: the training batches.
         accelerator: devices, precision, processes.
         seed: with the stage's name and the step, gives every random number.
-        num_classes: K.
         maximize: whether what the learning-rate schedules are told after an epoch is an accuracy, not a loss.
     """
 
     def __init__(
         self, stage: Stage, objectives: Sequence[Objective], spec: TrainSpec, loader: TrainLoader, accelerator: Accelerator, *,
-        seed: int, num_classes: int, maximize: bool,
+        seed: int, maximize: bool,
     ) -> None:  # fmt: skip
         self.stage, self.spec, self.loader, self.accelerator, self.seed = stage, spec, loader, accelerator, seed
         self.epochs = stage.epochs or spec.epochs
@@ -86,7 +85,7 @@ class Trainer:
             self.updaters.append(Updater(spec, student, adapters, taken, **lengths, maximize=maximize))
         self._networks = [objective.deploy(student.module) for student, objective in zip(stage.students, objectives, strict=False)]
         self.averages = [_average(network, spec) for network in self._networks]
-        self.mixup = _mixup(spec.mixup, num_classes) if spec.mixup else None
+        self._scaler = _scaler(accelerator)
         self.apart = stage.apart and accelerator.num_processes > 1
         if accelerator.num_processes > 1 and not self.apart:
             accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=self._leaves_parameters_unused())
@@ -137,14 +136,13 @@ class Trainer:
         for position, batch in enumerate(group):
             last = position == len(group) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self._forward):
-                total, answers = self._forward(self._mixed(batch), self.epoch + self.step / self.steps_per_epoch)
+                total, answers = self._forward(batch, self.epoch + self.step / self.steps_per_epoch)
                 self._backward(total * (len(batch.labels) / seen) if len(group) > 1 else total)
             values += answers
-        scaler = accelerator.scaler
         for updater in self.updaters:
-            updater.update(self.steps + 1, scaler)
-        if scaler is not None:
-            scaler.update()
+            updater.update(self.steps + 1, self._scaler)
+        if self._scaler is not None:
+            self._scaler.update()
         for network, average in zip(self._networks, self.averages, strict=True):
             if average is not None:
                 average.update(network, step=self.steps + 1)
@@ -154,16 +152,7 @@ class Trainer:
         return values
 
     def _backward(self, loss: Tensor) -> None:
-        scaled = loss if self.accelerator.scaler is None else self.accelerator.scaler.scale(loss)
-        torch.autograd.backward(scaled)
-
-    def _mixed(self, batch: Batch) -> Batch:
-        if self.mixup is None or (self.spec.mixup and 0 < self.spec.mixup.off_epoch <= self.epoch):
-            return batch
-        if not isinstance(batch.inputs, Tensor) or len(batch.labels) % 2:
-            raise RunError(f"train.mixup mixes an even number of images per batch and process, not {len(batch.labels)}")
-        inputs, labels = self.mixup(batch.inputs.clone(), batch.labels)  # timm mixes in place
-        return replace(batch, inputs=inputs, labels=labels)
+        torch.autograd.backward(loss if self._scaler is None else self._scaler.scale(loss))
 
     def close(self) -> None:
         """Let go of what the accelerator and, in several processes, the parameters' hooks keep: the next stage wraps them anew."""
@@ -203,7 +192,7 @@ class Trainer:
             "buffers": [model.module.state_dict() for model in self.stage.buffers],
             "updaters": [updater.state_dict() for updater in self.updaters],
             "averages": [None if average is None else average.module.state_dict() for average in self.averages],
-            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+            "scaler": self._scaler.state_dict() if self._scaler else None,
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -216,8 +205,8 @@ class Trainer:
         for average, saved in zip(self.averages, state["averages"], strict=True):
             if average is not None:
                 average.module.load_state_dict(saved)
-        if self.accelerator.scaler:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self._scaler:
+            self._scaler.load_state_dict(state["scaler"])
 
 
 def build_accelerator(spec: TrainSpec, **options: Any) -> Accelerator:
@@ -242,16 +231,6 @@ def _average(student: nn.Module, spec: TrainSpec) -> Any:
     return ModelEmaV3(student, decay=spec.ema.decay, use_warmup=spec.ema.warmup) if spec.ema else None
 
 
-def _mixup(spec: MixupSpec, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    from timm.data import Mixup
-
-    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = Mixup(  # type: ignore[no-untyped-call]
-        mixup_alpha=spec.mixup_alpha,
-        cutmix_alpha=spec.cutmix_alpha,
-        prob=spec.prob,
-        switch_prob=spec.switch_prob,
-        mode=spec.mode,
-        label_smoothing=0.0,  # cross_entropy's own option smooths
-        num_classes=num_classes,
-    )
-    return mix
+def _scaler(accelerator: Accelerator) -> torch.amp.GradScaler | None:
+    """A scaler of the stage's own, as its scale follows the stage's gradients: the accelerator may serve other runs too."""
+    return torch.amp.GradScaler(accelerator.device.type) if accelerator.mixed_precision == "fp16" else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from kdkit.ensembles import combined
 from kdkit.records import Batch
 from kdkit.teaching import Model
+from kdkit.turns import Turns, finish
 
 
 @dataclass(frozen=True)
@@ -23,18 +25,39 @@ class Predictions:
     labels: Tensor
 
 
-@torch.no_grad()
 def predict(model: Model, batches: Iterable[Batch], *, world: int = 1) -> Predictions:
     """Answer every batch in eval mode; with several processes, every process gets the answers of all."""
-    training = [part for part in model.module.modules() if part.training]  # one by one: a teacher may have only some of them so
-    model.module.eval()
+    return finish(predicting([model], batches, world=world))[0]
+
+
+def predicting(
+    models: Sequence[Model], batches: Iterable[Batch], *, world: int = 1, place: tuple[int, int] = (0, -1)
+) -> Turns[list[Predictions]]:
+    """Every model's answers, as `predict` gives them, in one pass over the batches.
+
+    Gives way before each batch at (*`place`, its number); not in several processes, whose shares can differ by one batch.
+    """
+    training = [part for model in models for part in model.module.modules() if part.training]  # a teacher may have only some of them so
+    for model in models:
+        model.module.eval()
+    found: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in models]
     try:
-        parts = [(batch.index.cpu(), model(batch.inputs).logits.float().cpu(), batch.labels.cpu()) for batch in batches]
+        coming = iter(batches)
+        for number in itertools.count():
+            if world == 1:
+                yield (*place, number)
+            if (batch := next(coming, None)) is None:
+                break
+            with torch.no_grad():
+                for parts, model in zip(found, models, strict=True):
+                    parts.append((batch.index.cpu(), model(batch.inputs).logits.float().cpu(), batch.labels.cpu()))
     finally:
         for part in training:
             part.training = True
-    if world > 1:
-        parts = gather_object(parts)
+    return [_in_order(gather_object(parts) if world > 1 else parts) for parts in found]
+
+
+def _in_order(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Predictions:
     index, logits, labels = (torch.cat(column) for column in zip(*parts, strict=True))
     order = index.argsort()
     return Predictions(logits[order], labels[order])
@@ -42,7 +65,7 @@ def predict(model: Model, batches: Iterable[Batch], *, world: int = 1) -> Predic
 
 def predict_together(models: Sequence[Model], batches: Iterable[Batch], *, world: int = 1) -> Predictions | None:
     """The answer of an ensemble, the mean of its models' probabilities; of one model, its own; of none, none."""
-    found = [predict(model, batches, world=world) for model in models]
+    found = finish(predicting(models, batches, world=world)) if models else []
     if len(found) < 2:
         return found[0] if found else None
     return Predictions(combined([one.logits for one in found]), found[0].labels)
@@ -57,6 +80,7 @@ def metrics(own: Predictions, teacher: Predictions | None = None) -> dict[str, f
         ece: expected calibration error in percent, 15 bins (Guo et al. 2017).
         agreement: share of samples whose most likely class is the teacher's too, in percent.
         kl_to_teacher: KL(softmax(z_t) || softmax(z_s)), nats per sample.
+        logit_difference: mean of |z_s - z_t| over samples and classes.
     """
     from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
@@ -71,4 +95,5 @@ def metrics(own: Predictions, teacher: Predictions | None = None) -> dict[str, f
     if teacher is not None:
         found["agreement"] = 100 * (logits.argmax(1) == teacher.logits.argmax(1)).float().mean()
         found["kl_to_teacher"] = F.kl_div(logits.log_softmax(1), teacher.logits.log_softmax(1), reduction="batchmean", log_target=True)
+        found["logit_difference"] = (logits - teacher.logits).abs().mean()
     return {name: float(value) for name, value in found.items()}

@@ -12,13 +12,12 @@ from kdkit.errors import suggest
 from kdkit.options import Ramp
 from kdkit.providers import RecipeTeacher
 from kdkit.recipe_types import TAUGHT
-from kdkit.schema import RecipeBase
 from kdkit.source import Source
 
 Location = Sequence[str | int]
 
 
-def explain(error: ValidationError, source: Source, model: type[RecipeBase]) -> Iterator[str]:
+def explain(error: ValidationError, source: Source, model: type[BaseModel]) -> Iterator[str]:
     """One line for each thing that is wrong."""
     return (_explain(e, source, model) for e in error.errors() if not _is_echo(e))
 
@@ -28,7 +27,7 @@ def _is_echo(error: ErrorDetails) -> bool:
     return error["type"] == "too_short" and len(error["input"]) >= error["ctx"]["min_length"]
 
 
-def _explain(error: ErrorDetails, source: Source, model: type[RecipeBase]) -> str:
+def _explain(error: ErrorDetails, source: Source, model: type[BaseModel]) -> str:
     kind, context = error["type"], error.get("ctx", {})
     location = _in_file(error, source)
     if kind == "union_tag_invalid":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,16 +14,18 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from kdkit.contracts import Loss
 from kdkit.errors import ModelError, RecipeError, RunError, TapError
-from kdkit.folding import fold_batchnorm
+from kdkit.folding import fold_batchnorm, unfoldable
 from kdkit.layers import expand_pairs
 from kdkit.loss_options import LayerPair
 from kdkit.models import build_model
 from kdkit.providers import DataInfo, ModelOptions, ModelSource, RecipeTeacher, TeacherOptions
 from kdkit.randomness import seeded
-from kdkit.recipe import Recipe, models_in
+from kdkit.recipe import Recipe, content_of, models_in
 from kdkit.recipe_types import source_of
 from kdkit.schema import LossEntry
+from kdkit.sharing import Sharing
 from kdkit.tapping import TappedModel
 from kdkit.teaching import Model, Stage
 
@@ -49,11 +52,13 @@ class ModelFactory:
         trained: teachers by name, where other recipes train them.
         device: where they live; on the meta device they have shapes, but no weights.
         rehearsal: weights are random and nothing is read, downloaded or folded: only shapes and structure count.
+        sharing: what other runs beside this one share with it (None: it is alone).
     """
 
     def __init__(
-        self, recipe: Recipe, info: DataInfo, trained: Mapping[str, TrainedTeacher], *, device: torch.device, rehearsal: bool = False
-    ) -> None:
+        self, recipe: Recipe, info: DataInfo, trained: Mapping[str, TrainedTeacher], *, device: torch.device, rehearsal: bool = False,
+        sharing: Sharing | None = None,
+    ) -> None:  # fmt: skip
         self.recipe, self.info, self.trained, self.device, self.rehearsal = recipe, info, trained, device, rehearsal
         self._digests: weakref.WeakKeyDictionary[TappedModel, str] = weakref.WeakKeyDictionary()  # of what must not change
         self._students: list[weakref.ref[TappedModel]] = []
@@ -61,6 +66,10 @@ class ModelFactory:
         self._teachers: dict[str, TappedModel] = {}
         self._past: list[weakref.ref[TappedModel]] = []  # teachers as they were
         self._skeletons: dict[str, nn.Module] = {}
+        self._sharing = sharing
+        if sharing is not None:
+            for number, name in enumerate(recipe.spec.all_teachers()):
+                sharing.expect(self._sort_of_teacher(name, number), self.teacher_layers(name), needs_logits=self._needs_logits(name))
 
     def student_layers(self) -> list[str]:
         """Layers that the losses read of a student: those of teachers too, where students teach."""
@@ -188,20 +197,50 @@ class ModelFactory:
         return there[epoch]
 
     def _build_teacher(self, name: str, number: int, file: Path | None = None) -> TappedModel:
+        def build(layers: Sequence[str], needs_logits: bool) -> TappedModel:
+            return self._frozen_teacher(name, number, file, layers, needs_logits)
+
+        layers, needs_logits = self.teacher_layers(name), self._needs_logits(name)
+        if self._sharing is None:
+            model = build(layers, needs_logits)
+        else:
+            sort = self._sort_of_teacher(name, number)
+            model = self._sharing.teacher(sort, str(file), layers, needs_logits=needs_logits, build=build)
+        if self._real:
+            self._digests[model] = _digest(model.module)
+        return model
+
+    def _frozen_teacher(self, name: str, number: int, file: Path | None, layers: Sequence[str], needs_logits: bool) -> TappedModel:
         spec, options = self.recipe.spec.all_teachers()[name], self._teacher_options(name)
         assert options is not None and isinstance(spec, TeacherOptions)
-        losses = [self.recipe.plugins.losses[entry.use] for entry in self.looking_at(name)]
-        model = self._build(name, options, self.teacher_layers(name), number, file)
-        several = len(self.recipe.spec.all_teachers()) > 1  # which a schedule may weigh by their logits
-        model.needs_logits = several or any(loss.knowledge == "response" or loss.needs_teacher_logits for loss in losses)
+        model = self._build(name, options, layers, number, file)
+        model.needs_logits = needs_logits
         model.precision = PRECISIONS[spec.precision] if spec.precision else None
         model.freeze(spec.mode)
-        if self._real:
-            if spec.fold_batchnorm and not any(loss.needs_networks for loss in losses):
-                with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the comparison is finer than TF32
-                    model = fold_batchnorm(model, self.info.image_shape, in_place=True)
-            self._digests[model] = _digest(model.module)
+        if self._real and self._folds(name):
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the comparison is finer than TF32
+                model = fold_batchnorm(model, self.info.image_shape, in_place=True)
         return model.compile() if self._compiles else model
+
+    def _looking_losses(self, name: str) -> list[type[Loss]]:
+        return [self.recipe.plugins.losses[entry.use] for entry in self.looking_at(name)]
+
+    def _needs_logits(self, name: str) -> bool:
+        several = len(self.recipe.spec.all_teachers()) > 1  # which a schedule may weigh by their logits
+        return several or any(loss.knowledge == "response" or loss.needs_teacher_logits for loss in self._looking_losses(name))
+
+    def _folds(self, name: str) -> bool:
+        wanted = getattr(self.recipe.spec.all_teachers()[name], "fold_batchnorm", False)
+        return wanted and not any(loss.needs_networks for loss in self._looking_losses(name))
+
+    def _sort_of_teacher(self, name: str, number: int) -> str:
+        """A key of all that a teacher's answers depend on, down to their rounding, but for its weights' file and the layers tapped."""
+        spec, train, layers = self.recipe.spec.all_teachers()[name], self.recipe.spec.train, self.teacher_layers(name)
+        options = self._teacher_options(name)
+        assert options is not None
+        folded = [unfoldable(self._skeleton(name, options), layers, self.info.num_classes)] if self._folds(name) else []
+        compiled = [sorted(layers), self._needs_logits(name)] if self._compiles else []  # other code for other taps
+        return json.dumps([content_of(spec), number, folded, compiled, train.channels_last], sort_keys=True, default=str)
 
     @property
     def _compiles(self) -> bool:

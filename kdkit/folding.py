@@ -60,6 +60,12 @@ def fold_batchnorm(model: ModelT, probe: Inputs | tuple[int, int, int], keep: It
     return model
 
 
+def unfoldable(network: nn.Module, layers: Iterable[str], num_classes: int | None = None) -> list[str]:
+    """Those of the observed layers whose observation keeps a pair from being folded: convolutions and BatchNorms themselves."""
+    paths = {resolve(layer, network, num_classes).path for layer in layers}
+    return sorted(path for path in paths if isinstance(network.get_submodule(path), nn.modules.conv._ConvNd | BATCH_NORM))
+
+
 @dataclass
 class _Sighting:
     """What one probe forward shows of convolutions and BatchNorm layers."""

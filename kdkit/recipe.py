@@ -59,7 +59,7 @@ class Recipe:
 
     def content(self) -> dict[str, Any]:
         """All that the trained weights depend on: `plain` without bookkeeping, files by what is in them."""
-        plain = cast("dict[str, Any]", _content(self.spec))
+        plain = cast("dict[str, Any]", content_of(self.spec))
         del plain["name"]
         plain["plugins"] = [
             _digest(file) for path in self.spec.plugins for file in ([path] if path.is_file() else sorted(path.rglob("*.py")))
@@ -85,7 +85,16 @@ def load(path: Path | str, overrides: Mapping[str, Any] | None = None, plugins: 
         RecipeError: all problems found, one line each.
         PluginError: a plugin that the recipe names is wrong.
     """
-    source = Source(Path(path), overrides)
+    return read(Source(Path(path), overrides), plugins, files=files)
+
+
+def read(source: Source, plugins: Sequence[Path] = (), *, files: bool = True) -> Recipe:
+    """Check what a source says; `plugins` and `files` as for `load`.
+
+    Raises:
+        RecipeError: all problems found, one line each.
+        PluginError: a plugin that the recipe names is wrong.
+    """
     found = registry.load((*plugins, *_plugin_paths(source)))
     model = recipe_type(found)
     try:
@@ -228,14 +237,15 @@ def _bookkeeping(field: Any) -> bool:
     return isinstance(extra, dict) and bool(extra.get("bookkeeping"))
 
 
-def _content(value: Any) -> Any:
+def content_of(value: Any) -> Any:
+    """What of a recipe or a part of it changes what is trained, in plain values."""
     if isinstance(value, RecipeTeacher):
         taught = load(value.recipe, {} if value.seed is None else {"seed": value.seed})
-        return {**{k: _content(v) for k, v in value if k not in ("recipe", "seed", "name")}, "recipe": taught.fingerprint}
+        return {**{k: content_of(v) for k, v in value if k not in ("recipe", "seed", "name")}, "recipe": taught.fingerprint}
     if isinstance(value, BaseModel):
-        return {name: _content(getattr(value, name)) for name, field in type(value).model_fields.items() if not _bookkeeping(field)}
+        return {name: content_of(getattr(value, name)) for name, field in type(value).model_fields.items() if not _bookkeeping(field)}
     if isinstance(value, tuple | list):
-        return [_content(item) for item in value]
+        return [content_of(item) for item in value]
     if isinstance(value, Path):
         return _digest(value) if value.is_file() else str(value)
     return value

@@ -17,6 +17,7 @@ from typing import Any
 from kdkit import recipe as recipes
 from kdkit.checkpoints import Checkpoints, write_atomically
 from kdkit.errors import RunError
+from kdkit.fairness import differences
 from kdkit.providers import DataInfo
 from kdkit.recipe import Recipe
 
@@ -40,6 +41,7 @@ class Result:
         network: what the student's network is built from, where it is not the recipe's `student` (a peer that a schedule names).
         parameters: of the student.
         seconds: training time, measurements included.
+        cpu_seconds: likewise, of this process on the processor (its loader workers aside).
     """
 
     folder: Path
@@ -48,6 +50,7 @@ class Result:
     test: Mapping[str, float]
     parameters: int
     seconds: float
+    cpu_seconds: float
     epochs: int
     validation: Mapping[str, float] | None = None
     best: Mapping[str, Any] | None = None
@@ -86,7 +89,7 @@ class RunFolder:
         if self.marker.is_file():
             theirs = json.loads(self.marker.read_text())
             if not restart and theirs["fingerprint"] != recipe.fingerprint:
-                keys = ", ".join(_differences(theirs["content"], recipe.content())) or "kdkit's own defaults"
+                keys = ", ".join(key for key, *_ in differences(theirs["content"], recipe.content())) or "kdkit's own defaults"
                 raise RunError(
                     f"{self.path} holds a run of another recipe (different: {keys}); give this one another `name:` or `--run FOLDER`, "
                     "or throw the old one away with `--restart`"
@@ -115,7 +118,7 @@ class RunFolder:
             for path in self.path.iterdir():
                 if path.name != LOCK and (_leftover(path) or (restart and path != self.marker)):  # the marker is never missing
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-            about = {"fingerprint": recipe.fingerprint, "content": recipe.content(), "data": asdict(info), "versions": _versions()}
+            about = {"fingerprint": recipe.fingerprint, "content": recipe.content(), "data": asdict(info), "versions": versions()}
             write_atomically(self.marker, json.dumps(about, indent=1).encode())
             write_atomically(self.recipe_file, recipe.dump().encode())
             yield
@@ -197,16 +200,6 @@ def _leftover(path: Path) -> bool:
     return path.name == LOCK or (path.name.startswith(".") and path.suffix == ".part")
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that a run's numbers depend on."""
     return {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}}
-
-
-def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in [*old, *(k for k in new if k not in old)]:
-            yield from _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for i, pair in enumerate(zip(old, new, strict=True)):
-            yield from _differences(*pair, f"{prefix}.{i}")
-    elif old != new:
-        yield prefix

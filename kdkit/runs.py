@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import torch
 from accelerate import Accelerator
@@ -18,15 +22,19 @@ from kdkit.engine import Trainer, batches, build_accelerator
 from kdkit.errors import DataError, RunError
 from kdkit.evaluate import metrics, predict_together
 from kdkit.factory import ModelFactory, TrainedTeacher, options_of
+from kdkit.mixing import MixedLoader
 from kdkit.progress import Reporter
+from kdkit.providers import DataInfo
 from kdkit.randomness import reseed
 from kdkit.recipe import Recipe, teacher_recipes
 from kdkit.run_folder import Result, RunFolder
 from kdkit.setting import Setting
+from kdkit.sharing import Sharing
 from kdkit.signals import StopRequest
 from kdkit.stage_run import StageRun
 from kdkit.standing import weights
 from kdkit.teaching import Model, Stage
+from kdkit.turns import BEGINNING, Stopwatch, Turns, finish
 
 Carried = dict[tuple[Model, int], dict[str, Loss]]  # of each student (and lesson beyond the students'), its losses so far by name
 
@@ -49,26 +57,61 @@ def train(recipe: Recipe, folder: Path | None = None, *, restart: bool = False, 
     if not restart and run_folder.holds(recipe) and (result := run_folder.result()):
         Reporter(quiet=quiet).say(f"{recipe.spec.name}: trained already, see {run_folder.path}")
         return result
-    planned = plan.make(recipe)
-    run_folder.check(recipe, restart=restart)
-    _accelerator(recipe, run_folder)  # refuses what this machine cannot do before a teacher is trained for it
-    teachers = trained_teachers(recipe, run_folder.path, quiet=quiet)
-    accelerator = _accelerator(recipe, run_folder)  # anew: the teacher's training has had its own
-    reporter = Reporter(quiet=quiet or not accelerator.is_main_process)
-    if recipe.spec.train.precision == "bf16" and accelerator.device.type == "cpu" and not _multiplies_bf16():
-        reporter.warn("train.precision bf16 is slower than fp32 on this processor, which has no AMX")
-    with (
-        run_folder.claimed(recipe, planned.info, restart=restart) if accelerator.is_main_process else contextlib.nullcontext(),
-        StopRequest() as stop,
-    ):
-        accelerator.wait_for_everyone()
-        prepared = open_data(recipe, accelerator)
-        factory = ModelFactory(recipe, prepared.info, teachers, device=accelerator.device)
-        setting = Setting(recipe, run_folder, reporter, stop, accelerator, prepared, factory)
-        return _carry_out(setting)
+    prepared = Prepared.make(recipe, run_folder, restart=restart, quiet=quiet)
+    accelerator = accelerator_for(recipe, run_folder)  # anew: the teacher's training has had its own
+    with StopRequest() as stop, Stopwatch() as clock:
+        return finish(prepared.turns(accelerator, stop, clock))
 
 
-def _accelerator(recipe: Recipe, folder: RunFolder) -> Accelerator:
+@dataclass(frozen=True)
+class Prepared:
+    """A run that can begin: its recipe is sound, its folder free, its teachers are trained."""
+
+    recipe: Recipe
+    folder: RunFolder
+    info: DataInfo
+    teachers: Mapping[str, TrainedTeacher]
+    restart: bool
+    quiet: bool
+
+    @classmethod
+    def make(cls, recipe: Recipe, folder: RunFolder, *, restart: bool = False, quiet: bool = False) -> Self:
+        """See that all is there, and train what teachers are not; for what may be raised, see `train`."""
+        planned = plan.make(recipe)
+        folder.check(recipe, restart=restart)
+        accelerator_for(recipe, folder)  # refuses what this machine cannot do before a teacher is trained for it
+        return cls(recipe, folder, planned.info, trained_teachers(recipe, folder.path, quiet=quiet), restart, quiet)
+
+    def turns(self, accelerator: Accelerator, stop: StopRequest, clock: Stopwatch, sharing: Sharing | None = None) -> Turns[Result]:
+        """Carry the run out.
+
+        Args:
+            accelerator: of the recipe's device and precision.
+            stop: whether a signal wants it to end.
+            clock: runs in its turns.
+            sharing: with other runs; it has this one's data then.
+        """
+        recipe = self.recipe
+        reporter = Reporter(quiet=self.quiet or not accelerator.is_main_process)
+        if recipe.spec.train.precision == "bf16" and accelerator.device.type == "cpu" and not _multiplies_bf16():
+            reporter.warn("train.precision bf16 is slower than fp32 on this processor, which has no AMX")
+        claimed = self.folder.claimed(recipe, self.info, restart=self.restart)
+        with claimed if accelerator.is_main_process else contextlib.nullcontext():
+            accelerator.wait_for_everyone()
+            opened = open_data(recipe, accelerator, sharing)
+            factory = ModelFactory(recipe, opened.info, self.teachers, device=accelerator.device, sharing=sharing)
+            yield BEGINNING  # until every run that shares with this one has said what it wants
+            setting = Setting(recipe, self.folder, reporter, stop, accelerator, opened, factory, clock, sharing)
+            return (yield from _carry_out(setting))
+
+
+def accelerator_for(recipe: Recipe, folder: RunFolder) -> Accelerator:
+    """The devices and trackers that a recipe asks for.
+
+    Raises:
+        RecipeError: a tracker is not installed.
+        RunError: the machine has no such precision.
+    """
     wanted = list(recipe.spec.run.trackers)
     try:
         accelerator = build_accelerator(recipe.spec.train, **({"log_with": wanted, "project_dir": str(folder.path)} if wanted else {}))
@@ -103,8 +146,19 @@ def folder_for(recipe: Recipe, base: Path, name: str, taken: Path | None = None)
     return named if free or RunFolder(named).holds(recipe) else base / f"{name}-{recipe.fingerprint[:8]}"
 
 
-def open_data(recipe: Recipe, accelerator: Accelerator) -> data.Data:
-    """The recipe's data, this process's share of it."""
+def open_data(recipe: Recipe, accelerator: Accelerator, sharing: Sharing | None = None) -> data.Data:
+    """The recipe's data, this process's share of it, mixed as it wants; those that are shared, where there are any."""
+    opened = sharing.data if sharing else read_data(recipe, accelerator)
+    if (spec := recipe.spec.train.mixup) is None:
+        return opened
+    mixed = functools.partial(
+        MixedLoader, spec=spec, num_classes=opened.info.num_classes, seed=recipe.spec.seed, rank=accelerator.process_index
+    )
+    return replace(opened, train=sharing.loader(f"mixed {spec!r}", mixed) if sharing else mixed(opened.train))
+
+
+def read_data(recipe: Recipe, accelerator: Accelerator) -> data.Data:
+    """The recipe's data as they are."""
     spec = recipe.spec
     source = recipe.plugins.datasets[spec.data.dataset.use](spec.data.dataset)
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -115,7 +169,7 @@ def open_data(recipe: Recipe, accelerator: Accelerator) -> data.Data:
         raise recipe.error(["data"], str(error)) from error
 
 
-def _carry_out(setting: Setting) -> Result:
+def _carry_out(setting: Setting) -> Turns[Result]:
     spec, factory = setting.recipe.spec, setting.factory
     if spec.run.trackers:
         setting.accelerator.init_trackers(spec.name)
@@ -131,7 +185,7 @@ def _carry_out(setting: Setting) -> Result:
         factory.watch(but=stage.buffers)
         trainer = build_trainer(setting.recipe, setting.data, factory, setting.accelerator, number, stage, carried)
         last = StageRun(setting, number, trainer)
-        last.carry_out()
+        yield from last.carry_out()
     if last is None:
         raise RunError(f"schedule '{spec.schedule.use}' has no stage")
     for tracker in setting.accelerator.trackers:
@@ -141,7 +195,10 @@ def _carry_out(setting: Setting) -> Result:
 
 def _measure_teacher(setting: Setting) -> None:
     teachers, classes = setting.factory.whole_teachers(), setting.data.info.num_classes
-    setting.teacher = predict_together(teachers, setting.data.test, world=setting.accelerator.num_processes)
+    if setting.sharing:
+        setting.teacher = setting.sharing.predictions(teachers)
+    else:
+        setting.teacher = predict_together(teachers, setting.data.test, world=setting.accelerator.num_processes)
     if setting.teacher is None:
         return
     found = metrics(setting.teacher)
@@ -192,7 +249,7 @@ def build_trainer(
         objectives.append(built)
     return Trainer(
         stage, objectives, recipe.spec.train, prepared.train, accelerator,
-        seed=recipe.spec.seed, num_classes=prepared.info.num_classes, maximize=prepared.validation is not None,
+        seed=recipe.spec.seed, maximize=prepared.validation is not None,
     )  # fmt: skip
 
 
@@ -227,7 +284,8 @@ def _result(setting: Setting, last: StageRun) -> Result:
     recipe, folder = setting.recipe, setting.folder
     result = Result(
         folder=folder.path, name=recipe.spec.name, seed=recipe.spec.seed, test=scores["test"], validation=scores.get("validation"),
-        parameters=sum(p.numel() for p in student.module.parameters()), seconds=round(setting.spent(), 3), epochs=last.trainer.epochs,
+        parameters=sum(p.numel() for p in student.module.parameters()), seconds=round(setting.clock.wall, 3),
+        cpu_seconds=round(setting.clock.cpu, 3), epochs=last.trainer.epochs,
         best=setting.best, teacher=metrics(setting.teacher) if setting.teacher else None, peers=tuple(peer["test"] for peer in peers),
         ensemble=standing.ensemble.get("test"), network=setting.factory.network(last.trainer.stage.students[chosen]),
         warnings=tuple(setting.reporter.warnings),

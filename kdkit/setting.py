@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from accelerate import Accelerator
@@ -14,7 +13,9 @@ from kdkit.factory import ModelFactory
 from kdkit.progress import Reporter
 from kdkit.recipe import Recipe
 from kdkit.run_folder import RunFolder
+from kdkit.sharing import Sharing
 from kdkit.signals import StopRequest
+from kdkit.turns import Stopwatch
 
 
 @dataclass
@@ -28,14 +29,10 @@ class Setting:
     accelerator: Accelerator
     data: Data
     factory: ModelFactory
+    clock: Stopwatch  # over all attempts
+    sharing: Sharing | None = None  # with runs beside this one
     teacher: Predictions | None = None  # on the test data
-    seconds: float = 0.0  # trained so far, before `began`
-    began: float = field(default_factory=time.monotonic)
     best: dict[str, Any] | None = None  # of the epoch with the best validation accuracy
-
-    def spent(self) -> float:
-        """Seconds of training, over all attempts."""
-        return self.seconds + time.monotonic() - self.began
 
     @property
     def is_main(self) -> bool:

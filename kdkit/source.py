@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PosixPath, WindowsPath
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -50,13 +50,18 @@ class Source:
     `extends: other.yaml` is merged in (mappings merge, lists replace), then the overrides (`key.path` to value; a list's
     item is named by its position, or by its `name` or `use`).
 
+    Args:
+        path: the file.
+        overrides: values, or nodes of a file, which keep their places.
+        root: what is taken for the file's content (None: the file is read).
+
     Raises:
         RecipeError: unreadable file, broken YAML, a key given twice, an override that leads nowhere.
     """
 
-    def __init__(self, path: Path, overrides: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, path: Path, overrides: Mapping[str, Any] | None = None, *, root: yaml.MappingNode | None = None) -> None:
         self.path = path
-        self._root = _merged(path, ())
+        self._root = _copied(root or _merged(path, ()))
         for key, value in (overrides or {}).items():
             _override(self._root, key, value)
         loader = _Loader("")
@@ -66,6 +71,35 @@ class Source:
             raise RecipeError(_explain(error, path)) from None
         finally:
             loader.dispose()
+
+    def section(self, location: Sequence[str], *, but: Sequence[str] = ()) -> Source:
+        """A mapping in it as a source of its own, with what it `extends`; empty where nothing stands there. The keys `but` are left out."""
+        node = self._node(location)
+        if not isinstance(node, yaml.MappingNode):
+            node = yaml.MappingNode("tag:yaml.org,2002:map", [], self._root.start_mark, self._root.end_mark)
+        kept = [(key, value) for key, value in node.value if key.value not in but]
+        root = yaml.MappingNode(node.tag, kept, node.start_mark, node.end_mark, node.flow_style)
+        return Source(self.path, root=_with_parent(root, ()))
+
+    def items(self, location: Sequence[str]) -> list[yaml.Node]:
+        """What stands in a list, to override something with."""
+        node = self._node(location)
+        return list(node.value) if isinstance(node, yaml.SequenceNode) else []
+
+    def over(self, base: Source) -> Source:
+        """Its keys over those of another source."""
+        return Source(self.path, root=_merge(base._root, self._root))
+
+    def changed(self, overrides: Mapping[str, Any]) -> Source:
+        """The same with overrides."""
+        return Source(self.path, overrides, root=self._root)
+
+    def _node(self, location: Sequence[str]) -> yaml.Node | None:
+        node: yaml.Node | None = self._root
+        for step in location:
+            entry = _entry(node, step) if isinstance(node, yaml.MappingNode) else None
+            node = entry[1] if entry else None
+        return node
 
     def where(self, location: Sequence[str | int]) -> str:
         """`file:line` of the deepest part of `location` that exists; a key counts where it is written."""
@@ -77,7 +111,7 @@ class Source:
             elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
                 node = node.value[step]
                 mark = node.start_mark
-        return COMMAND_LINE if mark.name == COMMAND_LINE else f"{_shown(mark.name)}:{mark.line + 1}"
+        return _place(mark)
 
 
 def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
@@ -114,6 +148,10 @@ def _composed(text: Any) -> Any:
     return yaml.compose(text, _Loader)
 
 
+def _place(mark: yaml.Mark) -> str:
+    return COMMAND_LINE if mark.name == COMMAND_LINE else f"{_shown(mark.name)}:{mark.line + 1}"
+
+
 def _shown(name: str) -> str:
     path = Path(name)
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else name
@@ -130,6 +168,10 @@ def _merged(path: Path, children: tuple[Path, ...]) -> yaml.MappingNode:
     shown = _shown(str(path))
     if path.resolve() in children:
         raise RecipeError(f"{shown}: extends itself, by way of {' -> '.join(_shown(str(p)) for p in children)}")
+    return _with_parent(_read(path, shown), (*children, path.resolve()))
+
+
+def _read(path: Path, shown: str) -> yaml.MappingNode:
     try:
         with path.open(encoding="utf-8") as stream:
             root = _composed(stream)
@@ -142,16 +184,33 @@ def _merged(path: Path, children: tuple[Path, ...]) -> yaml.MappingNode:
     if not isinstance(root, yaml.MappingNode):
         raise RecipeError(f"{shown}:1: a recipe is a mapping of keys, such as `name: first`")
     _check_keys(root, ())
+    return root
+
+
+def _with_parent(root: yaml.MappingNode, children: tuple[Path, ...]) -> yaml.MappingNode:
+    """A mapping over the file that it `extends`, if it does."""
     entry = _entry(root, "extends")
     if entry is None:
         return root
     root.value.remove(entry)
+    mark = entry[0].start_mark
     if not isinstance(entry[1], yaml.ScalarNode):
-        raise RecipeError(f"{shown}:{entry[0].start_mark.line + 1}: extends: names one recipe file")
-    parent = path.parent / entry[1].value
+        raise RecipeError(f"{_shown(mark.name)}:{mark.line + 1}: extends: names one recipe file")
+    parent = Path(mark.name).parent / entry[1].value
     if not parent.is_file():
-        raise RecipeError(f"{shown}:{entry[0].start_mark.line + 1}: extends: no such file: {entry[1].value}")
-    return _merge(_merged(parent, (*children, path.resolve())), root)
+        raise RecipeError(f"{_shown(mark.name)}:{mark.line + 1}: extends: no such file: {entry[1].value}")
+    return _merge(_merged(parent, children), root)
+
+
+def _copied(node: Any) -> Any:
+    """A node that can be changed without changing another; what has two names (`&a`, `*a`) is two things."""
+    if isinstance(node, yaml.MappingNode):
+        children: list[Any] = [(key, _copied(value)) for key, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        children = [_copied(item) for item in node.value]
+    else:
+        return node
+    return type(node)(node.tag, children, node.start_mark, node.end_mark, node.flow_style)
 
 
 def _check_keys(node: yaml.Node, above: tuple[yaml.Node, ...]) -> None:
@@ -187,17 +246,21 @@ def _merge(base: yaml.MappingNode, over: yaml.MappingNode) -> yaml.MappingNode:
 
 
 def _override(root: yaml.MappingNode, path: str, value: Any) -> None:
+    mark = value.start_mark if isinstance(value, yaml.Node) else yaml.Mark(COMMAND_LINE, 0, 0, 0, None, 0)
+
     def node_of(data: Any) -> yaml.Node:
+        if isinstance(data, yaml.Node):
+            return cast("yaml.Node", _copied(data))
         node: yaml.Node = _composed(yaml.dump(data, Dumper=_Dumper))
         for part in _walk(node):
-            part.start_mark = yaml.Mark(COMMAND_LINE, 0, 0, 0, None, 0)
+            part.start_mark = mark
         return node
 
     *steps, last = path.split(".")
     node: yaml.Node = root
     for step in steps:
         if isinstance(node, yaml.SequenceNode):
-            node = node.value[_position(node, step, path)]
+            node = node.value[_position(node, step, path, mark)]
         elif isinstance(node, yaml.MappingNode):
             entry = _entry(node, step)
             if entry is None or not isinstance(entry[1], yaml.CollectionNode):
@@ -205,14 +268,14 @@ def _override(root: yaml.MappingNode, path: str, value: Any) -> None:
                 node.value = [(k, v) for k, v in node.value if k.value != step] + [entry]
             node = entry[1]
     if isinstance(node, yaml.SequenceNode):
-        node.value[_position(node, last, path)] = node_of(value)
+        node.value[_position(node, last, path, mark)] = node_of(value)
     elif isinstance(node, yaml.MappingNode):
         node.value = [(k, v) for k, v in node.value if k.value != last] + [(node_of(last), node_of(value))]
     else:
-        raise RecipeError(f"{COMMAND_LINE}: {path}: leads into a value that has no keys")
+        raise RecipeError(f"{_place(mark)}: {path}: leads into a value that has no keys")
 
 
-def _position(node: yaml.SequenceNode, step: str, path: str) -> int:
+def _position(node: yaml.SequenceNode, step: str, path: str, mark: yaml.Mark) -> int:
     def called(item: yaml.Node) -> set[str]:
         entries = [_entry(item, key) for key in ("name", "use")] if isinstance(item, yaml.MappingNode) else []
         return {entry[1].value for entry in entries if entry}
@@ -222,7 +285,7 @@ def _position(node: yaml.SequenceNode, step: str, path: str) -> int:
     matches = [i for i, item in enumerate(node.value) if step in called(item)]
     if len(matches) != 1:
         problem = "no item" if not matches else f"{len(matches)} items"
-        raise RecipeError(f"{COMMAND_LINE}: {path}: {problem} called '{step}' in a list of {len(node.value)}; count from 0")
+        raise RecipeError(f"{_place(mark)}: {path}: {problem} called '{step}' in a list of {len(node.value)}; count from 0")
     return matches[0]
 
 

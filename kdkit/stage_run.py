@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import signal
-import time
 from typing import Any, cast
 
 import torch
@@ -15,6 +14,7 @@ from kdkit.errors import Interrupted, RunError
 from kdkit.meter import Meter
 from kdkit.setting import Setting
 from kdkit.standing import Standing
+from kdkit.turns import Place, Turns
 
 STEPS_BETWEEN_QUESTIONS = 10
 
@@ -28,10 +28,10 @@ class StageRun:
         self.meter = Meter()
         self.standing = Standing(setting, trainer)
         self._finished = False
-        self._clock, self._clock_step = time.monotonic(), 0
+        self._clock, self._clock_step = setting.clock.wall, 0
 
-    def carry_out(self) -> None:
-        """Train to the end of the stage from where it was.
+    def carry_out(self) -> Turns[None]:
+        """Train to the end of the stage from where it was, giving way before each step and each batch that is measured.
 
         Raises:
             RunError: a loss is not finite.
@@ -41,17 +41,18 @@ class StageRun:
         self._restore()
         with setting.reporter.training(trainer.stage.name, trainer.epochs * trainer.steps_per_epoch, trainer.steps):
             while trainer.epoch < trainer.epochs:
-                self._train_epoch()
-                self._close_epoch()
+                yield from self._train_epoch()
+                yield from self._close_epoch()
                 self._finished = trainer.epoch == trainer.epochs
                 self.standing.keep_snapshot()
                 if self._finished or trainer.epoch % setting.recipe.spec.run.checkpoint_epochs == 0:
                     self._save()
         trainer.close()
 
-    def _train_epoch(self) -> None:
+    def _train_epoch(self) -> Turns[None]:
         setting, trainer, run = self.setting, self.trainer, self.setting.recipe.spec.run
-        self._clock, self._clock_step = time.monotonic(), trainer.step
+        self._clock, self._clock_step = setting.clock.wall, trainer.step
+        yield self._place
         for values in trainer.train_epoch():
             self.meter.add(trainer.steps, values, len(trainer.learner.objectives))
             logging = trainer.steps % run.log_steps == 0
@@ -68,9 +69,15 @@ class StageRun:
                 self._save()
             if stopping:
                 self._leave()
+            yield self._place
         self._read()
 
-    def _close_epoch(self) -> None:
+    @property
+    def _place(self) -> Place:
+        """The batch that the next step begins with."""
+        return self.trainer.epoch, 0, self.trainer.step * self.trainer.spec.accumulate
+
+    def _close_epoch(self) -> Turns[None]:
         """Measure, warn, log, and begin to count anew."""
         setting, trainer, standing, spec = self.setting, self.trainer, self.standing, self.setting.recipe.spec
         means, speed = self._over_processes(self.meter.means()), self._speed(whole_epoch=True)
@@ -82,12 +89,12 @@ class StageRun:
             measured = True  # its learning rate hangs on it
         if measured:
             trainer.synchronise()
-            standing.measure()
+            yield from standing.measure()
             standing.keep_best()
         validation = standing.scores[0].get("validation") if measured else None
         for updater, scores in itertools.zip_longest(trainer.updaters, standing.own_scores if validation else []):
             updater.schedule.after_epoch(trainer.epoch, scores["validation"]["top1"] if scores else means["loss"])
-        spent, done = setting.spent(), trainer.epoch / trainer.epochs
+        spent, done = setting.clock.wall, trainer.epoch / trainer.epochs
         test = standing.scores[0]["test"] if measured else {}
         label = f"{trainer.stage.name} epoch {trainer.epoch}/{trainer.epochs}"
         setting.reporter.epoch(label, means, self.lr, speed, test, spent / done - spent)
@@ -108,7 +115,7 @@ class StageRun:
         """Training images per second in this epoch so far, over all processes."""
         steps = (self.trainer.steps_per_epoch if whole_epoch else self.trainer.step) - self._clock_step
         images = steps * self.trainer.spec.accumulate * self.setting.recipe.spec.data.batch_size
-        return images / max(time.monotonic() - self._clock, 1e-9)
+        return images / max(self.setting.clock.wall - self._clock, 1e-9)
 
     def _read(self, *, together: bool = False) -> dict[str, float]:
         """The last step's terms: this process's, or `together` the mean over all."""
@@ -150,14 +157,14 @@ class StageRun:
             self.trainer.load_state_dict(learnt)
             self.meter.load_state_dict(saved["meter"])
             self.standing.scores, self.standing.ensemble = saved["scores"], saved["ensemble"]
-            setting.best, setting.seconds = saved["best"], saved["seconds"]
+            setting.best = saved["best"]
+            setting.clock.set(saved["seconds"], saved["cpu_seconds"])
             setting.reporter.warnings[:] = dict.fromkeys([*saved["warnings"], *setting.reporter.warnings])
         except (KeyError, ValueError, RuntimeError) as error:
             raise RunError(
                 f"{setting.folder.path}: the checkpoint of stage '{self.trainer.stage.name}' was written by another version of kdkit or "
                 f"of a plugin ({' '.join(str(error).split())[:200]}); `--restart` begins anew"
             ) from None
-        setting.began = time.monotonic()
 
     def _own_part(self, learnt: dict[str, Any]) -> dict[str, Any]:
         """What this process saved, where each trains students of its own."""
@@ -182,8 +189,8 @@ class StageRun:
         if setting.is_main:
             state = {
                 "trainer": learnt, "meter": meter, "scores": self.standing.scores, "ensemble": self.standing.ensemble,
-                "best": setting.best,
-                "seconds": setting.spent(), "warnings": list(setting.reporter.warnings),
+                "best": setting.best, "seconds": setting.clock.wall, "cpu_seconds": setting.clock.cpu,
+                "warnings": list(setting.reporter.warnings),
             }  # fmt: skip
             setting.folder.checkpoints.save(self.kind, self.trainer.steps, state, keep=1 if self._finished else 2)
 

@@ -11,10 +11,11 @@ from safetensors.torch import save
 from kdkit.checkpoints import write_atomically
 from kdkit.engine import Trainer
 from kdkit.ensembles import combined
-from kdkit.evaluate import Predictions, metrics, predict
+from kdkit.evaluate import Predictions, metrics, predicting
 from kdkit.setting import Setting
 from kdkit.tapping import TappedModel
 from kdkit.teaching import Model
+from kdkit.turns import Turns
 
 Scores = dict[str, dict[str, float]]  # part of the data -> metrics
 
@@ -53,8 +54,8 @@ class Standing:
         pairs = zip(self.trainer.stage.students, self.trainer.deployed(), strict=True)
         return [cast("TappedModel", student).twin(module) for student, module in pairs]
 
-    def measure(self) -> None:
-        """Each student, and, where there are several models, their ensemble (the mean of their probabilities).
+    def measure(self) -> Turns[None]:
+        """Measure each student, and, where there are several models, their ensemble (the mean of their probabilities).
 
         Processes that train apart measure their own students on the whole data, and tell each other.
         """
@@ -63,11 +64,12 @@ class Standing:
         models = [*self.deployed(), *(() if apart else self.trainer.stage.company)]
         self.scores = [{} for _ in range(len(self.trainer.stage.students) * (setting.accelerator.num_processes if apart else 1))]
         self.ensemble = {}
-        for part, batches in (("test", setting.data.test), ("validation", setting.data.validation)):
+        for number, (part, batches) in enumerate((("test", setting.data.test), ("validation", setting.data.validation)), -2):
             if batches is None:
                 continue
             teacher = setting.teacher if part == "test" else None
-            found = [predict(model, batches.whole() if apart else batches, world=world) for model in models]
+            place = (self.trainer.epoch, number)
+            found = yield from predicting(models, batches.whole() if apart else batches, world=world, place=place)
             found = gather_object(found) if apart else found
             for scores, one in zip(self.scores, found, strict=False):  # the company has no scores of its own
                 scores[part] = metrics(one, teacher)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -68,6 +69,7 @@ class TappedModel:
         self._hooked = False
         self._settled: nn.Module | None = None
         self.frozen = False
+        self.answers: Callable[[Inputs], Outputs] | None = None  # who gives the answers, if not a forward for each call
 
     def __call__(self, inputs: Inputs) -> Outputs:
         """The answer to a batch (B, C, H, W) or to a mapping, whose items become keyword arguments.
@@ -77,6 +79,10 @@ class TappedModel:
         """
         if not self.needs_logits and not self.layers:
             return FeaturesOnly({}, self.role)
+        return self.forward(inputs) if self.answers is None else self.answers(inputs)
+
+    def forward(self, inputs: Inputs) -> Outputs:
+        """The answer by a forward of the network, whoever else could give it."""
         with self._autocast(inputs):
             logits, features = self._run_compiled(inputs) if self._compile is not None else self._run(inputs)
         if self.precision is not None:
@@ -122,6 +128,12 @@ class TappedModel:
             precision=self.precision,
             input_shape=self.input_shape,
         )
+
+    def view(self, layers: Iterable[str], *, needs_logits: bool, answers: Callable[[Inputs], Outputs]) -> TappedModel:
+        """The same network and adapter, seen at some of the taps, whose answers come from somewhere else."""
+        other = copy.copy(self)
+        other.layers, other.needs_logits, other.answers = {name: self.layers[name] for name in layers}, needs_logits, answers
+        return other
 
     def compile(self, **options: Any) -> TappedModel:
         """Compile network and taps together by `torch.compile(**options)`; the first call runs once more, uncompiled, to check the taps."""

@@ -126,9 +126,9 @@ def test_mixup_ends_at_its_epoch(tmp_path):
     trainer.learner._lessons = lambda batch: (seen.append(batch), step(batch))[1]
     epoch(trainer)
     assert all(batch.labels.shape == (8, 6) and torch.allclose(batch.labels.sum(1), torch.ones(8)) for batch in seen)
-    plain = list(trainer.loader.epoch(0))
+    plain = list(trainer.loader._loader.epoch(0))
     assert not torch.equal(plain[0].inputs, seen[0].inputs)
-    reseed(trainer.seed, trainer.stage.name, 0, 0)
+    reseed(trainer.seed, "mixup", 0, 0, 0)
     np.random.rand()  # whether to mix at all: timm's first draw
     share = np.random.beta(0.5, 0.5)
     torch.testing.assert_close(seen[0].inputs, plain[0].inputs * share + plain[0].inputs.flip(0) * (1 - share))

@@ -1,0 +1,157 @@
+"""Trains several recipes side by side, batch by batch; each ends with the weights that it would have alone, bit for bit.
+
+Runs of one seed on the same images form a group: they go through the data together, and a frozen teacher that several of them have
+answers each batch once. That changes no run's numbers, because no random number depends on what was drawn before (see
+`kdkit.randomness`), and because whatever would change a teacher's answers by a rounding makes it another teacher.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from kdkit import runs
+from kdkit.errors import Interrupted, KdkitError
+from kdkit.recipe import Recipe, content_of
+from kdkit.run_folder import Result, RunFolder
+from kdkit.sharing import Sharing
+from kdkit.signals import StopRequest
+from kdkit.turns import BEGINNING, Place, Stopwatch, Turns
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe to carry out, and where."""
+
+    recipe: Recipe
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job: its result, or the reason why there is none."""
+
+    job: Job
+    result: Result | None = None
+    reason: str | None = None
+
+
+@dataclass
+class _Run:
+    """A job on its way."""
+
+    job: Job
+    turns: Turns[Result]
+    clock: Stopwatch = field(default_factory=Stopwatch)
+    place: Place = BEGINNING
+    outcome: Outcome | None = None
+    stopped: Interrupted | None = None
+
+    @property
+    def going(self) -> bool:
+        return self.outcome is None and self.stopped is None
+
+
+def train_together(jobs: Sequence[Job], *, max_parallel: int | None = None, say: Callable[[str], None] = lambda _: None) -> list[Outcome]:
+    """Carry out recipes, one outcome per job in their order; one that fails does not stop the others.
+
+    Teachers that other recipes train are trained first. Finished runs are taken as they are.
+
+    Args:
+        jobs: recipes with different folders.
+        max_parallel: runs that are in memory at once (None: all of a group).
+        say: told of every group that begins and every run that ends.
+
+    Raises:
+        Interrupted: a signal stopped them; all are saved, and a further call goes on.
+    """
+    outcomes: dict[int, Outcome] = {}
+    waiting: dict[int, runs.Prepared] = {}
+    for i, job in enumerate(jobs):
+        try:
+            if (done := RunFolder(job.folder)).holds(job.recipe) and (result := done.result()):
+                outcomes[i] = Outcome(job, result)
+            else:
+                waiting[i] = runs.Prepared.make(job.recipe, done, quiet=True)
+        except Interrupted:
+            raise
+        except (KdkitError, RuntimeError) as error:
+            outcomes[i] = _failed(job, error, say)
+    groups = list(_passes({i: _kind(run.recipe) for i, run in waiting.items()}, max_parallel))
+    for number, group in enumerate(groups, 1):
+        say(f"pass {number} of {len(groups)}: {len(group)} runs side by side, seed {jobs[group[0]].recipe.spec.seed}")
+        outcomes |= zip(group, _train_group([(jobs[i], waiting[i]) for i in group], say), strict=True)
+    return [outcomes[i] for i in range(len(jobs))]
+
+
+def _kind(recipe: Recipe) -> str:
+    """What runs must agree in to be trained side by side."""
+    spec = recipe.spec
+    train = spec.train.device, spec.train.precision, spec.train.accumulate
+    trackers = str(spec.run.folder / spec.name) if spec.run.trackers else None  # an accelerator tells one run's
+    return json.dumps([content_of(spec.data), spec.seed, train, trackers], sort_keys=True, default=str)
+
+
+def _passes(kinds: dict[int, str], size: int | None) -> Iterator[list[int]]:
+    """The runs by kind, in order, so many at a time."""
+    for kind in dict.fromkeys(kinds.values()):
+        alike = iter([i for i in kinds if kinds[i] == kind])
+        while part := list(itertools.islice(alike, size)):
+            yield part
+
+
+def _train_group(group: Sequence[tuple[Job, runs.Prepared]], say: Callable[[str], None]) -> list[Outcome]:
+    first = group[0][0]
+    try:
+        accelerator = runs.accelerator_for(first.recipe, RunFolder(first.folder))
+        sharing = Sharing(runs.read_data(first.recipe, accelerator), accelerator.num_processes)
+    except KdkitError as error:
+        return [_failed(job, error, say) for job, _ in group]
+    with StopRequest() as stop:
+        going = [_start(job, prepared, accelerator, stop, sharing) for job, prepared in group]
+        _take_turns(going, sharing, say)
+    if stopped := [run for run in going if run.stopped]:
+        saved = ", ".join(run.job.folder.name for run in stopped)
+        assert stopped[0].stopped is not None
+        raise Interrupted(f"stopped; {saved}: saved; the same command goes on from here", stopped[0].stopped.signal)
+    return [run.outcome for run in going if run.outcome is not None]
+
+
+def _start(job: Job, prepared: runs.Prepared, accelerator: Accelerator, stop: StopRequest, sharing: Sharing) -> _Run:
+    clock = Stopwatch()
+    return _Run(job, prepared.turns(accelerator, stop, clock, sharing), clock)
+
+
+def _take_turns(group: Sequence[_Run], sharing: Sharing, say: Callable[[str], None]) -> None:
+    """Let the run that is behind all others go on to its next batch, until none is left."""
+    for run in group:
+        _turn(run, sharing, say)  # each says what it wants before any begins
+    while going := [run for run in group if run.going]:
+        _turn(min(going, key=lambda run: run.place), sharing, say)
+
+
+def _turn(run: _Run, sharing: Sharing, say: Callable[[str], None]) -> None:
+    try:
+        with sharing.memo.turn(run.place, run.clock):
+            run.place = next(run.turns)
+    except StopIteration as end:
+        run.outcome = Outcome(run.job, end.value)
+        say(f"{run.job.folder.name}: top-1 {end.value.test['top1']:.2f} %, {run.clock.wall:.1f} s, see {run.job.folder}")
+    except Interrupted as error:
+        run.stopped = error
+    except (KdkitError, RuntimeError) as error:  # torch tells that memory is out by a RuntimeError
+        run.outcome = _failed(run.job, error, say)
+
+
+def _failed(job: Job, error: Exception, say: Callable[[str], None]) -> Outcome:
+    reason = " ".join(str(error).split())
+    if isinstance(error, torch.OutOfMemoryError):
+        reason = f"out of memory; `--max-parallel` with a smaller number, or a smaller data.batch_size ({reason})"
+    say(f"{job.folder.name}: failed: {reason}")
+    return Outcome(job, reason=reason)

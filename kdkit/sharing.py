@@ -1,0 +1,207 @@
+"""What runs side by side have in common: each batch is made once, and each frozen teacher answers it once."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar, cast
+
+from torch import Tensor
+
+from kdkit.data import Data, EvalLoader, TrainLoader
+from kdkit.errors import RunError
+from kdkit.evaluate import Predictions, predict_together
+from kdkit.observation import version
+from kdkit.records import Batch, Inputs, Outputs
+from kdkit.tapping import FeaturesOnly, TappedModel
+from kdkit.teaching import Arrange
+from kdkit.turns import Place, Stopwatch
+
+T = TypeVar("T", Batch, Outputs)
+
+
+class Memo:
+    """What one run's turn has made, for the others that ask for it at the same place.
+
+    Its time is booked on each run that uses it, so that a run's clock says what the run would take alone.
+
+    Attributes:
+        clock: of the run whose turn it is.
+    """
+
+    def __init__(self) -> None:
+        self.clock = Stopwatch()
+        self._place: Place | None = None
+        self._kept: dict[Hashable, tuple[Batch | Outputs, list[int | None], float, float]] = {}
+
+    @contextlib.contextmanager
+    def turn(self, place: Place | None, clock: Stopwatch) -> Iterator[None]:
+        """One run's turn at a place; what was made at another one is forgotten."""
+        if place != self._place:
+            self._kept.clear()
+        self._place, self.clock = place, clock
+        with clock:
+            yield
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gives, or gave to another run at this place.
+
+        Raises:
+            RunError: that run has changed it in place.
+        """
+        if key not in self._kept:
+            wall, cpu = self.clock.wall, self.clock.cpu
+            made = make()
+            self._kept[key] = made, _versions(made), self.clock.wall - wall, self.clock.cpu - cpu
+            return made
+        kept, versions, wall, cpu = self._kept[key]
+        if _versions(kept) != versions:
+            raise RunError("a plugin of a run beside this one has changed a batch, or a teacher's answer to it, in place")
+        self.clock.add(wall, cpu)
+        return cast("T", kept)
+
+    def holds(self, inputs: Inputs) -> bool:
+        """Whether these are the images of a batch that all see."""
+        return any(isinstance(made, Batch) and made.inputs is inputs for made, *_ in self._kept.values())
+
+
+def _versions(made: Batch | Outputs) -> list[int | None]:
+    """How often each tensor was changed in place."""
+    found: list[int | None] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(version(tensor))
+        return tensor
+
+    made.map(note)
+    return found
+
+
+class SharedTrainLoader:
+    """Training batches that each are made once, as long as the runs ask for them one after another."""
+
+    def __init__(self, loader: TrainLoader, memo: Memo) -> None:
+        self.labels, self.indices, self.num_samples, self.indexed = loader.labels, loader.indices, loader.num_samples, loader.indexed
+        self._loader, self._memo = loader, memo
+        self._open: dict[tuple[int, int | None], tuple[int, Iterator[Batch]]] = {}  # epoch and view -> next batch's number, where from
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def epoch(self, number: int, start: int = 0, view: int | None = None, arrange: Arrange | None = None) -> Iterator[Batch]:
+        if arrange is not None:  # a run's own order
+            yield from self._loader.epoch(number, start, view, arrange)
+            return
+        for batch in range(start, len(self)):
+            yield self._memo.once((id(self), number, view, batch), functools.partial(self._make, number, view, batch))
+
+    def _make(self, number: int, view: int | None, batch: int) -> Batch:
+        following, source = self._open.pop((number, view), (-1, iter(())))
+        if following != batch:
+            source = self._loader.epoch(number, batch, view)
+        made = next(source)
+        if batch + 1 < len(self):
+            self._open[number, view] = batch + 1, source
+        return made
+
+
+class SharedEvalLoader:
+    """Likewise for measuring, from the first batch to the last."""
+
+    def __init__(self, loader: EvalLoader, memo: Memo) -> None:
+        self.num_samples = loader.num_samples
+        self._loader, self._memo = loader, memo
+        self._source: Iterator[Batch] = iter(())
+        self._following = 0
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in range(len(self)):
+            yield self._memo.once((id(self), batch), functools.partial(self._make, batch))
+
+    def whole(self) -> EvalLoader:
+        return self._loader.whole()
+
+    def _make(self, batch: int) -> Batch:
+        if batch == 0 or batch != self._following:
+            self._source = iter(self._loader)
+            for _ in range(batch):
+                next(self._source)
+        self._following = batch + 1
+        return next(self._source)
+
+
+@dataclass
+class _Demand:
+    """What all runs together want of one teacher."""
+
+    layers: dict[str, None] = field(default_factory=dict)
+    needs_logits: bool = False
+
+
+class Sharing:
+    """The data and the frozen teachers of runs that share seed and images.
+
+    Args:
+        data: as it was opened for them.
+        world: training processes; several measure without giving way, so that they share no batch then.
+    """
+
+    def __init__(self, data: Data, world: int = 1) -> None:
+        self.memo = Memo()
+        self._alone, self._world = data, world
+        self.data = replace(data, train=SharedTrainLoader(data.train, self.memo))
+        if world == 1:
+            validation = SharedEvalLoader(data.validation, self.memo) if data.validation is not None else None
+            self.data = replace(self.data, validation=validation, test=SharedEvalLoader(data.test, self.memo))
+        self._loaders: dict[str, TrainLoader] = {}
+        self._demands: dict[str, _Demand] = {}
+        self._teachers: dict[tuple[str, str], TappedModel] = {}
+        self._predictions: dict[tuple[int, ...], Predictions | None] = {}
+
+    def loader(self, key: str, make: Callable[[TrainLoader], TrainLoader]) -> TrainLoader:
+        """The training batches, changed in a way that the key names (mixed, fewer views)."""
+        if key not in self._loaders:
+            self._loaders[key] = SharedTrainLoader(make(self.data.train), self.memo)
+        return self._loaders[key]
+
+    def expect(self, key: str, layers: Iterable[str], *, needs_logits: bool) -> None:
+        """Say before any teacher is built what a run will want of this one."""
+        demand = self._demands.setdefault(key, _Demand())
+        demand.layers |= dict.fromkeys(layers)
+        demand.needs_logits |= needs_logits
+
+    def teacher(
+        self, key: str, state: str, layers: Sequence[str], *, needs_logits: bool, build: Callable[[list[str], bool], TappedModel]
+    ) -> TappedModel:
+        """A run's view of a teacher that answers for all.
+
+        Args:
+            key: teachers of one key answer every batch alike; the run was expected under it.
+            state: which weights, where there are several.
+            layers: taps of this run.
+            needs_logits: of this run.
+            build: makes the teacher with all taps that anyone wants.
+        """
+        if (key, state) not in self._teachers:
+            demand = self._demands[key]
+            self._teachers[key, state] = build(list(demand.layers), demand.needs_logits)
+        whole = self._teachers[key, state]
+        return whole.view(layers, needs_logits=needs_logits, answers=functools.partial(self._answer, whole, list(layers), needs_logits))
+
+    def predictions(self, teachers: Sequence[TappedModel]) -> Predictions | None:
+        """What teachers say of the test data, together."""
+        key = tuple(id(teacher.module) for teacher in teachers)
+        if key not in self._predictions:
+            self._predictions[key] = predict_together(teachers, self._alone.test, world=self._world)
+        return self._predictions[key]
+
+    def _answer(self, whole: TappedModel, layers: list[str], needs_logits: bool, inputs: Inputs) -> Outputs:
+        common = self.memo.holds(inputs)  # not a run's own view of the images
+        answer = self.memo.once((id(whole), id(inputs)), lambda: whole(inputs)) if common else whole(inputs)
+        features = {name: answer.features[name] for name in layers}
+        return Outputs(answer.logits, features) if needs_logits else FeaturesOnly(features, whole.role)

@@ -1,0 +1,61 @@
+"""Work that goes on in turns, so that several runs can be trained side by side: it gives way before each batch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from types import TracebackType
+from typing import Self, TypeVar
+
+T = TypeVar("T")
+
+Place = tuple[int, int, int]
+"""Where a run is: finished epochs of its stage, part of the data (below 0: measuring, 0: training), batch that it asks for next."""
+
+BEGINNING: Place = (-1, 0, 0)
+
+Turns = Generator[Place, None, T]
+
+
+def finish(turns: Turns[T]) -> T:
+    """Take all turns at once."""
+    while True:
+        try:
+            next(turns)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+
+
+class Stopwatch:
+    """Wall and CPU seconds spent on one run. It stands still while another run has its turn: enter it for a turn."""
+
+    def __init__(self) -> None:
+        self.set(0.0, 0.0)
+        self._running = False
+
+    def __enter__(self) -> Self:
+        self.set(self._wall, self._cpu)
+        self._running = True
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._wall, self._cpu, self._running = self.wall, self.cpu, False
+
+    def set(self, wall: float, cpu: float) -> None:
+        """Say what was spent up to now."""
+        self._wall, self._cpu = wall, cpu
+        self._began = time.monotonic(), time.process_time()
+
+    def add(self, wall: float, cpu: float) -> None:
+        """Count what another run's turn has done for this one too."""
+        self._wall, self._cpu = self._wall + wall, self._cpu + cpu
+
+    @property
+    def wall(self) -> float:
+        return self._wall + (time.monotonic() - self._began[0] if self._running else 0.0)
+
+    @property
+    def cpu(self) -> float:
+        """Of all threads of this process, but not of its loader workers."""
+        return self._cpu + (time.process_time() - self._began[1] if self._running else 0.0)

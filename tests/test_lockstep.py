@@ -1,0 +1,217 @@
+"""Runs side by side: each is what it would be alone, and what they share is done once."""
+
+import signal
+
+import pytest
+import torch
+from training import PLAIN, Command, assert_same_run, lines, merged, write
+
+import kdkit
+from kdkit import images, lockstep, recipe, runs, tapping
+from kdkit.lockstep import Job, train_together
+
+TAPS = {"layers": [{"student": "stage3", "teacher": "stage3"}]}
+BASE = merged(
+    PLAIN,
+    {
+        "data": {"augment": {"crop_padding": 1, "flip": 0.5}, "validation": 8},
+        "student": {"args": {"drop_rate": 0.3}},
+        "teacher": {"fold_batchnorm": True},
+    },
+)
+VARIANTS = {
+    "alone": {"teacher": None, "schedule": {"use": "supervised"}, "losses": [{"use": "cross_entropy"}]},
+    "response": {},
+    "feature": {"losses": [{"use": "cross_entropy"}, {"use": "hint", **TAPS}]},
+    "folded_less": {"losses": [{"use": "hint", "layers": [{"student": "layer2.0.bn1@input", "teacher": "layer2.0.bn1@input"}]}]},
+    "relation": {"losses": [{"use": "cross_entropy"}, {"use": "rkd_distance", "layers": [{"student": "penultimate", "teacher": "penultimate"}]}]},
+    "memory": {"losses": [{"use": "crd", "negatives": 16, "layers": [{"student": "penultimate", "teacher": "penultimate"}]}]},
+    "average": {"train": {"ema": {"decay": 0.7}, "evaluate_every": 2}},
+    "mixed": {"train": {"mixup": {"mixup_alpha": 0.4, "cutmix_alpha": 1.0}}},
+    "mixed_feature": {"train": {"mixup": {"mixup_alpha": 0.4, "cutmix_alpha": 1.0}}, "losses": [{"use": "hint", **TAPS}]},
+    "adam": {"train": {"optimizer": {"name": "adamw", "lr": 0.01}, "epochs": 3, "clip_grad": 0.5}},
+    "accumulated": {"train": {"accumulate": 2}},
+    "layout": {"train": {"channels_last": False}},
+    "mutual": {"teacher": None, "schedule": {"use": "mutual"}},
+    "generations": {"teacher": None, "schedule": {"use": "born_again", "generations": 2}},
+    "two_stages": {"schedule": {"use": "staged", "stages": [{"name": "hints", "losses": ["hint"], "train": ["student.layer3", "hint"], "epochs": 1}, {"name": "rest", "losses": ["logit_kl"]}]},
+                   "losses": [{"use": "hint", **TAPS}, {"use": "logit_kl"}]},
+}  # fmt: skip
+
+
+def jobs(folder, base=BASE, variants=VARIANTS, **changes):
+    made = []
+    for name, own in variants.items():
+        path = write(folder, {**merged(merged(base, own), changes), "name": name}, f"{name}.yaml")
+        made.append(Job(recipe.load(path), folder / "together" / name))
+    return made
+
+
+def alone(folder, job):
+    kdkit.train(job.recipe.source.path, folder=folder / "alone" / job.folder.name, quiet=True)
+    return folder / "alone" / job.folder.name
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    found = jobs(folder)
+    return folder, found, train_together(found)
+
+
+def test_they_stand_in_for_all_kinds(trained):
+    knowledge = {job.recipe.plugins.losses[loss.use].knowledge for job in trained[1] for loss in job.recipe.spec.losses}
+    schemes = {job.recipe.plugins.schedules[job.recipe.spec.schedule.use].scheme for job in trained[1]}
+    assert knowledge == {"labels", "response", "feature", "relation"} and schemes == {"none", "offline", "online", "self"}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_each_ends_with_the_bits_that_it_has_alone(trained, name):
+    folder, found, outcomes = trained
+    place = list(VARIANTS).index(name)
+    assert outcomes[place].reason is None
+    assert_same_run(alone(folder, found[place]), found[place].folder)
+
+
+def test_files_read_by_workers_too(tmp_path):
+    changes = {"data": {"augment": None, "timm_augment": {"auto_augment": "rand-m5"}, "workers": 2}}
+    found = jobs(tmp_path, variants={name: VARIANTS[name] for name in ("response", "mixed", "mutual")}, **changes)
+    train_together(found)
+    for job in found:
+        assert_same_run(alone(tmp_path, job), job.folder)
+
+
+def count(monkeypatch, owner, name):
+    calls = []
+    plain = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *given, **named: (calls.append(given), plain(*given, **named))[1])
+    return calls
+
+
+def test_batches_are_made_once_and_answered_once(tmp_path, monkeypatch):
+    found = jobs(tmp_path, variants={name: VARIANTS[name] for name in ("alone", "response", "feature", "relation", "average")})
+    made, answered = count(monkeypatch, images.Finish, "__call__"), count(monkeypatch, tapping.TappedModel, "forward")
+    train_together(found[:1])
+    once = len(made)
+    made.clear()
+    answered.clear()
+    train_together(found[1:])
+    steps, epochs = 40 // 8, 2
+    assert len(made) == once + 1  # on which the teacher is measured
+    by_teacher = [model for model, images in answered if model.role == "teacher" and images.device.type != "meta"]
+    assert len(by_teacher) == 1 + 1 + steps * epochs  # measured on one batch, losses set up on one
+
+
+def test_the_teacher_stops_behind_the_deepest_tap_of_all(tmp_path, monkeypatch):
+    def variant(layer):
+        return {"losses": [{"use": "cross_entropy"}, {"use": "hint", "layers": [{"student": layer, "teacher": layer}]}]}
+
+    found = jobs(tmp_path, variants={layer: variant(layer) for layer in ("stage1", "stage2")})
+    seen = []
+    plain = tapping.TappedModel.forward
+
+    def forward(model, inputs):
+        answer = plain(model, inputs)
+        if model.role == "teacher" and model.layers and inputs.device.type != "meta":
+            seen.append((type(answer).__name__, set(answer.features)))
+        return answer
+
+    monkeypatch.setattr(tapping.TappedModel, "forward", forward)
+    train_together(found)
+    assert seen and all(one == ("FeaturesOnly", {"stage1", "stage2"}) for one in seen)
+
+
+def test_one_that_fails_does_not_stop_the_others(tmp_path):
+    told = []
+    bad = {"train": {"optimizer": {"lr": 1e30}}}
+    found = jobs(tmp_path, variants={"response": {}, "bad": bad, "adam": VARIANTS["adam"]})
+    outcomes = train_together(found, say=told.append)
+    assert [outcome.result is None for outcome in outcomes] == [False, True, False]
+    assert "step" in outcomes[1].reason and any("bad: failed: " in line for line in told)
+    assert_same_run(alone(tmp_path, found[2]), found[2].folder)
+
+
+def test_out_of_memory_is_one_runs_own(tmp_path, monkeypatch):
+    found = jobs(tmp_path, variants={"response": {}, "adam": VARIANTS["adam"]})
+    plain = runs.build_trainer
+
+    def build(recipe, *given):
+        if recipe.spec.name == "adam":
+            raise torch.OutOfMemoryError("no more")
+        return plain(recipe, *given)
+
+    monkeypatch.setattr(runs, "build_trainer", build)
+    outcomes = train_together(found)
+    assert outcomes[0].result is not None and "max-parallel" in outcomes[1].reason
+
+
+def test_a_plugins_mistake_is_no_reason_to_be_silent(tmp_path, monkeypatch):
+    found = jobs(tmp_path, variants={"response": {}})
+    monkeypatch.setattr(runs, "build_trainer", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train_together(found)
+
+
+def test_what_is_changed_in_place_is_noticed(tmp_path):
+    (tmp_path / "vandal.py").write_text(
+        "import kdkit\n"
+        "class Vandal(kdkit.Loss):\n"
+        "    'Writes where it must not.'\n    name = 'vandal'\n    knowledge = 'response'\n"
+        "    def forward(self, student, teacher, batch):\n"
+        "        teacher.logits.mul_(2)\n        return (student.logits - teacher.logits).abs().mean()\n"
+        "@kdkit.hookimpl\ndef kdkit_losses():\n    return [Vandal]\n"
+    )
+    found = jobs(tmp_path, variants={"vandal": {"plugins": ["vandal.py"], "losses": [{"use": "vandal"}]}, "response": {}})
+    outcomes = train_together(found)
+    assert "in place" in outcomes[1].reason
+
+
+def test_so_many_at_a_time(tmp_path):
+    told = []
+    found = jobs(tmp_path, variants={name: VARIANTS[name] for name in ("alone", "response", "feature")})
+    train_together(found, max_parallel=2, say=told.append)
+    assert [line.split(":")[0] for line in told if line.startswith("pass")] == ["pass 1 of 2", "pass 2 of 2"]
+    for job in found:
+        assert_same_run(alone(tmp_path, job), job.folder)
+
+
+def test_seeds_and_images_go_apart(tmp_path):
+    variants = {"a": {}, "b": {"seed": 1}, "c": {"data": {"train_samples": 24}}, "d": {"train": {"accumulate": 2}}, "e": {}}
+    kinds = [lockstep._kind(job.recipe) for job in jobs(tmp_path, variants=variants)]
+    assert kinds[0] == kinds[4] and len(set(kinds)) == 4
+
+
+def test_finished_runs_are_taken_as_they_are(tmp_path, monkeypatch):
+    found = jobs(tmp_path, variants={"response": {}, "adam": VARIANTS["adam"]})
+    first = train_together(found[:1])
+    steps = count(monkeypatch, runs.Prepared, "turns")
+    both = train_together(found)
+    assert len(steps) == 1 and both[0].result == first[0].result
+
+
+def test_time_is_what_each_would_take_alone(tmp_path):
+    """The work that is shared counts for every run."""
+    found = jobs(tmp_path, variants={name: {"seed": 0} for name in "abc"}, train={"epochs": 4})
+    outcomes = [outcome.result for outcome in train_together(found)]
+    assert max(one.cpu_seconds for one in outcomes) < 2.5 * min(one.cpu_seconds for one in outcomes)
+    lone = kdkit.train(found[0].recipe.source.path, folder=tmp_path / "lone", quiet=True)
+    assert outcomes[2].cpu_seconds == pytest.approx(lone.cpu_seconds, rel=0.7)
+
+
+def test_interrupted_they_all_go_on(tmp_path):
+    names = ("response", "feature", "mutual")
+    for name in names:
+        write(tmp_path, {**merged(BASE, VARIANTS[name]), "name": name}, f"{name}.yaml", train={"epochs": 6})
+    script = tmp_path / "study.yaml"
+    script.write_text(
+        "name: s\nbase: response.yaml\nvariants:\n" + "".join(f"  {name}: {{recipe: {name}.yaml}}\n" for name in names) + "seeds: 1\n"
+    )
+    command = Command(tmp_path, "compare", "study.yaml")
+    command.wait_for(lambda: all(lines(tmp_path / "runs" / "s" / f"{name}-seed0") >= 9 for name in names))
+    command.send(signal.SIGTERM)
+    code, said = command.finish()
+    assert code == 128 + signal.SIGTERM and "goes on" in said
+    assert Command(tmp_path, "compare", "study.yaml").finish()[0] == 0
+    for name in names:
+        kdkit.train(tmp_path / f"{name}.yaml", folder=tmp_path / "alone" / name, quiet=True)
+        assert_same_run(tmp_path / "alone" / name, tmp_path / "runs" / "s" / f"{name}-seed0")
