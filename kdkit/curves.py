@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#00
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (3, 1)), (0, (1, 1)), (0, (8, 2)))  # one more than colours: no pair comes again soon
 MARKERS = "os^DvPXph"
 INK, GRID = "#333333", "#dddddd"
+TO_TEACHER = ("agreement", "logit_difference", "kl_to_teacher")  # metrics on the test data that need a teacher
 TALL = 30.0  # ratio of largest to smallest loss from which they are drawn on a logarithmic scale
 
 
@@ -41,12 +43,14 @@ class Curves:
     Attributes:
         top1: accuracy in percent on "test" and "validation"; of further students on "test, student 2"...
         losses: "loss" (the total) and each term, as it counts in the total.
+        to_teacher: how near the teacher's the answers to the test data are, by `TO_TEACHER`.
         lr: learning rate after that many epochs.
         stages: where each stage begins, and its name.
     """
 
     top1: dict[str, Curve] = field(default_factory=dict)
     losses: dict[str, Curve] = field(default_factory=dict)
+    to_teacher: dict[str, Curve] = field(default_factory=dict)
     lr: Curve = field(default_factory=Curve)
     stages: list[tuple[float, str]] = field(default_factory=list)
     epochs: int = 0
@@ -72,6 +76,8 @@ def _take(curves: Curves, line: dict[str, Any], x: float) -> None:
     for part in ("test", "validation"):
         if part in line:
             curves.top1.setdefault(part, Curve()).add(x, line[part]["top1"])
+    for name in (name for name in TO_TEACHER if name in line.get("test", {})):
+        curves.to_teacher.setdefault(name, Curve()).add(x, line["test"][name])
     for number, peer in enumerate(line.get("peers", ()), 2):
         curves.top1.setdefault(f"test, student {number}", Curve()).add(x, peer["test"]["top1"])
 
@@ -118,7 +124,7 @@ def draw(curves: Curves, title: str, file: Path, teacher: float | None = None) -
     values = [v for curve in curves.losses.values() for v in curve.y]
     if min(values) > 0 and max(values) / min(values) > TALL:
         loss.set_yscale("log")
-    rate.plot(*_broken(curves.lr, curves), color=INK, linewidth=1.6, marker="." if len(curves.lr.x) < 20 else None)
+    rate.plot(*broken(curves.lr.x, curves.lr.y, curves.stages), color=INK, linewidth=1.6, marker="." if len(curves.lr.x) < 20 else None)
     for axes, label in ((accuracy, "top-1, %"), (loss, "training loss,\nterms weighted"), (rate, "learning rate")):
         _furnish(axes, label, curves)
     for axes in (accuracy, loss):
@@ -133,36 +139,47 @@ def _lines(axes: Axes, lines: dict[str, Curve], curves: Curves, number: str) -> 
     for i, (name, curve) in enumerate(lines.items()):
         every = max(1, math.ceil(len(curve.x) / 12))
         axes.plot(
-            *_broken(curve, curves), color=COLORS[i % len(COLORS)], linestyle=DASHES[i % len(DASHES)], marker=MARKERS[i % len(MARKERS)],
-            markevery=every, markersize=4.5, linewidth=1.8, label=f"{name} ({number.format(curve.y[-1])})",
+            *broken(curve.x, curve.y, curves.stages), color=COLORS[i % len(COLORS)], linestyle=DASHES[i % len(DASHES)],
+            marker=MARKERS[i % len(MARKERS)], markevery=every, markersize=4.5, linewidth=1.8,
+            label=f"{name} ({number.format(curve.y[-1])})",
         )  # fmt: skip
 
 
-def _broken(curve: Curve, curves: Curves) -> tuple[list[float], list[float]]:
+def broken(x: Sequence[float], y: Sequence[float], stages: Sequence[tuple[float, str]]) -> tuple[list[float], list[float]]:
     """The points with a gap wherever a new stage begins: what comes then is not the course of what was before."""
-    xs, ys, starts = [], [], [start for start, _ in curves.stages[1:]]
-    for x, y in zip(curve.x, curve.y, strict=True):
-        while starts and x > starts[0]:
+    xs, ys, starts = [], [], [start for start, _ in stages[1:]]
+    for place, value in zip(x, y, strict=True):
+        while starts and place > starts[0]:
             xs.append(starts.pop(0))
             ys.append(math.nan)
-        xs.append(x)
-        ys.append(y)
+        xs.append(place)
+        ys.append(value)
     return xs, ys
 
 
 def _furnish(axes: Axes, label: str, curves: Curves) -> None:
-    from matplotlib.ticker import MaxNLocator
+    furnish(axes, label)
+    over_epochs(axes, curves.epochs, curves.stages)
 
+
+def furnish(axes: Axes, label: str) -> None:
+    """A quiet frame: grid behind the lines, two spines, dark grey text; `label` stands at the y axis."""
     axes.set_ylabel(label, color=INK)
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#999999")
     axes.tick_params(colors=INK, labelsize=9)
-    margin = max(0.3, 0.02 * curves.epochs)
-    axes.set_xlim(1 - margin, curves.epochs + margin)
+
+
+def over_epochs(axes: Axes, epochs: int, stages: Sequence[tuple[float, str]]) -> None:
+    """An x axis from the first epoch to the last, with a line wherever a stage begins."""
+    from matplotlib.ticker import MaxNLocator
+
+    margin = max(0.3, 0.02 * epochs)
+    axes.set_xlim(1 - margin, epochs + margin)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for start, _ in curves.stages[1:]:
+    for start, _ in stages[1:]:
         axes.axvline(start + 0.5, color="#999999", linewidth=1)
 
 

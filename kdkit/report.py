@@ -1,0 +1,172 @@
+"""The `report` command: one page that tells a study, and its figures for other programs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kdkit import report_answers, report_courses, report_page, report_sections
+from kdkit.checkpoints import write_atomically
+from kdkit.errors import RunError
+from kdkit.findings import Findings
+from kdkit.report_findings import of_runs
+from kdkit.report_sections import Material
+from kdkit.run_folder import RunFolder
+
+STUDY = "study.json"
+PICTURES = "report"  # folder
+
+
+@dataclass(frozen=True)
+class Report:
+    """Where it is: the page, all files, and what had to be left out, a phrase each."""
+
+    page: Path
+    files: tuple[Path, ...]
+    missing: tuple[str, ...]
+
+
+def write(
+    paths: Sequence[Path],
+    output: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Report:
+    """Tell a study as `report.html`, `report.md` with pictures in `report/`, `report.csv` (a row a run) and `report.json` (all figures).
+
+    Args:
+        paths: a study's folder or its `study.json`; or run folders, or folders that hold some: the recipe of the first is the baseline.
+        output: folder of the files (default: the study's; of runs, the one that holds the first).
+        overrides: `data.` keys, where the data lie now.
+        say: told of what is done.
+
+    Raises:
+        RunError: neither a study nor runs, or none of the runs is finished.
+    """
+    findings, home = gather(paths)
+    folder = output or home
+    material = read(findings, overrides or {}, say)
+    say("draws")
+    document = report_sections.document(material)
+    files: dict[str, bytes] = {f"{PICTURES}/{one.name}.png": one.png for one in document.pictures}
+    files["report.md"] = report_page.markdown(document, PICTURES).encode()
+    files["report.csv"] = table(findings).encode()
+    files["report.json"] = (json.dumps(figures(material), indent=1, default=str, allow_nan=False) + "\n").encode()
+    files["report.html"] = report_page.html(document).encode()
+    (folder / PICTURES).mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write_atomically(folder / name, content)
+    return Report(folder / "report.html", tuple(folder / name for name in files), tuple(material.missing))
+
+
+def gather(paths: Sequence[Path]) -> tuple[Findings, Path]:
+    """What was found, and the folder to which it belongs.
+
+    Raises:
+        RunError: neither a study nor runs.
+    """
+    file = paths[0] if paths[0].name == STUDY else paths[0] / STUDY
+    if len(paths) == 1 and file.is_file():
+        return _moved(Findings.load(file), file.parent), file.parent
+    runs = [run for path in paths for run in _runs(path)]
+    only = paths[0] if len(paths) == 1 and not (paths[0] / "run.json").is_file() else None
+    return of_runs(runs), only or runs[0].parent
+
+
+def _moved(findings: Findings, home: Path) -> Findings:
+    """The findings with the run folders that lie beside them now, where they are not in their old place."""
+
+    def place(folder: Path) -> Path:
+        return home / folder.name if not folder.is_dir() and (home / folder.name).is_dir() else folder
+
+    return replace(findings, variants=tuple(replace(v, folders=tuple(map(place, v.folders))) for v in findings.variants))
+
+
+def _runs(path: Path) -> list[Path]:
+    """The run folder itself, or those in it.
+
+    Raises:
+        RunError: there are none.
+    """
+    found = [path] if (path / "run.json").is_file() else sorted(marker.parent for marker in path.glob("*/run.json"))
+    if not found:
+        raise RunError(f"{path}: neither a study (it has no {STUDY}) nor a run folder (no run.json), and it holds no runs")
+    return found
+
+
+def read(findings: Findings, overrides: Mapping[str, Any], say: Callable[[str], None] = lambda _: None) -> Material:
+    """All that the report tells, from the run folders as far as they are there."""
+    there = {v.name: [folder for folder in v.folders if (folder / "run.json").is_file()] for v in findings.variants}
+    courses = {name: report_courses.read(folders) for name, folders in there.items()}
+    recipes = {name: _recipe(folders[0]) for name, folders in there.items() if folders}
+    return Material(findings, courses, recipes, report_answers.ask(findings, overrides, say))
+
+
+def _recipe(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(RunFolder(folder).recipe_file.read_text(encoding="utf-8"))
+    return found
+
+
+def table(findings: Findings) -> str:
+    """CSV, one row a run, failed ones included."""
+    rows = list(_rows(findings))
+    columns = dict.fromkeys(key for row in rows for key in row)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _rows(findings: Findings) -> Iterator[dict[str, Any]]:
+    for variant in findings.variants:
+        about = {"study": findings.name, "variant": variant.name, "baseline": variant.name == findings.baseline}
+        for i, (seed, folder) in enumerate(zip(variant.seeds, variant.folders, strict=True)):
+            last = {f"last.{key}": values[i] for key, values in variant.last.items() if i < len(values)}
+            best = {f"best.{key}": values[i] for key, values in variant.best.items() if i < len(values)}
+            yield {**about, "seed": seed, "folder": folder, "failure": "", **last, **best, **_spent(folder)}
+        yield from ({**about, "seed": seed, "folder": "", "failure": reason} for seed, reason in variant.failures.items())
+
+
+def _spent(folder: Path) -> dict[str, float]:
+    result = RunFolder(folder).result()
+    return {"epochs": result.epochs, "seconds": result.seconds, "cpu_seconds": result.cpu_seconds} if result else {}
+
+
+def figures(material: Material) -> dict[str, Any]:
+    """Everything that the page draws or says, as plain data."""
+    answers = material.answers
+    found: dict[str, Any] = _finite({
+        "findings": asdict(material.findings),
+        "courses": {name: asdict(one) for name, one in material.courses.items()},
+        "recipes": material.recipes,
+        "classes": answers.classes,
+        "class_accuracy": {name: answers.class_accuracy(name).tolist() for name in answers.students},
+        "confusion": {
+            name: {seed: report_answers.confusion(found).tolist() for seed, found in seeds.items()}
+            for name, seeds in answers.students.items()
+        },
+        "examples": [{"index": one.index, "label": one.label, "logits": one.logits.tolist()} for one in answers.examples],
+        "similar_layers": {
+            name: {"teacher": one.rows, "student": one.columns, "cka": one.values.tolist(), "images": one.images}
+            for name, one in answers.alike.items()
+        },
+        "missing": material.missing,
+    })  # fmt: skip
+    return found
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for what is no number, which JSON does not know."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not abs(value) < float("inf") else value

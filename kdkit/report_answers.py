@@ -1,0 +1,242 @@
+"""What the networks of a study answer to the test data: classes, confusions, the teacher's second thoughts, alike layers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kdkit.cka import LayerSimilarity
+from kdkit.engine import build_accelerator
+from kdkit.errors import KdkitError, RecipeError, TapError
+from kdkit.evaluate import Predictions, predict, predict_together
+from kdkit.findings import Findings, Variant
+from kdkit.layers import stage_paths
+from kdkit.records import Batch
+from kdkit.tapping import TappedModel
+from kdkit.trained import TrainedRun
+
+SEEDS = 3  # of each variant, the first ones, whose students answer again
+COMPARED = 6  # variants whose layers are compared with the teacher's
+IMAGES = 1024  # on which layers are compared
+EXAMPLES = 6
+HELD = 2**30  # bytes of test images that are kept between one network and the next
+
+
+@dataclass(frozen=True)
+class Example:
+    """A test image: its place, pixels (C, H, W), class, and the teacher's logits (K,)."""
+
+    index: int
+    image: Tensor
+    label: int
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Linear CKA (teacher's layers, student's layers) on so many images."""
+
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    values: Tensor
+    images: int
+
+
+@dataclass
+class Answers:
+    """What could be asked again.
+
+    Attributes:
+        classes: names of the classes, their numbers where they have none.
+        students: predictions of each variant's first seeds, by seed.
+        teacher: its own, of all teachers together.
+        examples: of the teacher's second thoughts.
+        alike: layers, by variant, of its first seed.
+        missing: what is not there and why, a phrase each.
+    """
+
+    classes: tuple[str, ...] = ()
+    students: dict[str, dict[int, Predictions]] = field(default_factory=dict)
+    teacher: Predictions | None = None
+    examples: tuple[Example, ...] = ()
+    alike: dict[str, Alike] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+
+    def class_accuracy(self, variant: str) -> Tensor:
+        """In percent (K,), mean over the seeds; NaN for a class without test images."""
+        return torch.stack([confusion(one).diag() for one in self.students[variant].values()]).mean(0)
+
+    def confusion_change(self, variant: str, baseline: str) -> Tensor:
+        """Points (true, predicted) of a class's images, mean over the seeds of each."""
+        ours, theirs = (torch.stack([confusion(one) for one in self.students[name].values()]).mean(0) for name in (variant, baseline))
+        return (ours - theirs).nan_to_num(0)
+
+
+def confusion(found: Predictions) -> Tensor:
+    """Percent of each class's images (true, predicted)."""
+    classes = found.logits.shape[1]
+    pairs = found.labels * classes + found.logits.argmax(1)
+    counts = torch.bincount(pairs, minlength=classes**2).view(classes, classes).float()
+    return 100 * counts / counts.sum(1, keepdim=True)
+
+
+def ask(findings: Findings, overrides: Mapping[str, object], say: Callable[[str], None]) -> Answers:
+    """Let the first seeds of each variant, and the teacher, answer the test data again; what is gone is told in `missing`.
+
+    Args:
+        findings: the study.
+        overrides: `data.` keys, where the data lie now.
+        say: told of each network.
+
+    Raises:
+        RecipeError: there is no such key of the data.
+    """
+    return _Asking(findings, overrides, say).all()
+
+
+class _Asking:
+    def __init__(self, findings: Findings, overrides: Mapping[str, object], say: Callable[[str], None]) -> None:
+        self.findings, self.overrides, self.say = findings, overrides, say
+        self.answers = Answers()
+        self._gone: dict[str, list[str]] = {}  # who, by the reason why they do not answer
+        self._batches: Iterable[Batch] | None = None
+        self._asked: object = None  # the data section that the batches are of
+
+    def all(self) -> Answers:
+        runs = {variant.name: list(self._runs(variant)) for variant in self.findings.variants}
+        teachers = self._teachers([one for each in runs.values() for _, one in each])
+        compared = [v.name for v in _by_accuracy(self.findings)][:COMPARED] if teachers else []
+        for name, each in runs.items():
+            for place, (seed, run) in enumerate(each):
+                self.say(f"{name}, seed {seed}: answers the test data")
+                self._student(name, seed, run, teachers[0] if teachers and place == 0 and name in compared else None)
+        self.answers.missing = [f"the answers of {_listed(who)}: {reason}" for reason, who in self._gone.items()]
+        return self.answers
+
+    def _runs(self, variant: Variant) -> Iterator[tuple[int, TrainedRun]]:
+        for seed, folder in list(zip(variant.seeds, variant.folders, strict=True))[:SEEDS]:
+            with self._told(f"{variant.name}, seed {seed}"):
+                yield seed, TrainedRun(folder, self.overrides)
+
+    @contextlib.contextmanager
+    def _told(self, of: str) -> Iterator[None]:
+        """What cannot be read any more is taken down, and left out; a wrong override is an error."""
+        try:
+            yield
+        except (KdkitError, OSError) as error:
+            if self.overrides and isinstance(error, RecipeError):
+                raise
+            self._gone.setdefault(" ".join(str(error).split()), []).append(of)
+
+    def _test(self, run: TrainedRun) -> Iterable[Batch]:
+        """The test batches of a run; those of the run before where their data are the same."""
+        content = json.loads(run.folder.marker.read_text())["content"]["data"]
+        if self._batches is None or content != self._asked:
+            device = build_accelerator(run.recipe.spec.train).device
+            found = run.data(device=device)
+            channels, height, width = found.info.image_shape
+            small = found.test.num_samples * channels * height * width * 4 < HELD
+            self._batches, self._asked = list(found.test) if small else found.test, content
+            self.answers.classes = found.info.class_names or tuple(map(str, range(found.info.num_classes)))
+        return self._batches
+
+    def _student(self, name: str, seed: int, run: TrainedRun, teacher: TappedModel | None) -> None:
+        with self._told(f"{name}, seed {seed}"):
+            batches = self._test(run)
+            student = run.student(device=_device(batches))
+            self.answers.students.setdefault(name, {})[seed] = predict(student, batches)
+        if teacher is not None and name in self.answers.students:
+            with self._told(f"{name}, layer by layer"):
+                self.answers.alike[name] = alike(student, teacher, batches)
+
+    def _teachers(self, runs: Sequence[TrainedRun]) -> list[TappedModel]:
+        """The teachers that the findings tell of; the predictions of all together, and what is to be drawn of them."""
+        taught = [run for run in runs if run.recipe.spec.all_teachers()]
+        if not taught or self.findings.teacher is None:
+            return []
+        with self._told("the teacher"):
+            batches = self._test(taught[0])
+            teachers = taught[0].teachers(device=_device(batches))
+            self.answers.teacher = predict_together(teachers, batches)
+            assert self.answers.teacher is not None
+            self.answers.examples = tuple(_examples(self.answers.teacher, batches))
+            return teachers
+        return []
+
+
+def _listed(names: Sequence[str], most: int = 4) -> str:
+    rest = len(names) - most
+    return "; ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _by_accuracy(findings: Findings) -> list[Variant]:
+    """The baseline, then the others that have runs, the best first."""
+    ran = [v for v in findings.variants if v.last.get("top1")]
+    return sorted(ran, key=lambda v: (v.name != findings.baseline, -sum(v.last["top1"]) / len(v.last["top1"])))
+
+
+def _device(batches: Iterable[Batch]) -> torch.device:
+    return next(iter(batches)).labels.device
+
+
+def _examples(teacher: Predictions, batches: Iterable[Batch]) -> Iterator[Example]:
+    """Of the images that the teacher gets right, those with the most probable second class, at most one of a class."""
+    second = teacher.logits.softmax(1).topk(2).values[:, 1] * (teacher.logits.argmax(1) == teacher.labels)
+    chosen: dict[int, int] = {}
+    for place in second.argsort(descending=True).tolist():
+        if second[place] > 0 and len(chosen) < EXAMPLES:
+            chosen.setdefault(int(teacher.labels[place]), place)
+    order = torch.cat([batch.index.cpu() for batch in batches]).sort().values  # that of the predictions
+    wanted = {int(order[place]): place for place in chosen.values()}
+    images: dict[int, Tensor] = {}
+    for batch in batches:
+        assert isinstance(batch.inputs, Tensor)
+        images |= {wanted[i]: image.cpu() for i, image in zip(batch.index.tolist(), batch.inputs, strict=True) if i in wanted}
+    for label, place in chosen.items():
+        yield Example(place, images[place], label, teacher.logits[place])
+
+
+@torch.no_grad()
+def alike(student: TappedModel, teacher: TappedModel, batches: Iterable[Batch]) -> Alike:
+    """CKA of the stages, the embedding and the logits, as far as the networks have them.
+
+    Raises:
+        TapError: one of them has none that can be observed.
+    """
+    first = next(iter(batches))
+    ours, theirs = _observed(student, first), _observed(teacher, first)
+    similarity = LayerSimilarity(tuple(theirs.layers), tuple(ours.layers))
+    for batch in batches:
+        if similarity.samples >= IMAGES:
+            break
+        similarity.add(theirs(batch.inputs).features, ours(batch.inputs).features)
+    return Alike(similarity.rows, similarity.columns, similarity.matrix(), similarity.samples)
+
+
+def _observed(model: TappedModel, batch: Batch) -> TappedModel:
+    """The model with taps on its stages, embedding and logits, those of them that it lets observe."""
+    names = [*(f"stage{i}" for i in range(1, len(stage_paths(model.module)) + 1)), "penultimate", "logits"]
+    seen = [name for name in names if _answers(model, name, batch)]
+    if not seen:
+        raise TapError(f"{model.role}: no stage of it can be observed")
+    return _tapped(model, seen)
+
+
+def _answers(model: TappedModel, name: str, batch: Batch) -> bool:
+    assert isinstance(batch.inputs, Tensor)
+    try:
+        _tapped(model, [name])(batch.inputs[:2])
+    except TapError:
+        return False
+    return True
+
+
+def _tapped(model: TappedModel, names: Sequence[str]) -> TappedModel:
+    return TappedModel(
+        model.module, names, adapt=model.adapt, role=model.role, channels_last=model.channels_last, precision=model.precision
+    )

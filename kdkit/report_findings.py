@@ -1,0 +1,189 @@
+"""Findings of runs that no study has made: which belong together, and what they cost."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import shlex
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kdkit import intervals, profile
+from kdkit.errors import KdkitError, RunError
+from kdkit.findings import Cost, Findings, Teacher, Variant
+from kdkit.profile import Profile
+from kdkit.run_folder import Result, RunFolder
+from kdkit.show import brief
+from kdkit.tapping import TappedModel
+from kdkit.trained import TrainedRun
+
+TIMED = 0.5  # seconds for which a network answers single images
+
+
+@dataclass(frozen=True)
+class _Run:
+    folder: RunFolder
+    marker: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    result: Result | None
+
+    @property
+    def taught_by(self) -> list[Any]:
+        """What the teachers are, without how they are run."""
+        content = self.marker["content"]
+        return [one.get("recipe", one) for one in (content["teacher"], *content["teachers"]) if one]
+
+    @property
+    def kind(self) -> str:
+        """What all runs of one variant share: the recipe but its seed."""
+        return json.dumps({**self.marker["content"], "seed": None}, sort_keys=True)
+
+
+def of_runs(folders: Sequence[Path]) -> Findings:
+    """Group finished runs by their recipes; the first one's is the baseline.
+
+    Args:
+        folders: of the runs, finished or not.
+
+    Raises:
+        RunError: none is finished.
+    """
+    runs = [_open(folder) for folder in dict.fromkeys(folders)]
+    if not any(run.result for run in runs):
+        raise RunError(f"{folders[0]}: no run here is finished; `kdkit train` with the same recipe goes on with one")
+    groups: dict[str, list[_Run]] = {}
+    for run in runs:
+        groups.setdefault(run.kind, []).append(run)
+    named = _named(list(groups.values()))
+    baseline = next(iter(named))
+    teachers = [run for run in runs if run.taught_by and run.result]
+    alike = len({json.dumps(run.taught_by) for run in teachers}) == 1
+    teacher, costs = _profiles(named, teachers[0] if alike else None)
+    base = _last(named[baseline], "top1")
+    return Findings(
+        name=folders[0].resolve().parent.name,
+        question="",
+        baseline=baseline,
+        command="\n".join(_again(run.folder.path) for run in runs if run.result),
+        variants=tuple(_variant(name, each, None if name == baseline else base, costs.get(name)) for name, each in named.items()),
+        teacher=teacher,
+        together={},
+        versions=runs[0].marker["versions"],
+        machine={"processor": platform.processor() or platform.machine()},
+    )
+
+
+def _again(folder: Path) -> str:
+    """The command that trains a run once more, from the recipe that it keeps."""
+    return shlex.join(["kdkit", "train", str(folder / "recipe.yaml"), "--run", f"again/{folder.name}"])
+
+
+def _open(path: Path) -> _Run:
+    folder = RunFolder(path)
+    return _Run(
+        folder, json.loads(folder.marker.read_text()), yaml.safe_load(folder.recipe_file.read_text(encoding="utf-8")), folder.result()
+    )
+
+
+def _named(groups: Sequence[Sequence[_Run]]) -> dict[str, list[_Run]]:
+    """The groups by their recipe's name, and the first run's folder where two have the same; runs by seed, each seed once."""
+    names = [str(each[0].recipe["name"]) for each in groups]
+    found: dict[str, list[_Run]] = {}
+    for name, each in zip(names, groups, strict=True):
+        called = name if names.count(name) == 1 else f"{name}, {each[0].folder.path.name}"
+        seeds: dict[int, _Run] = {}
+        for run in sorted(each, key=lambda one: one.result is None):
+            seeds.setdefault(int(run.recipe["seed"]), run)
+        found[called] = [seeds[seed] for seed in sorted(seeds)]
+    return found
+
+
+def _variant(name: str, runs: Sequence[_Run], base: Mapping[int, float] | None, network: Profile | None) -> Variant:
+    done = [run for run in runs if run.result]
+    told = dict(brief(runs[0].recipe))
+    own = _last(runs, "top1")
+    return Variant(
+        name=name,
+        about=f"{told['total']}; schedule {told['schedule']}",
+        seeds=tuple(own),
+        folders=tuple(run.folder.path for run in done),
+        last=_columns([run.result.test for run in done if run.result]),
+        best=_columns([run.result.best["test"] for run in done if run.result and run.result.best]),
+        difference=intervals.paired(own, base) if base is not None else None,
+        cost=_cost(done, network) if done and network else None,
+        failures={int(run.recipe["seed"]): f"not finished, {_epochs(run)} epochs so far" for run in runs if not run.result},
+    )
+
+
+def _last(runs: Sequence[_Run], key: str) -> dict[int, float]:
+    """A metric after the last epoch, by seed."""
+    return {int(run.recipe["seed"]): run.result.test[key] for run in runs if run.result}
+
+
+def _columns(rows: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, ...]]:
+    """What all rows have, by name."""
+    return {key: tuple(row[key] for row in rows) for key in (rows[0] if rows else ()) if all(key in row for row in rows)}
+
+
+def _epochs(run: _Run) -> int:
+    return len(run.folder.metrics("epoch"))
+
+
+def _cost(runs: Sequence[_Run], network: Profile) -> Cost:
+    rates = [line["images_per_second"] for run in runs for line in run.folder.metrics("epoch")]
+    results = [run.result for run in runs if run.result]
+    return Cost(
+        seconds=statistics.fmean(result.seconds for result in results),
+        cpu_seconds=statistics.fmean(result.cpu_seconds for result in results),
+        memory=0,
+        images_per_second=statistics.fmean(rates) if rates else 0.0,
+        parameters=network.parameters,
+        macs=network.macs,
+        bytes=network.bytes,
+        latency=network.latencies[0].percentile(50),
+    )
+
+
+def _profiles(named: Mapping[str, Sequence[_Run]], taught: _Run | None) -> tuple[Teacher | None, dict[str, Profile]]:
+    """The costs of the networks, timed together on one thread: of the common teacher, and of each variant's first student."""
+    models: dict[str, tuple[TappedModel, profile.Shape]] = {}
+    for name, runs in named.items():
+        with contextlib.suppress(KdkitError):  # what it needs is gone, such as a teacher of which the student has a part
+            run = TrainedRun(next(one.folder.path for one in runs if one.result))
+            models[name] = run.student(), run.info.image_shape
+    teachers: list[tuple[TappedModel, profile.Shape]] = []
+    if taught is not None:
+        with contextlib.suppress(KdkitError):
+            run = TrainedRun(taught.folder.path)
+            teachers = [(one, run.info.image_shape) for one in run.teachers()]
+    with profile.threads(1):  # several threads wait for each other on a busy machine
+        found = profile.measure_together([*teachers, *models.values()], runs=100, seconds=TIMED)
+    own = found[: len(teachers)]
+    return _teacher(taught, own), dict(zip(models, found[len(teachers) :], strict=True))
+
+
+def _teacher(taught: _Run | None, networks: Sequence[Profile]) -> Teacher | None:
+    """What was measured of it when it taught; several count together."""
+    if taught is None or taught.result is None or not taught.result.teacher:
+        return None
+    return Teacher(
+        name=_called(taught),
+        last=taught.result.teacher,
+        parameters=sum(one.parameters for one in networks),
+        macs=sum(one.macs for one in networks),
+        bytes=sum(one.bytes for one in networks),
+        latency=sum(one.latencies[0].percentile(50) for one in networks),
+    )
+
+
+def _called(taught: _Run) -> str:
+    one, several = taught.recipe.get("teacher"), taught.recipe.get("teachers") or ()
+    if one is None:
+        return f"{len(several)} together"
+    return Path(one["recipe"]).stem if one.get("recipe") else str(one["model"])

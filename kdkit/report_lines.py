@@ -1,0 +1,202 @@
+"""Pictures of a report with points and lines: accuracy against cost, and what happened over the epochs."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kdkit.curves import COLORS, DASHES, INK, MARKERS, TALL, broken, furnish, over_epochs
+from kdkit.report_blocks import Picture
+from kdkit.report_courses import Course, Courses
+from kdkit.report_drawing import HEIGHT, WIDTH, Look, blank, groups, keyed, labels, looks, plain, png, titled
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+TEACHER: dict[str, Any] = {"color": "#777777", "linestyle": (0, (6, 3)), "linewidth": 1.3, "zorder": 1}
+STEEP = 10.0  # ratio of largest to smallest distance to the teacher from which they are drawn on a logarithmic scale
+ZOOM = 0.4  # share of the epochs, the last ones, that are drawn again on a scale of their own
+TO_TEACHER = {
+    "agreement": ("Agreement with the teacher", "same top-1 class, %"),
+    "logit_difference": ("Distance to the teacher's logits", "mean |z_s - z_t|"),
+    "kl_to_teacher": ("KL divergence from the teacher", "KL(teacher || student), nats"),
+}
+
+
+@dataclass(frozen=True)
+class Priced:
+    """A variant's accuracies in percent, one a seed, and what training it cost."""
+
+    name: str
+    top1: Sequence[float]
+    cost: float
+
+
+def against_cost(points: Sequence[Priced], baseline: str, unit: str, teacher: float | None) -> Picture:
+    """Accuracy against the cost of training, each point with its name beside the picture, where no two names overlap."""
+    height = max(HEIGHT, 1.4 + 0.19 * len(points))
+    look, short = looks([p.name for p in points], baseline), labels([p.name for p in points])
+    beside = 0.35 + 0.078 * max(map(len, short.values()))  # inches
+    figure = blank(WIDTH, height)
+    axes, margin = figure.subplots(1, 2, width_ratios=(WIDTH - 0.7 - beside, beside), sharey=True)
+    margin.set_axis_off()
+    for point in points:
+        form = {"color": look[point.name].color, "marker": look[point.name].marker, "markersize": 7, "capsize": 3, "linewidth": 1.3}
+        deviation = statistics.stdev(point.top1) if len(point.top1) > 1 else 0.0
+        axes.errorbar(point.cost, statistics.fmean(point.top1), deviation, linestyle="", **form)
+    if teacher is not None:
+        axes.axhline(teacher, **TEACHER)
+    furnish(axes, "test top-1, %")
+    axes.set_xlabel(f"{unit} of training one run", color=INK)
+    axes.margins(x=0.12, y=0.1)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high)
+    room = (high - low) * 0.19 / (height - 0.9)
+    named: list[tuple[float, str, Look | None]] = [(statistics.fmean(p.top1), short[p.name], look[p.name]) for p in points]
+    named += [(teacher, "teacher", None)] if teacher is not None else []
+    named.sort(key=lambda one: one[0])
+    margin.set_xlim(0, beside)
+    for (_, name, style), place in zip(named, spaced([y for y, _, _ in named], room, low, high), strict=True):
+        if style is None:
+            margin.plot((0.0, 0.16), (place, place), **TEACHER)
+        else:
+            margin.plot(0.08, place, marker=style.marker, color=style.color, markersize=6)
+        margin.text(0.25, place, plain(name), va="center", fontsize=9, color=INK)
+    titled(figure, "Accuracy against cost")
+    names = ", ".join(f"{p.name}: {statistics.fmean(p.top1):.2f} % for {p.cost:.3g} {unit}" for p in points)
+    return Picture("accuracy-against-cost", png(figure), f"Test top-1 against {unit} of training. {names}.", wide=False)
+
+
+def spaced(wanted: Sequence[float], room: float, low: float, high: float) -> list[float]:
+    """Places as near to those wanted (ascending) as they can be, at least `room` apart, between low and high if there is space."""
+    blocks: list[list[float]] = []  # of neighbours that touch: the lowest place wanted by each, less its offset in the block
+    for value in wanted:
+        blocks.append([value])
+        while len(blocks) > 1 and _bottom(blocks[-1], room) < _bottom(blocks[-2], room) + room * len(blocks[-2]):
+            later = blocks.pop()
+            blocks[-1] += later
+    places = [_bottom(block, room) + room * i for block in blocks for i in range(len(block))]
+    for i in range(len(places) - 1, -1, -1):
+        places[i] = min(places[i], high - room * (len(places) - 1 - i))
+    for i in range(len(places)):
+        places[i] = max(places[i], low + room * i)
+    return places
+
+
+def _bottom(block: Sequence[float], room: float) -> float:
+    return statistics.fmean(value - room * i for i, value in enumerate(block))
+
+
+def learning_curves(courses: Mapping[str, Courses], baseline: str, teacher: float | None) -> Iterator[Picture]:
+    """Test accuracy over the epochs, all of them and the last ones larger, a few variants a picture."""
+    shown = {name: one.top1 for name, one in courses.items() if one.top1}
+    panels = groups(list(shown), baseline) if shown else []
+    for number, names in enumerate(panels, 1):
+        of = f" ({number} of {len(panels)})" if len(panels) > 1 else ""
+        for late in (False, True):
+            lines = {name: _late(shown[name], courses[name].epochs) if late else shown[name] for name in names}
+            title = f"Test accuracy, the last epochs{of}" if late else f"Test accuracy{of}"
+            reference = teacher if not late or teacher is None or _near(teacher, lines) else None
+            yield _panel(
+                f"learning-curves-{number}{'-late' if late else ''}",
+                title,
+                "test top-1, %",
+                lines,
+                courses,
+                list(shown),
+                baseline,
+                reference,
+            )
+
+
+def to_teacher(courses: Mapping[str, Courses], baseline: str) -> Iterator[Picture]:
+    """How near each variant's answers come to the teacher's, over the epochs."""
+    for key, (title, label) in TO_TEACHER.items():
+        shown = {name: one.to_teacher[key] for name, one in courses.items() if key in one.to_teacher}
+        panels = groups(list(shown), baseline) if shown else []
+        for number, names in enumerate(panels, 1):
+            of = f" ({number} of {len(panels)})" if len(panels) > 1 else ""
+            lines = {name: shown[name] for name in names}
+            file = f"{key.replace('_', '-')}-{number}"
+            yield _panel(file, title + of, label, lines, courses, list(courses), baseline, None, low_is_good=key != "agreement")
+
+
+def _late(course: Course, epochs: int) -> Course:
+    keep = [i for i, x in enumerate(course.x) if x > epochs * (1 - ZOOM)] or [len(course.x) - 1]
+    first = keep[0]
+    return Course(course.x[first:], course.mean[first:], course.deviation[first:])
+
+
+def _near(level: float, lines: Mapping[str, Course]) -> bool:
+    """Whether a line at that level would not squeeze the others."""
+    values = [y for course in lines.values() for y in course.mean]
+    return level - max(values) < 1.5 * (max(values) - min(values) + 0.5)
+
+
+def _panel(
+    file: str, title: str, label: str, lines: Mapping[str, Course], courses: Mapping[str, Courses], everyone: Sequence[str], baseline: str,
+    teacher: float | None, low_is_good: bool = False,
+) -> Picture:  # fmt: skip
+    rows = -(-(len(lines) + 1) // 2) if max(map(len, lines)) <= 24 else len(lines)
+    figure = blank(WIDTH, HEIGHT - 0.4 + 0.18 * rows)
+    axes = figure.subplots()
+    look, short = looks(everyone, baseline), labels(everyone)
+    stages = _shared_stages([courses[name] for name in lines])
+    handles = [_line(axes, course, look[name], courses[name].stages) for name, course in lines.items()]
+    names = [short[name] for name in lines]
+    if teacher is not None:
+        handles.append(axes.axhline(teacher, **TEACHER))
+        names.append(f"teacher ({teacher:.2f})")
+    furnish(axes, label)
+    over_epochs(axes, max(courses[name].epochs for name in lines), stages)
+    axes.set_xlim(left=min(course.x[0] for course in lines.values()) - 0.3)
+    values = [y for course in lines.values() for y in course.mean]
+    if low_is_good and min(values) > 0 and max(values) / min(values) > STEEP:
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=0.6 * min(values))  # a band may reach below 0
+    axes.set_xlabel("epoch" if len(stages) < 2 else "epoch, over all stages", color=INK)
+    titled(figure, title)
+    keyed(figure, handles, names)
+    ends = ", ".join(f"{name} {course.mean[-1]:.4g}" for name, course in lines.items())
+    return Picture(file, png(figure), f"{title}: {label} by epoch. At the end: {ends}.")
+
+
+def _line(axes: Axes, course: Course, look: Look, stages: Sequence[tuple[float, str]]) -> object:
+    """The mean, and its deviation as a band."""
+    drawn = axes.plot(*broken(course.x, course.mean, stages), **look.line(), markevery=max(1, len(course.x) // 9))[0]
+    if course.deviation:
+        low = [m - d for m, d in zip(course.mean, course.deviation, strict=True)]
+        high = [m + d for m, d in zip(course.mean, course.deviation, strict=True)]
+        x, lower = broken(course.x, low, stages)
+        axes.fill_between(x, lower, broken(course.x, high, stages)[1], color=look.color, alpha=0.13, linewidth=0)
+    return drawn
+
+
+def _shared_stages(found: Sequence[Courses]) -> Sequence[tuple[float, str]]:
+    """The stages that all of them have at the same epochs; lines of others would say nothing."""
+    starts = [[start for start, _ in one.stages] for one in found]
+    return found[0].stages if all(one == starts[0] for one in starts) else ()
+
+
+def loss_terms(courses: Mapping[str, Courses]) -> Iterator[Picture]:
+    """The training loss of each variant and its terms, weighted as they count, a variant a picture."""
+    for number, (name, one) in enumerate(((n, c) for n, c in courses.items() if c.losses), 1):
+        lines = one.losses if len(one.losses) > 2 else {k: v for k, v in one.losses.items() if k != "loss"} or one.losses
+        styles = itertools.cycle(zip(itertools.cycle(COLORS), itertools.cycle(DASHES), MARKERS, strict=False))
+        figure = blank(WIDTH, 2.7 + 0.18 * (-(-len(lines) // 2)))
+        axes = figure.subplots()
+        handles = [_line(axes, line, Look(*next(styles), 1.7), one.stages) for line in lines.values()]
+        values = [y for line in lines.values() for y in line.mean]
+        if min(values) > 0 and max(values) / min(values) > TALL:
+            axes.set_yscale("log")
+            axes.set_ylim(bottom=0.6 * min(values))
+        furnish(axes, "training loss, weighted")
+        over_epochs(axes, one.epochs, one.stages)
+        axes.set_xlabel("epoch" if len(one.stages) < 2 else "epoch, over all stages", color=INK)
+        titled(figure, labels([name])[name])
+        keyed(figure, handles, ["total" if term == "loss" else labels([term])[term] for term in lines])
+        ends = ", ".join(f"{'total' if term == 'loss' else term} {line.mean[-1]:.4g}" for term, line in lines.items())
+        yield Picture(f"losses-{number}", png(figure), f"Training loss of {name} by epoch, terms as they count. At the end: {ends}.")

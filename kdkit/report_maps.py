@@ -1,0 +1,170 @@
+"""Pictures of a report that are fields of numbers or images: classes, confusions, softened answers, similar layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kdkit.curves import COLORS, INK
+from kdkit.report_blocks import Picture
+from kdkit.report_drawing import WIDTH, blank, labels, plain, png, titled
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+ONE_WAY, TWO_WAYS = "Blues", "RdBu"  # both go from light to dark, in grey as well
+CELL = 0.42  # inches of a class
+MOST_PAIRS = 10  # confusions told of many classes, each way
+TEMPERATURES = (1, 2, 4, 8)
+CLASS_LETTERS = 18  # of a class's name
+BARS = 10  # classes of which an answer is drawn
+
+
+def class_accuracy(names: Sequence[str], classes: Sequence[str], accuracy: Tensor) -> Picture:
+    """Heat map of the accuracies in percent (variants, classes)."""
+    short, across = labels(names), _short(classes, range(len(classes)))
+    left = 0.085 * max(len(label) for label in short.values())
+    long = max(map(len, across)) > 4
+    width = max(WIDTH, 0.6 + left + CELL * len(classes))
+    figure = blank(width, 1.15 + 0.27 * len(names) + (0.07 * max(map(len, across)) if long else 0))
+    axes = figure.subplots()
+    _heat(axes, accuracy, ONE_WAY, float(accuracy.nan_to_num(100).min()) - 5, 100, "{:.0f}", 8)
+    _ticks(axes, [short[name] for name in names], across, 90 if long else 0)
+    axes.set_xlabel("class", color=INK)
+    titled(figure, "Accuracy by class, %", width)
+    rows = zip(names, accuracy.tolist(), strict=True)
+    told = "; ".join(f"{name}: worst {min(row):.0f} %, class {classes[row.index(min(row))]}" for name, row in rows)
+    return Picture("class-accuracy", png(figure), f"Heat map of test accuracy by class. {told}.", wide=True)
+
+
+def confusion_change(name: str, baseline: str, classes: Sequence[str], change: Tensor) -> Picture:
+    """Of the images of a class, how many more percent the variant puts into each class than the baseline (true, predicted)."""
+    title = f"{labels([name])[name]} less {labels([baseline])[baseline]}"
+    bound = max(1.0, float((change - change.diag().diag()).abs().max()))  # the diagonal changes most
+    width = max(WIDTH, 1.2 + CELL * len(classes))
+    across = _short(classes, range(len(classes)))
+    figure = blank(width, 1.0 + 0.8 * width)
+    axes = figure.subplots()
+    _heat(axes, change, TWO_WAYS, -bound, bound, "{:+.1f}", 7.5, least=0.05)
+    _ticks(axes, across, across, 90 if max(map(len, across)) > 4 else 0)
+    axes.set_xlabel("predicted", color=INK)
+    axes.set_ylabel("true", color=INK)
+    titled(figure, f"{title}: share of a class's images, points", width)
+    told = ", ".join(f"{classes[t]} as {classes[p]} {change[t, p]:+.1f}" for t, p in _strongest(change, 4))
+    return Picture("confusion-change", png(figure), f"Change of the confusion matrix from {baseline} to {name}, points: {told}.", wide=True)
+
+
+def confusion_pairs(name: str, baseline: str, classes: Sequence[str], change: Tensor) -> Picture:
+    """The pairs of different classes whose confusion changed most; for data of many classes."""
+    pairs = sorted(_strongest(change, MOST_PAIRS), key=lambda pair: float(change[pair]))
+    values = [float(change[pair]) for pair in pairs]
+    figure = blank(WIDTH, 1.2 + 0.24 * len(pairs))
+    axes = figure.subplots()
+    axes.barh(range(len(pairs)), values, color=[COLORS[0] if v < 0 else COLORS[1] for v in values], edgecolor=INK, linewidth=0.6)
+    short = labels(classes, CLASS_LETTERS)
+    axes.set_yticks(range(len(pairs)), [plain(f"{short[classes[t]]} as {short[classes[p]]}") for t, p in pairs])
+    axes.axvline(0, color=INK, linewidth=0.8)
+    axes.tick_params(colors=INK, labelsize=8.5)
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.set_xlabel("points", color=INK)
+    for place, value in enumerate(values):
+        axes.annotate(f"{value:+.1f}", (value, place), (3 if value > 0 else -3, 0), textcoords="offset points",
+                      ha="left" if value > 0 else "right", va="center", fontsize=8, color=INK)  # fmt: skip
+    axes.margins(x=0.3)
+    titled(figure, f"Confusions: {labels([name])[name]} less {labels([baseline])[baseline]}")
+    told = ", ".join(f"{classes[t]} as {classes[p]} {change[t, p]:+.1f}" for t, p in pairs)
+    return Picture("confusion-change", png(figure), f"Confusions that changed most from {baseline} to {name}, points: {told}.")
+
+
+def _strongest(change: Tensor, count: int) -> list[tuple[int, int]]:
+    """The (true, predicted) pairs of different classes with the largest changes."""
+    size = change.abs().clone().fill_diagonal_(0).flatten()
+    order = size.argsort(descending=True)[:count]
+    return [(int(i) // len(change), int(i) % len(change)) for i in order if size[i] > 0]
+
+
+def softened(number: int, image: Tensor, label: int, logits: Tensor, classes: Sequence[str]) -> Picture:
+    """An image (C, H, W) in [0, 1], and the teacher's answer (K,) at several temperatures."""
+    shown = logits.argsort(descending=True)[:BARS] if len(logits) > BARS else torch.arange(len(logits))
+    names = _short(classes, shown.tolist())
+    long = max(map(len, names)) > 1
+    highest = float(logits.softmax(0).max())
+    figure = blank(WIDTH, 3.0 + (0.07 * max(map(len, names)) if long else 0))
+    from matplotlib.ticker import MaxNLocator
+
+    grid = figure.add_gridspec(2, 3, width_ratios=(1.7, 2, 2))
+    picture = figure.add_subplot(grid[:, 0])
+    picture.imshow(_visible(image).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    picture.set_axis_off()
+    for place, t in enumerate(TEMPERATURES):
+        axes = figure.add_subplot(grid[place // 2, 1 + place % 2])
+        colors = [COLORS[1] if i == label else COLORS[0] for i in shown.tolist()]
+        axes.bar(range(len(shown)), (logits / t).softmax(0)[shown].tolist(), width=0.8, color=colors, edgecolor=INK, linewidth=0.5)
+        axes.annotate(f"T = {t}", (0.98, 0.97), xycoords="axes fraction", ha="right", va="top", fontsize=9, color=INK)
+        axes.set_ylim(0, 1.25 * highest)
+        axes.yaxis.set_major_locator(MaxNLocator(3))
+        axes.tick_params(labelleft=place % 2 == 0)
+        told = names if place > 1 or not long else []
+        axes.set_xticks(range(len(shown)) if told else [], [plain(name) for name in told], rotation=90 if long else 0)
+        axes.tick_params(labelsize=8, colors=INK, length=2, pad=1.5)
+        axes.spines[["top", "right"]].set_visible(False)
+    titled(figure, f"label: {labels(classes)[classes[label]]}")
+    first, second = logits.topk(2).indices.tolist()
+    chances = "; ".join(
+        f"T {t}: {classes[first]} {(logits / t).softmax(0)[first]:.2f}, {classes[second]} {(logits / t).softmax(0)[second]:.2f}"
+        for t in TEMPERATURES
+    )
+    return Picture(
+        f"softened-{number}", png(figure), f"A test image of class {classes[label]}, and the teacher's probabilities. {chances}."
+    )
+
+
+def _short(classes: Sequence[str], chosen: Iterable[int]) -> list[str]:
+    """Names of some of the classes, short enough for a picture."""
+    short = labels(classes, CLASS_LETTERS)
+    return [short[classes[i]] for i in chosen]
+
+
+def _visible(image: Tensor) -> Tensor:
+    """(H, W) or (H, W, 3)."""
+    return image.permute(1, 2, 0).clamp(0, 1) if len(image) == 3 else image[0].clamp(0, 1)
+
+
+def similar_layers(number: int, name: str, rows: Sequence[str], columns: Sequence[str], values: Tensor) -> Picture:
+    """Heat map of CKA (teacher's layers, student's layers), 0 to 1."""
+    down, across = list(labels(rows).values()), list(labels(columns).values())
+    figure = blank(WIDTH, 1.4 + 0.36 * len(rows))
+    axes = figure.subplots()
+    _heat(axes, values, ONE_WAY, 0, 1, "{:.2f}", 8.5)
+    cell = (WIDTH - 0.6 - 0.07 * max(map(len, down))) / len(across)  # inches
+    _ticks(axes, down, across, 0 if 0.072 * max(map(len, across)) < cell else 45)
+    axes.set_ylabel("teacher", color=INK)
+    axes.set_xlabel("student", color=INK)
+    titled(figure, labels([name])[name])
+    told = "; ".join(f"teacher's {row}: " + ", ".join(f"{c} {v:.2f}" for c, v in zip(columns, line, strict=True))
+                     for row, line in zip(rows, values.tolist(), strict=True))  # fmt: skip
+    return Picture(f"similar-layers-{number}", png(figure), f"Linear CKA of layers, student of {name}. {told}.")
+
+
+def _heat(axes: Axes, values: Tensor, colors: str, low: float, high: float, number: str, size: float, least: float = -1.0) -> None:
+    """Cells with their numbers; those closer to 0 than `least` have none."""
+    image = axes.imshow(values.numpy(), cmap=colors, vmin=low, vmax=high, aspect="auto")
+    for y, row in enumerate(values.tolist()):
+        for x, value in enumerate(row):
+            if value != value or abs(value) < least:
+                continue
+            red, green, blue, _ = image.cmap(image.norm(value))
+            dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.6
+            axes.text(x, y, number.format(value + 0.0), ha="center", va="center", fontsize=size, color="white" if dark else INK)
+
+
+def _ticks(axes: Axes, down: Sequence[str], across: Sequence[str], rotation: int) -> None:
+    axes.set_yticks(range(len(down)), [plain(name) for name in down])
+    axes.set_xticks(range(len(across)), [plain(name) for name in across], rotation=rotation, ha="right" if rotation == 45 else "center",
+                    rotation_mode="anchor" if rotation == 45 else "default")  # fmt: skip
+    axes.tick_params(colors=INK, labelsize=8.5, length=0)
+    axes.spines[:].set_visible(False)

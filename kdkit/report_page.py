@@ -1,0 +1,74 @@
+"""Writes a report as one page for a browser, or as Markdown with its pictures beside it."""
+
+from __future__ import annotations
+
+import base64
+import re
+import struct
+from collections.abc import Iterator
+
+from kdkit.report_blocks import Block, Document, Facts, Figures, Pictures, Words
+from kdkit.report_drawing import DPI
+
+TEMPLATE = "report.html.jinja"
+PIXELS = 104  # of a screen for an inch of a picture
+SIGNS = re.compile(r"([\\`*_{}\[\]<>|#~$])")
+
+
+def html(document: Document) -> str:
+    """One page that needs nothing else: style and pictures are inside, all text is escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("kdkit", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"base64": lambda png: base64.b64encode(png).decode(), "width": width}
+    return environment.get_template(TEMPLATE).render(document=document)
+
+
+def width(png: bytes) -> int:
+    """Of a picture on a screen, in CSS pixels."""
+    pixels: int = struct.unpack(">I", png[16:20])[0]
+    return round(pixels * PIXELS / DPI)
+
+
+def markdown(document: Document, pictures: str) -> str:
+    """The same as Markdown.
+
+    Args:
+        document: the report.
+        pictures: folder of their files, relative to the page.
+    """
+    parts = [f"# {escaped(document.title)}", escaped(document.question)]
+    parts += [f"**{escaped(text)}**" if i == 0 else escaped(text) for i, text in enumerate(document.answer)]
+    for section in document.sections:
+        parts.append(f"## {escaped(section.title)}")
+        for block in section.blocks:
+            parts += _block(block, pictures)
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _block(block: Block, pictures: str) -> Iterator[str]:
+    if isinstance(block, Words):
+        yield escaped(block.text)
+    elif isinstance(block, Facts):
+        yield "\n".join(f"- {escaped(title)}: {escaped(text)}" for title, text in block.pairs)
+    elif isinstance(block, Figures):
+        yield _table(block)
+        yield escaped(block.caption)
+    elif isinstance(block, Pictures):
+        yield from (f"![{escaped(one.alt)}]({pictures}/{one.name}.png)" for one in block.pictures)
+    else:
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", block.text)), default=0))
+        yield f"{escaped(block.title)}:"
+        yield f"{fence}text\n{block.text.rstrip()}\n{fence}"
+
+
+def _table(block: Figures) -> str:
+    lines = [block.header, [":--", *("--:" for _ in block.header[1:])], *block.rows]
+    return "\n".join(f"| {' | '.join(cell if i == 1 else escaped(cell) for cell in line)} |" for i, line in enumerate(lines))
+
+
+def escaped(text: str) -> str:
+    """A text as Markdown shows it letter by letter, on one line."""
+    return SIGNS.sub(r"\\\1", " ".join(text.split()))

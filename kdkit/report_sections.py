@@ -1,0 +1,228 @@
+"""The parts of a report, top to bottom, from what was found, how it went and what the networks answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import yaml
+
+from kdkit import report_answers, report_lines, report_maps, report_words
+from kdkit.findings import Findings, Variant
+from kdkit.report_answers import COMPARED, SEEDS, Answers
+from kdkit.report_blocks import Block, Document, Facts, Listing, Pictures, Section, Words
+from kdkit.report_courses import Courses
+from kdkit.report_lines import Priced
+
+LINES = 12  # of a command that is shown unasked
+MANY = 20  # classes: of more, those that differ most are drawn
+
+
+@dataclass(frozen=True)
+class Material:
+    """All that a report tells.
+
+    Attributes:
+        findings: figures and statistics.
+        courses: of each variant, over the epochs.
+        recipes: of each variant, resolved, as plain data; without those that are not there.
+        answers: to the test data.
+    """
+
+    findings: Findings
+    courses: Mapping[str, Courses]
+    recipes: Mapping[str, Mapping[str, Any]]
+    answers: Answers
+
+    @property
+    def missing(self) -> list[str]:
+        """What is left out, and why, a phrase each."""
+        gone = [v.name for v in self.findings.variants if v.folders and v.name not in self.recipes]
+        gone = [f"the curves and recipes of {', '.join(gone)}: their runs are not there any more"] if gone else []
+        return [*gone, *self.answers.missing]
+
+
+def document(material: Material) -> Document:
+    """The whole report; a part that nothing is known of says so in its place."""
+    findings = material.findings
+    parts = [
+        ("Protocol", _protocol),
+        ("Results", _results),
+        ("Cost", _cost),
+        ("Learning curves", _learning),
+        ("Agreement with the teacher", _agreement),
+        ("Classes and confusions", _classes),
+        ("What the teacher knows that labels do not say", _softened),
+        ("Similar layers", _layers),
+        ("How to repeat it", _repeat),
+    ]
+    sections = [Section(title, list(write(material))) for title, write in parts]
+    return Document(findings.name, findings.question, list(report_words.answer(findings)), sections)
+
+
+def _protocol(material: Material) -> Iterator[Block]:
+    yield Facts(list(report_words.protocol(material.findings, material.recipes)))
+    about = [(v.name, v.about) for v in material.findings.variants]
+    if any(text for _, text in about):
+        if len(about) > LINES // 2:
+            yield Listing("What each variant learns from", "\n".join(f"{name}: {text}" for name, text in about))
+        else:
+            yield Words("What each variant learns from:")
+            yield Facts(about)
+
+
+def _results(material: Material) -> Iterator[Block]:
+    yield report_words.accuracy_table(material.findings)
+    if (both := report_words.intervals_table(material.findings)) is not None:
+        yield both
+    yield report_words.further_table(material.findings)
+    for variant in material.findings.variants:
+        for seed, reason in variant.failures.items():
+            yield Words(f"{variant.name}, seed {seed}, has no result: {reason.rstrip('.')}.")
+
+
+def _cost(material: Material) -> Iterator[Block]:
+    findings = material.findings
+    table = report_words.cost_table(findings)
+    if table is None:
+        yield Words("What training and networks cost was not measured.")
+        return
+    yield table
+    if together := findings.together:
+        yield Words(_all_in_all(together))
+    shown = [v for v in findings.variants if v.cost and v.last.get("top1")]
+    measured = all(v.cost and v.cost.cpu_seconds > 0 for v in shown)
+    points = [Priced(v.name, v.last["top1"], v.cost.cpu_seconds if measured else v.cost.seconds) for v in shown if v.cost]
+    if len(points) > 1:
+        teacher = findings.teacher.last.get("top1") if findings.teacher else None
+        yield Pictures([report_lines.against_cost(points, findings.baseline, "CPU seconds" if measured else "seconds", teacher)])
+
+
+def _all_in_all(together: Mapping[str, float]) -> str:
+    trained, reused = int(together.get("trained", 0)), int(together.get("reused", 0))
+    seconds = f", which took {together['wall']:,.0f} s and {together['cpu']:,.0f} CPU s in all" if trained and "wall" in together else ""
+    return f"{trained} runs were trained for this study{seconds}; {reused} were there already."
+
+
+def _learning(material: Material) -> Iterator[Block]:
+    findings, courses = material.findings, material.courses
+    teacher = findings.teacher.last.get("top1") if findings.teacher else None
+    curves = list(report_lines.learning_curves(courses, findings.baseline, teacher))
+    if not curves:
+        yield Words("The runs are not there any more, so there are no curves.")
+        return
+    bands = any(one.seeds > 1 for one in courses.values())
+    yield Words("Means over the seeds; the bands are one standard deviation to each side." if bands else "One seed each, so no bands.")
+    yield Pictures(curves)
+    if losses := list(report_lines.loss_terms(courses)):
+        yield Words("The training loss of each variant and its terms, weighted as they count in the total.")
+        yield Pictures(losses)
+
+
+def _agreement(material: Material) -> Iterator[Block]:
+    drawn = list(report_lines.to_teacher(material.courses, material.findings.baseline))
+    if not drawn:
+        yield Words("No run was measured against a teacher while it was trained.")
+        return
+    silent = [v.name for v in material.findings.variants if not material.courses[v.name].to_teacher]
+    without = f" Not measured while training, for want of a teacher: {', '.join(silent)}." if silent else ""
+    yield Words(f"On the test data, over the epochs. Bands as above.{without}")
+    yield Pictures(drawn)
+
+
+def _classes(material: Material) -> Iterator[Block]:
+    findings, answers = material.findings, material.answers
+    names = [v.name for v in findings.variants if v.name in answers.students]
+    if not names:
+        yield Words("No student can be asked again, so nothing is known of single classes.")
+        return
+    accuracy = torch.stack([answers.class_accuracy(name) for name in names])
+    chosen = list(range(accuracy.shape[1]))
+    many = f"Of {len(chosen)} classes, the {MANY} on which the variants differ most. " if len(chosen) > MANY else ""
+    if many:
+        chosen = sorted((accuracy.amax(0) - accuracy.amin(0)).nan_to_num(-1).topk(MANY).indices.tolist())
+    yield Words(f"{many}{_asked(material)}.")
+    rows = names
+    if answers.teacher is not None:
+        rows, accuracy = [*names, "(teacher)"], torch.cat([accuracy, report_answers.confusion(answers.teacher).diag()[None]])
+    yield Pictures([report_maps.class_accuracy(rows, [answers.classes[i] for i in chosen], accuracy[:, chosen])])
+    leader = _leader(findings, names)
+    if leader is not None and findings.baseline in names:
+        change = answers.confusion_change(leader, findings.baseline)
+        yield Words(
+            f"Confusions of {leader} less those of {findings.baseline}: of the images of a class, how many more percent are taken for each "
+            "class. On the diagonal, more is better; elsewhere, less."
+        )
+        draw = report_maps.confusion_pairs if len(answers.classes) > MANY else report_maps.confusion_change
+        yield Pictures([draw(leader, findings.baseline, answers.classes, change)])
+
+
+def _leader(findings: Findings, names: list[str]) -> str | None:
+    """The best of those but the baseline."""
+    others = [v for v in findings.variants if v.name in names and v.name != findings.baseline and v.last.get("top1")]
+    return max(others, key=lambda v: sum(v.last["top1"]) / len(v.last["top1"])).name if others else None
+
+
+def _asked(material: Material) -> str:
+    """Which runs answered again."""
+    answers, most = material.answers.students, max(len(v.seeds) for v in material.findings.variants)
+    seeds = sorted({seed for found in answers.values() for seed in found})
+    of = f" (the first {SEEDS} of {most} of each variant)" if most > SEEDS else ""
+    return f"Seed {seeds[0]}" if len(seeds) == 1 else f"Mean over the seeds {', '.join(map(str, seeds))}{of}"
+
+
+def _softened(material: Material) -> Iterator[Block]:
+    examples, classes = material.answers.examples, material.answers.classes
+    if not examples:
+        several = "The variants have no teacher in common" if material.findings.teacher is None else "The teacher cannot be asked again"
+        yield Words(f"{several}, so its answers are not drawn.")
+        return
+    yield Words(
+        "Of the test images that the teacher gets right, those to which it gives the most probable second class, at most one of a class. "
+        "Its probabilities softmax(z / T): a higher temperature T shows what else the image resembles. The light bar is the label."
+        + (f" Of {len(classes)} classes, the {report_maps.BARS} most probable." if len(classes) > report_maps.BARS else "")
+    )
+    yield Pictures([report_maps.softened(i, one.image, one.label, one.logits, classes) for i, one in enumerate(examples, 1)])
+
+
+def _layers(material: Material) -> Iterator[Block]:
+    found, findings = material.answers.alike, material.findings
+    if not found:
+        yield Words("Teacher and students cannot be compared layer by layer here.")
+        return
+    images = next(iter(found.values())).images
+    first = "first " if any(len(recipe.get("teachers") or ()) > 1 for recipe in material.recipes.values()) else ""
+    rest = len(findings.variants) - len(found)
+    only = f" Drawn are the baseline and the {len(found) - 1} best of the others." if rest and len(found) == COMPARED else ""
+    yield Words(
+        f"Linear CKA (Kornblith et al. 2019; unbiased, over batches) of the "
+        f"{first}teacher's layers with the student's, on the first {images} "
+        f"test images: 1 says that one is a rotation and rescaling of the other, 0 that they have nothing in common. The first seed "
+        f"of each variant.{only}"
+    )
+    yield Pictures(
+        [report_maps.similar_layers(i, name, one.rows, one.columns, one.values) for i, (name, one) in enumerate(found.items(), 1)]
+    )
+
+
+def _repeat(material: Material) -> Iterator[Block]:
+    findings = material.findings
+    if findings.command:
+        yield Listing("The command", findings.command, folded=findings.command.count("\n") > LINES)
+    versions = ", ".join(f"{name} {version}" for name, version in findings.versions.items())
+    yield Facts([("versions", versions), *findings.machine.items()])
+    for variant in findings.variants:
+        if variant.name in material.recipes:
+            baseline = " (baseline)" if variant.name == findings.baseline else ""
+            text = yaml.safe_dump(dict(material.recipes[variant.name]), sort_keys=False, allow_unicode=True, width=100)
+            yield Listing(f"Recipe of {variant.name}{baseline}, seed {variant.seeds[0]}", text)
+    yield Listing("Run folders", "\n".join(line for variant in findings.variants for line in _folders(variant)))
+    for sentence in material.missing:
+        yield Words(f"Left out: {sentence}")
+
+
+def _folders(variant: Variant) -> Iterator[str]:
+    for seed, folder in zip(variant.seeds, variant.folders, strict=True):
+        yield f"{variant.name}, seed {seed}: {folder}"

@@ -1,0 +1,246 @@
+"""What a report says in words and tables: the answer, how it was found, the figures, how to repeat them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kdkit import intervals
+from kdkit.findings import Cost, Difference, Findings, Teacher, Variant
+from kdkit.report_blocks import Figures
+from kdkit.show import brief
+
+NONE = "–"
+Column = tuple[str, Callable[[Variant], str], str]  # title, what a variant has there, the metric that the teacher has there
+SHARED = ("data", "student", "train")  # what one protocol has in common
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean ± standard deviation over the seeds; one value has no deviation."""
+    return intervals.spread(values, digits).replace("+-", "±") or NONE
+
+
+def gain(difference: Difference | None) -> str:
+    """Mean difference in points, with its 95 % interval where there are seeds enough for one."""
+    return intervals.shown(difference).replace("-", "−") if difference else NONE
+
+
+def best(findings: Findings) -> Variant | None:
+    """The variant with the highest mean test accuracy after the last epoch."""
+    ran = [v for v in findings.variants if v.last.get("top1")]
+    return max(ran, key=lambda v: statistics.fmean(v.last["top1"])) if ran else None
+
+
+def answer(findings: Findings) -> Iterator[str]:
+    """The finding in a few sentences, which claim no more than the seeds can carry."""
+    leader = best(findings)
+    if leader is None:
+        yield "No run of this study is finished, so there is nothing to tell yet."
+        return
+    score = f"{spread(leader.last['top1'])} % top-1"
+    taught = f"; the teacher has {findings.teacher.last['top1']:.2f} %" if findings.teacher else ""
+    baseline = next((v for v in findings.variants if v.name == findings.baseline), leader)
+    if len(findings.variants) == 1:
+        yield f"{leader.name} reaches {score} on the test data after the last epoch ({_seeds(leader)}){taught}."
+    elif leader is baseline:
+        reaches = f"which reaches {score} after the last epoch ({_seeds(leader)}){taught}"
+        yield f"No variant is better than the baseline, {leader.name}, {reaches}."
+    else:
+        yield f"Best after the last epoch: {leader.name}, {score}{_over(leader, baseline)}{taught}."
+        yield _carried(leader, findings)
+    if len(findings.variants) > 2 and any(v.difference and v.difference.t for v in findings.variants):
+        yield _tally(findings)
+
+
+def _over(leader: Variant, baseline: Variant) -> str:
+    if leader.difference is None or not leader.difference.values:
+        return (
+            f", {baseline.name} being the baseline"
+            if baseline.last.get("top1")
+            else f" (no run of the baseline, {baseline.name}, is finished)"
+        )
+    return f", {gain(leader.difference)} points over {baseline.name}"
+
+
+def _carried(leader: Variant, findings: Findings) -> str:
+    """What the interval of the best variant means."""
+    found = leader.difference
+    if found is None or not found.values:
+        return "They share no seed, so their difference has no interval."
+    if found.t is None:
+        return "They share one seed only: how much of the difference is chance cannot be told."
+    pairs = f"95 % confidence interval, paired t over {len(found.values)} seeds"
+    if found.t.low <= 0 <= found.t.high:
+        says = f"The interval ({pairs}) holds 0: the difference may be chance."
+    else:
+        says = f"The interval ({pairs}) does not hold 0."
+    several = len(findings.variants) > 2
+    return says + (" It is that of the best of several, chosen by these same figures, so it is somewhat flattering." if several else "")
+
+
+def _tally(findings: Findings) -> str:
+    found = [v.difference.t for v in findings.variants if v.difference and v.difference.t]
+    better, worse = sum(t.low > 0 for t in found), sum(t.high < 0 for t in found)
+    rest = len(found) - better - worse
+    return (
+        f"{len(found)} variants were set against {findings.baseline}: {better} better with an interval above 0, {worse} worse with one "
+        f"below 0, {rest} not to be told from it."
+    )
+
+
+def _seeds(variant: Variant) -> str:
+    return f"{len(variant.seeds)} seeds" if len(variant.seeds) != 1 else "one seed, so no deviation"
+
+
+def protocol(findings: Findings, recipes: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    """(title, text): what all runs share, what was compared, how it was measured."""
+    told = {name: dict(brief(shortened(recipe))) for name, recipe in recipes.items()}
+    for key in SHARED if told else ():
+        names: dict[str, list[str]] = {}
+        for name, parts in told.items():
+            names.setdefault(parts[key], []).append(name)
+        first, *rest = names
+        others = [f"{', '.join(names[text])}: {text}" for text in rest]
+        title = {"data": "Data", "student": "Student", "train": "Training"}[key]
+        yield title, first if not others else f"{first}; but {'; '.join(others)}"
+    taught = list(dict.fromkeys(parts["teacher"] for parts in told.values() if "teacher" in parts))
+    if taught:
+        yield "Teacher", "; ".join(taught)
+    count = sum(len(v.seeds) for v in findings.variants)
+    seeds = sorted({seed for v in findings.variants for seed in v.seeds})
+    if len(findings.variants) > 1:
+        yield "Compared", f"{len(findings.variants)} variants, the baseline is {findings.baseline}; {count} finished runs"
+    yield "Seeds", ", ".join(map(str, seeds)) or NONE
+    chosen = "the epoch that is best on validation is told beside it; " if any(v.best for v in findings.variants) else ""
+    yield "Measured", f"on the test data after the last epoch; {chosen}no epoch is chosen by test data"
+
+
+def shortened(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe with the names of its teachers' recipe files only, not their folders."""
+
+    def short(teacher: Mapping[str, Any]) -> dict[str, Any]:
+        return {**teacher, "recipe": Path(teacher["recipe"]).name} if teacher.get("recipe") else dict(teacher)
+
+    one, several = recipe.get("teacher"), recipe.get("teachers") or ()
+    return {**recipe, "teacher": short(one) if one else None, "teachers": [short(each) for each in several]}
+
+
+def accuracy_table(findings: Findings) -> Figures:
+    """One row a variant, the teacher last."""
+    numbers = sorted({len(v.seeds) for v in findings.variants})
+    several = f"mean ± standard deviation over {f'{numbers[0]} seeds' if len(numbers) == 1 else 'the seeds'}"
+    deviation = several if numbers[-1] > 1 else "one seed, so there is no deviation and no interval"
+    interval = "; difference: mean over the seeds, 95 % interval by the paired t distribution" if numbers[-1] > 1 else ""
+    leader = best(findings)
+    caption = f"Test data, after the last epoch unless the column says otherwise; {deviation}{interval}."
+    columns: list[Column] = [
+        ("top-1 %", _last("top1", 2), "top1"),
+        ("difference, points", lambda v: gain(v.difference), ""),
+        ("top-1 % at the best epoch on validation", lambda v: spread(v.best.get("top1", ()), 2), ""),
+        ("agreement with the teacher %", _last("agreement", 2), ""),
+    ]
+    if len(numbers) > 1:
+        columns.append(("seeds", lambda v: str(len(v.seeds)), ""))
+    table = _table(findings, columns, caption)
+    return replace(table, marked=findings.variants.index(leader) if leader else None)
+
+
+def further_table(findings: Findings) -> Figures:
+    """How near the teacher, and how sure, the students are."""
+    columns: list[Column] = [
+        ("mean |z_s\u00a0−\u00a0z_t|", _last("logit_difference", 3), ""),
+        ("KL to the teacher, nats", _last("kl_to_teacher", 3), ""),
+        ("top-5 %", _last("top5", 2), "top5"),
+        ("NLL, nats", _last("nll", 3), "nll"),
+        ("ECE %", _last("ece", 2), "ece"),
+    ]
+    caption = "z: logits; KL divergence of the student's answers from the teacher's; negative log-likelihood; calibration error, 15 bins."
+    return _table(findings, columns, caption)
+
+
+def _table(findings: Findings, columns: Sequence[Column], caption: str) -> Figures:
+    shown = [column for column in columns if any(column[1](v) != NONE for v in findings.variants)]
+    rows = [[_called(v, findings), *(text(v) for _, text, _ in shown)] for v in findings.variants]
+    if findings.teacher:
+        rows.append([_named(findings.teacher), *(_of_teacher(findings.teacher, key) for _, _, key in shown)])
+    return Figures(["variant", *(title for title, _, _ in shown)], rows, caption)
+
+
+def _last(key: str, digits: int) -> Callable[[Variant], str]:
+    return lambda v: spread(v.last.get(key, ()), digits)
+
+
+def _of_teacher(teacher: Teacher, key: str) -> str:
+    return f"{teacher.last[key]:.{3 if key == 'nll' else 2}f}" if key in teacher.last else NONE
+
+
+def _called(variant: Variant, findings: Findings) -> str:
+    return f"{variant.name} (baseline)" if variant.name == findings.baseline and len(findings.variants) > 1 else variant.name
+
+
+def _named(teacher: Teacher) -> str:
+    return "teacher" if teacher.name == "teacher" else f"teacher: {teacher.name}"
+
+
+def intervals_table(findings: Findings) -> Figures | None:
+    """Both intervals of each difference, where there is any."""
+    rows = []
+    for v in findings.variants:
+        if v.difference and v.difference.t and v.difference.bootstrap:
+            each = ", ".join(f"{value:+.2f}" for value in v.difference.values)
+            t, resampled = (f"[{one.low:+.2f}, {one.high:+.2f}]" for one in (v.difference.t, v.difference.bootstrap))
+            rows.append([cell.replace("-", "−") if i else cell for i, cell in enumerate((v.name, each, t, resampled))])
+    caption = f"Top-1 less that of {findings.baseline} with the same seed, points; 95 % intervals of the mean."
+    return Figures(["variant", "seed by seed", "paired t", "bootstrap"], rows, caption) if rows else None
+
+
+def cost_table(findings: Findings) -> Figures | None:
+    """What training cost, and what the network costs that comes of it."""
+    shown = [(_called(v, findings), v.cost) for v in findings.variants if v.cost]
+    if not shown:
+        return None
+    whole = findings.teacher if findings.teacher and findings.teacher.parameters else None  # its network may be gone
+    columns = [c for c in _cost_columns(whole) if any(c[1](cost) != NONE for _, cost in shown)]
+    rows = [[name, *(text(cost) for _, text, _ in columns)] for name, cost in shown]
+    if whole:
+        rows.append([_named(whole), *(text for _, _, text in columns)])
+    caption = (
+        "Training: means over the seeds, measurements included, as a run alone would need them. "
+        "Network: as it is exported; latency: median of one image on one thread."
+    )
+    return Figures(["variant", *(title for title, _, _ in columns)], rows, caption)
+
+
+def _cost_columns(teacher: Teacher | None) -> list[tuple[str, Callable[[Cost], str], str]]:
+    """(title, what a variant has there, what the teacher has there)."""
+
+    def latency(seconds: float) -> str:
+        times = f" (× {seconds / teacher.latency:.2f})" if teacher and teacher.latency else ""
+        return f"{1000 * seconds:.2f} ms{times}"
+
+    def positive(value: float, text: str) -> str:
+        return text if value > 0 else NONE
+
+    return [
+        ("CPU seconds", lambda c: positive(c.cpu_seconds, f"{c.cpu_seconds:,.1f}"), NONE),
+        ("seconds", lambda c: positive(c.seconds, f"{c.seconds:,.1f}"), NONE),
+        ("peak memory of a step", lambda c: positive(c.memory, f"{c.memory / 2**20:,.1f} MiB"), NONE),
+        ("images/s", lambda c: positive(c.images_per_second, f"{c.images_per_second:,.0f}"), NONE),
+        ("parameters", lambda c: f"{c.parameters:,}", f"{teacher.parameters:,}" if teacher else NONE),
+        ("MACs per image", lambda c: count(c.macs), count(teacher.macs) if teacher else NONE),
+        ("size", lambda c: f"{c.bytes / 1024:,.0f} KiB", f"{teacher.bytes / 1024:,.0f} KiB" if teacher else NONE),
+        (
+            "latency (× the teacher's)" if teacher else "latency",
+            lambda c: latency(c.latency),
+            f"{1000 * teacher.latency:.2f} ms" if teacher else NONE,
+        ),
+    ]
+
+
+def count(number: float) -> str:
+    """`1.23 M`."""
+    unit, sign = next(((u, s) for u, s in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if number >= u), (1.0, ""))
+    return f"{number / unit:.2f} {sign}" if sign else f"{number:.0f}"

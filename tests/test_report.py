@@ -1,0 +1,211 @@
+"""The report of a tiny study: what the page holds, that it stands alone, and that its figures are the runs'."""
+
+import base64
+import csv
+import io
+import json
+import re
+import shutil
+import statistics
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from PIL import Image
+from training import PLAIN, merged, write
+from typer.testing import CliRunner
+
+import kdkit
+from kdkit import report
+from kdkit.cli import app
+from kdkit.errors import RecipeError, RunError
+from kdkit.trained import TrainedRun
+
+ALONE = {"teacher": None, "schedule": {"use": "supervised"}, "losses": [{"use": "cross_entropy"}]}
+SHORT = {"data": {"dataset": {"test": 60}}, "train": {"epochs": 3}}
+VOID = ("meta", "link", "img", "br", "hr", "input")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two variants with two seeds each, taught by a recipe's student."""
+    folder = tmp_path_factory.mktemp("report")
+    plain = merged(merged(PLAIN, SHORT), {"run": {"folder": str(folder)}})
+    write(folder, merged(plain, {"name": "teacher", **ALONE}), "teacher.yaml")
+    taught = {**plain, "name": "taught", "teacher": {"recipe": str(folder / "teacher.yaml")}}
+    for seed in (0, 1):
+        for recipe in (merged(taught, {"name": "alone", **ALONE}), taught):
+            path = write(folder, recipe, f"{recipe['name']}.yaml", seed=seed)
+            kdkit.train(path, folder=folder / "study" / f"{recipe['name']}-seed{seed}", quiet=True)
+    return folder / "study"
+
+
+@pytest.fixture(scope="module")
+def written(runs, tmp_path_factory):
+    return report.write([runs], tmp_path_factory.mktemp("out"))
+
+
+class Reader(HTMLParser):
+    """Takes a page apart, and complains of what is not well-formed."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.open, self.words, self.links, self.images = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in VOID:
+            self.open.append(tag)
+        self.links += [value for key, value in attributes if key in ("src", "href", "srcset", "action", "data")]
+        if tag == "img":
+            self.images.append(dict(attributes))
+        assert tag not in ("script", "iframe", "object", "link")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+
+def result(runs, name, seed):
+    return json.loads((runs / f"{name}-seed{seed}" / "result.json").read_text())
+
+
+def test_the_page_holds_what_it_must(runs, written):
+    page = Reader(written.page.read_text())
+    for title in (
+        "Protocol", "Results", "Cost", "Learning curves", "Agreement with the teacher", "Classes and confusions",
+        "What the teacher knows that labels do not say", "Similar layers", "How to repeat it",
+    ):  # fmt: skip
+        assert title in page.text
+    for name in ("alone", "taught"):
+        values = [result(runs, name, seed)["test"]["top1"] for seed in (0, 1)]
+        assert f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" in page.text
+        assert f"Recipe of {name}" in page.text
+    assert "use: logit_kl" in page.text and "--run again/taught-seed1" in page.text and torch.__version__.split("+")[0] in page.text
+    assert written.missing == ()
+
+
+def test_the_page_stands_alone_and_its_pictures_are_there(written):
+    page = Reader(written.page.read_text())
+    assert all(link.startswith(("data:image/png;base64,", "#")) for link in page.links)
+    assert "url(" not in written.page.read_text() and "@import" not in written.page.read_text()
+    drawn = {file.stem: file for file in (written.page.parent / "report").iterdir()}
+    for start in ("accuracy-against-cost", "learning-curves-1", "losses-2", "agreement-1", "logit-difference-1", "kl-to-teacher-1",
+                  "class-accuracy", "confusion-change", "similar-layers-2"):  # fmt: skip
+        assert start in drawn
+    inside = [base64.b64decode(one["src"].split(",")[1]) for one in page.images]
+    assert sorted(inside) == sorted(file.read_bytes() for file in drawn.values())
+    assert all(len(one["alt"]) > 20 for one in page.images)
+    for content in inside:
+        picture = Image.open(io.BytesIO(content)).convert("L")
+        low, high = picture.getextrema()
+        assert high == 255 and low < 120, "something is drawn"
+        border = [
+            *picture.crop((0, 0, picture.width, 2)).get_flattened_data(),
+            *picture.crop((0, 0, 2, picture.height)).get_flattened_data(),
+        ]
+        assert min(border) > 250, "nothing is cut at the top or the left"
+
+
+def test_csv_and_json_are_the_results(runs, written):
+    rows = list(csv.DictReader(io.StringIO((written.page.parent / "report.csv").read_text())))
+    assert [(row["variant"], row["seed"]) for row in rows] == [("alone", "0"), ("alone", "1"), ("taught", "0"), ("taught", "1")]
+    figures = json.loads((written.page.parent / "report.json").read_text())
+    for row in rows:
+        own = result(runs, row["variant"], row["seed"])["test"]
+        assert {key: float(row[f"last.{key}"]) for key in own} == own
+        assert float(row["seconds"]) == result(runs, row["variant"], row["seed"])["seconds"]
+    variants = {one["name"]: one for one in figures["findings"]["variants"]}
+    for name, variant in variants.items():
+        assert variant["last"]["top1"] == [result(runs, name, seed)["test"]["top1"] for seed in (0, 1)]
+    gained = [result(runs, "taught", seed)["test"]["top1"] - result(runs, "alone", seed)["test"]["top1"] for seed in (0, 1)]
+    assert variants["taught"]["difference"]["values"] == pytest.approx(gained)
+    assert figures["courses"]["taught"]["top1"]["mean"][-1] == pytest.approx(statistics.mean(variants["taught"]["last"]["top1"]))
+    assert figures["courses"]["taught"]["top1"]["deviation"][-1] == pytest.approx(statistics.stdev(variants["taught"]["last"]["top1"]))
+
+
+def test_classes_and_confusions_are_those_of_the_students(runs, written):
+    figures = json.loads((written.page.parent / "report.json").read_text())
+    run = TrainedRun(runs / "taught-seed1")
+    student, counts = run.student(), torch.zeros(6, 6)
+    for batch in run.data().test:
+        for true, guess in zip(batch.labels.tolist(), student(batch.inputs).logits.argmax(1).tolist(), strict=True):
+            counts[true, guess] += 1
+    assert torch.allclose(torch.tensor(figures["confusion"]["taught"]["1"]), 100 * counts / counts.sum(1, keepdim=True))
+    both = torch.tensor([figures["confusion"]["taught"][seed] for seed in ("0", "1")])
+    assert torch.allclose(torch.tensor(figures["class_accuracy"]["taught"]), both.mean(0).diag())
+
+
+def test_examples_are_images_that_the_teacher_gets_right_with_its_second_thoughts(runs, written):
+    figures = json.loads((written.page.parent / "report.json").read_text())
+    run = TrainedRun(runs / "taught-seed0")
+    batches = list(run.data().test)
+    labels = torch.cat([batch.labels for batch in batches])
+    z = torch.cat([run.teachers()[0](batch.inputs).logits for batch in batches])
+    second = {}
+    for place in range(len(z)):
+        if z[place].argmax() == labels[place]:
+            chance = float(z[place].softmax(0).sort(descending=True).values[1])
+            second[int(labels[place])] = max(second.get(int(labels[place]), (0.0, 0)), (chance, place))
+    expected = [place for _, place in sorted(second.values(), reverse=True)]
+    assert [one["index"] for one in figures["examples"]] == expected
+    assert [one["label"] for one in figures["examples"]] == labels[expected].tolist()
+
+
+def test_what_is_gone_is_told_and_the_rest_is_written(runs, tmp_path):
+    shutil.copytree(runs, tmp_path / "moved" / "study")  # the teacher's run lies beside the study, and stays behind
+    for marker in (tmp_path / "moved" / "study").glob("*/recipe.yaml"):
+        marker.write_text(marker.read_text().replace(str(runs.parent), str(tmp_path / "moved")))
+    (tmp_path / "moved" / "study" / "alone-seed0" / "student.safetensors").unlink()
+    written = report.write([tmp_path / "moved" / "study"])
+    assert any("the run that trained its teacher" in what for what in written.missing)
+    page = Reader(written.page.read_text())
+    assert "Left out:" in page.text and "alone, seed 0, has no result" in page.text
+    assert "so its answers are not drawn" in page.text and "use: logit_kl" in page.text
+    assert (written.page.parent / "report" / "learning-curves-1.png").is_file()
+
+
+def test_one_run_alone_by_the_command(runs, tmp_path):
+    done = CliRunner().invoke(app, ["report", str(runs / "taught-seed0"), "--output", str(tmp_path / "new")])
+    assert done.exit_code == 0 and done.stdout.strip() == str(tmp_path / "new" / "report.html")
+    page = Reader((tmp_path / "new" / "report.html").read_text())
+    assert re.search(r"taught reaches \d+\.\d\d % top-1 on the test data after the last epoch \(one seed, so no deviation\)", page.text)
+    assert "±" not in page.text
+
+
+def test_an_override_that_cannot_be_is_an_error(runs, tmp_path):
+    with pytest.raises(RecipeError, match="data.datset: no such key"):
+        report.write([runs / "taught-seed0"], tmp_path, {"data.datset.root": "/images"})
+    with pytest.raises(RecipeError, match="only `data.` keys"):
+        report.write([runs / "taught-seed0"], tmp_path, {"seed": 3})
+
+
+def test_the_same_study_again_from_its_file(runs, tmp_path):
+    findings, home = report.gather([runs])
+    assert home == runs
+    findings.save(tmp_path / "study.json")
+    again, home = report.gather([tmp_path])
+    assert again == findings and home == tmp_path
+    for folder in runs.iterdir():
+        if folder.is_dir():
+            shutil.copytree(folder, tmp_path / "elsewhere" / folder.name)
+    shutil.copy(tmp_path / "study.json", tmp_path / "elsewhere")
+    gone = json.loads((tmp_path / "study.json").read_text())
+    for variant in gone["variants"]:
+        variant["folders"] = [folder.replace(str(runs), "/nowhere") for folder in variant["folders"]]
+    (tmp_path / "elsewhere" / "study.json").write_text(json.dumps(gone))
+    moved, _ = report.gather([tmp_path / "elsewhere"])
+    assert moved.variants[0].folders[0] == tmp_path / "elsewhere" / "alone-seed0"
+
+
+def test_what_is_no_study_is_refused(tmp_path):
+    with pytest.raises(RunError, match="neither a study"):
+        report.gather([tmp_path])
