@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdkit import data
+from kdkit import cache_plan, data
 from kdkit.contracts import Context
 from kdkit.describe import ModelPlan, Plan, StagePlan, adapters, formula
 from kdkit.errors import DataError, KdkitError, ModelError, RecipeError, RunError, ShapeError, TapError, suggest
@@ -79,7 +79,7 @@ class _Planner:
             reading = [entry.use for entry in factory.looking_at(name) if self.recipe.plugins.losses[entry.use].needs_networks]
             if getattr(one, "fold_batchnorm", False) and reading:
                 self.notes.append(f"`fold_batchnorm` of {name} has no effect: {reading[0]} reads its layers")
-            if _has_random_weights(one):
+            if has_random_weights(one):
                 self.notes.append(f"the weights of {name} are random: give it a `checkpoint`, `pretrained: true` or a `recipe`")
         self._raise_if_any()
         steps = -(
@@ -87,6 +87,8 @@ class _Planner:
         )
         if any(self.recipe.plugins.losses[entry.use].needs_networks for entry in spec.losses):
             factory = ModelFactory(self.recipe, info, trained, device=torch.device("cpu"), rehearsal=True)
+        self._check_caches(factory, info, num_train, {name: dict(model.taps) for name, model in zip(teachers, planned, strict=True)})
+        self._rehearsal = cache_plan.Rehearsal(self.recipe, factory)
         with self._problems_at("schedule"):
             stages = tuple(self._stage(stage, factory, info, num_train, steps) for stage in self._schedule().stages(factory))
         self._check_training(num_train)
@@ -152,6 +154,13 @@ class _Planner:
                         raise self.recipe.error(["losses", i, "layers", j], str(error)) from None
         self._raise_if_any()
 
+    def _check_caches(self, factory: ModelFactory, info: DataInfo, num_train: int, shapes: Mapping[str, cache_plan.Shapes]) -> None:
+        self.problems += cache_plan.refused(self.recipe, factory, info)
+        self._raise_if_any()
+        for note, problem in cache_plan.sizes(self.recipe, info, num_train, shapes):
+            self.notes.append(note)
+            self.problems += [problem] if problem else []
+
     def _check_training(self, num_train: int) -> None:
         train, size = self.spec.train, self.spec.data.batch_size
         with self._problems_at("train", "optimizer"):
@@ -190,7 +199,8 @@ class _Planner:
             stage.parts.to(factory.device)
         with seeded("images"):
             images = torch.rand(PROBE, *info.image_shape)
-        batch = functools.partial(_batch, images.to(factory.device), info.num_classes, stage.views)
+        shown = functools.partial(_batch, images.to(factory.device), info.num_classes, stage.views)
+        batch = self._rehearsal.noting(stage, shown)
         with torch.no_grad():
             lessons = stage.step(batch(PROBE))
         last = len(stage.students) - 1
@@ -290,7 +300,8 @@ def _shapes(lesson: Lesson) -> list[torch.Size]:
     return found
 
 
-def _has_random_weights(options: object) -> bool:
+def has_random_weights(options: object) -> bool:
+    """Whether nothing says what a model's first weights are: then they follow from the seed."""
     return isinstance(options, ModelOptions) and not options.checkpoint and not getattr(options, "pretrained", False)
 
 

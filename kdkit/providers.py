@@ -5,14 +5,14 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from kdkit.errors import DataError
-from kdkit.options import Options, RecipePath
+from kdkit.options import BOOKKEEPING, Options, RecipePath
 
 
 class Normalize(Options):
@@ -33,6 +33,31 @@ class ModelOptions(Options):
     interpolation: Literal["bilinear", "bicubic", "nearest", "area"] = Field(default="bilinear", description="How images are resized.")
 
 
+class CacheOptions(Options):
+    """Keeps on disk what a frozen teacher says of each image and view, for later epochs and for other runs with this teacher and data."""
+
+    views: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
+        description="K: how many augmentations of each image are shown and kept; after them the first comes again. `all`: every crop and "
+        "flip of `data.augment`, which are finitely many, so that training sees what it would see without a cache."
+    )
+    what: Literal["logits", "taps"] = Field(
+        default="logits", description="taps: also the layers that losses look at, which are large; logits: the predictions alone."
+    )
+    top_k: int | None = Field(
+        default=None,
+        ge=1,
+        description="Keep the k largest logits only; the rest of the probability is spread evenly over the other classes. At temperature 1 "
+        "the k largest probabilities stay exact; at higher ones the other classes together get more than they have (none: all logits).",
+    )
+    dtype: Literal["fp16", "bf16", "fp32"] = Field(default="fp16", description="In which numbers answers are kept; losses get fp32.")
+    dir: RecipePath | None = Field(
+        default=None, description="Folder of the caches (default: `teacher-cache` in `run.folder`).", json_schema_extra=BOOKKEEPING
+    )
+    max_gb: float = Field(
+        default=20.0, gt=0, description="Largest size that the cache may grow to, in 10^9 bytes.", json_schema_extra=BOOKKEEPING
+    )
+
+
 class TeacherOptions(Options):
     """What a recipe may say of a teacher beyond what it says of any model."""
 
@@ -50,6 +75,7 @@ class TeacherOptions(Options):
     fold_batchnorm: bool = Field(
         default=False, description="Merge BatchNorm layers into the convolutions before them: faster, equal up to rounding."
     )
+    cache: CacheOptions | None = Field(default=None, description="Keep the teacher's answers on disk and read them from there.")
 
 
 class RecipeTeacher(TeacherOptions):

@@ -1,0 +1,233 @@
+"""Rows of tensors in memory-mapped files: each is written once, and read by many processes, runs and studies.
+
+A store is a folder: `cache.json` says what is in it, each column is one sparse file, and `states.bin` has a byte per row. A row is marked
+WRITTEN when its values are in all columns, and ON_DISK when they have also reached the disk. Whoever opens a store that nobody else uses
+takes WRITTEN rows for empty ones: the machine may have failed before they were on disk. So a crash can cost rows, and never leaves a
+wrong one. Rows are written under a lock and do not change afterwards, so that readers need none. The files of one store belong on a disk
+of one machine: other machines would not see each other's marks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import mmap
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdkit.checkpoints import write_atomically
+from kdkit.errors import RunError
+
+MARKER, LOCK, WRITING, STATES = "cache.json", ".lock", ".writing", "states.bin"
+EMPTY, WRITTEN, ON_DISK = 0, 1, 2
+PAGE = 4096
+RESERVE = 256 << 20  # bytes of the disk that writing leaves free: a full disk would end the process without a word
+
+
+@dataclass(frozen=True)
+class Column:
+    """One tensor of each row: what it is called, its shape, and its type by torch's name."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def type(self) -> torch.dtype:
+        found = getattr(torch, self.dtype)
+        assert isinstance(found, torch.dtype)
+        return found
+
+    @property
+    def bytes(self) -> int:
+        """Of one row."""
+        return math.prod(self.shape) * self.type.itemsize
+
+
+class AnswerStore:
+    """The rows of one folder, open; made if they are not there.
+
+    Args:
+        path: the folder; its name ends in a fingerprint of all that the rows depend on.
+        columns: what a row consists of.
+        count: number of rows.
+        about: plain values that `kdkit cache --list` tells.
+
+    Raises:
+        RunError: the files are damaged.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[Column], count: int, about: Mapping[str, Any]) -> None:
+        self.path, self.columns, self.count = path, tuple(columns), count
+        self._lock = self._enter({**about, "columns": [asdict(column) for column in columns], "count": count})
+        self._refuse_damaged()
+        self._pages: list[mmap.mmap] = []
+        self._values = {column.name: self._mapped(number, column) for number, column in enumerate(self.columns)}
+        self._marks, self._states = _map(path / STATES, torch.uint8)
+        self._turn = (path / WRITING).open("a")
+        os.register_at_fork(after_in_child=self._turn.close)
+        self._fresh: list[Tensor] = []
+
+    def known(self, rows: Tensor) -> Tensor:
+        """Which of the rows (N,) int64 are there, (N,) bool."""
+        return self._states[rows] != EMPTY
+
+    def read(self, rows: Tensor, *, pinned: bool = False) -> dict[str, Tensor]:
+        """The values of rows that are there, (N, ...) by column; in page-locked memory for a quick way to a GPU."""
+        found = {}
+        for column in self.columns:
+            out = torch.empty((len(rows), *column.shape), dtype=column.type, pin_memory=pinned)
+            found[column.name] = torch.index_select(self._values[column.name], 0, rows, out=out)
+        return found
+
+    def write(self, rows: Tensor, values: Mapping[str, Tensor]) -> None:
+        """Add rows (N,) with their values (N, ...) by column; a row that is there already stays as it is.
+
+        Raises:
+            RunError: the disk is nearly full.
+        """
+        unique, first = np.unique(rows.numpy(), return_index=True)
+        places, chosen = torch.from_numpy(unique), torch.from_numpy(first)
+        with self._alone_in_writing():
+            new = ~self.known(places)
+            places, chosen = places[new], chosen[new]
+            if not len(places):
+                return
+            self._refuse_full_disk(len(places))
+            for column in self.columns:
+                self._values[column.name][places] = values[column.name][chosen]
+            self._states[places] = WRITTEN
+        self._fresh.append(places)
+
+    def commit(self) -> None:
+        """Bring what was written to the disk, and then the marks that say so."""
+        if not self._fresh:
+            return
+        rows, self._fresh = torch.cat(self._fresh), []
+        for pages in self._pages:
+            pages.flush()
+        self._states[rows] = ON_DISK
+        self._marks.flush()
+
+    def close(self) -> None:
+        """Commit, and let others clear it."""
+        self.commit()
+        self._turn.close()
+        self._lock.close()
+
+    def allocated(self) -> int:
+        """Bytes that it takes on disk by now."""
+        return allocated(self.path)
+
+    def missing_bytes(self, rows: Tensor) -> int:
+        """Bytes that the disk would give to those of the rows, ascending, that are not there, about: files are given whole pages."""
+        absent = rows[~self.known(rows)]
+        return sum(_span(absent, column.bytes) for column in self.columns)
+
+    def _enter(self, about: Mapping[str, Any]) -> TextIO:
+        """The store's lock, held together with its other users; the store is made first, or mended, if there are none."""
+        while True:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # it is being cleared
+                handle = (self.path / LOCK).open("a")
+                os.register_at_fork(after_in_child=handle.close)
+                if locks(handle, fcntl.LOCK_EX | fcntl.LOCK_NB) and self._holds(handle):
+                    self._mend() if (self.path / MARKER).is_file() else self._make(about)
+                locks(handle, fcntl.LOCK_SH)
+                if self._holds(handle) and (self.path / MARKER).is_file():
+                    return handle
+                handle.close()
+
+    def _holds(self, handle: TextIO) -> bool:
+        """Whether this lock is still the folder's: who clears a folder removes it."""
+        lock = self.path / LOCK
+        return lock.exists() and os.path.samestat(lock.stat(), os.fstat(handle.fileno()))
+
+    def _make(self, about: Mapping[str, Any]) -> None:
+        sizes = {_file(number): self.count * column.bytes for number, column in enumerate(self.columns)}
+        for name, size in {**sizes, STATES: self.count}.items():
+            with (self.path / name).open("wb") as stream:
+                stream.truncate(size)  # sparse: no block is taken before it is written
+                os.fsync(stream.fileno())
+        write_atomically(self.path / MARKER, (json.dumps(about, indent=1, default=str) + "\n").encode())
+
+    def _mend(self) -> None:
+        pages, states = _map(self.path / STATES, torch.uint8)
+        states[states == WRITTEN] = EMPTY
+        pages.flush()
+
+    def _refuse_damaged(self) -> None:
+        sizes = {_file(number): self.count * column.bytes for number, column in enumerate(self.columns)}
+        for name, size in {**sizes, STATES: self.count}.items():
+            file = self.path / name
+            if not file.is_file() or file.stat().st_size != size:
+                raise RunError(
+                    f"{file} is damaged or missing; `kdkit cache --clear {self.path.name} --dir {self.path.parent}` removes the cache"
+                )
+
+    def _mapped(self, number: int, column: Column) -> Tensor:
+        pages, values = _map(self.path / _file(number), column.type)
+        self._pages.append(pages)
+        return values.view(self.count, *column.shape)
+
+    @contextlib.contextmanager
+    def _alone_in_writing(self) -> Iterator[None]:
+        fcntl.flock(self._turn, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._turn, fcntl.LOCK_UN)
+
+    def _refuse_full_disk(self, rows: int) -> None:
+        wanted = sum(rows * (column.bytes // PAGE + 2) * PAGE for column in self.columns)
+        free = shutil.disk_usage(self.path).free
+        if free - wanted < RESERVE:
+            raise RunError(f"{self.path}: the disk has {gigabytes(free)} left, too little to keep more answers; {SMALLER}")
+
+
+SMALLER = "keep less (`what: logits`, `top_k`, `dtype: fp16`, fewer `views`), choose another `dir`, or make room with `kdkit cache --clear`"
+
+
+def gigabytes(count: int) -> str:
+    """`1.62 GB`; small sizes in smaller units."""
+    unit, name = next(((size, name) for size, name in ((1e9, "GB"), (1e6, "MB")) if count >= size), (1e3, "kB"))
+    return f"{count / unit:,.3g} {name}" if count < 1000 * unit else f"{count / unit:,.0f} {name}"
+
+
+def allocated(path: Path) -> int:
+    """Bytes that a folder's files take on disk; of sparse ones, what was written."""
+    return sum(file.stat().st_blocks * 512 for file in path.iterdir())
+
+
+def _file(number: int) -> str:
+    return f"column-{number}.bin"
+
+
+def _map(file: Path, dtype: torch.dtype) -> tuple[mmap.mmap, Tensor]:
+    with file.open("r+b") as stream:
+        pages = mmap.mmap(stream.fileno(), 0)
+    return pages, torch.frombuffer(pages, dtype=dtype)
+
+
+def _span(rows: Tensor, size: int) -> int:
+    """Bytes of the pages that ascending rows (N,) of that size lie in."""
+    return len(rows) * size if size >= PAGE else PAGE * len(torch.unique_consecutive(rows * size // PAGE))
+
+
+def locks(handle: TextIO, how: int) -> bool:
+    """Take a lock (`fcntl.LOCK_...`) on an open file; False where others hold it and it was not to wait."""
+    try:
+        fcntl.flock(handle, how)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,156 @@
+"""Opens the caches that a recipe wants: what its teachers say, how large that may grow, under which name it lies."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdkit import cache_key
+from kdkit.answer_store import SMALLER, AnswerStore, gigabytes
+from kdkit.data import Data, TrainLoader
+from kdkit.errors import RecipeError, RunError
+from kdkit.kept_answers import KeptAnswers, Slots
+from kdkit.providers import CacheOptions, DataInfo, InMemory, RecipeTeacher, Split, Stream, TeacherOptions
+from kdkit.recipe import Recipe
+from kdkit.records import Outputs
+from kdkit.tapping import TappedModel
+from kdkit.teacher_cache import TeacherCache, autocast
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DIRECTORY = "teacher-cache"
+PROBE = 4  # images
+
+
+def wanted(recipe: Recipe, name: str) -> CacheOptions | None:
+    """What the recipe says of the cache of a teacher."""
+    options = recipe.spec.all_teachers()[name]
+    return options.cache if isinstance(options, TeacherOptions) else None
+
+
+def directory(recipe: Recipe, options: CacheOptions) -> Path:
+    """The folder in which the recipe's caches lie."""
+    return options.dir or recipe.spec.run.folder / DIRECTORY
+
+
+def open_cache(recipe: Recipe, name: str, teacher: TappedModel, info: DataInfo, train: TrainLoader) -> TeacherCache | None:
+    """The cache of one of the recipe's teachers; None where it wants none.
+
+    Args:
+        recipe: of the run.
+        name: of the teacher.
+        teacher: with its taps, on its device.
+        info: of the data, as batches have them.
+        train: the training batches.
+
+    Raises:
+        RecipeError: the answers cannot be kept (a stream of images, a random teacher), or they would take too much room.
+    """
+    if (options := wanted(recipe, name)) is None:
+        return None
+    place = [*recipe.spec.place_of(name), "cache"]
+    part = recipe.plugins.datasets[recipe.spec.data.dataset.use](recipe.spec.data.dataset).split("train")
+    if not train.indexed or isinstance(part, Stream):
+        raise recipe.error(place, "this dataset can only be read from start to end, so its images have no names to keep answers under")
+    slots = Slots.of(options, recipe.spec.data, recipe.spec.seed)
+    try:
+        kept = _look(recipe, options, teacher, info)
+        key = cache_key.key(recipe, name, teacher, kept, slots, part)
+        store = _open_store(recipe, name, options, kept, slots, part, key, train)
+    except RecipeError:
+        raise
+    except RunError as error:
+        raise recipe.error(place, str(error)) from None
+    return TeacherCache(store, kept, slots, len(part), AUTOCAST.get(recipe.spec.train.precision), teacher.role)
+
+
+@contextlib.contextmanager
+def answering(recipe: Recipe, teachers: Mapping[str, TappedModel], opened: Data) -> Iterator[Data]:
+    """Let the teachers whose recipe wants it answer from their caches, inside the `with` block; gives the data whose images these know.
+
+    Raises:
+        RecipeError: see `open_cache`.
+    """
+    train = opened.train
+    with contextlib.ExitStack() as stack:
+        for name, teacher in teachers.items():
+            if (cache := open_cache(recipe, name, teacher, opened.info, opened.train)) is not None:
+                stack.callback(cache.store.close)
+                stack.callback(setattr, teacher, "answers", teacher.answers)
+                train = cache.loader(train)
+                teacher.answers = functools.partial(cache.answer, forward=teacher.forward)
+        yield replace(opened, train=train)
+
+
+def _look(recipe: Recipe, options: CacheOptions, teacher: TappedModel, info: DataInfo) -> KeptAnswers:
+    """Ask the teacher twice about some noise, to see what it says and that it says it again."""
+    plain = TappedModel(
+        teacher.module, teacher.layers, adapt=teacher.adapt, role=teacher.role, num_classes=info.num_classes,
+        needs_logits=teacher.needs_logits, channels_last=teacher.channels_last, precision=teacher.precision,
+    )  # fmt: skip
+    device = next(teacher.module.parameters()).device
+    noise = torch.rand(PROBE, *info.image_shape, generator=torch.Generator().manual_seed(0)).to(device)
+    with torch.no_grad(), autocast(device, AUTOCAST.get(recipe.spec.train.precision)):
+        said, again = plain.forward(noise), plain.forward(noise)
+    if not _same(said, again, exactly=device.type == "cpu"):
+        raise RunError(f"{teacher.role} answers the same images twice in different ways, so that its answers cannot be kept")
+    aliases = [name for name, layer in teacher.layers.items() if teacher.needs_logits and not layer.path and layer.side == "output"]
+    shapes = {name: tuple(value.shape[1:]) for name, value in said.features.items() if name not in aliases}
+    last = [name for name in shapes if _is_channels_last(said.features[name])]
+    if not shapes and not teacher.needs_logits:
+        raise RunError(f"no loss reads anything that {teacher.role} says; leave `cache` out")
+    return KeptAnswers(options, info.num_classes, teacher.needs_logits, shapes, aliases, last)
+
+
+def _open_store(
+    recipe: Recipe, name: str, options: CacheOptions, kept: KeptAnswers, slots: Slots, part: Split | InMemory, key: dict[str, Any],
+    train: TrainLoader,
+) -> AnswerStore:  # fmt: skip
+    spec, called = recipe.spec, _called(recipe, name)
+    about = {"teacher": called, "data": spec.data.dataset.use, "views": slots.count, "images": len(part), "made": time.time(), "key": key}
+    label = "".join(sign if sign.isalnum() or sign in "-_." else "-" for sign in called)
+    path = directory(recipe, options) / f"{label}-{cache_key.fingerprint(key)[:16]}"
+    store = AnswerStore(path, kept.columns(), slots.count * len(part), about)
+    indices = train.indices.cpu()
+    grown = store.allocated() + sum(store.missing_bytes(slot * len(part) + indices) for slot in range(slots.count))
+    if grown > options.max_gb * 1e9:
+        store.close()
+        says = f"may take {gigabytes(grown)} ({slots.count} views of {train.num_samples:,} images, {kept.bytes:,} bytes each)"
+        raise recipe.error([*spec.place_of(name), "cache", "max_gb"], f"the cache {says}, `max_gb` is {options.max_gb:g}; {SMALLER}")
+    return store
+
+
+def _called(recipe: Recipe, name: str) -> str:
+    """What people call a teacher: its network, or the recipe that trains it."""
+    options = recipe.spec.all_teachers()[name]
+    return options.recipe.stem if isinstance(options, RecipeTeacher) else options.model
+
+
+def _is_channels_last(value: Tensor) -> bool:
+    return value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last) and not value.is_contiguous()
+
+
+def _same(one: Outputs, other: Outputs, *, exactly: bool) -> bool:
+    """Whether two answers agree; on an accelerator, as far as sums in another order do."""
+    pairs = list(zip(_tensors(one), _tensors(other), strict=True))
+    if exactly:
+        return all(torch.equal(a, b) for a, b in pairs)
+    return all(torch.allclose(a, b, rtol=0, atol=1e-3 * float(a.abs().max()), equal_nan=True) for a, b in pairs)
+
+
+def _tensors(answer: Outputs) -> list[Tensor]:
+    found: list[Tensor] = []
+
+    def note(value: Tensor) -> Tensor:
+        found.append(value)
+        return value
+
+    answer.map(note)
+    return found

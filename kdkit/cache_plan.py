@@ -1,0 +1,124 @@
+"""What `kdkit check` says of teacher caches: what of a recipe cannot be kept, and how large it may grow."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from kdkit.answer_store import SMALLER, gigabytes
+from kdkit.cache_opening import wanted
+from kdkit.factory import ModelFactory
+from kdkit.kept_answers import KeptAnswers, Slots
+from kdkit.providers import CacheOptions, DataInfo, TeacherOptions
+from kdkit.recipe import Recipe
+from kdkit.records import Batch, Inputs, Outputs
+from kdkit.tapping import TappedModel
+from kdkit.teacher_cache import OTHER_IMAGES
+from kdkit.teaching import Stage
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def refused(recipe: Recipe, factory: ModelFactory, info: DataInfo) -> Iterator[str]:
+    """What each cache asks for and cannot have, one line each."""
+    spec, views = recipe.spec, set()
+    for name, options in _wanted(recipe):
+        teacher, place = spec.all_teachers()[name], [*spec.place_of(name), "cache"]
+        assert isinstance(teacher, TeacherOptions)
+        views.add(options.views)
+        if spec.train.mixup is not None:
+            yield recipe.problem(
+                place, "mixed images never come twice (`train.mixup`), so answers to them cannot be kept; leave one of them out"
+            )
+        if teacher.mode == "train":
+            yield recipe.problem(place, "with `mode: train` an answer depends on the whole batch, and cannot be kept for each image")
+        if options.views == "all" and spec.data.timm_augment is not None:
+            says = "`data.timm_augment` gives ever new views, so that not all can be kept; say how many, or use `data.augment`"
+            yield recipe.problem([*place, "views"], says)
+        if len(views) > 1:
+            yield recipe.problem([*place, "views"], "all teachers see the same images, so the caches of all must have the same `views`")
+        for key, says in _unreadable(recipe, factory, info, name, options):
+            yield recipe.problem([*place, key], says)
+
+
+def _unreadable(recipe: Recipe, factory: ModelFactory, info: DataInfo, name: str, options: CacheOptions) -> Iterator[tuple[str, str]]:
+    """What a loss reads of the teacher and the cache does not keep: at which key, and why."""
+    layers = [layer for layer in factory.teacher_layers(name) if layer != "logits"]
+    if options.what == "logits" and layers:
+        yield "what", f"losses look at {', '.join(layers)}, which is not kept; write `what: taps`"
+    if options.top_k is None:
+        return
+    if options.top_k >= info.num_classes:
+        yield "top_k", f"{options.top_k} of {info.num_classes} classes; leave it out to keep all logits"
+    for called, entry in zip(recipe.loss_names(), recipe.spec.losses, strict=True):
+        loss = recipe.plugins.losses[entry.use]
+        whole = loss.knowledge not in ("response", "labels") and loss.needs_teacher_logits
+        if entry in factory.looking_at(name) and (whole or any(pair.teacher == "logits" for pair in entry.taps())):
+            yield "top_k", f"'{called}' compares all logits, of which the smaller ones would not be kept"
+
+
+def sizes(recipe: Recipe, info: DataInfo, num_train: int, shapes: Mapping[str, Shapes]) -> Iterator[tuple[str, str | None]]:
+    """How large each cache may grow, in words, and what of that the recipe does not allow (None: nothing).
+
+    Args:
+        recipe: whose.
+        info: class count.
+        num_train: images that are trained on.
+        shapes: of the layers tapped of each teacher, by its name.
+    """
+    for name, options in _wanted(recipe):
+        slots = Slots.of(options, recipe.spec.data, recipe.spec.seed)
+        taps = {layer: shape for layer, shape in shapes[name].items() if layer != "logits"}
+        kept = KeptAnswers(options, info.num_classes, True, taps)
+        size = slots.count * num_train * kept.bytes
+        views = "1 view" if slots.count == 1 else f"{slots.count} views"
+        says = f"up to {gigabytes(size)} ({views} of {num_train:,} images, {kept.bytes:,} bytes each)"
+        place = [*recipe.spec.place_of(name), "cache", "max_gb"]
+        large = size > options.max_gb * 1e9
+        problem = recipe.problem(place, f"the cache may take {says}, `max_gb` is {options.max_gb:g}; {SMALLER}") if large else None
+        yield f"the answers of {name} are kept, {says}", problem
+
+
+class Rehearsal:
+    """Stands in the place of caches while a recipe is checked: a teacher may only be shown the images of the batch, as they are."""
+
+    def __init__(self, recipe: Recipe, factory: ModelFactory) -> None:
+        self._recipe = recipe
+        self._shown: Any = WeakIdKeyDictionary()
+        self._places = {name: [*recipe.spec.place_of(name), "cache"] for name, _ in _wanted(recipe)}
+        for name, place in self._places.items():
+            teacher = factory.teacher(name)
+            teacher.answers = functools.partial(self._answer, teacher, place)
+
+    def noting(self, stage: Stage, batch: Callable[[int], Batch]) -> Callable[[int], Batch]:
+        """The same source of batches, whose images are known.
+
+        Raises:
+            RecipeError: they come in several views.
+        """
+        if stage.views > 1 and self._places:
+            says = f"stage '{stage.name}' shows {stage.views} views of each image at once, which caches do not keep; leave `cache` out"
+            raise self._recipe.error(next(iter(self._places.values())), says)
+
+        def noted(count: int) -> Batch:
+            made = batch(count)
+            if isinstance(made.inputs, torch.Tensor):
+                self._shown[made.inputs] = True
+            return made
+
+        return noted
+
+    def _answer(self, teacher: TappedModel, place: list[str | int], inputs: Inputs) -> Outputs:
+        if not isinstance(inputs, torch.Tensor) or inputs not in self._shown:
+            raise self._recipe.error(place, f"{teacher.role} {OTHER_IMAGES}")
+        return teacher.forward(inputs)
+
+
+def _wanted(recipe: Recipe) -> Iterator[tuple[str, CacheOptions]]:
+    for name in recipe.spec.all_teachers():
+        if (options := wanted(recipe, name)) is not None:
+            yield name, options

@@ -1,0 +1,113 @@
+"""Fills the teacher caches of a recipe ahead of its training, and tells what caches there are."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from kdkit import data, plan, runs
+from kdkit.answer_store import gigabytes
+from kdkit.augment import crop_flip
+from kdkit.cache_opening import open_cache, wanted
+from kdkit.data import TrainLoader
+from kdkit.engine import build_accelerator
+from kdkit.factory import ModelFactory
+from kdkit.kept_answers import Slots
+from kdkit.recipe import Recipe
+from kdkit.store_folder import Found, look
+from kdkit.teacher_cache import Forward, TeacherCache
+
+BETWEEN_COMMITS = 10.0  # seconds
+
+Step = tuple[Tensor, Tensor]  # rows of the store and the images that belong there
+
+
+def fill(recipe: Recipe, *, quiet: bool = False) -> list[Found]:
+    """Ask the teachers that have a `cache` about every view of every training image; what is there already stays. The caches, filled.
+
+    Raises:
+        RecipeError: no teacher has one, or something does not fit.
+        RunError: the disk is nearly full; what was done stays.
+    """
+    spec = recipe.spec
+    options = {name: one for name in spec.all_teachers() if (one := wanted(recipe, name))}
+    if not options:
+        raise recipe.error(
+            ["teacher"] if spec.teacher is not None or not spec.teachers else ["teachers"], "has no `cache:` that could be filled"
+        )
+    plan.make(recipe)
+    trained = runs.trained_teachers(recipe, spec.run.folder / spec.name, quiet=quiet)
+    device = build_accelerator(spec.train).device
+    exact = Slots.of(next(iter(options.values())), spec.data, spec.seed).exact
+    plain = {"augment": None} if exact else {}  # its outcomes are gone through in turn
+    source = recipe.plugins.datasets[spec.data.dataset.use](spec.data.dataset)
+    prepared = data.prepare(spec.data.model_copy(update={"drop_last": False, **plain}), source, seed=spec.seed, device=device)
+    factory = ModelFactory(recipe, prepared.info, trained, device=device)
+    filled = []
+    for name in options:
+        teacher = factory.teacher(name)
+        cache = open_cache(recipe, name, teacher, prepared.info, prepared.train)
+        assert cache is not None
+        try:
+            _fill(cache, prepared.train, teacher.forward, name, quiet)
+        finally:
+            cache.store.close()
+        filled.append(look(cache.store.path))
+    return filled
+
+
+def table(found: Sequence[Found]) -> Table:
+    """A line for each cache."""
+    rows = Table("cache", "teacher", "data", "images x views", "filled", "on disk", "last written", box=None, pad_edge=False)
+    for one in found:
+        about = one.about
+        share = f"{100 * one.filled / about['count']:.1f} %"
+        rows.add_row(
+            one.path.name, about["teacher"], about["data"], f"{about['images']:,} x {about['views']}", share, gigabytes(one.bytes),
+            f"{_span(time.time() - one.written)} ago",
+        )  # fmt: skip
+    return rows
+
+
+def _fill(cache: TeacherCache, train: TrainLoader, forward: Forward, name: str, quiet: bool) -> None:
+    saved = time.monotonic()
+    steps = cache.slots.count * len(train)
+    console = Console()
+    hidden = quiet or not console.is_terminal
+    for rows, inputs in track(_steps(cache, train), f"asking {name}", total=steps, console=console, transient=True, disable=hidden):
+        if not bool(cache.store.known(rows).all()):
+            cache.keep(rows, inputs, forward)
+        if time.monotonic() - saved > BETWEEN_COMMITS:
+            cache.store.commit()
+            saved = time.monotonic()
+
+
+def _steps(cache: TeacherCache, train: TrainLoader) -> Iterator[Step]:
+    """Every view of every image, some images at a time."""
+    slots = cache.slots
+    if slots.exact:
+        for batch in train.epoch(0):
+            assert isinstance(batch.inputs, Tensor)
+            for slot in range(slots.count):
+                outcome = torch.full_like(batch.index, slots.outcome(slot))
+                yield cache.rows(slot, batch.index).cpu(), crop_flip(batch.inputs, outcome, slots.padding)
+        return
+    for slot in range(slots.count):
+        if bool(cache.store.known(cache.rows(slot, train.indices).cpu()).all()):
+            continue  # so that its images need not be read
+        for batch in train.epoch(0, view=slot):
+            assert isinstance(batch.inputs, Tensor)
+            yield cache.rows(slot, batch.index).cpu(), batch.inputs
+
+
+def _span(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} seconds"

@@ -1,0 +1,147 @@
+"""Which tensors of a teacher's answer are kept, in what form, and how they become an answer again; and in which views images are shown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kdkit.answer_store import Column
+from kdkit.augment import crop_flip_count, draw_crop_flip
+from kdkit.errors import RunError
+from kdkit.providers import CacheOptions
+from kdkit.records import Outputs
+from kdkit.schema import DataSpec
+from kdkit.tapping import FeaturesOnly
+
+TYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+VALUES, INDICES, REST, LOGITS = "logits.values", "logits.indices", "logits.rest", "logits"  # layers' columns begin with TAP
+TAP = "tap "
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The views of an image that are kept: for each, a slot.
+
+    Attributes:
+        count: how many.
+        exact: whether a slot is one outcome of the crop and flip; else it is one view, as the loader numbers them.
+        padding, flip: of `data.augment`.
+        seed: of the augmentation.
+    """
+
+    count: int
+    exact: bool
+    padding: int
+    flip: float
+    seed: int
+
+    @classmethod
+    def of(cls, options: CacheOptions, data: DataSpec, seed: int) -> Slots:
+        """Those of a recipe: with images that always look the same there is one slot, however many views are asked for."""
+        padding, flip = (data.augment.crop_padding, data.augment.flip) if data.augment else (0, 0.0)
+        outcomes = crop_flip_count(padding) // (1 if 0 < flip < 1 else 2)
+        exact = options.views == "all" or (outcomes == 1 and not data.timm_augment)
+        return cls(outcomes if options.views == "all" or exact else options.views, exact, padding, flip, seed)
+
+    def view(self, number: int) -> int:
+        """The view that is shown in the place of view `number`."""
+        return number if self.exact else number % self.count
+
+    def shown(self, view: int, index: Tensor) -> Tensor:
+        """The slot of each image (N,) in a view."""
+        if not self.exact:
+            return torch.full_like(index, view % self.count)
+        outcome = draw_crop_flip(self.seed, view, index, self.padding, self.flip)
+        return outcome if 0 < self.flip < 1 else outcome // 2
+
+    def outcome(self, slot: int) -> int:
+        """The crop and flip that a slot is, as `crop_flip` numbers them."""
+        return slot if 0 < self.flip < 1 else 2 * slot + int(self.flip == 1)
+
+
+@dataclass(frozen=True)
+class KeptAnswers:
+    """The form in which one teacher's answers are kept.
+
+    Attributes:
+        options: the recipe's.
+        classes: number of logits K.
+        logits: whether the answer has any.
+        taps: shape of each tapped layer's output by name, without the batch.
+        aliases: tapped layers that are the logits.
+        channels_last: layers whose maps are (B, C, H, W) with channels last in memory, and are kept so.
+    """
+
+    options: CacheOptions
+    classes: int
+    logits: bool
+    taps: Mapping[str, tuple[int, ...]]
+    aliases: Sequence[str] = ()
+    channels_last: Sequence[str] = ()
+
+    def columns(self) -> list[Column]:
+        """What a row of the store consists of."""
+        k, dtype = self.options.top_k, TYPES[self.options.dtype]
+        found = []
+        if self.logits and k is None:
+            found.append(Column(LOGITS, (self.classes,), dtype))
+        elif self.logits and k is not None:
+            short = "int16" if self.classes <= torch.iinfo(torch.int16).max else "int32"
+            found += [Column(VALUES, (k,), dtype), Column(INDICES, (k,), short), Column(REST, (1,), "float32")]
+        for name, shape in self.taps.items():
+            found.append(Column(TAP + name, (*shape[1:], shape[0]) if name in self.channels_last else shape, dtype))
+        return found
+
+    @property
+    def bytes(self) -> int:
+        """Of one answer."""
+        return sum(column.bytes for column in self.columns())
+
+    def pack(self, outputs: Outputs) -> dict[str, Tensor]:
+        """The columns of an answer (B, ...), on its device.
+
+        Raises:
+            RunError: a number is too large for the type.
+        """
+        plain: dict[str, Tensor] = {}
+        if self.logits and self.options.top_k is None:
+            plain[LOGITS] = outputs.logits
+        elif self.logits:
+            plain |= _largest(outputs.logits.float(), self.options.top_k or 0)
+        for name in self.taps:
+            value = outputs.features[name]
+            plain[TAP + name] = value.permute(0, 2, 3, 1) if name in self.channels_last else value
+        packed = {column.name: plain[column.name].detach().to(column.type).contiguous() for column in self.columns()}
+        if self.options.dtype == "fp16":
+            self._refuse_overflow(plain, packed)
+        return packed
+
+    def unpack(self, values: Mapping[str, Tensor], role: str) -> Outputs:
+        """The answer in fp32 that the columns hold; of a teacher that messages call so."""
+        features = {name: values[TAP + name].float() for name in self.taps}
+        features |= {name: features[name].permute(0, 3, 1, 2) for name in self.channels_last}
+        if not self.logits:
+            return FeaturesOnly(features, role)
+        logits = values[LOGITS].float() if self.options.top_k is None else self._spread(values)
+        return Outputs(logits, {**features, **dict.fromkeys(self.aliases, logits)})
+
+    def _spread(self, values: Mapping[str, Tensor]) -> Tensor:
+        logits = values[REST].expand(-1, self.classes).clone()
+        return logits.scatter_(1, values[INDICES].long(), values[VALUES].float())
+
+    def _refuse_overflow(self, plain: Mapping[str, Tensor], packed: Mapping[str, Tensor]) -> None:
+        lost = torch.stack([packed[name].isinf().any() & ~plain[name].isinf().any() for name in packed])
+        if lost.any():
+            name = [*packed][int(lost.int().argmax())].removeprefix(TAP)
+            raise RunError(f"the teacher's '{name}' has numbers above 65,504, which `dtype: fp16` cannot hold; set `cache.dtype: bf16`")
+
+
+def _largest(logits: Tensor, k: int) -> dict[str, Tensor]:
+    """The k largest logits of (B, K), their classes, and the one logit that gives the other classes all the rest, (B, 1)."""
+    values, indices = logits.topk(k, dim=1)
+    rest = logits.scatter(1, indices, -torch.inf).logsumexp(1, keepdim=True) - math.log(logits.shape[1] - k)
+    return {VALUES: values, INDICES: indices, REST: rest}

@@ -1,0 +1,63 @@
+"""The folder in which teacher caches lie: what there is, and how to be rid of it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdkit.answer_store import LOCK, MARKER, STATES, allocated, locks
+from kdkit.errors import RunError, suggest
+
+NAME = re.compile(r".+-[0-9a-f]{16}")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A store on disk: its folder, what it says of itself, bytes on disk, rows that are there, and when it was last written (seconds)."""
+
+    path: Path
+    about: Mapping[str, Any]
+    bytes: int
+    filled: int
+    written: float
+
+
+def stores(folder: Path) -> list[Found]:
+    """All stores in a folder, by name."""
+    return [look(marker.parent) for marker in sorted(folder.glob(f"*/{MARKER}")) if NAME.fullmatch(marker.parent.name)]
+
+
+def look(path: Path) -> Found:
+    """What a store's files say."""
+    states = np.fromfile(path / STATES, dtype=np.uint8)
+    written = max(file.stat().st_mtime for file in path.iterdir())
+    return Found(path, json.loads((path / MARKER).read_text()), allocated(path), int(np.count_nonzero(states)), written)
+
+
+def clear(folder: Path, name: str | None = None) -> list[Found]:
+    """Remove the stores of a folder, or the one of that name; what was removed.
+
+    Raises:
+        RunError: there is none of that name, or one is in use; then nothing is removed.
+    """
+    there = [found for found in stores(folder) if name in (None, found.path.name)]
+    if name is not None and not there:
+        raise RunError(f"no cache in {folder} is called '{name}'; {suggest(name, (found.path.name for found in stores(folder)))}")
+    with contextlib.ExitStack() as stack:
+        for found in there:
+            handle = stack.enter_context((found.path / LOCK).open("a"))
+            if not locks(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                raise RunError(f"{found.path} is in use; nothing was removed")
+        for found in there:
+            (found.path / MARKER).unlink()  # first, so that half a store is none
+            shutil.rmtree(found.path)
+    return there

@@ -1,0 +1,156 @@
+"""A frozen teacher's answers on disk: the first epoch that shows an image writes, later epochs and other runs read."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from kdkit.answer_store import AnswerStore
+from kdkit.data import TrainLoader
+from kdkit.errors import RunError
+from kdkit.kept_answers import KeptAnswers, Slots
+from kdkit.records import Batch, Inputs, Outputs
+from kdkit.teaching import Arrange
+
+FAR = 0.05  # of the largest number: kept answers that differ by more are not this teacher's
+OTHER_IMAGES = (
+    "is shown other images than those of the batch (further views, changed ones), whose answers cannot be kept; leave `cache` out"
+)
+
+Forward = Callable[[Inputs], Outputs]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Where in the store the images of a batch are; on the host, once the device has got so far."""
+
+    rows: Tensor
+    arrived: torch.Event | None = None
+
+    def here(self) -> Tensor:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.rows
+
+
+class TeacherCache:
+    """One teacher's answers. Ask it in the teacher's place: `teacher.answers = functools.partial(cache.answer, forward=teacher.forward)`.
+
+    Whatever it writes it reads again, so that training comes to the same numbers from an empty cache, a full one, and one in between. The
+    first answer that was there before is compared with the teacher's own.
+
+    Args:
+        store: open.
+        kept: what of an answer is in a row of it.
+        slots: the views of an image.
+        images: in the dataset's whole training part.
+        precision: to which training autocasts (None: fp32).
+        role: how messages call the teacher.
+    """
+
+    def __init__(self, store: AnswerStore, kept: KeptAnswers, slots: Slots, images: int, precision: torch.dtype | None, role: str) -> None:
+        self.store, self.kept, self.slots, self.images = store, kept, slots, images
+        self._precision, self._role = precision, role
+        self._shown: Any = WeakIdKeyDictionary()  # the images of a batch -> _Rows
+        self._compared = False
+
+    def loader(self, train: TrainLoader) -> TrainLoader:
+        """The training batches in the views that are kept; the cache knows their images then."""
+        return _KeptViews(train, self)
+
+    def answer(self, inputs: Inputs, forward: Forward) -> Outputs:
+        """What the teacher says of a batch's images, in fp32: from the disk if all of them are there, else by a forward that is kept.
+
+        Raises:
+            RunError: the images are not those of a batch; the disk is nearly full; the cache is not this teacher's.
+        """
+        if not isinstance(inputs, Tensor) or inputs not in self._shown:
+            raise RunError(f"{self._role} {OTHER_IMAGES}")
+        rows: Tensor = self._shown[inputs].here()
+        if not self._compared or not bool(self.store.known(rows).all()):
+            self.keep(rows, inputs, forward)
+        values = self.store.read(rows, pinned=inputs.device.type == "cuda")
+        return self.kept.unpack({name: value.to(inputs.device, non_blocking=True) for name, value in values.items()}, self._role)
+
+    def keep(self, rows: Tensor, inputs: Tensor, forward: Forward) -> None:
+        """Ask the teacher, and write what it says of images whose rows are not there yet.
+
+        Raises:
+            RunError: see `answer`.
+        """
+        with torch.no_grad(), autocast(inputs.device, self._precision):
+            packed = {name: value.cpu() for name, value in self.kept.pack(forward(inputs)).items()}
+        known = self.store.known(rows)
+        if bool(known.any()) and not self._compared:
+            self._compare(rows[known], {name: value[known] for name, value in packed.items()})
+        self.store.write(rows, packed)
+
+    def rows(self, slot: Tensor | int, index: Tensor) -> Tensor:
+        """Where the answers about images of those indices (N,) are, in their slots; on their device."""
+        return slot * self.images + index
+
+    def note(self, inputs: Inputs, view: int, index: Tensor) -> None:
+        """Take down which images these are, in which view.
+
+        Raises:
+            RunError: they are no images.
+        """
+        if not isinstance(inputs, Tensor):
+            raise RunError("a teacher's answers can only be kept for images")
+        rows = self.rows(self.slots.shown(view, index), index)
+        if rows.is_cuda:
+            host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows, non_blocking=True)
+            arrived = torch.Event(rows.device)
+            arrived.record()
+            self._shown[inputs] = _Rows(host, arrived)
+        else:
+            self._shown[inputs] = _Rows(rows.cpu())
+
+    def _compare(self, rows: Tensor, packed: dict[str, Tensor]) -> None:
+        """Hold what is there against what the teacher says; the fingerprint in the folder's name cannot know everything.
+
+        Raises:
+            RunError: it is something else.
+        """
+        for name, there in self.store.read(rows).items():
+            own = packed[name].float()
+            far = FAR * float(own.abs().max()) + 1e-6
+            if there.is_floating_point() and not torch.allclose(own, there.float(), rtol=0, atol=far, equal_nan=True):
+                clear = f"kdkit cache --clear {self.store.path.name} --dir {self.store.path.parent}"
+                raise RunError(f"{self.store.path} does not hold what {self._role} says; remove it with `{clear}`")
+        self._compared = True
+
+
+class _KeptViews:
+    """Training batches in the views that a cache keeps."""
+
+    def __init__(self, loader: TrainLoader, cache: TeacherCache) -> None:
+        self.labels, self.indices, self.num_samples, self.indexed = loader.labels, loader.indices, loader.num_samples, loader.indexed
+        self._loader, self._cache = loader, cache
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def epoch(self, number: int, start: int = 0, view: int | None = None, arrange: Arrange | None = None) -> Iterator[Batch]:
+        shown = self._cache.slots.view(number if view is None else view)
+        waiting: collections.deque[Batch] = collections.deque()
+        try:
+            for batch in self._loader.epoch(number, start, shown, arrange):
+                self._cache.note(batch.inputs, shown, batch.index)
+                waiting.append(batch)
+                if len(waiting) > batch.index.is_cuda:  # one ahead: by its turn, a GPU has said which images are in it
+                    yield waiting.popleft()
+            yield from waiting
+        finally:
+            self._cache.store.commit()
+
+
+def autocast(device: torch.device, precision: torch.dtype | None) -> torch.autocast:
+    """The precision of training, wherever a teacher is asked: schedules also ask before it begins."""
+    return torch.autocast(device.type, dtype=precision, enabled=precision is not None)
