@@ -29,8 +29,9 @@ lint: $(VENV)/installed  ## format, lint and types
 
 check: lint test  ## all that must hold before a change goes in
 
-docs: $(VENV)/installed  ## write what is generated: the recipe schema and the reference pages
+docs: $(VENV)/installed  ## write what is generated: the schemas and the reference pages
 	$(BIN)/kdkit schema > recipes/recipe.schema.json
+	$(BIN)/kdkit schema --study > recipes/study.schema.json
 	$(BIN)/python docs/generate.py
 
 bench: $(VENV)/installed  ## a step of kdkit against the same step in plain torch, and each loss against its naive form

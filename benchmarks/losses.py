@@ -15,17 +15,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import itertools
-import json
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of itself otherwise
 
 import torch
 import torch.nn.functional as F
@@ -33,12 +26,12 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 import kdkit
 from kdkit import registry
 from kdkit.options import at_epoch
 from kdkit.probes import random_outputs, readable
+from kdkit.step_memory import peak_memory
 
 Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]  # by layer: the student's and the teacher's, without the batch
 Run = Callable[[], Tensor]
@@ -177,17 +170,6 @@ def cpu_time(run: Run) -> float:
     began = time.process_time()
     run()
     return time.process_time() - began
-
-
-def peak_memory(run: Run) -> int:
-    """Bytes that a run allocates at once, beyond what there was before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run()
-    with tempfile.TemporaryDirectory() as folder:
-        recorded.export_chrome_trace(str(Path(folder) / "trace.json"))
-        events = json.loads((Path(folder) / "trace.json").read_text())["traceEvents"]
-    memory = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
-    return max([0, *itertools.accumulate(size for _, size in memory)])
 
 
 def crd(loss: kdkit.Loss, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:

@@ -24,7 +24,7 @@ from kdkit import catalogue, registry, schema
 from kdkit.cli import app
 from kdkit.loss_options import LayerPair
 from kdkit.options import Options, Ramp
-from kdkit.providers import DatasetOptions, ModelOptions, Normalize, RecipeTeacher, TeacherOptions
+from kdkit.providers import CacheOptions, DatasetOptions, ModelOptions, Normalize, RecipeTeacher, TeacherOptions
 from kdkit.recipe_types import recipe_type
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +43,7 @@ SECTIONS: list[tuple[str, type[Options], str]] = [
     ("student.normalize, teacher.normalize", Normalize, ""),
     ("teacher", TeacherOptions, "These keys stand beside those of every model."),
     ("teacher, trained by another recipe", RecipeTeacher, ""),
+    ("teacher.cache", CacheOptions, ""),
     ("schedule", schema.ScheduleEntry, "Each schedule plugin adds [options of its own](plugins.md#schedules)."),
     ("losses", schema.LossEntry, "A list. Each loss plugin adds [options of its own](losses.md)."),
     ("losses.N.layers", LayerPair, "A list, for losses that compare layers: most feature and relation losses."),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kdkit.api import build_loss as build_loss
     from kdkit.api import check as check
+    from kdkit.api import compare as compare
     from kdkit.api import train as train
     from kdkit.backbone import Backbone as Backbone
     from kdkit.contracts import Context as Context
@@ -100,7 +101,7 @@ _HOME = {
     "normalization": "NormalizationAdapter",
     "tapping": "taps",
     "trained": "load_student",
-    "api": "build_loss check train",
+    "api": "build_loss check compare train",
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names.split()}
 __all__ = sorted(_WHERE)

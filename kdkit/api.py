@@ -8,10 +8,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from kdkit import plan, recipe, registry, runs
+from kdkit import plan, recipe, registry, runs, study, study_file
 from kdkit.contracts import Loss
 from kdkit.describe import Plan
 from kdkit.errors import PluginError, suggest
+from kdkit.findings import Findings
 from kdkit.options import Ramp
 from kdkit.run_folder import Result
 
@@ -46,6 +47,31 @@ def check(path: Path | str, *, overrides: Mapping[str, Any] | None = None, plugi
         RecipeError: what cannot work, one problem a line.
     """
     return plan.make(recipe.load(path, overrides, _paths(plugins)))
+
+
+def compare(
+    *paths: Path | str, seeds: int | None = None, allow: Sequence[str] = (), overrides: Mapping[str, Any] | None = None,
+    plugins: Sequence[Path | str] = (), max_parallel: int | None = None,
+) -> Findings | None:  # fmt: skip
+    """Carry out a study, or what is left of it: train every variant with every seed, and measure all alike.
+
+    Args:
+        *paths: a study file, or recipes (the first is the baseline).
+        seeds: how many, in place of the study's own.
+        allow: keys in which variants may differ although they are not what is compared.
+        overrides: values by key path, for all variants.
+        plugins: further plugin files or folders.
+        max_parallel: runs in memory at once (None: all that share data and seed).
+
+    Returns:
+        What was found; None in processes of a launch that are not its first.
+
+    Raises:
+        RecipeError: the study or a recipe is wrong, or the comparison would not be fair; all problems, one a line.
+        Interrupted: a signal stopped it; all is saved, and a further call goes on.
+    """
+    loaded = study_file.load([Path(path) for path in paths], overrides, _paths(plugins), seeds=seeds, allow=allow)
+    return study.compare(loaded, max_parallel=max_parallel)
 
 
 def build_loss(name: str, *, plugins: Sequence[Path | str] = (), **options: Any) -> Loss:

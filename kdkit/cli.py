@@ -67,16 +67,83 @@ def check(recipe: RecipeFile, overrides: Overrides = None, plugins: Plugins = No
 
 @app.command()
 def compare(
-    recipes: Annotated[list[Path], typer.Argument(help="Recipe files.", show_default=False)],
-    seeds: Annotated[int, typer.Option(min=1, help="Runs per recipe, with the seeds 0, 1, 2...")] = 3,
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="STUDY|RECIPE|KEY=VALUE...",
+            help="A study file, or recipes (the first is the baseline); key.path=value replaces a value in all of them.",
+            show_default=False,
+        ),
+    ],
+    seeds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs per variant, with the seeds 0, 1, 2... (default: the study's, or 3).", show_default=False),
+    ] = None,
+    allow: Annotated[
+        list[str] | None, typer.Option("--allow", help="Key in which variants may differ; may be repeated.", show_default=False)
+    ] = None,
+    max_parallel: Annotated[
+        int | None, typer.Option("--max-parallel", min=1, help="Runs in memory at once (default: all that share data and seed).")
+    ] = None,
+    spread: Annotated[
+        bool, typer.Option("--spread", help="In several processes, train other seeds and groups in each, not each run in all.")
+    ] = False,
+    dry: Annotated[bool, typer.Option("--dry", help="Only list the variants, and what is trained already.")] = False,
     plugins: Plugins = None,
 ) -> None:
-    """Train recipes with several seeds each, and print one table."""
-    from kdkit import study
+    """Train a study's variants, or recipes, with several seeds each; print what they reach and cost. What is trained already is reused."""
+    from kdkit import spreading, study, study_file, study_table
+    from kdkit.source import parse_overrides
 
-    rows = study.compare(recipes, seeds, plugins=_paths(plugins), say=lambda text: out.print(text, markup=False))
-    out.print(study.table(rows))
-    out.print(study.caption(seeds), style="dim", markup=False)
+    changes = [word for word in words if "=" in word and not Path(word).exists()]
+    paths = [Path(word) for word in words if word not in changes]
+    loaded = study_file.load(paths, parse_overrides(changes), _paths(plugins), seeds=seeds, allow=allow or ())
+    if dry:
+        out.print(study_table.planned(loaded))
+        return
+    telling = spread or spreading.is_first()
+    found = study.compare(
+        loaded, max_parallel=max_parallel, spread=spread, say=lambda text: out.print(text, markup=False) if telling else None
+    )
+    if found is None:
+        return
+    for table in study_table.tables(found, out.width):
+        out.print(table)
+        out.print()
+    for line in study_table.caption(found):
+        out.print(line, style="dim", markup=False)
+    out.print(f"Findings: {loaded.path / study.FINDINGS}", style="dim", markup=False)
+    if any(variant.failures for variant in found.variants):
+        raise typer.Exit(1)
+
+
+@app.command()
+def cache(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE|NAME]", help="Recipe file; a cache's name for --list, --clear.", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+    plugins: Plugins = None,
+    listed: Annotated[bool, typer.Option("--list", help="List the caches that there are, or the one of that name.")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Remove all caches, or the one of that name.")] = False,
+    folder: Annotated[Path, typer.Option("--dir", help="Where caches are listed or removed.")] = Path("runs/teacher-cache"),
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+) -> None:
+    """Fill the teacher caches of a recipe ahead of its training; list or remove caches."""
+    from kdkit import filling, store_folder
+    from kdkit.answer_store import gigabytes
+    from kdkit.errors import RecipeError
+
+    if clear:
+        for gone in store_folder.clear(folder, recipe):
+            out.print(f"removed {gone.path} ({gigabytes(gone.bytes)})", markup=False)
+    elif listed:
+        out.print(filling.table([found for found in store_folder.stores(folder) if recipe in (None, found.path.name)]))
+    elif recipe is None:
+        raise RecipeError("name a recipe whose teacher caches are to be filled, or give --list or --clear")
+    else:
+        for made in filling.fill(_load(Path(recipe), overrides, plugins), quiet=quiet):
+            out.print(f"{made.path}: {made.filled:,} answers, {gigabytes(made.bytes)}", markup=False)
 
 
 @app.command()
@@ -222,11 +289,37 @@ def plugins(
 
 
 @app.command()
-def schema(plugins: Plugins = None) -> None:
-    """Print the JSON Schema of recipes, for editors."""
-    from kdkit import recipe_types, registry
+def report(
+    paths: Annotated[list[Path], typer.Argument(metavar="STUDY|RUN...", help="A study's folder, or run folders.", show_default=False)],
+    output: Annotated[Path | None, typer.Option("--output", help="Folder of the files (default: the study's).", show_default=False)] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", help="Where the data lie: key=value, such as dataset.root=/images; may be repeated.", show_default=False),
+    ] = None,
+) -> None:
+    """Tell a study, or runs: a page with tables and pictures, the same as Markdown, its figures as CSV and JSON."""
+    from rich.markup import escape
 
-    sys.stdout.write(recipe_types.schema(registry.load(_paths(plugins))))
+    from kdkit import report as reports
+    from kdkit.source import parse_overrides
+
+    overrides = parse_overrides(f"data.{word.removeprefix('data.')}" for word in data or [])
+    with Console(stderr=True).status("reads the runs") as status:  # on a terminal only
+        written = reports.write(paths, output, overrides, say=lambda text: status.update(escape(text)))
+    for what in written.missing:
+        out.print(f"left out: {what}", markup=False)
+    out.print(str(written.page), markup=False)
+
+
+@app.command()
+def schema(
+    plugins: Plugins = None,
+    study: Annotated[bool, typer.Option("--study", help="That of study files, as `kdkit compare` reads them.")] = False,
+) -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    from kdkit import recipe_types, registry, study_schema
+
+    sys.stdout.write((study_schema if study else recipe_types).schema(registry.load(_paths(plugins))))
 
 
 def _load(path: Path, overrides: list[str] | None, plugins: list[Path] | None) -> Recipe:

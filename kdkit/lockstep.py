@@ -22,7 +22,10 @@ from kdkit.recipe import Recipe, content_of
 from kdkit.run_folder import Result, RunFolder
 from kdkit.sharing import Sharing
 from kdkit.signals import StopRequest
+from kdkit.spreading import Crew
 from kdkit.turns import BEGINNING, Place, Stopwatch, Turns
+
+FAILURES = (KdkitError, RuntimeError)  # torch tells that memory is out, and much else, by a RuntimeError
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,9 @@ class _Run:
         return self.outcome is None and self.stopped is None
 
 
-def train_together(jobs: Sequence[Job], *, max_parallel: int | None = None, say: Callable[[str], None] = lambda _: None) -> list[Outcome]:
+def train_together(
+    jobs: Sequence[Job], *, max_parallel: int | None = None, say: Callable[[str], None] = lambda _: None, crew: Crew | None = None
+) -> list[Outcome]:
     """Carry out recipes, one outcome per job in their order; one that fails does not stop the others.
 
     Teachers that other recipes train are trained first. Finished runs are taken as they are.
@@ -67,27 +72,43 @@ def train_together(jobs: Sequence[Job], *, max_parallel: int | None = None, say:
         jobs: recipes with different folders.
         max_parallel: runs that are in memory at once (None: all of a group).
         say: told of every group that begins and every run that ends.
+        crew: processes over which the groups are spread, each training its own alone (None: all processes train each group together).
 
     Raises:
         Interrupted: a signal stopped them; all are saved, and a further call goes on.
     """
-    outcomes: dict[int, Outcome] = {}
-    waiting: dict[int, runs.Prepared] = {}
-    for i, job in enumerate(jobs):
-        try:
-            if (done := RunFolder(job.folder)).holds(job.recipe) and (result := done.result()):
-                outcomes[i] = Outcome(job, result)
-            else:
-                waiting[i] = runs.Prepared.make(job.recipe, done, quiet=True)
-        except Interrupted:
-            raise
-        except (KdkitError, RuntimeError) as error:
-            outcomes[i] = _failed(job, error, say)
-    groups = list(_passes({i: _kind(run.recipe) for i, run in waiting.items()}, max_parallel))
-    for number, group in enumerate(groups, 1):
-        say(f"pass {number} of {len(groups)}: {len(group)} runs side by side, seed {jobs[group[0]].recipe.spec.seed}")
-        outcomes |= zip(group, _train_group([(jobs[i], waiting[i]) for i in group], say), strict=True)
+    outcomes = {i: Outcome(job, result) for i, job in enumerate(jobs) if (result := _result(job))}
+    passes = list(_passes({i: _kind(job.recipe) for i, job in enumerate(jobs) if i not in outcomes}, max_parallel))
+    mine = crew.share(passes) if crew else passes
+
+    def prepare() -> dict[int, runs.Prepared | Outcome]:
+        return {i: _prepared(jobs[i], say) for i in itertools.chain(*mine)}
+
+    prepared = crew.in_turn(prepare) if crew else prepare()  # or two processes would train one teacher
+    for number, group in enumerate(mine, 1):
+        ready = [(i, run) for i in group if isinstance(run := prepared[i], runs.Prepared)]
+        outcomes |= {i: run for i in group if isinstance(run := prepared[i], Outcome)}
+        say(f"pass {number} of {len(mine)}: {len(ready)} runs side by side, seed {jobs[group[0]].recipe.spec.seed}")
+        outcomes |= zip([i for i, _ in ready], _train_group([(jobs[i], run) for i, run in ready], say), strict=True)
+    if crew:
+        told = crew.gather({i: outcomes[i].reason for i in itertools.chain(*mine)})
+        outcomes |= {int(i): Outcome(jobs[int(i)], _result(jobs[int(i)]), reason) for one in told for i, reason in one.items()}
     return [outcomes[i] for i in range(len(jobs))]
+
+
+def _result(job: Job) -> Result | None:
+    """Of a run that is finished already."""
+    folder = RunFolder(job.folder)
+    return folder.result() if folder.holds(job.recipe) else None
+
+
+def _prepared(job: Job, say: Callable[[str], None]) -> runs.Prepared | Outcome:
+    try:
+        return runs.Prepared.make(job.recipe, RunFolder(job.folder), quiet=True)
+    except Interrupted:
+        raise
+    except FAILURES as error:
+        return _failed(job, error, say)
 
 
 def _kind(recipe: Recipe) -> str:
@@ -107,15 +128,20 @@ def _passes(kinds: dict[int, str], size: int | None) -> Iterator[list[int]]:
 
 
 def _train_group(group: Sequence[tuple[Job, runs.Prepared]], say: Callable[[str], None]) -> list[Outcome]:
+    if not group:
+        return []
     first = group[0][0]
     try:
         accelerator = runs.accelerator_for(first.recipe, RunFolder(first.folder))
         sharing = Sharing(runs.read_data(first.recipe, accelerator), accelerator.num_processes)
-    except KdkitError as error:
+    except FAILURES as error:
         return [_failed(job, error, say) for job, _ in group]
     with StopRequest() as stop:
         going = [_start(job, prepared, accelerator, stop, sharing) for job, prepared in group]
-        _take_turns(going, sharing, say)
+        try:
+            _take_turns(going, sharing, say)
+        finally:
+            sharing.close()
     if stopped := [run for run in going if run.stopped]:
         saved = ", ".join(run.job.folder.name for run in stopped)
         assert stopped[0].stopped is not None
@@ -145,7 +171,7 @@ def _turn(run: _Run, sharing: Sharing, say: Callable[[str], None]) -> None:
         say(f"{run.job.folder.name}: top-1 {end.value.test['top1']:.2f} %, {run.clock.wall:.1f} s, see {run.job.folder}")
     except Interrupted as error:
         run.stopped = error
-    except (KdkitError, RuntimeError) as error:  # torch tells that memory is out by a RuntimeError
+    except FAILURES as error:
         run.outcome = _failed(run.job, error, say)
 
 

@@ -153,6 +153,7 @@ class RunFolder:
         if not self.result_file.is_file() or not self.student_file.is_file():
             return None
         saved = json.loads(self.result_file.read_text())
+        saved.setdefault("cpu_seconds", 0.0)  # a run of an older kdkit, which did not count them
         return Result(folder=self.path, **{**saved, "peers": tuple(saved["peers"]), "warnings": tuple(saved["warnings"])})
 
     def finish(self, result: Result) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from kdkit import data, objective, plan
+from kdkit import cache_opening, data, objective, plan
 from kdkit.checkpoints import write_atomically
 from kdkit.contracts import Context, Loss
 from kdkit.engine import Trainer, batches, build_accelerator
@@ -33,6 +33,8 @@ from kdkit.sharing import Sharing
 from kdkit.signals import StopRequest
 from kdkit.stage_run import StageRun
 from kdkit.standing import weights
+from kdkit.tapping import TappedModel
+from kdkit.teacher_cache import TeacherCache
 from kdkit.teaching import Model, Stage
 from kdkit.turns import BEGINNING, Stopwatch, Turns, finish
 
@@ -101,8 +103,9 @@ class Prepared:
             opened = open_data(recipe, accelerator, sharing)
             factory = ModelFactory(recipe, opened.info, self.teachers, device=accelerator.device, sharing=sharing)
             yield BEGINNING  # until every run that shares with this one has said what it wants
-            setting = Setting(recipe, self.folder, reporter, stop, accelerator, opened, factory, clock, sharing)
-            return (yield from _carry_out(setting))
+            with _keeping(recipe, factory, opened, sharing) as opened:
+                setting = Setting(recipe, self.folder, reporter, stop, accelerator, opened, factory, clock, sharing)
+                return (yield from _carry_out(setting))
 
 
 def accelerator_for(recipe: Recipe, folder: RunFolder) -> Accelerator:
@@ -155,6 +158,21 @@ def open_data(recipe: Recipe, accelerator: Accelerator, sharing: Sharing | None 
         MixedLoader, spec=spec, num_classes=opened.info.num_classes, seed=recipe.spec.seed, rank=accelerator.process_index
     )
     return replace(opened, train=sharing.loader(f"mixed {spec!r}", mixed) if sharing else mixed(opened.train))
+
+
+@contextlib.contextmanager
+def _keeping(recipe: Recipe, factory: ModelFactory, opened: data.Data, sharing: Sharing | None) -> Iterator[data.Data]:
+    """The data as teachers know them that keep their answers."""
+    if sharing is None:
+        with cache_opening.answering(recipe, factory.teachers(), opened) as known:
+            yield known
+        return
+
+    def open_cache(name: str, teacher: TappedModel) -> TeacherCache | None:
+        return cache_opening.open_cache(recipe, name, teacher, opened.info, opened.train)
+
+    train = sharing.kept(factory.teachers(), open_cache)
+    yield opened if train is None else replace(opened, train=train)
 
 
 def read_data(recipe: Recipe, accelerator: Accelerator) -> data.Data:

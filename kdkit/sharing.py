@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar, cast
 
@@ -16,6 +17,7 @@ from kdkit.evaluate import Predictions, predict_together
 from kdkit.observation import version
 from kdkit.records import Batch, Inputs, Outputs
 from kdkit.tapping import FeaturesOnly, TappedModel
+from kdkit.teacher_cache import TeacherCache
 from kdkit.teaching import Arrange
 from kdkit.turns import Place, Stopwatch
 
@@ -161,7 +163,14 @@ class Sharing:
         self._loaders: dict[str, TrainLoader] = {}
         self._demands: dict[str, _Demand] = {}
         self._teachers: dict[tuple[str, str], TappedModel] = {}
+        self._wholes: weakref.WeakKeyDictionary[TappedModel, TappedModel] = weakref.WeakKeyDictionary()  # of each run's view
+        self._caches: dict[TappedModel, TeacherCache | None] = {}
         self._predictions: dict[tuple[int, ...], Predictions | None] = {}
+
+    def close(self) -> None:
+        """Let go of what lies on the disk."""
+        for cache in filter(None, self._caches.values()):
+            cache.store.close()
 
     def loader(self, key: str, make: Callable[[TrainLoader], TrainLoader]) -> TrainLoader:
         """The training batches, changed in a way that the key names (mixed, fewer views)."""
@@ -191,7 +200,33 @@ class Sharing:
             demand = self._demands[key]
             self._teachers[key, state] = build(list(demand.layers), demand.needs_logits)
         whole = self._teachers[key, state]
-        return whole.view(layers, needs_logits=needs_logits, answers=functools.partial(self._answer, whole, list(layers), needs_logits))
+        answers = functools.partial(self._answer, whole, list(layers), needs_logits)
+        view = whole.view(layers, needs_logits=needs_logits, answers=answers)
+        self._wholes[view] = whole
+        return view
+
+    def kept(
+        self, teachers: Mapping[str, TappedModel], open_cache: Callable[[str, TappedModel], TeacherCache | None]
+    ) -> TrainLoader | None:
+        """The training batches in the views that the caches of a run's teachers keep; None where they keep nothing.
+
+        Args:
+            teachers: this run's views, by name.
+            open_cache: opens the cache of that name for the teacher behind the view.
+        """
+        caches = []
+        for name, view in teachers.items():
+            whole = self._wholes[view]
+            if whole not in self._caches:
+                self._caches[whole] = cache = open_cache(name, whole)
+                whole.answers = functools.partial(cache.answer, forward=whole.forward) if cache else None
+            caches.append(self._caches[whole])
+        found = list(filter(None, caches))
+
+        def shown(_: TrainLoader) -> TrainLoader:
+            return functools.reduce(lambda train, cache: cache.loader(train), found, self._alone.train)
+
+        return self.loader(f"kept {[id(cache) for cache in found]}", shown) if found else None
 
     def predictions(self, teachers: Sequence[TappedModel]) -> Predictions | None:
         """What teachers say of the test data, together."""

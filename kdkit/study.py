@@ -1,122 +1,256 @@
-"""Trains recipes with several seeds each and sets their results side by side."""
+"""Carries out a study: trains what is not trained yet, measures, and says what was found."""
 
 from __future__ import annotations
 
+import json
+import platform
+import signal
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from rich.table import Table
+import torch
 
-from kdkit import plan, profile, recipe, runs
-from kdkit.evaluate import Predictions, metrics, predict, predict_together
+from kdkit import plan
+from kdkit.checkpoints import write_atomically
+from kdkit.describe import formula
+from kdkit.errors import Interrupted, RecipeError, RunError
+from kdkit.fairness import refuse_unequal
+from kdkit.findings import Cost, Findings, Teacher, Variant
+from kdkit.intervals import paired
+from kdkit.lockstep import Job, train_together
+from kdkit.measured import COMPARED_WITH_TEACHER, FinishedRun, Measured, Network, common_teacher
 from kdkit.recipe import Recipe
-from kdkit.run_folder import Result
-from kdkit.tapping import TappedModel
-from kdkit.trained import TrainedRun
+from kdkit.run_folder import Result, RunFolder, versions
+from kdkit.runs import folder_for
+from kdkit.spreading import Crew, is_first, part
+from kdkit.study_file import Study
+
+FINDINGS = "study.json"
+STUDY = "study.yaml"
 
 
 @dataclass(frozen=True)
-class Row:
-    """One recipe, or the teacher.
+class Training:
+    """One training of a study: a variant with a seed, and the folder in which it is or will be."""
 
-    Attributes:
-        name: the recipe's.
-        top1: test accuracies in percent after the last epoch, one a seed.
-        agreement: with the teacher on the test data, in percent, one a seed; empty where there is no common teacher.
-        cost: of its network.
+    variant: str
+    seed: int
+    recipe: Recipe
+    folder: Path
+
+    @property
+    def result(self) -> Result | None:
+        """Of the finished run, if it is finished."""
+        folder = RunFolder(self.folder)
+        return folder.result() if folder.holds(self.recipe) else None
+
+
+def trainings(study: Study) -> list[Training]:
+    """Every variant with every seed. A run of the same content is taken where it is: a finished one anywhere in the study's runs
+    folder, an unfinished one in the study's own. Equal variants are one training.
+
+    Raises:
+        RecipeError: the variants differ in more than what is compared.
+        RunError: the study's folder is a run's.
     """
-
-    name: str
-    top1: tuple[float, ...]
-    agreement: tuple[float, ...]
-    cost: profile.Profile
+    refuse_unequal(study.variants, study.baseline, study.allow)
+    if (study.path / "run.json").is_file():
+        raise RunError(f"{study.path} is the folder of a run; give the study another `name:`")
+    shelf = _shelf(study)
+    found = []
+    for variant in study.variants:
+        for seed in study.seeds:
+            recipe = study.recipe(variant, seed)
+            if recipe.fingerprint not in shelf:
+                taken = folder_for(recipe, study.path, f"{recipe.spec.name}-seed{seed}")
+                shelf[recipe.fingerprint] = taken
+            found.append(Training(variant, seed, recipe, shelf[recipe.fingerprint]))
+    return found
 
 
 def compare(
-    paths: Sequence[Path],
-    seeds: int,
-    overrides: Mapping[str, Any] | None = None,
-    plugins: Sequence[Path] = (),
-    say: Callable[[str], None] = lambda _: None,
-) -> list[Row]:
-    """Train every recipe with the seeds 0 to `seeds` - 1 (what is trained already is not trained again), then measure all alike.
-
-    Runs are kept in `run.folder`/NAME-seedN (and the fingerprint, if another recipe's run is there).
-    The teacher is the one that the recipes name; runs that have none are compared with it too.
+    study: Study, *, max_parallel: int | None = None, spread: bool = False, say: Callable[[str], None] = lambda _: None
+) -> Findings | None:
+    """Carry a study out, or what is left of it, and write `study.yaml` and `study.json` into its folder.
 
     Args:
-        paths: the recipe files.
-        seeds: how many.
-        overrides: values by key path, for all of them.
-        plugins: further plugin files or folders.
-        say: told of every run that is finished.
+        study: what is compared.
+        max_parallel: runs that are trained side by side at most.
+        spread: where a launcher has started several processes, each trains seeds and groups of its own (False: all train each run).
+        say: told of what happens.
+
+    Returns:
+        What was found; None in processes of a launch that are not its first.
 
     Raises:
-        RecipeError: a recipe is wrong; found before anything is trained.
+        RecipeError: the variants differ in more than what is compared, or one cannot work; found before anything is trained.
+        Interrupted: a signal stopped it; all is saved, and a further call goes on.
     """
-    planned = [[recipe.load(path, {**(overrides or {}), "seed": seed}, plugins) for seed in range(seeds)] for path in paths]
-    for first, *_ in planned:
-        plan.make(first)
-    results = [[_train(each, say) for each in variants] for variants in planned]
-    finished = [[TrainedRun(result.folder) for result in variant] for variant in results]
-    teachers = _common_teachers([run for variant in finished for run in variant])
-    known = predict_together(teachers, finished[0][0].data().test)
-    models = [(teacher, finished[0][0].info.image_shape) for teacher in teachers[:1]] + [
-        (variant[0].student(), variant[0].info.image_shape) for variant in finished
-    ]
-    with profile.threads(1):  # several threads wait for each other on a busy machine
-        costs = profile.measure_together(models, runs=300, seconds=1.0)
-    rows = [Row("teacher", (metrics(known)["top1"],), (), costs.pop(0))] if known else []
-    for variants, trained, cost in zip(results, finished, costs, strict=True):
-        agreement = tuple(_agreement(run, known) for run in trained) if known else ()
-        rows.append(Row(variants[0].name, tuple(result.test["top1"] for result in variants), agreement, cost))
-    return rows
+    first = is_first()
+    crew = Crew.of_launch() if spread else None
+    planned = trainings(study)
+    _check([each for each in planned if each.result is None])
+    if first:
+        write_atomically(study.path / STUDY, study.dump().encode())
+    measured = Measured(study.path / "measured.json", say) if first else None
+    try:
+        failures = _train(planned, measured, max_parallel, say, crew)
+        if measured is None:
+            return None
+        part()
+        found = _Finder(study, planned, failures, measured).findings()
+    except (Interrupted, KeyboardInterrupt) as error:
+        done = sum(each.result is not None for each in planned)
+        says = f"{study.name}: stopped with {done} of {len(planned)} runs finished; the same command goes on where it was"
+        raise Interrupted(says, getattr(error, "signal", signal.SIGINT)) from None
+    found.save(study.path / FINDINGS)
+    return found
 
 
-def spread(values: Sequence[float]) -> str:
-    """`93.4 +- 0.8`: mean and standard deviation over the seeds; one value has no deviation."""
-    if not values:
-        return ""
-    return f"{statistics.mean(values):.2f}" + (f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+def _shelf(study: Study) -> dict[str, Path]:
+    """Folders of runs by fingerprint; a finished one is preferred, then one in the study's own folder."""
+    markers = [*study.path.glob("*/run.json"), *study.folder.glob("*/run.json"), *study.folder.glob("*/*/run.json")]
+    finished: dict[str, Path] = {}
+    unfinished: dict[str, Path] = {}
+    for marker in dict.fromkeys(sorted(markers, key=lambda path: (path.parent.parent != study.path, path))):
+        folder = RunFolder(marker.parent)
+        if folder.result():
+            finished.setdefault(_fingerprint(marker), folder.path)
+        elif folder.path.parent == study.path:
+            unfinished.setdefault(_fingerprint(marker), folder.path)
+    return unfinished | finished
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """The rows, for a terminal."""
-    drawn = Table("", "top-1 %", "agreement %", "parameters", "size", "latency", box=None, pad_edge=False)
-    for row in rows:
-        size, latency = f"{row.cost.bytes / 1024:,.0f} KiB", f"{1000 * row.cost.latencies[0].percentile(50):.2f} ms"
-        drawn.add_row(row.name, spread(row.top1), spread(row.agreement), f"{row.cost.parameters:,}", size, latency)
-    return drawn
+def _fingerprint(marker: Path) -> str:
+    return str(json.loads(marker.read_text())["fingerprint"])
 
 
-def caption(seeds: int) -> str:
-    """What the numbers of the table are."""
-    deviation = f"{seeds} seeds, mean +- standard deviation" if seeds > 1 else "one seed, so no deviation"
-    return f"Test data, after the last epoch; {deviation}; agreement with the teacher; median latency of one image on one thread."
+def _check(planned: Sequence[Training]) -> None:
+    """Plan each variant once.
+
+    Raises:
+        RecipeError: all that cannot work, of all variants.
+    """
+    problems: list[str] = []
+    for each in {each.variant: each for each in planned}.values():
+        try:
+            plan.make(each.recipe)
+        except RecipeError as error:
+            problems += [f"{line} (variant {each.variant})" for line in str(error).splitlines()]
+    if problems:
+        raise RecipeError("\n".join(problems))
 
 
-def _train(each: Recipe, say: Callable[[str], None]) -> Result:
-    name = f"{each.spec.name}-seed{each.spec.seed}"
-    say(f"{name}: training")
-    result = runs.train(each, runs.folder_for(each, each.spec.run.folder, name), quiet=True)
-    say(f"{name}: top-1 {result.test['top1']:.2f} %, trained in {result.seconds:.1f} s, see {result.folder}")
-    return result
+def _train(
+    planned: Sequence[Training], measured: Measured | None, max_parallel: int | None, say: Callable[[str], None], crew: Crew | None
+) -> dict[Path, str]:
+    """Train what is not finished; reasons of failures by folder. What it takes is taken down where it is measured."""
+    left = {each.folder: Job(each.recipe, each.folder) for each in planned if each.result is None}
+    every = len({each.folder for each in planned})
+    if measured:
+        say(f"{every} runs: {every - len(left)} trained already, {len(left)} to train")
+    if not left:
+        return {}
+    wall, cpu = time.monotonic(), time.process_time()
+    try:
+        outcomes = train_together(list(left.values()), max_parallel=max_parallel, say=say, crew=crew)
+    finally:
+        spent = time.process_time() - cpu
+        if measured:
+            done = [each.recipe.fingerprint for each in planned if each.folder in left and each.result]
+            measured.spend(time.monotonic() - wall, spent, done)
+    if crew and (others := crew.gather(spent)[1:]) and measured:
+        measured.spend(0, sum(others), [])
+    return {outcome.job.folder: outcome.reason for outcome in outcomes if outcome.reason is not None}
 
 
-def _common_teachers(finished: Sequence[TrainedRun]) -> list[TappedModel]:
-    """The teachers of all runs that have any, if they are the same."""
-    taught = [run for run in finished if run.recipe.spec.all_teachers()]
-    return taught[0].teachers() if len({_who(run.recipe) for run in taught}) == 1 else []
+class _Finder:
+    """Puts together what a study's finished runs say."""
+
+    def __init__(self, study: Study, planned: Sequence[Training], failures: Mapping[Path, str], measured: Measured) -> None:
+        self.study, self.planned, self.failures, self.measured = study, planned, failures, measured
+        self.results = {(each.variant, each.seed): result for each in planned if (result := each.result)}
+        runs = {(each.variant, each.seed): FinishedRun(each.recipe, each.folder) for each in planned}
+        self.runs = {place: runs[place] for place in self.results}
+        self.teacher = common_teacher(list(self.runs.values()))
+
+    def findings(self) -> Findings:
+        study = self.study
+        firsts: dict[str, FinishedRun] = {}
+        for (variant, _), run in self.runs.items():
+            firsts.setdefault(variant, run)
+        networks, taught = self.measured.networks(list(firsts.values()), self.teacher.run if self.teacher else None)
+        by_variant = dict(zip(firsts, networks, strict=True))
+        variants = tuple(self._variant(name, by_variant.get(name)) for name in study.variants)
+        teacher = Teacher(self.teacher.name, self.teacher.metrics(), **vars(taught)) if self.teacher and taught else None
+        together = self.measured.together([each.recipe.fingerprint for each in self.planned])
+        command = f"kdkit compare {study.path / STUDY}"
+        return Findings(study.name, study.question, study.baseline, command, variants, teacher, together, versions(), _machine())
+
+    def _variant(self, name: str, network: Network | None) -> Variant:
+        seeds = tuple(seed for seed in self.study.seeds if (name, seed) in self.results)
+        runs = [self.runs[name, seed] for seed in seeds]
+        results = [self.results[name, seed] for seed in seeds]
+        baseline = self.study.baseline
+        return Variant(
+            name=name,
+            about=about(self.study.variants[name]),
+            seeds=seeds,
+            folders=tuple(run.folder for run in runs),
+            last=_by_name([self._scores(run, result.test) for run, result in zip(runs, results, strict=True)]),
+            best=_by_name([self._scores(run, r.best["test"], best=True) for run, r in zip(runs, results, strict=True) if r.best]),
+            difference=paired(self._top1(name), self._top1(baseline)) if name != baseline else None,
+            cost=_cost(runs, results, network, self.measured.memory(runs[0])) if network else None,
+            failures={
+                each.seed: self.failures[each.folder] for each in self.planned if each.variant == name and each.folder in self.failures
+            },
+        )
+
+    def _top1(self, variant: str) -> dict[int, float]:
+        return {seed: result.test["top1"] for (name, seed), result in self.results.items() if name == variant}
+
+    def _scores(self, run: FinishedRun, told: Mapping[str, float], *, best: bool = False) -> dict[str, float]:
+        """A run's test metrics, with those that compare it with the common teacher."""
+        if self.teacher is None or set(COMPARED_WITH_TEACHER) <= set(told):
+            return dict(told)
+        return {**told, **self.measured.answers(run, self.teacher, best=best)}
 
 
-def _who(recipe: Recipe) -> str:
-    """What the teachers are, without how they are run."""
-    content = recipe.content()
-    return str([one.get("recipe", one) for one in (content["teacher"], *content["teachers"]) if one])
+def _by_name(scores: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, ...]]:
+    """One value a seed of each metric that all have."""
+    names = [name for name in scores[0] if all(name in one for one in scores)] if scores else []
+    return {name: tuple(one[name] for one in scores) for name in names}
 
 
-def _agreement(run: TrainedRun, teacher: Predictions) -> float:
-    return metrics(predict(run.student(), run.data().test), teacher)["agreement"]
+def _cost(runs: Sequence[FinishedRun], results: Sequence[Result], network: Network, memory: int) -> Cost:
+    speeds = [line["images_per_second"] for run in runs for line in RunFolder(run.folder).metrics("epoch")]
+    return Cost(
+        seconds=statistics.mean(result.seconds for result in results),
+        cpu_seconds=statistics.mean(result.cpu_seconds for result in results),
+        memory=memory,
+        images_per_second=statistics.mean(speeds) if speeds else 0.0,
+        **vars(network),
+    )
+
+
+def about(recipe: Recipe) -> str:
+    """What a recipe trains, in one line: `0.1 * cross_entropy + 0.9 * logit_kl(temperature 4); schedule offline`."""
+    spec = recipe.spec
+    told = [f"{key} {value}" for key, value in spec.schedule if key in spec.schedule.model_fields_set and key != "use"]
+    return f"{formula(dict(zip(recipe.loss_names(), spec.losses, strict=True)))}; schedule {' '.join([spec.schedule.use, *told])}"
+
+
+def _machine() -> dict[str, str]:
+    """The processor, and the accelerator if there is one."""
+    accelerator = {"accelerator": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return {"processor": _processor(), "threads": str(torch.get_num_threads()), **accelerator}
+
+
+def _processor() -> str:
+    described = Path("/proc/cpuinfo")
+    lines: Iterator[str] = iter(described.read_text().splitlines() if described.is_file() else [])
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())

@@ -81,14 +81,14 @@ def test_schema_is_json(kdkit):
 
 
 def test_compare(kdkit, tmp_path):
-    (tmp_path / "alone.yaml").write_text(
-        RECIPE.replace("name: shell", "name: alone")
-        .replace("teacher: {model: mlp/32}\n", "")
-        .replace("offline", "supervised")
-        .replace(", {use: logit_kl}", "")
-    )
-    said = kdkit("compare", "alone.yaml", "r.yaml", "--seeds", "2")
+    alone = "{teacher: null, schedule: {use: supervised}, losses: [{use: cross_entropy}]}"
+    text = f"name: which\nbase: r.yaml\nseeds: 1\nvariants:\n  alone: {alone}\n  taught:\n"
+    (tmp_path / "study.yaml").write_text(text)
+    said = kdkit("compare", "study.yaml", "train.epochs=1")
     rows = {line.split()[0]: line for line in said.splitlines() if line.strip()}
-    assert "+-" in rows["alone"] and "+-" in rows["shell"] and "+-" not in rows["teacher"]
-    assert "1,210" in rows["alone"]
-    assert "so no deviation" in kdkit("compare", "alone.yaml", "r.yaml", "--seeds", "1")
+    assert "1,210" in rows["alone"] and "1,210" in rows["taught"] and "2,410" in rows["teacher"]
+    assert "2 runs: 0 trained already, 2 to train" in said and "one seed, so no deviation" in said
+    assert kdkit("compare", "study.yaml", "train.epochs=1", "--dry").count("  seed 0  ") == 2
+    (tmp_path / "study.yaml").write_text(text.replace("taught:", "taught: {data: {batch_size: 25}}"))
+    told = kdkit("compare", "study.yaml", code=2).splitlines()
+    assert told[0] == "study.yaml:6: taught: data.batch_size: 25 (alone: 50)" and "--allow data.batch_size" in told[-1]

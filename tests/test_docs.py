@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 import kdkit
-from kdkit import cli, recipe, recipe_types, registry
+from kdkit import cli, recipe, recipe_types, registry, study, study_file
 from kdkit.errors import KdkitError
 from kdkit.testing import check_loss
 
@@ -245,7 +245,12 @@ def test_recipes_in_a_guide_are_valid(page, folder):
             Path(block.file).write_text(block.text)
     Path("teacher.pt").touch()
     Path("teacher.yaml").write_text(BASE)
+    Path("base.yaml").write_text(BASE)
     for number, block in enumerate(block for block in blocks(page) if block.language == "yaml"):
+        if "variants:" in block.text:
+            Path(f"study{number}.yaml").write_text(block.text)
+            study.trainings(study_file.load([Path(f"study{number}.yaml")]))
+            continue
         path = folder / f"shown{number}.yaml"
         path.write_text(yaml.safe_dump(completed(block.text)))
         assert recipe.load(path).spec.losses

@@ -11,12 +11,14 @@ CORE = Path(kdkit.__file__).parent
 PLUGINS = CORE.parent / "plugins"
 ORDER = """
     errors turns options records forms parts gathering loss_options layers providers contracts teaching peers ensembles hookspecs registry
-    source schema recipe_types explain recipe catalogue normalization observation backbone tapping trunk models folding listing
+    source schema recipe_types explain recipe fairness grid study_file study_schema catalogue
+    normalization observation backbone tapping trunk models folding listing
     randomness augment signals subsets transforms images stream data mixing
-    objective meter optim trainable engine evaluate sharing probes testing
-    checkpoints answer_store store_folder kept_answers cache_key teacher_cache cache_opening run_folder progress
+    objective meter optim trainable engine evaluate probes testing
+    checkpoints answer_store store_folder kept_answers cache_key teacher_cache sharing cache_opening run_folder progress
     factory cache_plan deployment step_cost describe plan trained curves show
-    setting standing stage_run profile export cost_table runs filling lockstep findings study
+    setting standing stage_run profile export cost_table runs filling spreading lockstep findings intervals
+    step_memory measured study study_table
     cka report_blocks report_drawing report_courses report_lines report_maps report_answers report_words report_sections report_page
     report_findings report api __init__ cli __main__
 """.split()  # noqa: SIM905

@@ -32,6 +32,8 @@ VARIANTS = {
     "adam": {"train": {"optimizer": {"name": "adamw", "lr": 0.01}, "epochs": 3, "clip_grad": 0.5}},
     "accumulated": {"train": {"accumulate": 2}},
     "layout": {"train": {"channels_last": False}},
+    "cached": {"teacher": {"cache": {"views": 2, "what": "taps", "dtype": "fp32", "dir": "cache"}}, "losses": [{"use": "hint", **TAPS}]},
+    "cached_all": {"teacher": {"cache": {"views": "all", "what": "logits", "dir": "cache"}}},
     "mutual": {"teacher": None, "schedule": {"use": "mutual"}},
     "generations": {"teacher": None, "schedule": {"use": "born_again", "generations": 2}},
     "two_stages": {"schedule": {"use": "staged", "stages": [{"name": "hints", "losses": ["hint"], "train": ["student.layer3", "hint"], "epochs": 1}, {"name": "rest", "losses": ["logit_kl"]}]},

@@ -104,12 +104,22 @@ class Command:
         return self.process.is_alive()
 
 
-def together(folder, *arguments):
-    """A command in two processes, as a launcher would start them."""
+def free_port():
+    """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+        return str(probe.getsockname()[1])
+
+
+def together(folder, *arguments):
+    """A command in two processes, as a launcher would start them."""
+    shared = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_port(),
+        "ACCELERATE_USE_CPU": "true",
+    }
     return [Command(folder, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)]
 
 

@@ -1,0 +1,72 @@
+"""Whether recipes that are compared differ in what is compared, and in nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kdkit.errors import RecipeError
+from kdkit.recipe import Recipe
+
+COMPARED = ("losses", "schedule", "teacher", "teachers", "plugins", "seed")
+"""Keys of a recipe that say what is learnt from whom; a study's variants may differ in them. The seed differs by design."""
+
+
+@dataclass(frozen=True)
+class Unequal:
+    """A key in which a variant differs from the baseline, though it is not what is compared."""
+
+    variant: str
+    key: str
+    value: Any
+    baseline: Any
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, old value, new value) of the deepest keys in which two plain values differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(k for k in new if k not in old)]:
+            yield from differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for i, pair in enumerate(zip(old, new, strict=True)):
+            yield from differences(*pair, f"{prefix}.{i}")
+    elif old != new:
+        yield prefix, old, new
+
+
+def unequal(recipes: Mapping[str, Recipe], baseline: str, allowed: Sequence[str] = ()) -> Iterator[Unequal]:
+    """Where the variants differ from the baseline in more than `COMPARED` and the `allowed` keys (and what is below them)."""
+    known = recipes[baseline].content()
+    for name, recipe in recipes.items():
+        for key, theirs, ours in differences(known, recipe.content()):
+            if not any(key == free or key.startswith(f"{free}.") for free in (*COMPARED, *allowed)):
+                yield Unequal(name, key, ours, theirs)
+
+
+def refuse_unequal(recipes: Mapping[str, Recipe], baseline: str, allowed: Sequence[str] = ()) -> None:
+    """Make sure that a comparison is fair.
+
+    Raises:
+        RecipeError: it is not; a line for each key, with its place, and how to allow it.
+    """
+    found = list(unequal(recipes, baseline, allowed))
+    if found:
+        raise RecipeError("\n".join([*(_told(one, recipes, baseline) for one in found), _advice(one.key for one in found)]))
+
+
+def _told(one: Unequal, recipes: Mapping[str, Recipe], baseline: str) -> str:
+    location = [int(step) if step.isdecimal() else step for step in one.key.split(".")]
+    return (
+        f"{recipes[one.variant].source.where(location)}: {one.variant}: {one.key}: {_short(one.value)} ({baseline}: {_short(one.baseline)})"
+    )
+
+
+def _advice(keys: Iterable[str]) -> str:
+    words = " ".join(f"--allow {key}" for key in dict.fromkeys(keys))
+    return f"variants may differ in losses, schedule and teachers; to let them differ in this too: {words} (in a study file: `allow:`)"
+
+
+def _short(value: Any) -> str:
+    text = "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

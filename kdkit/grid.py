@@ -1,0 +1,86 @@
+"""The grid of a study: which recipes have its keys, and what its points are called."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from kdkit.errors import RecipeError
+from kdkit.recipe import Recipe
+from kdkit.source import Source
+
+
+class Grid:
+    """Values by key path, as a study's `vary:` has them.
+
+    Args:
+        source: the study file, for the places of the values.
+        vary: its `vary:`.
+
+    Raises:
+        RecipeError: a value is given twice.
+    """
+
+    def __init__(self, source: Source, vary: Mapping[str, Sequence[Any]]) -> None:
+        self._source, self._vary = source, vary
+        self._axes = {key: list(zip(self._labels(key), source.items(["vary", key]), strict=True)) for key in vary}
+
+    def refuse_idle_keys(self, recipes: Iterable[Recipe]) -> None:
+        """Make sure that every key is one of some recipe.
+
+        Raises:
+            RecipeError: one is not; it may be misspelt.
+        """
+        known = list(recipes)
+        for key in self._vary:
+            if not any(has(recipe.spec, key.split(".")) for recipe in known):
+                raise self._error(key, "no variant has this key")
+
+    def points(self, recipe: Recipe) -> Iterator[tuple[list[str], dict[str, yaml.Node]]]:
+        """Each point as far as the recipe has its keys: what it is called, key by key, and its values, which know their places."""
+        keys = [key for key in self._axes if has(recipe.spec, key.split("."))]
+        for point in itertools.product(*(self._axes[key] for key in keys)):
+            yield [label for label, _ in point], {key: node for key, (_, node) in zip(keys, point, strict=True)}
+
+    def _labels(self, key: str) -> list[str]:
+        """`logit_kl.weight 0.5` for each value of a key: its last two steps, or all where another key ends alike."""
+        short = ".".join(key.split(".")[-2:])
+        called = key if sum(f".{other}".endswith(f".{short}") for other in self._vary) > 1 else short
+        labels = [f"{called} {_label(value)}" for value in self._vary[key]]
+        if len(set(labels)) < len(labels):
+            raise self._error(key, "a value is given twice")
+        return labels
+
+    def _error(self, key: str, says: str) -> RecipeError:
+        return RecipeError(f"{self._source.where(['vary', key])}: vary.{key}: {says}")
+
+
+def has(value: Any, steps: Sequence[str]) -> bool:
+    """Whether a part of a valid recipe has a key, or an item called so."""
+    if not steps:
+        return True
+    first, *rest = steps
+    if isinstance(value, BaseModel):
+        named = {field.alias or name: getattr(value, name) for name, field in type(value).model_fields.items()}
+        return first in named and has(named[first], rest)
+    if isinstance(value, Mapping):
+        return not rest or (first in value and has(value[first], rest))
+    if isinstance(value, tuple | list):
+        items = [item for i, item in enumerate(value) if first in (str(i), getattr(item, "name", None), getattr(item, "use", None))]
+        return bool(items) and has(items[0], rest)
+    return False
+
+
+def _label(value: Any) -> str:
+    """A value of the grid in few words: a mapping by what it uses."""
+    if isinstance(value, Mapping):
+        return next((str(value[key]) for key in ("name", "use", "model", "recipe") if key in value), None) or ", ".join(
+            f"{key} {_label(part)}" for key, part in value.items()
+        )
+    if isinstance(value, list):
+        return "-".join(map(_label, value))
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

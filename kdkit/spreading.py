@@ -1,0 +1,83 @@
+"""Processes of one launch that share out work which each of them does alone, as if it were the only one."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed
+from accelerate.state import PartialState
+from torch.distributed.rendezvous import rendezvous
+
+T = TypeVar("T")
+
+LONGEST = timedelta(days=365)
+OF_A_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def is_first() -> bool:
+    """Whether this is the launch's first process, or was started alone."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def part() -> None:
+    """End what processes that have trained together share: from here on, torch and Accelerate take this one for the only one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    PartialState._reset_state()
+    for name in OF_A_LAUNCH:
+        os.environ.pop(name, None)
+
+
+class Crew:
+    """This process among those that the launcher has started, each of which works alone.
+
+    Args:
+        rank: its number.
+        world: how many there are.
+        store: through which they tell each other.
+    """
+
+    def __init__(self, rank: int, world: int, store: Any) -> None:
+        self.rank, self.world, self._store = rank, world, store
+        self._times = itertools.count()
+
+    @classmethod
+    def of_launch(cls) -> Crew | None:
+        """What the launcher's environment says, which is forgotten then; None for a process that was started alone."""
+        if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+            return None
+        store, rank, world = next(rendezvous("env://", timeout=LONGEST))
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
+        part()
+        return cls(rank, world, store)
+
+    def share(self, work: Sequence[T]) -> list[T]:
+        """This process's part."""
+        return list(work[self.rank :: self.world])
+
+    def in_turn(self, do: Callable[[], T]) -> T:
+        """Do something in one process after the other, in the order of their ranks."""
+        time = next(self._times)
+        if self.rank:
+            self._store.wait([f"{time} over {self.rank - 1}"], LONGEST)
+        try:
+            return do()
+        finally:
+            self._store.set(f"{time} over {self.rank}", "")
+
+    def gather(self, mine: Any) -> list[Any]:
+        """What all processes have to tell, by rank, in plain values. The first, which keeps the store, stays until all have read it."""
+        time, everyone = next(self._times), range(self.world)
+        self._store.set(f"{time} told {self.rank}", json.dumps(mine))
+        found = [json.loads(self._store.get(f"{time} told {rank}")) for rank in everyone]
+        self._store.set(f"{time} read {self.rank}", "")
+        if self.rank == 0:
+            self._store.wait([f"{time} read {rank}" for rank in everyone], LONGEST)
+        return found

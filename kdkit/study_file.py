@@ -1,0 +1,248 @@
+"""Loads a study: variants of a recipe, over a grid and several seeds; every problem is told with file and line."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, ValidationError, field_validator
+
+from kdkit import recipe as recipes
+from kdkit.errors import RecipeError, suggest
+from kdkit.explain import explain
+from kdkit.grid import Grid
+from kdkit.options import Options, RecipePath, Text
+from kdkit.recipe import Recipe
+from kdkit.source import Source
+
+SEEDS = 3  # where nothing says how many
+MARKS = ("variants", "vary", "base")  # keys that a study has and a recipe has not
+Seed = Annotated[int, Field(ge=0, strict=True)]
+
+
+class StudySpec(Options):
+    """A study: what is compared, and over which seeds."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the study and of its folder.")
+    question: str = Field(default="", description="What it asks, for its report.")
+    base: RecipePath | dict[str, Any] | None = Field(
+        default=None, description="Recipe that the variants build on: a file, or a recipe written out."
+    )
+    baseline: str | None = Field(default=None, description="Variant that the others are compared with (default: the first).")
+    variants: dict[str, dict[str, Any] | None] = Field(
+        default_factory=dict, description="By name, what is merged over the base; `recipe: FILE` takes another recipe in its place."
+    )
+    vary: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
+        default_factory=dict,
+        description="Values by key path: every variant that has the key is trained with each; several keys are a grid.",
+    )
+    seeds: Annotated[int, Field(gt=0, strict=True)] | Annotated[list[Seed], Field(min_length=1)] = Field(
+        default=SEEDS, description="How many (0, 1, 2...), or which."
+    )
+    allow: tuple[str, ...] = Field(default=(), description="Keys in which variants may differ although they are not what is compared.")
+    folder: Path | None = Field(default=None, description="In place of the recipes' `run.folder`.")
+
+    @field_validator("seeds")
+    @classmethod
+    def _once_each(cls, value: int | list[int]) -> int | list[int]:
+        if isinstance(value, list) and len(set(value)) < len(value):
+            raise ValueError("a seed is given twice")
+        return value
+
+
+@dataclass(frozen=True)
+class Study:
+    """Variants, each a valid recipe, and the seeds that each is trained with.
+
+    Attributes:
+        variants: recipes by the variants' names, the baseline among them; their own `seed` does not count.
+        allow: keys in which they may differ beside those that say what is learnt from whom.
+        folder: in which the study has its folder.
+    """
+
+    name: str
+    question: str
+    baseline: str
+    variants: Mapping[str, Recipe]
+    seeds: tuple[int, ...]
+    allow: tuple[str, ...]
+    folder: Path
+
+    @property
+    def path(self) -> Path:
+        """Where its runs and findings are kept."""
+        return self.folder / self.name
+
+    def recipe(self, variant: str, seed: int) -> Recipe:
+        """What is trained for a variant and a seed."""
+        known = self.variants[variant]
+        return replace(known, spec=known.spec.model_copy(update={"seed": seed}))
+
+    def dump(self) -> str:
+        """A study file that repeats it without any other file of recipes than the teachers'."""
+        specs = {name: recipe.spec for name, recipe in self.variants.items()}
+        written = {name: spec.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude={"seed"}) for name, spec in specs.items()}
+        content = {"name": self.name, "question": self.question, "baseline": self.baseline, "folder": str(self.folder)}
+        rest = {"seeds": list(self.seeds), "allow": list(self.allow), "variants": written}
+        return yaml.safe_dump({**content, **rest}, sort_keys=False, allow_unicode=True, width=120)
+
+
+def load(
+    paths: Sequence[Path], overrides: Mapping[str, Any] | None = None, plugins: Sequence[Path] = (), *, seeds: int | None = None,
+    allow: Sequence[str] = (),
+) -> Study:  # fmt: skip
+    """Read one study file, or several recipes to be compared (the first is the baseline).
+
+    Args:
+        paths: the files.
+        overrides: values by `key.path` for all variants.
+        plugins: further plugin files or folders.
+        seeds: how many, in place of the study's own.
+        allow: keys in which variants may differ, beside the study's own.
+
+    Raises:
+        RecipeError: all problems found in any variant, one line each.
+    """
+    if not paths:
+        raise RecipeError("name a study file, or recipes")
+    opened = {path: Source(path) for path in paths}
+    studies = [path for path, source in opened.items() if any(key in source.data for key in MARKS)]
+    if studies and len(paths) > 1:
+        raise RecipeError(f"{studies[0]}: is a study, which is compared by itself: give one study, or recipes only")
+    found = _Loader(opened[studies[0]], overrides, plugins).study() if studies else _of_recipes(list(opened), overrides, plugins)
+    return replace(found, seeds=tuple(range(seeds)) if seeds else found.seeds, allow=(*found.allow, *allow))
+
+
+def safe(names: Iterable[str]) -> dict[str, str]:
+    """What each name is called in a folder: letters, digits, `.`, `_`, `-`, and no two alike."""
+    called: dict[str, str] = {}
+    for name in names:
+        plain = re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-._") or "variant"
+        numbered = (f"{plain}-{number}" for number in itertools.count(2))
+        called[name] = next(word for word in itertools.chain([plain], numbered) if word not in called.values())
+    return called
+
+
+def _of_recipes(paths: Sequence[Path], overrides: Mapping[str, Any] | None, plugins: Sequence[Path]) -> Study:
+    problems, variants = _Problems(), dict[str, Recipe]()
+    for path in paths:
+        with problems.of(str(path)):
+            one = recipes.load(path, overrides, plugins)
+            more = (f"{one.spec.name}, {path.stem}{f' {number}' if number else ''}" for number in itertools.count())
+            variants[next(name for name in itertools.chain([one.spec.name], more) if name not in variants)] = one
+    problems.raise_if_any(len(paths))
+    renamed = _renamed(variants)
+    first, *others = renamed.values()
+    joined = "-".join(one.spec.name for one in renamed.values())
+    name = joined if len(joined) <= 60 else f"{first.spec.name}-and-{len(others)}-others"
+    return Study(name, "", next(iter(variants)), renamed, tuple(range(SEEDS)), (), first.spec.run.folder)
+
+
+class _Loader:
+    """One study file on its way to a study."""
+
+    def __init__(self, source: Source, overrides: Mapping[str, Any] | None, plugins: Sequence[Path]) -> None:
+        self.source, self.plugins = source, plugins
+        try:
+            self.spec = StudySpec.model_validate(source.data)
+        except ValidationError as error:
+            raise RecipeError("\n".join(dict.fromkeys(explain(error, source, StudySpec)))) from None
+        folder = {"run.folder": str(self.spec.folder)} if self.spec.folder is not None else {}
+        self.overrides = {**folder, **(overrides or {}), "name": self.spec.name}
+        self._refuse_keys()
+
+    def study(self) -> Study:
+        spec, names = self.spec, list(self.spec.variants) or [self.spec.name]
+        problems, sources, plain = _Problems(), dict[str, Source](), dict[str, Recipe]()
+        for name in names:
+            with problems.of(name):
+                sources[name] = self._source(name)
+                plain[name] = self._read(sources[name], {})
+        problems.raise_if_any(len(names))
+        grid = Grid(self.source, self.spec.vary)
+        grid.refuse_idle_keys(plain.values())
+        variants: dict[str, Recipe] = {}
+        firsts: dict[str, str] = {}  # of each variant, its first point of the grid
+        for name, one in plain.items():
+            for labels, values in grid.points(one):
+                called = ", ".join([*([name] if spec.variants or not labels else []), *labels])
+                firsts.setdefault(name, called)
+                with problems.of(called):
+                    variants[called] = self._read(sources[name], values) if values else one
+        problems.raise_if_any(len(names))
+        baseline = self._baseline(list(variants), firsts)
+        seeds = tuple(range(spec.seeds)) if isinstance(spec.seeds, int) else tuple(spec.seeds)
+        folder = variants[baseline].spec.run.folder
+        return Study(spec.name, spec.question, baseline, _renamed(variants), seeds, (*spec.allow, *spec.vary), folder)
+
+    def _refuse_keys(self) -> None:
+        for key in self.spec.vary:
+            if key == "seed":
+                raise self._error(["vary", key], "the seeds of a study are its `seeds:`")
+            if key in self.overrides:
+                raise RecipeError(f"override: {key}: is what the study varies")
+
+    @functools.cached_property
+    def _base(self) -> Source | None:
+        path = self.spec.base
+        if isinstance(path, Path) and not path.is_file():
+            raise self._error(["base"], f"no such file: {path}")
+        return Source(path) if isinstance(path, Path) else self.source.section(["base"]) if path is not None else None
+
+    def _source(self, name: str) -> Source:
+        """A variant's keys over its base, each with the place where it is written."""
+        where = ["variants", name]
+        own, base = self.source.section(where, but=["recipe"]), self._base
+        if (written := (self.spec.variants.get(name) or {}).get("recipe")) is not None:
+            path = written.folder / Path(written).expanduser() if isinstance(written, Text) else Path()
+            if not path.is_file():
+                raise self._error([*where, "recipe"], f"no such file: {written}")
+            base = Source(path)
+        return own.over(base) if base else own
+
+    def _read(self, source: Source, values: Mapping[str, yaml.Node]) -> Recipe:
+        return recipes.read(source.changed({**self.overrides, **values}), self.plugins)
+
+    def _baseline(self, names: Sequence[str], firsts: Mapping[str, str]) -> str:
+        wanted = self.spec.baseline
+        if wanted is not None and wanted not in names and wanted not in firsts:
+            raise self._error(["baseline"], f"there is no variant '{wanted}'; {suggest(wanted, names)}")
+        return names[0] if wanted is None else wanted if wanted in names else firsts[wanted]
+
+    def _error(self, location: Sequence[str], says: str) -> RecipeError:
+        return RecipeError(f"{self.source.where(location)}: {'.'.join(location)}: {says}")
+
+
+class _Problems:
+    """What is wrong with some variants: each line once, and with the variants' names where others do not have it."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, list[str]] = {}
+
+    @contextlib.contextmanager
+    def of(self, variant: str) -> Iterator[None]:
+        """Collect what is wrong with a variant."""
+        try:
+            yield
+        except RecipeError as error:
+            for line in str(error).splitlines():
+                self.found.setdefault(line, []).append(variant)
+
+    def raise_if_any(self, variants: int) -> None:
+        """Raise them all, if any; there are so many variants."""
+        if self.found:
+            told = (line if len(names) >= variants else f"{line} (variant {'; '.join(names)})" for line, names in self.found.items())
+            raise RecipeError("\n".join(told))
+
+
+def _renamed(variants: Mapping[str, Recipe]) -> dict[str, Recipe]:
+    """The recipes, each called as its folder is."""
+    words = safe(variants)
+    return {name: replace(one, spec=one.spec.model_copy(update={"name": words[name]})) for name, one in variants.items()}

@@ -1,0 +1,118 @@
+"""What a study has found, for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from kdkit.fairness import unequal
+from kdkit.findings import Findings, Teacher, Variant
+from kdkit.intervals import shown, spread
+from kdkit.study import about, trainings
+from kdkit.study_file import Study
+
+Cells = tuple[str, Callable[[Variant], str], Callable[[Teacher], str]]  # title, of a variant, of the teacher
+
+
+def tables(found: Findings, width: int = 160) -> list[Table]:
+    """One table, or two where one would be wider than so many columns of a terminal: results, then costs."""
+    results, costs = list(_results(found)), list(_costs(found.teacher))
+    whole = _table(found, [*results, *costs])
+    fits = Console(width=10_000).measure(whole).maximum <= width
+    return [whole] if fits else [_table(found, results), _table(found, costs)]
+
+
+def caption(found: Findings) -> Iterator[str]:
+    """What the figures are, what failed, and what all of it took; a line each."""
+    counts = sorted({len(variant.seeds) for variant in found.variants} - {0})
+    if counts == [1]:
+        seeds = "one seed, so no deviation and no interval"
+    elif counts:
+        seeds = f"{'-'.join(map(str, counts))} seeds, mean +- standard deviation"
+    else:
+        seeds = "no run is finished"
+    parts = [f"Test data, after the last epoch; {seeds}"]
+    if any(variant.difference for variant in found.variants):
+        level = " [95 % interval by t]" if any(v.difference and v.difference.t for v in found.variants) else ""
+        parts.append(f"difference to {found.baseline}, seed by seed{level}")
+    if any(variant.best for variant in found.variants):
+        parts.append("best: test data at the epoch that is best on validation")
+    if any("agreement" in variant.last for variant in found.variants):
+        parts.append("agreement with the teacher" if found.teacher else "agreement with each variant's own teacher")
+    yield "; ".join(parts) + "."
+    yield (
+        "Costs of one run: training time as it would take alone, processor time, largest memory of a step, images per second; network as "
+        "exported: multiply-accumulates and median latency of one image on one thread."
+    )
+    for variant in found.variants:
+        yield from (f"failed: {variant.name}, seed {seed}: {reason}" for seed, reason in variant.failures.items())
+    spent = found.together
+    yield (
+        f"Together: {spent['trained']:.0f} runs trained and {spent['reused']:.0f} reused, "
+        f"{spent['wall']:,.0f} s and {spent['cpu']:,.0f} s of the processor."
+    )
+
+
+def planned(study: Study) -> Table:
+    """Which runs a study has, and in what its variants differ."""
+    table = Table("variant", "trained", "to train", "what it is", box=None, pad_edge=False)
+    told = {name: about(recipe) for name, recipe in study.variants.items()}
+    for other in unequal(study.variants, study.baseline):
+        told[other.variant] += f"; {other.key} {other.value} ({study.baseline}: {other.baseline})"
+    runs = trainings(study)
+    for name in study.variants:
+        done, left = ([each.seed for each in runs if each.variant == name and bool(each.result) is state] for state in (True, False))
+        table.add_row(name, _seeds(done), _seeds(left), told[name])
+    return table
+
+
+def _seeds(numbers: Sequence[int]) -> str:
+    return f"seeds {', '.join(map(str, numbers))}" if len(numbers) > 1 else f"seed {numbers[0]}" if numbers else ""
+
+
+def _table(found: Findings, columns: Sequence[Cells]) -> Table:
+    table = Table("", box=None, pad_edge=False)
+    for title, *_ in columns:
+        table.add_column(title, justify="right", no_wrap=True)
+    if teacher := found.teacher:
+        table.add_row(f"teacher {teacher.name}", *(of_teacher(teacher) for _, _, of_teacher in columns))
+    for variant in found.variants:
+        table.add_row(variant.name, *(of(variant) for _, of, _ in columns))
+    return table
+
+
+def _results(found: Findings) -> Iterator[Cells]:
+    yield "top-1 %", lambda v: spread(v.last.get("top1", ())), lambda t: _number(t.last.get("top1"))
+    if any(variant.difference for variant in found.variants):
+        yield "difference", lambda v: shown(v.difference) if v.difference else "", lambda _: ""
+    if any(variant.best for variant in found.variants):
+        yield "best %", lambda v: spread(v.best.get("top1", ())), lambda _: ""
+    if any("agreement" in variant.last for variant in found.variants):
+        yield "agreement %", lambda v: spread(v.last.get("agreement", ())), lambda _: ""
+
+
+def _costs(teacher: Teacher | None) -> Iterable[Cells]:
+    def latency(seconds: float) -> str:
+        times = f" (x {seconds / teacher.latency:.2f})" if teacher else ""
+        return f"{1000 * seconds:.2f} ms{times}"
+
+    return [
+        ("seconds", lambda v: f"{v.cost.seconds:,.1f}" if v.cost else "", lambda _: ""),
+        ("CPU s", lambda v: f"{v.cost.cpu_seconds:,.1f}" if v.cost else "", lambda _: ""),
+        ("MiB", lambda v: f"{v.cost.memory / 2**20:,.2f}" if v.cost else "", lambda _: ""),
+        ("images/s", lambda v: f"{v.cost.images_per_second:,.0f}" if v.cost else "", lambda _: ""),
+        ("parameters", lambda v: f"{v.cost.parameters:,}" if v.cost else "", lambda t: f"{t.parameters:,}"),
+        ("MACs", lambda v: _count(v.cost.macs) if v.cost else "", lambda t: _count(t.macs)),
+        ("latency", lambda v: latency(v.cost.latency) if v.cost else "", lambda t: f"{1000 * t.latency:.2f} ms"),
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _count(value: float) -> str:
+    unit, name = next(((u, n) for u, n in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if value >= u), (1.0, ""))
+    return f"{value / unit:,.2f} {name}" if name else f"{value:,.0f}"

@@ -1,0 +1,75 @@
+"""What may differ between recipes that are compared, and what is told of the rest."""
+
+import pytest
+
+from kdkit import recipe
+from kdkit.errors import RecipeError
+from kdkit.fairness import Unequal, differences, refuse_unequal, unequal
+from tests.training import PLAIN, write
+
+OTHER_KNOWLEDGE = {"teacher": None, "schedule": {"use": "supervised"}, "losses": [{"use": "cross_entropy"}], "seed": 4}
+
+
+def loaded(folder, **variants):
+    write(folder, PLAIN, "base.yaml")
+    return {
+        "base": recipe.load(folder / "base.yaml"),
+        **{name: recipe.load(write(folder, {**PLAIN, "name": name}, f"{name}.yaml", **changes)) for name, changes in variants.items()},
+    }
+
+
+def test_knowledge_may_differ(tmp_path):
+    assert list(unequal(loaded(tmp_path, other=OTHER_KNOWLEDGE), "base")) == []
+
+
+def test_bookkeeping_may_differ(tmp_path):
+    changes = {"run": {"folder": "elsewhere"}, "data": {"workers": 7}}
+    assert list(unequal(loaded(tmp_path, other=changes), "base")) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "value", "known"),
+    [
+        ({"train": {"epochs": 3}}, "train.epochs", 3, 2),
+        ({"train": {"optimizer": {"lr": 0.5}}}, "train.optimizer.lr", 0.5, 0.05),
+        ({"train": {"ema": {"decay": 0.5}}}, "train.ema", {"decay": 0.5, "warmup": False}, None),
+        ({"data": {"batch_size": 4}}, "data.batch_size", 4, 8),
+        ({"data": {"seed": 1}}, "data.seed", 1, 0),
+        ({"data": {"dataset": {"train": 40}}}, "data.dataset.train", 40, 48),
+        ({"student": {"args": {"channels": [4, 4, 8, 16]}}}, "student.args.channels.3", 16, 8),
+    ],
+)
+def test_anything_else_may_not(tmp_path, changes, key, value, known):
+    recipes = loaded(tmp_path, other=changes)
+    assert list(unequal(recipes, "base")) == [Unequal("other", key, value, known)]
+    assert list(unequal(recipes, "base", [key])) == []
+    assert list(unequal(recipes, "base", [key.rpartition(".")[0]])) == []  # and what is below an allowed key
+    assert list(unequal(recipes, "base", [f"{key}x", key[:-1]])) != []
+
+
+def test_the_message_has_every_key_with_its_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipes = loaded(
+        tmp_path, longer={"train": {"epochs": 3}}, fine=OTHER_KNOWLEDGE, both={"train": {"epochs": 4}, "data": {"batch_size": 4}}
+    )
+    with pytest.raises(RecipeError) as caught:
+        refuse_unequal(recipes, "base")
+    *told, advice = str(caught.value).splitlines()
+
+    def line(name, key):
+        return 1 + next(i for i, text in enumerate((tmp_path / name).read_text().splitlines()) if text.strip().startswith(f"{key}:"))
+
+    assert told == [
+        f"longer.yaml:{line('longer.yaml', 'epochs')}: longer: train.epochs: 3 (base: 2)",
+        f"both.yaml:{line('both.yaml', 'batch_size')}: both: data.batch_size: 4 (base: 8)",
+        f"both.yaml:{line('both.yaml', 'epochs')}: both: train.epochs: 4 (base: 2)",
+    ]
+    assert "--allow train.epochs --allow data.batch_size" in advice
+    refuse_unequal(recipes, "base", ["train.epochs", "data.batch_size"])
+
+
+def test_differences_are_told_at_the_deepest_key():
+    old, new = {"a": {"b": 1, "c": [1, 2]}, "d": 1}, {"a": {"b": 2, "c": [1, 3]}, "e": 5}
+    assert list(differences(old, new)) == [("a.b", 1, 2), ("a.c.1", 2, 3), ("d", 1, None), ("e", None, 5)]
+    assert list(differences({"a": [1]}, {"a": [1, 2]})) == [("a", [1], [1, 2])]
+    assert list(differences(old, old)) == []

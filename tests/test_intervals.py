@@ -1,0 +1,74 @@
+"""Deviations and intervals, against formulas written out."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kdkit.findings import Interval
+from kdkit.intervals import bootstrap_interval, paired, shown, spread, t_interval
+
+T_975 = {1: 12.7062, 2: 4.30265, 4: 2.77645, 9: 2.26216}  # any table of Student's t
+VALUES = (1.25, 0.5, 2.75, -0.25, 1.0)
+
+
+def test_spread_is_mean_and_sample_deviation():
+    deviation = math.sqrt(sum((v - 1.05) ** 2 for v in VALUES) / 4)
+    assert spread(VALUES) == f"1.05 +- {deviation:.2f}"
+    assert spread([93.414]) == "93.41" and spread([]) == "" and spread([1, 2], 0) == "2 +- 1"
+
+
+@pytest.mark.parametrize("degrees", T_975)
+def test_t_interval(degrees):
+    values = np.random.default_rng(degrees).normal(2, 1, degrees + 1).tolist()
+    half = T_975[degrees] * np.std(values, ddof=1) / math.sqrt(len(values))
+    found = t_interval(values)
+    assert found.low == pytest.approx(np.mean(values) - half, rel=1e-4)
+    assert found.high == pytest.approx(np.mean(values) + half, rel=1e-4)
+
+
+def test_bootstrap_is_near_the_percentiles_of_all_resamples():
+    means = [sum(drawn) / 5 for drawn in itertools.product(VALUES, repeat=5)]  # all 3125, instead of 9999 at random
+    found = bootstrap_interval(VALUES)
+    assert found.low == pytest.approx(np.percentile(means, 2.5), abs=0.06)
+    assert found.high == pytest.approx(np.percentile(means, 97.5), abs=0.06)
+    assert found == bootstrap_interval(VALUES)
+
+
+def test_equal_differences_have_an_interval_of_no_width():
+    found = paired({0: 3.0, 1: 4.0, 2: 5.0}, {0: 2.0, 1: 3.0, 2: 4.0})
+    assert found.values == (1.0, 1.0, 1.0) and found.t == found.bootstrap == Interval(1.0, 1.0)
+
+
+def test_pairs_are_made_by_seed():
+    found = paired({3: 5.0, 1: 7.0, 8: 1.0}, {1: 1.0, 3: 2.0, 5: 0.0})
+    assert found.values == (3.0, 6.0)
+    assert paired({0: 1.0}, {1: 1.0}) is None
+
+
+def test_one_pair_has_no_interval():
+    found = paired({0: 1.5}, {0: 1.0})
+    assert found.t is None and found.bootstrap is None and shown(found) == "+0.50"
+
+
+def test_a_value_that_is_not_finite_has_no_interval():
+    found = paired({0: 1.5, 1: math.nan}, {0: 1.0, 1: 1.0})
+    assert found.t is None and found.bootstrap is None
+
+
+@given(st.lists(st.floats(-100, 100), min_size=2, max_size=12), st.floats(-50, 50))
+def test_a_shift_of_both_changes_no_difference(values, shift):
+    own = dict(enumerate(values))
+    base = {seed: shift for seed in own}
+    found = paired(own, base)
+    mean = sum(v - shift for v in values) / len(values)
+    assert found.t.low - 1e-9 <= mean <= found.t.high + 1e-9
+    assert min(found.values) - 1e-9 <= found.bootstrap.low <= found.bootstrap.high <= max(found.values) + 1e-9
+
+
+def test_shown():
+    found = paired(dict(enumerate(VALUES)), dict.fromkeys(range(5), 0.0))
+    assert shown(found) == f"+1.05 [{found.t.low:.2f}, {found.t.high:.2f}]"
