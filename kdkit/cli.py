@@ -107,7 +107,7 @@ def compare(
     )
     if found is None:
         return
-    for table in study_table.tables(found, out.width):
+    for table in study_table.tables(found, out.width, loaded.show):
         out.print(table)
         out.print()
     for line in study_table.caption(found):

@@ -25,6 +25,7 @@ TITLES = {
     "ece": "ECE %",
     "agreement": "agreement %",
     "kl_to_teacher": "KL to teacher, nats",
+    "logit_difference": "mean |z_s - z_t|",
 }
 
 
@@ -145,7 +146,7 @@ def score_table(rows: Iterable[tuple[str, Mapping[str, float]]]) -> Table:
 def _score(key: str, value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:.4f}" if key in ("nll", "kl_to_teacher") else f"{value:.2f}"
+    return f"{value:.4f}" if key in ("nll", "kl_to_teacher", "logit_difference") else f"{value:.2f}"
 
 
 def _outcome(result: Result) -> Iterator[RenderableType]:

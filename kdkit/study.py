@@ -200,7 +200,7 @@ class _Finder:
             about=about(self.study.variants[name]),
             seeds=seeds,
             folders=tuple(run.folder for run in runs),
-            last=_by_name([self._scores(run, result.test) for run, result in zip(runs, results, strict=True)]),
+            last=_by_name([{**self._scores(run, result.test), **_loss(run)} for run, result in zip(runs, results, strict=True)]),
             best=_by_name([self._scores(run, r.best["test"], best=True) for run, r in zip(runs, results, strict=True) if r.best]),
             difference=paired(self._top1(name), self._top1(baseline)) if name != baseline else None,
             cost=_cost(runs, results, network, self.measured.memory(runs[0])) if network else None,
@@ -217,6 +217,12 @@ class _Finder:
         if self.teacher is None or set(COMPARED_WITH_TEACHER) <= set(told):
             return dict(told)
         return {**told, **self.measured.answers(run, self.teacher, best=best)}
+
+
+def _loss(run: FinishedRun) -> dict[str, float]:
+    """The training loss of the last epoch, if it is told."""
+    lines = RunFolder(run.folder).metrics("epoch")
+    return {"loss": lines[-1]["train"]["loss"]} if lines else {}
 
 
 def _by_name(scores: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, ...]]:

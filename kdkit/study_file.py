@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, field_validator
@@ -24,6 +24,7 @@ from kdkit.source import Source
 
 SEEDS = 3  # where nothing says how many
 MARKS = ("variants", "vary", "base")  # keys that a study has and a recipe has not
+Shown = Literal["loss", "top5", "nll", "ece", "kl_to_teacher", "logit_difference"]
 Seed = Annotated[int, Field(ge=0, strict=True)]
 
 
@@ -47,6 +48,7 @@ class StudySpec(Options):
         default=SEEDS, description="How many (0, 1, 2...), or which."
     )
     allow: tuple[str, ...] = Field(default=(), description="Keys in which variants may differ although they are not what is compared.")
+    show: tuple[Shown, ...] = Field(default=(), description="Further columns of the table.")
     folder: Path | None = Field(default=None, description="In place of the recipes' `run.folder`.")
 
     @field_validator("seeds")
@@ -65,6 +67,7 @@ class Study:
         variants: recipes by the variants' names, the baseline among them; their own `seed` does not count.
         allow: keys in which they may differ beside those that say what is learnt from whom.
         folder: in which the study has its folder.
+        show: metrics that its table has beside the usual ones.
     """
 
     name: str
@@ -74,6 +77,7 @@ class Study:
     seeds: tuple[int, ...]
     allow: tuple[str, ...]
     folder: Path
+    show: tuple[str, ...] = ()
 
     @property
     def path(self) -> Path:
@@ -90,7 +94,7 @@ class Study:
         specs = {name: recipe.spec for name, recipe in self.variants.items()}
         written = {name: spec.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude={"seed"}) for name, spec in specs.items()}
         content = {"name": self.name, "question": self.question, "baseline": self.baseline, "folder": str(self.folder)}
-        rest = {"seeds": list(self.seeds), "allow": list(self.allow), "variants": written}
+        rest = {"seeds": list(self.seeds), "allow": list(self.allow), "show": list(self.show), "variants": written}
         return yaml.safe_dump({**content, **rest}, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -180,7 +184,7 @@ class _Loader:
         baseline = self._baseline(list(variants), firsts)
         seeds = tuple(range(spec.seeds)) if isinstance(spec.seeds, int) else tuple(spec.seeds)
         folder = variants[baseline].spec.run.folder
-        return Study(spec.name, spec.question, baseline, _renamed(variants), seeds, (*spec.allow, *spec.vary), folder)
+        return Study(spec.name, spec.question, baseline, _renamed(variants), seeds, (*spec.allow, *spec.vary), folder, spec.show)
 
     def _refuse_keys(self) -> None:
         for key in self.spec.vary:

@@ -10,15 +10,16 @@ from rich.table import Table
 from kdkit.fairness import unequal
 from kdkit.findings import Findings, Teacher, Variant
 from kdkit.intervals import shown, spread
+from kdkit.show import TITLES
 from kdkit.study import about, trainings
 from kdkit.study_file import Study
 
 Cells = tuple[str, Callable[[Variant], str], Callable[[Teacher], str]]  # title, of a variant, of the teacher
 
 
-def tables(found: Findings, width: int = 160) -> list[Table]:
-    """One table, or two where one would be wider than so many columns of a terminal: results, then costs."""
-    results, costs = list(_results(found)), list(_costs(found.teacher))
+def tables(found: Findings, width: int = 160, show: Sequence[str] = ()) -> list[Table]:
+    """One table, or two where one would be wider than so many columns of a terminal: results (`show`: further metrics), then costs."""
+    results, costs = [*_results(found), *map(_further, show)], list(_costs(found.teacher))
     whole = _table(found, [*results, *costs])
     fits = Console(width=10_000).measure(whole).maximum <= width
     return [whole] if fits else [_table(found, results), _table(found, costs)]
@@ -91,6 +92,11 @@ def _results(found: Findings) -> Iterator[Cells]:
         yield "best %", lambda v: spread(v.best.get("top1", ())), lambda _: ""
     if any("agreement" in variant.last for variant in found.variants):
         yield "agreement %", lambda v: spread(v.last.get("agreement", ())), lambda _: ""
+
+
+def _further(metric: str) -> Cells:
+    title = {"loss": "training loss", **TITLES}[metric]
+    return title, lambda v: spread(v.last.get(metric, ())), lambda t: _number(t.last.get(metric))
 
 
 def _costs(teacher: Teacher | None) -> Iterable[Cells]:

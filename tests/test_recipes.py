@@ -7,10 +7,12 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from kdkit import plan, recipe, recipe_types, registry
+from kdkit import fairness, plan, recipe, recipe_types, registry, study_file
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-FILES = sorted(RECIPES.rglob("*.yaml"))
+EVERY = sorted(RECIPES.rglob("*.yaml"))
+STUDIES = [path for path in EVERY if "\nvariants:" in path.read_text()]
+FILES = [path for path in EVERY if path not in STUDIES]
 NAMES = [str(path.relative_to(RECIPES)) for path in FILES]
 # Of the tables' pairs of networks, all of one pair is planned in the default run, and of the others what differs between pairs.
 TABLES = [path for path in FILES if path.parent.parent.name == "cifar100" and "-" in path.parent.name]
@@ -27,7 +29,15 @@ PLANNED = [
 
 def test_there_are_recipes_of_every_benchmark():
     assert {path.parent.name for path in FILES} >= {"digits", "mnist", "cifar100"}
-    assert len(FILES) >= 12
+    assert len(FILES) >= 12 and len(STUDIES) >= 3
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=[path.stem for path in STUDIES])
+def test_a_study_compares_fairly_what_can_be_carried_out(path):
+    loaded = study_file.load([path])
+    fairness.refuse_unequal(loaded.variants, loaded.baseline, loaded.allow)
+    for one in loaded.variants.values():
+        assert plan.make(one).student.parameters > 0
 
 
 @pytest.mark.parametrize("path", PLANNED)
@@ -37,12 +47,13 @@ def test_it_can_be_carried_out(path):
     assert all(stage.steps > 0 for stage in made.stages)
 
 
-@pytest.mark.parametrize("path", FILES, ids=NAMES)
+@pytest.mark.parametrize("path", EVERY, ids=[str(path.relative_to(RECIPES)) for path in EVERY])
 def test_it_says_what_it_shows_and_how_to_run_it(path):
     comments = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert comments and path.read_text().startswith("# ")
     if path.stem != "base":
-        assert any(re.match(rf"#   kdkit train recipes/{re.escape(str(path.relative_to(RECIPES)))}\b", line) for line in comments)
+        command = "compare" if path in STUDIES else "train"
+        assert any(re.match(rf"#   kdkit {command} recipes/{re.escape(str(path.relative_to(RECIPES)))}\b", line) for line in comments)
 
 
 @pytest.fixture(scope="module")

@@ -46,6 +46,7 @@ def test_a_result_is_read_as_it_was_written(tmp_path):
         {"top1": 50.0},
         10,
         1.5,
+        2.5,
         2,
         {"top1": 40.0},
         {"epoch": 1},

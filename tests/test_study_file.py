@@ -200,7 +200,7 @@ def test_a_study_is_compared_by_itself(study, tmp_path):
 
 
 def test_a_study_dumps_as_plain_yaml(study):
-    assert set(yaml.safe_load(study().dump())) == {"name", "question", "baseline", "folder", "seeds", "allow", "variants"}
+    assert set(yaml.safe_load(study().dump())) == {"name", "question", "baseline", "folder", "seeds", "allow", "show", "variants"}
 
 
 def test_the_schema_is_fresh():
