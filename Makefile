@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-RECIPES = $(addprefix recipes/digits/,alone.yaml response.yaml feature.yaml relation.yaml)
 
 .PHONY: demo test test-slow lint check docs bench clean
 .DEFAULT_GOAL := demo
@@ -13,8 +12,9 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-demo: $(VENV)/installed  ## distil on real images and print one table
-	$(BIN)/kdkit compare $(RECIPES) --seeds 3
+demo: $(VENV)/installed  ## a study on real images: one table, and a report as one page
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 --no-python $(BIN)/kdkit compare recipes/digits/knowledge.yaml --spread
+	OMP_NUM_THREADS=1 $(BIN)/kdkit report runs/digits_knowledge
 
 test: $(VENV)/installed  ## the default test suite
 	$(BIN)/python -m pytest
@@ -34,9 +34,14 @@ docs: $(VENV)/installed  ## write what is generated: the schemas and the referen
 	$(BIN)/kdkit schema --study > recipes/study.schema.json
 	$(BIN)/python docs/generate.py
 
-bench: $(VENV)/installed  ## a step of kdkit against the same step in plain torch, and each loss against its naive form
+bench: $(VENV)/installed  ## kdkit against plain torch: a step, an epoch, the loader, the teacher, each loss; studies and caches against runs without
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/losses.py
+	$(BIN)/python benchmarks/teacher.py
+	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/epoch.py
+	$(BIN)/python benchmarks/study.py
+	$(BIN)/python benchmarks/cache.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

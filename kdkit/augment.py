@@ -110,9 +110,14 @@ def crop_flip(images: Tensor, outcome: Tensor, padding: int) -> Tensor:
         (B, C, H, W) of the same type; the input is left alone.
     """
     places = 2 * padding + 1
-    place, mirrored = outcome // 2, outcome % 2 == 1
-    height, width = images.shape[-2:]
+    place, mirrored = outcome // 2, outcome % 2
+    count, channels, height, width = images.shape
+    numbers = torch.arange(max(count, channels, height), device=images.device)
     if padding:
-        windows = F.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view: (B, C, 2p+1, 2p+1, H, W)
-        images = windows[torch.arange(len(images), device=images.device), :, place // places, place % places]
-    return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+        padded = F.pad(images, (padding,) * 4)
+        pieces = padded.reshape(-1).unfold(0, width, 1)  # a view: what begins at each pixel, as long as a row
+        plane = numbers[:count, None, None] * channels + numbers[:channels, None]  # (B, C, 1)
+        row = plane * padded.shape[2] + (place // places)[:, None, None] + numbers[:height]  # (B, C, H)
+        begins = row * padded.shape[3] + (place % places)[:, None, None]
+        images = pieces.index_select(0, begins.flatten()).view(images.shape)  # row by row, which pixel by pixel would take twice as long
+    return torch.cat([images, images.flip(-1)]).index_select(0, numbers[:count] + count * mirrored)

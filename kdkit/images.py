@@ -65,7 +65,7 @@ class HeldImages:
             return
         numbers = torch.cat(list(plan)).to(self._pixels.device)  # one copy per epoch
         for chosen in torch.split(numbers, [len(part) for part in plan]):
-            yield self._finish(self._pixels[chosen], self._labels[chosen], self._indices[chosen], view)
+            yield self._finish(self._pixels.index_select(0, chosen), self._labels[chosen], self._indices[chosen], view)
 
 
 class ReadImages:

@@ -57,7 +57,7 @@ class Measured:
 
     Args:
         path: the file; one that is not there, or broken, counts as empty.
-        say: told of everything that is measured anew.
+        say: told of what takes long.
     """
 
     def __init__(self, path: Path, say: Callable[[str], None] = lambda _: None) -> None:
@@ -91,7 +91,6 @@ class Measured:
     def memory(self, run: FinishedRun) -> int:
         """Bytes that a step of that run allocates."""
         if run.key not in self._kept["memory"]:
-            self.say(f"{run.recipe.spec.name}: measuring the memory of a step")
             self._kept["memory"][run.key] = step_memory(run.recipe, run.folder)
             self.save()
         return int(self._kept["memory"][run.key])
@@ -111,7 +110,7 @@ class Measured:
     def _measure_networks(
         self, runs: Mapping[str, FinishedRun], taught: FinishedRun | None, teacher: Sequence[str]
     ) -> dict[str, dict[str, Any]]:
-        self.say(f"measuring {len(runs)} networks side by side")
+        self.say(f"measuring what {len(runs)} students cost")
         opened = {key: TrainedRun(run.folder) for key, run in runs.items()}
         models = [(one.student(), one.info.image_shape) for one in opened.values()]
         of_teacher = TrainedRun(taught.folder) if taught else None
@@ -125,7 +124,6 @@ class Measured:
         """How a run's student compares with that teacher on the test data."""
         key = f"{run.key} {teacher.key}{' best' if best else ''}"
         if key not in self._kept["answers"]:
-            self.say(f"{run.folder.name}: measuring its agreement with the teacher")
             self._kept["answers"][key] = teacher.compare(run, best=best)
             self.save()
         return {str(name): float(value) for name, value in self._kept["answers"][key].items()}

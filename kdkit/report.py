@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -111,7 +111,16 @@ def read(findings: Findings, overrides: Mapping[str, Any], say: Callable[[str], 
 
 def _recipe(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = yaml.safe_load(RunFolder(folder).recipe_file.read_text(encoding="utf-8"))
-    return found
+    return cast("dict[str, Any]", _seen_from_here(found))
+
+
+def _seen_from_here(value: Any) -> Any:
+    """Values of a recipe with the paths below the working directory relative to it: a report is read elsewhere too."""
+    if isinstance(value, dict):
+        return {key: _seen_from_here(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_seen_from_here(one) for one in value]
+    return value.removeprefix(f"{Path.cwd()}/") if isinstance(value, str) else value
 
 
 def table(findings: Findings) -> str:

@@ -1,8 +1,8 @@
+import re
 import runpy
 from pathlib import Path
 
 import pytest
-import torch
 
 from kdkit import registry
 
@@ -25,14 +25,46 @@ def test_a_naive_form_that_computes_something_else_is_noticed(monkeypatch):
         LOSSES["main"](["--size", "small", "--steps", "1", "--losses", "nst"])
 
 
-def test_peak_memory_counts_what_is_there_at_once():
-    x = torch.ones(2**18, requires_grad=True)  # 1 MiB
+TINY = {
+    "cache": ["--images=16", "--image-size=8", "--batch-size=8", "--rounds=1"],
+    "epoch": ["--pairs=resnet56-resnet20", "--images=64", "--workers=0", "--rounds=1"],
+    "loader": ["--images=32", "--batch-size=16", "--rounds=1"],
+    "study": ["--only=time", "--runs=2", "--images=16", "--epochs=1", "--batch-size=8", "--image-size=8", "--steps=1", "--rounds=1"],
+    "teacher": ["--batch-size=2", "--tap-size=32", "--image-size=8", "--rounds=1"],
+}
+FIGURES = {"cache": 34, "epoch": 15, "loader": 12, "study": 8, "teacher": 28}  # at least, in the table
 
-    def run():
-        value = (2 * x).exp().sum()  # a factor freed at once, and a result that is kept for backward
-        value.backward()
-        x.grad = None
 
-    assert LOSSES["peak_memory"](run) == pytest.approx(2 * 2**20, rel=0.6)
-    assert LOSSES["peak_memory"](lambda: [torch.ones(2**18) for _ in range(10)] and None) == pytest.approx(10 * 2**20, rel=0.01)
-    assert LOSSES["peak_memory"](lambda: [torch.ones(2**18).sum() for _ in range(10)] and None) == pytest.approx(2**20, rel=0.01)
+@pytest.fixture
+def benchmark(monkeypatch, capsys):
+    """Runs one; the numbers of its tables, and what it printed."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+    def run(name, *words):
+        runpy.run_path(str(BENCHMARKS / f"{name}.py"))["main"](list(words))
+        said = capsys.readouterr().out
+        tables = "\n".join(line for line in said.splitlines() if "thread(s) of torch" not in line)
+        return [float(number.replace(",", "")) for number in re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?!\w)", tables)], said
+
+    return run
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_benchmark_has_figures(benchmark, name):
+    numbers, said = benchmark(name, *TINY[name])
+    assert len(numbers) >= FIGURES[name] and all(number > 0 for number in numbers), said
+    assert "nan" not in said and "load of the machine" in said
+
+
+@pytest.mark.slow
+def test_images_of_a_study_are_read_once(benchmark):
+    _, said = benchmark("study", "--only=files", "--images=64", "--epochs=2", "--batch-size=8", "--image-size=16", "--rounds=1")
+    alone, together = (int(number.replace(",", "")) for number in re.findall(r"(?:one by one|side by side) ([\d,]+)", said)[-2:])
+    assert together >= 2 * 32 and alone > 6 * together  # beside two epochs, what workers had begun to read for the probe
+
+
+@pytest.mark.slow
+def test_memory_of_a_study(benchmark):
+    _, said = benchmark("study", "--only=memory", "--runs=2", "--images=16", "--epochs=1", "--batch-size=8", "--image-size=8")
+    found = dict(re.findall(r"^ *(\S.*?) +([\d.]+) *$", said, re.M))
+    assert float(found["resident set, one run"]) > 100 and float(found["a student's own: gradients and activations of a step"]) > 1
