@@ -31,7 +31,7 @@ import kdkit
 from kdkit import registry
 from kdkit.options import at_epoch
 from kdkit.probes import random_outputs, readable
-from kdkit.step_memory import peak_memory
+from kdkit.study.step_memory import peak_memory
 
 Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]  # by layer: the student's and the teacher's, without the batch
 Run = Callable[[], Tensor]

@@ -162,7 +162,8 @@ def _anchor(entry: catalogue.Entry) -> str:
 
 def cli_page() -> Iterator[str]:
     """Every command with its arguments and options, read off the functions: what typer makes of them differs between its versions."""
-    commands = {info.name or _name_of(info.callback): info.callback for info in app.registered_commands}
+    parts = [app, *(group.typer_instance for group in app.registered_groups)]
+    commands = {info.name or _name_of(info.callback): info.callback for part in parts for info in part.registered_commands}
     yield from ("# Command line", "", f"{app.info.help}", "")
     yield from (
         "A mistake of the user's is told on one line and ends with code 2; a run stopped by a signal ends with 128 plus its number.",

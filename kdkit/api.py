@@ -8,13 +8,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from kdkit import plan, recipe, registry, runs, study, study_file
+from kdkit import plan, recipe, registry, runs
 from kdkit.contracts import Loss
 from kdkit.describe import Plan
 from kdkit.errors import PluginError, suggest
-from kdkit.findings import Findings
 from kdkit.options import Ramp
 from kdkit.run_folder import Result
+from kdkit.study import comparison, variants
+from kdkit.study.findings import Findings
 
 
 def train(
@@ -70,8 +71,8 @@ def compare(
         RecipeError: the study or a recipe is wrong, or the comparison would not be fair; all problems, one a line.
         Interrupted: a signal stopped it; all is saved, and a further call goes on.
     """
-    loaded = study_file.load([Path(path) for path in paths], overrides, _paths(plugins), seeds=seeds, allow=allow)
-    return study.compare(loaded, max_parallel=max_parallel)
+    loaded = variants.load([Path(path) for path in paths], overrides, _paths(plugins), seeds=seeds, allow=allow)
+    return comparison.compare(loaded, max_parallel=max_parallel)
 
 
 def build_loss(name: str, *, plugins: Sequence[Path | str] = (), **options: Any) -> Loss:

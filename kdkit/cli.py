@@ -5,16 +5,14 @@ from __future__ import annotations
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from kdkit import cli_studies
+from kdkit.console import Overrides, Plugins, RecipeFile, absolute, load, out
 from kdkit.errors import Interrupted, KdkitError
-
-if TYPE_CHECKING:
-    from kdkit.recipe import Recipe
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,15 +20,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Knowledge distillation from recipes: any loss plugin under any schedule plugin.",
 )
-out = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 160)
-
-RecipeFile = Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Values that replace the file's: key.path=value, such as train.epochs=3.", show_default=False)
-]
-Plugins = Annotated[
-    list[Path] | None, typer.Option("--plugins", help="Further plugin file or folder; may be repeated.", show_default=False)
-]
+app.add_typer(cli_studies.app)
 RunPath = Annotated[Path, typer.Argument(help="Run folder.", show_default=False)]
 Best = Annotated[bool, typer.Option("--best", help="The epoch with the best validation accuracy, not the last.")]
 
@@ -54,7 +44,7 @@ def train(
     """Carry out a recipe; an interrupted run goes on from where it was."""
     from kdkit import runs
 
-    runs.train(_load(recipe, overrides, plugins), run, restart=restart, quiet=quiet)
+    runs.train(load(recipe, overrides, plugins), run, restart=restart, quiet=quiet)
 
 
 @app.command()
@@ -62,88 +52,7 @@ def check(recipe: RecipeFile, overrides: Overrides = None, plugins: Plugins = No
     """Say what a recipe would do, without data, weights or training."""
     from kdkit import plan
 
-    out.print(str(plan.make(_load(recipe, overrides, plugins))), markup=False)
-
-
-@app.command()
-def compare(
-    words: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="STUDY|RECIPE|KEY=VALUE...",
-            help="A study file, or recipes (the first is the baseline); key.path=value replaces a value in all of them.",
-            show_default=False,
-        ),
-    ],
-    seeds: Annotated[
-        int | None,
-        typer.Option(min=1, help="Runs per variant, with the seeds 0, 1, 2... (default: the study's, or 3).", show_default=False),
-    ] = None,
-    allow: Annotated[
-        list[str] | None, typer.Option("--allow", help="Key in which variants may differ; may be repeated.", show_default=False)
-    ] = None,
-    max_parallel: Annotated[
-        int | None, typer.Option("--max-parallel", min=1, help="Runs in memory at once (default: all that share data and seed).")
-    ] = None,
-    spread: Annotated[
-        bool, typer.Option("--spread", help="In several processes, train other seeds and groups in each, not each run in all.")
-    ] = False,
-    dry: Annotated[bool, typer.Option("--dry", help="Only list the variants, and what is trained already.")] = False,
-    plugins: Plugins = None,
-) -> None:
-    """Train a study's variants, or recipes, with several seeds each; print what they reach and cost. What is trained already is reused."""
-    from kdkit import spreading, study, study_file, study_table
-    from kdkit.source import parse_overrides
-
-    changes = [word for word in words if "=" in word and not Path(word).exists()]
-    paths = [Path(word) for word in words if word not in changes]
-    loaded = study_file.load(paths, parse_overrides(changes), _paths(plugins), seeds=seeds, allow=allow or ())
-    if dry:
-        out.print(study_table.planned(loaded))
-        return
-    telling = spread or spreading.is_first()
-    found = study.compare(
-        loaded, max_parallel=max_parallel, spread=spread, say=lambda text: out.print(text, markup=False) if telling else None
-    )
-    if found is None:
-        return
-    for table in study_table.tables(found, out.width, loaded.show):
-        out.print(table)
-        out.print()
-    for line in study_table.caption(found):
-        out.print(line, style="dim", markup=False)
-    out.print(f"Findings: {loaded.path / study.FINDINGS}", style="dim", markup=False)
-    if any(variant.failures for variant in found.variants):
-        raise typer.Exit(1)
-
-
-@app.command()
-def cache(
-    recipe: Annotated[
-        str | None, typer.Argument(metavar="[RECIPE|NAME]", help="Recipe file; a cache's name for --list, --clear.", show_default=False)
-    ] = None,
-    overrides: Overrides = None,
-    plugins: Plugins = None,
-    listed: Annotated[bool, typer.Option("--list", help="List the caches that there are, or the one of that name.")] = False,
-    clear: Annotated[bool, typer.Option("--clear", help="Remove all caches, or the one of that name.")] = False,
-    folder: Annotated[Path, typer.Option("--dir", help="Where caches are listed or removed.")] = Path("runs/teacher-cache"),
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
-) -> None:
-    """Fill the teacher caches of a recipe ahead of its training; list or remove caches."""
-    from kdkit import filling, store_folder
-    from kdkit.answer_store import gigabytes
-    from kdkit.errors import RecipeError
-
-    if clear:
-        for gone in store_folder.clear(folder, recipe):
-            out.print(f"removed {gone.path} ({gigabytes(gone.bytes)})", markup=False)
-    elif listed:
-        out.print(filling.table([found for found in store_folder.stores(folder) if recipe in (None, found.path.name)]))
-    elif recipe is None:
-        raise RecipeError("name a recipe whose teacher caches are to be filled, or give --list or --clear")
-    else:
-        for made in filling.fill(_load(Path(recipe), overrides, plugins), quiet=quiet):
-            out.print(f"{made.path}: {made.filled:,} answers, {gigabytes(made.bytes)}", markup=False)
+    out.print(str(plan.make(load(recipe, overrides, plugins))), markup=False)
 
 
 @app.command()
@@ -229,7 +138,7 @@ def profile(
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() and not cpu else None
     device = accelerator or torch.device("cpu")
     with profiling.threads(threads):
-        found = cost_table.subjects(models, size, classes, device, _paths(plugins))
+        found = cost_table.subjects(models, size, classes, device, absolute(plugins))
         measured = profiling.measure_together([(s.model, s.shape) for s in found], sorted({1, batch}), runs=runs)
         shapes = " or ".join(dict.fromkeys(f"({', '.join(map(str, s.shape))})" for s in found))
         out.print(f"images {shapes}, on {device.type}, {torch.get_num_threads()} threads", markup=False)
@@ -249,7 +158,7 @@ def layers(
     """List the layers of a model that a recipe can tap, with output shapes and aliases."""
     from kdkit import listing
 
-    rows = listing.layers(model, options or [], classes, size, _paths(plugins))
+    rows = listing.layers(model, options or [], classes, size, absolute(plugins))
     table = Table("layer", "type", "output", "alias", box=None, pad_edge=False)
     for row in rows:
         table.add_row(row.name or "(the network)", row.type, f"(B, {', '.join(map(str, row.shape[1:]))})", ", ".join(row.aliases))
@@ -265,7 +174,7 @@ def plugins(
     from kdkit import catalogue, registry
     from kdkit.errors import PluginError, suggest
 
-    found = list(catalogue.entries(registry.load(_paths(plugins))))
+    found = list(catalogue.entries(registry.load(absolute(plugins))))
     if name is None:
         table = Table("name", "kind", "knowledge/scheme", "what it is", "from", box=None, pad_edge=False)
         for entry in found:
@@ -289,47 +198,15 @@ def plugins(
 
 
 @app.command()
-def report(
-    paths: Annotated[list[Path], typer.Argument(metavar="STUDY|RUN...", help="A study's folder, or run folders.", show_default=False)],
-    output: Annotated[Path | None, typer.Option("--output", help="Folder of the files (default: the study's).", show_default=False)] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option("--data", help="Where the data lie: key=value, such as dataset.root=/images; may be repeated.", show_default=False),
-    ] = None,
-) -> None:
-    """Tell a study, or runs: a page with tables and pictures, the same as Markdown, its figures as CSV and JSON."""
-    from rich.markup import escape
-
-    from kdkit import report as reports
-    from kdkit.source import parse_overrides
-
-    overrides = parse_overrides(f"data.{word.removeprefix('data.')}" for word in data or [])
-    with Console(stderr=True).status("reads the runs") as status:  # on a terminal only
-        written = reports.write(paths, output, overrides, say=lambda text: status.update(escape(text)))
-    for what in written.missing:
-        out.print(f"left out: {what}", markup=False)
-    out.print(str(written.page), markup=False)
-
-
-@app.command()
 def schema(
     plugins: Plugins = None,
     study: Annotated[bool, typer.Option("--study", help="That of study files, as `kdkit compare` reads them.")] = False,
 ) -> None:
     """Print the JSON Schema of recipes, for editors."""
-    from kdkit import recipe_types, registry, study_schema
+    from kdkit import recipe_types, registry
+    from kdkit.study import schema as study_schema
 
-    sys.stdout.write((study_schema if study else recipe_types).schema(registry.load(_paths(plugins))))
-
-
-def _load(path: Path, overrides: list[str] | None, plugins: list[Path] | None) -> Recipe:
-    from kdkit import recipe, source
-
-    return recipe.load(path, source.parse_overrides(overrides or []), _paths(plugins))
-
-
-def _paths(plugins: list[Path] | None) -> tuple[Path, ...]:
-    return tuple(path.expanduser().resolve() for path in plugins or [])
+    sys.stdout.write((study_schema if study else recipe_types).schema(registry.load(absolute(plugins))))
 
 
 def main() -> None:

@@ -15,7 +15,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from kdkit import cache_opening, data, objective, plan
+from kdkit import data, objective, plan
+from kdkit.cache import opening as cache_opening
+from kdkit.cache.teacher import TeacherCache
 from kdkit.checkpoints import write_atomically
 from kdkit.contracts import Context, Loss
 from kdkit.engine import Trainer, batches, build_accelerator
@@ -34,7 +36,6 @@ from kdkit.signals import StopRequest
 from kdkit.stage_run import StageRun
 from kdkit.standing import weights
 from kdkit.tapping import TappedModel
-from kdkit.teacher_cache import TeacherCache
 from kdkit.teaching import Model, Stage
 from kdkit.turns import BEGINNING, Stopwatch, Turns, finish
 

@@ -11,13 +11,13 @@ from typing import TypeVar, cast
 
 from torch import Tensor
 
+from kdkit.cache.teacher import TeacherCache
 from kdkit.data import Data, EvalLoader, TrainLoader
 from kdkit.errors import RunError
 from kdkit.evaluate import Predictions, predict_together
 from kdkit.observation import version
 from kdkit.records import Batch, Inputs, Outputs
 from kdkit.tapping import FeaturesOnly, TappedModel
-from kdkit.teacher_cache import TeacherCache
 from kdkit.teaching import Arrange
 from kdkit.turns import Place, Stopwatch
 

@@ -9,10 +9,10 @@ import time
 import pytest
 import torch
 
-from kdkit import answer_store
-from kdkit.answer_store import EMPTY, ON_DISK, WRITTEN, AnswerStore, Column
+from kdkit.cache import store as answer_store
+from kdkit.cache.folder import clear, look, stores
+from kdkit.cache.store import EMPTY, ON_DISK, WRITTEN, AnswerStore, Column
 from kdkit.errors import RunError
-from kdkit.store_folder import clear, look, stores
 
 COLUMNS = [Column("logits", (5,), "float16"), Column("tap a", (3, 2), "bfloat16"), Column("best", (2,), "int16")]
 COUNT = 400

@@ -16,8 +16,10 @@ import pytest
 import yaml
 
 import kdkit
-from kdkit import cli, recipe, recipe_types, registry, study, study_file
+from kdkit import cli, recipe, recipe_types, registry
 from kdkit.errors import KdkitError
+from kdkit.study import comparison as study
+from kdkit.study import variants as study_file
 from kdkit.testing import check_loss
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdkit.findings import Interval
-from kdkit.intervals import bootstrap_interval, paired, shown, spread, t_interval
+from kdkit.study.findings import Interval
+from kdkit.study.intervals import bootstrap_interval, paired, shown, spread, t_interval
 
 T_975 = {1: 12.7062, 2: 4.30265, 4: 2.77645, 9: 2.26216}  # any table of Student's t
 VALUES = (1.25, 0.5, 2.75, -0.25, 1.0)

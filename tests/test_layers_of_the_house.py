@@ -10,17 +10,15 @@ import kdkit
 CORE = Path(kdkit.__file__).parent
 PLUGINS = CORE.parent / "plugins"
 ORDER = """
-    errors turns options records forms parts gathering loss_options layers providers contracts teaching peers ensembles hookspecs registry
-    source schema recipe_types explain recipe fairness grid study_file study_schema catalogue
-    normalization observation backbone tapping trunk models folding listing
-    randomness augment signals subsets transforms images stream data mixing
-    objective meter optim trainable engine evaluate probes testing
-    checkpoints answer_store store_folder kept_answers cache_key teacher_cache sharing cache_opening run_folder progress
-    factory cache_plan deployment step_cost describe plan trained curves show
-    setting standing stage_run profile export cost_table runs filling spreading lockstep findings intervals
-    step_memory measured study study_table
-    cka report_blocks report_drawing report_courses report_lines report_maps report_answers report_words report_sections report_page
-    report_findings report api __init__ cli __main__
+    errors turns options records forms parts gathering loss_options layers providers contracts teaching peers ensembles hookspecs
+    registry source schema recipe_types explain recipe fairness study.grid study.variants study.schema catalogue normalization
+    observation backbone tapping trunk models folding listing randomness augment signals subsets transforms images stream data mixing
+    objective meter optim trainable engine evaluate probes testing checkpoints cache.store cache.folder cache.kept cache.fingerprint
+    cache.teacher sharing cache.opening run_folder progress factory cache.planning deployment step_cost describe plan trained curves
+    show setting standing stage_run profile export cost_table runs cache.filling spreading lockstep study.findings study.intervals
+    study.step_memory study.measured study.comparison study.table report.cka report.blocks report.drawing report.courses report.lines
+    report.maps report.answers report.words report.sections report.page report.findings report.output api cache.__init__ study.__init__
+    report.__init__ console cli_studies __init__ cli __main__
 """.split()  # noqa: SIM905
 
 
@@ -46,20 +44,24 @@ def is_private_part(file, node):
 def own_modules(file):
     """The modules of kdkit that a file imports."""
     for module, names in imports(file):
-        if module == "kdkit":
-            yield from (name for name in names if name in ORDER)
-        elif module.startswith("kdkit."):
-            yield module.split(".")[1]
+        if module == "kdkit" or module.startswith("kdkit."):
+            within = module.partition(".")[2]
+            parts = [f"{within}.{name}".strip(".") for name in names]
+            yield from [part for part in parts if part in ORDER] or ([within] if within else [])
+
+
+def path_of(module):
+    return CORE / f"{module.replace('.', '/')}.py"
 
 
 def test_every_module_has_its_place():
-    assert sorted(ORDER) == sorted(path.stem for path in CORE.glob("*.py"))
+    assert sorted(ORDER) == sorted(str(path.relative_to(CORE).with_suffix("")).replace("/", ".") for path in CORE.rglob("*.py"))
 
 
 @pytest.mark.parametrize("module", ORDER)
 def test_a_module_imports_from_those_before_it(module):
     before = ORDER[: ORDER.index(module)]
-    above = [name for name in own_modules(CORE / f"{module}.py") if name not in before]
+    above = [name for name in own_modules(path_of(module)) if name not in before]
     assert above == [], f"{module} imports {above}, which come after it"
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from kdkit import fairness, plan, recipe, recipe_types, registry, study_file
+from kdkit import fairness, plan, recipe, recipe_types, registry
+from kdkit.study import variants as study_file
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 EVERY = sorted(RECIPES.rglob("*.yaml"))

@@ -16,9 +16,9 @@ from training import PLAIN, merged, write
 from typer.testing import CliRunner
 
 import kdkit
-from kdkit import report
 from kdkit.cli import app
 from kdkit.errors import RecipeError, RunError
+from kdkit.report import output as report
 from kdkit.trained import TrainedRun
 
 ALONE = {"teacher": None, "schedule": {"use": "supervised"}, "losses": [{"use": "cross_entropy"}]}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kdkit import recipe
-from kdkit.step_memory import peak_memory, step_memory
+from kdkit.study.step_memory import peak_memory, step_memory
 from tests.training import write
 
 MLP = {

@@ -11,13 +11,16 @@ import pytest
 import torch
 import yaml
 
-from kdkit import cli, study, study_file, study_table
+from kdkit import cli
 from kdkit.errors import Interrupted, RecipeError, RunError
 from kdkit.evaluate import predict
 from kdkit.factory import ModelFactory
-from kdkit.findings import Findings
 from kdkit.profile import measure
 from kdkit.run_folder import RunFolder
+from kdkit.study import comparison as study
+from kdkit.study import table as study_table
+from kdkit.study import variants as study_file
+from kdkit.study.findings import Findings
 from kdkit.trained import TrainedRun
 from tests.training import merged, write
 
@@ -39,7 +42,7 @@ def carry_out(tmp_path, monkeypatch):
     """Carry a study out; its findings and the names of the folders that were trained."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("gc.collect", lambda *_: 0)  # accelerate's, after every stage: most of the time of runs as small as these
-    monkeypatch.setattr("kdkit.measured.LATENCY_RUNS", 3)
+    monkeypatch.setattr("kdkit.study.measured.LATENCY_RUNS", 3)
     write(tmp_path, BASE, "base.yaml")
     write(tmp_path, TEACHER, "big.yaml")
     train_together = study.train_together
@@ -237,7 +240,7 @@ def test_a_stop_says_how_to_go_on(compare, monkeypatch, stop):
         raise stop
 
     with monkeypatch.context() as patch:
-        patch.setattr("kdkit.study._train", stopped)
+        patch.setattr("kdkit.study.comparison._train", stopped)
         with pytest.raises(Interrupted, match="s: stopped with 0 of 4 runs finished; the same command goes on") as caught:
             compare()
     assert caught.value.signal == (signal.SIGTERM if isinstance(stop, Interrupted) else signal.SIGINT)

@@ -7,9 +7,11 @@ import jsonschema
 import pytest
 import yaml
 
-from kdkit import registry, study_file, study_schema
+from kdkit import registry
 from kdkit.errors import RecipeError
 from kdkit.source import Source
+from kdkit.study import schema as study_schema
+from kdkit.study import variants as study_file
 from tests.training import write as write_recipe
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"

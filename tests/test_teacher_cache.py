@@ -11,16 +11,17 @@ import pytest
 import torch
 from training import PLAIN, PROCESSES, Command, merged, write
 
-from kdkit import answer_store, augment, plan, recipe, runs
-from kdkit.cache_opening import answering, open_cache
+from kdkit import augment, plan, recipe, runs
+from kdkit.cache import store as answer_store
+from kdkit.cache.filling import fill
+from kdkit.cache.folder import clear, stores
+from kdkit.cache.kept import KeptAnswers, Slots
+from kdkit.cache.opening import answering, open_cache
 from kdkit.engine import build_accelerator
 from kdkit.errors import RecipeError, RunError
 from kdkit.factory import ModelFactory
-from kdkit.filling import fill
-from kdkit.kept_answers import KeptAnswers, Slots
 from kdkit.providers import CacheOptions
 from kdkit.records import Outputs
-from kdkit.store_folder import clear, stores
 
 CPU = torch.device("cpu")
 ALL = {"views": "all"}

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from kdkit.findings import Difference, Interval
+from kdkit.study.findings import Difference, Interval
 
 LEVEL = 0.95
 RESAMPLES = 9999

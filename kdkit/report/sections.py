@@ -9,12 +9,12 @@ from typing import Any
 import torch
 import yaml
 
-from kdkit import report_answers, report_lines, report_maps, report_words
-from kdkit.findings import Findings, Variant
-from kdkit.report_answers import COMPARED, SEEDS, Answers
-from kdkit.report_blocks import Block, Document, Facts, Listing, Pictures, Section, Words
-from kdkit.report_courses import Courses
-from kdkit.report_lines import Priced
+from kdkit.report import lines, maps, words
+from kdkit.report.answers import COMPARED, SEEDS, Answers, confusion
+from kdkit.report.blocks import Block, Document, Facts, Listing, Pictures, Section, Words
+from kdkit.report.courses import Courses
+from kdkit.report.lines import Priced
+from kdkit.study.findings import Findings, Variant
 
 LINES = 12  # of a command that is shown unasked
 MANY = 20  # classes: of more, those that differ most are drawn
@@ -59,11 +59,11 @@ def document(material: Material) -> Document:
         ("How to repeat it", _repeat),
     ]
     sections = [Section(title, list(write(material))) for title, write in parts]
-    return Document(findings.name, findings.question, list(report_words.answer(findings)), sections)
+    return Document(findings.name, findings.question, list(words.answer(findings)), sections)
 
 
 def _protocol(material: Material) -> Iterator[Block]:
-    yield Facts(list(report_words.protocol(material.findings, material.recipes)))
+    yield Facts(list(words.protocol(material.findings, material.recipes)))
     about = [(v.name, v.about) for v in material.findings.variants]
     if any(text for _, text in about):
         if len(about) > LINES // 2:
@@ -74,10 +74,10 @@ def _protocol(material: Material) -> Iterator[Block]:
 
 
 def _results(material: Material) -> Iterator[Block]:
-    yield report_words.accuracy_table(material.findings)
-    if (both := report_words.intervals_table(material.findings)) is not None:
+    yield words.accuracy_table(material.findings)
+    if (both := words.intervals_table(material.findings)) is not None:
         yield both
-    yield report_words.further_table(material.findings)
+    yield words.further_table(material.findings)
     for variant in material.findings.variants:
         for seed, reason in variant.failures.items():
             yield Words(f"{variant.name}, seed {seed}, has no result: {reason.rstrip('.')}.")
@@ -85,7 +85,7 @@ def _results(material: Material) -> Iterator[Block]:
 
 def _cost(material: Material) -> Iterator[Block]:
     findings = material.findings
-    table = report_words.cost_table(findings)
+    table = words.cost_table(findings)
     if table is None:
         yield Words("What training and networks cost was not measured.")
         return
@@ -97,7 +97,7 @@ def _cost(material: Material) -> Iterator[Block]:
     points = [Priced(v.name, v.last["top1"], v.cost.cpu_seconds if measured else v.cost.seconds) for v in shown if v.cost]
     if len(points) > 1:
         teacher = findings.teacher.last.get("top1") if findings.teacher else None
-        yield Pictures([report_lines.against_cost(points, findings.baseline, "CPU seconds" if measured else "seconds", teacher)])
+        yield Pictures([lines.against_cost(points, findings.baseline, "CPU seconds" if measured else "seconds", teacher)])
 
 
 def _all_in_all(together: Mapping[str, float]) -> str:
@@ -109,20 +109,20 @@ def _all_in_all(together: Mapping[str, float]) -> str:
 def _learning(material: Material) -> Iterator[Block]:
     findings, courses = material.findings, material.courses
     teacher = findings.teacher.last.get("top1") if findings.teacher else None
-    curves = list(report_lines.learning_curves(courses, findings.baseline, teacher))
+    curves = list(lines.learning_curves(courses, findings.baseline, teacher))
     if not curves:
         yield Words("The runs are not there any more, so there are no curves.")
         return
     bands = any(one.seeds > 1 for one in courses.values())
     yield Words("Means over the seeds; the bands are one standard deviation to each side." if bands else "One seed each, so no bands.")
     yield Pictures(curves)
-    if losses := list(report_lines.loss_terms(courses)):
+    if losses := list(lines.loss_terms(courses)):
         yield Words("The training loss of each variant and its terms, weighted as they count in the total.")
         yield Pictures(losses)
 
 
 def _agreement(material: Material) -> Iterator[Block]:
-    drawn = list(report_lines.to_teacher(material.courses, material.findings.baseline))
+    drawn = list(lines.to_teacher(material.courses, material.findings.baseline))
     if not drawn:
         yield Words("No run was measured against a teacher while it was trained.")
         return
@@ -146,8 +146,8 @@ def _classes(material: Material) -> Iterator[Block]:
     yield Words(f"{many}{_asked(material)}.")
     rows = names
     if answers.teacher is not None:
-        rows, accuracy = [*names, "(teacher)"], torch.cat([accuracy, report_answers.confusion(answers.teacher).diag()[None]])
-    yield Pictures([report_maps.class_accuracy(rows, [answers.classes[i] for i in chosen], accuracy[:, chosen])])
+        rows, accuracy = [*names, "(teacher)"], torch.cat([accuracy, confusion(answers.teacher).diag()[None]])
+    yield Pictures([maps.class_accuracy(rows, [answers.classes[i] for i in chosen], accuracy[:, chosen])])
     leader = _leader(findings, names)
     if leader is not None and findings.baseline in names:
         change = answers.confusion_change(leader, findings.baseline)
@@ -155,7 +155,7 @@ def _classes(material: Material) -> Iterator[Block]:
             f"Confusions of {leader} less those of {findings.baseline}: of the images of a class, how many more percent are taken for each "
             "class. On the diagonal, more is better; elsewhere, less."
         )
-        draw = report_maps.confusion_pairs if len(answers.classes) > MANY else report_maps.confusion_change
+        draw = maps.confusion_pairs if len(answers.classes) > MANY else maps.confusion_change
         yield Pictures([draw(leader, findings.baseline, answers.classes, change)])
 
 
@@ -182,9 +182,9 @@ def _softened(material: Material) -> Iterator[Block]:
     yield Words(
         "Of the test images that the teacher gets right, those to which it gives the most probable second class, at most one of a class. "
         "Its probabilities softmax(z / T): a higher temperature T shows what else the image resembles. The light bar is the label."
-        + (f" Of {len(classes)} classes, the {report_maps.BARS} most probable." if len(classes) > report_maps.BARS else "")
+        + (f" Of {len(classes)} classes, the {maps.BARS} most probable." if len(classes) > maps.BARS else "")
     )
-    yield Pictures([report_maps.softened(i, one.image, one.label, one.logits, classes) for i, one in enumerate(examples, 1)])
+    yield Pictures([maps.softened(i, one.image, one.label, one.logits, classes) for i, one in enumerate(examples, 1)])
 
 
 def _layers(material: Material) -> Iterator[Block]:
@@ -202,9 +202,7 @@ def _layers(material: Material) -> Iterator[Block]:
         f"test images: 1 says that one is a rotation and rescaling of the other, 0 that they have nothing in common. The first seed "
         f"of each variant.{only}"
     )
-    yield Pictures(
-        [report_maps.similar_layers(i, name, one.rows, one.columns, one.values) for i, (name, one) in enumerate(found.items(), 1)]
-    )
+    yield Pictures([maps.similar_layers(i, name, one.rows, one.columns, one.values) for i, (name, one) in enumerate(found.items(), 1)])
 
 
 def _repeat(material: Material) -> Iterator[Block]:

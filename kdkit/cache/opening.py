@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkit import cache_key
-from kdkit.answer_store import SMALLER, AnswerStore, gigabytes
+from kdkit.cache import fingerprint
+from kdkit.cache.kept import KeptAnswers, Slots
+from kdkit.cache.store import SMALLER, AnswerStore, gigabytes
+from kdkit.cache.teacher import TeacherCache, autocast
 from kdkit.data import Data, TrainLoader
 from kdkit.errors import RecipeError, RunError
-from kdkit.kept_answers import KeptAnswers, Slots
 from kdkit.providers import CacheOptions, DataInfo, InMemory, RecipeTeacher, Split, Stream, TeacherOptions
 from kdkit.recipe import Recipe
 from kdkit.records import Outputs
 from kdkit.tapping import TappedModel
-from kdkit.teacher_cache import TeacherCache, autocast
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DIRECTORY = "teacher-cache"
@@ -62,7 +62,7 @@ def open_cache(recipe: Recipe, name: str, teacher: TappedModel, info: DataInfo, 
     slots = Slots.of(options, recipe.spec.data, recipe.spec.seed)
     try:
         kept = _look(recipe, options, teacher, info)
-        key = cache_key.key(recipe, name, teacher, kept, slots, part)
+        key = fingerprint.key(recipe, name, teacher, kept, slots, part)
         store = _open_store(recipe, name, options, kept, slots, part, key, train)
     except RecipeError:
         raise
@@ -116,7 +116,7 @@ def _open_store(
     spec, called = recipe.spec, _called(recipe, name)
     about = {"teacher": called, "data": spec.data.dataset.use, "views": slots.count, "images": len(part), "made": time.time(), "key": key}
     label = "".join(sign if sign.isalnum() or sign in "-_." else "-" for sign in called)
-    path = directory(recipe, options) / f"{label}-{cache_key.fingerprint(key)[:16]}"
+    path = directory(recipe, options) / f"{label}-{fingerprint.fingerprint(key)[:16]}"
     store = AnswerStore(path, kept.columns(), slots.count * len(part), about)
     indices = train.indices.cpu()
     grown = store.allocated() + sum(store.missing_bytes(slot * len(part) + indices) for slot in range(slots.count))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from kdkit.kept_answers import KeptAnswers, Slots
+from kdkit.cache.kept import KeptAnswers, Slots
 from kdkit.providers import InMemory, Split
 from kdkit.recipe import Recipe, content_of
 from kdkit.tapping import TappedModel

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kdkit.curves import COLORS, DASHES, INK, MARKERS, TALL, broken, furnish, over_epochs
-from kdkit.report_blocks import Picture
-from kdkit.report_courses import Course, Courses
-from kdkit.report_drawing import HEIGHT, WIDTH, Look, blank, groups, keyed, labels, looks, plain, png, titled
+from kdkit.report.blocks import Picture
+from kdkit.report.courses import Course, Courses
+from kdkit.report.drawing import HEIGHT, WIDTH, Look, blank, groups, keyed, labels, looks, plain, png, titled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from kdkit.answer_store import SMALLER, gigabytes
-from kdkit.cache_opening import wanted
+from kdkit.cache.kept import KeptAnswers, Slots
+from kdkit.cache.opening import wanted
+from kdkit.cache.store import SMALLER, gigabytes
+from kdkit.cache.teacher import OTHER_IMAGES
 from kdkit.factory import ModelFactory
-from kdkit.kept_answers import KeptAnswers, Slots
 from kdkit.providers import CacheOptions, DataInfo, TeacherOptions
 from kdkit.recipe import Recipe
 from kdkit.records import Batch, Inputs, Outputs
 from kdkit.tapping import TappedModel
-from kdkit.teacher_cache import OTHER_IMAGES
 from kdkit.teaching import Stage
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kdkit import intervals
-from kdkit.findings import Cost, Difference, Findings, Teacher, Variant
-from kdkit.report_blocks import Figures
+from kdkit.report.blocks import Figures
 from kdkit.show import brief
+from kdkit.study import intervals
+from kdkit.study.findings import Cost, Difference, Findings, Teacher, Variant
 
 NONE = "–"
 Column = tuple[str, Callable[[Variant], str], str]  # title, what a variant has there, the metric that the teacher has there

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kdkit.curves import COLORS, INK
-from kdkit.report_blocks import Picture
-from kdkit.report_drawing import WIDTH, blank, labels, plain, png, titled
+from kdkit.report.blocks import Picture
+from kdkit.report.drawing import WIDTH, blank, labels, plain, png, titled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,10 +17,10 @@ from pydantic import Field, ValidationError, field_validator
 from kdkit import recipe as recipes
 from kdkit.errors import RecipeError, suggest
 from kdkit.explain import explain
-from kdkit.grid import Grid
 from kdkit.options import Options, RecipePath, Text
 from kdkit.recipe import Recipe
 from kdkit.source import Source
+from kdkit.study.grid import Grid
 
 SEEDS = 3  # where nothing says how many
 MARKS = ("variants", "vary", "base")  # keys that a study has and a recipe has not

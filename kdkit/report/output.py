@@ -12,13 +12,13 @@ from typing import Any, cast
 
 import yaml
 
-from kdkit import report_answers, report_courses, report_page, report_sections
 from kdkit.checkpoints import write_atomically
 from kdkit.errors import RunError
-from kdkit.findings import Findings
-from kdkit.report_findings import of_runs
-from kdkit.report_sections import Material
+from kdkit.report import answers, courses, page, sections
+from kdkit.report.findings import of_runs
+from kdkit.report.sections import Material
 from kdkit.run_folder import RunFolder
+from kdkit.study.findings import Findings
 
 STUDY = "study.json"
 PICTURES = "report"  # folder
@@ -54,12 +54,12 @@ def write(
     folder = output or home
     material = read(findings, overrides or {}, say)
     say("draws")
-    document = report_sections.document(material)
+    document = sections.document(material)
     files: dict[str, bytes] = {f"{PICTURES}/{one.name}.png": one.png for one in document.pictures}
-    files["report.md"] = report_page.markdown(document, PICTURES).encode()
+    files["report.md"] = page.markdown(document, PICTURES).encode()
     files["report.csv"] = table(findings).encode()
     files["report.json"] = (json.dumps(figures(material), indent=1, default=str, allow_nan=False) + "\n").encode()
-    files["report.html"] = report_page.html(document).encode()
+    files["report.html"] = page.html(document).encode()
     (folder / PICTURES).mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_atomically(folder / name, content)
@@ -104,9 +104,9 @@ def _runs(path: Path) -> list[Path]:
 def read(findings: Findings, overrides: Mapping[str, Any], say: Callable[[str], None] = lambda _: None) -> Material:
     """All that the report tells, from the run folders as far as they are there."""
     there = {v.name: [folder for folder in v.folders if (folder / "run.json").is_file()] for v in findings.variants}
-    courses = {name: report_courses.read(folders) for name, folders in there.items()}
+    followed = {name: courses.read(folders) for name, folders in there.items()}
     recipes = {name: _recipe(folders[0]) for name, folders in there.items() if folders}
-    return Material(findings, courses, recipes, report_answers.ask(findings, overrides, say))
+    return Material(findings, followed, recipes, answers.ask(findings, overrides, say))
 
 
 def _recipe(folder: Path) -> dict[str, Any]:
@@ -151,21 +151,21 @@ def _spent(folder: Path) -> dict[str, float]:
 
 def figures(material: Material) -> dict[str, Any]:
     """Everything that the page draws or says, as plain data."""
-    answers = material.answers
+    said = material.answers
     found: dict[str, Any] = _finite({
         "findings": asdict(material.findings),
         "courses": {name: asdict(one) for name, one in material.courses.items()},
         "recipes": material.recipes,
-        "classes": answers.classes,
-        "class_accuracy": {name: answers.class_accuracy(name).tolist() for name in answers.students},
+        "classes": said.classes,
+        "class_accuracy": {name: said.class_accuracy(name).tolist() for name in said.students},
         "confusion": {
-            name: {seed: report_answers.confusion(found).tolist() for seed, found in seeds.items()}
-            for name, seeds in answers.students.items()
+            name: {seed: answers.confusion(found).tolist() for seed, found in seeds.items()}
+            for name, seeds in said.students.items()
         },
-        "examples": [{"index": one.index, "label": one.label, "logits": one.logits.tolist()} for one in answers.examples],
+        "examples": [{"index": one.index, "label": one.label, "logits": one.logits.tolist()} for one in said.examples],
         "similar_layers": {
             name: {"teacher": one.rows, "student": one.columns, "cka": one.values.tolist(), "images": one.images}
-            for name, one in answers.alike.items()
+            for name, one in said.alike.items()
         },
         "missing": material.missing,
     })  # fmt: skip

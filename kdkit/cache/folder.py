@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from kdkit.answer_store import LOCK, MARKER, STATES, allocated, locks
+from kdkit.cache.store import LOCK, MARKER, STATES, allocated, locks
 from kdkit.errors import RunError, suggest
 
 NAME = re.compile(r".+-[0-9a-f]{16}")

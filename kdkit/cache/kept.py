@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdkit.answer_store import Column
 from kdkit.augment import crop_flip_count, draw_crop_flip
+from kdkit.cache.store import Column
 from kdkit.errors import RunError
 from kdkit.providers import CacheOptions
 from kdkit.records import Outputs

@@ -12,16 +12,16 @@ from rich.table import Table
 from torch import Tensor
 
 from kdkit import data, plan, runs
-from kdkit.answer_store import gigabytes
 from kdkit.augment import crop_flip
-from kdkit.cache_opening import open_cache, wanted
+from kdkit.cache.folder import Found, look
+from kdkit.cache.kept import Slots
+from kdkit.cache.opening import open_cache, wanted
+from kdkit.cache.store import gigabytes
+from kdkit.cache.teacher import Forward, TeacherCache
 from kdkit.data import TrainLoader
 from kdkit.engine import build_accelerator
 from kdkit.factory import ModelFactory
-from kdkit.kept_answers import Slots
 from kdkit.recipe import Recipe
-from kdkit.store_folder import Found, look
-from kdkit.teacher_cache import Forward, TeacherCache
 
 BETWEEN_COMMITS = 10.0  # seconds
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from kdkit.answer_store import AnswerStore
+from kdkit.cache.kept import KeptAnswers, Slots
+from kdkit.cache.store import AnswerStore
 from kdkit.data import TrainLoader
 from kdkit.errors import RunError
-from kdkit.kept_answers import KeptAnswers, Slots
 from kdkit.records import Batch, Inputs, Outputs
 from kdkit.teaching import Arrange
 

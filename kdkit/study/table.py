@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.table import Table
 
 from kdkit.fairness import unequal
-from kdkit.findings import Findings, Teacher, Variant
-from kdkit.intervals import shown, spread
 from kdkit.show import TITLES
-from kdkit.study import about, trainings
-from kdkit.study_file import Study
+from kdkit.study.comparison import about, trainings
+from kdkit.study.findings import Findings, Teacher, Variant
+from kdkit.study.intervals import shown, spread
+from kdkit.study.variants import Study
 
 Cells = tuple[str, Callable[[Variant], str], Callable[[Teacher], str]]  # title, of a variant, of the teacher
 

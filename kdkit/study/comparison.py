@@ -18,15 +18,15 @@ from kdkit.checkpoints import write_atomically
 from kdkit.describe import formula
 from kdkit.errors import Interrupted, RecipeError, RunError
 from kdkit.fairness import refuse_unequal
-from kdkit.findings import Cost, Findings, Teacher, Variant
-from kdkit.intervals import paired
 from kdkit.lockstep import Job, train_together
-from kdkit.measured import COMPARED_WITH_TEACHER, FinishedRun, Measured, Network, common_teacher
 from kdkit.recipe import Recipe
 from kdkit.run_folder import Result, RunFolder, versions
 from kdkit.runs import folder_for
 from kdkit.spreading import Crew, is_first, part
-from kdkit.study_file import Study
+from kdkit.study.findings import Cost, Findings, Teacher, Variant
+from kdkit.study.intervals import paired
+from kdkit.study.measured import COMPARED_WITH_TEACHER, FinishedRun, Measured, Network, common_teacher
+from kdkit.study.variants import Study
 
 FINDINGS = "study.json"
 STUDY = "study.yaml"

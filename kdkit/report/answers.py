@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kdkit.cka import LayerSimilarity
 from kdkit.engine import build_accelerator
 from kdkit.errors import KdkitError, RecipeError, TapError
 from kdkit.evaluate import Predictions, predict, predict_together
-from kdkit.findings import Findings, Variant
 from kdkit.layers import stage_paths
 from kdkit.records import Batch
+from kdkit.report.cka import LayerSimilarity
+from kdkit.study.findings import Findings, Variant
 from kdkit.tapping import TappedModel
 from kdkit.trained import TrainedRun
 

@@ -21,7 +21,7 @@ from kdkit.plan import has_random_weights
 from kdkit.providers import ModelOptions, TeacherOptions
 from kdkit.recipe import Recipe
 from kdkit.run_folder import RunFolder
-from kdkit.step_memory import step_memory
+from kdkit.study.step_memory import step_memory
 from kdkit.trained import TrainedRun
 
 COMPARED_WITH_TEACHER = ("agreement", "kl_to_teacher", "logit_difference")

@@ -7,7 +7,7 @@ from typing import Any
 
 from kdkit import recipe_types
 from kdkit.registry import Registry
-from kdkit.study_file import StudySpec
+from kdkit.study.variants import StudySpec
 
 
 def schema(plugins: Registry) -> str:

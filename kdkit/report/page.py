@@ -7,10 +7,10 @@ import re
 import struct
 from collections.abc import Iterator
 
-from kdkit.report_blocks import Block, Document, Facts, Figures, Pictures, Words
-from kdkit.report_drawing import DPI
+from kdkit.report.blocks import Block, Document, Facts, Figures, Pictures, Words
+from kdkit.report.drawing import DPI
 
-TEMPLATE = "report.html.jinja"
+TEMPLATE = "page.html.jinja"
 PIXELS = 104  # of a screen for an inch of a picture
 SIGNS = re.compile(r"([\\`*_{}\[\]<>|#~$])")
 
@@ -20,7 +20,7 @@ def html(document: Document) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("kdkit", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("kdkit", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"base64": lambda png: base64.b64encode(png).decode(), "width": width}
     return environment.get_template(TEMPLATE).render(document=document)

@@ -14,12 +14,13 @@ from typing import Any
 
 import yaml
 
-from kdkit import intervals, profile
+from kdkit import profile
 from kdkit.errors import KdkitError, RunError
-from kdkit.findings import Cost, Findings, Teacher, Variant
 from kdkit.profile import Profile
 from kdkit.run_folder import Result, RunFolder
 from kdkit.show import brief
+from kdkit.study import intervals
+from kdkit.study.findings import Cost, Findings, Teacher, Variant
 from kdkit.tapping import TappedModel
 from kdkit.trained import TrainedRun
 

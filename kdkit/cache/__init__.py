@@ -1,0 +1,1 @@
+"""Teachers that keep their answers on disk."""

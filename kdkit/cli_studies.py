@@ -1,0 +1,119 @@
+"""The commands for several runs: compare, report, cache. Everything heavy is imported in the command that needs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from kdkit.console import Overrides, Plugins, absolute, load, out
+
+app = typer.Typer()
+
+
+@app.command()
+def compare(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="STUDY|RECIPE|KEY=VALUE...",
+            help="A study file, or recipes (the first is the baseline); key.path=value replaces a value in all of them.",
+            show_default=False,
+        ),
+    ],
+    seeds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs per variant, with the seeds 0, 1, 2... (default: the study's, or 3).", show_default=False),
+    ] = None,
+    allow: Annotated[
+        list[str] | None, typer.Option("--allow", help="Key in which variants may differ; may be repeated.", show_default=False)
+    ] = None,
+    max_parallel: Annotated[
+        int | None, typer.Option("--max-parallel", min=1, help="Runs in memory at once (default: all that share data and seed).")
+    ] = None,
+    spread: Annotated[
+        bool, typer.Option("--spread", help="In several processes, train other seeds and groups in each, not each run in all.")
+    ] = False,
+    dry: Annotated[bool, typer.Option("--dry", help="Only list the variants, and what is trained already.")] = False,
+    plugins: Plugins = None,
+) -> None:
+    """Train a study's variants, or recipes, with several seeds each; print what they reach and cost. What is trained already is reused."""
+    from kdkit import spreading
+    from kdkit.source import parse_overrides
+    from kdkit.study import comparison, table, variants
+
+    changes = [word for word in words if "=" in word and not Path(word).exists()]
+    paths = [Path(word) for word in words if word not in changes]
+    loaded = variants.load(paths, parse_overrides(changes), absolute(plugins), seeds=seeds, allow=allow or ())
+    if dry:
+        out.print(table.planned(loaded))
+        return
+    telling = spread or spreading.is_first()
+    found = comparison.compare(
+        loaded, max_parallel=max_parallel, spread=spread, say=lambda text: out.print(text, markup=False) if telling else None
+    )
+    if found is None:
+        return
+    for one in table.tables(found, out.width, loaded.show):
+        out.print(one)
+        out.print()
+    for line in table.caption(found):
+        out.print(line, style="dim", markup=False)
+    out.print(f"Findings: {loaded.path / comparison.FINDINGS}", style="dim", markup=False)
+    if any(variant.failures for variant in found.variants):
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    paths: Annotated[list[Path], typer.Argument(metavar="STUDY|RUN...", help="A study's folder, or run folders.", show_default=False)],
+    output: Annotated[Path | None, typer.Option("--output", help="Folder of the files (default: the study's).", show_default=False)] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", help="Where the data lie: key=value, such as dataset.root=/images; may be repeated.", show_default=False),
+    ] = None,
+) -> None:
+    """Tell a study, or runs: a page with tables and pictures, the same as Markdown, its figures as CSV and JSON."""
+    from rich.markup import escape
+
+    from kdkit.report import output as reports
+    from kdkit.source import parse_overrides
+
+    overrides = parse_overrides(f"data.{word.removeprefix('data.')}" for word in data or [])
+    with Console(stderr=True).status("reads the runs") as status:  # on a terminal only
+        written = reports.write(paths, output, overrides, say=lambda text: status.update(escape(text)))
+    for what in written.missing:
+        out.print(f"left out: {what}", markup=False)
+    out.print(str(written.page), markup=False)
+
+
+@app.command()
+def cache(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE|NAME]", help="Recipe file; a cache's name for --list, --clear.", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+    plugins: Plugins = None,
+    listed: Annotated[bool, typer.Option("--list", help="List the caches that there are, or the one of that name.")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Remove all caches, or the one of that name.")] = False,
+    folder: Annotated[Path, typer.Option("--dir", help="Where caches are listed or removed.")] = Path("runs/teacher-cache"),
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+) -> None:
+    """Fill the teacher caches of a recipe ahead of its training; list or remove caches."""
+    from kdkit.cache import filling
+    from kdkit.cache import folder as store_folder
+    from kdkit.cache.store import gigabytes
+    from kdkit.errors import RecipeError
+
+    if clear:
+        for gone in store_folder.clear(folder, recipe):
+            out.print(f"removed {gone.path} ({gigabytes(gone.bytes)})", markup=False)
+    elif listed:
+        out.print(filling.table([found for found in store_folder.stores(folder) if recipe in (None, found.path.name)]))
+    elif recipe is None:
+        raise RecipeError("name a recipe whose teacher caches are to be filled, or give --list or --clear")
+    else:
+        for made in filling.fill(load(Path(recipe), overrides, plugins), quiet=quiet):
+            out.print(f"{made.path}: {made.filled:,} answers, {gigabytes(made.bytes)}", markup=False)

@@ -1,0 +1,1 @@
+"""Studies: many recipes on one benchmark."""
