@@ -169,7 +169,7 @@ def furnish(axes: Axes, label: str) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#999999")
-    axes.tick_params(colors=INK, labelsize=9)
+    axes.tick_params(which="both", colors=INK, labelsize=9)
 
 
 def over_epochs(axes: Axes, epochs: int, stages: Sequence[tuple[float, str]]) -> None:

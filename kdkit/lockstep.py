@@ -18,6 +18,7 @@ from accelerate import Accelerator
 
 from kdkit import runs
 from kdkit.errors import Interrupted, KdkitError
+from kdkit.providers import DataInfo
 from kdkit.recipe import Recipe, content_of
 from kdkit.run_folder import Result, RunFolder
 from kdkit.sharing import Sharing
@@ -82,7 +83,8 @@ def train_together(
     mine = crew.share(passes) if crew else passes
 
     def prepare() -> dict[int, runs.Prepared | Outcome]:
-        return {i: _prepared(jobs[i], say) for i in itertools.chain(*mine)}
+        sound: dict[str, DataInfo] = {}
+        return {i: _prepared(jobs[i], sound, say) for i in itertools.chain(*mine)}
 
     prepared = crew.in_turn(prepare) if crew else prepare()  # or two processes would train one teacher
     for number, group in enumerate(mine, 1):
@@ -102,9 +104,13 @@ def _result(job: Job) -> Result | None:
     return folder.result() if folder.holds(job.recipe) else None
 
 
-def _prepared(job: Job, say: Callable[[str], None]) -> runs.Prepared | Outcome:
+def _prepared(job: Job, sound: dict[str, DataInfo], say: Callable[[str], None]) -> runs.Prepared | Outcome:
+    """What can begin; `sound` are recipes whose plan another seed has shown to be sound."""
+    but_for_the_seed = json.dumps({**job.recipe.content(), "seed": None}, sort_keys=True)
     try:
-        return runs.Prepared.make(job.recipe, RunFolder(job.folder), quiet=True)
+        prepared = runs.Prepared.make(job.recipe, RunFolder(job.folder), info=sound.get(but_for_the_seed), quiet=True)
+        sound[but_for_the_seed] = prepared.info
+        return prepared
     except Interrupted:
         raise
     except FAILURES as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import itertools
 from collections.abc import Iterator, Mapping
@@ -13,14 +12,12 @@ from typing import Self
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
-from kdkit import data, objective, plan
+from kdkit import data, plan
 from kdkit.cache import opening as cache_opening
 from kdkit.cache.teacher import TeacherCache
 from kdkit.checkpoints import write_atomically
-from kdkit.contracts import Context, Loss
-from kdkit.engine import Trainer, batches, build_accelerator
+from kdkit.engine import build_accelerator
 from kdkit.errors import DataError, RunError
 from kdkit.evaluate import metrics, predict_together
 from kdkit.factory import ModelFactory, TrainedTeacher, options_of
@@ -34,12 +31,10 @@ from kdkit.setting import Setting
 from kdkit.sharing import Sharing
 from kdkit.signals import StopRequest
 from kdkit.stage_run import StageRun
+from kdkit.stage_setup import Carried, build_trainer
 from kdkit.standing import weights
 from kdkit.tapping import TappedModel
-from kdkit.teaching import Model, Stage
 from kdkit.turns import BEGINNING, Stopwatch, Turns, finish
-
-Carried = dict[tuple[Model, int], dict[str, Loss]]  # of each student (and lesson beyond the students'), its losses so far by name
 
 
 def train(recipe: Recipe, folder: Path | None = None, *, restart: bool = False, quiet: bool = False) -> Result:
@@ -78,12 +73,15 @@ class Prepared:
     quiet: bool
 
     @classmethod
-    def make(cls, recipe: Recipe, folder: RunFolder, *, restart: bool = False, quiet: bool = False) -> Self:
-        """See that all is there, and train what teachers are not; for what may be raised, see `train`."""
-        planned = plan.make(recipe)
+    def make(cls, recipe: Recipe, folder: RunFolder, *, info: DataInfo | None = None, restart: bool = False, quiet: bool = False) -> Self:
+        """See that all is there, and train what teachers are not; for what may be raised, see `train`.
+
+        `info` is that of the data, where the recipe is known to be sound because another seed's is.
+        """
+        info = info or plan.make(recipe).info
         folder.check(recipe, restart=restart)
         accelerator_for(recipe, folder)  # refuses what this machine cannot do before a teacher is trained for it
-        return cls(recipe, folder, planned.info, trained_teachers(recipe, folder.path, quiet=quiet), restart, quiet)
+        return cls(recipe, folder, info, trained_teachers(recipe, folder.path, quiet=quiet), restart, quiet)
 
     def turns(self, accelerator: Accelerator, stop: StopRequest, clock: Stopwatch, sharing: Sharing | None = None) -> Turns[Result]:
         """Carry the run out.
@@ -230,70 +228,6 @@ def _measure_teacher(setting: Setting) -> None:
         setting.reporter.warn(
             f"the teacher is right on {found['top1']:.1f} % of the test data, guessing on {chance:.1f} %: was it trained for these classes?"
         )
-
-
-def build_trainer(
-    recipe: Recipe, prepared: data.Data, factory: ModelFactory, accelerator: Accelerator, number: int, stage: Stage,
-    carried: Carried | None = None,
-) -> Trainer:  # fmt: skip
-    """The trainer of the schedule's stage `number`, its losses set up by a probe batch.
-
-    A loss that a student already had in an earlier stage goes on with what it has learnt: `carried` keeps them.
-    """
-    reseed(recipe.spec.seed, "setup", number)
-    for student in stage.students:
-        student.module.eval()  # a probe moves no statistics
-    parts = stage.parts.to(accelerator.device) if stage.parts is not None else torch.nn.Module()
-    remembered = copy.deepcopy(parts.state_dict())  # nor what the schedule remembers
-    with torch.no_grad():
-        lessons = stage.step(next(batches(prepared.train, stage, 0)))
-    parts.load_state_dict(remembered)
-    labels = _labels_by_index(prepared.train)
-    if len(lessons) < len(stage.students):
-        raise RunError(f"stage '{stage.name}' gives {len(lessons)} lessons for {len(stage.students)} students")
-    if stage.apart and accelerator.num_processes > 1:
-        _refuse_together(recipe, stage)
-    objectives, teachers, last = [], factory.teacher_modules(), len(stage.students) - 1
-    for i, lesson in enumerate(lessons):
-        student = stage.students[i if i <= last else 0]
-        built = objective.build(recipe, stage.losses, factory.expand, layers=i <= last)
-        context = Context(student.module, factory.teaching(stage, min(i, last)), prepared.info.num_classes, len(labels), labels)
-        built.setup(lesson, context, teachers)
-        before = (carried if carried is not None else {}).setdefault((student, max(0, i - last)), {})
-        for name, loss in built.parts().items():
-            if name in before:
-                copied = {key: p.detach() for key, p in loss.named_parameters() if not p.requires_grad}  # of whom this stage's teacher is
-                loss.load_state_dict({**before[name].state_dict(), **copied})
-        before |= built.parts()
-        objectives.append(built)
-    return Trainer(
-        stage, objectives, recipe.spec.train, prepared.train, accelerator,
-        seed=recipe.spec.seed, maximize=prepared.validation is not None,
-    )  # fmt: skip
-
-
-def _refuse_together(recipe: Recipe, stage: Stage) -> None:
-    """Say what processes that train students of their own cannot do.
-
-    Raises:
-        RecipeError: a loss would compare the answers of different networks.
-        RunError: the stage leaves a student that only another process has.
-    """
-    for i, entry in enumerate(recipe.spec.losses):
-        if getattr(entry, "gather", False):
-            says = f"in stage '{stage.name}' each process trains a student of its own, whose answers are not to be gathered into one batch"
-            raise recipe.error(["losses", i, "gather"], says)
-    if stage.result != "first":
-        raise RunError(f"stage '{stage.name}' trains apart, so it can only leave the first process's student")
-
-
-def _labels_by_index(loader: data.TrainLoader) -> Tensor:
-    """Class by `Batch.index`, which counts images that are not trained on too: those have -1. Empty for a stream."""
-    if not len(loader.indices):
-        return loader.labels.cpu()
-    labels = torch.full((int(loader.indices.max()) + 1,), -1)
-    labels[loader.indices.cpu()] = loader.labels.cpu()
-    return labels
 
 
 def _result(setting: Setting, last: StageRun) -> Result:

@@ -132,6 +132,16 @@ def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
     return overrides
 
 
+def override_words(overrides: Mapping[str, Any]) -> list[str]:
+    """Overrides as the words of a command line that `parse_overrides` reads."""
+
+    def plain(value: Any) -> str:
+        text: str = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=10_000)
+        return text.strip().removesuffix("...").strip()
+
+    return [f"{key}={plain(value)}" for key, value in overrides.items()]
+
+
 def nested(overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Values by `key.path` as mappings in mappings."""
     tree: dict[str, Any] = {}

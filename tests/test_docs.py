@@ -197,8 +197,11 @@ def test_a_tutorial_can_be_followed(page, folder):
 
 
 def test_the_readme_shows_the_real_recipe_and_its_commands_work(checkout):
-    shown = [block.text for block in blocks(ROOT / "README.md") if block.language == "yaml"]
-    assert shown == [(ROOT / "recipes" / "digits" / "response.yaml").read_text()]
+    shown, compared = (block.text for block in blocks(ROOT / "README.md") if block.language == "yaml")
+    assert shown == (ROOT / "recipes" / "digits" / "response.yaml").read_text()
+    (checkout / "recipes/digits/compared.yaml").write_text(compared)
+    loaded = study_file.load([checkout / "recipes/digits/compared.yaml"])
+    assert len(study.trainings(loaded)) == 5 * (1 + 2 + 2)  # two of the three variants have a temperature
     printed = "".join(
         carry_out(line) for block in blocks(ROOT / "README.md") if block.language == "bash" for line in block.text.splitlines()
     )

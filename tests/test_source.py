@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from kdkit.errors import RecipeError
 from kdkit.options import Text
-from kdkit.source import Source, parse_overrides
+from kdkit.source import Source, override_words, parse_overrides
 
 
 def write(path, text):
@@ -138,3 +138,9 @@ def test_an_override_that_leads_nowhere(tmp_path, key, says):
 def test_a_word_that_is_no_override(word):
     with pytest.raises(RecipeError, match="override: "):
         parse_overrides([word])
+
+
+def test_overrides_can_be_written_as_words():
+    values = {"a.b": 1e-4, "c": "no", "d": [1, {"x": None}], "e": "data/x y", "f": True, "g": "true"}
+    assert parse_overrides(override_words(values)) == values
+    assert override_words(parse_overrides(["data.dataset.root=/images"])) == ["data.dataset.root=/images"]

@@ -4,6 +4,7 @@ import json
 import re
 import signal
 import statistics
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -256,9 +257,9 @@ def test_recipes_by_themselves(carry_out, tmp_path):
 
 def test_the_written_study_repeats_it(compare, carry_out, tmp_path):
     first, _ = compare({"vary": {"train.optimizer.lr": [0.1, 0.2]}, "seeds": 1})
-    assert first.command == "kdkit compare runs/s/study.yaml"
+    assert first.command == "kdkit compare s.yaml"
     again, trained = carry_out(tmp_path / "runs/s/study.yaml")
-    assert trained == [] and again == first
+    assert trained == [] and replace(again, command=first.command) == first
 
 
 def test_a_study_is_not_put_into_the_folder_of_a_run(compare, tmp_path):

@@ -187,8 +187,7 @@ class _Finder:
         variants = tuple(self._variant(name, by_variant.get(name)) for name in study.variants)
         teacher = Teacher(self.teacher.name, self.teacher.metrics(), **vars(taught)) if self.teacher and taught else None
         together = self.measured.together([each.recipe.fingerprint for each in self.planned])
-        command = f"kdkit compare {study.path / STUDY}"
-        return Findings(study.name, study.question, study.baseline, command, variants, teacher, together, versions(), _machine())
+        return Findings(study.name, study.question, study.baseline, study.command, variants, teacher, together, versions(), _machine())
 
     def _variant(self, name: str, network: Network | None) -> Variant:
         seeds = tuple(seed for seed in self.study.seeds if (name, seed) in self.results)

@@ -17,6 +17,7 @@ from kdkit.engine import Trainer, build_accelerator
 from kdkit.factory import ModelFactory
 from kdkit.randomness import reseed
 from kdkit.recipe import Recipe
+from kdkit.stage_setup import build_trainer
 
 MEASURED = "kdkit: measured"  # its place in the profiler's record
 
@@ -83,7 +84,7 @@ def _trainer(recipe: Recipe, folder: Path) -> Trainer:
     schedule = recipe.plugins.schedules[recipe.spec.schedule.use](recipe.spec.schedule)
     reseed(recipe.spec.seed, "stage", 0)
     stage = next(iter(schedule.stages(factory)))
-    return runs.build_trainer(recipe, prepared, factory, accelerator, 0, stage)
+    return build_trainer(recipe, prepared, factory, accelerator, 0, stage)
 
 
 def _steps(trainer: Trainer) -> Iterator[object]:

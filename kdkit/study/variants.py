@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from kdkit.errors import RecipeError, suggest
 from kdkit.explain import explain
 from kdkit.options import Options, RecipePath, Text
 from kdkit.recipe import Recipe
-from kdkit.source import Source
+from kdkit.source import Source, override_words
 from kdkit.study.grid import Grid
 
 SEEDS = 3  # where nothing says how many
@@ -68,6 +69,7 @@ class Study:
         allow: keys in which they may differ beside those that say what is learnt from whom.
         folder: in which the study has its folder.
         show: metrics that its table has beside the usual ones.
+        command: what asks for it.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Study:
     allow: tuple[str, ...]
     folder: Path
     show: tuple[str, ...] = ()
+    command: str = ""
 
     @property
     def path(self) -> Path:
@@ -121,7 +124,14 @@ def load(
     if studies and len(paths) > 1:
         raise RecipeError(f"{studies[0]}: is a study, which is compared by itself: give one study, or recipes only")
     found = _Loader(opened[studies[0]], overrides, plugins).study() if studies else _of_recipes(list(opened), overrides, plugins)
-    return replace(found, seeds=tuple(range(seeds)) if seeds else found.seeds, allow=(*found.allow, *allow))
+    words = [*map(_seen_from_here, paths), *override_words(overrides or {})]
+    words += [*(["--seeds", str(seeds)] if seeds else []), *(word for key in allow for word in ("--allow", key))]
+    command = shlex.join(["kdkit", "compare", *words, *(word for path in plugins for word in ("--plugins", _seen_from_here(path)))])
+    return replace(found, seeds=tuple(range(seeds)) if seeds else found.seeds, allow=(*found.allow, *allow), command=command)
+
+
+def _seen_from_here(path: Path) -> str:
+    return str(path).removeprefix(f"{Path.cwd()}/")
 
 
 def safe(names: Iterable[str]) -> dict[str, str]:
