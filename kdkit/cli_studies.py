@@ -107,6 +107,8 @@ def cache(
     from kdkit.cache.store import gigabytes
     from kdkit.errors import RecipeError
 
+    if clear and listed:
+        raise RecipeError("give --list or --clear, not both")
     if clear:
         for gone in store_folder.clear(folder, recipe):
             out.print(f"removed {gone.path} ({gigabytes(gone.bytes)})", markup=False)

@@ -19,12 +19,28 @@ Location = Sequence[str | int]
 
 def explain(error: ValidationError, source: Source, model: type[BaseModel]) -> Iterator[str]:
     """One line for each thing that is wrong."""
-    return (_explain(e, source, model) for e in error.errors() if not _is_echo(e))
+    errors = [e for e in error.errors() if not _is_echo(e)]
+    places = [_in_file(e, source) for e in errors]
+    return (_explain(e, source, model) for i, e in enumerate(errors) if not _is_surpassed(i, errors, places))
 
 
 def _is_echo(error: ErrorDetails) -> bool:
     """A list that is called too short because its items are wrong."""
     return error["type"] == "too_short" and len(error["input"]) >= error["ctx"]["min_length"]
+
+
+def _is_surpassed(number: int, errors: Sequence[ErrorDetails], places: Sequence[list[str | int]]) -> bool:
+    """Whether another type that may stand here comes nearer to what is written: it is only out of range, or wrong in one part."""
+
+    def distance(error: ErrorDetails) -> int:
+        return 2 if error["type"].endswith(("_type", "_parsing")) else int(error["type"] == "literal_error")
+
+    own, place = distance(errors[number]), places[number]
+    for i, (other, where) in enumerate(zip(errors, places, strict=True)):
+        deeper = own == 2 and len(where) > len(place) and where[: len(place)] == place
+        if deeper or (where == place and (distance(other), i) < (own, number) and own > 0):
+            return True
+    return False
 
 
 def _explain(error: ErrorDetails, source: Source, model: type[BaseModel]) -> str:

@@ -240,7 +240,9 @@ class ModelFactory:
         assert options is not None
         folded = [unfoldable(self._skeleton(name, options), layers, self.info.num_classes)] if self._folds(name) else []
         compiled = [sorted(layers), self._needs_logits(name)] if self._compiles else []  # other code for other taps
-        return json.dumps([content_of(spec), number, folded, compiled, train.channels_last], sort_keys=True, default=str)
+        source = type(self._source(options))  # plugins may give other networks under one name
+        made_by = source.__module__, source.__qualname__
+        return json.dumps([content_of(spec), made_by, number, folded, compiled, train.channels_last], sort_keys=True, default=str)
 
     @property
     def _compiles(self) -> bool:

@@ -12,6 +12,9 @@ from kdkit.recipe import Recipe
 COMPARED = ("losses", "schedule", "teacher", "teachers", "plugins", "seed")
 """Keys of a recipe that say what is learnt from whom; a study's variants may differ in them. The seed differs by design."""
 
+VIEWS = "teacher.cache.views"
+"""What also says which augmentations a student sees, so that it may not differ."""
+
 
 @dataclass(frozen=True)
 class Unequal:
@@ -39,9 +42,20 @@ def unequal(recipes: Mapping[str, Recipe], baseline: str, allowed: Sequence[str]
     """Where the variants differ from the baseline in more than `COMPARED` and the `allowed` keys (and what is below them)."""
     known = recipes[baseline].content()
     for name, recipe in recipes.items():
+        ours, theirs = _views(recipe), _views(recipes[baseline])
+        if ours != theirs and not any(free == VIEWS or VIEWS.startswith(f"{free}.") for free in allowed):
+            yield Unequal(name, VIEWS, ours, theirs)
+    for name, recipe in recipes.items():
         for key, theirs, ours in differences(known, recipe.content()):
             if not any(key == free or key.startswith(f"{free}.") for free in (*COMPARED, *allowed)):
                 yield Unequal(name, key, ours, theirs)
+
+
+def _views(recipe: Recipe) -> int | None:
+    """How many views of an image the recipe trains on at most, which caches of teachers say."""
+    data, caches = recipe.spec.data, [getattr(one, "cache", None) for one in recipe.spec.all_teachers().values()]
+    counts = [cache.views for cache in caches if cache is not None and cache.views != "all"]
+    return min(counts) if counts and (data.augment or data.timm_augment) else None
 
 
 def refuse_unequal(recipes: Mapping[str, Recipe], baseline: str, allowed: Sequence[str] = ()) -> None:

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 
 from kdkit import runs
-from kdkit.errors import Interrupted, KdkitError
+from kdkit.errors import Interrupted, KdkitError, RunError
 from kdkit.providers import DataInfo
 from kdkit.recipe import Recipe, content_of
 from kdkit.run_folder import Result, RunFolder
@@ -26,7 +26,7 @@ from kdkit.signals import StopRequest
 from kdkit.spreading import Crew
 from kdkit.turns import BEGINNING, Place, Stopwatch, Turns
 
-FAILURES = (KdkitError, RuntimeError)  # torch tells that memory is out, and much else, by a RuntimeError
+FAILURES = (KdkitError, RuntimeError, OSError)  # torch tells that memory is out, and much else, by a RuntimeError
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,12 @@ def train_together(
     Raises:
         Interrupted: a signal stopped them; all are saved, and a further call goes on.
     """
+    if max_parallel is not None and max_parallel < 1:
+        raise RunError(f"at least one run must be in memory at once, not {max_parallel}")
     outcomes = {i: Outcome(job, result) for i, job in enumerate(jobs) if (result := _result(job))}
-    passes = list(_passes({i: _kind(job.recipe) for i, job in enumerate(jobs) if i not in outcomes}, max_parallel))
-    mine = crew.share(passes) if crew else passes
+    left = [i for i in range(len(jobs)) if crew or i not in outcomes]  # a crew shares out what all of it sees alike
+    passes = list(_passes({i: _kind(jobs[i].recipe) for i in left}, max_parallel))
+    mine = [still for part in (crew.share(passes) if crew else passes) if (still := [i for i in part if i not in outcomes])]
 
     def prepare() -> dict[int, runs.Prepared | Outcome]:
         sound: dict[str, DataInfo] = {}
@@ -90,7 +93,7 @@ def train_together(
     for number, group in enumerate(mine, 1):
         ready = [(i, run) for i in group if isinstance(run := prepared[i], runs.Prepared)]
         outcomes |= {i: run for i in group if isinstance(run := prepared[i], Outcome)}
-        say(f"pass {number} of {len(mine)}: {len(ready)} runs side by side, seed {jobs[group[0]].recipe.spec.seed}")
+        say(f"pass {number} of {len(mine)}: {len(ready)} run{'s' * (len(ready) > 1)} side by side, seed {jobs[group[0]].recipe.spec.seed}")
         outcomes |= zip([i for i, _ in ready], _train_group([(jobs[i], run) for i, run in ready], say), strict=True)
     if crew:
         told = crew.gather({i: outcomes[i].reason for i in itertools.chain(*mine)})
@@ -108,7 +111,7 @@ def _prepared(job: Job, sound: dict[str, DataInfo], say: Callable[[str], None]) 
     """What can begin; `sound` are recipes whose plan another seed has shown to be sound."""
     but_for_the_seed = json.dumps({**job.recipe.content(), "seed": None}, sort_keys=True)
     try:
-        prepared = runs.Prepared.make(job.recipe, RunFolder(job.folder), info=sound.get(but_for_the_seed), quiet=True)
+        prepared = runs.Prepared.make(job.recipe, RunFolder(job.folder), info=sound.get(but_for_the_seed), quiet=True, say=say)
         sound[but_for_the_seed] = prepared.info
         return prepared
     except Interrupted:
@@ -122,7 +125,9 @@ def _kind(recipe: Recipe) -> str:
     spec = recipe.spec
     train = spec.train.device, spec.train.precision, spec.train.accumulate
     trackers = str(spec.run.folder / spec.name) if spec.run.trackers else None  # an accelerator tells one run's
-    return json.dumps([content_of(spec.data), spec.seed, train, trackers], sort_keys=True, default=str)
+    dataset = type(recipe.plugins.datasets[spec.data.dataset.use](spec.data.dataset))
+    made_by = f"{dataset.__module__}.{dataset.__qualname__}"  # plugins may give other images under one name
+    return json.dumps([content_of(spec.data), made_by, spec.seed, train, trackers], sort_keys=True, default=str)
 
 
 def _passes(kinds: dict[int, str], size: int | None) -> Iterator[list[int]]:
@@ -178,6 +183,8 @@ def _turn(run: _Run, sharing: Sharing, say: Callable[[str], None]) -> None:
     except Interrupted as error:
         run.stopped = error
     except FAILURES as error:
+        if sharing.world > 1 and not isinstance(error, KdkitError):
+            raise  # the other processes know nothing of it, and would wait for this one
         run.outcome = _failed(run.job, error, say)
 
 

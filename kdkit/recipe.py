@@ -95,6 +95,8 @@ def read(source: Source, plugins: Sequence[Path] = (), *, files: bool = True) ->
         RecipeError: all problems found, one line each.
         PluginError: a plugin that the recipe names is wrong.
     """
+    if "variants" in source.data:
+        raise RecipeError(f"{source.where(['variants'])}: variants: this is a study, which `kdkit compare` carries out, not a recipe")
     found = registry.load((*plugins, *_plugin_paths(source)))
     model = recipe_type(found)
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -73,15 +73,18 @@ class Prepared:
     quiet: bool
 
     @classmethod
-    def make(cls, recipe: Recipe, folder: RunFolder, *, info: DataInfo | None = None, restart: bool = False, quiet: bool = False) -> Self:
+    def make(
+        cls, recipe: Recipe, folder: RunFolder, *, info: DataInfo | None = None, restart: bool = False, quiet: bool = False,
+        say: Callable[[str], None] | None = None,
+    ) -> Self:  # fmt: skip
         """See that all is there, and train what teachers are not; for what may be raised, see `train`.
 
-        `info` is that of the data, where the recipe is known to be sound because another seed's is.
+        `info` is that of the data, where the recipe is known to be sound because another seed's is; `say` is told of teachers.
         """
         info = info or plan.make(recipe).info
         folder.check(recipe, restart=restart)
         accelerator_for(recipe, folder)  # refuses what this machine cannot do before a teacher is trained for it
-        return cls(recipe, folder, info, trained_teachers(recipe, folder.path, quiet=quiet), restart, quiet)
+        return cls(recipe, folder, info, trained_teachers(recipe, folder.path, quiet=quiet, say=say), restart, quiet)
 
     def turns(self, accelerator: Accelerator, stop: StopRequest, clock: Stopwatch, sharing: Sharing | None = None) -> Turns[Result]:
         """Carry the run out.
@@ -128,13 +131,15 @@ def _multiplies_bf16() -> bool:
     return bool(torch.cpu.get_capabilities().get("amx_bf16")) if hasattr(torch.cpu, "get_capabilities") else True
 
 
-def trained_teachers(recipe: Recipe, student_folder: Path, *, quiet: bool = False) -> dict[str, TrainedTeacher]:
+def trained_teachers(
+    recipe: Recipe, student_folder: Path, *, quiet: bool = False, say: Callable[[str], None] | None = None
+) -> dict[str, TrainedTeacher]:
     """The teachers that other recipes train, by name; trains those that are not there yet."""
     teachers = {}
     for name, source in teacher_recipes(recipe.spec).items():
         folder = folder_for(source, recipe.spec.run.folder, source.spec.name, taken=student_folder)
         if not RunFolder(folder).result():
-            Reporter(quiet=quiet).say(f"{source.spec.name}: the teacher is trained first, in {folder}")
+            (say or Reporter(quiet=quiet).say)(f"{source.spec.name}: the teacher is trained first, in {folder}")
         build_accelerator(source.spec.train).wait_for_everyone()  # all have looked before one of them makes it
         result = train(source, folder, quiet=quiet)
         teachers[name] = TrainedTeacher(options_of(source, result.network), result.student, RunFolder(folder).snapshots())

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdkit.cache.teacher import TeacherCache
 from kdkit.data import Data, EvalLoader, TrainLoader
@@ -102,6 +103,7 @@ class SharedTrainLoader:
     def _make(self, number: int, view: int | None, batch: int) -> Batch:
         following, source = self._open.pop((number, view), (-1, iter(())))
         if following != batch:
+            self._open = {which: rest for which, rest in self._open.items() if which[0] >= number}  # nobody goes back to those
             source = self._loader.epoch(number, batch, view)
         made = next(source)
         if batch + 1 < len(self):
@@ -117,24 +119,33 @@ class SharedEvalLoader:
         self._loader, self._memo = loader, memo
         self._source: Iterator[Batch] = iter(())
         self._following = 0
+        self._end: int | None = None  # how many there are, once that is known
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in range(len(self)):
-            yield self._memo.once((id(self), batch), functools.partial(self._make, batch))
+        for batch in itertools.count():  # a stream read by several workers has more batches than its length says
+            try:
+                made = self._memo.once((id(self), batch), functools.partial(self._make, batch))
+            except StopIteration:
+                return
+            yield made
 
     def whole(self) -> EvalLoader:
         return self._loader.whole()
 
     def _make(self, batch: int) -> Batch:
+        if batch == self._end:
+            raise StopIteration
         if batch == 0 or batch != self._following:
-            self._source = iter(self._loader)
-            for _ in range(batch):
-                next(self._source)
+            self._source, self._end = itertools.islice(self._loader, batch, None), None
         self._following = batch + 1
-        return next(self._source)
+        try:
+            return next(self._source)
+        except StopIteration:
+            self._end = batch
+            raise
 
 
 @dataclass
@@ -155,17 +166,17 @@ class Sharing:
 
     def __init__(self, data: Data, world: int = 1) -> None:
         self.memo = Memo()
-        self._alone, self._world = data, world
+        self._alone, self.world = data, world
         self.data = replace(data, train=SharedTrainLoader(data.train, self.memo))
         if world == 1:
             validation = SharedEvalLoader(data.validation, self.memo) if data.validation is not None else None
             self.data = replace(self.data, validation=validation, test=SharedEvalLoader(data.test, self.memo))
         self._loaders: dict[str, TrainLoader] = {}
         self._demands: dict[str, _Demand] = {}
-        self._teachers: dict[tuple[str, str], TappedModel] = {}
+        self._teachers: weakref.WeakValueDictionary[tuple[str, str], TappedModel] = weakref.WeakValueDictionary()  # while a run has a view
         self._wholes: weakref.WeakKeyDictionary[TappedModel, TappedModel] = weakref.WeakKeyDictionary()  # of each run's view
         self._caches: dict[TappedModel, TeacherCache | None] = {}
-        self._predictions: dict[tuple[int, ...], Predictions | None] = {}
+        self._predictions: dict[tuple[nn.Module, ...], tuple[Predictions | None, float, float]] = {}
 
     def close(self) -> None:
         """Let go of what lies on the disk."""
@@ -196,10 +207,10 @@ class Sharing:
             needs_logits: of this run.
             build: makes the teacher with all taps that anyone wants.
         """
-        if (key, state) not in self._teachers:
+        whole = self._teachers.get((key, state))
+        if whole is None:
             demand = self._demands[key]
-            self._teachers[key, state] = build(list(demand.layers), demand.needs_logits)
-        whole = self._teachers[key, state]
+            self._teachers[key, state] = whole = build(list(demand.layers), demand.needs_logits)
         answers = functools.partial(self._answer, whole, list(layers), needs_logits)
         view = whole.view(layers, needs_logits=needs_logits, answers=answers)
         self._wholes[view] = whole
@@ -230,10 +241,15 @@ class Sharing:
 
     def predictions(self, teachers: Sequence[TappedModel]) -> Predictions | None:
         """What teachers say of the test data, together."""
-        key = tuple(id(teacher.module) for teacher in teachers)
+        key, clock = tuple(teacher.module for teacher in teachers), self.memo.clock
         if key not in self._predictions:
-            self._predictions[key] = predict_together(teachers, self._alone.test, world=self._world)
-        return self._predictions[key]
+            wall, cpu = clock.wall, clock.cpu
+            found = predict_together(teachers, self._alone.test, world=self.world)
+            self._predictions[key] = found, clock.wall - wall, clock.cpu - cpu
+            return found
+        found, wall, cpu = self._predictions[key]
+        clock.add(wall, cpu)
+        return found
 
     def _answer(self, whole: TappedModel, layers: list[str], needs_logits: bool, inputs: Inputs) -> Outputs:
         common = self.memo.holds(inputs)  # not a run's own view of the images

@@ -58,7 +58,7 @@ class StageRun:
             logging = trainer.steps % run.log_steps == 0
             saving = bool(run.checkpoint_steps) and trainer.steps % (run.checkpoint_steps or 1) == 0
             stopping = self._must_stop()
-            if logging or saving or stopping or setting.reporter.due():
+            if logging or saving or stopping or (setting.reporter.due() and setting.accelerator.num_processes == 1):
                 terms = self._read(together=logging)
                 setting.reporter.step(trainer.steps, f"epoch {trainer.epoch + 1}/{trainer.epochs}", terms, self.lr, self._speed())
                 if logging and setting.is_main:
@@ -118,11 +118,16 @@ class StageRun:
         return images / max(self.setting.clock.wall - self._clock, 1e-9)
 
     def _read(self, *, together: bool = False) -> dict[str, float]:
-        """The last step's terms: this process's, or `together` the mean over all."""
+        """The last step's terms: this process's, or `together` the mean over all. What one process finds wrong, all are told."""
+        terms, told = {}, ""
         try:
             terms = self.meter.read()
         except RunError as error:
-            raise self._lost(error) from None
+            told = str(error)
+        if self.setting.accelerator.num_processes > 1:
+            told = next(filter(None, gather_object([told])), "")
+        if told:
+            raise self._lost(RunError(told))
         return self._over_processes(terms) if together else terms
 
     def _lost(self, error: RunError) -> RunError:

@@ -246,3 +246,13 @@ def test_a_child_process_does_not_keep_the_store_in_use(tmp_path):
     finally:
         child.kill()
         child.join()
+
+
+def test_a_store_without_marks_is_refused_and_can_be_removed(tmp_path):
+    opened(tmp_path).close()
+    (tmp_path / NAME / answer_store.STATES).unlink()
+    for _ in range(2):  # a refusal keeps no lock
+        with pytest.raises(RunError, match="states.bin is damaged or missing; `kdkit cache --clear"):
+            opened(tmp_path)
+    assert [one.filled for one in stores(tmp_path)] == [0]
+    assert [one.path.name for one in clear(tmp_path, NAME)] == [NAME] and not stores(tmp_path)

@@ -92,3 +92,15 @@ def test_compare(kdkit, tmp_path):
     (tmp_path / "study.yaml").write_text(text.replace("taught:", "taught: {data: {batch_size: 25}}"))
     told = kdkit("compare", "study.yaml", code=2).splitlines()
     assert told[0] == "study.yaml:6: taught: data.batch_size: 25 (alone: 50)" and "--allow data.batch_size" in told[-1]
+
+
+def test_caches_are_listed_or_removed_not_both(kdkit):
+    assert "not both" in kdkit("cache", "--list", "--clear", code=2)
+
+
+def test_a_study_is_no_recipe(kdkit, tmp_path):
+    (tmp_path / "s.yaml").write_text("name: s\nbase: r.yaml\nvariants: {a: {}}\nallow: [train.epoch]\n")
+    assert (
+        kdkit("train", "s.yaml", code=2).strip() == "s.yaml:3: variants: this is a study, which `kdkit compare` carries out, not a recipe"
+    )
+    assert kdkit("compare", "s.yaml", "--dry", code=2).strip() == "allow: no variant has the key 'train.epoch'"

@@ -73,3 +73,13 @@ def test_differences_are_told_at_the_deepest_key():
     assert list(differences(old, new)) == [("a.b", 1, 2), ("a.c.1", 2, 3), ("d", 1, None), ("e", None, 5)]
     assert list(differences({"a": [1]}, {"a": [1, 2]})) == [("a", [1], [1, 2])]
     assert list(differences(old, old)) == []
+
+
+def test_few_views_of_a_cache_are_another_augmentation(tmp_path):
+    flipped = {"data": {"augment": {"flip": 0.5}}}
+    write(tmp_path, PLAIN, "base.yaml")
+    found = loaded(
+        tmp_path, two={**flipped, "teacher": {"cache": {"views": 2}}}, all={**flipped, "teacher": {"cache": {"views": "all"}}}, live=flipped
+    )
+    assert [(one.variant, one.key, one.value) for one in unequal(found, "live", ["data"])] == [("two", "teacher.cache.views", 2)]
+    assert not list(unequal(found, "live", ["data", "teacher.cache.views"]))

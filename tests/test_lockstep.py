@@ -217,3 +217,86 @@ def test_interrupted_they_all_go_on(tmp_path):
     for name in names:
         kdkit.train(tmp_path / f"{name}.yaml", folder=tmp_path / "alone" / name, quiet=True)
         assert_same_run(tmp_path / "alone" / name, tmp_path / "runs" / "s" / f"{name}-seed0")
+
+
+def test_all_of_a_stream_is_measured(tmp_path):
+    """Several workers each have a last batch of their own, so that there are more batches than the stream's length says."""
+    (tmp_path / "streams.py").write_text(STREAMS)
+    data = {"dataset": {"use": "flow"}, "augment": None, "validation": None, "workers": 2, "eval_batch_size": 8}
+    base = {
+        **BASE,
+        "data": {"batch_size": 8, **data},
+        "plugins": ["streams.py"],
+        "student": {"model": "mlp/8"},
+        "teacher": {"model": "mlp/8"},
+    }
+    found = jobs(tmp_path, base, {"response": {}, "adam": {"train": {"optimizer": {"name": "adamw", "lr": 0.01}}}})
+    train_together(found)
+    for job in found:
+        assert_same_run(alone(tmp_path, job), job.folder)
+
+
+STREAMS = '''
+"""Images in a row."""
+
+import kdkit
+import numpy as np
+import torch
+from PIL import Image
+
+
+class Flow:
+    """Each worker has every second image."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def read(self, seed, workers, batch_size):
+        worker = torch.utils.data.get_worker_info()
+        for number in range(worker.id, self.count, worker.num_workers):
+            generator = np.random.default_rng(number)
+            yield Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)), number % 6
+
+
+class FlowOptions(kdkit.DatasetOptions):
+    """Options of Flow."""
+
+
+class FlowSource(kdkit.DatasetSource):
+    """Images in a row, for tests."""
+
+    name = "flow"
+    Options = FlowOptions
+
+    def info(self):
+        return kdkit.DataInfo((3, 8, 8), 6, 32, 21)
+
+    def split(self, part):
+        return Flow(32 if part == "train" else 21)
+
+
+@kdkit.hookimpl
+def kdkit_datasets():
+    return [FlowSource]
+'''
+
+
+def test_networks_of_one_name_from_two_plugins_are_two_teachers(tmp_path):
+    for scale in (1, 3):
+        (tmp_path / f"net{scale}.py").write_text(
+            "import kdkit\nimport torch\n"
+            "class Source(kdkit.ModelSource):\n"
+            "    'A line.'\n    name = 'line'\n"
+            "    def build(self, num_classes, image_shape):\n"
+            f"        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, num_classes), torch.nn.Hardtanh(-{scale}, {scale}))\n"
+            "@kdkit.hookimpl\ndef kdkit_models():\n    return [Source]\n"
+        )
+    base = merged(BASE, {"teacher": None, "student": {"model": "mlp/8", "args": None, "stem": None}})
+    base = {**base, "teacher": {"model": "line/x"}, "student": {"model": "mlp/8"}}
+    found = jobs(tmp_path, base, {f"by{scale}": {"plugins": [f"net{scale}.py"]} for scale in (1, 3)})
+    train_together(found)
+    for job in found:
+        assert_same_run(alone(tmp_path, job), job.folder)

@@ -10,7 +10,7 @@ import torch
 from training import PLAIN, TINY, Command, assert_same_run, lines, merged, metrics, train, weights, write
 
 import kdkit
-from kdkit import recipe, runs
+from kdkit import recipe, runs, stage_setup
 from kdkit.checkpoints import Checkpoints
 from kdkit.providers import DataInfo
 from kdkit.run_folder import RunFolder
@@ -310,7 +310,7 @@ def test_stages_that_cannot_be_told_apart_or_learn_nothing_are_refused(tmp_path)
 def test_labels_are_found_by_the_index_of_a_batch(tmp_path):
     loaded = recipe.load(write(tmp_path, data={"train_samples": 24, "validation": 12}))
     prepared = runs.open_data(loaded, runs.build_accelerator(loaded.spec.train))
-    labels = runs._labels_by_index(prepared.train)
+    labels = stage_setup._labels_by_index(prepared.train)
     for batch in prepared.train.epoch(0):
         assert torch.equal(labels[batch.index], batch.labels)
     assert int((labels >= 0).sum()) == 24

@@ -188,7 +188,7 @@ def test_a_variant_that_cannot_work_is_told_before_anything_is_trained(compare, 
 
 def test_what_is_varied_may_differ(compare):
     found, trained = compare({"vary": {"train.optimizer.lr": [0.1, 0.2]}, "seeds": 1})
-    assert len(trained) == 4 and [variant.name for variant in found.variants][1] == "alone, optimizer.lr 0.2"
+    assert len(trained) == 4 and [variant.name for variant in found.variants][1] == "alone, lr 0.2"
 
 
 def test_best_on_validation_beside_the_last_epoch(compare):
@@ -303,7 +303,7 @@ def test_the_table_of_the_command(compare, say):
     table = rows(said)
     assert table["alone"].count("+-") == 2 and "[" not in table["alone"]
     assert table["response"].count("+-") == 2 and " [" in table["response"] and "(x " in table["response"]
-    assert "+-" not in table["teacher big"] and "Together: 4 runs trained and 0 reused" in said and "2 seeds, mean +-" in said
+    assert "+-" not in table["teacher big"] and "Together: 4 runs trained for this study" in said and "2 seeds, mean +-" in said
     again = rows(say("s.yaml", "train.epochs=2", "--seeds", "1"))
     assert "+-" not in again["alone"] and "[" not in again["response"]
     assert cells(say("s.yaml", "train.epochs=2", "--dry", "--seeds", 3))["response"][:2] == ["seeds 0, 1", "seed 2"]

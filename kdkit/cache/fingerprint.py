@@ -106,6 +106,9 @@ def _data(recipe: Recipe, slots: Slots) -> dict[str, Any]:
 def _images_digest(part: Split | InMemory) -> str:
     """SHA-256 of the labels and of the images: of all that are in memory, or of some that are read."""
     digest = hashlib.sha256(np.asarray(part.labels, dtype=np.int64).tobytes())
+    for path in getattr(part, "paths", ()):  # of image files
+        about = Path(path).stat()
+        digest.update(f"{about.st_size} {about.st_mtime_ns}".encode())
     if isinstance(part, InMemory):
         digest.update(str(tuple(part.images.shape)).encode())
         digest.update(part.images.contiguous().flatten().numpy().data)

@@ -38,7 +38,8 @@ def stores(folder: Path) -> list[Found]:
 
 def look(path: Path) -> Found:
     """What a store's files say."""
-    states = np.fromfile(path / STATES, dtype=np.uint8)
+    marks = path / STATES
+    states = np.fromfile(marks, dtype=np.uint8) if marks.is_file() else np.zeros(0, dtype=np.uint8)  # damaged: nothing is there
     written = max(file.stat().st_mtime for file in path.iterdir())
     return Found(path, json.loads((path / MARKER).read_text()), allocated(path), int(np.count_nonzero(states)), written)
 

@@ -138,15 +138,21 @@ class AnswerStore:
         """The store's lock, held together with its other users; the store is made first, or mended, if there are none."""
         while True:
             self.path.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # it is being cleared
+            try:
                 handle = (self.path / LOCK).open("a")
-                os.register_at_fork(after_in_child=handle.close)
+            except FileNotFoundError:  # it is being cleared
+                continue
+            os.register_at_fork(after_in_child=handle.close)
+            try:
                 if locks(handle, fcntl.LOCK_EX | fcntl.LOCK_NB) and self._holds(handle):
                     self._mend() if (self.path / MARKER).is_file() else self._make(about)
                 locks(handle, fcntl.LOCK_SH)
                 if self._holds(handle) and (self.path / MARKER).is_file():
                     return handle
+            except BaseException:
                 handle.close()
+                raise
+            handle.close()
 
     def _holds(self, handle: TextIO) -> bool:
         """Whether this lock is still the folder's: who clears a folder removes it."""
@@ -162,6 +168,7 @@ class AnswerStore:
         write_atomically(self.path / MARKER, (json.dumps(about, indent=1, default=str) + "\n").encode())
 
     def _mend(self) -> None:
+        self._refuse_damaged()
         pages, states = _map(self.path / STATES, torch.uint8)
         states[states == WRITTEN] = EMPTY
         pages.flush()

@@ -168,7 +168,8 @@ def _line(axes: Axes, course: Course, look: Look, stages: Sequence[tuple[float, 
     """The mean, and its deviation as a band."""
     drawn = axes.plot(*broken(course.x, course.mean, stages), **look.line(), markevery=max(1, len(course.x) // 9))[0]
     if course.deviation:
-        low = [m - d for m, d in zip(course.mean, course.deviation, strict=True)]
+        lowest = min((m for m in course.mean if m > 0), default=0.0) / 2  # a band that reaches 0 has no end on a logarithmic scale
+        low = [m - d if axes.get_yscale() != "log" else max(m - d, lowest) for m, d in zip(course.mean, course.deviation, strict=True)]
         high = [m + d for m, d in zip(course.mean, course.deviation, strict=True)]
         x, lower = broken(course.x, low, stages)
         axes.fill_between(x, lower, broken(course.x, high, stages)[1], color=look.color, alpha=0.13, linewidth=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import signal
@@ -24,6 +25,7 @@ from kdkit.run_folder import Result, RunFolder, versions
 from kdkit.runs import folder_for
 from kdkit.spreading import Crew, is_first, part
 from kdkit.study.findings import Cost, Findings, Teacher, Variant
+from kdkit.study.grid import has
 from kdkit.study.intervals import paired
 from kdkit.study.measured import COMPARED_WITH_TEACHER, FinishedRun, Measured, Network, common_teacher
 from kdkit.study.variants import Study
@@ -56,6 +58,7 @@ def trainings(study: Study) -> list[Training]:
         RecipeError: the variants differ in more than what is compared.
         RunError: the study's folder is a run's.
     """
+    _refuse_unknown(study)
     refuse_unequal(study.variants, study.baseline, study.allow)
     if (study.path / "run.json").is_file():
         raise RunError(f"{study.path} is the folder of a run; give the study another `name:`")
@@ -69,6 +72,17 @@ def trainings(study: Study) -> list[Training]:
                 shelf[recipe.fingerprint] = taken
             found.append(Training(variant, seed, recipe, shelf[recipe.fingerprint]))
     return found
+
+
+def _refuse_unknown(study: Study) -> None:
+    """Make sure that what may differ is a key of some variant.
+
+    Raises:
+        RecipeError: it is not; it may be misspelt.
+    """
+    for key in study.allow:
+        if not any(has(recipe.spec, key.split(".")) for recipe in study.variants.values()):
+            raise RecipeError(f"allow: no variant has the key '{key}'")
 
 
 def compare(
@@ -117,10 +131,11 @@ def _shelf(study: Study) -> dict[str, Path]:
     unfinished: dict[str, Path] = {}
     for marker in dict.fromkeys(sorted(markers, key=lambda path: (path.parent.parent != study.path, path))):
         folder = RunFolder(marker.parent)
-        if folder.result():
-            finished.setdefault(_fingerprint(marker), folder.path)
-        elif folder.path.parent == study.path:
-            unfinished.setdefault(_fingerprint(marker), folder.path)
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged run, or another program's: nothing that could be taken
+            if folder.result():
+                finished.setdefault(_fingerprint(marker), folder.path)
+            elif folder.path.parent == study.path:
+                unfinished.setdefault(_fingerprint(marker), folder.path)
     return unfinished | finished
 
 

@@ -47,9 +47,10 @@ class Grid:
             yield [label for label, _ in point], {key: node for key, (_, node) in zip(keys, point, strict=True)}
 
     def _labels(self, key: str) -> list[str]:
-        """`logit_kl.weight 0.5` for each value of a key: its last two steps, or all where another key ends alike."""
-        short = ".".join(key.split(".")[-2:])
-        called = key if sum(f".{other}".endswith(f".{short}") for other in self._vary) > 1 else short
+        """`weight 0.5` for each value of a key: as many of its last steps as tell it from the other keys."""
+        steps = key.split(".")
+        endings = (".".join(steps[-count:]) for count in range(1, len(steps) + 1))
+        called = next(end for end in endings if end == key or sum(f".{other}".endswith(f".{end}") for other in self._vary) == 1)
         labels = [f"{called} {_label(value)}" for value in self._vary[key]]
         if len(set(labels)) < len(labels):
             raise self._error(key, "a value is given twice")

@@ -51,8 +51,8 @@ def caption(found: Findings) -> Iterator[str]:
         yield from (f"failed: {variant.name}, seed {seed}: {reason}" for seed, reason in variant.failures.items())
     spent = found.together
     yield (
-        f"Together: {spent['trained']:.0f} runs trained and {spent['reused']:.0f} reused, "
-        f"{spent['wall']:,.0f} s and {spent['cpu']:,.0f} s of the processor."
+        f"Together: {spent['trained']:.0f} runs trained for this study, their teachers included, in {spent['wall']:,.0f} s and "
+        f"{spent['cpu']:,.0f} s of the processor; {spent['reused']:.0f} taken from elsewhere."
     )
 
 

@@ -119,6 +119,8 @@ def load(
     """
     if not paths:
         raise RecipeError("name a study file, or recipes")
+    if seeds is not None and seeds < 1:
+        raise RecipeError(f"at least one seed is needed, not {seeds}")
     opened = {path: Source(path) for path in paths}
     studies = [path for path, source in opened.items() if any(key in source.data for key in MARKS)]
     if studies and len(paths) > 1:
@@ -154,7 +156,7 @@ def _of_recipes(paths: Sequence[Path], overrides: Mapping[str, Any] | None, plug
     problems.raise_if_any(len(paths))
     renamed = _renamed(variants)
     first, *others = renamed.values()
-    joined = "-".join(one.spec.name for one in renamed.values())
+    joined = "-".join(one.spec.name for one in renamed.values()) if others else f"{first.spec.name}-study"  # a run of its own has its name
     name = joined if len(joined) <= 60 else f"{first.spec.name}-and-{len(others)}-others"
     return Study(name, "", next(iter(variants)), renamed, tuple(range(SEEDS)), (), first.spec.run.folder)
 
