@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdkit.study.findings import Interval
-from kdkit.study.intervals import bootstrap_interval, paired, shown, spread, t_interval
+from kdkit.study.findings import Findings, Interval, Variant
+from kdkit.study.intervals import at_best, bootstrap_interval, paired, shown, spread, t_interval
 
 T_975 = {1: 12.7062, 2: 4.30265, 4: 2.77645, 9: 2.26216}  # any table of Student's t
 VALUES = (1.25, 0.5, 2.75, -0.25, 1.0)
@@ -72,3 +72,13 @@ def test_a_shift_of_both_changes_no_difference(values, shift):
 def test_shown():
     found = paired(dict(enumerate(VALUES)), dict.fromkeys(range(5), 0.0))
     assert shown(found) == f"+1.05 [{found.t.low:.2f}, {found.t.high:.2f}]"
+
+
+def test_the_difference_at_the_best_epoch_is_paired_by_seed():
+    def variant(name, seeds, top1):
+        return Variant(name, "", seeds, (), {}, {"top1": top1} if top1 else {}, None, None)
+
+    variants = (variant("base", (0, 1, 2), (80.0, 81.0, 82.0)), variant("more", (1, 2), (82.5, 82.5)), variant("none", (0,), ()))
+    found = Findings("s", "", "base", "", variants, None, {}, {}, {})
+    assert at_best(found, variants[0]) is None and at_best(found, variants[2]) is None
+    assert at_best(found, variants[1]) == paired({1: 82.5, 2: 82.5}, {1: 81.0, 2: 82.0})

@@ -140,6 +140,7 @@ def accuracy_table(findings: Findings) -> Figures:
         ("top-1 %", _last("top1", 2), "top1"),
         ("difference, points", lambda v: gain(v.difference), ""),
         ("top-1 % at the best epoch on validation", lambda v: spread(v.best.get("top1", ()), 2), ""),
+        ("difference there, points", lambda v: gain(intervals.at_best(findings, v)), ""),
         ("agreement with the teacher %", _last("agreement", 2), ""),
     ]
     if len(numbers) > 1:

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from kdkit.study.findings import Difference, Interval
+from kdkit.study.findings import Difference, Findings, Interval, Variant
 
 LEVEL = 0.95
 RESAMPLES = 9999
@@ -53,3 +53,10 @@ def shown(difference: Difference) -> str:
     """`+1.72 [0.91, 2.53]`: the mean difference with its interval by t; one seed has no interval."""
     mean = f"{statistics.mean(difference.values):+.2f}"
     return f"{mean} [{difference.t.low:.2f}, {difference.t.high:.2f}]" if difference.t else mean
+
+
+def at_best(found: Findings, variant: Variant) -> Difference | None:
+    """A variant's difference to the baseline where each run is measured at the epoch that is best on validation."""
+    baseline = next((other for other in found.variants if other.name == found.baseline), variant)
+    own, known = (dict(zip(one.seeds, one.best.get("top1", ()), strict=False)) for one in (variant, baseline))
+    return paired(own, known) if variant is not baseline else None

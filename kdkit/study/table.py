@@ -11,7 +11,7 @@ from kdkit.fairness import unequal
 from kdkit.show import TITLES
 from kdkit.study.comparison import about, trainings
 from kdkit.study.findings import Findings, Teacher, Variant
-from kdkit.study.intervals import shown, spread
+from kdkit.study.intervals import at_best, shown, spread
 from kdkit.study.variants import Study
 
 Cells = tuple[str, Callable[[Variant], str], Callable[[Teacher], str]]  # title, of a variant, of the teacher
@@ -90,6 +90,7 @@ def _results(found: Findings) -> Iterator[Cells]:
         yield "difference", lambda v: shown(v.difference) if v.difference else "", lambda _: ""
     if any(variant.best for variant in found.variants):
         yield "best %", lambda v: spread(v.best.get("top1", ())), lambda _: ""
+        yield "best difference", lambda v: shown(gained) if (gained := at_best(found, v)) else "", lambda _: ""
     if any("agreement" in variant.last for variant in found.variants):
         yield "agreement %", lambda v: spread(v.last.get("agreement", ())), lambda _: ""
 
