@@ -17,7 +17,7 @@ FILES = [path for path in EVERY if path not in STUDIES]
 NAMES = [str(path.relative_to(RECIPES)) for path in FILES]
 # Of the tables' pairs of networks, all of one pair is planned in the default run, and of the others what differs between pairs.
 TABLES = [path for path in FILES if path.parent.parent.name == "cifar100" and "-" in path.parent.name]
-OFTEN = {"base", "alone", "ab", "cat_kd", "fsp", "ofd", "review"}
+OFTEN = {"base", "alone", "fsp", "review"}
 PLANNED = [
     pytest.param(
         path,
