@@ -19,6 +19,7 @@ import kdkit
 from kdkit.cli import app
 from kdkit.errors import RecipeError, RunError
 from kdkit.report import output as report
+from kdkit.study.findings import Findings
 from kdkit.trained import TrainedRun
 
 ALONE = {"teacher": None, "schedule": {"use": "supervised"}, "losses": [{"use": "cross_entropy"}]}
@@ -208,4 +209,10 @@ def test_the_same_study_again_from_its_file(runs, tmp_path):
 
 def test_what_is_no_study_is_refused(tmp_path):
     with pytest.raises(RunError, match="neither a study"):
+        report.gather([tmp_path])
+
+
+def test_findings_without_variants_are_none(tmp_path):
+    Findings("s", "", "a", "", (), None, {}, {}, {}).save(tmp_path / "study.json")
+    with pytest.raises(RunError, match="no variants"):
         report.gather([tmp_path])

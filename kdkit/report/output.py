@@ -50,9 +50,12 @@ def write(
     Raises:
         RunError: neither a study nor runs, or none of the runs is finished.
     """
-    findings, home = gather(paths)
+    try:
+        findings, home = gather(paths)
+        material = read(findings, overrides or {}, say)
+    except json.JSONDecodeError as error:
+        raise RunError(f"a file of a run is damaged: {error}") from None
     folder = output or home
-    material = read(findings, overrides or {}, say)
     say("draws")
     document = sections.document(material)
     files: dict[str, bytes] = {f"{PICTURES}/{one.name}.png": one.png for one in document.pictures}

@@ -140,12 +140,15 @@ class Findings:
             RunError: it is not there, or is no such file.
         """
         try:
-            return TypeAdapter(cls).validate_json(path.read_bytes())
+            found = TypeAdapter(cls).validate_json(path.read_bytes())
         except OSError as error:
             raise RunError(f"{path}: {error.strerror}; `kdkit compare` writes it") from None
         except ValidationError as error:
             first = error.errors()[0]
             raise RunError(f"{path}: not the findings of a study: {'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}") from None
+        if not found.variants:
+            raise RunError(f"{path}: not the findings of a study: it has no variants")
+        return found
 
     def save(self, path: Path) -> None:
         """Write a `study.json`."""
