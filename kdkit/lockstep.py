@@ -125,7 +125,7 @@ def _kind(recipe: Recipe) -> str:
     spec = recipe.spec
     train = spec.train.device, spec.train.precision, spec.train.accumulate
     trackers = str(spec.run.folder / spec.name) if spec.run.trackers else None  # an accelerator tells one run's
-    dataset = type(recipe.plugins.datasets[spec.data.dataset.use](spec.data.dataset))
+    dataset = recipe.plugins.datasets[spec.data.dataset.use]
     made_by = f"{dataset.__module__}.{dataset.__qualname__}"  # plugins may give other images under one name
     return json.dumps([content_of(spec.data), made_by, spec.seed, train, trackers], sort_keys=True, default=str)
 

@@ -24,7 +24,7 @@ from kdkit.optim import build_optimizer
 from kdkit.providers import DataInfo, ModelOptions
 from kdkit.randomness import seeded
 from kdkit.recipe import Recipe, teacher_recipes
-from kdkit.records import Batch, Outputs
+from kdkit.records import Batch, Outputs, tensors
 from kdkit.step_cost import step_cost
 from kdkit.subsets import choose
 from kdkit.tapping import TappedModel
@@ -290,15 +290,7 @@ def _batch(images: torch.Tensor, num_classes: int, views: int, count: int) -> Ba
 
 def _shapes(lesson: Lesson) -> list[torch.Size]:
     """Of all that it shows."""
-    found: list[torch.Size] = []
-
-    def note(value: torch.Tensor) -> torch.Tensor:
-        found.append(value.shape)
-        return value
-
-    for said in (lesson.student, *lesson.teachers):
-        said.map(note)
-    return found
+    return [value.shape for said in (lesson.student, *lesson.teachers) for value in tensors(said)]
 
 
 def has_random_weights(options: object) -> bool:

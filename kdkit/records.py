@@ -64,3 +64,15 @@ class Outputs:
     def detach(self) -> Outputs:
         """The same values as constants."""
         return self.map(Tensor.detach)
+
+
+def tensors(record: Batch | Outputs) -> list[Tensor]:
+    """Every tensor in a record, in an order that its shape alone gives."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    record.map(note)
+    return found

@@ -10,14 +10,14 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import dataclass, field, replace
 from typing import TypeVar, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from kdkit.cache.teacher import TeacherCache
 from kdkit.data import Data, EvalLoader, TrainLoader
 from kdkit.errors import RunError
 from kdkit.evaluate import Predictions, predict_together
 from kdkit.observation import version
-from kdkit.records import Batch, Inputs, Outputs
+from kdkit.records import Batch, Inputs, Outputs, tensors
 from kdkit.tapping import FeaturesOnly, TappedModel
 from kdkit.teaching import Arrange
 from kdkit.turns import Place, Stopwatch
@@ -72,14 +72,7 @@ class Memo:
 
 def _versions(made: Batch | Outputs) -> list[int | None]:
     """How often each tensor was changed in place."""
-    found: list[int | None] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        found.append(version(tensor))
-        return tensor
-
-    made.map(note)
-    return found
+    return [version(tensor) for tensor in tensors(made)]
 
 
 class SharedTrainLoader:

@@ -21,7 +21,7 @@ from kdkit.data import Data, TrainLoader
 from kdkit.errors import RecipeError, RunError
 from kdkit.providers import CacheOptions, DataInfo, InMemory, RecipeTeacher, Split, Stream, TeacherOptions
 from kdkit.recipe import Recipe
-from kdkit.records import Outputs
+from kdkit.records import Outputs, tensors
 from kdkit.tapping import TappedModel
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -139,18 +139,7 @@ def _is_channels_last(value: Tensor) -> bool:
 
 def _same(one: Outputs, other: Outputs, *, exactly: bool) -> bool:
     """Whether two answers agree; on an accelerator, as far as sums in another order do."""
-    pairs = list(zip(_tensors(one), _tensors(other), strict=True))
+    pairs = list(zip(tensors(one), tensors(other), strict=True))
     if exactly:
         return all(torch.equal(a, b) for a, b in pairs)
     return all(torch.allclose(a, b, rtol=0, atol=1e-3 * float(a.abs().max()), equal_nan=True) for a, b in pairs)
-
-
-def _tensors(answer: Outputs) -> list[Tensor]:
-    found: list[Tensor] = []
-
-    def note(value: Tensor) -> Tensor:
-        found.append(value)
-        return value
-
-    answer.map(note)
-    return found
