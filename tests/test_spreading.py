@@ -56,3 +56,14 @@ def test_a_study_in_two_processes(tmp_path, words):
         for seed in range(2):
             kdkit.train(path, overrides={"seed": seed}, folder=tmp_path / f"alone{seed}", quiet=True)
             assert_same_run(tmp_path / f"alone{seed}", tmp_path / "runs" / "s" / f"plain-seed{seed}")
+
+
+def test_a_run_that_fails_in_both_processes_does_not_stop_the_other(tmp_path):
+    write(tmp_path, {**merged(BASE, VARIANTS["response"]), "name": "plain"}, "response.yaml")
+    wild = "{train: {optimizer: {lr: 1.0e+30}}}"
+    (tmp_path / "study.yaml").write_text(
+        f"name: s\nbase: response.yaml\nvariants: {{plain: {{}}, wild: {wild}}}\nseeds: 1\nallow: [train.optimizer.lr]\n"
+    )
+    both = [command.finish(120) for command in together(tmp_path, "compare", "study.yaml")]
+    assert [code for code, _ in both] == [1, 0], both
+    assert "failed: wild, seed 0" in both[0][1] and "1 runs trained" in both[0][1]
