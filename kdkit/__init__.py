@@ -61,8 +61,10 @@ if TYPE_CHECKING:
     from kdkit.providers import ModelOptions as ModelOptions
     from kdkit.providers import ModelSource as ModelSource
     from kdkit.providers import Normalize as Normalize
+    from kdkit.providers import Portable as Portable
     from kdkit.providers import Split as Split
     from kdkit.providers import Stream as Stream
+    from kdkit.providers import Texts as Texts
     from kdkit.records import Batch as Batch
     from kdkit.records import Outputs as Outputs
     from kdkit.tapping import taps as taps
@@ -97,7 +99,7 @@ _HOME = {
     "errors": "DataError Interrupted KdkitError ModelError PluginError RecipeError RunError ShapeError TapError",
     "hookspecs": "hookimpl",
     "options": "BOOKKEEPING Arguments Options Ramp Rampable RecipePath",
-    "providers": "DataInfo DatasetOptions DatasetSource InMemory ModelOptions ModelSource Normalize Split Stream",
+    "providers": "DataInfo DatasetOptions DatasetSource InMemory ModelOptions ModelSource Normalize Portable Split Stream Texts",
     "normalization": "NormalizationAdapter",
     "tapping": "taps",
     "trained": "load_student",

@@ -117,7 +117,8 @@ def profile(
     ],
     batch: Annotated[int, typer.Option("--batch", min=1, help="Images per answer, beside single ones.")] = 32,
     size: Annotated[
-        str | None, typer.Option("--size", help="Image shape C,H,W (default: the run's, or 3,224,224).", show_default=False)
+        str | None,
+        typer.Option("--size", help="Image shape C,H,W, or N tokens of a text (default: the run's, or 3,224,224).", show_default=False),
     ] = None,
     classes: Annotated[
         int | None, typer.Option("--classes", min=1, help="Logits of named models (default: the run's, or 1000).", show_default=False)
@@ -134,6 +135,7 @@ def profile(
 
     from kdkit import cost_table
     from kdkit import profile as profiling
+    from kdkit.shapes import kind_of
 
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() and not cpu else None
     device = accelerator or torch.device("cpu")
@@ -141,7 +143,7 @@ def profile(
         found = cost_table.subjects(models, size, classes, device, absolute(plugins))
         measured = profiling.measure_together([(s.model, s.shape) for s in found], sorted({1, batch}), runs=runs)
         shapes = " or ".join(dict.fromkeys(f"({', '.join(map(str, s.shape))})" for s in found))
-        out.print(f"images {shapes}, on {device.type}, {torch.get_num_threads()} threads", markup=False)
+        out.print(f"{kind_of(found[0].shape)} {shapes}, on {device.type}, {torch.get_num_threads()} threads", markup=False)
     out.print(cost_table.table([s.name for s in found], measured))
 
 
@@ -152,7 +154,7 @@ def layers(
         list[str] | None, typer.Argument(help="Options of the model: key=value, such as stem=small.", show_default=False)
     ] = None,
     classes: Annotated[int, typer.Option(help="Number of classes.")] = 10,
-    size: Annotated[str, typer.Option(help="Image shape C,H,W.")] = "3,224,224",
+    size: Annotated[str, typer.Option(help="Image shape C,H,W; for networks that read texts, N tokens.")] = "3,224,224",
     plugins: Plugins = None,
 ) -> None:
     """List the layers of a model that a recipe can tap, with output shapes and aliases."""

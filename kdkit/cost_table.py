@@ -13,8 +13,9 @@ from rich.table import Table
 from kdkit import registry
 from kdkit.errors import ModelError, RunError
 from kdkit.models import build_model
-from kdkit.profile import Profile, Shape
+from kdkit.profile import Profile
 from kdkit.recipe_types import source_of
+from kdkit.shapes import Shape, parse_shape
 from kdkit.tapping import TappedModel
 from kdkit.trained import TrainedRun
 
@@ -24,7 +25,7 @@ DEFAULT_CLASSES = 1000
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to be measured, for images of some shape (C, H, W)."""
+    """A model to be measured, for images (C, H, W) or texts (N,)."""
 
     name: str
     model: TappedModel
@@ -38,7 +39,7 @@ def subjects(
 
     Args:
         words: run folders, and model names as a recipe has them.
-        size: "C,H,W" for all of them (None: a run's own; 3,224,224 without a run).
+        size: "C,H,W" (of texts, "N") for all of them (None: a run's own; 3,224,224 without a run).
         classes: number of logits of named models (None: the first run's; 1000 without a run).
         device: where they are measured.
         plugins: further plugin files or folders.
@@ -56,19 +57,6 @@ def subjects(
     for word in words:
         found += _of_run(word, runs[word], asked, device) if word in runs else [_of_name(word, shape, number, device, plugins)]
     return found
-
-
-def parse_shape(size: str) -> Shape:
-    """(C, H, W) of "C,H,W".
-
-    Raises:
-        ModelError: it is not of that form.
-    """
-    try:
-        channels, height, width = (int(side) for side in size.split(","))
-    except ValueError:
-        raise ModelError(f"--size: '{size}' is not of the form C,H,W, such as 3,224,224") from None
-    return channels, height, width
 
 
 def _of_run(word: str, run: TrainedRun, asked: Shape | None, device: torch.device) -> Iterator[Subject]:

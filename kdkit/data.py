@@ -17,12 +17,16 @@ from kdkit import stream
 from kdkit.augment import permutation
 from kdkit.errors import DataError
 from kdkit.images import Finish, HeldImages, Images, Pictures, ReadImages
-from kdkit.providers import DataInfo, DatasetSource, InMemory, Split, Stream
+from kdkit.providers import DataInfo, DatasetSource, InMemory, Split, Stream, Texts
 from kdkit.records import Batch
 from kdkit.schema import DataSpec
+from kdkit.shapes import Shape, is_text
 from kdkit.subsets import choose
 from kdkit.teaching import Arrange
+from kdkit.texts import HeldTexts
 from kdkit.transforms import for_measuring, for_training, resized
+
+FOR_IMAGES = ("image_size", "augment", "timm_augment")
 
 
 class TrainLoader(Protocol):
@@ -138,12 +142,16 @@ class _OrderedLoader:
         return _OrderedLoader(self._images, self._batch_size, rank=0, world=1)
 
 
-def image_shape(spec: DataSpec, info: DataInfo) -> tuple[int, int, int]:
-    """Shape (C, H, W) of the images in a batch.
+def image_shape(spec: DataSpec, info: DataInfo) -> Shape:
+    """Shape (C, H, W) of the images in a batch; of texts, the most tokens that one has (N,).
 
     Raises:
-        DataError: the dataset's images have many sizes and `data.image_size` is not set.
+        DataError: the dataset's images have many sizes and `data.image_size` is not set; texts are to be changed as images are.
     """
+    if is_text(info.image_shape):
+        if asked := [key for key in FOR_IMAGES if getattr(spec, key) is not None]:
+            raise DataError(f"data.{asked[0]}: is for images, and dataset '{spec.dataset.use}' has texts")
+        return info.image_shape
     channels, height, width = info.image_shape
     if spec.image_size is not None:
         return channels, spec.image_size, spec.image_size
@@ -184,7 +192,7 @@ class _Builder:
     rank: int
     world: int
 
-    def train(self, part: Split | InMemory | Stream) -> tuple[TrainLoader, EvalLoader | None]:
+    def train(self, part: Split | InMemory | Texts | Stream) -> tuple[TrainLoader, EvalLoader | None]:
         finish = Finish(self.spec.augment, self.seed, self.device)
         if isinstance(part, Stream):
             stream.refuse(self.spec, self.world)
@@ -199,7 +207,7 @@ class _Builder:
         validation = self._ordered(part, labels, aside) if len(aside) else None
         return _ShuffledLoader(images, self.spec, self.seed, self.rank, self.world), validation
 
-    def test(self, part: Split | InMemory | Stream) -> EvalLoader:
+    def test(self, part: Split | InMemory | Texts | Stream) -> EvalLoader:
         if isinstance(part, Stream):
             if self.world > 1:
                 stream.refuse(self.spec, self.world)
@@ -209,11 +217,13 @@ class _Builder:
         labels = self._labels(part, "test")
         return self._ordered(part, labels, torch.arange(len(labels)))
 
-    def _ordered(self, part: Split | InMemory, labels: Tensor, indices: Tensor) -> EvalLoader:
+    def _ordered(self, part: Split | InMemory | Texts, labels: Tensor, indices: Tensor) -> EvalLoader:
         images = self._images(part, labels, indices, Finish(None, self.seed, self.device), training=False)
         return _OrderedLoader(images, self.spec.eval_batch_size, self.rank, self.world)
 
-    def _images(self, part: Split | InMemory, labels: Tensor, indices: Tensor, finish: Finish, training: bool) -> Images:
+    def _images(self, part: Split | InMemory | Texts, labels: Tensor, indices: Tensor, finish: Finish, training: bool) -> Images:
+        if isinstance(part, Texts):
+            return HeldTexts(part, labels, indices, self.device)
         if isinstance(part, InMemory) and not (training and self.spec.timm_augment):
             pixels = part.images if len(indices) == len(part) else part.images[indices]
             pixels = resized(pixels, self.spec.image_size, self.spec.interpolation)
@@ -224,7 +234,7 @@ class _Builder:
         transform = for_training(self.spec, shape, self.seed) if training else for_measuring(self.spec, shape)
         return ReadImages(files, labels, indices, finish, transform, self.spec.workers, keep_workers=training)
 
-    def _labels(self, part: Split | InMemory, name: str) -> Tensor:
+    def _labels(self, part: Split | InMemory | Texts, name: str) -> Tensor:
         labels = torch.as_tensor(part.labels, dtype=torch.int64)
         if not len(labels):
             raise DataError(f"dataset '{self.spec.dataset.use}' has no {name} images")

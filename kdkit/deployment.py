@@ -13,6 +13,7 @@ from kdkit.providers import DataInfo, ModelOptions
 from kdkit.randomness import seeded
 from kdkit.recipe import Recipe
 from kdkit.records import Batch
+from kdkit.shapes import random_inputs
 from kdkit.tapping import TappedModel
 
 PROBE = 4  # images, of which a schedule may compare only half
@@ -48,7 +49,7 @@ def deployed(
     index = torch.arange(PROBE)
     labels = index % info.num_classes
     with torch.no_grad(), seeded("deployed"):
-        views = tuple(torch.rand(PROBE, *info.image_shape) for _ in range(stage.views))
+        views = tuple(random_inputs(info.image_shape, PROBE, seed=i) for i in range(stage.views))
         lesson = stage.step(Batch(views[0], labels, index, views[1:]))[number]
         parts = objective.build(recipe, used, factory.expand)
         if not parts.active(lesson):

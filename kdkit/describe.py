@@ -9,6 +9,7 @@ from torch import nn
 
 from kdkit.providers import DataInfo
 from kdkit.schema import LossEntry
+from kdkit.shapes import is_text
 from kdkit.step_cost import StepCost
 
 
@@ -52,9 +53,11 @@ class Plan:
 
     def _lines(self) -> Iterator[str]:
         info = self.info
-        yield f"{self.name}: {self.num_train:,} training and {info.num_test:,} test images {info.image_shape}, {info.num_classes} classes"
+        what = f"texts of up to {info.image_shape[0]} tokens" if is_text(info.image_shape) else f"images {info.image_shape}"
+        one = what.split()[0][:-1]
+        yield f"{self.name}: {self.num_train:,} training and {info.num_test:,} test {what}, {info.num_classes} classes"
         for model in (*self.teachers, self.student):
-            yield f"{model.role}: {model.parameters:,} parameters, {model.macs / 1e6:,.2f} M multiply-accumulates per image"
+            yield f"{model.role}: {model.parameters:,} parameters, {model.macs / 1e6:,.2f} M multiply-accumulates per {one}"
             yield from (f"  tap {name} (B, {', '.join(map(str, shape))})" for name, shape in model.taps)
         for stage in self.stages:
             students = f", {stage.students} students" if stage.students > 1 else ""

@@ -32,10 +32,10 @@ def combined(logits: Sequence[Tensor], by: Combination = "probabilities", weight
 def ensemble(answers: Sequence[Outputs], by: Combination = "probabilities", weights: Tensor | None = None) -> Outputs:
     """The combined logits of several models' answers, without features; views are combined likewise."""
     views = {name: ensemble([answer.views[name] for answer in answers], by, weights) for name in answers[0].views}
-    return Outputs(combined([answer.logits for answer in answers], by, weights), views=views)
+    return Outputs(combined([answer.logits for answer in answers], by, weights), views=views, mask=answers[0].mask)
 
 
 def with_logits(answer: Outputs, logits: Tensor) -> Outputs:
     """An answer with other logits, those of a whole group: what losses read of layers stays the answer's own."""
     features = {name: logits if value is answer.logits else value for name, value in answer.features.items()}
-    return Outputs(logits, features, answer.views)
+    return Outputs(logits, features, answer.views, answer.mask)

@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,8 @@ from kdkit.errors import ModelError
 from kdkit.normalization import NormalizationAdapter
 from kdkit.providers import ModelOptions, ModelSource
 from kdkit.recipe_types import DEFAULT_SOURCE
+from kdkit.records import MASK
+from kdkit.shapes import TOKENS, Shape, is_text, random_inputs
 from kdkit.standing import weights
 from kdkit.tapping import TappedModel
 from kdkit.trained import EXPORTED, WEIGHTS, TrainedRun
@@ -30,6 +32,7 @@ Format = Literal["timm", "onnx"]
 ONNX_FILE = "model.onnx"
 ONNX_NEEDS = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-4  # of ONNX against torch, relative to the largest logit
+IMAGES = ["images"]  # name of the only input of a network that takes them
 EMBEDDED = 2**30  # bytes of weights from which an ONNX file keeps them beside itself: a single one ends at 2 GiB
 TIMM_KEPT = ("classifier", "first_conv", "fixed_input_size", "license")  # what timm knows of the architecture; the rest is of other weights
 
@@ -70,7 +73,10 @@ def export(run: TrainedRun, form: Format = "timm", folder: Path | None = None, *
 
 def _write_weights(run: TrainedRun, student: TappedModel, network: ModelOptions, source: ModelSource, folder: Path) -> Export:
     own, files = _own_config(run, network), (folder / WEIGHTS, folder / EXPORTED)
-    write_atomically(files[0], weights(student))
+    write_atomically(files[0], weights(student, {"format": "pt"}))  # which transformers asks for
+    if (portable := source.portable(student.module)) is not None:
+        _write_json(files[1], {**portable.config, "kdkit": {**own, "options": portable.options, "needs_files": []}})
+        return Export(files, (portable.how.format(folder=folder), f'or by kdkit.load_student("{folder}")', _expects(student)))
     reason = f"{source.name} is not timm"
     if source.name == DEFAULT_SOURCE:
         _write_json(files[1], {**_timm_config(run, student, network, source), "kdkit": own})
@@ -91,7 +97,7 @@ def _own_config(run: TrainedRun, options: ModelOptions) -> dict[str, Any]:
     files = sorted(key for key, value in options if isinstance(value, Path) and key != "checkpoint")
     return {
         "version": __version__,
-        "options": options.model_dump(mode="json", exclude={"checkpoint", "strip_prefix", *files}, exclude_none=True),
+        "options": options.model_dump(mode="json", exclude={"checkpoint", "strip_prefix", "init", *files}, exclude_none=True),
         "needs_files": [getattr(options, key).name for key in files],
         "num_classes": run.info.num_classes,
         "image_shape": list(run.info.image_shape),
@@ -130,6 +136,8 @@ def expected(student: TappedModel) -> tuple[list[float], list[float]]:
 def _expects(student: TappedModel) -> str:
     mean, std = ("/".join(f"{v:g}" for v in row) for row in expected(student))
     shape = ", ".join(map(str, student.input_shape or ()))
+    if is_text(student.input_shape or ()):
+        return f"its network takes token ids (B, N) by the name of {TOKENS}, and their {MASK}"
     return f"its network takes images (B, {shape}) normalised by mean {mean}, std {std}"
 
 
@@ -163,21 +171,24 @@ def _relative_gap(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12))
 
 
-class _FromImages(nn.Module):
-    """Input adaptation and network as one module, from images in [0, 1] to logits."""
+class _Deployed(nn.Module):
+    """Input adaptation and network as one module: from images in [0, 1], or from the tensors of a text, to logits."""
 
-    def __init__(self, student: TappedModel) -> None:
+    def __init__(self, student: TappedModel, names: Sequence[str]) -> None:
         super().__init__()
-        self.adapt, self.network = student.adapt, student.module
+        self.adapt, self.network, self.names = student.adapt, student.module, names
 
-    def forward(self, images: Tensor) -> Tensor:
-        answer = self.network(self.adapt(images))
+    def forward(self, *given: Tensor) -> Tensor:
+        answer = self.network(self.adapt(*given)) if self.names == IMAGES else self.network(**dict(zip(self.names, given, strict=True)))
         logits: Tensor = answer["logits"] if isinstance(answer, Mapping) else answer
         return logits
 
 
-def _write_onnx(student: TappedModel, shape: tuple[int, int, int], folder: Path) -> Export:
-    network, images = _FromImages(student).eval(), torch.rand((3, *shape), generator=torch.Generator().manual_seed(0))
+def _write_onnx(student: TappedModel, shape: Shape, folder: Path) -> Export:
+    probe = random_inputs(shape, 3)
+    names = IMAGES if isinstance(probe, Tensor) else [*probe]
+    network, given = _Deployed(student, names).eval(), [probe] if isinstance(probe, Tensor) else [*probe.values()]
+    free = {0: torch.export.Dim("batch")} | ({1: torch.export.Dim("tokens", max=shape[0])} if is_text(shape) else {})
     outside = len(weights(student)) > EMBEDDED
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as draft:
         path = Path(draft) / ONNX_FILE
@@ -185,32 +196,35 @@ def _write_onnx(student: TappedModel, shape: tuple[int, int, int], folder: Path)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the exporter's, about itself
                 torch.onnx.export(
-                    network, (images,), path, dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},), external_data=outside,
-                    input_names=["images"], output_names=["logits"], verbose=False,
+                    network, tuple(given), path, dynamo=True, dynamic_shapes=(tuple(free for _ in names),), external_data=outside,
+                    input_names=names, output_names=["logits"], verbose=False,
                 )  # fmt: skip
         except Exception as error:  # the exporter raises whatever the network's operations make it raise
             raise ModelError(f"ONNX cannot express this network: {_first_line(error)}") from error
-        gap = _onnx_gap(path, network, images)
+        gap = _onnx_gap(path, network, dict(zip(names, given, strict=True)))
         written = sorted(Path(draft).iterdir())
         for file in written:
             os.replace(file, folder / file.name)
     files = tuple(folder / file.name for file in written)
     what = f"images (B, {', '.join(map(str, shape))}) in [0, 1] to logits, any batch size"
+    if is_text(shape):
+        what = f"{' and '.join(names)} (B, N) of up to {shape[0]} tokens to logits, any batch size"
     return Export(files, (what, f"largest difference from torch's logits: {gap:.2g}"))
 
 
-def _onnx_gap(path: Path, network: nn.Module, images: Tensor) -> float:
-    """Largest absolute difference of the logits, over batches of one and of all images."""
+def _onnx_gap(path: Path, network: nn.Module, given: Mapping[str, Tensor]) -> float:
+    """Largest absolute difference of the logits, over batches of one and of all samples."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     gaps = []
-    for batch in (images[:1], images):
-        found = torch.from_numpy(session.run(None, {"images": batch.numpy()})[0])
+    for count in (1, None):
+        batch = {name: value[:count] for name, value in given.items()}
+        found = torch.from_numpy(session.run(None, {name: value.numpy() for name, value in batch.items()})[0])
         with torch.no_grad():
-            wanted = network(batch)
+            wanted = network(*batch.values())
         if (relative := _relative_gap(found, wanted)) > TOLERANCE:
             raise ModelError(f"the ONNX network gives other logits than torch: relative difference {relative:.1g}; nothing was written")
         gaps.append(float((found - wanted).abs().max()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -17,10 +18,11 @@ from torch import nn
 from kdkit.contracts import Loss
 from kdkit.errors import ModelError, RecipeError, RunError, TapError
 from kdkit.folding import fold_batchnorm, unfoldable
+from kdkit.inheritance import inherit
 from kdkit.layers import expand_pairs
 from kdkit.loss_options import LayerPair
 from kdkit.models import build_model
-from kdkit.providers import DataInfo, ModelOptions, ModelSource, RecipeTeacher, TeacherOptions
+from kdkit.providers import DataInfo, ModelOptions, ModelSource, RecipeTeacher, StudentOptions, TeacherOptions
 from kdkit.randomness import seeded
 from kdkit.recipe import Recipe, content_of, models_in
 from kdkit.recipe_types import source_of
@@ -66,6 +68,7 @@ class ModelFactory:
         self._teachers: dict[str, TappedModel] = {}
         self._past: list[weakref.ref[TappedModel]] = []  # teachers as they were
         self._skeletons: dict[str, nn.Module] = {}
+        self.inherited: list[str] = []  # tensors that the last student has of a teacher
         self._sharing = sharing
         if sharing is not None:
             for number, name in enumerate(recipe.spec.all_teachers()):
@@ -105,6 +108,7 @@ class ModelFactory:
         layers = list(dict.fromkeys([*self.student_layers(), *taps]))
         model = self._build("student", options or self.recipe.spec.student, layers, len(self._students) + 1)
         self._students.append(weakref.ref(model))
+        self._inherit(model, options or self.recipe.spec.student)
         if options is not None:
             self._networks[model] = options
         return model.compile() if self._compiles else model
@@ -112,7 +116,22 @@ class ModelFactory:
     def network(self, student: Model) -> dict[str, Any] | None:
         """What a student's network is built from, weights aside, in plain values; None: the recipe's `student`."""
         options = self._networks.get(student)
-        return None if options is None else options.model_dump(mode="json", exclude={"checkpoint", "strip_prefix"})
+        return None if options is None else options.model_dump(mode="json", exclude={"checkpoint", "strip_prefix", "init"})
+
+    def _inherit(self, student: TappedModel, options: ModelOptions) -> None:
+        """Give a student what it is to have of a teacher, whose weights are read anew: those that answer may be folded by now."""
+        wanted = options.init if isinstance(options, StudentOptions) else None
+        if wanted is None:
+            return
+        names = list(self.recipe.spec.all_teachers())
+        known = self._teacher_options(wanted.from_)
+        assert known is not None
+        donor, source = self._build(wanted.from_, known, (), names.index(wanted.from_)), self._source(options)
+        try:
+            self.inherited = inherit(student.module, donor.module, wanted.layers, functools.partial(source.rename, module=student.module))
+        except ModelError as error:
+            place = next((where for where, model in models_in({"schedule": self.recipe.spec.schedule}) if model is options), ["student"])
+            raise self.recipe.error([*place, "init"], str(error)) from error
 
     def models(self) -> list[TappedModel]:
         """All that were handed out and are still in use."""

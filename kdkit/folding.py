@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from kdkit.errors import ModelError
 from kdkit.layers import resolve
 from kdkit.records import Inputs
+from kdkit.shapes import Shape, moved, random_inputs
 from kdkit.tapping import TappedModel
 
 ModelT = TypeVar("ModelT", TappedModel, nn.Module)
@@ -26,7 +27,7 @@ BATCH_NORM = nn.modules.batchnorm._BatchNorm
 TOLERANCE = 1e-4  # of the largest output: some hundred roundings of fp32
 
 
-def fold_batchnorm(model: ModelT, probe: Inputs | tuple[int, int, int], keep: Iterable[str] = (), *, in_place: bool = False) -> ModelT:
+def fold_batchnorm(model: ModelT, probe: Inputs | Shape, keep: Iterable[str] = (), *, in_place: bool = False) -> ModelT:
     """The model with every BatchNorm folded whose input is one convolution's output and goes nowhere else.
 
     Pairs are found by watching one forward on the probe, so names and registration order do not matter. The module tree stays: an
@@ -34,7 +35,7 @@ def fold_batchnorm(model: ModelT, probe: Inputs | tuple[int, int, int], keep: It
 
     Args:
         model: a network, or a tapped one, whose own taps are kept too; the result is in eval mode and without gradients.
-        probe: a batch (B, C, H, W) or mapping that the model takes, or the shape (C, H, W) of its images, to be drawn at random.
+        probe: a batch (B, C, H, W) or mapping that the model takes, or the shape of one, to be drawn at random.
         keep: layers that are observed; a pair that holds one of them is left alone.
         in_place: change the model itself; otherwise the result shares no tensor with it.
 
@@ -47,7 +48,7 @@ def fold_batchnorm(model: ModelT, probe: Inputs | tuple[int, int, int], keep: It
         raise ModelError("BatchNorm that uses batch statistics (`mode: train`) cannot be folded")
     module.eval().requires_grad_(False)
     kept = {resolve(name, module).path for name in keep}
-    batch = probe if isinstance(probe, Tensor | Mapping) else _random_images(probe, module)
+    batch = probe if isinstance(probe, Tensor | Mapping) else moved(random_inputs(probe, 2), _device(module))
     if isinstance(model, TappedModel):
         kept |= {layer.path for layer in model.layers.values()}
         batch = model.adapt(batch)
@@ -170,10 +171,8 @@ def _fold(module: nn.Module, conv_path: str, norm_path: str) -> None:
     setattr(module.get_submodule(parent), name, _rest(norm))
 
 
-def _random_images(shape: tuple[int, int, int], module: nn.Module) -> Tensor:
-    stream = torch.Generator().manual_seed(0)  # its own, so that folding moves nobody's random numbers
-    device = next((value.device for value in module.parameters()), torch.device("cpu"))
-    return torch.rand((2, *shape), generator=stream).to(device)
+def _device(module: nn.Module) -> torch.device:
+    return next((value.device for value in module.parameters()), torch.device("cpu"))
 
 
 def _run(module: nn.Module, probe: Inputs) -> Any:

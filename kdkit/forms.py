@@ -22,15 +22,24 @@ def prefix_tokens(count: int) -> int | None:
     return next((p for p in range(MOST_PREFIX_TOKENS + 1) if p < count and math.isqrt(count - p) ** 2 == count - p), None)
 
 
-def as_map(f: Tensor) -> Tensor:
+def is_padded(f: Tensor, mask: Tensor | None) -> bool:
+    """Whether those are hidden states (B, N, D) of texts, whose real tokens the mask (B, N) tells."""
+    return mask is not None and f.ndim == 3 and f.shape[:2] == mask.shape
+
+
+def as_map(f: Tensor, mask: Tensor | None = None) -> Tensor:
     """Maps or tokens as maps (B, C, H, W).
+
+    Args:
+        f: a map or tokens of each sample.
+        mask: `Outputs.mask`: of texts, which have no grid.
 
     Raises:
         ShapeError: there is no grid of positions.
     """
     if f.ndim == 4:
         return f
-    prefix = prefix_tokens(f.shape[1]) if f.ndim == 3 else None
+    prefix = prefix_tokens(f.shape[1]) if f.ndim == 3 and not is_padded(f, mask) else None
     if prefix is None:
         raise ShapeError("no map (B, C, H, W), nor tokens (B, N, D) of a square grid")
     side = math.isqrt(f.shape[1] - prefix)
@@ -50,14 +59,21 @@ def as_tokens(f: Tensor) -> Tensor:
     return f.flatten(2).transpose(1, 2)
 
 
-def as_vectors(f: Tensor) -> Tensor:
+def as_vectors(f: Tensor, mask: Tensor | None = None) -> Tensor:
     """One vector per sample (B, D): a map's mean over its positions, the mean over all tokens, a vector as it is.
+
+    Args:
+        f: a map, tokens or a vector of each sample.
+        mask: `Outputs.mask`: of texts, which tokens (B, N) are real and count.
 
     Raises:
         ShapeError: nothing of that kind.
     """
     if f.ndim == 2:
         return f
+    if mask is not None and is_padded(f, mask):
+        real = mask[:, :, None].to(f.dtype)
+        return (f * real).sum(1) / real.sum(1).clamp_min(1)
     if f.ndim not in (3, 4):
         raise ShapeError("neither a vector (B, D), tokens (B, N, D) nor a map (B, C, H, W)")
     return f.mean(1) if f.ndim == 3 else f.mean((2, 3))

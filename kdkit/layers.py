@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from kdkit.errors import TapError
 from kdkit.loss_options import LayerPair
+from kdkit.records import Inputs
+from kdkit.shapes import Shape, kind_of, random_inputs
 
 INPUT = "@input"
 WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
@@ -187,17 +189,17 @@ def _norm_before(path: str, module: nn.Module) -> str | None:
     return ".".join(step for step in (block, names[before[-1]]) if step)
 
 
-def tappable_layers(module: nn.Module, shape: tuple[int, int, int]) -> list[LayerRow]:
-    """Every layer that returns one tensor, with its output's shape for two images (C, H, W), in the network's order.
+def tappable_layers(module: nn.Module, shape: Shape) -> list[LayerRow]:
+    """Every layer that returns one tensor, with its output's shape for two images (C, H, W) or texts (N,), in the network's order.
 
     Runs a copy of the network without data (meta device); one that needs data is run on zeros.
 
     Raises:
-        TapError: the network cannot take images of that shape.
+        TapError: the network cannot take inputs of that shape.
     """
     shadow = copy.deepcopy(module).to("meta").eval()
     try:
-        shapes = _shapes(shadow, torch.empty((2, *shape), device="meta"))
+        shapes = _shapes(shadow, random_inputs(shape, 2, "meta"))
     except (RuntimeError, NotImplementedError):
         shapes = _shapes_on_zeros(shadow, shape)
     aliases: dict[str, list[str]] = {"": ["logits"]}
@@ -207,7 +209,7 @@ def tappable_layers(module: nn.Module, shape: tuple[int, int, int]) -> list[Laye
     return [LayerRow(path, type(modules[path]).__name__, size, tuple(aliases.get(path, ()))) for path, size in shapes.items()]
 
 
-def _shapes(module: nn.Module, images: Tensor) -> dict[str, tuple[int, ...]]:
+def _shapes(module: nn.Module, inputs: Inputs) -> dict[str, tuple[int, ...]]:
     seen: dict[str, tuple[int, ...]] = {}
 
     def watch(path: str) -> Any:
@@ -220,18 +222,18 @@ def _shapes(module: nn.Module, images: Tensor) -> dict[str, tuple[int, ...]]:
     for path, part in module.named_modules():
         part.register_forward_hook(watch(path))
     with torch.no_grad():
-        module(images)
+        module(inputs) if isinstance(inputs, Tensor) else module(**inputs)
     return {path: seen[path] for path, _ in module.named_modules() if path in seen}
 
 
-def _shapes_on_zeros(module: nn.Module, shape: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
+def _shapes_on_zeros(module: nn.Module, shape: Shape) -> dict[str, tuple[int, ...]]:
     real = module.to_empty(device="cpu")
     for value in (*real.parameters(), *real.buffers()):
         value.data.zero_()  # zeros are also valid indices, where a buffer is used as one
     try:
-        return _shapes(real, torch.zeros((2, *shape)))
+        return _shapes(real, random_inputs(shape, 2))
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise TapError(f"the network does not take images of {shape}: {' '.join(str(error).split())}") from error
+        raise TapError(f"the network does not take {kind_of(shape)} of {shape}: {' '.join(str(error).split())}") from error
 
 
 def _is_stem(path: str, known: Mapping[str, nn.Module]) -> bool:

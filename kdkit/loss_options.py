@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kdkit.errors import ShapeError
-from kdkit.forms import as_map, as_tokens, as_vectors
+from kdkit.forms import as_map, as_tokens, as_vectors, is_padded
 from kdkit.gathering import gather
 from kdkit.options import Options
 from kdkit.records import Outputs
@@ -58,7 +58,7 @@ class ResponseOptions(LossOptions):
 class FeatureOptions(LossOptions):
     """Options of a loss that compares layers of any form: two maps, equally many tokens or two vectors.
 
-    A map and tokens, or unequally many tokens, come as maps.
+    A map and tokens, or unequally many tokens, come as maps. The hidden states of texts come as vectors, one for each real token.
     """
 
     layers: tuple[LayerPair, ...] = Field(min_length=1, description="Student/teacher layer pairs to compare.")
@@ -82,11 +82,24 @@ class FeatureOptions(LossOptions):
         for pair in self.layers:
             f_s, f_t = student.features[pair.student], _shown(teacher, pair.teacher)
             try:
-                yield form(f_s, f_t)
+                yield form(*self._without_padding(f_s, f_t, student.mask))
             except ShapeError:
                 raise ShapeError(
                     f"student '{pair.student}' {tuple(f_s.shape)} and teacher '{pair.teacher}' {tuple(f_t.shape)} must be {wanted}"
                 ) from None
+
+    def _without_padding(self, f_s: Tensor, f_t: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Hidden states (B, N, D) of texts in the form that is compared: here a vector for each real token of the batch, (T, D).
+
+        Raises:
+            ShapeError: only one side has tokens.
+        """
+        padded = [is_padded(f, mask) for f in (f_s, f_t)]
+        if mask is None or not any(padded):
+            return f_s, f_t
+        if not all(padded):
+            raise ShapeError("tokens and something else")
+        return f_s[mask], f_t[mask]
 
 
 class MapOptions(FeatureOptions):
@@ -105,11 +118,14 @@ class TokenOptions(FeatureOptions):
 
 
 class VectorOptions(FeatureOptions):
-    """Options of a loss that compares one vector per sample, (B, D); maps are averaged over positions, sequences over tokens."""
+    """Options of a loss that compares one vector per sample, (B, D); maps are averaged over positions, sequences over (real) tokens."""
 
     def pairs(self, student: Outputs, teacher: Outputs) -> Pairs:
         wanted = "vectors (B, D), maps (B, C, H, W) or tokens (B, N, D)"
         return self._each(student, teacher, lambda s, t: (as_vectors(s), as_vectors(t)), wanted)
+
+    def _without_padding(self, f_s: Tensor, f_t: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        return _pooled(f_s, mask), _pooled(f_t, mask)
 
 
 class RelationOptions(FeatureOptions):
@@ -118,7 +134,7 @@ class RelationOptions(FeatureOptions):
     gather: bool = Field(default=False, description="In several processes, relate the samples of all of them, not each process's own.")
 
     def pairs(self, student: Outputs, teacher: Outputs) -> Pairs:
-        """The embeddings of each pair, (N, D_s) and (N, D_t); larger features are flattened to that.
+        """The embeddings of each pair, (N, D_s) and (N, D_t); larger features are flattened to that, texts averaged over real tokens.
 
         Raises:
             ShapeError: a layer does not give something for each sample.
@@ -126,6 +142,13 @@ class RelationOptions(FeatureOptions):
         wanted = "of something for each sample of the batch, (B, ...); any stage or 'penultimate' does"
         for e_s, e_t in self._each(student, teacher, _embeddings, wanted):
             yield (gather(e_s), gather(e_t)) if self.gather else (e_s, e_t)
+
+    def _without_padding(self, f_s: Tensor, f_t: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        return _pooled(f_s, mask), _pooled(f_t, mask)
+
+
+def _pooled(f: Tensor, mask: Tensor | None) -> Tensor:
+    return as_vectors(f, mask) if is_padded(f, mask) else f
 
 
 def _shown(teacher: Outputs, layer: str) -> Tensor:

@@ -17,6 +17,7 @@ from kdkit.errors import ModelError, TapError
 from kdkit.layers import classifier_path
 from kdkit.normalization import InputAdapter, NormalizationAdapter
 from kdkit.providers import ModelOptions, ModelSource, Normalize
+from kdkit.shapes import Shape, is_text, kind_of
 from kdkit.tapping import TappedModel
 
 NESTS = ("state_dict", "model", "model_state_dict", "state_dict_ema")  # where training scripts keep weights within a checkpoint
@@ -26,7 +27,7 @@ def build_model(
     options: ModelOptions,
     source: ModelSource,
     num_classes: int,
-    image_shape: tuple[int, int, int],
+    image_shape: Shape,
     layers: Iterable[str] = (),
     role: str = "model",
     *,
@@ -44,7 +45,7 @@ def build_model(
         options: the recipe's section.
         source: who builds networks of that kind, with the same options.
         num_classes: number of logits.
-        image_shape: (C, H, W) of the images in a batch, in [0, 1].
+        image_shape: (C, H, W) of the images in a batch, in [0, 1]; (N,) of texts.
         layers: names of the layers to observe.
         role: "teacher resnet18": how messages begin.
         weights: False builds it on the meta device: shapes only, nothing is read or downloaded.
@@ -59,13 +60,11 @@ def build_model(
         ModelError: no such model, a checkpoint that does not fit, images that do not fit.
         TapError: no such layer.
     """
-    channels = source.in_channels(image_shape[0])
-    side = options.input_size
-    shape = (channels, side, side) if side else (channels, *image_shape[1:])
     try:
+        shape = _own_shape(options, source, image_shape)
         with contextlib.nullcontext() if weights else torch.device("meta"):
             module = source.build(num_classes, shape)
-            adapt = _input_adapter(options, source.normalization(module), image_shape[0], channels)
+            adapt = _adapter(options, source, module, image_shape, shape)
         if weights and load:
             _load(options, source, module, num_classes, file)
         if weights:
@@ -151,6 +150,25 @@ def _load(options: ModelOptions, source: ModelSource, module: nn.Module, num_cla
         load_checkpoint(options.checkpoint, module, options.strip_prefix, num_classes, functools.partial(source.rename, module=module))
     else:
         source.load(module)
+
+
+def _own_shape(options: ModelOptions, source: ModelSource, shape: Shape) -> Shape:
+    """What the network itself takes."""
+    if kind_of(shape) != source.takes:
+        raise ModelError(f"'{source.name}' builds networks for {source.takes}, and the data are {kind_of(shape)}")
+    if is_text(shape):
+        return shape
+    channels, side = source.in_channels(shape[0]), options.input_size
+    return (channels, side, side) if side else (channels, *shape[1:])
+
+
+def _adapter(options: ModelOptions, source: ModelSource, module: nn.Module, shape: Shape, own: Shape) -> nn.Module:
+    """From batches to what the network takes; texts are given as they are."""
+    if not is_text(shape):
+        return _input_adapter(options, source.normalization(module), shape[0], own[0])
+    if options.normalize or options.input_size:
+        raise ModelError("normalize and input_size are for images, and the data are texts")
+    return nn.Identity()
 
 
 def _input_adapter(options: ModelOptions, own: Normalize | None, image_channels: int, channels: int) -> InputAdapter:

@@ -24,7 +24,8 @@ from kdkit.optim import build_optimizer
 from kdkit.providers import DataInfo, ModelOptions
 from kdkit.randomness import seeded
 from kdkit.recipe import Recipe, teacher_recipes
-from kdkit.records import Batch, Outputs, tensors
+from kdkit.records import Batch, Inputs, Outputs, tensors
+from kdkit.shapes import Shape, first_tensor, is_text, kind_of, random_inputs, rows
 from kdkit.step_cost import step_cost
 from kdkit.subsets import choose
 from kdkit.tapping import TappedModel
@@ -72,7 +73,7 @@ class _Planner:
         factory = ModelFactory(self.recipe, info, trained, device=torch.device("meta"))
         self._check_layers(factory)
         with self._problems_at("student"):
-            student = self._model(f"student {spec.student.model}", factory.student(), info)
+            student = self._student(factory, info)
         planned = []
         for name, one in teachers.items():
             with self._problems_at(*spec.place_of(name)):
@@ -175,16 +176,24 @@ class _Planner:
             says = f"mixes pairs, so every batch must be even: batches of {size} of {num_train} images"
             self.problems.append(self.recipe.problem(["train", "mixup"], says))
 
+    def _student(self, factory: ModelFactory, info: DataInfo) -> ModelPlan:
+        built = factory.student()
+        if factory.inherited:
+            count = len(built.module.state_dict())
+            self.notes.append(f"the student begins with {len(factory.inherited)} of its {count} tensors from a teacher")
+        return self._model(f"student {self.spec.student.model}", built, info)
+
     def _model(self, role: str, model: TappedModel, info: DataInfo) -> ModelPlan:
         """Run a model on the meta device."""
-        images = torch.empty(PROBE, *info.image_shape, device="meta")
+        images = random_inputs(info.image_shape, PROBE, "meta")
         everything = TappedModel(model.module, model.layers, adapt=model.adapt, role=model.role, num_classes=info.num_classes)
         everything.module.eval()
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             try:
                 outputs = everything(images)
             except (RuntimeError, ValueError, AssertionError) as error:
-                raise ModelError(f"{model.role} cannot take images {tuple(info.image_shape)}: {' '.join(str(error).split())}") from error
+                what = f"{kind_of(info.image_shape)} {info.image_shape}"
+                raise ModelError(f"{model.role} cannot take {what}: {' '.join(str(error).split())}") from error
         if outputs.logits.shape != (PROBE, info.num_classes):
             raise ModelError(
                 f"{model.role} gives logits {tuple(outputs.logits.shape)} for {PROBE} images; the data has {info.num_classes} classes"
@@ -198,9 +207,9 @@ class _Planner:
         labels = torch.arange(num_train) % info.num_classes
         if stage.parts is not None:
             stage.parts.to(factory.device)
-        with seeded("images"):
-            images = torch.rand(PROBE, *info.image_shape)
-        shown = functools.partial(_batch, images.to(factory.device), info.num_classes, stage.views)
+        images = random_inputs(info.image_shape, PROBE)
+        on_device = random_inputs(info.image_shape, PROBE, factory.device)
+        shown = functools.partial(_batch, on_device, info.num_classes, stage.views)
         batch = self._rehearsal.noting(stage, shown)
         with torch.no_grad():
             lessons = stage.step(batch(PROBE))
@@ -213,7 +222,7 @@ class _Planner:
         context = Context(network, factory.teaching(stage), info.num_classes, num_train, labels)
         with seeded("plan"):
             known, random = Batch(images, labels[:PROBE], torch.arange(PROBE)), factory.device.type == "meta"
-            tried = [_on_random_numbers(lesson, images[0].shape, info.num_classes) if random else lesson for lesson in lessons]
+            tried = [_on_random_numbers(lesson, info.image_shape, info.num_classes) if random else lesson for lesson in lessons]
             left = self._try_losses(objective, tried[0], known, context)
             cast("TappedModel", stage.students[0]).settle(left)
             for i, (other, lesson) in enumerate(zip(objectives, tried, strict=True)):
@@ -281,11 +290,16 @@ def _teacher_name(options: object, trained: TrainedTeacher | None) -> str:
     return trained.options.model if trained else options.model if isinstance(options, ModelOptions) else ""
 
 
-def _batch(images: torch.Tensor, num_classes: int, views: int, count: int) -> Batch:
+def _batch(images: Inputs, num_classes: int, views: int, count: int) -> Batch:
     """So many images, the same ones again where they are not enough."""
-    index = torch.arange(count, device=images.device)
-    shown = images[index % len(images)]
+    index = torch.arange(count, device=first_tensor(images).device)
+    shown = rows(images, index % PROBE)
     return Batch(shown, index % num_classes, index, (shown,) * (views - 1))
+
+
+def _mask(samples: int, tokens: int) -> torch.Tensor:
+    """Texts of unequal lengths, the first of them full."""
+    return torch.arange(tokens) < tokens - torch.arange(samples)[:, None] % max(1, tokens // 2)
 
 
 def _shapes(lesson: Lesson) -> list[torch.Size]:
@@ -298,15 +312,17 @@ def has_random_weights(options: object) -> bool:
     return isinstance(options, ModelOptions) and not options.checkpoint and not getattr(options, "pretrained", False)
 
 
-def _on_random_numbers(lesson: Lesson, shape: torch.Size, num_classes: int) -> Lesson:
+def _on_random_numbers(lesson: Lesson, shape: Shape, num_classes: int) -> Lesson:
     def like(outputs: Outputs) -> Outputs:
-        return outputs.map(lambda value: torch.randn(value.shape))
+        drawn = outputs.map(lambda value: torch.randn(value.shape))
+        # of texts some are shorter, so that a loss shows whether it minds
+        return drawn.masked(_mask(len(tensors(drawn)[0]), shape[0])) if is_text(shape) and tensors(drawn) else drawn
 
     named = {name: like(teacher) for name, teacher in lesson.named.items()}
     changed = replace(lesson, student=like(lesson.student), teachers=[like(teacher) for teacher in lesson.teachers], named=named)
     if lesson.batch is not None:
         index = torch.arange(len(lesson.batch.labels))
-        changed = replace(changed, batch=Batch(torch.rand(len(index), *shape), index % num_classes, index))
+        changed = replace(changed, batch=Batch(random_inputs(shape, len(index)), index % num_classes, index))
     if lesson.supervised is not None:
         changed = replace(changed, supervised=_on_random_numbers(lesson.supervised, shape, num_classes))
     return changed

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kdkit.contracts import Context, Loss
 from kdkit.errors import ShapeError
-from kdkit.forms import as_vectors
+from kdkit.forms import as_vectors, is_padded
 from kdkit.loss_options import FeatureOptions
 from kdkit.objective import NoTeacher
 from kdkit.records import Batch, Outputs
@@ -189,8 +189,24 @@ def random_batch(size: int = 6, classes: int = CLASSES, seed: int = 0) -> Batch:
     return Batch(inputs, torch.arange(size) % classes, torch.arange(size))
 
 
-def probe(cls: type[Loss], options: Mapping[str, Any], form: str, shapes: tuple[Shape, Shape], teacher_classes: int = CLASSES) -> Probe:
-    """The loss, set up on four samples for a batch of six.
+def of_texts(outputs: Outputs, tokens: int) -> Outputs:
+    """The same answer, of texts of unequal lengths: the first is full, the others end with padding."""
+    places = torch.arange(len(outputs.logits))[:, None]
+    return outputs.masked(torch.arange(tokens) < tokens - places % tokens)
+
+
+def with_other_padding(outputs: Outputs) -> Outputs:
+    """The same answer, with other numbers where there is no token."""
+    mask = outputs.mask
+    assert mask is not None
+    return outputs.map(lambda x: torch.where(mask[:, :, None], x, x + 7) if is_padded(x, mask) else x)
+
+
+def probe(
+    cls: type[Loss], options: Mapping[str, Any], form: str, shapes: tuple[Shape, Shape], teacher_classes: int = CLASSES, *,
+    texts: bool = False,
+) -> Probe:  # fmt: skip
+    """The loss, set up on four samples for a batch of six; of `texts` that are as long as the shapes say, or shorter.
 
     Raises:
         ShapeError: the loss refuses the form.
@@ -207,6 +223,8 @@ def probe(cls: type[Loss], options: Mapping[str, Any], form: str, shapes: tuple[
         )
         for size in (4, 6)
     )
+    if texts:
+        few, more = ((of_texts(s, shapes[0][0]), of_texts(t, shapes[1][0])) for s, t in (few, more))
     if cls.needs_networks:
         few, more = ((networks[0].answer(s), networks[1].answer(t)) for s, t in (few, more))
     set_up(loss, *few, context, form)

@@ -9,14 +9,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdkit.errors import ModelError
+from kdkit.records import Inputs
+from kdkit.shapes import Shape, first_tensor, kind_of, random_inputs
 from kdkit.standing import weights
 from kdkit.teaching import Model
 
-Shape = tuple[int, int, int]
 WARM_UP = 5  # calls before any is counted
 RUNS = 100
 SECONDS = 5.0  # that a model may take per batch size, after which MIN_RUNS are enough
@@ -59,7 +59,7 @@ class Profile:
 
 
 def measure(model: Model, shape: Shape, batch_sizes: Sequence[int] = (1,), *, runs: int = RUNS, seconds: float = SECONDS) -> Profile:
-    """The costs of one model for images (C, H, W) in [0, 1], where it is and as it is called.
+    """The costs of one model for images (C, H, W) in [0, 1], or texts of N tokens (N,), where it is and as it is called.
 
     Raises:
         ModelError: it cannot take such images.
@@ -73,7 +73,7 @@ def measure_together(
     """The costs of several models, timed in turns, so that whatever else the machine does slows all of them.
 
     Args:
-        models: each with the shape (C, H, W) of its images.
+        models: each with the shape of what it is shown.
         batch_sizes: images per answer.
         runs: answers that are timed, of each model and batch size.
         seconds: that this may take for each model and batch size; at least `MIN_RUNS` answers are timed.
@@ -120,7 +120,7 @@ def _count(model: Model, shape: Shape) -> tuple[int, int, int]:
         with FlopCounterMode(display=False) as counter:
             model(images)
     except (RuntimeError, ValueError, AssertionError) as error:
-        raise ModelError(f"{type(model.module).__name__} cannot take images {shape}: {' '.join(str(error).split())}") from error
+        raise ModelError(f"{type(model.module).__name__} cannot take {kind_of(shape)} {shape}: {' '.join(str(error).split())}") from error
     return sum(p.numel() for p in model.module.parameters()), counter.get_total_flops() // 2, len(weights(model))
 
 
@@ -140,11 +140,12 @@ def _time(models: Sequence[tuple[Model, Shape]], batch: int, runs: int, seconds:
     return [Latency(batch, tuple(sorted(row))) for row in taken]
 
 
-def _timed(model: Model, images: Tensor) -> float:
-    _wait(images.device)
+def _timed(model: Model, images: Inputs) -> float:
+    device = first_tensor(images).device
+    _wait(device)
     began = time.perf_counter()
     model(images)
-    _wait(images.device)
+    _wait(device)
     return time.perf_counter() - began
 
 
@@ -153,6 +154,6 @@ def _wait(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _images(model: Model, shape: Shape, batch: int) -> Tensor:
+def _images(model: Model, shape: Shape, batch: int) -> Inputs:
     device = next((p.device for p in model.module.parameters()), torch.device("cpu"))
-    return torch.rand((batch, *shape), generator=torch.Generator().manual_seed(0)).to(device)
+    return random_inputs(shape, batch, device)

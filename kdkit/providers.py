@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kdkit.errors import DataError
 from kdkit.options import BOOKKEEPING, Options, RecipePath
+from kdkit.shapes import Shape
 
 
 class Normalize(Options):
@@ -31,6 +32,24 @@ class ModelOptions(Options):
     normalize: Normalize | None = Field(default=None, description="What the network expects (default: the source's own values).")
     input_size: int | None = Field(default=None, gt=0, description="Side of the square images this model sees; others are resized.")
     interpolation: Literal["bilinear", "bicubic", "nearest", "area"] = Field(default="bilinear", description="How images are resized.")
+
+
+class InitOptions(Options):
+    """Tensors of a teacher with which a student begins: all that have its names and shapes."""
+
+    from_: str = Field(alias="from", description="Whose: `teacher`, or the name of one of several.")
+    layers: tuple[int, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="Of a network that is a row of repeated blocks (a transformer's layers), the teacher's blocks that become the "
+        "student's, numbered from 0: [0, 2, 4]; none: those of the same numbers.",
+    )
+
+
+class StudentOptions(Options):
+    """What a recipe may say of a student beyond what it says of any model."""
+
+    init: InitOptions | None = Field(default=None, description="Begin with a teacher's weights, as far as they fit.")
 
 
 class CacheOptions(Options):
@@ -85,10 +104,26 @@ class RecipeTeacher(TeacherOptions):
     seed: int | None = Field(default=None, ge=0, description="Seed in place of that recipe's own.")
 
 
+@dataclass(frozen=True)
+class Portable:
+    """How an exported network lives where its recipe is not.
+
+    Attributes:
+        options: what builds it from nothing else, in the place of the recipe's options, which may name files or what is fetched.
+        config: what its source's library reads in `config.json` beside the weights.
+        how: says how that library loads it; `{folder}` stands for where it is.
+    """
+
+    options: Mapping[str, Any]
+    config: Mapping[str, Any]
+    how: str
+
+
 class ModelSource(abc.ABC):
     """Builds networks by name. `model: mlp/small` reaches the source called `mlp` with `model_name` "small"."""
 
     name: ClassVar[str]
+    takes: ClassVar[Literal["images", "texts"]] = "images"
     Options: ClassVar[type[ModelOptions]] = ModelOptions
 
     def __init__(self, options: ModelOptions, model_name: str) -> None:
@@ -96,8 +131,8 @@ class ModelSource(abc.ABC):
         self.model_name = model_name
 
     @abc.abstractmethod
-    def build(self, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
-        """A network for images (C, H, W) with `num_classes` logits. May run on the meta device.
+    def build(self, num_classes: int, image_shape: Any) -> nn.Module:
+        """A network for images (C, H, W), or for texts of at most N tokens (N,), with `num_classes` logits. May run on the meta device.
 
         Raises:
             ModelError: no such model, or it cannot be built so.
@@ -112,6 +147,10 @@ class ModelSource(abc.ABC):
 
     def normalization(self, module: nn.Module) -> Normalize | None:
         """What the network expects, if the source knows; None for inputs in [0, 1]."""
+        return None
+
+    def portable(self, module: nn.Module) -> Portable | None:
+        """How the source's own library loads an exported network; None: it has no way of its own."""
         return None
 
     def in_channels(self, image_channels: int) -> int:
@@ -164,13 +203,14 @@ class DataInfo:
     """What is known of a dataset before it is read.
 
     Attributes:
-        image_shape: (C, H, W); H and W are 0 where images have many sizes, so that a recipe must set `data.image_size`.
+        image_shape: (C, H, W); H and W are 0 where images have many sizes, so that a recipe must set `data.image_size`. Of texts, (N,): so
+            many tokens at most.
         num_classes: K.
         num_train, num_test: lengths of the parts.
         class_names: K names, or none.
     """
 
-    image_shape: tuple[int, int, int]
+    image_shape: Shape
     num_classes: int
     num_train: int
     num_test: int
@@ -199,8 +239,8 @@ class DatasetSource(abc.ABC):
         """
 
     @abc.abstractmethod
-    def split(self, part: Literal["train", "test"]) -> Split | InMemory | Stream:
-        """One part: in memory, a map-style dataset of PIL images, or a stream of them.
+    def split(self, part: Literal["train", "test"]) -> Split | InMemory | Texts | Stream:
+        """One part: images in memory, a map-style dataset of PIL images, a stream of them, or texts.
 
         Raises:
             DataError: its files are missing or broken.
@@ -220,3 +260,31 @@ class InMemory:
 
     def __len__(self) -> int:
         return len(self.images)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A part of a dataset held as token ids; batches are mappings, padded to their longest text, with an `attention_mask`.
+
+    Attributes:
+        tokens: whole numbers of each text by the name under which networks take them, such as `input_ids`; of one text, all as many.
+        labels: int64 (N,).
+        padding: what short texts are filled up with, by the same names (default: 0).
+    """
+
+    tokens: Mapping[str, Sequence[Sequence[int]]]
+    labels: Tensor
+    padding: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        counts = {tuple(map(len, ids)) for ids in self.tokens.values()}
+        if len(counts) != 1 or len(self.lengths) != len(self.labels) or not all(self.lengths):
+            raise DataError("Texts takes as many labels as texts, and of each text at least one token, as many under every name")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each text."""
+        return [len(ids) for ids in next(iter(self.tokens.values()))]

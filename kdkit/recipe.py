@@ -17,7 +17,7 @@ from kdkit import registry
 from kdkit.errors import ModelError, RecipeError, suggest
 from kdkit.explain import Location, explain
 from kdkit.options import Text
-from kdkit.providers import ModelOptions, RecipeTeacher, TeacherOptions
+from kdkit.providers import ModelOptions, RecipeTeacher, StudentOptions, TeacherOptions
 from kdkit.recipe_types import recipe_type, source_of
 from kdkit.registry import Registry
 from kdkit.schema import RecipeBase
@@ -163,6 +163,10 @@ def _check_models(recipe: Recipe) -> Iterable[str]:
             source_of(options.model, recipe.plugins.models)
         except ModelError as error:
             yield recipe.problem([*location, "model"], str(error))
+        init = options.init if isinstance(options, StudentOptions) else None
+        if init is not None and init.from_ not in spec.all_teachers():
+            known = suggest(init.from_, spec.all_teachers()) if spec.all_teachers() else "the recipe has none"
+            yield recipe.problem([*location, "init", "from"], f"there is no such teacher; {known}")
 
 
 def _check_teachers(recipe: Recipe) -> Iterable[str]:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Discriminator, Field, Tag, create_model
 
 from kdkit.errors import ModelError, suggest
 from kdkit.options import Options
-from kdkit.providers import ModelOptions, RecipeTeacher, TeacherOptions
+from kdkit.providers import ModelOptions, RecipeTeacher, StudentOptions, TeacherOptions
 from kdkit.registry import Registry
 from kdkit.schema import DatasetEntry, DataSpec, LossEntry, RecipeBase, ScheduleEntry
 
@@ -28,7 +28,7 @@ def _recipe_type(
     def variants(plugins: Iterable[Any], kind: str, base: type[Options]) -> dict[str, type[Options]]:
         return {p.name: _variant(f"{p.name}_{kind}", (base, p.Options), p.__doc__, p.name, student) for p in plugins}
 
-    student = _by_source({p.name: _variant(f"{p.name}_student", (p.Options,), p.__doc__) for p in models})
+    student = _by_source({p.name: _variant(f"{p.name}_student", (StudentOptions, p.Options), p.__doc__) for p in models})
     teachers = {p.name: _variant(f"{p.name}_teacher", (TeacherOptions, p.Options), p.__doc__) for p in models}
     teacher = _by_source({**teachers, TAUGHT: RecipeTeacher})
     data = create_model(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 Inputs = Tensor | Mapping[str, Tensor]
+MASK = "attention_mask"  # of a mapping, which tokens are real (1) and which padding (0)
 
 
 @dataclass(frozen=True)
@@ -45,21 +46,27 @@ class Outputs:
         logits: scores before softmax, (B, K).
         features: what the tapped layers gave, by the layer names of the recipe.
         views: its answers to other views of the same images, where the schedule shows it any.
+        mask: which tokens of a text are real, not padding, (B, N); None where samples are not padded.
     """
 
     logits: Tensor
     features: Mapping[str, Tensor] = field(default_factory=dict)
     views: Mapping[str, Outputs] = field(default_factory=dict)
+    mask: Tensor | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Outputs:
-        """The same record with every tensor changed; a layer that is the logits stays one tensor with them."""
+        """The same record with every tensor but the mask changed; a layer that is the logits stays one tensor with them."""
         logits = change(self.logits)
         features = {name: logits if value is self.logits else change(value) for name, value in self.features.items()}
-        return Outputs(logits, features, {name: view.map(change) for name, view in self.views.items()})
+        return Outputs(logits, features, {name: view.map(change) for name, view in self.views.items()}, self.mask)
 
     def seen_beside(self, views: Mapping[str, Outputs]) -> Outputs:
         """The same answer, with those to other views."""
         return replace(self, views=views)
+
+    def masked(self, mask: Tensor | None) -> Outputs:
+        """The same answer, of texts of which those tokens are real."""
+        return replace(self, mask=mask)
 
     def detach(self) -> Outputs:
         """The same values as constants."""

@@ -248,4 +248,5 @@ class Sharing:
         common = self.memo.holds(inputs)  # not a run's own view of the images
         answer = self.memo.once((id(whole), id(inputs)), lambda: whole(inputs)) if common else whole(inputs)
         features = {name: answer.features[name] for name in layers}
-        return Outputs(answer.logits, features) if needs_logits else FeaturesOnly(features, whole.role)
+        mask = answer.mask
+        return Outputs(answer.logits, features, mask=mask) if needs_logits else FeaturesOnly(features, whole.role, mask=mask)

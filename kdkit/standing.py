@@ -105,9 +105,8 @@ class Standing:
                 write_atomically(setting.folder.snapshot_file(trainer.stage.name, trainer.epoch), weights(self.deployed()[0]))
 
 
-def weights(model: Model) -> bytes:
+def weights(model: Model, metadata: dict[str, str] | None = None) -> bytes:
     """A network's weights as safetensors."""
     state = model.module.state_dict()
-    return save(
-        {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
-    )  # tied ones apart
+    plain = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}  # tied ones apart
+    return save(plain, metadata)

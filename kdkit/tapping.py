@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from kdkit.errors import RunError, TapError
 from kdkit.layers import Layer, expand, resolve
 from kdkit.observation import Keep, Stop, Store, Watch, observed, overwriter, register, version
-from kdkit.records import Inputs, Outputs
+from kdkit.records import MASK, Inputs, Outputs
+from kdkit.shapes import Shape, first_tensor
 
 BEFORE = ", or, for the values before it, its input ('...@input')"
 
@@ -35,7 +36,7 @@ class TappedModel:
         needs_logits: False stops the forward behind the deepest tapped layer; the first call runs whole, to learn which that is.
         channels_last: keep network and images (B, C, H, W) channels-last in memory.
         precision: autocast to that type and return fp32; float32 switches autocast off; None leaves it to the caller.
-        input_shape: images (C, H, W) that the network itself takes, where known.
+        input_shape: of what the network itself takes, where known: images (C, H, W), or texts of at most N tokens (N,).
 
     Raises:
         TapError: there is no such layer.
@@ -52,7 +53,7 @@ class TappedModel:
         needs_logits: bool = True,
         channels_last: bool = False,
         precision: torch.dtype | None = None,
-        input_shape: tuple[int, int, int] | None = None,
+        input_shape: Shape | None = None,
     ) -> None:
         self.module = module.to(memory_format=torch.channels_last) if channels_last else module
         self.adapt = adapt if adapt is not None else nn.Identity()
@@ -78,7 +79,7 @@ class TappedModel:
             TapError: a tapped layer did not run, returned something else than one tensor, or was overwritten in place.
         """
         if not self.needs_logits and not self.layers:
-            return FeaturesOnly({}, self.role)
+            return FeaturesOnly({}, self.role, mask=_mask(inputs))
         return self.forward(inputs) if self.answers is None else self.answers(inputs)
 
     def forward(self, inputs: Inputs) -> Outputs:
@@ -88,7 +89,8 @@ class TappedModel:
         if self.precision is not None:
             logits = logits.float() if logits is not None else None
             features = {name: value.float() for name, value in features.items()}
-        return FeaturesOnly(features, self.role) if logits is None else Outputs(logits, features)
+        mask = _mask(inputs)
+        return FeaturesOnly(features, self.role, mask=mask) if logits is None else Outputs(logits, features, mask=mask)
 
     def settle(self, network: nn.Module) -> None:
         """Say what a finished stage has made of it: itself, the average of its weights, or a network in which it is a part."""
@@ -205,7 +207,7 @@ class TappedModel:
                 part.training = True
 
     def _autocast(self, inputs: Inputs) -> contextlib.AbstractContextManager[Any]:
-        tensor = inputs if isinstance(inputs, Tensor) else next(iter(inputs.values()))
+        tensor = first_tensor(inputs)
         if self.precision is None or tensor.device.type == "meta":  # shapes have no precision
             return contextlib.nullcontext()
         off = self.precision == torch.float32
@@ -222,6 +224,10 @@ class TappedModel:
         return embedding
 
 
+def _mask(inputs: Inputs) -> Tensor | None:
+    return inputs[MASK].bool() if isinstance(inputs, Mapping) and MASK in inputs else None
+
+
 def _has_channels_last(f: Tensor, inputs: Inputs, module: nn.Module) -> bool:
     """Whether a map is (B, H, W, C): timm's networks say so; else square images have maps with two equal sides, which tell."""
     said = getattr(module, "output_fmt", None)
@@ -234,8 +240,10 @@ def _has_channels_last(f: Tensor, inputs: Inputs, module: nn.Module) -> bool:
 class FeaturesOnly(Outputs):
     """An answer whose forward stopped behind the deepest tapped layer: features, but no logits."""
 
-    def __init__(self, features: Mapping[str, Tensor], role: str, views: Mapping[str, Outputs] | None = None) -> None:
-        for name, value in (("features", features), ("role", role), ("views", views or {})):
+    def __init__(
+        self, features: Mapping[str, Tensor], role: str, views: Mapping[str, Outputs] | None = None, mask: Tensor | None = None
+    ) -> None:
+        for name, value in (("features", features), ("role", role), ("views", views or {}), ("mask", mask)):
             object.__setattr__(self, name, value)  # the record is frozen
 
     @property
@@ -251,11 +259,15 @@ class FeaturesOnly(Outputs):
     def map(self, change: Callable[[Tensor], Tensor]) -> FeaturesOnly:
         """The same record with every tensor changed."""
         views = {name: view.map(change) for name, view in self.views.items()}
-        return FeaturesOnly({name: change(value) for name, value in self.features.items()}, vars(self)["role"], views)
+        return FeaturesOnly({name: change(value) for name, value in self.features.items()}, vars(self)["role"], views, self.mask)
 
     def seen_beside(self, views: Mapping[str, Outputs]) -> FeaturesOnly:
         """The same answer, with those to other views."""
-        return FeaturesOnly(self.features, vars(self)["role"], views)
+        return FeaturesOnly(self.features, vars(self)["role"], views, self.mask)
+
+    def masked(self, mask: Tensor | None) -> FeaturesOnly:
+        """The same answer, of texts of which those tokens are real."""
+        return FeaturesOnly(self.features, vars(self)["role"], self.views, mask)
 
     def __repr__(self) -> str:
         return f"FeaturesOnly({dict(self.features)!r})"

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from kdkit.contracts import Loss
 from kdkit.errors import ShapeError
-from kdkit.probes import CLASSES, DEGENERATE, FORMS, MISFITS, leaves, named, probe, probes, reads_layers, set_up
+from kdkit.probes import CLASSES, DEGENERATE, FORMS, MISFITS, leaves, named, probe, probes, reads_layers, set_up, with_other_padding
 from kdkit.probes import random_batch as random_batch
 from kdkit.probes import random_outputs as random_outputs
 from kdkit.records import Batch, Outputs
@@ -202,6 +202,18 @@ def check_is_restored_from_its_state(cls: type[Loss], **options: Any) -> None:
             raise AssertionError(f"{cls.name}: after setup it cannot load the state of one that was used: {error}") from error
         one, two = p.value(loss), p.value(other)
         p.require(torch.equal(one, two), f"with its state loaded it gives {two:.6g}, not {one:.6g}; what it remembers must be a buffer")
+
+
+def check_ignores_padding(cls: type[Loss], **options: Any) -> None:
+    """Of texts, what stands where there is no token changes nothing. A loss may refuse texts by a ShapeError."""
+    if not reads_layers(cls, options) or cls.needs_views:  # of images
+        return
+    try:
+        p = probe(cls, options, "texts", FORMS["tokens"], texts=True)
+    except ShapeError:
+        return
+    value, changed = p.value(), replace(p, student=with_other_padding(p.student), teacher=with_other_padding(p.teacher)).value()
+    p.require(torch.allclose(value, changed), f"other numbers in the padding turn the value from {value:.6g} into {changed:.6g}")
 
 
 LOSS_CHECKS: list[Callable[..., None]] = [check for name, check in list(globals().items()) if name.startswith("check_")]

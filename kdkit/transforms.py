@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from kdkit.augment import sample_seed
 from kdkit.errors import DataError
 from kdkit.schema import DataSpec, TimmAugment
+from kdkit.shapes import Shape
 
 Transform = Callable[[Any, int, int], Tensor]
 """(PIL image, view, sample index) -> uint8 (C, H, W)."""
@@ -42,12 +43,12 @@ def seeded(seed: int) -> Iterator[None]:
 class Plain:
     """Centre crop of an image whose shorter side was resized; the image as it is if no size is asked for."""
 
-    def __init__(self, spec: DataSpec, shape: tuple[int, int, int], crop_pct: float) -> None:
+    def __init__(self, spec: DataSpec, shape: Shape, crop_pct: float) -> None:
         from timm.data.transforms_factory import create_transform
 
         self.shape = shape
         self.resizes = spec.image_size is not None
-        self.resize = create_transform(shape[1:], crop_pct=crop_pct, interpolation=spec.interpolation, normalize=False)
+        self.resize = create_transform((shape[1], shape[2]), crop_pct=crop_pct, interpolation=spec.interpolation, normalize=False)
 
     def __call__(self, image: Any, view: int, index: int) -> Tensor:
         from torchvision.transforms.functional import pil_to_tensor
@@ -65,7 +66,7 @@ class Plain:
 class Augmented:
     """timm's training transform, drawn from (seed, view, sample index) and from nothing else."""
 
-    def __init__(self, options: TimmAugment, shape: tuple[int, int, int], seed: int) -> None:
+    def __init__(self, options: TimmAugment, shape: Shape, seed: int) -> None:
         from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
         from timm.data.transforms_factory import create_transform
 
@@ -74,7 +75,7 @@ class Augmented:
         self.std = torch.tensor(IMAGENET_DEFAULT_STD)[:, None, None]
         try:
             self.transform = create_transform(
-                shape[1:],
+                (shape[1], shape[2]),
                 is_training=True,
                 scale=options.scale,
                 ratio=options.ratio,
@@ -107,12 +108,12 @@ def with_channels(image: Any, channels: int) -> Any:
     return image.convert(MODES[channels])
 
 
-def for_training(spec: DataSpec, shape: tuple[int, int, int], seed: int) -> Transform:
+def for_training(spec: DataSpec, shape: Shape, seed: int) -> Transform:
     """What is done to each training image that is read one by one; `data.augment` comes after it, on whole batches."""
     return Augmented(spec.timm_augment, shape, seed) if spec.timm_augment else Plain(spec, shape, crop_pct=1.0)
 
 
-def for_measuring(spec: DataSpec, shape: tuple[int, int, int]) -> Transform:
+def for_measuring(spec: DataSpec, shape: Shape) -> Transform:
     """What is done to each image of the validation and test parts that is read one by one."""
     return Plain(spec, shape, spec.crop_pct)
 

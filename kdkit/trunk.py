@@ -14,6 +14,7 @@ from kdkit.errors import TapError
 from kdkit.forms import as_vectors
 from kdkit.layers import Layer, resolve
 from kdkit.records import Inputs, Outputs
+from kdkit.shapes import Shape, is_text, random_inputs
 from kdkit.tapping import TappedModel
 from kdkit.teaching import Model
 
@@ -28,7 +29,7 @@ class Trunk:
 
     A call runs the first student as it is. Each other runs on one image up to the layer, at rest and without gradient, and from there on
     with what the first one's layer gave for the whole batch. Where that gives another answer than the whole network (code behind the layer
-    that looks back before it), and for compiled networks, every student runs whole: `once` says which.
+    that looks back before it), for texts and for compiled networks, every student runs whole: `once` says which.
 
     Args:
         students: fresh ones of one architecture.
@@ -47,13 +48,16 @@ class Trunk:
         self.layer = layer
         first.layers.setdefault(layer, self.place)
         with _at_rest(*(student.module for student in self.students)):
-            images = torch.rand(PROBE, *_input_shape(first), generator=torch.Generator().manual_seed(0)).to(_device(first))
+            shape = _input_shape(first)
+            images = random_inputs(shape, PROBE, _device(first))
             self._began, self._ended, given, shared = _extent(first.module, self.place.path, images, layer)
             for student in self.students[1:]:
                 _share(first.module, student.module, shared, self._began)
             if all(name in shared for name, _ in first.module.named_parameters(remove_duplicate=False)):
                 raise TapError(f"'{layer}': nothing that learns lies behind it; end the trunk earlier")
-            self.once = not any(student.compiled for student in self.students) and self._agrees(images, given)
+            # beside one text, the network would see no more than that text's mask
+            whole = is_text(shape) or any(student.compiled for student in self.students)
+            self.once = not whole and self._agrees(images, given)
 
     def __call__(self, inputs: Inputs) -> tuple[Tensor, list[Outputs]]:
         """What the trunk gives, and each student's answer."""
@@ -69,9 +73,9 @@ class Trunk:
     def _answer(self, student: TappedModel, inputs: Inputs, kept: Sequence[Tensor], first: Outputs) -> Outputs:
         if not self.once:
             return student(inputs)
-        one = inputs[:1] if isinstance(inputs, Tensor) else {name: value[:1] for name, value in inputs.items()}
+        assert isinstance(inputs, Tensor)
         with self._from_layer(student.module, kept[0]):
-            answer = student(one)
+            answer = student(inputs[:1])
         early = {name for name, layer in student.layers.items() if self._is_early(layer)}
         return replace(answer, features={name: first.features[name] if name in early else f for name, f in answer.features.items()})
 
@@ -101,9 +105,10 @@ class Trunk:
                 part.training = True
 
     @torch.no_grad()
-    def _agrees(self, images: Tensor, given: Tensor) -> bool:
+    def _agrees(self, images: Inputs, given: Tensor) -> bool:
         """Whether a network that begins with what the trunk gave answers as the whole network does."""
         network = self.students[-1].module
+        assert isinstance(images, Tensor)
         whole = _logits(network(images))
         try:
             with self._from_layer(network, given):
@@ -114,15 +119,15 @@ class Trunk:
 
 
 def channels(student: Model, layer: str) -> int:
-    """How many channels a tapped layer of a student has, or how long its vectors are; found by running it on zeros."""
+    """How many channels a tapped layer of a student has, or how long its vectors are; found by running it."""
     model = _tapped(student)
     probe = TappedModel(model.module, input_shape=model.input_shape)
     probe.layers = {layer: model.layers[layer]}
     with _at_rest(model.module), torch.no_grad():
-        return as_vectors(probe(torch.zeros(1, *_input_shape(model), device=_device(model))).features[layer]).shape[1]
+        return as_vectors(probe(random_inputs(_input_shape(model), 1, _device(model))).features[layer]).shape[1]
 
 
-def _extent(network: nn.Module, path: str, images: Tensor, layer: str) -> tuple[set[str], set[str], Tensor, set[str]]:
+def _extent(network: nn.Module, path: str, images: Inputs, layer: str) -> tuple[set[str], set[str], Tensor, set[str]]:
     """Modules that begin, and those that end, before a layer has given its output; the output; the parameters that it depends on."""
     began: set[str] = set()
     ended: set[str] = set()
@@ -149,7 +154,7 @@ def _extent(network: nn.Module, path: str, images: Tensor, layer: str) -> tuple[
         with torch.enable_grad():
             for parameter in constant:
                 parameter.requires_grad_(True)
-            network(images)
+            network(images) if isinstance(images, Tensor) else network(**images)
             if len(given) != 1 or not isinstance(given[0], Tensor):
                 raise TapError(f"'{layer}' runs {len(given)} times or does not give one tensor; a trunk ends behind a layer that does")
             found = torch.autograd.grad(given[0].sum(), list(parameters.values()), allow_unused=True)
@@ -193,7 +198,7 @@ def _tapped(student: Model) -> TappedModel:
     return student
 
 
-def _input_shape(model: TappedModel) -> tuple[int, int, int]:
+def _input_shape(model: TappedModel) -> Shape:
     if model.input_shape is None:
         raise TapError(f"{model.role}: the shape of its images is not known")
     return model.input_shape

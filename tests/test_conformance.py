@@ -295,6 +295,14 @@ class Picky(Good):
         raise kdkit.ShapeError("nothing is good enough")
 
 
+class AlsoPadding(Good):
+    """Averages over all tokens of a text."""
+
+    def forward(self, student, teacher, batch):
+        pair = self.options.layers[0]
+        return super().forward(student, teacher, batch) + student.features[pair.student].square().mean()
+
+
 BROKEN = {
     Undescribed: ("check_is_documented", "option 'margin' lacks"),
     Crashing: ("check_refuses_by_shape_error", "a map and a vector: forward raises RuntimeError: .*; setup must refuse"),
@@ -322,6 +330,7 @@ BROKEN = {
     OnlyIndices: ("check_takes_mixed_labels", r"labels as shares \(B, K\): forward raises RuntimeError"),
     Forgetful: ("check_is_restored_from_its_state", "must be a buffer"),
     Uncopyable: ("check_is_a_finite_scalar", "copy.deepcopy fails after setup"),
+    AlsoPadding: ("check_ignores_padding", "other numbers in the padding turn the value from"),
     ReadsTheTeacher: ("check_is_a_finite_scalar", "forward raises PluginError: .*no teacher to read"),
 }
 

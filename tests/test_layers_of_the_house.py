@@ -10,9 +10,9 @@ import kdkit
 CORE = Path(kdkit.__file__).parent
 PLUGINS = CORE.parent / "plugins"
 ORDER = """
-    errors turns options records forms parts gathering loss_options layers providers contracts teaching peers ensembles hookspecs
+    errors turns options records shapes forms parts gathering loss_options layers providers contracts teaching peers ensembles hookspecs
     registry source schema recipe_types explain recipe fairness study.grid study.variants study.schema catalogue normalization
-    observation backbone tapping trunk models folding listing randomness augment signals subsets transforms images stream data mixing
+    observation backbone tapping trunk models inheritance folding listing randomness augment signals subsets transforms images texts stream data mixing
     objective meter optim trainable engine evaluate probes testing checkpoints cache.store cache.folder cache.kept cache.fingerprint
     cache.teacher sharing cache.opening run_folder progress factory cache.planning deployment step_cost describe plan trained curves
     show setting standing stage_run profile export cost_table stage_setup runs cache.filling spreading lockstep study.findings study.intervals

@@ -22,10 +22,11 @@ from kdkit.data import TrainLoader
 from kdkit.engine import build_accelerator
 from kdkit.factory import ModelFactory
 from kdkit.recipe import Recipe
+from kdkit.records import Inputs
 
 BETWEEN_COMMITS = 10.0  # seconds
 
-Step = tuple[Tensor, Tensor]  # rows of the store and the images that belong there
+Step = tuple[Tensor, Inputs]  # rows of the store and the images that belong there
 
 
 def fill(recipe: Recipe, *, quiet: bool = False) -> list[Found]:
@@ -93,16 +94,15 @@ def _steps(cache: TeacherCache, train: TrainLoader) -> Iterator[Step]:
     slots = cache.slots
     if slots.exact:
         for batch in train.epoch(0):
-            assert isinstance(batch.inputs, Tensor)
             for slot in range(slots.count):
-                outcome = torch.full_like(batch.index, slots.outcome(slot))
-                yield cache.rows(slot, batch.index).cpu(), crop_flip(batch.inputs, outcome, slots.padding)
+                outcome, images = torch.full_like(batch.index, slots.outcome(slot)), batch.inputs
+                shown = crop_flip(images, outcome, slots.padding) if isinstance(images, Tensor) else images  # texts have one view
+                yield cache.rows(slot, batch.index).cpu(), shown
         return
     for slot in range(slots.count):
         if bool(cache.store.known(cache.rows(slot, train.indices).cpu()).all()):
             continue  # so that its images need not be read
         for batch in train.epoch(0, view=slot):
-            assert isinstance(batch.inputs, Tensor)
             yield cache.rows(slot, batch.index).cpu(), batch.inputs
 
 

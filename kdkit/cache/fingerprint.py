@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from kdkit.cache.kept import KeptAnswers, Slots
-from kdkit.providers import InMemory, Split
+from kdkit.providers import InMemory, Split, Texts
 from kdkit.recipe import Recipe, content_of
 from kdkit.tapping import TappedModel
 
@@ -25,7 +25,7 @@ FORMAT = 1  # of the files and of this key
 LOOKED_AT = 64  # images of those that are read one by one
 
 
-def key(recipe: Recipe, name: str, teacher: TappedModel, kept: KeptAnswers, slots: Slots, part: Split | InMemory) -> dict[str, Any]:
+def key(recipe: Recipe, name: str, teacher: TappedModel, kept: KeptAnswers, slots: Slots, part: Split | InMemory | Texts) -> dict[str, Any]:
     """All that the answers follow from; what changes nothing in them (the training subset, the batch size, the student) is left out.
 
     Args:
@@ -103,7 +103,7 @@ def _data(recipe: Recipe, slots: Slots) -> dict[str, Any]:
     return {**found, **augment, "versions": versions, "seed": slots.seed}
 
 
-def _images_digest(part: Split | InMemory) -> str:
+def _images_digest(part: Split | InMemory | Texts) -> str:
     """SHA-256 of the labels and of the images: of all that are in memory, or of some that are read."""
     digest = hashlib.sha256(np.asarray(part.labels, dtype=np.int64).tobytes())
     for path in getattr(part, "paths", ()):  # of image files
@@ -112,6 +112,9 @@ def _images_digest(part: Split | InMemory) -> str:
     if isinstance(part, InMemory):
         digest.update(str(tuple(part.images.shape)).encode())
         digest.update(part.images.contiguous().flatten().numpy().data)
+        return digest.hexdigest()
+    if isinstance(part, Texts):
+        digest.update(json.dumps([part.tokens, part.padding], sort_keys=True).encode())
         return digest.hexdigest()
     for index in sorted({round(place) for place in np.linspace(0, len(part) - 1, LOOKED_AT)}):
         pixels = np.asarray(part[index][0].convert("RGB"))

@@ -19,9 +19,10 @@ from kdkit.cache.store import SMALLER, AnswerStore, gigabytes
 from kdkit.cache.teacher import TeacherCache, autocast
 from kdkit.data import Data, TrainLoader
 from kdkit.errors import RecipeError, RunError
-from kdkit.providers import CacheOptions, DataInfo, InMemory, RecipeTeacher, Split, Stream, TeacherOptions
+from kdkit.providers import CacheOptions, DataInfo, InMemory, RecipeTeacher, Split, Stream, TeacherOptions, Texts
 from kdkit.recipe import Recipe
 from kdkit.records import Outputs, tensors
+from kdkit.shapes import random_inputs
 from kdkit.tapping import TappedModel
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -96,7 +97,7 @@ def _look(recipe: Recipe, options: CacheOptions, teacher: TappedModel, info: Dat
         needs_logits=teacher.needs_logits, channels_last=teacher.channels_last, precision=teacher.precision,
     )  # fmt: skip
     device = next(teacher.module.parameters()).device
-    noise = torch.rand(PROBE, *info.image_shape, generator=torch.Generator().manual_seed(0)).to(device)
+    noise = random_inputs(info.image_shape, PROBE, device)
     with torch.no_grad(), autocast(device, AUTOCAST.get(recipe.spec.train.precision)):
         said, again = plain.forward(noise), plain.forward(noise)
     if not _same(said, again, exactly=device.type == "cpu"):
@@ -110,7 +111,7 @@ def _look(recipe: Recipe, options: CacheOptions, teacher: TappedModel, info: Dat
 
 
 def _open_store(
-    recipe: Recipe, name: str, options: CacheOptions, kept: KeptAnswers, slots: Slots, part: Split | InMemory, key: dict[str, Any],
+    recipe: Recipe, name: str, options: CacheOptions, kept: KeptAnswers, slots: Slots, part: Split | InMemory | Texts, key: dict[str, Any],
     train: TrainLoader,
 ) -> AnswerStore:  # fmt: skip
     spec, called = recipe.spec, _called(recipe, name)

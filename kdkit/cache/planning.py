@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from kdkit.cache.kept import KeptAnswers, Slots
@@ -17,6 +16,7 @@ from kdkit.factory import ModelFactory
 from kdkit.providers import CacheOptions, DataInfo, TeacherOptions
 from kdkit.recipe import Recipe
 from kdkit.records import Batch, Inputs, Outputs
+from kdkit.shapes import first_tensor, is_text
 from kdkit.tapping import TappedModel
 from kdkit.teaching import Stage
 
@@ -73,13 +73,19 @@ def sizes(recipe: Recipe, info: DataInfo, num_train: int, shapes: Mapping[str, S
     for name, options in _wanted(recipe):
         slots = Slots.of(options, recipe.spec.data, recipe.spec.seed)
         taps = {layer: shape for layer, shape in shapes[name].items() if layer != "logits"}
+        place = [*recipe.spec.place_of(name), "cache"]
+        if options.what == "taps" and is_text(info.image_shape) and (long := [layer for layer, shape in taps.items() if len(shape) > 1]):
+            says = f"{', '.join(long)}: as long as the longest text of a batch, which is another one each time; keep logits, or vectors"
+            yield says, recipe.problem([*place, "what"], says)
+            continue
         kept = KeptAnswers(options, info.num_classes, True, taps)
         size = slots.count * num_train * kept.bytes
         views = "1 view" if slots.count == 1 else f"{slots.count} views"
         says = f"up to {gigabytes(size)} ({views} of {num_train:,} images, {kept.bytes:,} bytes each)"
-        place = [*recipe.spec.place_of(name), "cache", "max_gb"]
         large = size > options.max_gb * 1e9
-        problem = recipe.problem(place, f"the cache may take {says}, `max_gb` is {options.max_gb:g}; {SMALLER}") if large else None
+        problem = (
+            recipe.problem([*place, "max_gb"], f"the cache may take {says}, `max_gb` is {options.max_gb:g}; {SMALLER}") if large else None
+        )
         yield f"the answers of {name} are kept, {says}", problem
 
 
@@ -106,14 +112,13 @@ class Rehearsal:
 
         def noted(count: int) -> Batch:
             made = batch(count)
-            if isinstance(made.inputs, torch.Tensor):
-                self._shown[made.inputs] = True
+            self._shown[first_tensor(made.inputs)] = True
             return made
 
         return noted
 
     def _answer(self, teacher: TappedModel, place: list[str | int], inputs: Inputs) -> Outputs:
-        if not isinstance(inputs, torch.Tensor) or inputs not in self._shown:
+        if first_tensor(inputs) not in self._shown:
             raise self._recipe.error(place, f"{teacher.role} {OTHER_IMAGES}")
         return teacher.forward(inputs)
 

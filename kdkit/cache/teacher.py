@@ -16,6 +16,7 @@ from kdkit.cache.store import AnswerStore
 from kdkit.data import TrainLoader
 from kdkit.errors import RunError
 from kdkit.records import Batch, Inputs, Outputs
+from kdkit.shapes import first_tensor
 from kdkit.teaching import Arrange
 
 FAR = 0.05  # of the largest number: kept answers that differ by more are not this teacher's
@@ -70,21 +71,22 @@ class TeacherCache:
         Raises:
             RunError: the images are not those of a batch; the disk is nearly full; the cache is not this teacher's.
         """
-        if not isinstance(inputs, Tensor) or inputs not in self._shown:
+        shown = first_tensor(inputs)
+        if shown not in self._shown:
             raise RunError(f"{self._role} {OTHER_IMAGES}")
-        rows: Tensor = self._shown[inputs].here()
+        rows: Tensor = self._shown[shown].here()
         if not self._compared or not bool(self.store.known(rows).all()):
             self.keep(rows, inputs, forward)
-        values = self.store.read(rows, pinned=inputs.device.type == "cuda")
-        return self.kept.unpack({name: value.to(inputs.device, non_blocking=True) for name, value in values.items()}, self._role)
+        values = self.store.read(rows, pinned=shown.device.type == "cuda")
+        return self.kept.unpack({name: value.to(shown.device, non_blocking=True) for name, value in values.items()}, self._role)
 
-    def keep(self, rows: Tensor, inputs: Tensor, forward: Forward) -> None:
+    def keep(self, rows: Tensor, inputs: Inputs, forward: Forward) -> None:
         """Ask the teacher, and write what it says of images whose rows are not there yet.
 
         Raises:
             RunError: see `answer`.
         """
-        with torch.no_grad(), autocast(inputs.device, self._precision):
+        with torch.no_grad(), autocast(first_tensor(inputs).device, self._precision):
             packed = {name: value.cpu() for name, value in self.kept.pack(forward(inputs)).items()}
         known = self.store.known(rows)
         if bool(known.any()) and not self._compared:
@@ -96,21 +98,16 @@ class TeacherCache:
         return slot * self.images + index
 
     def note(self, inputs: Inputs, view: int, index: Tensor) -> None:
-        """Take down which images these are, in which view.
-
-        Raises:
-            RunError: they are no images.
-        """
-        if not isinstance(inputs, Tensor):
-            raise RunError("a teacher's answers can only be kept for images")
+        """Take down which images these are, in which view."""
+        shown = first_tensor(inputs)
         rows = self.rows(self.slots.shown(view, index), index)
         if rows.is_cuda:
             host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows, non_blocking=True)
             arrived = torch.Event(rows.device)
             arrived.record()
-            self._shown[inputs] = _Rows(host, arrived)
+            self._shown[shown] = _Rows(host, arrived)
         else:
-            self._shown[inputs] = _Rows(rows.cpu())
+            self._shown[shown] = _Rows(rows.cpu())
 
     def _compare(self, rows: Tensor, packed: dict[str, Tensor]) -> None:
         """Hold what is there against what the teacher says; the fingerprint in the folder's name cannot know everything.

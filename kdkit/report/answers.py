@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from kdkit.evaluate import Predictions, predict, predict_together
 from kdkit.layers import stage_paths
 from kdkit.records import Batch
 from kdkit.report.cka import LayerSimilarity
+from kdkit.shapes import rows
 from kdkit.study.findings import Findings, Variant
 from kdkit.tapping import TappedModel
 from kdkit.trained import TrainedRun
@@ -139,8 +141,7 @@ class _Asking:
         if self._batches is None or content != self._asked:
             device = build_accelerator(run.recipe.spec.train).device
             found = run.data(device=device)
-            channels, height, width = found.info.image_shape
-            small = found.test.num_samples * channels * height * width * 4 < HELD
+            small = found.test.num_samples * math.prod(found.info.image_shape) * 4 < HELD
             self._batches, self._asked = list(found.test) if small else found.test, content
             self.answers.classes = found.info.class_names or tuple(map(str, range(found.info.num_classes)))
         return self._batches
@@ -195,7 +196,8 @@ def _examples(teacher: Predictions, batches: Iterable[Batch]) -> Iterator[Exampl
     wanted = {int(order[place]): place for place in chosen.values()}
     images: dict[int, Tensor] = {}
     for batch in batches:
-        assert isinstance(batch.inputs, Tensor)
+        if not isinstance(batch.inputs, Tensor):
+            return  # token ids are nothing to look at
         images |= {wanted[i]: image.cpu() for i, image in zip(batch.index.tolist(), batch.inputs, strict=True) if i in wanted}
     for label, place in chosen.items():
         yield Example(place, images[place], label, teacher.logits[place])
@@ -228,9 +230,8 @@ def _observed(model: TappedModel, batch: Batch) -> TappedModel:
 
 
 def _answers(model: TappedModel, name: str, batch: Batch) -> bool:
-    assert isinstance(batch.inputs, Tensor)
     try:
-        _tapped(model, [name])(batch.inputs[:2])
+        _tapped(model, [name])(rows(batch.inputs, torch.arange(2, device=batch.labels.device)))
     except TapError:
         return False
     return True

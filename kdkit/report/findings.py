@@ -18,6 +18,7 @@ from kdkit import profile
 from kdkit.errors import KdkitError, RunError
 from kdkit.profile import Profile
 from kdkit.run_folder import Result, RunFolder
+from kdkit.shapes import Shape
 from kdkit.show import brief
 from kdkit.study import intervals
 from kdkit.study.findings import Cost, Findings, Teacher, Variant
@@ -153,12 +154,12 @@ def _cost(runs: Sequence[_Run], network: Profile) -> Cost:
 
 def _profiles(named: Mapping[str, Sequence[_Run]], taught: _Run | None) -> tuple[Teacher | None, dict[str, Profile]]:
     """The costs of the networks, timed together on one thread: of the common teacher, and of each variant's first student."""
-    models: dict[str, tuple[TappedModel, profile.Shape]] = {}
+    models: dict[str, tuple[TappedModel, Shape]] = {}
     for name, runs in named.items():
         with contextlib.suppress(KdkitError):  # what it needs is gone, such as a teacher of which the student has a part
             run = TrainedRun(next(one.folder.path for one in runs if one.result))
             models[name] = run.student(), run.info.image_shape
-    teachers: list[tuple[TappedModel, profile.Shape]] = []
+    teachers: list[tuple[TappedModel, Shape]] = []
     if taught is not None:
         with contextlib.suppress(KdkitError):
             run = TrainedRun(taught.folder.path)

@@ -38,18 +38,25 @@ class SoftmaxRegression(kdkit.Loss):
         ((v_s, v_t),) = self.options.pairs(student, teacher)
         layer = self.options.layers[0].teacher
         self.classifier = kdkit.pooled_head(context.teacher_classifier(), teacher.features[layer], teacher.logits, f"teacher '{layer}'")
+        positions(student.features[self.options.layers[0].student], student.mask)  # refuses texts
         convolution = nn.Conv2d(v_s.shape[1], v_t.shape[1], 1, bias=False)
         self.connector = nn.Sequential(convolution, kdkit.AnyBatchNorm(v_t.shape[1]), nn.ReLU())
 
     def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
         pair = self.options.layers[0]
-        v_s = self.connector(positions(student.features[pair.student])).mean((2, 3))
+        v_s = self.connector(positions(student.features[pair.student], student.mask)).mean((2, 3))
         v_t = kdkit.as_vectors(teacher.features[pair.teacher])
         return F.mse_loss(v_s, v_t) + F.mse_loss(self.classifier(v_s), teacher.logits)
 
 
-def positions(f: Tensor) -> Tensor:
-    """Features of any form as channels at positions, (B, C, P, Q); a vector is one position."""
+def positions(f: Tensor, mask: Tensor | None) -> Tensor:
+    """Features of any form as channels at positions, (B, C, P, Q); a vector is one position.
+
+    Raises:
+        ShapeError: texts, some of whose positions are padding.
+    """
+    if f.ndim == 3 and mask is not None:
+        raise kdkit.ShapeError(f"hidden states {tuple(f.shape)} of texts have no positions that all samples have; name 'penultimate'")
     if f.ndim == 3:
         return f.transpose(1, 2)[..., None]
     return f[:, :, None, None] if f.ndim == 2 else kdkit.as_map(f)

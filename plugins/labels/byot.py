@@ -114,7 +114,7 @@ def grid(answer: kdkit.Outputs, layer: str) -> Tensor:
     if f.ndim == 2:
         return f[:, :, None, None]
     try:
-        return kdkit.as_map(f)
+        return kdkit.as_map(f, answer.mask)
     except kdkit.ShapeError as error:
         raise kdkit.ShapeError(f"student '{layer}' {tuple(f.shape)} is {error}, nor a vector; name a stage") from None
 

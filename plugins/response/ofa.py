@@ -56,7 +56,7 @@ class OneForAll(kdkit.Loss):
         q = teacher.logits.softmax(1)
         label = F.one_hot(batch.classes, q.shape[1]).to(q)
         target = (q + label) ** self.options.eps - label
-        stages = (kdkit.as_vectors(student.features[pair.student]) for pair in self.options.layers)
+        stages = (kdkit.as_vectors(student.features[pair.student], student.mask) for pair in self.options.layers)
         branches = (branch(f_s) for branch, f_s in zip(self.branches, stages, strict=True))
         return torch.stack([-(target * z.log_softmax(1)).sum(1).mean() for z in (student.logits, *branches)]).sum()
 

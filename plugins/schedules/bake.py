@@ -63,7 +63,7 @@ class BatchEnsemble(kdkit.Schedule):
             return t * mean.clamp_min(torch.finfo(mean.dtype).tiny).log()
 
         with torch.autocast("cpu" if device == "meta" else device, enabled=False):  # there is none on the meta device
-            shares = self._shares(kdkit.gather(kdkit.as_vectors(_exact(answer.features[self.options.layer]))))
+            shares = self._shares(kdkit.gather(kdkit.as_vectors(_exact(answer.features[self.options.layer]), answer.mask)))
             shares = shares.narrow(0, rank * len(answer.logits), len(answer.logits))
             return answer.map(change)
 

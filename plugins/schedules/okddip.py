@@ -57,7 +57,7 @@ class DiversePeers(kdkit.Schedule):
             leader, *peers = (student(batch.inputs) for student in students)
             said = [peer.detach() for peer in peers]
             logits = torch.stack([peer.logits.float() for peer in said], 1)
-            targets = attention([kdkit.as_vectors(peer.features[layer]) for peer in said], logits)
+            targets = attention([kdkit.as_vectors(peer.features[layer], peer.mask) for peer in said], logits)
             lessons = [kdkit.Lesson(leader, [kdkit.with_logits(peer, logits.mean(1)) for peer in said])]
             for a, own in enumerate(peers):
                 lessons.append(kdkit.Lesson(own, [kdkit.with_logits(peer, targets[:, a]) for b, peer in enumerate(said) if b != a]))

@@ -1,0 +1,36 @@
+"""Batches of texts, as token ids that are padded to the longest text of each batch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from kdkit.providers import Texts
+from kdkit.records import MASK, Batch
+
+
+class HeldTexts:
+    """Texts whose token ids lie one after the other in one tensor on the device; see `kdkit.images.Images`."""
+
+    def __init__(self, part: Texts, labels: Tensor, indices: Tensor, device: torch.device) -> None:
+        self.labels, self.indices = labels[indices], indices
+        self._labels, self._indices = self.labels.to(device), indices.to(device)
+        lengths = torch.tensor(part.lengths)
+        starts = lengths.cumsum(0) - lengths
+        self._lengths, self._starts = lengths[indices].to(device), starts[indices].to(device)
+        self._padding = {name: part.padding.get(name, 0) for name in part.tokens}
+        self._tokens = {name: torch.tensor([*itertools.chain(*ids)], device=device) for name, ids in part.tokens.items()}
+
+    def batches(self, plan: Sequence[Tensor], view: int | None) -> Iterator[Batch]:
+        """A text has one view: every view of it is that one."""
+        for numbers in plan:
+            chosen = numbers.to(self._starts.device)
+            lengths = self._lengths[chosen, None]
+            places = torch.arange(int(lengths.max()), device=lengths.device)
+            real = places < lengths
+            at = self._starts[chosen, None] + places * real
+            padded = {name: torch.where(real, ids[at], self._padding[name]) for name, ids in self._tokens.items()}
+            yield Batch({**padded, MASK: real.long()}, self._labels[chosen], self._indices[chosen])

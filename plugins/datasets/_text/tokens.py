@@ -1,0 +1,51 @@
+"""From strings to token ids, by a tokenizer of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import torch
+from pydantic import BeforeValidator, Field
+
+import kdkit
+
+
+def _beside_its_file(value: Any) -> Any:
+    """A folder (`./NAME`, `../NAME`) is meant from the file in which it is written."""
+    folder = getattr(value, "folder", None)
+    return str((folder / value).resolve()) if folder is not None and value.startswith((".", "~")) else value
+
+
+class TextOptions(kdkit.DatasetOptions):
+    """How texts become tokens."""
+
+    tokenizer: Annotated[str, BeforeValidator(_beside_its_file)] = Field(
+        description="Tokenizer of transformers, which must be that of teacher and student: a name of the hub, or a folder."
+    )
+    max_length: int = Field(default=64, ge=2, description="Tokens of a text at most, special ones included; the rest is cut off.")
+
+
+def tokenized(options: TextOptions, texts: Sequence[Any], labels: Sequence[int]) -> kdkit.Texts:
+    """The texts (strings, or pairs of strings) as token ids.
+
+    Raises:
+        DataError: transformers is not installed, or has no such tokenizer.
+    """
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise kdkit.DataError("texts need transformers: pip install 'kdkit[text]'") from None
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(options.tokenizer)
+    except Exception as error:  # whatever a hub or a file makes it raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise kdkit.DataError(f"tokenizer '{options.tokenizer}' cannot be loaded: {reason}") from error
+    found: Mapping[str, Sequence[Sequence[int]]] = tokenizer(
+        list(texts), truncation=True, max_length=options.max_length, return_attention_mask=False
+    )
+    tokens = {name: found[name] for name in found}
+    if "token_type_ids" in tokens and not any(map(any, tokens["token_type_ids"])):
+        del tokens["token_type_ids"]  # of single texts they are what a network takes them to be
+    padding = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": tokenizer.pad_token_type_id}
+    return kdkit.Texts(tokens, torch.tensor(list(labels), dtype=torch.int64), padding)

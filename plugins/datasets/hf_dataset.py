@@ -1,0 +1,83 @@
+"""Texts of Hugging Face datasets (extra `text`): of the hub, or of CSV, JSON and Parquet files.
+
+Lhoest et al., "Datasets: A Community Library for Natural Language Processing", EMNLP 2021 demos, arXiv:2109.02846.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, Literal
+
+from pydantic import Field
+
+import kdkit
+
+from ._text.tokens import TextOptions, tokenized
+
+
+class HfDatasetOptions(TextOptions):
+    """Which dataset, and which of its columns."""
+
+    dataset: str = Field(description="Name on the hub (`clinc_oos`), or the kind of the files: csv, json, parquet, text.")
+    config: str | None = Field(default=None, description="Configuration of it, such as `plus`.")
+    files: dict[Literal["train", "test"], kdkit.RecipePath] | None = Field(
+        default=None, description="Files of the parts, `{train: FILE, test: FILE}`, where `dataset` is a kind of files."
+    )
+    train: str = Field(default="train", description="Split to train on.")
+    test: str = Field(default="test", description="Split to test on.")
+    text: str | tuple[str, str] = Field(default="text", description="Column of the texts, or two of pairs of texts.")
+    label: str = Field(default="label", description="Column of the classes: class labels, numbers from 0, or words.")
+
+
+class HfDataset(kdkit.DatasetSource):
+    """Texts and their classes, as `datasets.load_dataset` gives them."""
+
+    name = "hf_dataset"
+    Options = HfDatasetOptions
+    options: HfDatasetOptions
+
+    def info(self) -> kdkit.DataInfo:
+        names = self._classes
+        counts = [len(self._parts[part]) for part in ("train", "test")]
+        return kdkit.DataInfo((self.options.max_length,), len(names), counts[0], counts[1], tuple(names))
+
+    def split(self, part: Literal["train", "test"]) -> kdkit.Texts:
+        rows, number = self._parts[part], {name: i for i, name in enumerate(self._classes)}
+        columns = [self.options.text] if isinstance(self.options.text, str) else list(self.options.text)
+        texts = list(zip(*(rows[column] for column in columns), strict=True))
+        labels = [label if isinstance(label, int) else number.get(label, -1) for label in rows[self.options.label]]
+        return tokenized(self.options, [pair[0] for pair in texts] if len(columns) == 1 else texts, labels)
+
+    @cached_property
+    def _parts(self) -> dict[str, Any]:
+        try:
+            import datasets
+        except ImportError:
+            raise kdkit.DataError("dataset 'hf_dataset' needs datasets: pip install 'kdkit[text]'") from None
+        options = self.options
+        files = {"data_files": {part: str(path) for part, path in options.files.items()}} if options.files else {}
+        wanted = {"train": "train", "test": "test"} if options.files else {"train": options.train, "test": options.test}
+        try:
+            loaded = {part: datasets.load_dataset(options.dataset, options.config, split=name, **files) for part, name in wanted.items()}
+        except Exception as error:  # whatever a hub or a file makes it raise
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise kdkit.DataError(f"dataset '{options.dataset}' cannot be loaded: {reason}") from error
+        has = loaded["train"].column_names
+        for column in (*([options.text] if isinstance(options.text, str) else options.text), options.label):
+            if column not in has:
+                raise kdkit.DataError(f"dataset '{options.dataset}' has no column '{column}'; it has: {', '.join(has)}")
+        return loaded
+
+    @cached_property
+    def _classes(self) -> list[str]:
+        """Names of the classes, in the order of their numbers."""
+        train = self._parts["train"]
+        if names := getattr(train.features[self.options.label], "names", None):
+            return list(names)
+        found = set(train[self.options.label])
+        return [*map(str, range(max(found) + 1))] if all(isinstance(label, int) for label in found) else sorted(found)
+
+
+@kdkit.hookimpl
+def kdkit_datasets() -> list[type[kdkit.DatasetSource]]:
+    return [HfDataset]

@@ -1,0 +1,139 @@
+"""Text classifiers of Hugging Face transformers (extra `text`).
+
+Wolf et al., "Transformers: State-of-the-Art Natural Language Processing", EMNLP 2020 demos, arXiv:1910.03771.
+`AutoModelForSequenceClassification` builds them: an encoder, and a classifier on its pooled answer. Layers have the paths of
+`named_modules()`, such as `bert.encoder.layer.3`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+from torch import nn
+
+import kdkit
+
+# How DistilBERT calls what BERT calls otherwise, so that it can begin with BERT's layers (Sanh et al. 2019, arXiv:1910.01108, section 3).
+DISTILBERT = (
+    (r"^bert\.encoder\.", "distilbert.transformer."),
+    (r"^bert\.", "distilbert."),
+    (r"\.attention\.self\.(query|key|value)\.", lambda found: f".attention.{found[1][0]}_lin."),
+    (r"\.attention\.output\.dense\.", ".attention.out_lin."),
+    (r"\.attention\.output\.LayerNorm\.", ".sa_layer_norm."),
+    (r"\.intermediate\.dense\.", ".ffn.lin1."),
+    (r"(layer\.\d+)\.output\.dense\.", r"\1.ffn.lin2."),
+    (r"(layer\.\d+)\.output\.LayerNorm\.", r"\1.output_layer_norm."),
+)
+
+
+def _beside_its_file(value: Any) -> Any:
+    """A folder (`hf/./NAME`, `hf/../NAME`) is meant from the file in which it is written."""
+    source, _, name = str(value).partition("/")
+    folder = getattr(value, "folder", None)
+    return f"{source}/{(folder / name).resolve()}" if folder is not None and name.startswith((".", "~")) else value
+
+
+class HuggingFaceSource(kdkit.ModelSource):
+    """Text classifiers of transformers: `model: hf/bert-base-uncased`, a local folder (`hf/./folder`), or a `config` alone."""
+
+    name = "hf"
+    takes = "texts"
+
+    class Options(kdkit.ModelOptions):
+        """Where the weights come from, and what the network is."""
+
+        model: Annotated[str, BeforeValidator(_beside_its_file)] = Field(
+            description="hf/NAME, as the hub has it, or hf/FOLDER: a path that begins with `.` is relative to this file."
+        )
+        pretrained: bool = Field(
+            default=True, description="Begin with NAME's weights (downloaded once); a classifier that it has not stays random."
+        )
+        config: kdkit.Arguments = Field(
+            default_factory=dict,
+            description="What the network is, in the place of NAME's own: `model_type` (bert, distilbert...) and what differs from its "
+            "defaults, such as `num_hidden_layers: 3`. Without `model_type`: what differs from NAME's own.",
+        )
+
+    options: Options
+
+    def build(self, num_classes: int, image_shape: tuple[int]) -> nn.Module:
+        """The network with random weights."""
+        with self._asking("built") as transformers:
+            network: nn.Module = transformers.AutoModelForSequenceClassification.from_config(self._config(transformers, num_classes))
+        names = set(inspect.signature(network.forward).parameters)
+        network.register_forward_pre_hook(_KnownOnly(names), with_kwargs=True)
+        return network
+
+    def load(self, module: nn.Module) -> None:
+        """NAME's weights, of every layer that has as many numbers there."""
+        if not self.options.pretrained:
+            return
+        with self._asking("loaded") as transformers:
+            donor = transformers.AutoModelForSequenceClassification.from_pretrained(
+                self.model_name, config=module.config, ignore_mismatched_sizes=True
+            )
+        module.load_state_dict(donor.state_dict())
+
+    def rename(self, key: str, module: nn.Module) -> str:
+        """DistilBERT's name of a layer of BERT; others have the same."""
+        if getattr(module.config, "model_type", "") == "distilbert":
+            for pattern, own in DISTILBERT:
+                key = re.sub(pattern, own, key)
+        return key
+
+    def portable(self, module: nn.Module) -> kdkit.Portable:
+        """A folder that transformers loads."""
+        config: Any = module.config
+        about = {**config.to_dict(), "architectures": [type(module).__name__]}
+        own = {key: value for key, value in config.to_diff_dict().items() if key not in ("id2label", "label2id", "transformers_version")}
+        options = {"model": f"hf/{config.model_type}", "pretrained": False, "config": own}
+        return kdkit.Portable(options, about, 'load it by AutoModelForSequenceClassification.from_pretrained("{folder}")')
+
+    def _config(self, transformers: Any, num_classes: int) -> Any:
+        said = {**self.options.config, "num_labels": num_classes}
+        kind = said.pop("model_type", None)
+        if kind is None:
+            return transformers.AutoConfig.from_pretrained(self.model_name, **said)
+        return transformers.AutoConfig.for_model(kind, **said)
+
+    @contextlib.contextmanager
+    def _asking(self, what: str) -> Iterator[Any]:
+        """The library, told to be quiet; what it raises becomes one line."""
+        try:
+            transformers: Any = importlib.import_module("transformers")  # many of its functions have no types
+        except ImportError:
+            raise kdkit.ModelError("needs transformers: pip install 'kdkit[text]'") from None
+        level = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        try:
+            yield transformers
+        except Exception as error:  # whatever a hub, a file or an argument makes it raise
+            where = "" if Path(self.model_name).is_dir() else "; a folder of this machine is written hf/./FOLDER"
+            reason = " ".join(str(error).split())
+            raise kdkit.ModelError(f"'{self.model_name}' cannot be {what}: {type(error).__name__}: {reason[:300]}{where}") from error
+        finally:
+            transformers.logging.set_verbosity(level)
+            transformers.logging.enable_progress_bar()
+
+
+class _KnownOnly:
+    """A hook that keeps back what the network does not take: tokenizers also give what only other networks ask for."""
+
+    def __init__(self, names: set[str]) -> None:
+        self.names = names
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, {name: value for name, value in kwargs.items() if name in self.names}
+
+
+@kdkit.hookimpl
+def kdkit_models() -> list[type[kdkit.ModelSource]]:
+    return [HuggingFaceSource]
