@@ -20,7 +20,7 @@ from kdkit.folding import fold_batchnorm, unfoldable
 from kdkit.layers import expand_pairs
 from kdkit.loss_options import LayerPair
 from kdkit.models import build_model
-from kdkit.providers import DataInfo, ModelOptions, ModelSource, RecipeTeacher, TeacherOptions
+from kdkit.providers import FIRST_WEIGHTS, DataInfo, ModelOptions, ModelSource, RecipeTeacher, TeacherOptions
 from kdkit.randomness import seeded
 from kdkit.recipe import Recipe, content_of, models_in
 from kdkit.recipe_types import source_of
@@ -112,7 +112,7 @@ class ModelFactory:
     def network(self, student: Model) -> dict[str, Any] | None:
         """What a student's network is built from, weights aside, in plain values; None: the recipe's `student`."""
         options = self._networks.get(student)
-        return None if options is None else options.model_dump(mode="json", exclude={"checkpoint", "strip_prefix"})
+        return None if options is None else options.model_dump(mode="json", exclude=set(FIRST_WEIGHTS))
 
     def models(self) -> list[TappedModel]:
         """All that were handed out and are still in use."""
@@ -281,7 +281,7 @@ class ModelFactory:
     def _build(self, section: str, options: ModelOptions, layers: Sequence[str], number: int, file: Path | None = None) -> TappedModel:
         spec = self.recipe.spec
         if section in self.trained and not self.rehearsal:
-            options = options.model_copy(update={"checkpoint": file or self.trained[section].file, "strip_prefix": ""})
+            options = options.model_copy(update={"checkpoint": file or self.trained[section].file, "strip_prefix": "", "new_head": False})
         try:
             with seeded(spec.seed, "student" if section == "student" else "teacher", number):
                 model = build_model(

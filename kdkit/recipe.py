@@ -239,13 +239,20 @@ def _bookkeeping(field: Any) -> bool:
     return isinstance(extra, dict) and bool(extra.get("bookkeeping"))
 
 
+def _late(field: Any, value: Any) -> bool:
+    """Whether an option that came later is as if it were not there."""
+    extra = field.json_schema_extra
+    return isinstance(extra, dict) and bool(extra.get("late")) and bool(value == field.default)
+
+
 def content_of(value: Any) -> Any:
     """What of a recipe or a part of it changes what is trained, in plain values."""
     if isinstance(value, RecipeTeacher):
         taught = load(value.recipe, {} if value.seed is None else {"seed": value.seed})
         return {**{k: content_of(v) for k, v in value if k not in ("recipe", "seed", "name")}, "recipe": taught.fingerprint}
     if isinstance(value, BaseModel):
-        return {name: content_of(getattr(value, name)) for name, field in type(value).model_fields.items() if not _bookkeeping(field)}
+        told = {name: field for name, field in type(value).model_fields.items() if not _bookkeeping(field)}
+        return {name: content_of(part) for name, field in told.items() if not _late(field, part := getattr(value, name))}
     if isinstance(value, tuple | list):
         return [content_of(item) for item in value]
     if isinstance(value, Path):
