@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from kdkit.errors import DataError
-from kdkit.options import BOOKKEEPING, LATE, Options, RecipePath
+from kdkit.options import BOOKKEEPING, LATER, Options, RecipePath
 
 FIRST_WEIGHTS = frozenset({"checkpoint", "strip_prefix", "new_head"})
 """Keys of a model that say what its weights begin with; once it is trained, they say nothing."""
@@ -34,7 +34,7 @@ class ModelOptions(Options):
     new_head: bool = Field(
         default=False,
         description="Leave out the checkpoint's classifier, which may be of other classes; the network's own, with random weights, stays.",
-        json_schema_extra=LATE,
+        json_schema_extra=LATER,
     )
     normalize: Normalize | None = Field(default=None, description="What the network expects (default: the source's own values).")
     input_size: int | None = Field(default=None, gt=0, description="Side of the square images this model sees; others are resized.")
