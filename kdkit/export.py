@@ -20,7 +20,7 @@ from kdkit.checkpoints import write_atomically
 from kdkit.deployment import deploying
 from kdkit.errors import ModelError
 from kdkit.normalization import NormalizationAdapter
-from kdkit.providers import ModelOptions, ModelSource
+from kdkit.providers import FIRST_WEIGHTS, ModelOptions, ModelSource
 from kdkit.recipe_types import DEFAULT_SOURCE
 from kdkit.records import MASK
 from kdkit.shapes import TOKENS, Shape, is_text, random_inputs
@@ -97,7 +97,7 @@ def _own_config(run: TrainedRun, options: ModelOptions) -> dict[str, Any]:
     files = sorted(key for key, value in options if isinstance(value, Path) and key != "checkpoint")
     return {
         "version": __version__,
-        "options": options.model_dump(mode="json", exclude={"checkpoint", "strip_prefix", "init", *files}, exclude_none=True),
+        "options": options.model_dump(mode="json", exclude={*FIRST_WEIGHTS, *files}, exclude_none=True),
         "needs_files": [getattr(options, key).name for key in files],
         "num_classes": run.info.num_classes,
         "image_shape": list(run.info.image_shape),

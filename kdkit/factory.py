@@ -22,7 +22,7 @@ from kdkit.inheritance import inherit
 from kdkit.layers import expand_pairs
 from kdkit.loss_options import LayerPair
 from kdkit.models import build_model
-from kdkit.providers import DataInfo, ModelOptions, ModelSource, RecipeTeacher, StudentOptions, TeacherOptions
+from kdkit.providers import FIRST_WEIGHTS, DataInfo, ModelOptions, ModelSource, RecipeTeacher, StudentOptions, TeacherOptions
 from kdkit.randomness import seeded
 from kdkit.recipe import Recipe, content_of, models_in
 from kdkit.recipe_types import source_of
@@ -116,7 +116,7 @@ class ModelFactory:
     def network(self, student: Model) -> dict[str, Any] | None:
         """What a student's network is built from, weights aside, in plain values; None: the recipe's `student`."""
         options = self._networks.get(student)
-        return None if options is None else options.model_dump(mode="json", exclude={"checkpoint", "strip_prefix", "init"})
+        return None if options is None else options.model_dump(mode="json", exclude=set(FIRST_WEIGHTS))
 
     def _inherit(self, student: TappedModel, options: ModelOptions) -> None:
         """Give a student what it is to have of a teacher, whose weights are read anew: those that answer may be folded by now."""
@@ -300,7 +300,7 @@ class ModelFactory:
     def _build(self, section: str, options: ModelOptions, layers: Sequence[str], number: int, file: Path | None = None) -> TappedModel:
         spec = self.recipe.spec
         if section in self.trained and not self.rehearsal:
-            options = options.model_copy(update={"checkpoint": file or self.trained[section].file, "strip_prefix": ""})
+            options = options.model_copy(update={"checkpoint": file or self.trained[section].file, "strip_prefix": "", "new_head": False})
         try:
             with seeded(spec.seed, "student" if section == "student" else "teacher", number):
                 model = build_model(

@@ -65,6 +65,8 @@ def build_model(
         with contextlib.nullcontext() if weights else torch.device("meta"):
             module = source.build(num_classes, shape)
             adapt = _adapter(options, source, module, image_shape, shape)
+        if options.new_head and not file:
+            _head(module, num_classes)  # that there is none is told where no weights are read, too
         if weights and load:
             _load(options, source, module, num_classes, file)
         if weights:
@@ -86,8 +88,9 @@ def build_model(
 
 
 def load_checkpoint(
-    path: Path, module: nn.Module, strip_prefix: str = "", num_classes: int | None = None, rename: Callable[[str], str] | None = None
-) -> None:
+    path: Path, module: nn.Module, strip_prefix: str = "", num_classes: int | None = None, rename: Callable[[str], str] | None = None,
+    *, new_head: bool = False,
+) -> None:  # fmt: skip
     """Load a checkpoint's weights into a network. No code that the file may hold is run.
 
     Args:
@@ -96,6 +99,7 @@ def load_checkpoint(
         strip_prefix: what to drop from the file's keys.
         num_classes: number of logits, for the message when the file is of another number.
         rename: the network's own name of a key, once the prefix is dropped (None: the same).
+        new_head: leave the file's classifier out; the network's own stays as it is.
 
     Raises:
         ModelError: the file is missing, holds more than tensors, or does not fit; the network is then unchanged.
@@ -108,6 +112,9 @@ def load_checkpoint(
             raise ModelError(f"{path} does not fit: several of its keys mean '{own}'")
         found[own] = value
     wanted = module.state_dict()
+    if new_head:
+        head = _head(module, num_classes)
+        found, wanted = ({k: v for k, v in weights.items() if not k.startswith(f"{head}.")} for weights in (found, wanted))
     missing = [key for key in wanted if key not in found and not key.endswith("num_batches_tracked")]
     unexpected = sorted(key for key in found if key not in wanted)
     reshaped = [key for key in wanted if key in found and found[key].shape != wanted[key].shape]
@@ -147,7 +154,8 @@ def _load(options: ModelOptions, source: ModelSource, module: nn.Module, num_cla
     if file:
         load_checkpoint(file, module, num_classes=num_classes)
     elif options.checkpoint:
-        load_checkpoint(options.checkpoint, module, options.strip_prefix, num_classes, functools.partial(source.rename, module=module))
+        rename = functools.partial(source.rename, module=module)
+        load_checkpoint(options.checkpoint, module, options.strip_prefix, num_classes, rename, new_head=options.new_head)
     else:
         source.load(module)
 
@@ -188,11 +196,24 @@ def _fit(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
     return values if len(values) == channels else (sum(values) / len(values),) * channels
 
 
+def _head(module: nn.Module, num_classes: int | None) -> str:
+    """Path of the classifier that a checkpoint's would replace.
+
+    Raises:
+        ModelError: there is no single one.
+    """
+    try:
+        return classifier_path(module, num_classes)
+    except TapError:
+        raise ModelError("new_head: this network has no single linear classifier, so none can be left out of its checkpoint") from None
+
+
 def _refuse_other_classes(path: Path, module: nn.Module, keys: list[str], found: Mapping[str, Tensor], num_classes: int | None) -> None:
     with contextlib.suppress(TapError):
         head = classifier_path(module, num_classes)
         if all(key.startswith(f"{head}.") for key in keys):
-            raise ModelError(f"{path} is a classifier ('{head}') of {found[keys[0]].shape[0]} classes, not of {num_classes or 'as many'}")
+            says = f"{path} is a classifier ('{head}') of {found[keys[0]].shape[0]} classes, not of {num_classes or 'as many'}"
+            raise ModelError(f"{says}; `new_head: true` leaves it out and begins with a random one")
 
 
 def _prefix_hint(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:

@@ -78,11 +78,7 @@ class _Planner:
         for name, one in teachers.items():
             with self._problems_at(*spec.place_of(name)):
                 planned.append(self._model(f"{name} {_teacher_name(one, trained.get(name))}", factory.teacher(name), info))
-            reading = [entry.use for entry in factory.looking_at(name) if self.recipe.plugins.losses[entry.use].needs_networks]
-            if getattr(one, "fold_batchnorm", False) and reading:
-                self.notes.append(f"`fold_batchnorm` of {name} has no effect: {reading[0]} reads its layers")
-            if has_random_weights(one):
-                self.notes.append(f"the weights of {name} are random: give it a `checkpoint`, `pretrained: true` or a `recipe`")
+            self.notes += self._notes_on(name, one, factory)
         self._raise_if_any()
         steps = -(
             -(num_train // spec.data.batch_size if spec.data.drop_last else -(-num_train // spec.data.batch_size)) // spec.train.accumulate
@@ -145,6 +141,16 @@ class _Planner:
                 kept = range(every, planned.stages[-1].epochs + 1, every) if every else ()
                 found[name] = TrainedTeacher(source.spec.student, None, dict.fromkeys(kept))
         return found
+
+    def _notes_on(self, name: str, teacher: object, factory: ModelFactory) -> Iterator[str]:
+        """What there is to know about a teacher."""
+        reading = [entry.use for entry in factory.looking_at(name) if self.recipe.plugins.losses[entry.use].needs_networks]
+        if getattr(teacher, "fold_batchnorm", False) and reading:
+            yield f"`fold_batchnorm` of {name} has no effect: {reading[0]} reads its layers"
+        if getattr(teacher, "new_head", False):
+            yield f"the classifier of {name} is random (`new_head`): a `recipe` of its own would train it"
+        elif has_random_weights(teacher):
+            yield f"the weights of {name} are random: give it a `checkpoint`, `pretrained: true` or a `recipe`"
 
     def _check_layers(self, factory: ModelFactory) -> None:
         for i, entry in enumerate(self.spec.losses):
@@ -308,8 +314,9 @@ def _shapes(lesson: Lesson) -> list[torch.Size]:
 
 
 def has_random_weights(options: object) -> bool:
-    """Whether nothing says what a model's first weights are: then they follow from the seed."""
-    return isinstance(options, ModelOptions) and not options.checkpoint and not getattr(options, "pretrained", False)
+    """Whether nothing says what a model's first weights, or those of its classifier, are: then they follow from the seed."""
+    told = isinstance(options, ModelOptions) and (options.checkpoint or getattr(options, "pretrained", False))
+    return isinstance(options, ModelOptions) and (options.new_head or not told)
 
 
 def _on_random_numbers(lesson: Lesson, shape: Shape, num_classes: int) -> Lesson:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from kdkit.errors import DataError
-from kdkit.options import BOOKKEEPING, Options, RecipePath
+from kdkit.options import BOOKKEEPING, LATER, Options, RecipePath
 from kdkit.shapes import Shape
+
+FIRST_WEIGHTS = frozenset({"checkpoint", "strip_prefix", "new_head", "init"})
+"""Keys of a model that say what its weights begin with; once it is trained, they say nothing."""
 
 
 class Normalize(Options):
@@ -29,9 +32,20 @@ class ModelOptions(Options):
     model: str = Field(description="SOURCE/NAME; a bare NAME is timm's. `kdkit plugins` lists the sources.")
     checkpoint: RecipePath | None = Field(default=None, description="Weights: a safetensors file, or one that torch loads weights-only.")
     strip_prefix: str = Field(default="", description="Prefix to drop from the checkpoint's keys, such as `module.`.")
+    new_head: bool = Field(
+        default=False,
+        description="Leave out the checkpoint's classifier, which may be of other classes; the network's own, with random weights, stays.",
+        json_schema_extra=LATER,
+    )
     normalize: Normalize | None = Field(default=None, description="What the network expects (default: the source's own values).")
     input_size: int | None = Field(default=None, gt=0, description="Side of the square images this model sees; others are resized.")
     interpolation: Literal["bilinear", "bicubic", "nearest", "area"] = Field(default="bilinear", description="How images are resized.")
+
+    @model_validator(mode="after")
+    def _a_head_to_leave_out(self) -> Self:
+        if self.new_head and self.checkpoint is None:
+            raise ValueError("new_head leaves a checkpoint's classifier out, but there is no `checkpoint`")
+        return self
 
 
 class InitOptions(Options):
@@ -49,7 +63,9 @@ class InitOptions(Options):
 class StudentOptions(Options):
     """What a recipe may say of a student beyond what it says of any model."""
 
-    init: InitOptions | None = Field(default=None, description="Begin with a teacher's weights, as far as they fit.")
+    init: InitOptions | None = Field(
+        default=None, description="Begin with a teacher's weights, as far as they fit.", json_schema_extra=LATER
+    )
 
 
 class CacheOptions(Options):

@@ -183,8 +183,36 @@ def test_old_files_without_batchnorm_counters(tmp_path, weights):
 
 def test_classifier_of_other_classes(tmp_path):
     torch.save(Grid(3, 7).state_dict(), tmp_path / "w.pt")
-    with pytest.raises(kdkit.ModelError, match=r"w.pt is a classifier \('head'\) of 7 classes, not of 5"):
+    with pytest.raises(kdkit.ModelError, match=r"w.pt is a classifier \('head'\) of 7 classes, not of 5; `new_head: true` leaves it out"):
         build(grid(checkpoint=str(tmp_path / "w.pt")))
+    torch.manual_seed(3)
+    fresh = build(grid()).module.state_dict()
+    torch.manual_seed(3)
+    found = build(grid(checkpoint=str(tmp_path / "w.pt"), new_head=True)).module
+    theirs = torch.load(tmp_path / "w.pt")
+    assert same(found, {key: fresh[key] if key.startswith("head.") else theirs[key] for key in fresh})
+
+
+def test_a_new_head_takes_a_file_without_one_and_no_other_misfit(tmp_path, weights):
+    save_file({key: value for key, value in weights.items() if not key.startswith("head.")}, tmp_path / "body.safetensors")
+    assert torch.equal(build(grid(checkpoint=str(tmp_path / "body.safetensors"), new_head=True)).module.conv.weight, weights["conv.weight"])
+    save_file({**weights, "conv.bias": torch.zeros(9)}, tmp_path / "wide.safetensors")
+    with pytest.raises(kdkit.ModelError, match=r"wide.safetensors does not fit: 1 keys of another shape \(conv.bias\)$"):
+        build(grid(checkpoint=str(tmp_path / "wide.safetensors"), new_head=True))
+
+
+def test_a_new_head_needs_a_checkpoint_and_a_classifier(tmp_path):
+    with pytest.raises(ValueError, match="new_head leaves a checkpoint's classifier out, but there is no `checkpoint`"):
+        kdkit.ModelOptions(model="grid/x", new_head=True)
+
+    class Headless(GridSource):
+        def build(self, num_classes, image_shape):
+            return nn.Sequential(nn.Conv2d(image_shape[0], num_classes, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    options = kdkit.ModelOptions(model="grid/x", checkpoint=tmp_path / "absent.pt", new_head=True)
+    with pytest.raises(kdkit.ModelError, match="^student x: new_head: this network has no single linear classifier") as caught:
+        build(Headless(options, "x"), weights=False)
+    assert "\n" not in str(caught.value)
 
 
 class Bomb:

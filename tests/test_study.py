@@ -22,6 +22,7 @@ from kdkit.study import comparison as study
 from kdkit.study import table as study_table
 from kdkit.study import variants as study_file
 from kdkit.study.findings import Findings
+from kdkit.study.measured import FinishedRun
 from kdkit.trained import TrainedRun
 from tests.training import merged, write
 
@@ -314,6 +315,29 @@ def test_a_failure_ends_the_command_with_code_1(compare, say):
     _written({"variants": {"wild": {"train": {"optimizer": {"lr": 1e30}}}}, "seeds": 1})
     said = say("s.yaml", "--allow", "train.optimizer", code=1)
     assert "failed: wild, seed 0: " in said and "is nan" in said and "response" in rows(said)
+
+
+def test_the_loss_of_the_last_epochs(compare, say):
+    _written({"show": ["loss", "late_loss", "logit_difference"], "seeds": 2})
+    said = say("s.yaml", "train.epochs=4")
+    found = Findings.load(Path("runs/s/study.json"))
+    for variant in found.variants:
+        courses = [[line["train"]["loss"] for line in RunFolder(path).metrics("epoch")] for path in variant.folders]
+        assert variant.last["late_loss"] == tuple(statistics.fmean(course[1:]) for course in courses)  # 2.4 of 4, rounded up
+        assert variant.last["loss"] == tuple(course[-1] for course in courses)
+    for title in ("training loss, last 60 % of epochs", "mean |z_s - z_t|"):
+        assert title in said
+    late = found.variants[1].last["late_loss"]
+    assert f"{statistics.mean(late):.3f} +- {statistics.stdev(late):.3f}" in said
+
+
+def test_late_losses_are_those_of_the_last_stage(tmp_path):
+    folder = RunFolder(tmp_path)
+    for stage, losses in (("hints", [9.0, 9.0, 9.0]), ("labels", [5.0, 4.0, 3.0, 2.0, 1.0])):
+        for epoch, value in enumerate(losses, 1):
+            folder.log(kind="epoch", stage=stage, epoch=epoch, train={"loss": value})
+    assert study._losses(FinishedRun(None, tmp_path)) == {"loss": 1.0, "late_loss": 2.0}
+    assert study._losses(FinishedRun(None, tmp_path / "none")) == {}
 
 
 def test_a_wide_table_becomes_two(compare):

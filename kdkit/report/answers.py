@@ -25,7 +25,7 @@ from kdkit.trained import TrainedRun
 SEEDS = 3  # of each variant, the first ones, whose students answer again
 COMPARED = 6  # variants whose layers are compared with the teacher's
 IMAGES = 1024  # on which layers are compared
-EXAMPLES = 6
+EXAMPLES = 3  # of images of which the teacher is least sure, and as many ordinary ones
 HELD = 2**30  # bytes of test images that are kept between one network and the next
 
 
@@ -57,7 +57,7 @@ class Answers:
         classes: names of the classes, their numbers where they have none.
         students: predictions of each variant's first seeds, by seed.
         teacher: its own, of all teachers together.
-        examples: of the teacher's second thoughts.
+        examples: test images, for the teacher's second thoughts.
         alike: layers, by variant, of its first seed.
         missing: what is not there and why, a phrase each.
     """
@@ -186,21 +186,28 @@ def _device(batches: Iterable[Batch]) -> torch.device:
 
 
 def _examples(teacher: Predictions, batches: Iterable[Batch]) -> Iterator[Example]:
-    """Of the images that the teacher gets right, those with the most probable second class, at most one of a class."""
-    second = teacher.logits.softmax(1).topk(2).values[:, 1] * (teacher.logits.argmax(1) == teacher.labels)
-    chosen: dict[int, int] = {}
-    for place in second.argsort(descending=True).tolist():
-        if second[place] > 0 and len(chosen) < EXAMPLES:
-            chosen.setdefault(int(teacher.labels[place]), place)
+    """Images that the teacher gets right: of which it is least sure, and ordinary ones."""
     order = torch.cat([batch.index.cpu() for batch in batches]).sort().values  # that of the predictions
-    wanted = {int(order[place]): place for place in chosen.values()}
+    chosen = {int(order[place]): place for place in _chosen(teacher)}
     images: dict[int, Tensor] = {}
     for batch in batches:
         if not isinstance(batch.inputs, Tensor):
             return  # token ids are nothing to look at
-        images |= {wanted[i]: image.cpu() for i, image in zip(batch.index.tolist(), batch.inputs, strict=True) if i in wanted}
-    for label, place in chosen.items():
-        yield Example(place, images[place], label, teacher.logits[place])
+        images |= {i: image.cpu() for i, image in zip(batch.index.tolist(), batch.inputs, strict=True) if i in chosen}
+    for index, place in chosen.items():
+        yield Example(place, images[index], int(teacher.labels[place]), teacher.logits[place])
+
+
+def _chosen(teacher: Predictions) -> list[int]:
+    """Places of the images with the most probable second class, then of the median one of further classes; of each, one a class."""
+    second = teacher.logits.softmax(1).topk(2).values[:, 1] * (teacher.logits.argmax(1) == teacher.labels)
+    right: dict[int, list[int]] = {}  # by class, the least sure first
+    for place in second.argsort(descending=True, stable=True).tolist():
+        if second[place] > 0:
+            right.setdefault(int(teacher.labels[place]), []).append(place)
+    unsure = {label: places[0] for label, places in list(right.items())[:EXAMPLES]}
+    ordinary = [right[label][len(right[label]) // 2] for label in sorted(right, key=lambda label: (label in unsure, label))]
+    return [*unsure.values(), *[place for place in ordinary if place not in unsure.values()][:EXAMPLES]]
 
 
 @torch.no_grad()

@@ -112,16 +112,27 @@ def learning_curves(courses: Mapping[str, Courses], baseline: str, teacher: floa
             )
 
 
+def training_loss(courses: Mapping[str, Courses], baseline: str) -> Iterator[Picture]:
+    """The training loss of every variant over the epochs, a few variants a picture."""
+    shown = {name: one.losses["loss"] for name, one in courses.items() if "loss" in one.losses}
+    yield from _panels("training-loss", "Training loss", "training loss, total", shown, courses, baseline, low_is_good=True)
+
+
 def to_teacher(courses: Mapping[str, Courses], baseline: str) -> Iterator[Picture]:
     """How near each variant's answers come to the teacher's, over the epochs."""
     for key, (title, label) in TO_TEACHER.items():
         shown = {name: one.to_teacher[key] for name, one in courses.items() if key in one.to_teacher}
-        panels = groups(list(shown), baseline) if shown else []
-        for number, names in enumerate(panels, 1):
-            of = f" ({number} of {len(panels)})" if len(panels) > 1 else ""
-            lines = {name: shown[name] for name in names}
-            file = f"{key.replace('_', '-')}-{number}"
-            yield _panel(file, title + of, label, lines, courses, list(courses), baseline, None, low_is_good=key != "agreement")
+        yield from _panels(key.replace("_", "-"), title, label, shown, courses, baseline, low_is_good=key != "agreement")
+
+
+def _panels(
+    file: str, title: str, label: str, shown: Mapping[str, Course], courses: Mapping[str, Courses], baseline: str, low_is_good: bool
+) -> Iterator[Picture]:
+    panels = groups(list(shown), baseline) if shown else []
+    for number, names in enumerate(panels, 1):
+        of = f" ({number} of {len(panels)})" if len(panels) > 1 else ""
+        lines = {name: shown[name] for name in names}
+        yield _panel(f"{file}-{number}", title + of, label, lines, courses, list(courses), baseline, None, low_is_good)
 
 
 def _late(course: Course, epochs: int) -> Course:

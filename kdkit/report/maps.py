@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 ONE_WAY, TWO_WAYS = "Blues", "RdBu"  # both go from light to dark, in grey as well
 CELL = 0.42  # inches of a class
 MOST_PAIRS = 10  # confusions told of many classes, each way
-TEMPERATURES = (1, 2, 4, 8)
+TEMPERATURES = (1, 2, 3, 4, 5)
+WHOLE = 10.2  # inches: as wide as the page
 CLASS_LETTERS = 18  # of a class's name
 BARS = 10  # classes of which an answer is drawn
 
@@ -88,39 +89,28 @@ def _strongest(change: Tensor, count: int) -> list[tuple[int, int]]:
 
 
 def softened(number: int, image: Tensor, label: int, logits: Tensor, classes: Sequence[str]) -> Picture:
-    """An image (C, H, W) in [0, 1], and the teacher's answer (K,) at several temperatures."""
+    """An image (C, H, W) in [0, 1], and beside it the teacher's answer (K,) at several temperatures, on one scale."""
     shown = logits.argsort(descending=True)[:BARS] if len(logits) > BARS else torch.arange(len(logits))
+    first, second = logits.topk(2).indices.tolist()
+    answers = {t: (logits / t).softmax(0) for t in TEMPERATURES}
     names = _short(classes, shown.tolist())
     long = max(map(len, names)) > 1
-    highest = float(logits.softmax(0).max())
-    figure = blank(WIDTH, 3.0 + (0.07 * max(map(len, names)) if long else 0))
-    from matplotlib.ticker import MaxNLocator
-
-    grid = figure.add_gridspec(2, 3, width_ratios=(1.7, 2, 2))
-    picture = figure.add_subplot(grid[:, 0])
-    picture.imshow(_visible(image).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    picture.set_axis_off()
-    for place, t in enumerate(TEMPERATURES):
-        axes = figure.add_subplot(grid[place // 2, 1 + place % 2])
-        colors = [COLORS[1] if i == label else COLORS[0] for i in shown.tolist()]
-        axes.bar(range(len(shown)), (logits / t).softmax(0)[shown].tolist(), width=0.8, color=colors, edgecolor=INK, linewidth=0.5)
-        axes.annotate(f"T = {t}", (0.98, 0.97), xycoords="axes fraction", ha="right", va="top", fontsize=9, color=INK)
-        axes.set_ylim(0, 1.25 * highest)
-        axes.yaxis.set_major_locator(MaxNLocator(3))
-        axes.tick_params(labelleft=place % 2 == 0)
-        told = names if place > 1 or not long else []
-        axes.set_xticks(range(len(shown)) if told else [], [plain(name) for name in told], rotation=90 if long else 0)
-        axes.tick_params(labelsize=8, colors=INK, length=2, pad=1.5)
+    figure = blank(WHOLE, 2.0 + (0.07 * max(map(len, names)) if long else 0))
+    panels = figure.subplots(1, 1 + len(TEMPERATURES), width_ratios=(1, *(1.2 for _ in TEMPERATURES)))
+    panels[0].imshow(_visible(image).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    panels[0].set_axis_off()
+    colors = [COLORS[1] if i == label else COLORS[0] for i in shown.tolist()]
+    for place, (axes, (t, answer)) in enumerate(zip(panels[1:], answers.items(), strict=True)):
+        axes.bar(range(len(shown)), answer[shown].tolist(), width=0.8, color=colors, edgecolor=INK, linewidth=0.5)
+        axes.set_ylim(0, 1.15 * float(answers[1].max()))
+        axes.tick_params(labelleft=place == 0, labelsize=8, colors=INK, length=2, pad=1.5)
+        axes.set_xticks(range(len(shown)), [plain(name) for name in names], rotation=90 if long else 0)
         axes.spines[["top", "right"]].set_visible(False)
-    titled(figure, f"label: {labels(classes)[classes[label]]}")
-    first, second = logits.topk(2).indices.tolist()
-    chances = "; ".join(
-        f"T {t}: {classes[first]} {(logits / t).softmax(0)[first]:.2f}, {classes[second]} {(logits / t).softmax(0)[second]:.2f}"
-        for t in TEMPERATURES
-    )
-    return Picture(
-        f"softened-{number}", png(figure), f"A test image of class {classes[label]}, and the teacher's probabilities. {chances}."
-    )
+        axes.set_title(f"T = {t}\n{plain(labels(classes, CLASS_LETTERS)[classes[second]])}: {answer[second]:.2f}", fontsize=9, color=INK)
+    titled(figure, f"label: {labels(classes)[classes[label]]}", WHOLE)
+    chances = "; ".join(f"T {t}: {classes[first]} {p[first]:.2f}, {classes[second]} {p[second]:.2f}" for t, p in answers.items())
+    alt = f"A test image of class {classes[label]}, and the teacher's probabilities. {chances}."
+    return Picture(f"softened-{number}", png(figure), alt, wide=True)
 
 
 def _short(classes: Sequence[str], chosen: Iterable[int]) -> list[str]:

@@ -116,6 +116,9 @@ def _learning(material: Material) -> Iterator[Block]:
     bands = any(one.seeds > 1 for one in courses.values())
     yield Words("Means over the seeds; the bands are one standard deviation to each side." if bands else "One seed each, so no bands.")
     yield Pictures(curves)
+    if totals := list(lines.training_loss(courses, findings.baseline)):
+        yield Words("The training loss: the whole objective of each variant. Different objectives have different scales.")
+        yield Pictures(totals)
     if losses := list(lines.loss_terms(courses)):
         yield Words("The training loss of each variant and its terms, weighted as they count in the total.")
         yield Pictures(losses)
@@ -180,8 +183,9 @@ def _softened(material: Material) -> Iterator[Block]:
         yield Words(f"{several}, so its answers are not drawn.")
         return
     yield Words(
-        "Of the test images that the teacher gets right, those to which it gives the most probable second class, at most one of a class. "
-        "Its probabilities softmax(z / T): a higher temperature T shows what else the image resembles. The light bar is the label."
+        "Test images that the teacher gets right: first those to which it gives the most probable second class, then ordinary ones, of "
+        "which it is as sure as of half of their class; of each kind, at most one of a class. Its probabilities softmax(z / T), and above "
+        "them that of its second choice: a higher temperature T shows what else the image resembles. The light bar is the label."
         + (f" Of {len(classes)} classes, the {maps.BARS} most probable." if len(classes) > maps.BARS else "")
     )
     yield Pictures([maps.softened(i, one.image, one.label, one.logits, classes) for i, one in enumerate(examples, 1)])

@@ -150,8 +150,9 @@ def accuracy_table(findings: Findings) -> Figures:
 
 
 def further_table(findings: Findings) -> Figures:
-    """How near the teacher, and how sure, the students are."""
+    """How low the training loss is, how near the teacher, and how sure, the students are."""
     columns: list[Column] = [
+        ("training loss, last 60 % of the epochs", _last("late_loss", 3), ""),
         ("mean |z_s\u00a0−\u00a0z_t|", _last("logit_difference", 3), ""),
         ("KL to the teacher, nats", _last("kl_to_teacher", 3), ""),
         ("top-5 %", _last("top5", 2), "top5"),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import platform
 import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -32,6 +34,7 @@ from kdkit.study.variants import Study
 
 FINDINGS = "study.json"
 STUDY = "study.yaml"
+LATE = Fraction(3, 5)  # share of the epochs, the last ones, that `late_loss` is the mean of: 15 of 25
 
 
 @dataclass(frozen=True)
@@ -214,7 +217,7 @@ class _Finder:
             about=about(self.study.variants[name]),
             seeds=seeds,
             folders=tuple(run.folder for run in runs),
-            last=_by_name([{**self._scores(run, result.test), **_loss(run)} for run, result in zip(runs, results, strict=True)]),
+            last=_by_name([{**self._scores(run, result.test), **_losses(run)} for run, result in zip(runs, results, strict=True)]),
             best=_by_name([self._scores(run, r.best["test"], best=True) for run, r in zip(runs, results, strict=True) if r.best]),
             difference=paired(self._top1(name), self._top1(baseline)) if name != baseline else None,
             cost=_cost(runs, results, network, self.measured.memory(runs[0])) if network else None,
@@ -233,10 +236,11 @@ class _Finder:
         return {**told, **self.measured.answers(run, self.teacher, best=best)}
 
 
-def _loss(run: FinishedRun) -> dict[str, float]:
-    """The training loss of the last epoch, if it is told."""
+def _losses(run: FinishedRun) -> dict[str, float]:
+    """The training loss of the last epoch, and its mean over the last stage's `LATE` epochs, if they are told."""
     lines = RunFolder(run.folder).metrics("epoch")
-    return {"loss": lines[-1]["train"]["loss"]} if lines else {}
+    found = [line["train"]["loss"] for line in lines if line["stage"] == lines[-1]["stage"]]
+    return {"loss": found[-1], "late_loss": statistics.fmean(found[-math.ceil(len(found) * LATE) :])} if found else {}
 
 
 def _by_name(scores: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, ...]]:

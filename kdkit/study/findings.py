@@ -69,7 +69,7 @@ class Variant:
         seeds: of the finished runs.
         folders: of the finished runs, one a seed.
         last: metrics on the test data after the last epoch by name (`kdkit.evaluate.metrics`), one value a seed; `loss`: the training loss
-            of that epoch.
+            of that epoch; `late_loss`: its mean over the last 60 % of the (last stage's) epochs.
         best: test metrics of the epoch that is best on validation, likewise; empty without a validation split.
         difference: to the baseline (None: it is the baseline, or they share no seed).
         cost: None where no run is finished.

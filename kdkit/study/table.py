@@ -96,8 +96,9 @@ def _results(found: Findings) -> Iterator[Cells]:
 
 
 def _further(metric: str) -> Cells:
-    title = {"loss": "training loss", **TITLES}[metric]
-    return title, lambda v: spread(v.last.get(metric, ())), lambda t: _number(t.last.get(metric))
+    title = {"loss": "training loss", "late_loss": "training loss, last 60 % of epochs", **TITLES}[metric]
+    digits = 2 if title.endswith("%") else 3
+    return title, lambda v: spread(v.last.get(metric, ()), digits), lambda t: _number(t.last.get(metric), digits)
 
 
 def _costs(teacher: Teacher | None) -> Iterable[Cells]:
@@ -116,8 +117,8 @@ def _costs(teacher: Teacher | None) -> Iterable[Cells]:
     ]
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
+def _number(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def _count(value: float) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 import kdkit
+
+from ._archive import fetch
 
 
 class ImageFolderOptions(kdkit.DatasetOptions):
@@ -18,6 +20,20 @@ class ImageFolderOptions(kdkit.DatasetOptions):
     root: kdkit.RecipePath = Field(description="Folder that holds the parts' folders.")
     train: str = Field(default="train", description="Training folder inside `root`.")
     test: str | None = Field(default=None, description="Test folder inside `root` (default: `test`, or else `val`).")
+    url: str | None = Field(
+        default=None,
+        description="Address of a zip archive whose only top folder, or content, is `root`.",
+        json_schema_extra=kdkit.BOOKKEEPING,
+    )
+    download: bool = Field(
+        default=False, description="Fetch the archive at `url` if `root` is not there.", json_schema_extra=kdkit.BOOKKEEPING
+    )
+
+    @model_validator(mode="after")
+    def _something_to_fetch(self) -> Self:
+        if self.download and self.url is None:
+            raise ValueError("`download: true` needs the `url` of a zip archive")
+        return self
 
 
 class Files:
@@ -72,7 +88,9 @@ class ImageFolder(kdkit.DatasetSource):
 
     @cached_property
     def _parts(self) -> dict[str, Files]:
-        root = self.options.root
+        root, url = self.options.root, self.options.url
+        if self.options.download and url is not None and not root.exists():
+            fetch(url, root)  # already when a recipe is checked: only the folders tell the classes
         test = self.options.test or next((name for name in ("test", "val") if (root / name).is_dir()), "test")
         return {"train": self._list(self.options.train), "test": self._list(test)}
 
@@ -81,7 +99,8 @@ class ImageFolder(kdkit.DatasetSource):
         if not folder.is_dir():
             inside = sorted(path.name for path in self.options.root.iterdir() if path.is_dir()) if self.options.root.is_dir() else []
             has = f"{self.options.root} has {', '.join(inside[:10])}" if inside else f"{self.options.root} is no folder or has none in it"
-            raise kdkit.DataError(f"{folder}: no such folder; {has}")
+            hint = f"; `download: true` fetches it from {self.options.url}" if self.options.url and not self.options.root.exists() else ""
+            raise kdkit.DataError(f"{folder}: no such folder; {has}{hint}")
         return folder
 
     def _list(self, name: str) -> Files:

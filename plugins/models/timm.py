@@ -1,6 +1,7 @@
 """timm's models: any of its architectures, its pretrained weights, and a small-image stem for its ResNets."""
 
 import difflib
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -43,6 +44,9 @@ class TimmSource(kdkit.ModelSource):
         if not self.options.pretrained:
             return
         arguments = {"in_chans": self.in_channels(3), **self.options.args}
+        file = (arguments.get("pretrained_cfg_overlay") or {}).get("file")
+        if file and not Path(file).is_file():  # timm's error does not name it
+            raise kdkit.ModelError(f"args.pretrained_cfg_overlay.file: no such file: {file}")
         # Only create_model knows how an architecture's files are converted, so a second network is made and copied.
         donor = self._create(num_classes=module.num_classes, pretrained=True, **arguments)
         module.load_state_dict(donor.state_dict())

@@ -70,16 +70,23 @@ def test_channels_are_the_arguments_the_weights_or_the_images():
     assert build("test_resnet", (1, 32, 32), weights=False, args={"in_chans": 3}).input_shape == (3, 32, 32)
 
 
-@pytest.mark.parametrize(("classes", "same_head"), [(1000, True), (7, False)])
-def test_pretrained_weights(tmp_path, classes, same_head):
+@pytest.mark.parametrize("overlay", [{}, {"num_classes": 1000}])
+@pytest.mark.parametrize(("classes", "same_head"), [(1000, True), (2, False)])
+def test_pretrained_weights(tmp_path, classes, same_head, overlay):
     torch.manual_seed(1)
     trained = timm.create_model("test_resnet").state_dict()
     save_file(trained, tmp_path / "w.safetensors")
     torch.manual_seed(2)
-    source = {"pretrained_cfg_overlay": {"file": str(tmp_path / "w.safetensors"), "num_classes": 1000}}
+    source = {"pretrained_cfg_overlay": {"file": str(tmp_path / "w.safetensors"), **overlay}}
     found = build("test_resnet", (1, 32, 32), classes, pretrained=True, args=source)
     state = found.module.state_dict()
     assert found.input_shape == (3, 32, 32)
     assert all(torch.equal(value, trained[key]) for key, value in state.items() if not key.startswith("fc."))
     assert state["fc.weight"].shape[0] == classes
     assert (state["fc.weight"].shape == trained["fc.weight"].shape and torch.equal(state["fc.weight"], trained["fc.weight"])) is same_head
+
+
+def test_a_local_file_that_is_not_there_is_one_line(tmp_path):
+    with pytest.raises(kdkit.ModelError, match="args.pretrained_cfg_overlay.file: no such file: .*absent.safetensors") as caught:
+        build("test_resnet", classes=2, pretrained=True, args={"pretrained_cfg_overlay": {"file": str(tmp_path / "absent.safetensors")}})
+    assert "\n" not in str(caught.value)
