@@ -23,7 +23,7 @@ class GridSource(kdkit.ModelSource):
     """A small network."""
 
     name = "grid"
-    takes, own, loaded = 3, None, False
+    channels, own, loaded = 3, None, False
 
     def build(self, num_classes, image_shape):
         self.shape = image_shape
@@ -36,7 +36,7 @@ class GridSource(kdkit.ModelSource):
         return self.own
 
     def in_channels(self, image_channels):
-        return self.takes
+        return self.channels
 
 
 def grid(**options):
@@ -87,7 +87,7 @@ def test_number_of_channels_is_adapted():
     model = build(source, (1, 8, 8))
     model(X[:, :1])
     assert model.module.seen.shape == (2, 3, 8, 8)
-    source.takes = 1
+    source.channels = 1
     model = build(source, (1, 8, 8))
     model(X[:, :1])
     torch.testing.assert_close(model.module.seen, (X[:, :1] - 0.2) / 0.5)  # one value stands for the three
