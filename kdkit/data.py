@@ -16,13 +16,16 @@ from torch import Tensor
 from kdkit import stream
 from kdkit.augment import permutation
 from kdkit.errors import DataError
-from kdkit.images import Finish, HeldImages, Images, Pictures, ReadImages
+from kdkit.images import Finish, HeldImages, Images, Pictures, ReadImages, View
 from kdkit.providers import DataInfo, DatasetSource, InMemory, Split, Stream
 from kdkit.records import Batch
 from kdkit.schema import DataSpec
 from kdkit.subsets import choose
 from kdkit.teaching import Arrange
 from kdkit.transforms import for_measuring, for_training, resized
+
+MOST_VIEWS = 1 << 40
+"""The copies of a repeated image are views from multiples of this on: beyond those that a stage's further views have."""
 
 
 class TrainLoader(Protocol):
@@ -57,7 +60,7 @@ class TrainLoader(Protocol):
             arrange: changes the order.
 
         Raises:
-            DataError: a stream cannot be arranged.
+            DataError: a stream, or images that come repeatedly, cannot be arranged.
         """
         ...
 
@@ -93,30 +96,42 @@ class Data:
 
 
 class _ShuffledLoader:
-    """Epochs over images whose places are known."""
+    """Epochs over images whose places are known.
+
+    With `data.repeats` R, position p of an epoch shows image p // R of its order, as copy p % R, each in a view of its own (Hoffer et al.
+    2020; timm's RepeatAugSampler): an epoch keeps its length, and shows an R-th of the images.
+    """
 
     indexed = True
 
     def __init__(self, images: Images, spec: DataSpec, seed: int, rank: int, world: int) -> None:
         self.labels, self.indices, self.num_samples = images.labels, images.indices, len(images.labels)
         self._images, self._seed, self._rank, self._world = images, seed, rank, world
-        self._batch_size = spec.batch_size
+        self._batch_size, self._repeats = spec.batch_size, spec.repeats
         self._used = self.num_samples - self.num_samples % (spec.batch_size if spec.drop_last else world)
 
     def __len__(self) -> int:
         return -(-self._used // self._batch_size)
 
     def epoch(self, number: int, start: int = 0, view: int | None = None, arrange: Arrange | None = None) -> Iterator[Batch]:
-        order = permutation(self._seed, number, self.num_samples)[: self._used]
+        if arrange is not None and self._repeats > 1:
+            raise DataError("data.repeats: the schedule chooses which images come together; leave repeats out")
+        places = torch.arange(self._used)
+        order, view = permutation(self._seed, number, self.num_samples)[places // self._repeats], number if view is None else view
         if arrange is not None:
             order = arrange(order, self.labels.to(order.device)[order], self._batch_size)
             assert len(order) == self._used, "an arrangement keeps the number of images"
-        plan = [self._share(batch) for batch in torch.split(order, self._batch_size)[start:]]
-        return self._images.batches(plan, number if view is None else view)
+        plan = self._shares(order, start)
+        views: Sequence[View] = [view] * len(plan)
+        if self._repeats > 1:
+            views = self._shares(view + places % self._repeats * MOST_VIEWS, start)
+        return self._images.batches(plan, views)
 
-    def _share(self, batch: Tensor) -> Tensor:
-        size = len(batch) // self._world
-        return batch[self._rank * size : (self._rank + 1) * size]
+    def _shares(self, whole: Tensor, start: int) -> list[Tensor]:
+        """This process's part of every batch: side by side, but of the copies of one image each process gets others, as timm has it."""
+        world, rank = self._world, self._rank
+        parts = torch.split(whole, self._batch_size)[start:]
+        return [part[rank::world] if self._repeats > 1 else part.chunk(world)[rank] for part in parts]
 
 
 class _OrderedLoader:
@@ -132,7 +147,7 @@ class _OrderedLoader:
         return len(self._plan)
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._images.batches(self._plan, None)
+        return self._images.batches(self._plan, [None] * len(self._plan))
 
     def whole(self) -> EvalLoader:
         return _OrderedLoader(self._images, self._batch_size, rank=0, world=1)
@@ -161,7 +176,7 @@ def prepare(spec: DataSpec, source: DatasetSource, *, seed: int, device: torch.d
         seed: of the order and the augmentation.
         device: where batches are; images held in memory are sent there once.
         rank: this process's number, below `world`.
-        world: training processes; each gets an equal, contiguous share of every batch.
+        world: training processes; each gets an equal share of every batch.
 
     Raises:
         DataError: files are missing, or the recipe asks for what the dataset cannot give.

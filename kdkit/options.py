@@ -122,3 +122,6 @@ RecipePath = Annotated[Path, BeforeValidator(_beside_its_file)]
 
 BOOKKEEPING: dict[str, JsonValue] = {"bookkeeping": True}
 """`Field(json_schema_extra=BOOKKEEPING)`: an option that changes no result, such as where files lie; a run may change it and go on."""
+
+LATER: dict[str, JsonValue] = {"later": True}
+"""Likewise for an option that is newer than runs which are to go on: at its default it is no part of what a run is known by."""

@@ -252,6 +252,8 @@ class _Planner:
             raise self.recipe.error(["train", "mixup"], f"stage '{stage.name}' compares views of single images; leave mixup out")
         if stage.arrange is not None and mixed:
             raise self.recipe.error(["train", "mixup"], f"stage '{stage.name}' chooses which images come together; leave mixup out")
+        if stage.arrange is not None and self.spec.data.repeats > 1:
+            raise self.recipe.error(["data", "repeats"], f"stage '{stage.name}' chooses which images come together; leave repeats out")
         if stage.arrange is not None:
             used = len(labels) - (len(labels) % size if self.spec.data.drop_last else 0)
             stage.arrange(torch.arange(used), labels[:used], size)  # which may refuse their numbers

@@ -235,8 +235,17 @@ def _paths(value: Any, location: list[str | int]) -> Iterable[tuple[list[str | i
 
 
 def _bookkeeping(field: Any) -> bool:
+    return _is(field, "bookkeeping")
+
+
+def _counts(field: Any, value: Any) -> bool:
+    """Whether an option's value is a part of what is trained."""
+    return not _bookkeeping(field) and not (_is(field, "later") and value == field.default)
+
+
+def _is(field: Any, what: str) -> bool:
     extra = field.json_schema_extra
-    return isinstance(extra, dict) and bool(extra.get("bookkeeping"))
+    return isinstance(extra, dict) and bool(extra.get(what))
 
 
 def content_of(value: Any) -> Any:
@@ -245,7 +254,11 @@ def content_of(value: Any) -> Any:
         taught = load(value.recipe, {} if value.seed is None else {"seed": value.seed})
         return {**{k: content_of(v) for k, v in value if k not in ("recipe", "seed", "name")}, "recipe": taught.fingerprint}
     if isinstance(value, BaseModel):
-        return {name: content_of(getattr(value, name)) for name, field in type(value).model_fields.items() if not _bookkeeping(field)}
+        return {
+            name: content_of(getattr(value, name))
+            for name, field in type(value).model_fields.items()
+            if _counts(field, getattr(value, name))
+        }
     if isinstance(value, tuple | list):
         return [content_of(item) for item in value]
     if isinstance(value, Path):

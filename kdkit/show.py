@@ -86,6 +86,7 @@ def brief(recipe: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "total", " + ".join(f"{_number(entry['weight'])} * {_named(entry)}" for entry in recipe["losses"])
     augment = [f"{key} ({', '.join(_on(data[key]))})" for key in ("augment", "timm_augment") if data.get(key)]
     chosen = [f"{key} {data[key]}" for key in ("image_size", "train_samples", "train_fraction", "validation") if data.get(key)]
+    chosen += [f"repeats {data['repeats']}"] if data.get("repeats", 1) > 1 else []
     yield "data", ", ".join([_named(data["dataset"]), *chosen, f"batches of {data['batch_size']}", *augment])
     optimizer = train["optimizer"]
     rate = f"lr {optimizer['lr']:g} {train['lr_schedule']['name']}"

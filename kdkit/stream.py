@@ -125,5 +125,7 @@ def refuse(spec: DataSpec, world: int) -> None:
     for key in ("train_samples", "train_fraction", "validation"):
         if getattr(spec, key) is not None:
             raise DataError(f"data.{key}: this dataset can only be read from start to end, so no part of it can be chosen")
+    if spec.repeats > 1:
+        raise DataError("data.repeats: this dataset can only be read from start to end, so no image can come repeatedly")
     if world > 1:
         raise DataError(f"this dataset can only be read from start to end, which {world} training processes cannot share; use one")
