@@ -164,6 +164,9 @@ class _Planner:
 
     def _check_training(self, num_train: int) -> None:
         train, size = self.spec.train, self.spec.data.batch_size
+        if train.average_best and not self.spec.data.validation:
+            says = "the epochs are chosen on validation data; set `data.validation`"
+            self.problems.append(self.recipe.problem(["train", "average_best"], says))
         with self._problems_at("train", "optimizer"):
             build_optimizer(train, nn.Linear(PROBE, PROBE), nn.Identity())
         if not self.spec.data.drop_last and num_train % size == 1:

@@ -180,6 +180,13 @@ class TrainSpec(Options):
     adapters: AdapterSpec = Field(default=AdapterSpec(), description="The optimizer's group of the losses' learnable parts.")
     lr_schedule: LrScheduleSpec = Field(default=LrScheduleSpec(), description="Learning-rate schedule.")
     ema: EmaSpec | None = Field(default=None, description="Moving average of the weights.")
+    average_best: int | None = Field(
+        default=None,
+        gt=0,
+        description="Leave the mean of the weights of so many epochs, those of the last stage that are best on validation data, instead of "
+        "the last epoch's weights. Needs `data.validation`; every epoch is measured.",
+        json_schema_extra=LATER,
+    )
     mixup: MixupSpec | None = Field(default=None, description="Mixed images and labels.")
     clip_grad: float | None = Field(default=None, gt=0, description="Largest norm of the gradient of all parameters together.")
     accumulate: int = Field(default=1, gt=0, description="Batches per optimizer step.")

@@ -91,6 +91,7 @@ def brief(recipe: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     optimizer = train["optimizer"]
     rate = f"lr {optimizer['lr']:g} {train['lr_schedule']['name']}"
     extra = [key for key in ("ema", "mixup", "compile") if train.get(key)]
+    extra += [f"average_best {train['average_best']}"] if train.get("average_best") else []
     decay = f", weight decay {optimizer['weight_decay']:g}" if optimizer["weight_decay"] else ""
     yield "train", ", ".join([f"{train['epochs']} epochs", f"{optimizer['name']}, {rate}{decay}", train["precision"], *extra])
 
@@ -151,8 +152,9 @@ def _score(key: str, value: float | None) -> str:
 
 
 def _outcome(result: Result) -> Iterator[RenderableType]:
-    rows = [("student, test, last epoch", result.test)]
-    rows += [("student, validation, last epoch", result.validation)] if result.validation else []
+    rows = [(f"student, test, {result.moment}", result.test)]
+    rows += [(f"student, validation, {result.moment}", result.validation)] if result.validation else []
+    rows += [(f"student, {part}, last epoch", result.last[part]) for part in ("test", "validation") if result.last]
     if best := result.best:
         rows += [(f"student, test, epoch {best['epoch']} (best on validation)", best["test"])]
     rows += [(f"student {number}, test", scores) for number, scores in enumerate(result.peers, 2)]
