@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from kdkit.providers import ModelOptions as ModelOptions
     from kdkit.providers import ModelSource as ModelSource
     from kdkit.providers import Normalize as Normalize
+    from kdkit.providers import SharedStream as SharedStream
     from kdkit.providers import Split as Split
     from kdkit.providers import Stream as Stream
     from kdkit.records import Batch as Batch
@@ -97,7 +98,7 @@ _HOME = {
     "errors": "DataError Interrupted KdkitError ModelError PluginError RecipeError RunError ShapeError TapError",
     "hookspecs": "hookimpl",
     "options": "BOOKKEEPING Arguments Options Ramp Rampable RecipePath",
-    "providers": "DataInfo DatasetOptions DatasetSource InMemory ModelOptions ModelSource Normalize Split Stream",
+    "providers": "DataInfo DatasetOptions DatasetSource InMemory ModelOptions ModelSource Normalize SharedStream Split Stream",
     "normalization": "NormalizationAdapter",
     "tapping": "taps",
     "trained": "load_student",

@@ -22,7 +22,7 @@ from kdkit.records import Batch
 from kdkit.schema import DataSpec
 from kdkit.subsets import choose
 from kdkit.teaching import Arrange
-from kdkit.transforms import for_measuring, for_training, resized
+from kdkit.transforms import Transform, for_measuring, for_training, resized
 
 MOST_VIEWS = 1 << 40
 """The copies of a repeated image are views from multiples of this on: beyond those that a stage's further views have."""
@@ -202,10 +202,10 @@ class _Builder:
     def train(self, part: Split | InMemory | Stream) -> tuple[TrainLoader, EvalLoader | None]:
         finish = Finish(self.spec.augment, self.seed, self.device)
         if isinstance(part, Stream):
-            stream.refuse(self.spec, self.world)
+            stream.refuse(self.spec, part, self.world)
             self._refuse_large_batch(len(part))
             transform = for_training(self.spec, self.info.image_shape, self.seed)
-            reader = stream.StreamReader(part, self.spec.batch_size, self.spec.workers, finish, transform)
+            reader = self._reader(part, self.spec.batch_size // self.world, finish, transform)
             return stream.StreamTrainLoader(reader, self.seed, self.spec.drop_last), None
         labels = self._labels(part, "training")
         chosen, aside = choose(self.spec, labels)
@@ -216,13 +216,14 @@ class _Builder:
 
     def test(self, part: Split | InMemory | Stream) -> EvalLoader:
         if isinstance(part, Stream):
-            if self.world > 1:
-                stream.refuse(self.spec, self.world)
+            stream.refuse_processes(part, self.world)
             transform = for_measuring(self.spec, self.info.image_shape)
-            finish = Finish(None, self.seed, self.device)
-            return stream.StreamEvalLoader(stream.StreamReader(part, self.spec.eval_batch_size, self.spec.workers, finish, transform))
+            return stream.StreamEvalLoader(self._reader(part, self.spec.eval_batch_size, Finish(None, self.seed, self.device), transform))
         labels = self._labels(part, "test")
         return self._ordered(part, labels, torch.arange(len(labels)))
+
+    def _reader(self, part: Stream, batch_size: int, finish: Finish, transform: Transform) -> stream.StreamReader:
+        return stream.StreamReader(part, batch_size, self.spec.workers, finish, transform, rank=self.rank, world=self.world)
 
     def _ordered(self, part: Split | InMemory, labels: Tensor, indices: Tensor) -> EvalLoader:
         images = self._images(part, labels, indices, Finish(None, self.seed, self.device), training=False)

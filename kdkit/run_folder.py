@@ -56,13 +56,13 @@ class Result:
     epochs: int
     validation: Mapping[str, float] | None = None
     best: Mapping[str, Any] | None = None
-    averaged: tuple[int, ...] = ()
-    last: Mapping[str, Mapping[str, float]] | None = None
     teacher: Mapping[str, float] | None = None
     peers: tuple[Mapping[str, float], ...] = ()
     ensemble: Mapping[str, float] | None = None
     network: Mapping[str, Any] | None = None
     warnings: tuple[str, ...] = field(default=())
+    averaged: tuple[int, ...] = ()
+    last: Mapping[str, Mapping[str, float]] | None = None
 
     @property
     def moment(self) -> str:

@@ -5,7 +5,7 @@ import torch
 from test_data import CROPS, KINDS, POLICY, Held, data, every_kind, same
 from training import PLAIN, Command, together, weights, write
 
-from kdkit import augment, plan, recipe, stream
+from kdkit import augment, plan, recipe
 from kdkit.augment import draw_crop_flip, permutation
 from kdkit.data import MOST_VIEWS
 from kdkit.engine import MOST_EPOCHS
@@ -153,8 +153,3 @@ def test_copies_must_be_able_to_differ():
 def test_an_arranged_epoch_has_no_copies():
     with pytest.raises(DataError, match="data.repeats: the schedule chooses"):
         data(augment=CROPS, repeats=2).train.epoch(0, arrange=lambda order, *_: order)
-
-
-def test_a_stream_has_no_copies():
-    with pytest.raises(DataError, match="data.repeats: this dataset can only be read from start to end"):
-        stream.refuse(DataSpec(dataset={"use": "held"}, repeats=2, augment=CROPS), world=1)
