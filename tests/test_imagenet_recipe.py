@@ -6,7 +6,10 @@ Everything that it says stays in force but sizes: of networks, images, batches, 
 import json
 import math
 import random
+import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +54,9 @@ def folder(tmp_path_factory):
                 pixels[:, :, label % 3] += 40 + 30 * (label // 3)
                 Image.fromarray(pixels).save(place / f"{i}.JPEG")
     torch.manual_seed(0)
-    save_file(timm.create_model("beit_base_patch16_224", num_classes=4, **BEIT).state_dict(), folder / "beit.safetensors")
+    teacher = timm.create_model("beit_base_patch16_224", num_classes=4, **BEIT)
+    torch.nn.init.normal_(teacher.head.weight)  # timm's own are so small that the teacher would say the same of every image
+    save_file(teacher.state_dict(), folder / "beit.safetensors")
     (folder / "small.yaml").write_text(yaml.safe_dump(SMALL))
     return folder
 
@@ -111,4 +116,16 @@ def test_two_processes_stop_once_and_end_with_the_same_weights(folder):
     assert [command.finish()[0] for command in again] == [0, 0], again[0].log.read_text()
     assert "going on with stage 'distill'" in again[0].log.read_text()
     ours, theirs = weights(folder / "stopped"), weights(folder / "two")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.slow
+def test_accelerate_launches_it(folder):
+    kdkit = shutil.which("kdkit", path=str(Path(sys.executable).parent))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--no_python"]
+    done = subprocess.run([*launch, kdkit, "train", "small.yaml", "name=launched"], cwd=folder, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and "with the mean of epochs" in done.stdout, done.stderr
+    commands = together(folder, "train", "small.yaml", "--run", "again")
+    assert [command.finish()[0] for command in commands] == [0, 0]
+    ours, theirs = weights(folder / "runs" / "launched"), weights(folder / "again")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
