@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from kdkit.providers import ModelSource as ModelSource
     from kdkit.providers import Normalize as Normalize
     from kdkit.providers import Portable as Portable
+    from kdkit.providers import SharedStream as SharedStream
     from kdkit.providers import Split as Split
     from kdkit.providers import Stream as Stream
     from kdkit.providers import Texts as Texts
@@ -99,7 +100,8 @@ _HOME = {
     "errors": "DataError Interrupted KdkitError ModelError PluginError RecipeError RunError ShapeError TapError",
     "hookspecs": "hookimpl",
     "options": "BOOKKEEPING Arguments Options Ramp Rampable RecipePath",
-    "providers": "DataInfo DatasetOptions DatasetSource InMemory ModelOptions ModelSource Normalize Portable Split Stream Texts",
+    "providers": "DataInfo DatasetOptions DatasetSource InMemory ModelOptions ModelSource Normalize Portable SharedStream Split Stream "
+    "Texts",
     "normalization": "NormalizationAdapter",
     "tapping": "taps",
     "trained": "load_student",

@@ -53,14 +53,15 @@ def subseed(seed: int, purpose: str) -> int:
     return sample_seed(seed, len(purpose), int.from_bytes(purpose.encode(), "little"))
 
 
-def bits(seed: int, view: int, index: Tensor, draws: int) -> Tensor:
-    """64 random bits per draw, (B, draws) int64, for sample indices (B,)."""
-    state = _signed(_hash_number(_hash_number(0, seed), view))
+def bits(seed: int, view: int | Tensor, index: Tensor, draws: int) -> Tensor:
+    """64 random bits per draw, (B, draws) int64, for sample indices (B,) in one view, or each in its own (B,)."""
+    first = _hash_number(0, seed)
+    state = _hash(_signed(first), view) if isinstance(view, Tensor) else _signed(_hash_number(first, view))
     per_sample = _hash(state, index.to(torch.int64))
     return _hash(per_sample[:, None], torch.arange(draws, device=index.device))
 
 
-def uniform(seed: int, view: int, index: Tensor, draws: int) -> Tensor:
+def uniform(seed: int, view: int | Tensor, index: Tensor, draws: int) -> Tensor:
     """Numbers in [0, 1), (B, draws) float32, that depend on seed, view, sample index (B,) and the draw's place alone.
 
     The values are multiples of 2^-24 and the same on every device.
@@ -79,12 +80,12 @@ def crop_flip_count(padding: int) -> int:
     return (2 * padding + 1) ** 2 * 2
 
 
-def draw_crop_flip(seed: int, view: int, index: Tensor, padding: int, flip: float) -> Tensor:
-    """Which of the `crop_flip_count(padding)` pictures each sample shows in this view, (B,) int64.
+def draw_crop_flip(seed: int, view: int | Tensor, index: Tensor, padding: int, flip: float) -> Tensor:
+    """Which of the `crop_flip_count(padding)` pictures each sample shows in its view, (B,) int64.
 
     Args:
         seed: the run's augmentation seed.
-        view: number of the view, usually the epoch.
+        view: number of the view, usually the epoch; or of each sample's, (B,) int64.
         index: sample indices (B,).
         padding: pixels of padding p; the place of the crop is uniform over (2p + 1)^2.
         flip: share of the images that are mirrored, in [0, 1].

@@ -16,7 +16,7 @@ from torch import Tensor
 from kdkit import stream
 from kdkit.augment import permutation
 from kdkit.errors import DataError
-from kdkit.images import Finish, HeldImages, Images, Pictures, ReadImages
+from kdkit.images import Finish, HeldImages, Images, Pictures, ReadImages, View
 from kdkit.providers import DataInfo, DatasetSource, InMemory, Split, Stream, Texts
 from kdkit.records import Batch
 from kdkit.schema import DataSpec
@@ -24,7 +24,10 @@ from kdkit.shapes import Shape, is_text
 from kdkit.subsets import choose
 from kdkit.teaching import Arrange
 from kdkit.texts import HeldTexts
-from kdkit.transforms import for_measuring, for_training, resized
+from kdkit.transforms import Transform, for_measuring, for_training, resized
+
+MOST_VIEWS = 1 << 40
+"""The copies of a repeated image are views from multiples of this on: beyond those that a stage's further views have."""
 
 FOR_IMAGES = ("image_size", "augment", "timm_augment")
 
@@ -61,7 +64,7 @@ class TrainLoader(Protocol):
             arrange: changes the order.
 
         Raises:
-            DataError: a stream cannot be arranged.
+            DataError: a stream, or images that come repeatedly, cannot be arranged.
         """
         ...
 
@@ -97,30 +100,42 @@ class Data:
 
 
 class _ShuffledLoader:
-    """Epochs over images whose places are known."""
+    """Epochs over images whose places are known.
+
+    With `data.repeats` R, position p of an epoch shows image p // R of its order, as copy p % R, each in a view of its own (Hoffer et al.
+    2020; timm's RepeatAugSampler): an epoch keeps its length, and shows an R-th of the images.
+    """
 
     indexed = True
 
     def __init__(self, images: Images, spec: DataSpec, seed: int, rank: int, world: int) -> None:
         self.labels, self.indices, self.num_samples = images.labels, images.indices, len(images.labels)
         self._images, self._seed, self._rank, self._world = images, seed, rank, world
-        self._batch_size = spec.batch_size
+        self._batch_size, self._repeats = spec.batch_size, spec.repeats
         self._used = self.num_samples - self.num_samples % (spec.batch_size if spec.drop_last else world)
 
     def __len__(self) -> int:
         return -(-self._used // self._batch_size)
 
     def epoch(self, number: int, start: int = 0, view: int | None = None, arrange: Arrange | None = None) -> Iterator[Batch]:
-        order = permutation(self._seed, number, self.num_samples)[: self._used]
+        if arrange is not None and self._repeats > 1:
+            raise DataError("data.repeats: the schedule chooses which images come together; leave repeats out")
+        places = torch.arange(self._used)
+        order, view = permutation(self._seed, number, self.num_samples)[places // self._repeats], number if view is None else view
         if arrange is not None:
             order = arrange(order, self.labels.to(order.device)[order], self._batch_size)
             assert len(order) == self._used, "an arrangement keeps the number of images"
-        plan = [self._share(batch) for batch in torch.split(order, self._batch_size)[start:]]
-        return self._images.batches(plan, number if view is None else view)
+        plan = self._shares(order, start)
+        views: Sequence[View] = [view] * len(plan)
+        if self._repeats > 1:
+            views = self._shares(view + places % self._repeats * MOST_VIEWS, start)
+        return self._images.batches(plan, views)
 
-    def _share(self, batch: Tensor) -> Tensor:
-        size = len(batch) // self._world
-        return batch[self._rank * size : (self._rank + 1) * size]
+    def _shares(self, whole: Tensor, start: int) -> list[Tensor]:
+        """This process's part of every batch: side by side, but of the copies of one image each process gets others, as timm has it."""
+        world, rank = self._world, self._rank
+        parts = torch.split(whole, self._batch_size)[start:]
+        return [part[rank::world] if self._repeats > 1 else part.chunk(world)[rank] for part in parts]
 
 
 class _OrderedLoader:
@@ -136,7 +151,7 @@ class _OrderedLoader:
         return len(self._plan)
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._images.batches(self._plan, None)
+        return self._images.batches(self._plan, [None] * len(self._plan))
 
     def whole(self) -> EvalLoader:
         return _OrderedLoader(self._images, self._batch_size, rank=0, world=1)
@@ -169,7 +184,7 @@ def prepare(spec: DataSpec, source: DatasetSource, *, seed: int, device: torch.d
         seed: of the order and the augmentation.
         device: where batches are; images held in memory are sent there once.
         rank: this process's number, below `world`.
-        world: training processes; each gets an equal, contiguous share of every batch.
+        world: training processes; each gets an equal share of every batch.
 
     Raises:
         DataError: files are missing, or the recipe asks for what the dataset cannot give.
@@ -195,10 +210,10 @@ class _Builder:
     def train(self, part: Split | InMemory | Texts | Stream) -> tuple[TrainLoader, EvalLoader | None]:
         finish = Finish(self.spec.augment, self.seed, self.device)
         if isinstance(part, Stream):
-            stream.refuse(self.spec, self.world)
+            stream.refuse(self.spec, part, self.world)
             self._refuse_large_batch(len(part))
             transform = for_training(self.spec, self.info.image_shape, self.seed)
-            reader = stream.StreamReader(part, self.spec.batch_size, self.spec.workers, finish, transform)
+            reader = self._reader(part, self.spec.batch_size // self.world, finish, transform)
             return stream.StreamTrainLoader(reader, self.seed, self.spec.drop_last), None
         labels = self._labels(part, "training")
         chosen, aside = choose(self.spec, labels)
@@ -209,13 +224,14 @@ class _Builder:
 
     def test(self, part: Split | InMemory | Texts | Stream) -> EvalLoader:
         if isinstance(part, Stream):
-            if self.world > 1:
-                stream.refuse(self.spec, self.world)
+            stream.refuse_processes(part, self.world)
             transform = for_measuring(self.spec, self.info.image_shape)
-            finish = Finish(None, self.seed, self.device)
-            return stream.StreamEvalLoader(stream.StreamReader(part, self.spec.eval_batch_size, self.spec.workers, finish, transform))
+            return stream.StreamEvalLoader(self._reader(part, self.spec.eval_batch_size, Finish(None, self.seed, self.device), transform))
         labels = self._labels(part, "test")
         return self._ordered(part, labels, torch.arange(len(labels)))
+
+    def _reader(self, part: Stream, batch_size: int, finish: Finish, transform: Transform) -> stream.StreamReader:
+        return stream.StreamReader(part, batch_size, self.spec.workers, finish, transform, rank=self.rank, world=self.world)
 
     def _ordered(self, part: Split | InMemory | Texts, labels: Tensor, indices: Tensor) -> EvalLoader:
         images = self._images(part, labels, indices, Finish(None, self.seed, self.device), training=False)

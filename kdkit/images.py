@@ -18,6 +18,9 @@ from kdkit.schema import BatchAugment
 from kdkit.signals import leave_to_parent
 from kdkit.transforms import MODES, Transform
 
+View = int | Tensor
+"""Which augmentation images show: a number for all of them, or one for each, (B,) int64."""
+
 
 @dataclass(frozen=True)
 class Finish:
@@ -27,10 +30,11 @@ class Finish:
     seed: int
     device: torch.device
 
-    def __call__(self, pixels: Tensor, labels: Tensor, index: Tensor, view: int | None) -> Batch:
+    def __call__(self, pixels: Tensor, labels: Tensor, index: Tensor, view: View | None) -> Batch:
         """A batch of uint8 pixels (B, C, H, W), labels (B,) and sample indices (B,)."""
         pixels, labels, index = (tensor.to(self.device, non_blocking=True) for tensor in (pixels, labels, index))
         if self.augment and view is not None:
+            view = view.to(self.device) if isinstance(view, Tensor) else view
             outcome = draw_crop_flip(self.seed, view, index, self.augment.crop_padding, self.augment.flip)
             pixels = crop_flip(pixels, outcome, self.augment.crop_padding)
         return Batch(pixels.to(torch.float32).div_(255), labels, index)
@@ -47,8 +51,8 @@ class Images(Protocol):
     labels: Tensor
     indices: Tensor
 
-    def batches(self, plan: Sequence[Tensor], view: int | None) -> Iterator[Batch]:
-        """One batch per tensor of image numbers, on the device; augmented for this view, or not at all."""
+    def batches(self, plan: Sequence[Tensor], views: Sequence[View | None]) -> Iterator[Batch]:
+        """One batch per tensor of image numbers, on the device; augmented for the view that goes with it, or not at all."""
         ...
 
 
@@ -60,11 +64,11 @@ class HeldImages:
         self._pixels, self._labels, self._indices = (tensor.to(finish.device) for tensor in (pixels, labels, indices))
         self._finish = finish
 
-    def batches(self, plan: Sequence[Tensor], view: int | None) -> Iterator[Batch]:
+    def batches(self, plan: Sequence[Tensor], views: Sequence[View | None]) -> Iterator[Batch]:
         if not plan:
             return
         numbers = torch.cat(list(plan)).to(self._pixels.device)  # one copy per epoch
-        for chosen in torch.split(numbers, [len(part) for part in plan]):
+        for chosen, view in zip(torch.split(numbers, [len(part) for part in plan]), views, strict=True):
             yield self._finish(self._pixels.index_select(0, chosen), self._labels[chosen], self._indices[chosen], view)
 
 
@@ -91,9 +95,10 @@ class ReadImages:
         self._kept: DataLoader[Any] | None = None
         self._in_use = False
 
-    def batches(self, plan: Sequence[Tensor], view: int | None) -> Iterator[Batch]:
-        keys = [[(view or 0, index) for index in self.indices[numbers].tolist()] for numbers in plan]
-        for numbers, pixels in zip(plan, self._read(keys), strict=True):
+    def batches(self, plan: Sequence[Tensor], views: Sequence[View | None]) -> Iterator[Batch]:
+        pairs = zip(plan, views, strict=True)
+        keys = [list(zip(_each(view, len(numbers)), self.indices[numbers].tolist(), strict=True)) for numbers, view in pairs]
+        for numbers, view, pixels in zip(plan, views, self._read(keys), strict=True):
             yield self._finish(pixels, self.labels[numbers], self.indices[numbers], view)
 
     def _read(self, keys: list[list[tuple[int, int]]]) -> Iterator[Tensor]:
@@ -121,6 +126,11 @@ class ReadImages:
             worker_init_fn=leave_to_parent,
             generator=torch.Generator(),  # or it draws from the global one
         )
+
+
+def _each(view: View | None, count: int) -> list[int]:
+    """The view of each of so many images."""
+    return [int(number) for number in view.tolist()] if isinstance(view, Tensor) else [view or 0] * count
 
 
 class _Keys:

@@ -194,9 +194,9 @@ class Split(Protocol):
 class Stream(Protocol):
     """One part of a dataset that can only be read from its start to its end, such as tar shards.
 
-    What needs to know or to reach single images cannot be had with it: train_samples, train_fraction, validation, training in
-    several processes (each raises a DataError), a teacher cache, losses that keep something per image. An interrupted epoch is
-    taken up by reading it again up to that place. Which images come together depends on `data.workers`.
+    What needs to know or to reach single images cannot be had with it: train_samples, train_fraction, validation, repeats (each raises
+    a DataError), a teacher cache, losses that keep something per image. An interrupted epoch is taken up by reading it again up to that
+    place. Which images come together depends on `data.workers`. Several processes can train on a `SharedStream` only.
     """
 
     def __len__(self) -> int:
@@ -210,6 +210,19 @@ class Stream(Protocol):
             seed: of this epoch's order; None: in the order of the files, every image once.
             workers: processes that read, 0 for the calling one alone.
             batch_size: images per batch, so that shares of a shuffled epoch can be made whole batches (by repetition).
+        """
+        ...
+
+
+@runtime_checkable
+class SharedStream(Stream, Protocol):
+    """A stream that several training processes can read, each its own share."""
+
+    def share(self, rank: int, world: int) -> Stream:
+        """What process `rank` of `world` reads. Its length stays that of the whole.
+
+        Shuffled, it must have its part of an epoch's batches at least, by repetition if need be, so that no process waits for another's.
+        In the order of the files, all processes together read every image once.
         """
         ...
 

@@ -32,9 +32,11 @@ class Result:
     Attributes:
         folder: the run folder.
         name, seed: the recipe's.
-        test: metrics of the student after the last epoch (`kdkit.evaluate.metrics`).
+        test: metrics of the student (`kdkit.evaluate.metrics`): after the last epoch, or of the mean of its best epochs' weights.
         validation: likewise on the validation split, if there is one.
         best: of the epoch with the best validation accuracy: `epoch`, `validation` and `test` metrics.
+        averaged: the epochs over which `train.average_best` took the mean; none without it.
+        last: what the student was worth after the last epoch, where it is such a mean: `validation` and `test` metrics.
         teacher: the teacher's own metrics on the test data.
         peers: metrics of the other students on the test data.
         ensemble: of all students (and models in their company) together, on the test data.
@@ -59,6 +61,13 @@ class Result:
     ensemble: Mapping[str, float] | None = None
     network: Mapping[str, Any] | None = None
     warnings: tuple[str, ...] = field(default=())
+    averaged: tuple[int, ...] = ()
+    last: Mapping[str, Mapping[str, float]] | None = None
+
+    @property
+    def moment(self) -> str:
+        """Which weights were measured, in words."""
+        return f"mean of epochs {', '.join(map(str, self.averaged))}" if self.averaged else "last epoch"
 
     @property
     def student(self) -> Path:
@@ -154,7 +163,7 @@ class RunFolder:
             return None
         saved = json.loads(self.result_file.read_text())
         saved.setdefault("cpu_seconds", 0.0)  # a run of an older kdkit, which did not count them
-        return Result(folder=self.path, **{**saved, "peers": tuple(saved["peers"]), "warnings": tuple(saved["warnings"])})
+        return Result(folder=self.path, **{**saved, **{key: tuple(saved.get(key, ())) for key in ("peers", "warnings", "averaged")}})
 
     def finish(self, result: Result) -> None:
         saved = asdict(result)
@@ -164,6 +173,10 @@ class RunFolder:
     def snapshot_file(self, stage: str, epoch: int) -> Path:
         """The student's weights after an epoch of a stage."""
         return self.path / "snapshots" / stage / f"epoch-{epoch:04d}.safetensors"
+
+    def best_epochs(self, stage: int) -> Path:
+        """The folder of the weights that a stage's mean is taken of."""
+        return self.path / "best-epochs" / f"stage{stage}"
 
     def snapshots(self) -> dict[int, Path]:
         """The snapshots of the last stage, the one that trained what the run leaves, by their epochs."""

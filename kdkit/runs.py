@@ -204,12 +204,15 @@ def _carry_out(setting: Setting) -> Turns[Result]:
         reseed(spec.seed, "stage", number)  # from which a schedule draws the first values of what it learns itself
         if (stage := next(stages, None)) is None:
             break
+        if last is not None and last.standing.best_epochs and setting.is_main:
+            last.standing.best_epochs.discard()  # only the last stage's are averaged
         factory.watch(but=stage.buffers)
         trainer = build_trainer(setting.recipe, setting.data, factory, setting.accelerator, number, stage, carried)
         last = StageRun(setting, number, trainer)
         yield from last.carry_out()
     if last is None:
         raise RunError(f"schedule '{spec.schedule.use}' has no stage")
+    yield from last.standing.average()
     for tracker in setting.accelerator.trackers:
         tracker.finish()  # end_training would also part the processes, which may only have trained a teacher so far
     return _result(setting, last)
@@ -244,7 +247,9 @@ def _result(setting: Setting, last: StageRun) -> Result:
         folder=folder.path, name=recipe.spec.name, seed=recipe.spec.seed, test=scores["test"], validation=scores.get("validation"),
         parameters=sum(p.numel() for p in student.module.parameters()), seconds=round(setting.clock.wall, 3),
         cpu_seconds=round(setting.clock.cpu, 3), epochs=last.trainer.epochs,
-        best=setting.best, teacher=metrics(setting.teacher) if setting.teacher else None, peers=tuple(peer["test"] for peer in peers),
+        best=setting.best, averaged=standing.best_epochs.epochs(chosen) if standing.best_epochs else (),
+        last=standing.last[chosen] if standing.last else None,
+        teacher=metrics(setting.teacher) if setting.teacher else None, peers=tuple(peer["test"] for peer in peers),
         ensemble=standing.ensemble.get("test"), network=setting.factory.network(last.trainer.stage.students[chosen]),
         warnings=tuple(setting.reporter.warnings),
     )  # fmt: skip
@@ -252,5 +257,6 @@ def _result(setting: Setting, last: StageRun) -> Result:
         write_atomically(folder.student_file, weights(student))
         folder.finish(result)
     setting.accelerator.wait_for_everyone()
-    setting.reporter.say(f"{recipe.spec.name}: top-1 {result.test['top1']:.2f} % on test data after the last epoch; see {folder.path}")
+    when = f"with the {result.moment}" if result.averaged else "after the last epoch"
+    setting.reporter.say(f"{recipe.spec.name}: top-1 {result.test['top1']:.2f} % on test data {when}; see {folder.path}")
     return result

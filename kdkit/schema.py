@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from kdkit.loss_options import LossOptions
-from kdkit.options import BOOKKEEPING, Arguments, Options, Rampable, RecipePath
+from kdkit.options import BOOKKEEPING, LATER, Arguments, Options, Rampable, RecipePath
 from kdkit.providers import DatasetOptions, ModelOptions, RecipeTeacher
 from kdkit.teaching import ScheduleOptions
 
@@ -69,6 +69,13 @@ class DataSpec(Options):
     seed: int = Field(default=0, ge=0, description="Which images `train_samples`, `train_fraction` and `validation` draw.")
     augment: BatchAugment | None = Field(default=None, description="Batched crops and flips.")
     timm_augment: TimmAugment | None = Field(default=None, description="timm's augmentations, image by image (instead of `augment`).")
+    repeats: int = Field(
+        default=1,
+        gt=0,
+        description="Repeated augmentation: each image of an epoch comes so many times side by side, each time augmented differently. The "
+        "epoch keeps its length, so that it shows that part of the images.",
+        json_schema_extra=LATER,
+    )
     drop_last: bool = Field(default=True, description="Leave out an epoch's last batch when it is not full.")
     workers: int = Field(
         default=2, ge=0, description="Processes that load and augment images which are not held in memory.", json_schema_extra=BOOKKEEPING
@@ -80,6 +87,8 @@ class DataSpec(Options):
             raise ValueError("give train_samples or train_fraction, not both")
         if self.augment and self.timm_augment:
             raise ValueError("give augment or timm_augment, not both")
+        if self.repeats > 1 and not self.augment and not self.timm_augment:
+            raise ValueError("repeats needs augment or timm_augment: without them an image's copies are all the same")
         return self
 
 
@@ -171,6 +180,13 @@ class TrainSpec(Options):
     adapters: AdapterSpec = Field(default=AdapterSpec(), description="The optimizer's group of the losses' learnable parts.")
     lr_schedule: LrScheduleSpec = Field(default=LrScheduleSpec(), description="Learning-rate schedule.")
     ema: EmaSpec | None = Field(default=None, description="Moving average of the weights.")
+    average_best: int | None = Field(
+        default=None,
+        gt=0,
+        description="Leave the mean of the weights of so many epochs, those of the last stage that are best on validation data, instead of "
+        "the last epoch's weights. Needs `data.validation`; every epoch is measured.",
+        json_schema_extra=LATER,
+    )
     mixup: MixupSpec | None = Field(default=None, description="Mixed images and labels.")
     clip_grad: float | None = Field(default=None, gt=0, description="Largest norm of the gradient of all parameters together.")
     accumulate: int = Field(default=1, gt=0, description="Batches per optimizer step.")

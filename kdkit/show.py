@@ -86,10 +86,12 @@ def brief(recipe: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "total", " + ".join(f"{_number(entry['weight'])} * {_named(entry)}" for entry in recipe["losses"])
     augment = [f"{key} ({', '.join(_on(data[key]))})" for key in ("augment", "timm_augment") if data.get(key)]
     chosen = [f"{key} {data[key]}" for key in ("image_size", "train_samples", "train_fraction", "validation") if data.get(key)]
+    chosen += [f"repeats {data['repeats']}"] if data.get("repeats", 1) > 1 else []
     yield "data", ", ".join([_named(data["dataset"]), *chosen, f"batches of {data['batch_size']}", *augment])
     optimizer = train["optimizer"]
     rate = f"lr {optimizer['lr']:g} {train['lr_schedule']['name']}"
     extra = [key for key in ("ema", "mixup", "compile") if train.get(key)]
+    extra += [f"average_best {train['average_best']}"] if train.get("average_best") else []
     decay = f", weight decay {optimizer['weight_decay']:g}" if optimizer["weight_decay"] else ""
     yield "train", ", ".join([f"{train['epochs']} epochs", f"{optimizer['name']}, {rate}{decay}", train["precision"], *extra])
 
@@ -150,8 +152,9 @@ def _score(key: str, value: float | None) -> str:
 
 
 def _outcome(result: Result) -> Iterator[RenderableType]:
-    rows = [("student, test, last epoch", result.test)]
-    rows += [("student, validation, last epoch", result.validation)] if result.validation else []
+    rows = [(f"student, test, {result.moment}", result.test)]
+    rows += [(f"student, validation, {result.moment}", result.validation)] if result.validation else []
+    rows += [(f"student, {part}, last epoch", result.last[part]) for part in ("test", "validation") if result.last]
     if best := result.best:
         rows += [(f"student, test, epoch {best['epoch']} (best on validation)", best["test"])]
     rows += [(f"student {number}, test", scores) for number, scores in enumerate(result.peers, 2)]

@@ -26,7 +26,7 @@ class StageRun:
         self.setting, self.trainer = setting, trainer
         self.kind = f"stage{number}"
         self.meter = Meter()
-        self.standing = Standing(setting, trainer)
+        self.standing = Standing(setting, number, trainer)
         self._finished = False
         self._clock, self._clock_step = setting.clock.wall, 0
 
@@ -85,12 +85,13 @@ class StageRun:
             place = f"epoch {trainer.epoch} of stage '{trainer.stage.name}'"
             setting.reporter.warn(f"{name} was exactly 0 in all of {place}: nothing is learnt from it")
         measured = trainer.epoch % spec.train.evaluate_every == 0 or trainer.epoch == trainer.epochs
-        if trainer.updaters[0].schedule.by_epoch and setting.data.validation is not None:
-            measured = True  # its learning rate hangs on it
+        if standing.best_epochs or (trainer.updaters[0].schedule.by_epoch and setting.data.validation is not None):
+            measured = True  # what is left, or the learning rate, hangs on it
         if measured:
             trainer.synchronise()
-            yield from standing.measure()
+            yield from standing.measure(trainer.epoch)
             standing.keep_best()
+            standing.keep_best_epochs()
         validation = standing.scores[0].get("validation") if measured else None
         for updater, scores in itertools.zip_longest(trainer.updaters, standing.own_scores if validation else []):
             updater.schedule.after_epoch(trainer.epoch, scores["validation"]["top1"] if scores else means["loss"])
@@ -163,6 +164,8 @@ class StageRun:
             self.meter.load_state_dict(saved["meter"])
             self.standing.scores, self.standing.ensemble = saved["scores"], saved["ensemble"]
             setting.best = saved["best"]
+            if self.standing.best_epochs:
+                self.standing.best_epochs.load(saved["best_epochs"])
             setting.clock.set(saved["seconds"], saved["cpu_seconds"])
             setting.reporter.warnings[:] = dict.fromkeys([*saved["warnings"], *setting.reporter.warnings])
         except (KeyError, ValueError, RuntimeError) as error:
@@ -191,13 +194,16 @@ class StageRun:
         learnt = self.trainer.state_dict()
         if self.trainer.apart:
             learnt = {"processes": gather_object([send_to_device(learnt, "cpu")])}
+        kept = self.standing.best_epochs
         if setting.is_main:
             state = {
                 "trainer": learnt, "meter": meter, "scores": self.standing.scores, "ensemble": self.standing.ensemble,
                 "best": setting.best, "seconds": setting.clock.wall, "cpu_seconds": setting.clock.cpu,
-                "warnings": list(setting.reporter.warnings),
+                "warnings": list(setting.reporter.warnings), "best_epochs": kept.ranked if kept else {},
             }  # fmt: skip
             setting.folder.checkpoints.save(self.kind, self.trainer.steps, state, keep=1 if self._finished else 2)
+            if kept:
+                kept.tidy(for_good=self._finished)
 
     def _refuse_non_finite(self) -> None:
         told: list[str | None] = [None]

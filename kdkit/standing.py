@@ -8,6 +8,7 @@ import torch
 from accelerate.utils import gather_object
 from safetensors.torch import save
 
+from kdkit.averaging import BestEpochs
 from kdkit.checkpoints import write_atomically
 from kdkit.engine import Trainer
 from kdkit.ensembles import combined
@@ -26,12 +27,17 @@ class Standing:
     Attributes:
         scores: of each student, when last measured; of all processes' where they train apart.
         ensemble: of all together.
+        best_epochs: whose mean each student is to be in the end, where the recipe says so.
+        last: scores after the last epoch, where those above are of the mean.
     """
 
-    def __init__(self, setting: Setting, trainer: Trainer) -> None:
+    def __init__(self, setting: Setting, number: int, trainer: Trainer) -> None:
         self.setting, self.trainer = setting, trainer
         self.scores: list[Scores] = []
         self.ensemble: Scores = {}
+        self.last: list[Scores] = []
+        count = setting.recipe.spec.train.average_best
+        self.best_epochs = BestEpochs(setting.folder.best_epochs(number), count) if count else None
 
     def line(self) -> dict[str, Any]:
         """What metrics.jsonl says of it."""
@@ -40,24 +46,32 @@ class Standing:
             told["peers"] = self.scores[1:]
         if self.ensemble:
             told["ensemble"] = self.ensemble
+        if self.best_epochs:
+            told["best_epochs"] = self.best_epochs.epochs(self.chosen)
         return told
 
     @property
     def own_scores(self) -> list[Scores]:
         """Those of this process's students."""
+        return [self.scores[number] for number in self._own]
+
+    @property
+    def _own(self) -> range:
+        """The numbers of this process's students among all."""
         count = len(self.trainer.stage.students)
         begin = self.setting.accelerator.process_index * count if self.trainer.apart else 0
-        return self.scores[begin : begin + count]
+        return range(begin, begin + count)
 
     def deployed(self) -> list[Model]:
         """The students as they are measured and exported."""
         pairs = zip(self.trainer.stage.students, self.trainer.deployed(), strict=True)
         return [cast("TappedModel", student).twin(module) for student, module in pairs]
 
-    def measure(self) -> Turns[None]:
+    def measure(self, epoch: int) -> Turns[None]:
         """Measure each student, and, where there are several models, their ensemble (the mean of their probabilities).
 
-        Processes that train apart measure their own students on the whole data, and tell each other.
+        Processes that train apart measure their own students on the whole data, and tell each other. Runs that are trained side by side
+        meet by the number of the epoch.
         """
         setting, apart = self.setting, self.trainer.apart
         world = 1 if apart else setting.accelerator.num_processes
@@ -68,7 +82,7 @@ class Standing:
             if batches is None:
                 continue
             teacher = setting.teacher if part == "test" else None
-            place = (self.trainer.epoch, number)
+            place = (epoch, number)
             found = yield from predicting(models, batches.whole() if apart else batches, world=world, place=place)
             found = gather_object(found) if apart else found
             for scores, one in zip(self.scores, found, strict=False):  # the company has no scores of its own
@@ -96,6 +110,29 @@ class Standing:
                 setting.best["network"] = network
             if setting.is_main:
                 write_atomically(setting.folder.best_file, weights(self.deployed()[self.chosen]))
+
+    def keep_best_epochs(self) -> None:
+        """Keep the weights that may become a part of the mean."""
+        if self.best_epochs is None:
+            return
+        epoch = self.trainer.epoch
+        wanted = [self.best_epochs.offer(i, epoch, scores["validation"]["top1"]) for i, scores in enumerate(self.scores)]
+        writes = self.setting.is_main or self.trainer.apart
+        for number, model in zip(self._own, self.deployed(), strict=True):
+            if wanted[number] and writes:
+                self.best_epochs.write(number, epoch, weights(model))
+
+    def average(self) -> Turns[None]:
+        """Put the mean of its best epochs' weights into each student, and measure them again; for the last stage, when it is trained."""
+        if self.best_epochs is None:
+            return
+        self.setting.accelerator.wait_for_everyone()  # until the files are there
+        if self.setting.is_main:
+            self.best_epochs.tidy(for_good=True)
+        for number, network in zip(self._own, self.trainer.deployed(), strict=True):
+            network.load_state_dict(self.best_epochs.mean(number))
+        self.last = self.scores
+        yield from self.measure(self.trainer.epoch + 1)
 
     def keep_snapshot(self) -> None:
         every, trainer, setting = self.setting.recipe.spec.run.snapshots, self.trainer, self.setting

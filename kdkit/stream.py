@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from kdkit.augment import sample_seed, subseed
 from kdkit.errors import DataError
 from kdkit.images import Broken, Finish, intact, stack
-from kdkit.providers import Stream
+from kdkit.providers import SharedStream, Stream
 from kdkit.records import Batch
 from kdkit.schema import DataSpec
 from kdkit.signals import leave_to_parent
@@ -24,19 +24,33 @@ Sample = tuple[Tensor | Broken, int, int]
 
 
 class StreamReader:
-    """Reads one part, an epoch at a time, through worker processes."""
+    """Reads one part, an epoch at a time, through worker processes.
 
-    def __init__(self, part: Stream, batch_size: int, workers: int, finish: Finish, transform: Transform) -> None:
-        self.part, self.batch_size, self._workers = part, batch_size, workers
-        self._finish, self._transform = finish, transform
+    Args:
+        part: the whole stream; process `rank` of `world` reads its share.
+        batch_size: of this process.
+        workers: that read.
+        finish, transform: what is done to images.
+    """
+
+    def __init__(
+        self, part: Stream, batch_size: int, workers: int, finish: Finish, transform: Transform, *, rank: int = 0, world: int = 1
+    ) -> None:
+        self.part, self.batch_size, self.rank, self.world = part, batch_size, rank, world
+        self._workers, self._finish, self._transform = workers, finish, transform
+
+    def whole(self) -> StreamReader:
+        """A reader of all of it in this process."""
+        return StreamReader(self.part, self.batch_size, self._workers, self._finish, self._transform)
 
     def batches(self, seed: int | None, view: int | None) -> Iterator[Batch]:
         """Batches of one epoch in the order that `seed` (and the number of workers) gives; None: the order of the files.
 
         `Batch.index` numbers the images of this epoch; it is no place in the dataset.
         """
+        part = self.part.share(self.rank, self.world) if isinstance(self.part, SharedStream) else self.part
         loader: DataLoader[Any] = DataLoader(
-            _Share(self.part, seed, self._workers, self.batch_size, self._transform, view or 0),
+            _Share(part, seed, self._workers, self.batch_size, self._transform, view or 0, self.rank, self.world),
             batch_size=self.batch_size,
             num_workers=self._workers,
             collate_fn=_collate,
@@ -49,15 +63,17 @@ class StreamReader:
 
 
 class _Share(IterableDataset[Sample]):
-    def __init__(self, part: Stream, seed: int | None, workers: int, batch_size: int, transform: Transform, view: int) -> None:
+    def __init__(
+        self, part: Stream, seed: int | None, workers: int, batch_size: int, transform: Transform, view: int, rank: int, world: int
+    ) -> None:
         self.part, self.seed, self.workers, self.batch_size = part, seed, workers, batch_size
-        self.transform, self.view = transform, view
+        self.transform, self.view, self.rank, self.world = transform, view, rank, world
 
     def __iter__(self) -> Iterator[Sample]:
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         for place, (image, label) in enumerate(self.part.read(self.seed, self.workers, self.batch_size)):
-            index = first + place * step
+            index = (first + place * step) * self.world + self.rank  # no other process's
             try:
                 yield self.transform(image, self.view, index), int(label), index
             except DataError as error:
@@ -84,7 +100,7 @@ class StreamTrainLoader:
         self._reader, self._seed, self._drop_last = reader, subseed(seed, "stream"), drop_last
 
     def __len__(self) -> int:
-        full, rest = divmod(self.num_samples, self._reader.batch_size)
+        full, rest = divmod(self.num_samples, self._reader.batch_size * self._reader.world)
         return full + (rest > 0 and not self._drop_last)
 
     def epoch(self, number: int, start: int = 0, view: int | None = None, arrange: Arrange | None = None) -> Iterator[Batch]:
@@ -96,27 +112,28 @@ class StreamTrainLoader:
             given += 1
             yield batch
         if given < len(self):
-            raise DataError(f"the stream ended after {given} of {len(self)} batches: has it fewer files than data.workers has processes?")
+            processes = f"data.workers x {self._reader.world} processes" if self._reader.world > 1 else "data.workers has processes"
+            raise DataError(f"the stream ended after {given} of {len(self)} batches: has it fewer files than {processes}?")
 
 
 class StreamEvalLoader:
-    """All images of a stream, once."""
+    """All images of a stream, once; of several processes each has its share, which may be larger than another's."""
 
     def __init__(self, reader: StreamReader) -> None:
         self.num_samples = len(reader.part)
         self._reader = reader
 
     def __len__(self) -> int:
-        return -(-self.num_samples // self._reader.batch_size)
+        return -(-self.num_samples // (self._reader.batch_size * self._reader.world))
 
     def __iter__(self) -> Iterator[Batch]:
         return self._reader.batches(None, None)
 
     def whole(self) -> StreamEvalLoader:
-        return self  # streams are read by one process alone
+        return StreamEvalLoader(self._reader.whole())
 
 
-def refuse(spec: DataSpec, world: int) -> None:
+def refuse(spec: DataSpec, part: Stream, world: int) -> None:
     """Say what a stream cannot do.
 
     Raises:
@@ -125,5 +142,16 @@ def refuse(spec: DataSpec, world: int) -> None:
     for key in ("train_samples", "train_fraction", "validation"):
         if getattr(spec, key) is not None:
             raise DataError(f"data.{key}: this dataset can only be read from start to end, so no part of it can be chosen")
-    if world > 1:
+    if spec.repeats > 1:
+        raise DataError("data.repeats: this dataset can only be read from start to end, so no image can come repeatedly")
+    refuse_processes(part, world)
+
+
+def refuse_processes(part: Stream, world: int) -> None:
+    """Say whether several processes can read it.
+
+    Raises:
+        DataError: they cannot.
+    """
+    if world > 1 and not isinstance(part, SharedStream):
         raise DataError(f"this dataset can only be read from start to end, which {world} training processes cannot share; use one")

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from kdkit.images import View
 from kdkit.providers import Texts
 from kdkit.records import MASK, Batch
 
@@ -24,7 +25,7 @@ class HeldTexts:
         self._padding = {name: part.padding.get(name, 0) for name in part.tokens}
         self._tokens = {name: torch.tensor([*itertools.chain(*ids)], device=device) for name, ids in part.tokens.items()}
 
-    def batches(self, plan: Sequence[Tensor], view: int | None) -> Iterator[Batch]:
+    def batches(self, plan: Sequence[Tensor], views: Sequence[View | None]) -> Iterator[Batch]:
         """A text has one view: every view of it is that one."""
         for numbers in plan:
             chosen = numbers.to(self._starts.device)

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from PIL import Image
-from safetensors.torch import save_file
+from recipe_files import RECIPES, backbone, lay_out, photographs
 
 from kdkit import cli, fairness, plan, recipe
 from kdkit.report import output as report
@@ -16,39 +15,13 @@ from kdkit.run_folder import RunFolder
 from kdkit.study import variants as study_file
 from kdkit.study.findings import Findings
 
-FOLDER = Path(__file__).resolve().parent.parent / "recipes" / "hymenoptera"
+FOLDER = RECIPES / "hymenoptera"
 STUDIES = ["alpha", "alpha_small"]
-FILES = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem not in STUDIES)
-IMAGES = {"train": 244, "val": 153}
-
-
-def beside(home, images, backbones):
-    """The recipes in a folder of their own, beside photographs, and weights where the backbones' runs would leave them."""
-    shutil.copytree(FOLDER, home / "recipes" / "hymenoptera")
-    for part, count in images.items():
-        for i in range(count):
-            place = home / "data" / "hymenoptera_data" / part / ("ants", "bees")[i % 2]
-            place.mkdir(parents=True, exist_ok=True)
-            value = 40 + 120 * (i % 2) + i
-            Image.new("RGB", (40, 36), (value % 256, 90, 255 - value % 256)).save(place / f"{i}.jpg")
-    for name, weights in backbones.items():
-        place = home / "runs" / f"hymenoptera_backbone_{name}" / "student.safetensors"
-        place.parent.mkdir(parents=True)
-        save_file(weights, place)
-    return home / "recipes" / "hymenoptera"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What planning needs: as many photographs, and weights that can be read."""
-    nothing = {"fc.bias": torch.zeros(100)}
-    return beside(tmp_path_factory.mktemp("plan"), IMAGES, {"resnet18": nothing, "resnet50": nothing})
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_it_can_be_carried_out(folder, name):
-    made = plan.make(recipe.load(folder / f"{name}.yaml"))
-    assert made.student.parameters > 0 and all(stage.steps > 0 for stage in made.stages)
+    return lay_out(tmp_path_factory.mktemp("plan")) / "hymenoptera"
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -75,8 +48,10 @@ def test_the_protocol_is_the_published_one(name):
 
 def test_the_small_study_from_the_backbones_to_the_report(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
-    weights = timm.create_model("test_resnet", num_classes=100).state_dict()
-    folder = beside(tmp_path, {"train": 36, "val": 16}, {"resnet18": weights, "resnet50": weights})
+    folder = shutil.copytree(FOLDER, tmp_path / "recipes" / "hymenoptera")
+    photographs(tmp_path, {"train": 36, "val": 16})
+    for name in ("resnet18", "resnet50"):
+        backbone(tmp_path, name, timm.create_model("test_resnet", num_classes=100).state_dict())
     for path in folder.glob("*.yaml"):
         text = re.sub(r"model: resnet\d+(?!\.)", "model: test_resnet", path.read_text())
         path.write_text(text.replace("image_size: 64", "image_size: 32").replace("epochs: 25", "epochs: 3"))

@@ -60,6 +60,15 @@ def test_other_cases():
     assert "no run of the baseline, alone, is finished" in said(lost, variant("taught", (90.0, 91.0)))
 
 
+def test_averaged_weights_are_told():
+    mean = "with the mean of the weights of the 3 epochs that are best on validation"
+    averaged = variant("alone", (90.0, 92.0), averaged=3)
+    assert f"on the test data {mean} (2 seeds)" in said(averaged, teacher=None)
+    both = findings(averaged, variant("taught", (92.0, 94.5), (90.0, 92.0), (0.9, 3.6)))
+    assert both.moment == f"after the last epoch, but for alone: {mean}"
+    assert report_words.accuracy_table(both).caption.startswith(f"Test data, {both.moment} unless")
+
+
 def test_the_tables_have_a_row_each_and_no_empty_column():
     found = findings(BASE, variant("taught", (92.0, 94.5), (90.0, 92.0), (0.9, 3.6)))
     table = report_words.accuracy_table(found)

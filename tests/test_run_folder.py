@@ -54,6 +54,8 @@ def test_a_result_is_read_as_it_was_written(tmp_path):
         ({"top1": 49.0},),
         {"top1": 51.0},
         warnings=("careful",),
+        averaged=(2, 5),
+        last={"test": {"top1": 48.0}},
     )
     folder.finish(result)
     assert folder.result() is None  # its student is not there

@@ -120,11 +120,12 @@ def _variant(name: str, runs: Sequence[_Run], base: Mapping[int, float] | None, 
         difference=intervals.paired(own, base) if base is not None else None,
         cost=_cost(done, network) if done and network else None,
         failures={int(run.recipe["seed"]): f"not finished, {_epochs(run)} epochs so far" for run in runs if not run.result},
+        averaged=runs[0].recipe["train"].get("average_best") or 0,
     )
 
 
 def _last(runs: Sequence[_Run], key: str) -> dict[int, float]:
-    """A metric after the last epoch, by seed."""
+    """A metric of what each run leaves, by seed."""
     return {int(run.recipe["seed"]): run.result.test[key] for run in runs if run.result}
 
 

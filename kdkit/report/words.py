@@ -29,7 +29,7 @@ def gain(difference: Difference | None) -> str:
 
 
 def best(findings: Findings) -> Variant | None:
-    """The variant with the highest mean test accuracy after the last epoch."""
+    """The variant with the highest mean test accuracy."""
     ran = [v for v in findings.variants if v.last.get("top1")]
     return max(ran, key=lambda v: statistics.fmean(v.last["top1"])) if ran else None
 
@@ -44,12 +44,12 @@ def answer(findings: Findings) -> Iterator[str]:
     taught = f"; the teacher has {findings.teacher.last['top1']:.2f} %" if findings.teacher else ""
     baseline = next((v for v in findings.variants if v.name == findings.baseline), leader)
     if len(findings.variants) == 1:
-        yield f"{leader.name} reaches {score} on the test data after the last epoch ({_seeds(leader)}){taught}."
+        yield f"{leader.name} reaches {score} on the test data {findings.moment} ({_seeds(leader)}){taught}."
     elif leader is baseline:
-        reaches = f"which reaches {score} after the last epoch ({_seeds(leader)}){taught}"
+        reaches = f"which reaches {score} {findings.moment} ({_seeds(leader)}){taught}"
         yield f"No variant is better than the baseline, {leader.name}, {reaches}."
     else:
-        yield f"Best after the last epoch: {leader.name}, {score}{_over(leader, baseline)}{taught}."
+        yield f"Best {findings.moment}: {leader.name}, {score}{_over(leader, baseline)}{taught}."
         yield _carried(leader, findings)
     if len(findings.variants) > 2 and any(v.difference and v.difference.t for v in findings.variants):
         yield _tally(findings)
@@ -115,7 +115,7 @@ def protocol(findings: Findings, recipes: Mapping[str, Mapping[str, Any]]) -> It
         yield "Compared", f"{len(findings.variants)} variants, the baseline is {findings.baseline}; {count} finished runs"
     yield "Seeds", ", ".join(map(str, seeds)) or NONE
     chosen = "the epoch that is best on validation is told beside it; " if any(v.best for v in findings.variants) else ""
-    yield "Measured", f"on the test data after the last epoch; {chosen}no epoch is chosen by test data"
+    yield "Measured", f"on the test data {findings.moment}; {chosen}no epoch is chosen by test data"
 
 
 def shortened(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def accuracy_table(findings: Findings) -> Figures:
     deviation = several if numbers[-1] > 1 else "one seed, so there is no deviation and no interval"
     interval = "; difference: mean over the seeds, 95 % interval by the paired t distribution" if numbers[-1] > 1 else ""
     leader = best(findings)
-    caption = f"Test data, after the last epoch unless the column says otherwise; {deviation}{interval}."
+    caption = f"Test data, {findings.moment} unless the column says otherwise; {deviation}{interval}."
     columns: list[Column] = [
         ("top-1 %", _last("top1", 2), "top1"),
         ("difference, points", lambda v: gain(v.difference), ""),

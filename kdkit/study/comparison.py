@@ -224,6 +224,7 @@ class _Finder:
             failures={
                 each.seed: self.failures[each.folder] for each in self.planned if each.variant == name and each.folder in self.failures
             },
+            averaged=self.study.variants[name].spec.train.average_best or 0,
         )
 
     def _top1(self, variant: str) -> dict[int, float]:

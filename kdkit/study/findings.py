@@ -68,12 +68,13 @@ class Variant:
         about: what it is, in one line: its objective and schedule.
         seeds: of the finished runs.
         folders: of the finished runs, one a seed.
-        last: metrics on the test data after the last epoch by name (`kdkit.evaluate.metrics`), one value a seed; `loss`: the training loss
-            of that epoch; `late_loss`: its mean over the last 60 % of the (last stage's) epochs.
+        last: metrics on the test data of what the run leaves by name (`kdkit.evaluate.metrics`), one value a seed; `loss`: the training
+            loss of the last epoch; `late_loss`: its mean over the last 60 % of the (last stage's) epochs.
         best: test metrics of the epoch that is best on validation, likewise; empty without a validation split.
         difference: to the baseline (None: it is the baseline, or they share no seed).
         cost: None where no run is finished.
         failures: reasons by seed.
+        averaged: how many epochs, the best on validation, the weights are the mean of; 0: they are the last epoch's.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Variant:
     difference: Difference | None
     cost: Cost | None
     failures: Mapping[int, str] = field(default_factory=dict)
+    averaged: int = 0
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,18 @@ class Findings:
     machine: Mapping[str, str]
 
     __pydantic_config__ = ConfigDict(ser_json_inf_nan="constants")
+
+    @property
+    def moment(self) -> str:
+        """Which weights of the students were measured, in words."""
+        averaged = [variant for variant in self.variants if variant.averaged]
+        if not averaged:
+            return "after the last epoch"
+        counts = " or ".join(map(str, sorted({variant.averaged for variant in averaged})))
+        mean = f"with the mean of the weights of the {counts} epochs that are best on validation"
+        if len(averaged) == len(self.variants):
+            return mean
+        return f"after the last epoch, but for {', '.join(variant.name for variant in averaged)}: {mean}"
 
     @classmethod
     def load(cls, path: Path) -> Self:

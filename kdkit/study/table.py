@@ -34,7 +34,7 @@ def caption(found: Findings) -> Iterator[str]:
         seeds = f"{'-'.join(map(str, counts))} seeds, mean +- standard deviation"
     else:
         seeds = "no run is finished"
-    parts = [f"Test data, after the last epoch; {seeds}"]
+    parts = [f"Test data, {found.moment}; {seeds}"]
     if any(variant.difference for variant in found.variants):
         level = " [95 % interval by t]" if any(v.difference and v.difference.t for v in found.variants) else ""
         parts.append(f"difference to {found.baseline}, seed by seed{level}")

@@ -1,12 +1,13 @@
 """Datasets through timm's `create_dataset`: Hugging Face, webdataset and TensorFlow datasets, and torchvision's others.
 
 Hugging Face's (hfds/) and torchvision's have their images in places, as kdkit's own datasets do. The others are streams: see
-`kdkit.Stream` for what those cannot do.
+`kdkit.Stream` for what those cannot do. Webdataset's (wds/) can be read by several processes, each with shards of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -76,9 +77,39 @@ class Streamed:
     def read(self, seed: int | None, workers: int, batch_size: int) -> Iterable[tuple[Any, int]]:
         # a reader of its own for each epoch, so that its order follows from the seed
         dataset: Any = self.source.create(self.part, is_training=seed is not None, seed=seed or 0, batch_size=batch_size)
+        self.choose(dataset.reader, seed is not None)
         dataset.set_loader_cfg(workers)
         samples: Iterable[tuple[Any, int]] = dataset
         return samples
+
+    def choose(self, reader: Any, training: bool) -> None:
+        """Tell timm's reader which part of the files it reads: all of them."""
+
+
+class Shards(Streamed):
+    """Webdataset's, of which each training process reads other shards than the others.
+
+    Args:
+        source: the dataset.
+        part: train or test.
+        rank: of the process, below `world`.
+        world: training processes.
+    """
+
+    def __init__(self, source: Timm, part: str, rank: int = 0, world: int = 1) -> None:
+        self.rank, self.world = rank, world
+        super().__init__(source, part)
+        self.length = source.opened[part].reader.num_samples  # timm's own length is that of a process
+
+    def share(self, rank: int, world: int) -> Shards:
+        return Shards(self.source, self.part, rank, world)
+
+    def choose(self, reader: Any, training: bool) -> None:
+        """timm shuffles the shards and deals them out in each epoch anew; where each image counts once, it would repeat and miss some."""
+        reader.dist_rank, reader.dist_num_replicas = (self.rank, self.world) if training else (0, 1)
+        if not training:
+            info = reader.split_info
+            reader.split_info = replace(info, filenames=info.filenames[self.rank :: self.world])
 
 
 class Timm(kdkit.DatasetSource):
@@ -98,7 +129,7 @@ class Timm(kdkit.DatasetSource):
             return Indexed(dataset.reader, dataset.reader.iter_targets())
         if kind == "torch":
             return Indexed(dataset, dataset.targets)
-        return Streamed(self, part)
+        return Shards(self, part) if kind == "wds" else Streamed(self, part)
 
     @cached_property
     def opened(self) -> dict[str, Any]:

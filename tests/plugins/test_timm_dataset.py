@@ -3,13 +3,16 @@
 import gc
 import io
 import random
+import signal
 import tarfile
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from kdkit_plugins.datasets.timm import Timm, TimmOptions
 from PIL import Image
+from training import lines, together, weights, write
 
 from kdkit.data import prepare
 from kdkit.errors import DataError
@@ -26,9 +29,9 @@ def png(value):
     return file.getvalue()
 
 
-def load(workers=0, world=1, options=None, **settings):
+def load(workers=0, rank=0, world=1, options=None, **settings):
     spec = DataSpec(**{"dataset": {"use": "timm"}, "batch_size": 6, "eval_batch_size": 5, "workers": workers} | settings)
-    return prepare(spec, Timm(TimmOptions(**options)), seed=3, device=CPU, world=world)
+    return prepare(spec, Timm(TimmOptions(**options)), seed=3, device=CPU, rank=rank, world=world)
 
 
 @pytest.fixture
@@ -84,13 +87,59 @@ def test_stream_is_measured_once_over(shards, workers):
         ({"train_samples": 10}, "data.train_samples: this dataset can only be read from start to end"),
         ({"train_fraction": 0.5}, "data.train_fraction"),
         ({"validation": 10}, "data.validation"),
-        ({"world": 2}, "2 training processes cannot share"),
         ({"batch_size": 60}, "60 is more than the 48 training images"),
     ],
 )
 def test_what_a_stream_cannot_do_is_said(shards, settings, says):
     with pytest.raises(DataError, match=says):
         load(options=shards, **settings)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_processes_share_the_shards(shards, workers):
+    """Each its own, in batches of as many for each; another deal in each epoch."""
+    ranks = [load(workers, rank, 2, options=shards, augment=BatchAugment(flip=0.5)) for rank in range(2)]
+    deals = []
+    for number in range(3):
+        epochs = [list(loaded.train.epoch(number)) for loaded in ranks]
+        assert [len(epoch) for epoch in epochs] == [8, 8] == [len(loaded.train) for loaded in ranks]
+        assert {len(batch.labels) for epoch in epochs for batch in epoch} == {3}
+        seen = [sum(shades(epoch), []) for epoch in epochs]
+        assert sorted(seen[0] + seen[1]) == list(range(48))
+        deals.append({shade // SHARD for shade in seen[0]})
+        places = torch.cat([batch.index for epoch in epochs for batch in epoch])
+        assert len(places.unique()) == 48
+    assert any(deal != deals[0] for deal in deals)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("last", [1, 2])
+def test_processes_measure_each_image_once(shards, workers, last):
+    """Of three shards one process has two; so it may be, as no process waits for another while it measures."""
+    shards |= {"test_split": f"part-{{0000..000{last}}}.tar|{(last + 1) * SHARD}"}
+    ranks = [load(workers, rank, 2, options=shards).test for rank in range(2)]
+    parts = [list(part) for part in ranks]
+    assert sorted(sum((sum(shades(part), []) for part in parts), [])) == list(range((last + 1) * SHARD))
+    places = torch.cat([batch.index for part in parts for batch in part])
+    assert len(places.unique()) == len(places)
+    assert sorted(sum(shades(ranks[1].whole()), [])) == list(range((last + 1) * SHARD))
+
+
+def test_two_processes_train_on_shards_and_go_on(shards, tmp_path):
+    data = {"dataset": {"use": "timm", **shards, "root": str(shards["root"]), "image_shape": [3, 8, 8]}, "workers": 1}
+    path = write(tmp_path, data={**data, "augment": {"flip": 0.5}}, train={"epochs": 6})
+    text = yaml.safe_load(path.read_text())
+    text["data"]["dataset"] = data["dataset"]
+    path.write_text(yaml.safe_dump(text))
+    commands = together(tmp_path, "train", path, "--run", "whole")
+    assert [command.finish()[0] for command in commands] == [0, 0], commands[0].log.read_text()
+    stopped = together(tmp_path, "train", path, "--run", "run")
+    assert stopped[0].wait_for(lambda: lines(tmp_path / "run") >= 9), stopped[0].finish()
+    stopped[1].send(signal.SIGTERM)
+    assert [command.finish()[0] for command in stopped] == [143, 143], stopped[0].log.read_text()
+    assert [command.finish()[0] for command in together(tmp_path, "train", path, "--run", "run")] == [0, 0]
+    ours, theirs = weights(tmp_path / "run"), weights(tmp_path / "whole")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_reading_a_stream_leaves_the_global_random_states_alone(shards):

@@ -1,0 +1,94 @@
+"""The epochs of a stage that are best on validation, with their weights in files, and the mean of those weights."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from kdkit.checkpoints import write_atomically
+from kdkit.errors import RunError
+
+Ranked = list[tuple[int, float]]  # (epoch, top-1 on validation), best first
+
+
+class BestEpochs:
+    """Of each student of a stage, by its number, the epochs that are best on validation; the earlier of two that are equally good.
+
+    A file goes only when no checkpoint that is there names its epoch any more: a run that was killed goes on from one of the two newest.
+
+    Args:
+        folder: of the files.
+        count: epochs of a student.
+    """
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self.folder, self.count = folder, count
+        self.ranked: dict[int, Ranked] = {}
+        self._saved: set[Path] = set()  # what the newest checkpoint names
+
+    def offer(self, student: int, epoch: int, top1: float) -> bool:
+        """Rank one more epoch; whether it is among the best so far, so that its weights are wanted."""
+        ranked = sorted([*self.ranked.get(student, []), (epoch, top1)], key=lambda one: (-one[1], one[0]))
+        self.ranked[student] = ranked[: self.count]
+        return epoch in self.epochs(student)
+
+    def epochs(self, student: int) -> tuple[int, ...]:
+        """A student's best epochs so far, ascending."""
+        return tuple(sorted(epoch for epoch, _ in self.ranked.get(student, [])))
+
+    def write(self, student: int, epoch: int, weights: bytes) -> None:
+        """Keep a student's weights after an epoch, as safetensors."""
+        write_atomically(self._file(student, epoch), weights)
+
+    def load(self, ranked: dict[int, Ranked]) -> None:
+        """Go on from what a checkpoint names."""
+        self.ranked = {student: [(int(epoch), float(top1)) for epoch, top1 in each] for student, each in ranked.items()}
+        self._saved = set(self._files())
+
+    def tidy(self, *, for_good: bool) -> None:
+        """Remove what is not named any more, once a checkpoint has been saved; `for_good` if it is the only one that is left."""
+        named = set(self._files())
+        needed = named if for_good else named | self._saved
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+            if path not in needed:
+                path.unlink()
+        self._saved = named
+
+    def discard(self) -> None:
+        """Remove every file: another stage follows, so that this one leaves nothing."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def mean(self, student: int) -> dict[str, Tensor]:
+        """The mean of a student's weights over its best epochs; of what is not floating, the best epoch's.
+
+        Raises:
+            RunError: a file is gone or damaged.
+        """
+        ranked = self.ranked[student]
+        best = self._read(student, ranked[0][0])
+        sums = {name: value.double() for name, value in best.items() if value.is_floating_point()}
+        for epoch in sorted(epoch for epoch, _ in ranked[1:]):
+            other = self._read(student, epoch)
+            for name, total in sums.items():
+                total += other[name]
+        return {name: (sums[name] / len(ranked)).to(value.dtype) if name in sums else value for name, value in best.items()}
+
+    def _read(self, student: int, epoch: int) -> dict[str, Tensor]:
+        path = self._file(student, epoch)
+        try:
+            found: dict[str, Tensor] = load(path.read_bytes())
+        except (OSError, SafetensorError) as error:
+            says = f"{path}: the weights of epoch {epoch}, which `train.average_best` takes in, are gone or damaged"
+            raise RunError(f"{says} ({' '.join(str(error).split())}); `--restart` begins anew") from None
+        return found
+
+    def _file(self, student: int, epoch: int) -> Path:
+        return self.folder / f"student{student + 1}-epoch-{epoch:04d}.safetensors"
+
+    def _files(self) -> Iterator[Path]:
+        return (self._file(student, epoch) for student, ranked in self.ranked.items() for epoch, _ in ranked)
