@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from small_texts import BERT, LAYER, lay_out, recipe, write
 from test_layers_of_the_house import imports
-from training import weights
+from training import together, weights
 
 import kdkit
 from kdkit import plan
@@ -197,3 +197,24 @@ def test_only_plugins_for_texts_need_the_extra():
     assert subprocess.run([sys.executable, "-c", code, *EXTRA], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     for file in Path(kdkit.__file__).parent.rglob("*.py"):
         assert not {module.split(".")[0] for module, _ in imports(file)} & EXTRA, file
+
+
+def test_two_processes_come_to_what_one_comes_to(tmp_path):
+    """Each pads its own half of a batch; a mean over the tokens of a batch (hint) is left out, as each process has its own."""
+    lay_out(tmp_path)
+    still = {**BERT, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    made = recipe(tmp_path)
+    losses = [made["losses"][0], made["losses"][1], {**made["losses"][3], "gather": True}]
+    file = write(
+        tmp_path,
+        losses=losses,
+        teacher={**made["teacher"], "config": still},
+        student={**made["student"], "config": {**still, "num_hidden_layers": 2}},
+        train={"epochs": 1, "optimizer": {"name": "sgd", "lr": 0.1}},
+    )
+    kdkit.train(file, folder=tmp_path / "one", quiet=True)
+    for process in together(tmp_path, "train", file, "--run", tmp_path / "two"):
+        code, told = process.finish()
+        assert code == 0, told
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(torch.allclose(value, two[name], atol=1e-5) for name, value in one.items())
