@@ -46,7 +46,7 @@ class InstanceGraph(kdkit.Loss):
             for pair in self.layers if self.transformation else ():
                 f_s, f_t = student.features[pair.student], teacher.features[pair.teacher]
                 try:
-                    grid(f_s), grid(f_t)
+                    grid(f_s, student.mask), grid(f_t, student.mask)
                 except kdkit.ShapeError:
                     raise kdkit.ShapeError(
                         f"student '{pair.student}' {tuple(f_s.shape)} and teacher '{pair.teacher}' {tuple(f_t.shape)} must be maps "
@@ -81,9 +81,9 @@ class InstanceGraph(kdkit.Loss):
         return moves
 
 
-def grid(f: Tensor) -> Tensor:
-    """Features as maps (B, C, H, W), a vector as one of a single pixel."""
-    return f[:, :, None, None] if f.ndim == 2 else kdkit.as_map(f)
+def grid(f: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Features as maps (B, C, H, W), a vector as one of a single pixel; those of texts, whose tokens a mask tells, have no grid."""
+    return f[:, :, None, None] if f.ndim == 2 else kdkit.as_map(f, mask)
 
 
 def narrowed(f: Tensor, width: int) -> Tensor:
