@@ -15,11 +15,12 @@ from kdkit.errors import ModelError, RunError
 from kdkit.models import build_model
 from kdkit.profile import Profile
 from kdkit.recipe_types import source_of
-from kdkit.shapes import Shape, parse_shape
+from kdkit.shapes import Shape, kind_of, parse_shape
 from kdkit.tapping import TappedModel
 from kdkit.trained import TrainedRun
 
 DEFAULT_SHAPE: Shape = (3, 224, 224)
+DEFAULT_TEXT: Shape = (16,)
 DEFAULT_CLASSES = 1000
 
 
@@ -51,7 +52,7 @@ def subjects(
     runs = {word: TrainedRun(Path(word)) for word in words if Path(word).is_dir()}
     first = next(iter(runs.values()), None)
     asked = parse_shape(size) if size else None
-    shape = asked or (first.info.image_shape if first else DEFAULT_SHAPE)
+    shape = asked or (first.info.image_shape if first else None)
     number = classes or (first.info.num_classes if first else DEFAULT_CLASSES)
     found: list[Subject] = []
     for word in words:
@@ -61,12 +62,14 @@ def subjects(
 
 def _of_run(word: str, run: TrainedRun, asked: Shape | None, device: torch.device) -> Iterator[Subject]:
     shape, name = asked or run.info.image_shape, Path(word).resolve().name
+    if kind_of(shape) != kind_of(run.info.image_shape):
+        raise ModelError(f"--size: {word} was trained on {kind_of(run.info.image_shape)}")
     for called, teacher in zip(run.recipe.spec.all_teachers(), run.teachers(device=device), strict=True):
         yield Subject(f"{name}: {called}", teacher, shape)
     yield Subject(f"{name}: student", run.student(device=device), shape)
 
 
-def _of_name(word: str, shape: Shape, classes: int, device: torch.device, plugins: tuple[Path, ...]) -> Subject:
+def _of_name(word: str, shape: Shape | None, classes: int, device: torch.device, plugins: tuple[Path, ...]) -> Subject:
     sources = registry.load(plugins).models
     try:
         source, name = source_of(word, sources)
@@ -76,8 +79,9 @@ def _of_name(word: str, shape: Shape, classes: int, device: torch.device, plugin
     except ValidationError as error:
         keys = ", ".join(".".join(map(str, e["loc"])) for e in error.errors())
         raise ModelError(f"{word}: needs options that only a recipe can give ({keys})") from None
-    model = build_model(options, sources[source](options, name), classes, shape, role=word, device=device, channels_last=True)
-    return Subject(word, model, shape)
+    taken = shape or (DEFAULT_TEXT if sources[source].takes == "texts" else DEFAULT_SHAPE)
+    model = build_model(options, sources[source](options, name), classes, taken, role=word, device=device, channels_last=True)
+    return Subject(word, model, taken)
 
 
 def table(names: Sequence[str], profiles: Sequence[Profile]) -> Table:

@@ -20,10 +20,10 @@ from kdkit.checkpoints import write_atomically
 from kdkit.deployment import deploying
 from kdkit.errors import ModelError
 from kdkit.normalization import NormalizationAdapter
-from kdkit.providers import FIRST_WEIGHTS, ModelOptions, ModelSource
+from kdkit.providers import FIRST_WEIGHTS, DataInfo, ModelOptions, ModelSource
 from kdkit.recipe_types import DEFAULT_SOURCE
 from kdkit.records import MASK
-from kdkit.shapes import TOKENS, Shape, is_text, random_inputs
+from kdkit.shapes import TOKENS, is_text, random_inputs
 from kdkit.standing import weights
 from kdkit.tapping import TappedModel
 from kdkit.trained import EXPORTED, WEIGHTS, TrainedRun
@@ -68,7 +68,7 @@ def export(run: TrainedRun, form: Format = "timm", folder: Path | None = None, *
     student = run.student(best=best, channels_last=False)
     target.mkdir(parents=True, exist_ok=True)
     network, source = run.network(best=best), run.model_source(best=best)
-    return _write_onnx(student, run.info.image_shape, target) if form == "onnx" else _write_weights(run, student, network, source, target)
+    return _write_onnx(student, run.info, target) if form == "onnx" else _write_weights(run, student, network, source, target)
 
 
 def _write_weights(run: TrainedRun, student: TappedModel, network: ModelOptions, source: ModelSource, folder: Path) -> Export:
@@ -184,8 +184,10 @@ class _Deployed(nn.Module):
         return logits
 
 
-def _write_onnx(student: TappedModel, shape: Shape, folder: Path) -> Export:
-    probe = random_inputs(shape, 3)
+def _write_onnx(student: TappedModel, info: DataInfo, folder: Path) -> Export:
+    shape, probe = info.image_shape, random_inputs(info.image_shape, 3)
+    if not isinstance(probe, Tensor):
+        probe = {**probe, **{name: torch.zeros_like(probe[TOKENS]) for name in info.further}}
     names = IMAGES if isinstance(probe, Tensor) else [*probe]
     network, given = _Deployed(student, names).eval(), [probe] if isinstance(probe, Tensor) else [*probe.values()]
     free = {0: torch.export.Dim("batch")} | ({1: torch.export.Dim("tokens", max=shape[0])} if is_text(shape) else {})

@@ -82,13 +82,13 @@ class FeatureOptions(LossOptions):
         for pair in self.layers:
             f_s, f_t = student.features[pair.student], _shown(teacher, pair.teacher)
             try:
-                yield form(*self._without_padding(f_s, f_t, student.mask))
+                yield form(*self._without_padding(f_s, f_t, student.mask, teacher.mask))
             except ShapeError:
                 raise ShapeError(
                     f"student '{pair.student}' {tuple(f_s.shape)} and teacher '{pair.teacher}' {tuple(f_t.shape)} must be {wanted}"
                 ) from None
 
-    def _without_padding(self, f_s: Tensor, f_t: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _without_padding(self, f_s: Tensor, f_t: Tensor, mask: Tensor | None, others: Tensor | None) -> tuple[Tensor, Tensor]:
         """Hidden states (B, N, D) of texts in the form that is compared: here a vector for each real token of the batch, (T, D).
 
         Raises:
@@ -124,8 +124,8 @@ class VectorOptions(FeatureOptions):
         wanted = "vectors (B, D), maps (B, C, H, W) or tokens (B, N, D)"
         return self._each(student, teacher, lambda s, t: (as_vectors(s), as_vectors(t)), wanted)
 
-    def _without_padding(self, f_s: Tensor, f_t: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        return _pooled(f_s, mask), _pooled(f_t, mask)
+    def _without_padding(self, f_s: Tensor, f_t: Tensor, mask: Tensor | None, others: Tensor | None) -> tuple[Tensor, Tensor]:
+        return _pooled(f_s, mask), _pooled(f_t, mask if others is None else others)
 
 
 class RelationOptions(FeatureOptions):
@@ -143,8 +143,8 @@ class RelationOptions(FeatureOptions):
         for e_s, e_t in self._each(student, teacher, _embeddings, wanted):
             yield (gather(e_s), gather(e_t)) if self.gather else (e_s, e_t)
 
-    def _without_padding(self, f_s: Tensor, f_t: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        return _pooled(f_s, mask), _pooled(f_t, mask)
+    def _without_padding(self, f_s: Tensor, f_t: Tensor, mask: Tensor | None, others: Tensor | None) -> tuple[Tensor, Tensor]:
+        return _pooled(f_s, mask), _pooled(f_t, mask if others is None else others)
 
 
 def _pooled(f: Tensor, mask: Tensor | None) -> Tensor:

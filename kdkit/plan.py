@@ -89,7 +89,7 @@ class _Planner:
         self._rehearsal = cache_plan.Rehearsal(self.recipe, factory)
         with self._problems_at("schedule"):
             stages = tuple(self._stage(stage, factory, info, num_train, steps) for stage in self._schedule().stages(factory))
-        self._check_training(num_train)
+        self._check_training(num_train, text=is_text(info.image_shape))
         for i, name in enumerate(self.recipe.loss_names()):
             if name not in self._used and not self.problems:
                 says = f"'{name}' is never used: no stage of schedule '{spec.schedule.use}' has a teacher for it, or asks for it"
@@ -169,7 +169,7 @@ class _Planner:
             self.notes.append(note)
             self.problems += [problem] if problem else []
 
-    def _check_training(self, num_train: int) -> None:
+    def _check_training(self, num_train: int, *, text: bool) -> None:
         train, size = self.spec.train, self.spec.data.batch_size
         if train.average_best and not self.spec.data.validation:
             says = "the epochs are chosen on validation data; set `data.validation`"
@@ -181,7 +181,9 @@ class _Planner:
                 f"the last batch of an epoch would be a single image ({num_train} images in batches of {size}), which BatchNorm cannot take"
             )
             self.problems.append(self.recipe.problem(["data", "drop_last"], says))
-        if train.mixup and (size % 2 or (not self.spec.data.drop_last and num_train % size % 2)):
+        if train.mixup and text:
+            self.problems.append(self.recipe.problem(["train", "mixup"], "mixes images, and the data are texts"))
+        elif train.mixup and (size % 2 or (not self.spec.data.drop_last and num_train % size % 2)):
             says = f"mixes pairs, so every batch must be even: batches of {size} of {num_train} images"
             self.problems.append(self.recipe.problem(["train", "mixup"], says))
 
@@ -220,12 +222,12 @@ class _Planner:
         on_device = random_inputs(info.image_shape, PROBE, factory.device)
         shown = functools.partial(_batch, on_device, info.num_classes, stage.views)
         batch = self._rehearsal.noting(stage, shown)
+        self._check_images(stage, labels, text=is_text(info.image_shape))
         with torch.no_grad():
             lessons = stage.step(batch(PROBE))
         last = len(stage.students) - 1
         objectives = [build(self.recipe, stage.losses, factory.expand, layers=i <= last) for i in range(len(lessons))]
         self._check_stage(stage, lessons, objectives)
-        self._check_images(stage, labels)
         objective, network = objectives[0], stage.students[0].module
         self._networks = factory.teacher_modules()
         context = Context(network, factory.teaching(stage), info.num_classes, num_train, labels)
@@ -263,9 +265,11 @@ class _Planner:
             raise self.recipe.error(["schedule"], f"two stages are called '{stage.name}'; their logs and random numbers go by that name")
         self._stages.add(stage.name)
 
-    def _check_images(self, stage: Stage, labels: torch.Tensor) -> None:
+    def _check_images(self, stage: Stage, labels: torch.Tensor, *, text: bool) -> None:
         """Whether the recipe can give the stage its views, and its images in the order that it wants."""
         mixed, size = self.spec.train.mixup is not None, self.spec.data.batch_size
+        if stage.views > 1 and text:
+            raise self.recipe.error(["schedule"], f"stage '{stage.name}' compares views of images, and texts have one")
         if stage.views > 1 and mixed:
             raise self.recipe.error(["train", "mixup"], f"stage '{stage.name}' compares views of single images; leave mixup out")
         if stage.arrange is not None and mixed:

@@ -237,6 +237,7 @@ class DataInfo:
         num_classes: K.
         num_train, num_test: lengths of the parts.
         class_names: K names, or none.
+        further: names of the tensors that a text has beside its token ids and their mask; none for a single text.
     """
 
     image_shape: Shape
@@ -244,6 +245,7 @@ class DataInfo:
     num_train: int
     num_test: int
     class_names: tuple[str, ...] = ()
+    further: tuple[str, ...] = ()
 
 
 class DatasetOptions(Options):

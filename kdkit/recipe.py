@@ -229,9 +229,9 @@ def _paths(value: Any, location: list[str | int]) -> Iterable[tuple[list[str | i
     """Every path in the recipe but those of bookkeeping."""
     if isinstance(value, Path):
         yield location, value
-    elif isinstance(value, tuple):
-        for i, item in enumerate(value):
-            yield from _paths(item, [*location, i])
+    elif isinstance(value, tuple | Mapping):
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _paths(item, [*location, key])
     elif isinstance(value, BaseModel):
         for name, field in type(value).model_fields.items():
             if not _bookkeeping(field):
@@ -265,6 +265,8 @@ def content_of(value: Any) -> Any:
         }
     if isinstance(value, tuple | list):
         return [content_of(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: content_of(item) for key, item in value.items()}
     if isinstance(value, Path):
         return _digest(value) if value.is_file() else str(value)
     return value

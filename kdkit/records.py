@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from kdkit.forms import as_vectors, is_padded
+
 Inputs = Tensor | Mapping[str, Tensor]
 MASK = "attention_mask"  # of a mapping, which tokens are real (1) and which padding (0)
 
@@ -67,6 +69,14 @@ class Outputs:
     def masked(self, mask: Tensor | None) -> Outputs:
         """The same answer, of texts of which those tokens are real."""
         return replace(self, mask=mask)
+
+    def pooled(self) -> Outputs:
+        """The same answer with a vector for each text, the mean over its real tokens, in the place of its hidden states.
+
+        For schedules that let a sample learn from another one, whose tokens are others.
+        """
+        features = {name: as_vectors(f, self.mask) if is_padded(f, self.mask) else f for name, f in self.features.items()}
+        return Outputs(self.logits, features, self.views)
 
     def detach(self) -> Outputs:
         """The same values as constants."""

@@ -145,7 +145,8 @@ class RunFolder:
         if not self.marker.is_file():
             raise RunError(f"{self.path}: no run folder (it has no run.json)")
         saved: dict[str, Any] = json.loads(self.marker.read_text())["data"]
-        return DataInfo(**{**saved, "image_shape": tuple(saved["image_shape"]), "class_names": tuple(saved["class_names"])})
+        plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
+        return DataInfo(**plain)
 
     def recipe(self, overrides: Mapping[str, Any] | None = None) -> Recipe:
         """The resolved recipe; `overrides` are values by `key.path`.

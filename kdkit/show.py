@@ -117,8 +117,10 @@ def _on(options: Mapping[str, Any]) -> list[str]:
 
 
 def _number(value: Any) -> str:
-    if isinstance(value, Mapping) and "from" in value:
+    if isinstance(value, Mapping) and "to" in value:  # a ramp
         return f"({value['from']:g} -> {value['to']:g} in {value['epochs']:g} epochs)"
+    if isinstance(value, Mapping):
+        return f"({', '.join(f'{key} {_number(item)}' for key, item in value.items())})"
     if isinstance(value, list):
         return "-".join(map(_number, value))
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kdkit.errors import RunError, TapError
+from kdkit.errors import ModelError, RunError, TapError
 from kdkit.layers import Layer, expand, resolve
 from kdkit.observation import Keep, Stop, Store, Watch, observed, overwriter, register, version
 from kdkit.records import MASK, Inputs, Outputs
@@ -84,8 +84,13 @@ class TappedModel:
 
     def forward(self, inputs: Inputs) -> Outputs:
         """The answer by a forward of the network, whoever else could give it."""
-        with self._autocast(inputs):
-            logits, features = self._run_compiled(inputs) if self._compile is not None else self._run(inputs)
+        try:
+            with self._autocast(inputs):
+                logits, features = self._run_compiled(inputs) if self._compile is not None else self._run(inputs)
+        except IndexError as error:
+            if isinstance(inputs, Tensor):
+                raise
+            raise ModelError(f"{self.role}: has fewer tokens or positions than these texts ({error}); is the tokenizer its own?") from error
         if self.precision is not None:
             logits = logits.float() if logits is not None else None
             features = {name: value.float() for name, value in features.items()}

@@ -172,6 +172,8 @@ def see(model: Model, inputs: Inputs, views: Mapping[str, Inputs]) -> Outputs:
     if not views:
         return model(inputs)
     shown = [images for images in (inputs, *views.values()) if isinstance(images, Tensor)]
+    if len(shown) <= len(views):
+        raise ShapeError("texts have no further views")
     answer, sizes = model(torch.cat(shown)), [len(images) for images in shown]
     own, *others = (answer.map(functools.partial(_rows, sizes=sizes, part=i)) for i in range(len(sizes)))
     return own.seen_beside(dict(zip(views, others, strict=True)))

@@ -21,6 +21,7 @@ class HeldTexts:
         self._labels, self._indices = self.labels.to(device), indices.to(device)
         lengths = torch.tensor(part.lengths)
         starts = lengths.cumsum(0) - lengths
+        self._longest = lengths[indices]  # on the host, so that no batch waits for the device to say how long it is
         self._lengths, self._starts = lengths[indices].to(device), starts[indices].to(device)
         self._padding = {name: part.padding.get(name, 0) for name in part.tokens}
         self._tokens = {name: torch.tensor([*itertools.chain(*ids)], device=device) for name, ids in part.tokens.items()}
@@ -30,7 +31,7 @@ class HeldTexts:
         for numbers in plan:
             chosen = numbers.to(self._starts.device)
             lengths = self._lengths[chosen, None]
-            places = torch.arange(int(lengths.max()), device=lengths.device)
+            places = torch.arange(int(self._longest[numbers.cpu()].max()), device=lengths.device)
             real = places < lengths
             at = self._starts[chosen, None] + places * real
             padded = {name: torch.where(real, ids[at], self._padding[name]) for name, ids in self._tokens.items()}

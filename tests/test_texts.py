@@ -13,13 +13,14 @@ from test_layers_of_the_house import imports
 from training import together, weights
 
 import kdkit
-from kdkit import plan
+from kdkit import cli, plan
 from kdkit import recipe as recipes
 from kdkit.data import prepare
 from kdkit.errors import DataError, RecipeError
 from kdkit.export import export
 from kdkit.providers import DataInfo, Texts
 from kdkit.records import Outputs
+from kdkit.report import output as report
 from kdkit.schema import DataSpec
 from kdkit.tapping import TappedModel
 from kdkit.trained import TrainedRun
@@ -197,6 +198,70 @@ def test_only_plugins_for_texts_need_the_extra():
     assert subprocess.run([sys.executable, "-c", code, *EXTRA], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     for file in Path(kdkit.__file__).parent.rglob("*.py"):
         assert not {module.split(".")[0] for module, _ in imports(file)} & EXTRA, file
+
+
+def test_it_is_shown_and_reported(folder, run, capsys):
+    assert cli.app(["show", str(run.folder)], standalone_mode=False) is None
+    assert "init (from teacher, layers 1-3)" in " ".join(capsys.readouterr().out.split())
+    written = report.write([run.folder], output=folder / "report")
+    assert "The test data are texts" in written.page.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "losses"),
+    [
+        ({"use": "cs_kd"}, ["rkd_distance", "hint"]),
+        ({"use": "cs_kd", "mutual": False}, ["rkd_distance", "hint"]),
+        ({"use": "dlb"}, ["rkd_distance", "hint"]),
+        ({"use": "bake", "layer": f"{LAYER}.1"}, ["rkd_distance"]),
+        ({"use": "branches", "split": f"{LAYER}.0", "branches": 2}, []),
+        ({"use": "mean_teacher", "second_view": False}, ["rkd_distance", "hint"]),
+    ],
+    ids=lambda value: "-".join(map(str, value.values() if isinstance(value, dict) else value)),
+)
+def test_no_schedule_reads_padding(tmp_path_factory, schedule, losses):
+    """With other token ids where there is no token, training comes to the same weights: networks mask them, and so do schedules."""
+    home = lay_out(tmp_path_factory.mktemp("padding"))
+    pair = [{"student": f"{LAYER}.1", "teacher": f"{LAYER}.1"}]
+    changes = {
+        "teacher": None,
+        "student": {"model": "hf/bert", "pretrained": False, "config": {**BERT, "num_hidden_layers": 2}},
+        "schedule": schedule,
+        "losses": [{"use": "cross_entropy"}, {"use": "logit_kl"}, *({"use": name, "layers": pair} for name in losses)],
+        "train": {"epochs": 1, "optimizer": {"name": "sgd", "lr": 0.1}},
+    }
+    ends = []
+    for name, token in (("zeros", "[PAD]"), ("words", "word9")):
+        config = home / "tokenizer" / "tokenizer_config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "pad_token": token}))
+        ends.append(weights(kdkit.train(write(home, **changes), folder=home / name, quiet=True).folder))
+    used = {name: value for name, value in ends[0].items() if "word_embeddings" not in name}  # the padding's own embedding decays
+    assert all(torch.allclose(value, ends[1][name], atol=1e-5) for name, value in used.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"train": {"epochs": 1, "optimizer": {"lr": 0.1}, "mixup": {"mixup_alpha": 0.2}}},
+            "train.mixup: mixes images, and the data are texts",
+        ),
+        ({"teacher": None, "schedule": {"use": "ddgsd"}}, "compares views of images, and texts have one"),
+        ({"teacher": None, "schedule": {"use": "mean_teacher", "second_view": True}}, "compares views of images, and texts have one"),
+    ],
+    ids=["mixup", "two views", "second view"],
+)
+def test_what_images_have_and_texts_have_not(folder, changes, says):
+    student = {"model": "hf/bert", "pretrained": False, "config": BERT}
+    with pytest.raises(RecipeError, match=says):
+        plan.make(recipes.load(write(folder, student=student, losses=[{"use": "cross_entropy"}, {"use": "logit_kl"}], **changes)))
+
+
+def test_tokens_that_a_network_has_not_are_told(folder):
+    student = {"model": "hf/bert", "pretrained": False, "config": {**BERT, "vocab_size": 9}}
+    file = write(folder, student=student, teacher=None, schedule={"use": "supervised"}, losses=[{"use": "cross_entropy"}])
+    with pytest.raises(kdkit.ModelError, match="student: has fewer tokens or positions than these texts .*is the tokenizer its own"):
+        kdkit.train(file, folder=folder / "short", quiet=True)
 
 
 def test_two_processes_come_to_what_one_comes_to(tmp_path):

@@ -180,7 +180,9 @@ def _softened(material: Material) -> Iterator[Block]:
     examples, classes = material.answers.examples, material.answers.classes
     if not examples:
         several = "The variants have no teacher in common" if material.findings.teacher is None else "The teacher cannot be asked again"
-        yield Words(f"{several}, so its answers are not drawn.")
+        asked = material.answers.teacher is not None
+        reason = "The test data are texts, or the teacher gets none of them right" if asked else several
+        yield Words(f"{reason}, so its answers are not drawn.")
         return
     yield Words(
         "Test images that the teacher gets right: first those to which it gives the most probable second class, then ordinary ones, of "

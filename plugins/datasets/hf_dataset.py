@@ -39,13 +39,16 @@ class HfDataset(kdkit.DatasetSource):
     def info(self) -> kdkit.DataInfo:
         names = self._classes
         counts = [len(self._parts[part]) for part in ("train", "test")]
-        return kdkit.DataInfo((self.options.max_length,), len(names), counts[0], counts[1], tuple(names))
+        pairs = () if isinstance(self.options.text, str) else ("token_type_ids",)
+        return kdkit.DataInfo((self.options.max_length,), len(names), counts[0], counts[1], tuple(names), pairs)
 
     def split(self, part: Literal["train", "test"]) -> kdkit.Texts:
         rows, number = self._parts[part], {name: i for i, name in enumerate(self._classes)}
         columns = [self.options.text] if isinstance(self.options.text, str) else list(self.options.text)
         texts = list(zip(*(rows[column] for column in columns), strict=True))
         labels = [label if isinstance(label, int) else number.get(label, -1) for label in rows[self.options.label]]
+        if unknown := [label for label, i in zip(rows[self.options.label], labels, strict=True) if i < 0]:
+            raise kdkit.DataError(f"{part}: {unknown[0]!r} is no class of the training part, which has: {', '.join(self._classes[:20])}")
         return tokenized(self.options, [pair[0] for pair in texts] if len(columns) == 1 else texts, labels)
 
     @cached_property
@@ -60,12 +63,14 @@ class HfDataset(kdkit.DatasetSource):
         try:
             loaded = {part: datasets.load_dataset(options.dataset, options.config, split=name, **files) for part, name in wanted.items()}
         except Exception as error:  # whatever a hub or a file makes it raise
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            cause = error.__cause__ or error  # the library wraps what went wrong
+            reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
             raise kdkit.DataError(f"dataset '{options.dataset}' cannot be loaded: {reason}") from error
-        has = loaded["train"].column_names
-        for column in (*([options.text] if isinstance(options.text, str) else options.text), options.label):
-            if column not in has:
-                raise kdkit.DataError(f"dataset '{options.dataset}' has no column '{column}'; it has: {', '.join(has)}")
+        columns = (*([options.text] if isinstance(options.text, str) else options.text), options.label)
+        for part, rows in loaded.items():
+            if absent := [column for column in columns if column not in rows.column_names]:
+                says = f"has no column '{absent[0]}'; it has: {', '.join(rows.column_names)}"
+                raise kdkit.DataError(f"dataset '{options.dataset}', {part}: {says}")
         return loaded
 
     @cached_property
@@ -75,6 +80,8 @@ class HfDataset(kdkit.DatasetSource):
         if names := getattr(train.features[self.options.label], "names", None):
             return list(names)
         found = set(train[self.options.label])
+        if strangers := [label for label in found if not isinstance(label, int | str)]:
+            raise kdkit.DataError(f"column '{self.options.label}': a class is a number from 0 or a word, not {strangers[0]!r}")
         return [*map(str, range(max(found) + 1))] if all(isinstance(label, int) for label in found) else sorted(found)
 
 

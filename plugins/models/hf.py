@@ -8,6 +8,7 @@ Wolf et al., "Transformers: State-of-the-Art Natural Language Processing", EMNLP
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib
 import inspect
 import re
@@ -37,7 +38,9 @@ def _beside_its_file(value: Any) -> Any:
     """A folder (`hf/./NAME`, `hf/../NAME`) is meant from the file in which it is written."""
     source, _, name = str(value).partition("/")
     folder = getattr(value, "folder", None)
-    return f"{source}/{(folder / name).resolve()}" if folder is not None and name.startswith((".", "~")) else value
+    if folder is None or not name.startswith((".", "~")):
+        return value
+    return f"{source}/{(folder / Path(name).expanduser()).resolve()}"
 
 
 class HuggingFaceSource(kdkit.ModelSource):
@@ -66,7 +69,10 @@ class HuggingFaceSource(kdkit.ModelSource):
     def build(self, num_classes: int, image_shape: tuple[int]) -> nn.Module:
         """The network with random weights."""
         with self._asking("built") as transformers:
-            network: nn.Module = transformers.AutoModelForSequenceClassification.from_config(self._config(transformers, num_classes))
+            config = self._config(transformers, num_classes)
+            network: nn.Module = transformers.AutoModelForSequenceClassification.from_config(config)
+        if (most := _positions(config)) is not None and image_shape[0] > most:
+            raise kdkit.ModelError(f"reads {most} tokens at most, and texts have up to {image_shape[0]}: see the dataset's `max_length`")
         names = set(inspect.signature(network.forward).parameters)
         network.register_forward_pre_hook(_KnownOnly(names), with_kwargs=True)
         return network
@@ -76,8 +82,15 @@ class HuggingFaceSource(kdkit.ModelSource):
         if not self.options.pretrained:
             return
         with self._asking("loaded") as transformers:
-            donor = transformers.AutoModelForSequenceClassification.from_pretrained(
-                self.model_name, config=module.config, ignore_mismatched_sizes=True
+            donor, found = transformers.AutoModelForSequenceClassification.from_pretrained(
+                self.model_name, config=module.config, ignore_mismatched_sizes=True, output_loading_info=True
+            )
+        encoder = f"{module.base_model_prefix}."
+        absent = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
+        if lacking := sorted(key for key in absent if key.startswith(encoder) and ".pooler." not in key):
+            raise kdkit.ModelError(
+                f"'{self.model_name}' has not the weights of such a network ({len(lacking)} tensors are missing, {lacking[0]} for one): "
+                "leave `config` out, or begin with none of them (`pretrained: false`)"
             )
         module.load_state_dict(donor.state_dict())
 
@@ -100,8 +113,15 @@ class HuggingFaceSource(kdkit.ModelSource):
         said = {**self.options.config, "num_labels": num_classes}
         kind = said.pop("model_type", None)
         if kind is None:
-            return transformers.AutoConfig.from_pretrained(self.model_name, **said)
-        return transformers.AutoConfig.for_model(kind, **said)
+            config = transformers.AutoConfig.from_pretrained(self.model_name, **said)
+        else:
+            config = transformers.AutoConfig.for_model(kind, **said)
+        known = {*type(config)().to_dict(), *config.attribute_map}  # or it would keep whatever it is given
+        if unknown := [key for key in self.options.config if key not in known]:
+            close = difflib.get_close_matches(unknown[0], known, n=1)
+            hint = f"; did you mean '{close[0]}'?" if close else ""
+            raise kdkit.ModelError(f"config: {config.model_type} has no '{unknown[0]}'{hint}")
+        return config
 
     @contextlib.contextmanager
     def _asking(self, what: str) -> Iterator[Any]:
@@ -115,13 +135,26 @@ class HuggingFaceSource(kdkit.ModelSource):
         transformers.logging.disable_progress_bar()
         try:
             yield transformers
+        except kdkit.ModelError:
+            raise
         except Exception as error:  # whatever a hub, a file or an argument makes it raise
-            where = "" if Path(self.model_name).is_dir() else "; a folder of this machine is written hf/./FOLDER"
+            name = self.model_name
+            if name.startswith("/") and not Path(name).is_dir():
+                raise kdkit.ModelError(f"there is no folder {name}") from error
+            where = "" if Path(name).is_dir() else "; a folder of this machine is written hf/./FOLDER"
             reason = " ".join(str(error).split())
             raise kdkit.ModelError(f"'{self.model_name}' cannot be {what}: {type(error).__name__}: {reason[:300]}{where}") from error
         finally:
             transformers.logging.set_verbosity(level)
             transformers.logging.enable_progress_bar()
+
+
+def _positions(config: Any) -> int | None:
+    """How many tokens a network can read; None where it does not count them."""
+    most: int | None = getattr(config, "max_position_embeddings", None)
+    if most is None or "roberta" not in config.model_type:
+        return most
+    return most - int(config.pad_token_id) - 1  # there, positions begin behind the padding's number
 
 
 class _KnownOnly:

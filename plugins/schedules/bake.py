@@ -44,7 +44,7 @@ class BatchEnsemble(kdkit.Schedule):
         student = models.student(taps=[self.options.layer])
 
         def step(batch: kdkit.Batch) -> Sequence[kdkit.Lesson]:
-            answer = student(batch.inputs)
+            answer = student(batch.inputs).pooled()
             return [kdkit.Lesson(answer, [self._ensembled(answer.detach())])]
 
         arrange = kdkit.by_class(self.options.similar + 1) if self.options.similar else None
@@ -63,7 +63,7 @@ class BatchEnsemble(kdkit.Schedule):
             return t * mean.clamp_min(torch.finfo(mean.dtype).tiny).log()
 
         with torch.autocast("cpu" if device == "meta" else device, enabled=False):  # there is none on the meta device
-            shares = self._shares(kdkit.gather(kdkit.as_vectors(_exact(answer.features[self.options.layer]), answer.mask)))
+            shares = self._shares(kdkit.gather(kdkit.as_vectors(_exact(answer.features[self.options.layer]))))
             shares = shares.narrow(0, rank * len(answer.logits), len(answer.logits))
             return answer.map(change)
 

@@ -54,7 +54,7 @@ class Branches(kdkit.Schedule):
 
         def step(batch: kdkit.Batch) -> Sequence[kdkit.Lesson]:
             trunk, answers = network(batch.inputs)
-            mixture = gate(trunk, [answer.logits for answer in answers])
+            mixture = gate(kdkit.as_vectors(trunk, answers[0].mask), [answer.logits for answer in answers])
             taught = [kdkit.with_logits(answer.detach(), mixture.detach()) for answer in answers]
             lessons = [kdkit.Lesson(own, taught[:k] + taught[k + 1 :]) for k, own in enumerate(answers)]
             return [*lessons, kdkit.Lesson(kdkit.Outputs(mixture))]
@@ -63,7 +63,7 @@ class Branches(kdkit.Schedule):
 
 
 class Gate(nn.Module):
-    """Mixes the branches' logits by what the trunk gives."""
+    """Mixes the branches' logits by what the trunk gives, a vector of each sample."""
 
     def __init__(self, channels: int, branches: int) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Gate(nn.Module):
         self.norm = nn.BatchNorm1d(branches)
 
     def forward(self, trunk: Tensor, logits: Sequence[Tensor]) -> Tensor:
-        shares = self.norm(self.linear(kdkit.as_vectors(trunk))).relu().softmax(1)
+        shares = self.norm(self.linear(trunk)).relu().softmax(1)
         mixture: Tensor = (shares.unsqueeze(2) * torch.stack(list(logits), 1)).sum(1)
         return mixture
 

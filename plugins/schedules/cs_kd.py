@@ -40,15 +40,15 @@ class ClassWise(kdkit.Schedule):
 
         def both(batch: kdkit.Batch) -> Sequence[kdkit.Lesson]:
             _refuse_odd(batch)
-            answer = student(batch.inputs)
+            answer = student(batch.inputs).pooled()
             return [kdkit.Lesson(answer, [answer.detach().map(_swapped)])]
 
         def first(batch: kdkit.Batch) -> Sequence[kdkit.Lesson]:
             _refuse_odd(batch)
             one, other = batch.map(lambda x: x[::2]), batch.map(lambda x: x[1::2])
             with torch.no_grad():
-                teacher = student(other.inputs).detach()
-            return [kdkit.Lesson(student(one.inputs), [teacher], batch=one)]
+                teacher = student(other.inputs).pooled().detach()
+            return [kdkit.Lesson(student(one.inputs).pooled(), [teacher], batch=one)]
 
         yield kdkit.Stage("class_wise", [student], both if self.options.mutual else first, arrange=kdkit.by_class(2), teachers=[student])
 

@@ -66,7 +66,7 @@ class LastMiniBatch(kdkit.Schedule):
                 raise kdkit.RunError(
                     f"dlb: a process got {len(batch.labels)} images of a batch, which have no halves; change `data.batch_size`"
                 )
-            answer = student(batch.inputs)
+            answer = student(batch.inputs).pooled()
             seen, old = answer.map(lambda x: x[::2]), batch.map(lambda x: x[::2])
             teacher = last.recall(old) or seen.detach()
             if student.module.training:  # a probe leaves no trace

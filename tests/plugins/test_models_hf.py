@@ -60,6 +60,13 @@ def test_a_folder_has_its_weights_and_a_new_classifier(tmp_path):
     assert torch.equal(fewer.bert.encoder.layer[1].output.dense.weight, saved.bert.encoder.layer[1].output.dense.weight)
 
 
+@pytest.mark.parametrize("config", [{"hidden_size": 32}, DISTILBERT], ids=["wider", "another architecture"])
+def test_weights_of_another_network_are_refused(tmp_path, config):
+    build("hf/bert", pretrained=False, config=BERT).module.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ModelError, match="has not the weights of such a network .*pretrained: false"):
+        build(f"hf/{tmp_path / 'saved'}", config=config)
+
+
 def test_a_folder_is_meant_from_its_file(tmp_path):
     from kdkit.options import Text
 
@@ -74,8 +81,16 @@ def test_a_folder_is_meant_from_its_file(tmp_path):
         ("hf/bert", {"config": {"model_type": "brt"}}, "'bert' cannot be built: ValueError"),
         ("hf/bert", {"config": {**BERT, "hidden_size": 15}}, "'bert' cannot be built: ValueError: The hidden size"),
         ("hf/bert", {"config": BERT, "pretrained": False, "input_size": 32}, "normalize and input_size are for images"),
+        (
+            "hf/bert",
+            {"config": {**BERT, "num_hiden_layers": 2}},
+            "config: bert has no 'num_hiden_layers'; did you mean 'num_hidden_layers'",
+        ),
+        ("hf/bert", {"config": {**BERT, "max_position_embeddings": 11}}, "reads 11 tokens at most, and texts have up to 12"),
+        ("hf/roberta", {"config": {**BERT, "model_type": "roberta", "max_position_embeddings": 13}}, "reads 11 tokens at most"),
+        ("hf//no/such/folder", {}, "there is no folder /no/such/folder"),
     ],
-    ids=["no such model", "no such type", "impossible", "for images"],
+    ids=["no such model", "no such type", "impossible", "for images", "no such key", "too long", "too long for roberta", "no such folder"],
 )
 def test_what_cannot_be_is_one_line(model, options, says, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -7,9 +7,11 @@ import pytest
 import torch
 from kdkit_plugins.datasets.clinc150 import Clinc150
 from kdkit_plugins.datasets.hf_dataset import HfDataset
-from small_texts import lay_out
+from small_texts import BERT, lay_out, write
 
+import kdkit
 from kdkit.errors import DataError
+from kdkit.trained import TrainedRun
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +104,28 @@ def test_pairs_of_texts_have_types(folder, files):
 def test_a_column_that_is_not_there_is_told(folder, files):
     with pytest.raises(DataError, match="has no column 'label'; it has: one, two, class"):
         hf(folder, **{**files, "label": "label"}).info()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    ("row", "says"), [("word1,word2,maybe", "test: 'maybe' is no class of the training part"), (",word2,no", "text 3 is none: None")]
+)
+def test_a_row_that_is_wrong_is_told(folder, files, row, says):
+    with files["files"]["test"].open("a") as file:
+        file.write(row + "\n")
+    with pytest.raises(DataError, match=says):
+        hf(folder, **files).split("test")
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_recipe_with_files_trains(tmp_path, folder, files):
+    with files["files"]["train"].open("a") as more:
+        more.writelines(["word1,word2,no\n", "word3,word4,yes\n"] * 2)
+    dataset = {**files, "use": "hf_dataset", "tokenizer": str(folder / "tokenizer"), "max_length": 12, "text": ["one", "two"]}
+    dataset["files"] = {part: str(path) for part, path in files["files"].items()}
+    student = {"model": "hf/bert", "pretrained": False, "config": {**BERT, "num_hidden_layers": 1}}
+    alone = {"teacher": None, "schedule": {"use": "supervised"}, "losses": [{"use": "cross_entropy"}]}
+    file = write(tmp_path, data={"dataset": dataset, "batch_size": 3}, student=student, **alone)
+    run = kdkit.train(file, folder=tmp_path / "run", quiet=True)
+    assert TrainedRun(run.folder).info.further == ("token_type_ids",)
+    assert kdkit.train(file, folder=tmp_path / "run", quiet=True).seconds == run.seconds  # it is known again

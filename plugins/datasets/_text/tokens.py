@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -14,7 +15,7 @@ import kdkit
 def _beside_its_file(value: Any) -> Any:
     """A folder (`./NAME`, `../NAME`) is meant from the file in which it is written."""
     folder = getattr(value, "folder", None)
-    return str((folder / value).resolve()) if folder is not None and value.startswith((".", "~")) else value
+    return str((folder / Path(value).expanduser()).resolve()) if folder is not None and value.startswith((".", "~")) else value
 
 
 class TextOptions(kdkit.DatasetOptions):
@@ -39,8 +40,13 @@ def tokenized(options: TextOptions, texts: Sequence[Any], labels: Sequence[int])
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(options.tokenizer)
     except Exception as error:  # whatever a hub or a file makes it raise
+        if options.tokenizer.startswith("/") and not Path(options.tokenizer).is_dir():
+            raise kdkit.DataError(f"tokenizer: there is no folder {options.tokenizer}") from error
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise kdkit.DataError(f"tokenizer '{options.tokenizer}' cannot be loaded: {reason}") from error
+    for number, text in enumerate(texts):
+        if not isinstance(text, str) and not (isinstance(text, tuple) and all(isinstance(part, str) for part in text)):
+            raise kdkit.DataError(f"text {number} is none: {text!r}")
     found: Mapping[str, Sequence[Sequence[int]]] = tokenizer(
         list(texts), truncation=True, max_length=options.max_length, return_attention_mask=False
     )
