@@ -22,9 +22,10 @@ from typer.models import ArgumentInfo
 import kdkit
 from kdkit import catalogue, registry, schema
 from kdkit.cli import app
+from kdkit.dataset_source import DatasetOptions
 from kdkit.loss_options import LayerPair
 from kdkit.options import Options, Ramp
-from kdkit.providers import CacheOptions, DatasetOptions, ModelOptions, Normalize, RecipeTeacher, TeacherOptions
+from kdkit.providers import CacheOptions, ModelOptions, Normalize, RecipeTeacher, TeacherOptions
 from kdkit.recipe_types import recipe_type
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from kdkit.backbone import Backbone as Backbone
     from kdkit.contracts import Context as Context
     from kdkit.contracts import Loss as Loss
+    from kdkit.dataset_source import DataInfo as DataInfo
+    from kdkit.dataset_source import DatasetOptions as DatasetOptions
+    from kdkit.dataset_source import DatasetSource as DatasetSource
+    from kdkit.dataset_source import InMemory as InMemory
+    from kdkit.dataset_source import SharedStream as SharedStream
+    from kdkit.dataset_source import Split as Split
+    from kdkit.dataset_source import Stream as Stream
+    from kdkit.dataset_source import Texts as Texts
     from kdkit.ensembles import combined as combined
     from kdkit.ensembles import ensemble as ensemble
     from kdkit.ensembles import with_logits as with_logits
@@ -54,18 +62,10 @@ if TYPE_CHECKING:
     from kdkit.parts import pooled_head as pooled_head
     from kdkit.parts import standardized as standardized
     from kdkit.peers import PeerOptions as PeerOptions
-    from kdkit.providers import DataInfo as DataInfo
-    from kdkit.providers import DatasetOptions as DatasetOptions
-    from kdkit.providers import DatasetSource as DatasetSource
-    from kdkit.providers import InMemory as InMemory
     from kdkit.providers import ModelOptions as ModelOptions
     from kdkit.providers import ModelSource as ModelSource
     from kdkit.providers import Normalize as Normalize
     from kdkit.providers import Portable as Portable
-    from kdkit.providers import SharedStream as SharedStream
-    from kdkit.providers import Split as Split
-    from kdkit.providers import Stream as Stream
-    from kdkit.providers import Texts as Texts
     from kdkit.records import Batch as Batch
     from kdkit.records import Outputs as Outputs
     from kdkit.tapping import taps as taps
@@ -100,8 +100,8 @@ _HOME = {
     "errors": "DataError Interrupted KdkitError ModelError PluginError RecipeError RunError ShapeError TapError",
     "hookspecs": "hookimpl",
     "options": "BOOKKEEPING Arguments Options Ramp Rampable RecipePath",
-    "providers": "DataInfo DatasetOptions DatasetSource InMemory ModelOptions ModelSource Normalize Portable SharedStream Split Stream "
-    "Texts",
+    "dataset_source": "DataInfo DatasetOptions DatasetSource InMemory SharedStream Split Stream Texts",
+    "providers": "ModelOptions ModelSource Normalize Portable",
     "normalization": "NormalizationAdapter",
     "tapping": "taps",
     "trained": "load_student",

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from kdkit import stream
 from kdkit.augment import permutation
+from kdkit.dataset_source import DataInfo, DatasetSource, InMemory, Split, Stream, Texts
 from kdkit.errors import DataError
 from kdkit.images import Finish, HeldImages, Images, Pictures, ReadImages, View
-from kdkit.providers import DataInfo, DatasetSource, InMemory, Split, Stream, Texts
 from kdkit.records import Batch
 from kdkit.schema import DataSpec
 from kdkit.shapes import Shape, is_text

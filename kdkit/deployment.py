@@ -8,8 +8,9 @@ import torch
 
 from kdkit import objective
 from kdkit.contracts import Context, Loss
+from kdkit.dataset_source import DataInfo
 from kdkit.factory import ModelFactory, TrainedTeacher, options_of
-from kdkit.providers import DataInfo, ModelOptions
+from kdkit.providers import ModelOptions
 from kdkit.randomness import seeded
 from kdkit.recipe import Recipe
 from kdkit.records import Batch

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from kdkit.providers import DataInfo
+from kdkit.dataset_source import DataInfo
 from kdkit.schema import LossEntry
 from kdkit.shapes import is_text
 from kdkit.step_cost import StepCost

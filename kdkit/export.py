@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from kdkit import __version__
 from kdkit.checkpoints import write_atomically
+from kdkit.dataset_source import DataInfo
 from kdkit.deployment import deploying
 from kdkit.errors import ModelError
 from kdkit.normalization import NormalizationAdapter
-from kdkit.providers import FIRST_WEIGHTS, DataInfo, ModelOptions, ModelSource
+from kdkit.providers import FIRST_WEIGHTS, ModelOptions, ModelSource
 from kdkit.recipe_types import DEFAULT_SOURCE
 from kdkit.records import MASK
 from kdkit.shapes import TOKENS, is_text, random_inputs

@@ -16,13 +16,14 @@ import torch
 from torch import nn
 
 from kdkit.contracts import Loss
+from kdkit.dataset_source import DataInfo
 from kdkit.errors import ModelError, RecipeError, RunError, TapError
 from kdkit.folding import fold_batchnorm, unfoldable
 from kdkit.inheritance import inherit
 from kdkit.layers import expand_pairs
 from kdkit.loss_options import LayerPair
 from kdkit.models import build_model
-from kdkit.providers import FIRST_WEIGHTS, DataInfo, ModelOptions, ModelSource, RecipeTeacher, StudentOptions, TeacherOptions
+from kdkit.providers import FIRST_WEIGHTS, ModelOptions, ModelSource, RecipeTeacher, StudentOptions, TeacherOptions
 from kdkit.randomness import seeded
 from kdkit.recipe import Recipe, content_of, models_in
 from kdkit.recipe_types import source_of

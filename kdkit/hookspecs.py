@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import pluggy
 
 from kdkit.contracts import Loss
-from kdkit.providers import DatasetSource, ModelSource
+from kdkit.dataset_source import DatasetSource
+from kdkit.providers import ModelSource
 from kdkit.teaching import Schedule
 
 hookspec = pluggy.HookspecMarker("kdkit")

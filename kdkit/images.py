@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kdkit.augment import crop_flip, draw_crop_flip
+from kdkit.dataset_source import InMemory, Split
 from kdkit.errors import DataError
-from kdkit.providers import InMemory, Split
 from kdkit.records import Batch
 from kdkit.schema import BatchAugment
 from kdkit.signals import leave_to_parent

@@ -17,8 +17,8 @@ import torch
 from accelerate import Accelerator
 
 from kdkit import runs
+from kdkit.dataset_source import DataInfo
 from kdkit.errors import Interrupted, KdkitError, RunError
-from kdkit.providers import DataInfo
 from kdkit.recipe import Recipe, content_of
 from kdkit.run_folder import Result, RunFolder
 from kdkit.sharing import Sharing

@@ -15,17 +15,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from kdkit import data
 from kdkit.cache import planning as cache_plan
 from kdkit.contracts import Context
+from kdkit.dataset_source import DataInfo
 from kdkit.describe import ModelPlan, Plan, StagePlan, adapters, formula
 from kdkit.errors import DataError, KdkitError, ModelError, RecipeError, RunError, ShapeError, TapError, suggest
 from kdkit.factory import ModelFactory, TrainedTeacher
 from kdkit.models import read_weights
 from kdkit.objective import Objective, build
 from kdkit.optim import build_optimizer
-from kdkit.providers import DataInfo, ModelOptions
+from kdkit.providers import ModelOptions
 from kdkit.randomness import seeded
 from kdkit.recipe import Recipe, teacher_recipes
-from kdkit.records import Batch, Inputs, Outputs, tensors
-from kdkit.shapes import Shape, first_tensor, is_text, kind_of, random_inputs, rows
+from kdkit.records import Batch
+from kdkit.shapes import is_text, kind_of, random_inputs
+from kdkit.stand_ins import batch_of, on_random_numbers, shapes_of
 from kdkit.step_cost import step_cost
 from kdkit.subsets import choose
 from kdkit.tapping import TappedModel
@@ -220,7 +222,7 @@ class _Planner:
             stage.parts.to(factory.device)
         images = random_inputs(info.image_shape, PROBE)
         on_device = random_inputs(info.image_shape, PROBE, factory.device)
-        shown = functools.partial(_batch, on_device, info.num_classes, stage.views)
+        shown = functools.partial(batch_of, on_device, info.num_classes, stage.views)
         batch = self._rehearsal.noting(stage, shown)
         self._check_images(stage, labels, text=is_text(info.image_shape))
         with torch.no_grad():
@@ -233,11 +235,11 @@ class _Planner:
         context = Context(network, factory.teaching(stage), info.num_classes, num_train, labels)
         with seeded("plan"):
             known, random = Batch(images, labels[:PROBE], torch.arange(PROBE)), factory.device.type == "meta"
-            tried = [_on_random_numbers(lesson, info.image_shape, info.num_classes) if random else lesson for lesson in lessons]
+            tried = [on_random_numbers(lesson, info.image_shape, info.num_classes) if random else lesson for lesson in lessons]
             left = self._try_losses(objective, tried[0], known, context)
             cast("TappedModel", stage.students[0]).settle(left)
             for i, (other, lesson) in enumerate(zip(objectives, tried, strict=True)):
-                if _shapes(lesson) != _shapes(tried[0]):  # a peer of another architecture, or no student's
+                if shapes_of(lesson) != shapes_of(tried[0]):  # a peer of another architecture, or no student's
                     whose = replace(context, student=stage.students[min(i, last)].module, teacher=factory.teaching(stage, min(i, last)))
                     self._try_losses(other, lesson, known, whose)
         if stage.train is not None and not self.problems:
@@ -305,40 +307,7 @@ def _teacher_name(options: object, trained: TrainedTeacher | None) -> str:
     return trained.options.model if trained else options.model if isinstance(options, ModelOptions) else ""
 
 
-def _batch(images: Inputs, num_classes: int, views: int, count: int) -> Batch:
-    """So many images, the same ones again where they are not enough."""
-    index = torch.arange(count, device=first_tensor(images).device)
-    shown = rows(images, index % PROBE)
-    return Batch(shown, index % num_classes, index, (shown,) * (views - 1))
-
-
-def _mask(samples: int, tokens: int) -> torch.Tensor:
-    """Texts of unequal lengths, the first of them full."""
-    return torch.arange(tokens) < tokens - torch.arange(samples)[:, None] % max(1, tokens // 2)
-
-
-def _shapes(lesson: Lesson) -> list[torch.Size]:
-    """Of all that it shows."""
-    return [value.shape for said in (lesson.student, *lesson.teachers) for value in tensors(said)]
-
-
 def has_random_weights(options: object) -> bool:
     """Whether nothing says what a model's first weights, or those of its classifier, are: then they follow from the seed."""
     told = isinstance(options, ModelOptions) and (options.checkpoint or getattr(options, "pretrained", False))
     return isinstance(options, ModelOptions) and (options.new_head or not told)
-
-
-def _on_random_numbers(lesson: Lesson, shape: Shape, num_classes: int) -> Lesson:
-    def like(outputs: Outputs) -> Outputs:
-        drawn = outputs.map(lambda value: torch.randn(value.shape))
-        # of texts some are shorter, so that a loss shows whether it minds
-        return drawn.masked(_mask(len(tensors(drawn)[0]), shape[0])) if is_text(shape) and tensors(drawn) else drawn
-
-    named = {name: like(teacher) for name, teacher in lesson.named.items()}
-    changed = replace(lesson, student=like(lesson.student), teachers=[like(teacher) for teacher in lesson.teachers], named=named)
-    if lesson.batch is not None:
-        index = torch.arange(len(lesson.batch.labels))
-        changed = replace(changed, batch=Batch(random_inputs(shape, len(index)), index % num_classes, index))
-    if lesson.supervised is not None:
-        changed = replace(changed, supervised=_on_random_numbers(lesson.supervised, shape, num_classes))
-    return changed

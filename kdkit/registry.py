@@ -19,9 +19,10 @@ import pluggy
 
 from kdkit import hookspecs
 from kdkit.contracts import Loss
+from kdkit.dataset_source import DatasetSource
 from kdkit.errors import PluginError, suggest
 from kdkit.options import Options
-from kdkit.providers import DatasetSource, ModelSource
+from kdkit.providers import ModelSource
 from kdkit.teaching import Schedule
 
 Plugin = type[Loss] | type[Schedule] | type[ModelSource] | type[DatasetSource]

@@ -16,9 +16,9 @@ from typing import Any
 
 from kdkit import recipe as recipes
 from kdkit.checkpoints import Checkpoints, write_atomically
+from kdkit.dataset_source import DataInfo
 from kdkit.errors import RunError
 from kdkit.fairness import differences
-from kdkit.providers import DataInfo
 from kdkit.recipe import Recipe
 
 LOCK = ".lock"

@@ -17,13 +17,13 @@ from kdkit import data, plan
 from kdkit.cache import opening as cache_opening
 from kdkit.cache.teacher import TeacherCache
 from kdkit.checkpoints import write_atomically
+from kdkit.dataset_source import DataInfo
 from kdkit.engine import build_accelerator
 from kdkit.errors import DataError, RunError
 from kdkit.evaluate import metrics, predict_together
 from kdkit.factory import ModelFactory, TrainedTeacher, options_of
 from kdkit.mixing import MixedLoader
 from kdkit.progress import Reporter
-from kdkit.providers import DataInfo
 from kdkit.randomness import reseed
 from kdkit.recipe import Recipe, teacher_recipes
 from kdkit.run_folder import Result, RunFolder

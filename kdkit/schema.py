@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from kdkit.dataset_source import DatasetOptions
 from kdkit.loss_options import LossOptions
 from kdkit.options import BOOKKEEPING, LATER, Arguments, Options, Rampable, RecipePath
-from kdkit.providers import DatasetOptions, ModelOptions, RecipeTeacher
+from kdkit.providers import ModelOptions, RecipeTeacher
 from kdkit.teaching import ScheduleOptions
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from kdkit.augment import sample_seed, subseed
+from kdkit.dataset_source import SharedStream, Stream
 from kdkit.errors import DataError
 from kdkit.images import Broken, Finish, intact, stack
-from kdkit.providers import SharedStream, Stream
 from kdkit.records import Batch
 from kdkit.schema import DataSpec
 from kdkit.signals import leave_to_parent

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from kdkit.dataset_source import Texts
 from kdkit.images import View
-from kdkit.providers import Texts
 from kdkit.records import MASK, Batch
 
 

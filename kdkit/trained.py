@@ -13,12 +13,13 @@ import torch
 from pydantic import ValidationError
 
 from kdkit import data, registry
+from kdkit.dataset_source import DataInfo, DatasetSource
 from kdkit.deployment import deployed, deploying
 from kdkit.errors import ModelError, RecipeError, RunError
 from kdkit.evaluate import metrics, predict, predict_together
 from kdkit.factory import ModelFactory, TrainedTeacher, options_of
 from kdkit.models import build_model, load_checkpoint
-from kdkit.providers import DataInfo, DatasetSource, ModelOptions, ModelSource, RecipeTeacher
+from kdkit.providers import ModelOptions, ModelSource, RecipeTeacher
 from kdkit.recipe_types import source_of
 from kdkit.run_folder import RunFolder
 from kdkit.tapping import TappedModel

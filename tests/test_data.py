@@ -16,8 +16,8 @@ from PIL import Image
 
 from kdkit.augment import crop_flip, draw_crop_flip
 from kdkit.data import Data, prepare
+from kdkit.dataset_source import DataInfo, DatasetSource, InMemory
 from kdkit.errors import DataError
-from kdkit.providers import DataInfo, DatasetSource, InMemory
 from kdkit.schema import BatchAugment, DataSpec, TimmAugment
 from kdkit.subsets import choose, stratified_order
 

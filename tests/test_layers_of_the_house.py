@@ -10,11 +10,11 @@ import kdkit
 CORE = Path(kdkit.__file__).parent
 PLUGINS = CORE.parent / "plugins"
 ORDER = """
-    errors turns options forms records shapes parts gathering loss_options layers providers contracts teaching peers ensembles hookspecs
+    errors turns options forms records shapes parts gathering loss_options layers providers dataset_source contracts teaching peers ensembles hookspecs
     registry source schema recipe_types explain recipe fairness study.grid study.variants study.schema catalogue normalization
     observation backbone tapping trunk models inheritance folding listing randomness augment signals subsets transforms images texts stream data mixing
     objective meter optim trainable engine evaluate probes testing checkpoints cache.store cache.folder cache.kept cache.fingerprint
-    cache.teacher sharing cache.opening run_folder progress factory cache.planning deployment step_cost describe plan trained curves
+    cache.teacher sharing cache.opening run_folder progress factory cache.planning deployment step_cost stand_ins describe plan trained curves
     show setting averaging standing stage_run profile export cost_table stage_setup runs cache.filling spreading lockstep study.findings study.intervals
     study.step_memory study.measured study.comparison study.table report.cka report.blocks report.drawing report.courses report.lines
     report.maps report.answers report.words report.sections report.page report.findings report.output api cache.__init__ study.__init__

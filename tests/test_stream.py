@@ -7,8 +7,8 @@ from PIL import Image
 from test_data import CPU, CROPS, spec
 
 from kdkit.data import prepare
+from kdkit.dataset_source import DataInfo, DatasetSource, SharedStream, Stream
 from kdkit.errors import DataError
-from kdkit.providers import DataInfo, DatasetSource, SharedStream, Stream
 
 
 class Counting:

@@ -16,9 +16,9 @@ import kdkit
 from kdkit import cli, plan
 from kdkit import recipe as recipes
 from kdkit.data import prepare
+from kdkit.dataset_source import DataInfo, Texts
 from kdkit.errors import DataError, RecipeError
 from kdkit.export import export
-from kdkit.providers import DataInfo, Texts
 from kdkit.records import Outputs
 from kdkit.report import output as report
 from kdkit.schema import DataSpec

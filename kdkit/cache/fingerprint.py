@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from kdkit.cache.kept import KeptAnswers, Slots
-from kdkit.providers import InMemory, Split, Texts
+from kdkit.dataset_source import InMemory, Split, Texts
 from kdkit.recipe import Recipe, content_of
 from kdkit.tapping import TappedModel
 

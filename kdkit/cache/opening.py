@@ -18,8 +18,9 @@ from kdkit.cache.kept import KeptAnswers, Slots
 from kdkit.cache.store import SMALLER, AnswerStore, gigabytes
 from kdkit.cache.teacher import TeacherCache, autocast
 from kdkit.data import Data, TrainLoader
+from kdkit.dataset_source import DataInfo, InMemory, Split, Stream, Texts
 from kdkit.errors import RecipeError, RunError
-from kdkit.providers import CacheOptions, DataInfo, InMemory, RecipeTeacher, Split, Stream, TeacherOptions, Texts
+from kdkit.providers import CacheOptions, RecipeTeacher, TeacherOptions
 from kdkit.recipe import Recipe
 from kdkit.records import Outputs, tensors
 from kdkit.shapes import random_inputs

@@ -12,8 +12,9 @@ from kdkit.cache.kept import KeptAnswers, Slots
 from kdkit.cache.opening import wanted
 from kdkit.cache.store import SMALLER, gigabytes
 from kdkit.cache.teacher import OTHER_IMAGES
+from kdkit.dataset_source import DataInfo
 from kdkit.factory import ModelFactory
-from kdkit.providers import CacheOptions, DataInfo, TeacherOptions
+from kdkit.providers import CacheOptions, TeacherOptions
 from kdkit.recipe import Recipe
 from kdkit.records import Batch, Inputs, Outputs
 from kdkit.shapes import first_tensor, is_text

@@ -1,0 +1,46 @@
+"""What stands for batches and answers while a recipe is checked: random ones, of the real shapes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from kdkit.records import Batch, Inputs, Outputs, tensors
+from kdkit.shapes import Shape, first_tensor, is_text, random_inputs, rows
+from kdkit.teaching import Lesson
+
+
+def batch_of(images: Inputs, num_classes: int, views: int, count: int) -> Batch:
+    """So many images, the same ones again where they are not enough."""
+    index = torch.arange(count, device=first_tensor(images).device)
+    shown = rows(images, index % len(first_tensor(images)))
+    return Batch(shown, index % num_classes, index, (shown,) * (views - 1))
+
+
+def _mask(samples: int, tokens: int) -> torch.Tensor:
+    """Texts of unequal lengths, the first of them full."""
+    return torch.arange(tokens) < tokens - torch.arange(samples)[:, None] % max(1, tokens // 2)
+
+
+def shapes_of(lesson: Lesson) -> list[torch.Size]:
+    """Of all that it shows."""
+    return [value.shape for said in (lesson.student, *lesson.teachers) for value in tensors(said)]
+
+
+def on_random_numbers(lesson: Lesson, shape: Shape, num_classes: int) -> Lesson:
+    """The lesson with normally distributed numbers in the place of what networks without weights said."""
+
+    def like(outputs: Outputs) -> Outputs:
+        drawn = outputs.map(lambda value: torch.randn(value.shape))
+        # of texts some are shorter, so that a loss shows whether it minds
+        return drawn.masked(_mask(len(tensors(drawn)[0]), shape[0])) if is_text(shape) and tensors(drawn) else drawn
+
+    named = {name: like(teacher) for name, teacher in lesson.named.items()}
+    changed = replace(lesson, student=like(lesson.student), teachers=[like(teacher) for teacher in lesson.teachers], named=named)
+    if lesson.batch is not None:
+        index = torch.arange(len(lesson.batch.labels))
+        changed = replace(changed, batch=Batch(random_inputs(shape, len(index)), index % num_classes, index))
+    if lesson.supervised is not None:
+        changed = replace(changed, supervised=on_random_numbers(lesson.supervised, shape, num_classes))
+    return changed
