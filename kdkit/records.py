@@ -75,6 +75,8 @@ class Outputs:
 
         For schedules that let a sample learn from another one, whose tokens are others.
         """
+        if self.mask is None:
+            return self
         features = {name: as_vectors(f, self.mask) if is_padded(f, self.mask) else f for name, f in self.features.items()}
         return Outputs(self.logits, features, self.views)
 

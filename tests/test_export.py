@@ -13,6 +13,7 @@ from torch import nn
 import kdkit
 from kdkit import cli
 from kdkit import export as exporting
+from kdkit.dataset_source import DataInfo
 from kdkit.export import export
 from kdkit.trained import TrainedRun
 
@@ -151,7 +152,7 @@ def test_a_network_that_onnx_cannot_express_is_an_error(tmp_path):
 
     student = kdkit.taps(Asking(), [])
     with pytest.raises(kdkit.ModelError, match="ONNX cannot express this network: "):
-        exporting._write_onnx(student, (1, 2, 2), tmp_path)
+        exporting._write_onnx(student, DataInfo((1, 2, 2), 4, 1, 1), tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -18,6 +18,11 @@ def test_sizes(name, parameters):
     assert sum(value.numel() for value in build(name).module.parameters()) == parameters
 
 
+def test_the_tutorial_s_student_has_53_percent_of_its_teacher():
+    student, teacher = (sum(p.numel() for p in build(name).module.parameters()) for name in ("800-800", "1200-1200"))
+    assert f"{100 * student / teacher:.3f}" == "53.307"
+
+
 def test_layers_and_activation():
     model = build("7-5", (3, 4, 4), ["stage1", "layer2", "penultimate"], activation="tanh")
     out = model(torch.rand(2, 3, 4, 4))
