@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kdkit import stream
-from kdkit.augment import permutation
+from kdkit.augment import permutation, subseed
 from kdkit.dataset_source import DataInfo, DatasetSource, InMemory, Split, Stream, Texts
 from kdkit.errors import DataError
 from kdkit.images import Finish, HeldImages, Images, Pictures, ReadImages, View
@@ -103,7 +103,8 @@ class _ShuffledLoader:
     """Epochs over images whose places are known.
 
     With `data.repeats` R, position p of an epoch shows image p // R of its order, as copy p % R, each in a view of its own (Hoffer et al.
-    2020; timm's RepeatAugSampler): an epoch keeps its length, and shows an R-th of the images.
+    2020; timm's RepeatAugSampler): an epoch keeps its length, and shows an R-th of the images. With `data.sampling: balanced`, the
+    classes come equally often, and the copies of an image are views of their own too.
     """
 
     indexed = True
@@ -111,31 +112,55 @@ class _ShuffledLoader:
     def __init__(self, images: Images, spec: DataSpec, seed: int, rank: int, world: int) -> None:
         self.labels, self.indices, self.num_samples = images.labels, images.indices, len(images.labels)
         self._images, self._seed, self._rank, self._world = images, seed, rank, world
-        self._batch_size, self._repeats = spec.batch_size, spec.repeats
+        self._batch_size, self._repeats, self._repeating = spec.batch_size, spec.repeats, spec.repeating
         self._used = self.num_samples - self.num_samples % (spec.batch_size if spec.drop_last else world)
 
     def __len__(self) -> int:
         return -(-self._used // self._batch_size)
 
     def epoch(self, number: int, start: int = 0, view: int | None = None, arrange: Arrange | None = None) -> Iterator[Batch]:
-        if arrange is not None and self._repeats > 1:
-            raise DataError("data.repeats: the schedule chooses which images come together; leave repeats out")
-        places = torch.arange(self._used)
-        order, view = permutation(self._seed, number, self.num_samples)[places // self._repeats], number if view is None else view
+        if arrange is not None and self._repeating:
+            raise DataError(f"data.{self._repeating}: the schedule chooses which images come together; leave {self._repeating} out")
+        view = number if view is None else view
+        order, copies = self._draw(number)
         if arrange is not None:
             order = arrange(order, self.labels.to(order.device)[order], self._batch_size)
             assert len(order) == self._used, "an arrangement keeps the number of images"
         plan = self._shares(order, start)
         views: Sequence[View] = [view] * len(plan)
-        if self._repeats > 1:
-            views = self._shares(view + places % self._repeats * MOST_VIEWS, start)
+        if self._repeating:
+            views = self._shares(view + copies * MOST_VIEWS, start)
         return self._images.batches(plan, views)
+
+    def _draw(self, number: int) -> tuple[Tensor, Tensor]:
+        """The image at each place of an epoch, and which copy of it, both (used,)."""
+        shuffled = permutation(self._seed, number, self.num_samples)
+        if self._repeating == "sampling":
+            order, copies = balanced(shuffled, self.labels.to(shuffled.device))
+            mixed = permutation(subseed(self._seed, "balanced"), number, self.num_samples)[: self._used]
+            return order[mixed], copies[mixed]
+        places = torch.arange(self._used)
+        return shuffled[places // self._repeats], places % self._repeats
 
     def _shares(self, whole: Tensor, start: int) -> list[Tensor]:
         """This process's part of every batch: side by side, but of the copies of one image each process gets others, as timm has it."""
         world, rank = self._world, self._rank
         parts = torch.split(whole, self._batch_size)[start:]
         return [part[rank::world] if self._repeats > 1 else part.chunk(world)[rank] for part in parts]
+
+
+def balanced(shuffled: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """As many images, of the classes in turn: their numbers and which copy of it each is, both (N,).
+
+    Args:
+        shuffled: the images' numbers in random order, (N,): the first ones of each class are taken, all of them before one comes again.
+        labels: class of each image, (N,).
+    """
+    classes, label, sizes = torch.unique(labels[shuffled], return_inverse=True, return_counts=True)
+    by_class, starts = shuffled[label.argsort(stable=True)], sizes.cumsum(0) - sizes
+    places = torch.arange(len(shuffled))
+    chosen, turn = places % len(classes), places // len(classes)
+    return by_class[starts[chosen] + turn % sizes[chosen]], turn // sizes[chosen]
 
 
 class _OrderedLoader:

@@ -76,19 +76,28 @@ def metrics(own: Predictions, teacher: Predictions | None = None) -> dict[str, f
 
     Returns:
         top1, top5: accuracies in percent (top5 only for more than five classes).
+        balanced_accuracy: mean over the classes in the labels of the share that is found (recall), in percent.
+        macro_f1: mean of the classes' F1 scores, in percent; a class that is neither labelled nor predicted is left out.
         nll: cross-entropy on the labels, nats per sample.
         ece: expected calibration error in percent, 15 bins (Guo et al. 2017).
         agreement: share of samples whose most likely class is the teacher's too, in percent.
         kl_to_teacher: KL(softmax(z_t) || softmax(z_s)), nats per sample.
         logit_difference: mean of |z_s - z_t| over samples and classes.
     """
-    from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
+    from torchmetrics.functional.classification import (
+        multiclass_accuracy,
+        multiclass_calibration_error,
+        multiclass_f1_score,
+        multiclass_recall,
+    )
 
     logits, labels = own.logits, own.labels
     classes = logits.shape[1]
     accuracy = {f"top{k}": multiclass_accuracy(logits, labels, classes, average="micro", top_k=k) for k in (1, 5) if k == 1 or classes > 5}
     found = {
         **{name: 100 * value for name, value in accuracy.items()},
+        "balanced_accuracy": 100 * multiclass_recall(logits, labels, classes, average="none")[torch.unique(labels)].mean(),
+        "macro_f1": 100 * multiclass_f1_score(logits, labels, classes, average="macro"),
         "nll": F.cross_entropy(logits, labels),
         "ece": 100 * multiclass_calibration_error(logits.softmax(1), labels, classes, n_bins=15),
     }

@@ -173,9 +173,10 @@ class _Planner:
 
     def _check_training(self, num_train: int, *, text: bool) -> None:
         train, size = self.spec.train, self.spec.data.batch_size
-        if train.average_best and not self.spec.data.validation:
-            says = "the epochs are chosen on validation data; set `data.validation`"
-            self.problems.append(self.recipe.problem(["train", "average_best"], says))
+        for key in ("average_best", "patience"):
+            if getattr(train, key) and not self.spec.data.validation:
+                says = "the epochs are chosen on validation data; set `data.validation`"
+                self.problems.append(self.recipe.problem(["train", key], says))
         with self._problems_at("train", "optimizer"):
             build_optimizer(train, nn.Linear(PROBE, PROBE), nn.Identity())
         if not self.spec.data.drop_last and num_train % size == 1:
@@ -276,8 +277,8 @@ class _Planner:
             raise self.recipe.error(["train", "mixup"], f"stage '{stage.name}' compares views of single images; leave mixup out")
         if stage.arrange is not None and mixed:
             raise self.recipe.error(["train", "mixup"], f"stage '{stage.name}' chooses which images come together; leave mixup out")
-        if stage.arrange is not None and self.spec.data.repeats > 1:
-            raise self.recipe.error(["data", "repeats"], f"stage '{stage.name}' chooses which images come together; leave repeats out")
+        if stage.arrange is not None and (key := self.spec.data.repeating):
+            raise self.recipe.error(["data", key], f"stage '{stage.name}' chooses which images come together; leave {key} out")
         if stage.arrange is not None:
             used = len(labels) - (len(labels) % size if self.spec.data.drop_last else 0)
             stage.arrange(torch.arange(used), labels[:used], size)  # which may refuse their numbers

@@ -246,7 +246,7 @@ def _result(setting: Setting, last: StageRun) -> Result:
     result = Result(
         folder=folder.path, name=recipe.spec.name, seed=recipe.spec.seed, test=scores["test"], validation=scores.get("validation"),
         parameters=sum(p.numel() for p in student.module.parameters()), seconds=round(setting.clock.wall, 3),
-        cpu_seconds=round(setting.clock.cpu, 3), epochs=last.trainer.epochs,
+        cpu_seconds=round(setting.clock.cpu, 3), epochs=last.trainer.epoch,
         best=setting.best, averaged=standing.best_epochs.epochs(chosen) if standing.best_epochs else (),
         last=standing.last[chosen] if standing.last else None,
         teacher=metrics(setting.teacher) if setting.teacher else None, peers=tuple(peer["test"] for peer in peers),

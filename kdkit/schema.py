@@ -77,6 +77,12 @@ class DataSpec(Options):
         "epoch keeps its length, so that it shows that part of the images.",
         json_schema_extra=LATER,
     )
+    sampling: Literal["all", "balanced"] = Field(
+        default="all",
+        description="all: every image once an epoch. balanced: images of each class equally often, in an epoch of the same length; of a "
+        "large class others in each epoch, of a small one the same again, in further augmentations.",
+        json_schema_extra=LATER,
+    )
     drop_last: bool = Field(default=True, description="Leave out an epoch's last batch when it is not full.")
     workers: int = Field(
         default=2, ge=0, description="Processes that load and augment images which are not held in memory.", json_schema_extra=BOOKKEEPING
@@ -90,7 +96,14 @@ class DataSpec(Options):
             raise ValueError("give augment or timm_augment, not both")
         if self.repeats > 1 and not self.augment and not self.timm_augment:
             raise ValueError("repeats needs augment or timm_augment: without them an image's copies are all the same")
+        if self.repeats > 1 and self.sampling == "balanced":
+            raise ValueError("give repeats or sampling: balanced, not both")
         return self
+
+    @property
+    def repeating(self) -> str | None:
+        """The key that makes an image come several times in an epoch, if one does."""
+        return "repeats" if self.repeats > 1 else "sampling" if self.sampling == "balanced" else None
 
 
 class LossEntry(LossOptions):
@@ -186,6 +199,13 @@ class TrainSpec(Options):
         gt=0,
         description="Leave the mean of the weights of so many epochs, those of the last stage that are best on validation data, instead of "
         "the last epoch's weights. Needs `data.validation`; every epoch is measured.",
+        json_schema_extra=LATER,
+    )
+    patience: int | None = Field(
+        default=None,
+        gt=0,
+        description="End a stage when its validation top-1 has not risen for so many epochs. The last epoch's weights are left; with "
+        "`average_best: 1`, the best epoch's. Needs `data.validation`.",
         json_schema_extra=LATER,
     )
     mixup: MixupSpec | None = Field(default=None, description="Mixed images and labels.")

@@ -21,6 +21,8 @@ UNTOLD = {"use", "name", "weight", "layers", "model", "recipe", "interpolation",
 TITLES = {
     "top1": "top-1 %",
     "top5": "top-5 %",
+    "balanced_accuracy": "balanced acc. %",
+    "macro_f1": "macro F1 %",
     "nll": "NLL, nats",
     "ece": "ECE %",
     "agreement": "agreement %",
@@ -87,11 +89,12 @@ def brief(recipe: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     augment = [f"{key} ({', '.join(_on(data[key]))})" for key in ("augment", "timm_augment") if data.get(key)]
     chosen = [f"{key} {data[key]}" for key in ("image_size", "train_samples", "train_fraction", "validation") if data.get(key)]
     chosen += [f"repeats {data['repeats']}"] if data.get("repeats", 1) > 1 else []
+    chosen += ["balanced classes"] if data.get("sampling") == "balanced" else []
     yield "data", ", ".join([_named(data["dataset"]), *chosen, f"batches of {data['batch_size']}", *augment])
     optimizer = train["optimizer"]
     rate = f"lr {optimizer['lr']:g} {train['lr_schedule']['name']}"
     extra = [key for key in ("ema", "mixup", "compile") if train.get(key)]
-    extra += [f"average_best {train['average_best']}"] if train.get("average_best") else []
+    extra += [f"{key} {train[key]}" for key in ("average_best", "patience") if train.get(key)]
     decay = f", weight decay {optimizer['weight_decay']:g}" if optimizer["weight_decay"] else ""
     yield "train", ", ".join([f"{train['epochs']} epochs", f"{optimizer['name']}, {rate}{decay}", train["precision"], *extra])
 

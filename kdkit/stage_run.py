@@ -27,7 +27,6 @@ class StageRun:
         self.kind = f"stage{number}"
         self.meter = Meter()
         self.standing = Standing(setting, number, trainer)
-        self._finished = False
         self._clock, self._clock_step = setting.clock.wall, 0
 
     def carry_out(self) -> Turns[None]:
@@ -40,10 +39,12 @@ class StageRun:
         setting, trainer = self.setting, self.trainer
         self._restore()
         with setting.reporter.training(trainer.stage.name, trainer.epochs * trainer.steps_per_epoch, trainer.steps):
-            while trainer.epoch < trainer.epochs:
+            while not self._finished:
                 yield from self._train_epoch()
                 yield from self._close_epoch()
-                self._finished = trainer.epoch == trainer.epochs
+                if self._finished and trainer.epoch < trainer.epochs:
+                    best = f"validation top-1 was best in epoch {setting.best['epoch']}" if setting.best else ""
+                    setting.reporter.say(f"stage '{trainer.stage.name}' ends after epoch {trainer.epoch}: {best} (train.patience)")
                 self.standing.keep_snapshot()
                 if self._finished or trainer.epoch % setting.recipe.spec.run.checkpoint_epochs == 0:
                     self._save()
@@ -73,21 +74,36 @@ class StageRun:
         self._read()
 
     @property
+    def _finished(self) -> bool:
+        """Whether no epoch is left, or validation has not been better for long enough."""
+        trainer, best, patience = self.trainer, self.setting.best, self.setting.recipe.spec.train.patience
+        if trainer.epoch == trainer.epochs:
+            return True
+        if patience is None or best is None or best["stage"] != trainer.stage.name:
+            return False
+        return self._measures and trainer.step == 0 and trainer.epoch - int(best["epoch"]) >= patience
+
+    @property
+    def _measures(self) -> bool:
+        """Whether the epoch that has just ended is one to measure after."""
+        trainer, setting = self.trainer, self.setting
+        if self.standing.best_epochs or (trainer.updaters[0].schedule.by_epoch and setting.data.validation is not None):
+            return True  # the weights that are left, or the learning rate, depend on it
+        return trainer.epoch % setting.recipe.spec.train.evaluate_every == 0 or trainer.epoch == trainer.epochs
+
+    @property
     def _place(self) -> Place:
         """The batch that the next step begins with."""
         return self.trainer.epoch, 0, self.trainer.step * self.trainer.spec.accumulate
 
     def _close_epoch(self) -> Turns[None]:
         """Measure, warn, log, and begin to count anew."""
-        setting, trainer, standing, spec = self.setting, self.trainer, self.standing, self.setting.recipe.spec
+        setting, trainer, standing = self.setting, self.trainer, self.standing
         means, speed = self._over_processes(self.meter.means()), self._speed(whole_epoch=True)
         for name in (name for name in self.meter.silent() if means[name] == 0):
             place = f"epoch {trainer.epoch} of stage '{trainer.stage.name}'"
             setting.reporter.warn(f"{name} was exactly 0 in all of {place}: nothing is learnt from it")
-        measured = trainer.epoch % spec.train.evaluate_every == 0 or trainer.epoch == trainer.epochs
-        if standing.best_epochs or (trainer.updaters[0].schedule.by_epoch and setting.data.validation is not None):
-            measured = True  # what is left, or the learning rate, hangs on it
-        if measured:
+        if measured := self._measures:
             trainer.synchronise()
             yield from standing.measure(trainer.epoch)
             standing.keep_best()
@@ -153,7 +169,7 @@ class StageRun:
             setting.reporter.warn(f"checkpoint {path.name} is damaged; {instead}")
         if setting.is_main:
             setting.folder.forget(trainer.stage.name, trainer.epoch, trainer.steps)
-        if saved is not None and trainer.epoch < trainer.epochs:
+        if saved is not None and not self._finished:
             setting.reporter.say(f"going on with stage '{trainer.stage.name}' at epoch {trainer.epoch + 1}, step {trainer.step}")
 
     def _load(self, saved: dict[str, Any]) -> None:

@@ -142,8 +142,8 @@ def refuse(spec: DataSpec, part: Stream, world: int) -> None:
     for key in ("train_samples", "train_fraction", "validation"):
         if getattr(spec, key) is not None:
             raise DataError(f"data.{key}: this dataset can only be read from start to end, so no part of it can be chosen")
-    if spec.repeats > 1:
-        raise DataError("data.repeats: this dataset can only be read from start to end, so no image can come repeatedly")
+    if spec.repeating:
+        raise DataError(f"data.{spec.repeating}: this dataset can only be read from start to end, so no image can come repeatedly")
     refuse_processes(part, world)
 
 

@@ -172,3 +172,16 @@ def test_without_validation_there_is_no_best_epoch(taught):
             run.student(best=True)
     finally:
         (folder / "aside").rename(folder / "net" / "best.safetensors")
+
+
+@pytest.mark.parametrize("present", [7, 3], ids=["all classes", "classes without samples"])
+def test_metrics_of_unequal_classes_are_those_of_scikit_learn(present):
+    from sklearn.metrics import balanced_accuracy_score, f1_score
+
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.cat([torch.arange(present), torch.randint(present, (60,), generator=draw) ** 2 % present])
+    logits = torch.randn(len(labels), 7, generator=draw)
+    logits[:, present:] -= 9  # of those classes, there are neither samples nor predictions
+    found, predicted = metrics(Predictions(logits, labels)), logits.argmax(1)
+    assert found["balanced_accuracy"] == pytest.approx(100 * balanced_accuracy_score(labels, predicted))
+    assert found["macro_f1"] == pytest.approx(100 * f1_score(labels, predicted, average="macro"))

@@ -133,12 +133,13 @@ REFUSED = [
         "stage '.*' chooses which",
     ),
     ({"teacher": {"cache": {"views": 2}}}, r"data.repeats`\) come in ever new views"),
+    ({"teacher": {"cache": {"views": 2}}, "data": {"repeats": 1, "sampling": "balanced"}}, r"data.sampling`\) come in ever new views"),
 ]
 
 
-@pytest.mark.parametrize(("changes", "says"), REFUSED, ids=["arranged", "cached"])
+@pytest.mark.parametrize(("changes", "says"), REFUSED, ids=["arranged", "cached", "cached, balanced"])
 def test_what_cannot_go_together_is_one_line(tmp_path, changes, says):
-    path = write(tmp_path, data={"repeats": 2, "augment": {"flip": 0.5}}, **changes)
+    path = write(tmp_path, **{**changes, "data": {"repeats": 2, "augment": {"flip": 0.5}} | changes.get("data", {})})
     with pytest.raises(RecipeError, match=says) as raised:
         plan.make(recipe.load(path))
     assert "\n" not in str(raised.value)

@@ -35,8 +35,8 @@ def refused(recipe: Recipe, factory: ModelFactory, info: DataInfo) -> Iterator[s
             yield recipe.problem(
                 place, "mixed images never come twice (`train.mixup`), so answers to them cannot be kept; leave one of them out"
             )
-        if spec.data.repeats > 1:
-            says = "repeated images (`data.repeats`) come in ever new views, of which answers are not kept; leave one of them out"
+        if key := spec.data.repeating:
+            says = f"repeated images (`data.{key}`) come in ever new views, of which answers are not kept; leave one of them out"
             yield recipe.problem(place, says)
         if teacher.mode == "train":
             yield recipe.problem(place, "with `mode: train` an answer depends on the whole batch, and cannot be kept for each image")

@@ -156,6 +156,8 @@ def further_table(findings: Findings) -> Figures:
         ("mean |z_s\u00a0−\u00a0z_t|", _last("logit_difference", 3), ""),
         ("KL to the teacher, nats", _last("kl_to_teacher", 3), ""),
         ("top-5 %", _last("top5", 2), "top5"),
+        ("balanced accuracy %", _last("balanced_accuracy", 2), "balanced_accuracy"),
+        ("macro F1 %", _last("macro_f1", 2), "macro_f1"),
         ("NLL, nats", _last("nll", 3), "nll"),
         ("ECE %", _last("ece", 2), "ece"),
     ]

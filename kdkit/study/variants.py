@@ -25,7 +25,7 @@ from kdkit.study.grid import Grid
 
 SEEDS = 3  # where nothing says how many
 MARKS = ("variants", "vary", "base")  # keys that a study has and a recipe has not
-Shown = Literal["loss", "late_loss", "top5", "nll", "ece", "kl_to_teacher", "logit_difference"]
+Shown = Literal["loss", "late_loss", "top5", "balanced_accuracy", "macro_f1", "nll", "ece", "kl_to_teacher", "logit_difference"]
 Seed = Annotated[int, Field(ge=0, strict=True)]
 
 

@@ -65,3 +65,32 @@ def test_refuses_another_number_of_classes():
     context = kdkit.Context(torch.nn.Identity(), None, num_classes=7, num_samples=1, labels=torch.zeros(1))
     with pytest.raises(kdkit.ShapeError, match=r"\(6, 5\).*\(B, 7\)"):
         loss().setup(random_outputs(), random_outputs(), context)
+
+
+def context(*labels, classes=3):
+    return kdkit.Context(torch.nn.Identity(), None, classes, len(labels), torch.tensor(labels))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("asked", "weights"),
+    [((2.0, 0.0, 0.5), (2.0, 0.0, 0.5)), ("balanced", (6 / (3 * 4), 6 / 3, 6 / 3))],
+    ids=["written out", "balanced"],
+)
+def test_class_weights_multiply_each_samples_loss(asked, weights, smoothing):
+    z, labels = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0, 0])
+    weighted, batch = loss(class_weights=asked, label_smoothing=smoothing), kdkit.Batch(torch.zeros(5), labels, torch.arange(5))
+    weighted.setup(kdkit.Outputs(z), kdkit.Outputs(z), context(0, 0, 0, 0, 1, 2, -1))  # -1: an image that is not trained on
+    target = (1 - smoothing) * torch.nn.functional.one_hot(labels, 3) + smoothing / 3
+    expected = -(torch.tensor(weights) * target * z.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(weighted(kdkit.Outputs(z), kdkit.Outputs(z), batch), expected)
+
+
+@pytest.mark.parametrize(
+    ("asked", "known", "says"),
+    [((1.0, 2.0), context(0, 1, 2), "2 class_weights for 3 classes"), ("balanced", context(), "write the 3 weights out")],
+)
+def test_class_weights_that_cannot_be(asked, known, says):
+    outputs = kdkit.Outputs(torch.zeros(2, 3))
+    with pytest.raises(kdkit.ShapeError, match=says):
+        loss(class_weights=asked).setup(outputs, outputs, known)
