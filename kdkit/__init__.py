@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from kdkit.normalization import NormalizationAdapter as NormalizationAdapter
     from kdkit.options import BOOKKEEPING as BOOKKEEPING
     from kdkit.options import Arguments as Arguments
+    from kdkit.options import NetworkArguments as NetworkArguments
     from kdkit.options import Options as Options
     from kdkit.options import Ramp as Ramp
     from kdkit.options import Rampable as Rampable
@@ -99,7 +100,7 @@ _HOME = {
     "trunk": "Trunk channels",
     "errors": "DataError Interrupted KdkitError ModelError PluginError RecipeError RunError ShapeError TapError",
     "hookspecs": "hookimpl",
-    "options": "BOOKKEEPING Arguments Options Ramp Rampable RecipePath",
+    "options": "BOOKKEEPING Arguments NetworkArguments Options Ramp Rampable RecipePath",
     "dataset_source": "DataInfo DatasetOptions DatasetSource InMemory SharedStream Split Stream Texts",
     "providers": "ModelOptions ModelSource Normalize Portable",
     "normalization": "NormalizationAdapter",

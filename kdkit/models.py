@@ -20,6 +20,7 @@ from kdkit.providers import ModelOptions, ModelSource, Normalize
 from kdkit.shapes import Shape, is_text, kind_of
 from kdkit.tapping import TappedModel
 
+DEPTH = 3  # of nests in nests: a file may hold itself
 NESTS = ("state_dict", "model", "model_state_dict", "state_dict_ema")  # where training scripts keep weights within a checkpoint
 
 
@@ -143,11 +144,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise ModelError(f"{path}: no checkpoint, or holds more than tensors; code in a file is never run: save a state_dict()") from None
     except Exception as error:  # whatever a broken file makes a reader raise
         raise ModelError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
-    while isinstance(content, Mapping) and (nest := next((key for key in NESTS if isinstance(content.get(key), Mapping)), None)):
-        content = content[nest]
-    if not isinstance(content, Mapping) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+    for _ in range(DEPTH):
+        if isinstance(content, Mapping) and (nest := next((key for key in NESTS if isinstance(content.get(key), Mapping)), None)):
+            content = content[nest]
+    if not isinstance(content, Mapping) or not content or not all(map(_is_plain, content.values())):
         raise ModelError(f"{path}: holds no weights: a mapping of tensors, at the top or under {', '.join(NESTS)}")
     return {str(key): value for key, value in content.items()}
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is a tensor with a number for each of its places."""
+    return isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"
 
 
 def _load(options: ModelOptions, source: ModelSource, module: nn.Module, num_classes: int, file: Path | None) -> None:

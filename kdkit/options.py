@@ -110,6 +110,33 @@ def _without_origin(value: Any) -> Any:
 Arguments = Annotated[dict[str, Any], AfterValidator(_without_origin)]
 """Arguments that are passed on as they are written, in plain types."""
 
+LOADER_KEYS = frozenset({
+    # transformers and datasets
+    "trust_remote_code", "code_revision", "revision", "auto_map", "token", "use_auth_token", "cache_dir", "force_download",
+    "resume_download", "local_files_only", "proxies", "subfolder", "mirror", "use_safetensors", "weights_only", "state_dict", "from_tf",
+    "from_flax", "gguf_file", "variant", "adapter_name", "adapter_kwargs", "device_map", "max_memory", "offload_folder",
+    "low_cpu_mem_usage", "attn_implementation", "experts_implementation", "allow_all_kernels", "use_kernels", "kernel_config",
+    "quantization_config", "name_or_path",
+    # timm
+    "pretrained", "pretrained_cfg", "checkpoint_path", "scriptable", "exportable", "no_jit", "pretrained_strict",
+    "pretrained_filter_fn", "pretrained_model_args", "kwargs_filter", "model_cfg", "feature_cfg",
+    # torchvision
+    "weights", "weights_backbone", "progress",
+    # what the data say
+    "num_classes", "num_labels",
+})  # fmt: skip
+"""What tells a library how to load a network, or what the data say; never what the network is."""
+
+
+def _without_loader_keys(arguments: dict[str, Any]) -> dict[str, Any]:
+    if wrong := [key for key in arguments if key in LOADER_KEYS]:
+        raise ValueError(f"'{wrong[0]}' is no part of the network: it tells the library how to load it, which a recipe does not")
+    return arguments
+
+
+NetworkArguments = Annotated[Arguments, AfterValidator(_without_loader_keys)]
+"""Arguments for a library that builds a network. Those that tell it how to load one, such as `trust_remote_code`, are refused."""
+
 
 def _beside_its_file(value: Any) -> Any:
     if isinstance(value, Text):

@@ -6,13 +6,16 @@ Lhoest et al., "Datasets: A Community Library for Natural Language Processing", 
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 import kdkit
 
 from ._text.tokens import TextOptions, tokenized
+
+KINDS = ("csv", "json", "parquet", "text")
+PICKLES = "pandas"  # a kind of files of the library's whose reading runs what is in them
 
 
 class HfDatasetOptions(TextOptions):
@@ -27,6 +30,12 @@ class HfDatasetOptions(TextOptions):
     test: str = Field(default="test", description="Split to test on.")
     text: str | tuple[str, str] = Field(default="text", description="Column of the texts, or two of pairs of texts.")
     label: str = Field(default="label", description="Column of the classes: class labels, numbers from 0, or words.")
+
+    @model_validator(mode="after")
+    def _files_without_code(self) -> Self:
+        if self.dataset == PICKLES or (self.files and self.dataset not in KINDS):
+            raise ValueError(f"dataset: '{self.dataset}' is no kind of files that is read here; allowed: {', '.join(KINDS)}")
+        return self
 
 
 class HfDataset(kdkit.DatasetSource):
@@ -61,7 +70,10 @@ class HfDataset(kdkit.DatasetSource):
         files = {"data_files": {part: str(path) for part, path in options.files.items()}} if options.files else {}
         wanted = {"train": "train", "test": "test"} if options.files else {"train": options.train, "test": options.test}
         try:
-            loaded = {part: datasets.load_dataset(options.dataset, options.config, split=name, **files) for part, name in wanted.items()}
+            loaded = {
+                part: datasets.load_dataset(options.dataset, options.config, split=name, trust_remote_code=False, **files)
+                for part, name in wanted.items()
+            }
         except Exception as error:  # whatever a hub or a file makes it raise
             cause = error.__cause__ or error  # the library wraps what went wrong
             reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"

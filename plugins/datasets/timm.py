@@ -22,7 +22,8 @@ class TimmOptions(kdkit.DatasetOptions):
     """What timm's `create_dataset` is told, and what it cannot tell."""
 
     dataset: str = Field(
-        pattern="^(hfds|hfids|wds|tfds|torch)/", description="timm's name: hfds/NAME, hfids/NAME, wds/, tfds/NAME, torch/NAME."
+        pattern="^((hfds|hfids|wds|torch)/|tfds/[^:]*$)",  # tfds/OWNER:NAME would be fetched and run as Python
+        description="timm's name: hfds/NAME, hfids/NAME, wds/, tfds/NAME, torch/NAME.",
     )
     root: kdkit.RecipePath | None = Field(default=None, description="Folder of the files (hfds, tfds: of the cache).")
     train_split: str = Field(default="train", description="Name of the training part; wds: also `part-{0000..0009}.tar|10000`.")
@@ -149,6 +150,8 @@ class Timm(kdkit.DatasetSource):
             settings |= {"input_key": o.input_key, "target_key": o.target_key, "class_map": str(o.class_map) if o.class_map else None}
         try:
             root, split = str(o.root) if o.root else None, o.train_split if part == "train" else o.test_split
+            if self._kind in ("hfds", "hfids"):
+                settings["trust_remote_code"] = False
             return create_dataset(o.dataset, root=root, split=split, download=o.download, **settings)
         except Exception as error:  # each of the libraries behind it has errors of its own
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -21,6 +21,10 @@ from torch import nn
 
 import kdkit
 
+# Said to every loader of the library, whatever a folder or the hub says: no Python that comes with a network runs. Left out, it asks
+# on the terminal.
+OWN_CODE_ONLY = {"trust_remote_code": False}
+
 # How DistilBERT calls what BERT calls otherwise, so that it can begin with BERT's layers (Sanh et al. 2019, arXiv:1910.01108, section 3).
 DISTILBERT = (
     (r"^bert\.encoder\.", "distilbert.transformer."),
@@ -58,7 +62,7 @@ class HuggingFaceSource(kdkit.ModelSource):
         pretrained: bool = Field(
             default=True, description="Begin with NAME's weights (downloaded once); a classifier that it has not stays random."
         )
-        config: kdkit.Arguments = Field(
+        config: kdkit.NetworkArguments = Field(
             default_factory=dict,
             description="What the network is, in the place of NAME's own: `model_type` (bert, distilbert...) and what differs from its "
             "defaults, such as `num_hidden_layers: 3`. Without `model_type`: what differs from NAME's own.",
@@ -70,7 +74,7 @@ class HuggingFaceSource(kdkit.ModelSource):
         """The network with random weights."""
         with self._asking("built") as transformers:
             config = self._config(transformers, num_classes)
-            network: nn.Module = transformers.AutoModelForSequenceClassification.from_config(config)
+            network: nn.Module = transformers.AutoModelForSequenceClassification.from_config(config, **OWN_CODE_ONLY)
         if (most := _positions(config)) is not None and image_shape[0] > most:
             raise kdkit.ModelError(f"reads {most} tokens at most, and texts have up to {image_shape[0]}: see the dataset's `max_length`")
         names = set(inspect.signature(network.forward).parameters)
@@ -83,7 +87,7 @@ class HuggingFaceSource(kdkit.ModelSource):
             return
         with self._asking("loaded") as transformers:
             donor, found = transformers.AutoModelForSequenceClassification.from_pretrained(
-                self.model_name, config=module.config, ignore_mismatched_sizes=True, output_loading_info=True
+                self.model_name, config=module.config, ignore_mismatched_sizes=True, output_loading_info=True, **OWN_CODE_ONLY
             )
         encoder = f"{module.base_model_prefix}."
         absent = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
@@ -110,18 +114,24 @@ class HuggingFaceSource(kdkit.ModelSource):
         return kdkit.Portable(options, about, 'load it by AutoModelForSequenceClassification.from_pretrained("{folder}")')
 
     def _config(self, transformers: Any, num_classes: int) -> Any:
-        said = {**self.options.config, "num_labels": num_classes}
+        said = dict(self.options.config)
         kind = said.pop("model_type", None)
-        if kind is None:
-            config = transformers.AutoConfig.from_pretrained(self.model_name, **said)
-        else:
-            config = transformers.AutoConfig.for_model(kind, **said)
+
+        def made(**arguments: Any) -> Any:
+            if kind is not None:
+                return transformers.AutoConfig.for_model(kind, **arguments)
+            # attn_implementation: what computes attention is not a folder's to say, for it may be code of the hub
+            found = transformers.AutoConfig.from_pretrained(self.model_name, attn_implementation=None, **OWN_CODE_ONLY, **arguments)
+            vars(found).pop("auto_map", None)  # nor does an export hand on where its author has Python files
+            return found
+
+        config = made()
         known = {*type(config)().to_dict(), *config.attribute_map}  # or it would keep whatever it is given
-        if unknown := [key for key in self.options.config if key not in known]:
+        if unknown := [key for key in said if key not in known]:
             close = difflib.get_close_matches(unknown[0], known, n=1)
             hint = f"; did you mean '{close[0]}'?" if close else ""
             raise kdkit.ModelError(f"config: {config.model_type} has no '{unknown[0]}'{hint}")
-        return config
+        return made(num_labels=num_classes, **said)
 
     @contextlib.contextmanager
     def _asking(self, what: str) -> Iterator[Any]:

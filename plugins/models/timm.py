@@ -2,12 +2,22 @@
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import nn
 
 import kdkit
+
+OVERLAY = ("file", "num_classes")  # of weights: where they are, and how many classes they know
+
+
+def _a_file_at_most(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Where pretrained weights come from is timm's to say, or a file of this machine, which is read weights-only."""
+    overlay = arguments.get("pretrained_cfg_overlay", {})
+    if not isinstance(overlay, dict) or overlay.keys() - OVERLAY:
+        raise ValueError(f"pretrained_cfg_overlay is a mapping of {', '.join(OVERLAY)}")
+    return arguments
 
 
 class TimmSource(kdkit.ModelSource):
@@ -19,7 +29,11 @@ class TimmSource(kdkit.ModelSource):
         """Which weights, and what the model is created with."""
 
         pretrained: bool = Field(default=False, description="Start from timm's pretrained weights (downloaded once).")
-        args: kdkit.Arguments = Field(default_factory=dict, description="Arguments of `timm.create_model`: drop_path_rate, img_size...")
+        args: Annotated[kdkit.NetworkArguments, AfterValidator(_a_file_at_most)] = Field(
+            default_factory=dict,
+            description="Arguments of the network, as `timm.create_model` passes them on: drop_path_rate, img_size... "
+            "`pretrained_cfg_overlay: {file: PATH}` names the file of its pretrained weights.",
+        )
         stem: Literal["default", "small"] = Field(
             default="default",
             description="small: a ResNet begins with one 3x3 convolution of stride 1 and no pooling, for images of 8 to 64 pixels; "

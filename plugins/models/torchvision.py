@@ -18,7 +18,7 @@ class TorchvisionSource(kdkit.ModelSource):
         """Which weights, and what the model is called with."""
 
         pretrained: bool = Field(default=False, description="Start from torchvision's best ImageNet weights (downloaded once).")
-        args: kdkit.Arguments = Field(default_factory=dict, description="Arguments of torchvision's model function.")
+        args: kdkit.NetworkArguments = Field(default_factory=dict, description="Arguments of torchvision's model function.")
 
     options: Options
 

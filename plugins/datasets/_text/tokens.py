@@ -38,7 +38,7 @@ def tokenized(options: TextOptions, texts: Sequence[Any], labels: Sequence[int])
     except ImportError:
         raise kdkit.DataError("texts need transformers: pip install 'kdkit[text]'") from None
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(options.tokenizer)
+        tokenizer: Any = AutoTokenizer.from_pretrained(options.tokenizer, trust_remote_code=False)
     except Exception as error:  # whatever a hub or a file makes it raise
         if options.tokenizer.startswith("/") and not Path(options.tokenizer).is_dir():
             raise kdkit.DataError(f"tokenizer: there is no folder {options.tokenizer}") from error

@@ -1,0 +1,185 @@
+"""What files of strangers may do: attacks, each of which has to end in one line and leave no trace."""
+
+import json
+
+import pytest
+import torch
+from training import PLAIN, write
+
+from kdkit import plan, recipe
+from kdkit.errors import KdkitError
+
+SUPERVISED = {"teacher": None, "schedule": {"use": "supervised"}, "losses": [{"use": "cross_entropy"}]}
+
+
+class Trap:
+    """Python that leaves a mark where it runs."""
+
+    def __init__(self, folder):
+        self.mark = folder / "it-ran"
+        self.code = f"open({str(self.mark)!r}, 'w').close()\n"
+
+    def write(self, file, more=""):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(self.code + more)
+        return file
+
+    @property
+    def sprung(self):
+        return self.mark.exists()
+
+
+@pytest.fixture
+def trap(tmp_path):
+    return Trap(tmp_path)
+
+
+def refused(path, *says, overrides=None):
+    """`kdkit check` ends in one line that says so."""
+    with pytest.raises(KdkitError) as caught:
+        plan.make(recipe.load(path, overrides))
+    assert "\n" not in str(caught.value)
+    for part in says:
+        assert part in str(caught.value)
+    return str(caught.value)
+
+
+# What tells a library how to load a network
+
+
+LOADER = [
+    ("hf/bert", "config", {"trust_remote_code": True}),
+    ("hf/bert", "config", {"code_revision": "main"}),
+    ("hf/bert", "config", {"auto_map": {"AutoConfig": "evil.Config"}}),
+    ("hf/bert", "config", {"attn_implementation": "owner/kernel"}),
+    ("resnet18", "args", {"checkpoint_path": "weights.pth"}),
+    ("resnet18", "args", {"pretrained_cfg": {"file": "weights.pth"}}),
+    ("resnet18", "args", {"pretrained_cfg_overlay": {"url": "http://127.0.0.1:9/weights.pth"}}),
+    ("resnet18", "args", {"pretrained_cfg_overlay": {"hf_hub_id": "owner/name"}}),
+    ("resnet18", "args", {"cache_dir": "elsewhere"}),
+    ("resnet18", "args", {"num_classes": 7}),
+    ("torchvision/resnet18", "args", {"weights": "IMAGENET1K_V1"}),
+    ("torchvision/resnet18", "args", {"progress": True}),
+]
+
+
+@pytest.mark.parametrize(
+    ("model", "key", "arguments"), LOADER, ids=[f"{m.partition('/')[0]}-{next(iter(a))}-{i}" for i, (m, _, a) in enumerate(LOADER)]
+)
+def test_keywords_of_a_loader_are_no_configuration(tmp_path, model, key, arguments):
+    file = write(tmp_path, {**PLAIN, **SUPERVISED, "student": {"model": model, key: arguments}})
+    refused(file, f"{file.name}:", f"student.{key}: ", next(iter(arguments)))
+
+
+def network_folder(folder, trap, **config):
+    """A folder of transformers with Python of its own."""
+    name = config["model_type"]
+    trap.write(folder / "evil.py", "from transformers import BertConfig as Config, BertForSequenceClassification as Network\n")
+    places = {"AutoConfig": "evil.Config", "AutoModelForSequenceClassification": "evil.Network", "AutoTokenizer": ["evil.Network", None]}
+    (folder / "config.json").write_text(json.dumps({"architectures": ["Network"], "auto_map": places, **config, "model_type": name}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": places, "tokenizer_class": "EvilTokenizer"}))
+    return folder
+
+
+NARROW = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 60, "num_hidden_layers": 1}
+
+
+@pytest.mark.parametrize("kind", ["bert", "evil", "whisper"])
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_a_folder_with_python_of_its_own_runs_nothing(tmp_path, trap, kind, pretrained):
+    pytest.importorskip("transformers")
+    from kdkit import registry
+    from kdkit.models import build_model
+
+    folder = network_folder(tmp_path / "net", trap, model_type=kind, attn_implementation="owner/kernel", **NARROW)
+    source = registry.load().models["hf"]
+    options = source.Options(model=f"hf/{folder}", pretrained=pretrained)
+    try:
+        module = build_model(options, source(options, str(folder)), 3, (8,)).module
+    except KdkitError as error:
+        assert "\n" not in str(error)
+        assert kind != "bert" or pretrained  # its weights are not there
+    else:
+        assert type(module).__module__.startswith("transformers.") and not hasattr(module.config, "auto_map")
+    assert not trap.sprung
+
+
+def test_a_tokenizer_with_python_of_its_own_runs_nothing(tmp_path, trap):
+    pytest.importorskip("transformers")
+    from kdkit_plugins.datasets._text.tokens import TextOptions, tokenized
+
+    folder = network_folder(tmp_path / "net", trap, model_type="evil")
+    with pytest.raises(KdkitError) as caught:
+        tokenized(TextOptions(tokenizer=str(folder)), ["a text"], [0])
+    assert "\n" not in str(caught.value) and not trap.sprung
+
+
+def test_files_that_are_pickles_are_no_dataset(tmp_path):
+    data = {"dataset": {"use": "hf_dataset", "dataset": "pandas", "tokenizer": "./t", "files": {"train": "a.pkl", "test": "a.pkl"}}}
+    file = write(tmp_path, {**PLAIN, **SUPERVISED, "data": data})
+    refused(file, "'pandas' is no kind of files that is read here; allowed: csv, json, parquet, text")
+
+
+def test_a_community_s_dataset_is_refused(tmp_path):
+    file = write(tmp_path, {**PLAIN, **SUPERVISED, "data": {"dataset": {"use": "timm", "dataset": "tfds/owner:name"}}})
+    refused(file, "data.dataset.dataset: ")
+
+
+def pickled(trap):
+    """A pickle whose reading runs Python."""
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return exec, (trap.code,)
+
+    return pickle.dumps({"model": Evil()}, protocol=2)
+
+
+def test_pickles_that_are_not_what_they_should_be(tmp_path, trap):
+    """torchvision reads CIFAR's files as pickles, once their digests are right."""
+    from kdkit_plugins.datasets.torchvision import Cifar10, Cifar100
+
+    for source, folder, names in (
+        (Cifar10, "cifar-10-batches-py", ["batches.meta", "test_batch", *(f"data_batch_{i}" for i in range(1, 6))]),
+        (Cifar100, "cifar-100-python", ["meta", "train", "test"]),
+    ):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            (tmp_path / folder / name).write_bytes(pickled(trap))
+        with pytest.raises(KdkitError, match="cannot be read"):
+            source(source.Options(root=tmp_path)).split("train")
+    assert not trap.sprung
+
+
+# Checkpoints
+
+
+def nested(depth):
+    inner = {"w": torch.zeros(1)}
+    for _ in range(depth):
+        inner = {"model": inner}
+    return inner
+
+
+def endless():
+    found = {}
+    found["model"] = found
+    return found
+
+
+@pytest.mark.parametrize(
+    "content", [endless(), nested(40), {"w": torch.zeros(1).to_sparse()}, {"w": torch.zeros(1, device="meta")}, [1], {}],
+    ids=["holds itself", "deep", "sparse", "meta", "list", "empty"],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*[Ss]parse")
+def test_a_checkpoint_that_is_none(tmp_path, content):
+    torch.save(content, tmp_path / "w.pth")
+    file = write(tmp_path, student={"checkpoint": "w.pth"})
+    refused(file, "student.checkpoint: ", "w.pth: holds no weights")
+
+
+def test_a_checkpoint_that_would_run_python(tmp_path, trap):
+    (tmp_path / "w.pth").write_bytes(pickled(trap))
+    refused(write(tmp_path, student={"checkpoint": "w.pth"}), "w.pth: no checkpoint", "code in a file is never run")
+    assert not trap.sprung
