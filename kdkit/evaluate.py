@@ -12,6 +12,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from kdkit.ensembles import combined
+from kdkit.errors import RunError
+from kdkit.finite import LOOK
 from kdkit.records import Batch
 from kdkit.teaching import Model
 from kdkit.turns import Turns, finish
@@ -64,8 +66,20 @@ def _in_order(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Predictions:
 
 
 def predict_together(models: Sequence[Model], batches: Iterable[Batch], *, world: int = 1) -> Predictions | None:
-    """The answer of an ensemble, the mean of its models' probabilities; of one model, its own; of none, none."""
+    """The answer of an ensemble, the mean of its models' probabilities; of one model, its own; of none, none.
+
+    Raises:
+        RunError: an answer is not finite; names the model.
+    """
     found = finish(predicting(models, batches, world=world)) if models else []
+    for model, one in zip(models, found, strict=True):
+        faulty = (~one.logits.isfinite()).any(1)
+        if count := int(faulty.sum()):
+            role = getattr(model, "role", type(model.module).__name__)
+            raise RunError(
+                f"{role}: its logits are NaN or infinite for {count:,} of the {len(faulty):,} samples that are "
+                f"measured, the first of them number {int(faulty.nonzero()[0])}; {LOOK}"
+            )
     if len(found) < 2:
         return found[0] if found else None
     return Predictions(combined([one.logits for one in found]), found[0].labels)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import tempfile
 import warnings
@@ -20,6 +19,7 @@ from kdkit.checkpoints import write_atomically
 from kdkit.dataset_source import DataInfo
 from kdkit.deployment import deploying
 from kdkit.errors import ModelError
+from kdkit.finite import to_json
 from kdkit.normalization import NormalizationAdapter
 from kdkit.providers import FIRST_WEIGHTS, ModelOptions, ModelSource
 from kdkit.recipe_types import DEFAULT_SOURCE
@@ -240,4 +240,4 @@ def _first_line(error: Exception) -> str:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+    write_atomically(path, (to_json(content, indent=2) + "\n").encode())

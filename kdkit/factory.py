@@ -196,6 +196,15 @@ class ModelFactory:
                     f"{model.role} is frozen, yet its parameters or buffers have changed; a plugin or schedule must have done it"
                 )
 
+    def verify_finite(self) -> None:
+        """See that what frozen models have said so far is finite.
+
+        Raises:
+            RunError: an answer was not; names the model.
+        """
+        for model in self.models():
+            model.finite.verify()
+
     def looking_at(self, name: str) -> list[LossEntry]:
         """The losses that look at a teacher."""
         return [entry for entry in self.recipe.spec.losses if entry.teacher in (None, name)]

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kdkit.errors import ModelError, TapError
+from kdkit.finite import faulty_weight
 from kdkit.layers import classifier_path
 from kdkit.normalization import InputAdapter, NormalizationAdapter
 from kdkit.providers import ModelOptions, ModelSource, Normalize
@@ -70,6 +71,9 @@ def build_model(
             _head(module, num_classes)  # that there is none is told where no weights are read, too
         if weights and load:
             _load(options, source, module, num_classes, file)
+            if faulty := faulty_weight(module):
+                whence = file or options.checkpoint or f"the {source.name} model"
+                raise ModelError(f"{whence}: the weights are not finite: {faulty}")
         if weights:
             module.to(device)
         adapt.to(device if weights else "meta")

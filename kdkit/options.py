@@ -26,13 +26,15 @@ class Ramp(Options):
     start: float = Field(default=0.0, ge=0, description="Epoch of the stage at which it begins to move.")
     shape: Literal["linear", "cosine", "sigmoid", "exponential"] = Field(
         default="linear",
-        description="linear; cosine: half a cosine wave; sigmoid: exp(-5 (1 - x)^2), as Laine & Aila 2017; "
+        description="linear; cosine: half a cosine wave; sigmoid: exp(-5 (1 - x)^2), as Laine & Aila 2017, from exp(-5) on; "
         "exponential: a constant factor per epoch (both ends > 0).",
     )
 
     def at(self, epoch: float) -> float:
         """The value at a (fractional) epoch of the stage."""
-        x = min(1.0, max(0.0, (epoch - self.start) / self.epochs))
+        if epoch < self.start:
+            return self.from_
+        x = min(1.0, (epoch - self.start) / self.epochs)
         if self.shape == "exponential":
             return float(self.from_ * (self.to / self.from_) ** x)
         return self.from_ + (self.to - self.from_) * _PROGRESS[self.shape](x)
@@ -48,7 +50,7 @@ class Ramp(Options):
 _PROGRESS: dict[str, Callable[[float], float]] = {
     "linear": lambda x: x,
     "cosine": lambda x: 0.5 - 0.5 * math.cos(math.pi * x),
-    "sigmoid": lambda x: 0.0 if x == 0 else math.exp(-5 * (1 - x) ** 2),
+    "sigmoid": lambda x: math.exp(-5 * (1 - x) ** 2),
 }
 
 

@@ -19,6 +19,7 @@ from kdkit.checkpoints import Checkpoints, write_atomically
 from kdkit.dataset_source import DataInfo
 from kdkit.errors import RunError
 from kdkit.fairness import differences
+from kdkit.finite import metrics_with_nan, to_json
 from kdkit.recipe import Recipe
 
 LOCK = ".lock"
@@ -128,7 +129,7 @@ class RunFolder:
                 if path.name != LOCK and (_leftover(path) or (restart and path != self.marker)):  # the marker is never missing
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
             about = {"fingerprint": recipe.fingerprint, "content": recipe.content(), "data": asdict(info), "versions": versions()}
-            write_atomically(self.marker, json.dumps(about, indent=1).encode())
+            write_atomically(self.marker, to_json(about, indent=1).encode())
             write_atomically(self.recipe_file, recipe.dump().encode())
             yield
 
@@ -162,14 +163,14 @@ class RunFolder:
         """The result, once the run is finished (and its student not taken away)."""
         if not self.result_file.is_file() or not self.student_file.is_file():
             return None
-        saved = json.loads(self.result_file.read_text())
+        saved = json.loads(self.result_file.read_text(), object_hook=metrics_with_nan)
         saved.setdefault("cpu_seconds", 0.0)  # a run of an older kdkit, which did not count them
         return Result(folder=self.path, **{**saved, **{key: tuple(saved.get(key, ())) for key in ("peers", "warnings", "averaged")}})
 
     def finish(self, result: Result) -> None:
         saved = asdict(result)
         del saved["folder"]
-        write_atomically(self.result_file, (json.dumps(saved, indent=1) + "\n").encode())
+        write_atomically(self.result_file, (to_json(saved, indent=1) + "\n").encode())
 
     def snapshot_file(self, stage: str, epoch: int) -> Path:
         """The student's weights after an epoch of a stage."""
@@ -188,7 +189,7 @@ class RunFolder:
     def log(self, **line: Any) -> None:
         """Add a line to metrics.jsonl."""
         with self.metrics_file.open("a") as stream:
-            stream.write(json.dumps(line) + "\n")
+            stream.write(to_json(line) + "\n")
 
     def forget(self, stage: str, epochs: int, steps: int) -> None:
         """Leave out of metrics.jsonl what a stage will write again: all after so many finished epochs and optimizer steps."""
@@ -197,7 +198,7 @@ class RunFolder:
             return bool(line["stage"] != stage or (line["epoch"] <= epochs if line["kind"] == "epoch" else line["step"] <= steps))
 
         kept = filter(stays, self._lines())
-        write_atomically(self.metrics_file, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        write_atomically(self.metrics_file, "".join(to_json(line) + "\n" for line in kept).encode())
 
     def metrics(self, kind: str) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl of one kind ("step" or "epoch")."""
@@ -207,7 +208,7 @@ class RunFolder:
         text = self.metrics_file.read_text() if self.metrics_file.exists() else ""
         for line in text.splitlines():
             with contextlib.suppress(json.JSONDecodeError):  # the process was killed while it wrote this one
-                yield json.loads(line)
+                yield json.loads(line, object_hook=metrics_with_nan)
 
 
 def _leftover(path: Path) -> bool:

@@ -138,6 +138,7 @@ class StageRun:
         """The last step's terms: this process's, or `together` the mean over all. What one process finds wrong, all are told."""
         terms, told = {}, ""
         try:
+            self.setting.factory.verify_finite()  # first, as losses of such answers may be finite, and else say less
             terms = self.meter.read()
         except RunError as error:
             told = str(error)

@@ -36,6 +36,7 @@ def build_trainer(
     with torch.no_grad():
         lessons = stage.step(next(batches(prepared.train, stage, 0)))
     parts.load_state_dict(remembered)
+    factory.verify_finite()
     labels = _labels_by_index(prepared.train)
     if len(lessons) < len(stage.students):
         raise RunError(f"stage '{stage.name}' gives {len(lessons)} lessons for {len(stage.students)} students")

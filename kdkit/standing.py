@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
@@ -87,6 +88,8 @@ class Standing:
             found = gather_object(found) if apart else found
             for scores, one in zip(self.scores, found, strict=False):  # the company has no scores of its own
                 scores[part] = metrics(one, teacher)
+                for name in (name for name, value in scores[part].items() if not math.isfinite(value)):
+                    setting.reporter.warn(f"{name} of the student on {part} data is not finite; the files have null for it")
             if len(found) > 1:
                 self.ensemble[part] = metrics(Predictions(combined([one.logits for one in found]), found[0].labels), teacher)
 

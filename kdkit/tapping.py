@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kdkit.errors import ModelError, RunError, TapError
+from kdkit.finite import FiniteAnswers
 from kdkit.layers import Layer, expand, resolve
 from kdkit.observation import Keep, Stop, Store, Watch, observed, overwriter, register, version
 from kdkit.records import MASK, Inputs, Outputs
@@ -69,7 +70,9 @@ class TappedModel:
         self._compiled: Callable[[Inputs], tuple[Tensor | None, dict[str, Tensor]]] | None = None
         self._hooked = False
         self._settled: nn.Module | None = None
+        self._is_view = False  # of another one, which looks at its own answers
         self.frozen = False
+        self.finite = FiniteAnswers(role)  # what a frozen one says: there is no other place where NaN would be noticed
         self.answers: Callable[[Inputs], Outputs] | None = None  # who gives the answers, if not a forward for each call
 
     def __call__(self, inputs: Inputs) -> Outputs:
@@ -80,7 +83,11 @@ class TappedModel:
         """
         if not self.needs_logits and not self.layers:
             return FeaturesOnly({}, self.role, mask=_mask(inputs))
-        return self.forward(inputs) if self.answers is None else self.answers(inputs)
+        answer = self.forward(inputs) if self.answers is None else self.answers(inputs)
+        if self.frozen and not self._is_view:
+            logits = {"logits": answer.logits} if self.needs_logits else {}
+            self.finite.note({**logits, **answer.features})
+        return answer
 
     def forward(self, inputs: Inputs) -> Outputs:
         """The answer by a forward of the network, whoever else could give it."""
@@ -139,6 +146,7 @@ class TappedModel:
     def view(self, layers: Iterable[str], *, needs_logits: bool, answers: Callable[[Inputs], Outputs]) -> TappedModel:
         """The same network and adapter, seen at some of the taps, whose answers come from somewhere else."""
         other = copy.copy(self)
+        other._is_view = True
         other.layers, other.needs_logits, other.answers = {name: self.layers[name] for name in layers}, needs_logits, answers
         return other
 

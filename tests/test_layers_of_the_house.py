@@ -10,7 +10,7 @@ import kdkit
 CORE = Path(kdkit.__file__).parent
 PLUGINS = CORE.parent / "plugins"
 ORDER = """
-    errors turns options forms records shapes parts gathering loss_options layers providers dataset_source contracts teaching peers ensembles hookspecs
+    errors finite turns options forms records shapes parts gathering loss_options layers providers dataset_source contracts teaching peers ensembles hookspecs
     registry source schema recipe_types explain recipe fairness study.grid study.variants study.schema catalogue normalization
     observation backbone tapping trunk models inheritance folding listing randomness augment signals subsets transforms images texts stream data mixing
     objective meter optim trainable engine evaluate probes testing checkpoints cache.store cache.folder cache.kept cache.fingerprint

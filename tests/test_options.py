@@ -26,7 +26,8 @@ class TestRamp:
     @pytest.mark.parametrize("shape", SHAPES)
     def test_begins_at_from_and_ends_at_to(self, shape):
         r = ramp(**{"from": 1, "to": 9, "epochs": 4, "start": 2, "shape": shape})
-        assert [r.at(epoch) for epoch in (0, 2)] == [1, 1]
+        first = 1 + 8 * math.exp(-5) if shape == "sigmoid" else 1  # as its papers have it: not 0 at the first step
+        assert [r.at(epoch) for epoch in (0, 1.99, 2)] == [1, 1, first]
         assert [r.at(epoch) for epoch in (6, 100)] == pytest.approx([9, 9])
 
     @pytest.mark.parametrize(

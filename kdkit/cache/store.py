@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import math
 import mmap
 import os
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from kdkit.checkpoints import write_atomically
 from kdkit.errors import RunError
+from kdkit.finite import to_json
 
 MARKER, LOCK, WRITING, STATES = "cache.json", ".lock", ".writing", "states.bin"
 EMPTY, WRITTEN, ON_DISK = 0, 1, 2
@@ -165,7 +165,7 @@ class AnswerStore:
             with (self.path / name).open("wb") as stream:
                 stream.truncate(size)  # sparse: no block is taken before it is written
                 os.fsync(stream.fileno())
-        write_atomically(self.path / MARKER, (json.dumps(about, indent=1, default=str) + "\n").encode())
+        write_atomically(self.path / MARKER, (to_json(about, indent=1) + "\n").encode())
 
     def _mend(self) -> None:
         self._refuse_damaged()

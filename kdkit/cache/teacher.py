@@ -15,6 +15,7 @@ from kdkit.cache.kept import KeptAnswers, Slots
 from kdkit.cache.store import AnswerStore
 from kdkit.data import TrainLoader
 from kdkit.errors import RunError
+from kdkit.finite import FiniteAnswers
 from kdkit.records import Batch, Inputs, Outputs
 from kdkit.shapes import first_tensor
 from kdkit.teaching import Arrange
@@ -88,6 +89,9 @@ class TeacherCache:
         """
         with torch.no_grad(), autocast(first_tensor(inputs).device, self._precision):
             packed = {name: value.cpu() for name, value in self.kept.pack(forward(inputs)).items()}
+        said = FiniteAnswers(self._role)
+        said.note(packed)
+        said.verify()
         known = self.store.known(rows)
         if bool(known.any()) and not self._compared:
             self._compare(rows[known], {name: value[known] for name, value in packed.items()})

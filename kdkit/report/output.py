@@ -14,6 +14,7 @@ import yaml
 
 from kdkit.checkpoints import write_atomically
 from kdkit.errors import RunError
+from kdkit.finite import to_json, without_nan
 from kdkit.report import answers, courses, page, sections
 from kdkit.report.findings import of_runs
 from kdkit.report.sections import Material
@@ -61,7 +62,7 @@ def write(
     files: dict[str, bytes] = {f"{PICTURES}/{one.name}.png": one.png for one in document.pictures}
     files["report.md"] = page.markdown(document, PICTURES).encode()
     files["report.csv"] = table(findings).encode()
-    files["report.json"] = (json.dumps(figures(material), indent=1, default=str, allow_nan=False) + "\n").encode()
+    files["report.json"] = (to_json(figures(material), indent=1) + "\n").encode()
     files["report.html"] = page.html(document).encode()
     (folder / PICTURES).mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
@@ -155,7 +156,7 @@ def _spent(folder: Path) -> dict[str, float]:
 def figures(material: Material) -> dict[str, Any]:
     """Everything that the page draws or says, as plain data."""
     said = material.answers
-    found: dict[str, Any] = _finite({
+    found: dict[str, Any] = without_nan({
         "findings": asdict(material.findings),
         "courses": {name: asdict(one) for name, one in material.courses.items()},
         "recipes": material.recipes,
@@ -173,12 +174,3 @@ def figures(material: Material) -> dict[str, Any]:
         "missing": material.missing,
     })  # fmt: skip
     return found
-
-
-def _finite(value: Any) -> Any:
-    """The same with null for what is no number, which JSON does not know."""
-    if isinstance(value, Mapping):
-        return {str(key): _finite(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not abs(value) < float("inf") else value

@@ -5,20 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from kdkit.checkpoints import write_atomically
 from kdkit.errors import RunError
+from kdkit.finite import or_nan
+
+Number = Annotated[float, BeforeValidator(or_nan)]
+"""A float; null in the file where it is NaN, for which JSON has no word."""
 
 
 @dataclass(frozen=True)
 class Interval:
     """A 95 % confidence interval."""
 
-    low: float
-    high: float
+    low: Number
+    high: Number
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Difference:
         bootstrap: interval of the mean by resampling the seeds (None likewise).
     """
 
-    values: tuple[float, ...]
+    values: tuple[Number, ...]
     t: Interval | None
     bootstrap: Interval | None
 
@@ -81,8 +85,8 @@ class Variant:
     about: str
     seeds: tuple[int, ...]
     folders: tuple[Path, ...]
-    last: Mapping[str, tuple[float, ...]]
-    best: Mapping[str, tuple[float, ...]]
+    last: Mapping[str, tuple[Number, ...]]
+    best: Mapping[str, tuple[Number, ...]]
     difference: Difference | None
     cost: Cost | None
     failures: Mapping[int, str] = field(default_factory=dict)
@@ -100,7 +104,7 @@ class Teacher:
     """
 
     name: str
-    last: Mapping[str, float]
+    last: Mapping[str, Number]
     parameters: int
     macs: int
     bytes: int
@@ -132,7 +136,7 @@ class Findings:
     versions: Mapping[str, str]
     machine: Mapping[str, str]
 
-    __pydantic_config__ = ConfigDict(ser_json_inf_nan="constants")
+    __pydantic_config__ = ConfigDict(ser_json_inf_nan="null")
 
     @property
     def moment(self) -> str:

@@ -17,6 +17,7 @@ from kdkit import recipe as recipes
 from kdkit.checkpoints import write_atomically
 from kdkit.engine import build_accelerator
 from kdkit.evaluate import Predictions, metrics, predict, predict_together
+from kdkit.finite import or_nan, to_json
 from kdkit.plan import has_random_weights
 from kdkit.providers import ModelOptions, TeacherOptions
 from kdkit.recipe import Recipe
@@ -69,7 +70,7 @@ class Measured:
             return
 
     def save(self) -> None:
-        write_atomically(self.path, json.dumps(self._kept, indent=1).encode())
+        write_atomically(self.path, to_json(self._kept, indent=1).encode())
 
     def spend(self, wall: float, cpu: float, trained: Sequence[str]) -> None:
         """Add what training has taken, and the fingerprints of the runs that it has finished."""
@@ -126,7 +127,7 @@ class Measured:
         if key not in self._kept["answers"]:
             self._kept["answers"][key] = teacher.compare(run, best=best)
             self.save()
-        return {str(name): float(value) for name, value in self._kept["answers"][key].items()}
+        return {str(name): float(or_nan(value)) for name, value in self._kept["answers"][key].items()}
 
 
 class CommonTeacher:

@@ -7,12 +7,17 @@ each class's features, needs a pass over the training images. That code adds 1e-
 lost where probabilities vanish; here logarithms keep all of it. The last step, which fits the student's side, is put in closed form.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 import kdkit
+
+BLOCK = 512  # columns of the cost that are made at a time
 
 
 class WassersteinLogits(kdkit.Loss):
@@ -44,7 +49,12 @@ class WassersteinLogits(kdkit.Loss):
         iterations: int = Field(default=10, ge=1, le=1000, description="Sinkhorn steps.")
 
     options: Options
-    cost: Tensor
+    kernel: Tensor
+
+    @property
+    def cost(self) -> Tensor:
+        """What moving from one class to another costs, (K, K)."""
+        return costs(self.kernel, self.options.regularization)
 
     def setup(self, student: kdkit.Outputs, teacher: kdkit.Outputs, context: kdkit.Context | None = None) -> None:
         super().setup(student, teacher, context)
@@ -56,10 +66,19 @@ class WassersteinLogits(kdkit.Loss):
                 f"the teacher's classifier {tuple(rows.shape)} must have a row for each class of its logits {tuple(teacher.logits.shape)}, "
                 "and two at least"
             )
-        rows = F.normalize(rows.to(student.logits), dim=1)
-        unlike = (1 - rows @ rows.T).clamp_min(0).fill_diagonal_(0)
-        sharpness = self.options.sharpness
-        self.register_buffer("cost", -torch.expm1(-sharpness * unlike) if sharpness else unlike)
+        # Of K x K numbers, the one thing that is kept: with 21,841 classes it takes 1.9 GB. It follows from the frozen teacher.
+        self.register_buffer("kernel", self.kernel_of(F.normalize(rows.to(student.logits), dim=1)), persistent=False)
+
+    def kernel_of(self, rows: Tensor) -> Tensor:
+        """exp(-cost / regularization) (K, K), symmetric and nowhere 0, by the bound on `regularization`; made in place."""
+        kernel = (rows @ rows.T).neg_().add_(1).clamp_min_(0).fill_diagonal_(0)
+        if sharpness := self.options.sharpness:
+            kernel.mul_(-sharpness).expm1_().neg_()
+        return kernel.div_(-self.options.regularization).exp_()
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        state.pop(f"{prefix}cost", None)  # of a checkpoint that still holds it
+        super()._load_from_state_dict(state, prefix, *arguments)
 
     def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
         z_s, z_t, t, y = student.logits, teacher.logits, self.options.temperature, batch.classes[:, None]
@@ -70,15 +89,41 @@ class WassersteinLogits(kdkit.Loss):
 
     def transport(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         """Cost (B,) of moving p to q, whose logarithms (B, K) may be -inf."""
-        cost = self.cost.to(log_p)
-        kernel = torch.exp(-cost / self.options.regularization)  # symmetric, and nowhere 0, by the bound on regularization
+        kernel = self.kernel.to(log_p)
         log_u = torch.zeros_like(log_p).masked_fill(log_p.isneginf(), -torch.inf)
         log_v = log_q - log_product(log_u, kernel)
         for _ in range(self.options.iterations - 1):
             log_u = log_p - log_product(log_v, kernel)
             log_v = log_q - log_product(log_u, kernel)
         v = torch.exp(log_v - log_v.detach().amax(1, keepdim=True))
-        return (log_p.exp() * (v @ (kernel * cost)) / (v @ kernel)).sum(1)
+        moved: Tensor = CostProduct.apply(v, kernel, self.options.regularization)
+        return (log_p.exp() * moved / (v @ kernel)).sum(1)
+
+
+def costs(kernel: Tensor, regularization: float) -> Tensor:
+    return kernel.log().mul_(-regularization)
+
+
+class CostProduct(torch.autograd.Function):
+    """v @ (kernel * cost), for v (B, K) and the symmetric kernel (K, K), whose product with the cost is never there as a whole."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, kernel: Tensor, regularization: float) -> Tensor:
+        ctx.save_for_backward(kernel)
+        ctx.regularization = regularization
+        return in_blocks(v, kernel, regularization)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (kernel,) = ctx.saved_tensors
+        return in_blocks(grad, kernel, ctx.regularization), None, None
+
+
+def in_blocks(v: Tensor, kernel: Tensor, regularization: float) -> Tensor:
+    """v @ (kernel * cost), some columns at a time."""
+    blocks = torch.split(kernel, BLOCK, dim=1)
+    return torch.cat([v @ costs(block, regularization).mul_(block) for block in blocks], 1)
 
 
 def log_product(log_x: Tensor, kernel: Tensor) -> Tensor:
