@@ -128,7 +128,7 @@ def losses_page() -> Iterator[str]:
 
 def _entries(kind: str) -> list[catalogue.Entry]:
     found = [entry for entry in catalogue.entries(registry.load()) if entry.kind == kind]
-    return [entry for entry in found if (Path.cwd() / entry.origin).is_relative_to(ROOT / "plugins")]
+    return [entry for entry in found if (Path.cwd() / entry.origin).resolve().is_relative_to(ROOT / "plugins")]
 
 
 def _source(entry: catalogue.Entry) -> str:
@@ -149,7 +149,7 @@ def _plugin(entry: catalogue.Entry) -> Iterator[str]:
         yield from (*_option_table(options), "")
     else:
         yield from ("No options of its own.", "")
-    file = (Path.cwd() / entry.origin).relative_to(ROOT)
+    file = (Path.cwd() / entry.origin).resolve().relative_to(ROOT)
     yield from (f"File: [{file}](../../{file})", "")
 
 

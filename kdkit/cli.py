@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 from enum import StrEnum
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from kdkit import cli_studies
+from kdkit import __version__, cli_studies, usage
 from kdkit.console import Overrides, Plugins, RecipeFile, absolute, load, out
 from kdkit.errors import Interrupted, KdkitError
 
 app = typer.Typer(
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,  # typer's boxes show a flag as if it took a value
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Knowledge distillation from recipes: any loss plugin under any schedule plugin.",
 )
 app.add_typer(cli_studies.app)
@@ -32,6 +34,24 @@ class ExportFormat(StrEnum):
     onnx = "onnx"
 
 
+def _versions(wanted: bool) -> None:
+    if wanted:
+        libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "timm"))
+        out.print(f"kdkit {__version__} (Python {platform.python_version()}, {libraries})")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def kdkit(
+    context: typer.Context,
+    versions: Annotated[bool, typer.Option("--version", help="Print the versions of kdkit and its libraries.", callback=_versions)] = False,
+) -> None:
+    """Knowledge distillation from recipes: any loss plugin under any schedule plugin."""
+    if context.invoked_subcommand is None:
+        out.print(context.get_help(), markup=False)
+        raise typer.Exit(2)
+
+
 @app.command()
 def train(
     recipe: RecipeFile,
@@ -41,25 +61,28 @@ def train(
     restart: Annotated[bool, typer.Option("--restart", help="Throw away the run that is there, and begin anew.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print warnings only.")] = False,
 ) -> None:
-    """Carry out a recipe; an interrupted run goes on from where it was."""
-    from kdkit import runs
+    """Carry out a recipe; an interrupted run goes on."""
+    loaded = load(recipe, overrides, plugins)
+    from kdkit import runs  # after the recipe: a mistake in it is told at once
 
-    runs.train(load(recipe, overrides, plugins), run, restart=restart, quiet=quiet)
+    runs.train(loaded, run, restart=restart, quiet=quiet)
 
 
 @app.command()
 def check(recipe: RecipeFile, overrides: Overrides = None, plugins: Plugins = None) -> None:
     """Say what a recipe would do, without data, weights or training."""
+    loaded = load(recipe, overrides, plugins)
     from kdkit import plan
 
-    out.print(str(plan.make(load(recipe, overrides, plugins))), markup=False)
+    out.print(str(plan.make(loaded)), markup=False)
 
 
 @app.command()
 def evaluate(
     run: RunPath,
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Other data: data.key=value, such as data.dataset.root=/images.", show_default=False)
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Other data: data.key=value, such as data.dataset.root=/images.", show_default=False),
     ] = None,
     best: Best = False,
 ) -> None:
@@ -82,7 +105,7 @@ def show(
         Path | None, typer.Option("--png", help="Picture of the curves (default: curves.png in the run folder).", show_default=False)
     ] = None,
 ) -> None:
-    """Tell a run, finished or not: its recipe in brief, its result, its learning curves."""
+    """Show a run, finished or not: its recipe, result and curves."""
     from kdkit.show import Story
 
     story = Story(run)
@@ -113,24 +136,34 @@ def export(
 def profile(
     models: Annotated[
         list[str],
-        typer.Argument(metavar="RUN|MODEL...", help="Run folders (teacher and student), and names of models.", show_default=False),
+        typer.Argument(metavar="RUN|MODEL", help="Run folders (teacher and student), and names of models.", show_default=False),
     ],
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Images per answer, beside single ones.")] = 32,
+    batch: Annotated[int, typer.Option("--batch", min=1, metavar="N", help="Images per answer, beside single ones.")] = 32,
     size: Annotated[
         str | None,
-        typer.Option("--size", help="Image shape C,H,W, or N tokens of a text (default: the run's, or 3,224,224).", show_default=False),
+        typer.Option(
+            "--size",
+            help="Image shape C,H,W or side (224: 3,224,224), or tokens of a text (default: the run's, or 224).",
+            show_default=False,
+        ),
     ] = None,
     classes: Annotated[
-        int | None, typer.Option("--classes", min=1, help="Logits of named models (default: the run's, or 1000).", show_default=False)
+        int | None,
+        typer.Option("--classes", min=1, metavar="N", help="Logits of named models (default: the run's, or 1000).", show_default=False),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Processor threads (default: torch's).", show_default=False)
+        int | None, typer.Option("--threads", min=1, metavar="N", help="Processor threads (default: torch's).", show_default=False)
     ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Measure on the processor, even where there is an accelerator.")] = False,
-    runs: Annotated[int, typer.Option("--runs", min=1, help="Answers timed of each model and batch size, within five seconds.")] = 100,
+    runs: Annotated[
+        int, typer.Option("--runs", min=1, metavar="N", help="Answers timed of each model and batch size, within five seconds.")
+    ] = 100,
     plugins: Plugins = None,
 ) -> None:
-    """Measure what models cost: parameters, multiply-accumulates, bytes, time; from the second on, beside the first."""
+    """Measure what models cost: parameters, operations, bytes, time.
+
+    From the second model on, each number is also shown as a multiple of the first model's.
+    """
     import torch
 
     from kdkit import cost_table
@@ -151,13 +184,16 @@ def profile(
 def layers(
     model: Annotated[str, typer.Argument(help="SOURCE/NAME; a bare NAME is timm's.")],
     options: Annotated[
-        list[str] | None, typer.Argument(help="Options of the model: key=value, such as stem=small.", show_default=False)
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Options of the model: key=value, such as stem=small.", show_default=False),
     ] = None,
     classes: Annotated[int, typer.Option(help="Number of classes.")] = 10,
-    size: Annotated[str, typer.Option(help="Image shape C,H,W; for networks that read texts, N tokens.")] = "3,224,224",
+    size: Annotated[
+        str, typer.Option(help="Image shape C,H,W or side (224: 3,224,224); for networks that read texts, N tokens.")
+    ] = "3,224,224",
     plugins: Plugins = None,
 ) -> None:
-    """List the layers of a model that a recipe can tap, with output shapes and aliases."""
+    """List the layers of a model that a recipe can name, with shapes."""
     from kdkit import listing
 
     rows = listing.layers(model, options or [], classes, size, absolute(plugins))
@@ -213,8 +249,15 @@ def schema(
 
 def main() -> None:
     """Run the command line: a mistake of the user's is one line and exit code 2; a stop by a signal is 128 plus its number."""
+    if {"--install-completion", "--show-completion"} & set(sys.argv) and not _in_a_shell():
+        sys.exit("kdkit: completion is for bash, zsh, fish and PowerShell; this process was started by none of them")
     try:
-        app(standalone_mode=True)
+        code = app(prog_name="kdkit", standalone_mode=False)
+    except typer.Abort:
+        sys.exit(130)
+    except typer.BadParameter.__mro__[2] as error:  # the base of all that typer raises; its module has moved
+        print(usage.told(error, sys.argv[1:]), file=sys.stderr)
+        sys.exit(2)
     except Interrupted as error:
         print(error, file=sys.stderr)
         sys.exit(128 + error.signal)
@@ -224,3 +267,14 @@ def main() -> None:
     except OSError as error:  # a folder that cannot be made, a disk that is full
         print(f"{error.filename or 'kdkit'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
+    sys.exit(code or 0)
+
+
+def _in_a_shell() -> bool:
+    import shellingham  # comes with typer
+
+    try:
+        shellingham.detect_shell()
+    except shellingham.ShellDetectionFailure:
+        return False
+    return True

@@ -18,20 +18,24 @@ def compare(
     words: Annotated[
         list[str],
         typer.Argument(
-            metavar="STUDY|RECIPE|KEY=VALUE...",
+            metavar="STUDY|RECIPE|KEY=VALUE",
             help="A study file, or recipes (the first is the baseline); key.path=value replaces a value in all of them.",
             show_default=False,
         ),
     ],
     seeds: Annotated[
         int | None,
-        typer.Option(min=1, help="Runs per variant, with the seeds 0, 1, 2... (default: the study's, or 3).", show_default=False),
+        typer.Option(
+            min=1, metavar="N", help="Runs per variant, with the seeds 0, 1, 2... (default: the study's, or 3).", show_default=False
+        ),
     ] = None,
     allow: Annotated[
-        list[str] | None, typer.Option("--allow", help="Key in which variants may differ; may be repeated.", show_default=False)
+        list[str] | None,
+        typer.Option("--allow", metavar="KEY", help="Key in which variants may differ; may be repeated.", show_default=False),
     ] = None,
     max_parallel: Annotated[
-        int | None, typer.Option("--max-parallel", min=1, help="Runs in memory at once (default: all that share data and seed).")
+        int | None,
+        typer.Option("--max-parallel", min=1, metavar="N", help="Runs in memory at once (default: all that share data and seed)."),
     ] = None,
     spread: Annotated[
         bool, typer.Option("--spread", help="In several processes, train other seeds and groups in each, not each run in all.")
@@ -39,14 +43,19 @@ def compare(
     dry: Annotated[bool, typer.Option("--dry", help="Only list the variants, and what is trained already.")] = False,
     plugins: Plugins = None,
 ) -> None:
-    """Train a study's variants, or recipes, with several seeds each; print what they reach and cost. What is trained already is reused."""
-    from kdkit import spreading
+    """Train the variants of a study with several seeds; compare them.
+
+    Runs that are trained already are reused.
+    """
     from kdkit.source import parse_overrides
-    from kdkit.study import comparison, table, variants
+    from kdkit.study import variants
 
     changes = [word for word in words if "=" in word and not Path(word).exists()]
     paths = [Path(word) for word in words if word not in changes]
     loaded = variants.load(paths, parse_overrides(changes), absolute(plugins), seeds=seeds, allow=allow or ())
+    from kdkit import spreading
+    from kdkit.study import comparison, table
+
     if dry:
         out.print(table.planned(loaded))
         return
@@ -68,14 +77,19 @@ def compare(
 
 @app.command()
 def report(
-    paths: Annotated[list[Path], typer.Argument(metavar="STUDY|RUN...", help="A study's folder, or run folders.", show_default=False)],
+    paths: Annotated[list[Path], typer.Argument(metavar="STUDY|RUN", help="A study's folder, or run folders.", show_default=False)],
     output: Annotated[Path | None, typer.Option("--output", help="Folder of the files (default: the study's).", show_default=False)] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option("--data", help="Where the data lie: key=value, such as dataset.root=/images; may be repeated.", show_default=False),
+        typer.Option(
+            "--data",
+            metavar="KEY=VALUE",
+            help="Where the data lie: key=value, such as dataset.root=/images; may be repeated.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
-    """Tell a study, or runs: a page with tables and pictures, the same as Markdown, its figures as CSV and JSON."""
+    """Write the report of a study or of runs: a page, CSV and JSON."""
     from rich.markup import escape
 
     from kdkit.report import output as reports
@@ -101,21 +115,23 @@ def cache(
     folder: Annotated[Path, typer.Option("--dir", help="Where caches are listed or removed.")] = Path("runs/teacher-cache"),
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
-    """Fill the teacher caches of a recipe ahead of its training; list or remove caches."""
-    from kdkit.cache import filling
-    from kdkit.cache import folder as store_folder
-    from kdkit.cache.store import gigabytes
+    """Fill the teacher caches of a recipe; list or remove caches."""
     from kdkit.errors import RecipeError
 
     if clear and listed:
         raise RecipeError("give --list or --clear, not both")
+    wanted = None if clear or listed or recipe is None else load(Path(recipe), overrides, plugins)
+    from kdkit.cache import filling  # after the recipe: a mistake in it is told at once
+    from kdkit.cache import folder as store_folder
+    from kdkit.cache.store import gigabytes
+
     if clear:
         for gone in store_folder.clear(folder, recipe):
             out.print(f"removed {gone.path} ({gigabytes(gone.bytes)})", markup=False)
     elif listed:
         out.print(filling.table([found for found in store_folder.stores(folder) if recipe in (None, found.path.name)]))
-    elif recipe is None:
+    elif wanted is None:
         raise RecipeError("name a recipe whose teacher caches are to be filled, or give --list or --clear")
     else:
-        for made in filling.fill(load(Path(recipe), overrides, plugins), quiet=quiet):
+        for made in filling.fill(wanted, quiet=quiet):
             out.print(f"{made.path}: {made.filled:,} answers, {gigabytes(made.bytes)}", markup=False)

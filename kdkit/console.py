@@ -16,10 +16,11 @@ out = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty()
 
 RecipeFile = Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Values that replace the file's: key.path=value, such as train.epochs=3.", show_default=False)
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Values that replace the file's: key.path=value, such as train.epochs=3.", show_default=False),
 ]
 Plugins = Annotated[
-    list[Path] | None, typer.Option("--plugins", help="Further plugin file or folder; may be repeated.", show_default=False)
+    list[Path] | None, typer.Option("--plugins", metavar="FILE", help="Further plugin file or folder; may be repeated.", show_default=False)
 ]
 
 

@@ -15,7 +15,7 @@ from kdkit.errors import ModelError, RunError
 from kdkit.models import build_model
 from kdkit.profile import Profile
 from kdkit.recipe_types import source_of
-from kdkit.shapes import Shape, kind_of, parse_shape
+from kdkit.shapes import Shape, as_image, is_text, kind_of, parse_shape
 from kdkit.tapping import TappedModel
 from kdkit.trained import TrainedRun
 
@@ -40,7 +40,7 @@ def subjects(
 
     Args:
         words: run folders, and model names as a recipe has them.
-        size: "C,H,W" (of texts, "N") for all of them (None: a run's own; 3,224,224 without a run).
+        size: "C,H,W" (of texts "N", of square images their side) for all of them (None: a run's own; 3,224,224 without a run).
         classes: number of logits of named models (None: the first run's; 1000 without a run).
         device: where they are measured.
         plugins: further plugin files or folders.
@@ -62,6 +62,8 @@ def subjects(
 
 def _of_run(word: str, run: TrainedRun, asked: Shape | None, device: torch.device) -> Iterator[Subject]:
     shape, name = asked or run.info.image_shape, Path(word).resolve().name
+    if not is_text(run.info.image_shape):
+        shape = as_image(shape, run.info.image_shape[0])
     if kind_of(shape) != kind_of(run.info.image_shape):
         raise ModelError(f"--size: {word} was trained on {kind_of(run.info.image_shape)}")
     for called, teacher in zip(run.recipe.spec.all_teachers(), run.teachers(device=device), strict=True):
@@ -79,7 +81,8 @@ def _of_name(word: str, shape: Shape | None, classes: int, device: torch.device,
     except ValidationError as error:
         keys = ", ".join(".".join(map(str, e["loc"])) for e in error.errors())
         raise ModelError(f"{word}: needs options that only a recipe can give ({keys})") from None
-    taken = shape or (DEFAULT_TEXT if sources[source].takes == "texts" else DEFAULT_SHAPE)
+    is_reader = sources[source].takes == "texts"
+    taken = shape or DEFAULT_TEXT if is_reader else as_image(shape or DEFAULT_SHAPE)
     model = build_model(options, sources[source](options, name), classes, taken, role=word, device=device, channels_last=True)
     return Subject(word, model, taken)
 

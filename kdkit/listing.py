@@ -12,14 +12,14 @@ from kdkit import registry
 from kdkit.errors import ModelError
 from kdkit.layers import LayerRow, tappable_layers
 from kdkit.recipe_types import source_of
-from kdkit.shapes import Shape, is_text, parse_shape
+from kdkit.shapes import Shape, as_image, is_text, parse_shape
 from kdkit.source import nested, parse_overrides
 
 TOKENS_SHOWN = 16  # where nobody says how long texts are
 
 
 def layers(model: str, words: Sequence[str], num_classes: int, size: str, plugins: tuple[Path, ...] = ()) -> list[LayerRow]:
-    """The layers of `model`, built on the meta device with `key=value` options for images of `size` "C,H,W" or texts of "N" tokens.
+    """The layers of `model`, built on the meta device with `key=value` options for images or texts of `size`, as `parse_shape` reads it.
 
     Raises:
         ModelError: no such model, or it does not take such images or options.
@@ -34,10 +34,9 @@ def layers(model: str, words: Sequence[str], num_classes: int, size: str, plugin
     builder = sources[source](options, name)
     if builder.takes == "texts":
         taken: Shape = shape if is_text(shape) else (TOKENS_SHOWN,)
-    elif is_text(shape):
-        raise ModelError(f"--size: {model} takes images, whose size is C,H,W, such as 3,224,224")
     else:
-        taken = (builder.in_channels(shape[0]), *shape[1:])
+        channels, *sides = as_image(shape)
+        taken = (builder.in_channels(channels), *sides)
     with torch.device("meta"):
         module = builder.build(num_classes, taken)
     return tappable_layers(module, taken)

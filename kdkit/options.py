@@ -14,7 +14,7 @@ from pydantic_core import CoreSchema, SchemaValidator, core_schema
 class Options(BaseModel):
     """Base of all option records: unknown keys are errors, values do not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, defer_build=True)
 
 
 class Ramp(Options):

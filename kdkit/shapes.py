@@ -55,8 +55,13 @@ def first_tensor(inputs: Inputs) -> Tensor:
     return next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs
 
 
+def as_image(shape: Shape, channels: int = 3) -> Shape:
+    """(C, H, W) as it is; a side (N,) as that of square images."""
+    return (channels, *shape, *shape) if is_text(shape) else shape
+
+
 def parse_shape(size: str) -> Shape:
-    """(C, H, W) of "C,H,W", and (N,) of "N".
+    """(C, H, W) of "C,H,W", and (N,) of "N": tokens of a text, or the side of square images.
 
     Raises:
         ModelError: it is not of that form.
@@ -65,4 +70,6 @@ def parse_shape(size: str) -> Shape:
         shape = tuple(int(side) for side in size.split(","))
         if len(shape) in (1, 3) and min(shape) > 0:
             return shape
-    raise ModelError(f"--size: '{size}' is not of the form C,H,W, such as 3,224,224, or N, tokens of a text")
+    raise ModelError(
+        f"--size: '{size}' is not of the form C,H,W, such as 3,224,224, nor a whole number: the side of square images, or tokens of a text"
+    )

@@ -18,7 +18,7 @@ ORDER = """
     show setting averaging standing stage_run profile export cost_table stage_setup runs cache.filling spreading lockstep study.findings study.intervals
     study.step_memory study.measured study.comparison study.table report.cka report.blocks report.drawing report.courses report.lines
     report.maps report.answers report.words report.sections report.page report.findings report.output api cache.__init__ study.__init__
-    report.__init__ console cli_studies __init__ cli __main__
+    report.__init__ console usage cli_studies __init__ cli __main__
 """.split()  # noqa: SIM905
 
 

@@ -36,5 +36,5 @@ def test_what_is_done_to_either(shape, kind):
 def test_a_shape_is_read():
     assert parse_shape("3,32,48") == (3, 32, 48) and parse_shape("12") == (12,)
     for wrong in ("3,32", "a", "0", "3,32,", ""):
-        with pytest.raises(ModelError, match="--size: .* is not of the form C,H,W, such as 3,224,224, or N, tokens of a text"):
+        with pytest.raises(ModelError, match="--size: .* is not of the form C,H,W, such as 3,224,224, nor a whole number"):
             parse_shape(wrong)

@@ -1,0 +1,49 @@
+"""One line for a command line that does not fit the command."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+
+def told(error: Any, words: Sequence[str]) -> str:
+    """What typer says of the command line `words`, on one line that begins with the command."""
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "kdkit"
+    says = " ".join(error.format_message().split()).replace("Value error, ", "").rstrip(".")
+    option = getattr(error, "option_name", None)
+    takes_overrides = context and any(param.name == "overrides" for param in context.command.params)
+    if option and takes_overrides and (keys := list(_keys_called(option))):
+        value = _value_after(option, words)
+        says += f"; a recipe's value is given as {' or '.join(f'{key}={value}' for key in keys)}"
+    elif option or "Missing" in says:
+        says += f"; `{command} -h` shows what there is"
+    return f"{command}: {says[0].lower()}{says[1:]}"
+
+
+def _value_after(option: str, words: Sequence[str]) -> str:
+    """The value that was meant for an option: `3` of `--epochs 3` and of `--epochs=3`."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word == option and following and not following.startswith("-"):
+            return following
+        if word.startswith(f"{option}="):
+            return word.removeprefix(f"{option}=")
+    return "VALUE"
+
+
+def _keys_called(option: str) -> Iterator[str]:
+    """Every key of a recipe, of which the last part has the option's name."""
+    from kdkit.schema import RecipeBase  # imports torch
+
+    name = option.lstrip("-").replace("-", "_")
+    yield from (path for path in _paths(RecipeBase) if path.split(".")[-1] == name)
+
+
+def _paths(model: type[BaseModel], above: str = "") -> Iterator[str]:
+    for key, field in model.model_fields.items():
+        yield f"{above}{field.alias or key}"
+        for part in (field.annotation, *get_args(field.annotation)):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                yield from _paths(part, f"{above}{key}.")
