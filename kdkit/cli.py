@@ -255,9 +255,6 @@ def main() -> None:
         code = app(prog_name="kdkit", standalone_mode=False)
     except typer.Abort:
         sys.exit(130)
-    except typer.BadParameter.__mro__[2] as error:  # the base of all that typer raises; its module has moved
-        print(usage.told(error, sys.argv[1:]), file=sys.stderr)
-        sys.exit(2)
     except Interrupted as error:
         print(error, file=sys.stderr)
         sys.exit(128 + error.signal)
@@ -266,6 +263,11 @@ def main() -> None:
         sys.exit(2)
     except OSError as error:  # a folder that cannot be made, a disk that is full
         print(f"{error.filename or 'kdkit'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # as typer's have; where their base is, depends on its version
+            raise
+        print(usage.told(error, sys.argv[1:]), file=sys.stderr)
         sys.exit(2)
     sys.exit(code or 0)
 
