@@ -71,7 +71,7 @@ def by_hand(loss: str, batch: Batch, student: nn.Module, teacher: nn.Module) -> 
     student.train()
     mean = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
-    images = batch.inputs.contiguous(memory_format=torch.channels_last)
+    images = batch.inputs
     seen: dict[tuple[int, str], Tensor] = {}
     names = {"hint": STAGES, "at": STAGES, "rkd": ["global_pool"], "sp": ["layer4"]}.get(loss, [])
     for number, network in enumerate((student, teacher)):

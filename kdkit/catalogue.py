@@ -102,7 +102,7 @@ def _name(annotation: Any) -> str:
     if origin in (tuple, list):
         return f"list of {_name(parts[0])}"
     if origin is Literal:
-        return " | ".join(map(str, parts))
+        return " | ".join(str(part).lower() if isinstance(part, bool) else str(part) for part in parts)
     if parts and origin is not dict:
         return " | ".join("none" if part is type(None) else _name(part) for part in parts)
     plain = {str: "text", float: "number", int: "integer", bool: "true | false", Path: "path"}

@@ -83,7 +83,8 @@ def _of_name(word: str, shape: Shape | None, classes: int, device: torch.device,
         raise ModelError(f"{word}: needs options that only a recipe can give ({keys})") from None
     is_reader = sources[source].takes == "texts"
     taken = shape or DEFAULT_TEXT if is_reader else as_image(shape or DEFAULT_SHAPE)
-    model = build_model(options, sources[source](options, name), classes, taken, role=word, device=device, channels_last=True)
+    last = device.type != "cpu"
+    model = build_model(options, sources[source](options, name), classes, taken, role=word, device=device, channels_last=last)
     return Subject(word, model, taken)
 
 

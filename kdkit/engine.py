@@ -15,6 +15,7 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast, gather_ob
 from torch import Tensor, nn
 
 from kdkit.data import TrainLoader
+from kdkit.devices import trains_on_cpu
 from kdkit.errors import RunError
 from kdkit.objective import Objective, Value, sum_of
 from kdkit.optim import Updater
@@ -218,7 +219,7 @@ def build_accelerator(spec: TrainSpec, **options: Any) -> Accelerator:
     AcceleratorState._reset_state()  # another recipe in this process may have had another precision
     if PartialState._shared_state and PartialState().num_processes == 1:
         PartialState._reset_state()
-    cpu = spec.device == "cpu" or not torch.accelerator.is_available()
+    cpu = trains_on_cpu(spec)
     if spec.precision == "fp16" and cpu:
         raise RunError("train.precision fp16 needs a GPU; on the CPU use fp32 (or bf16)")
     precision = "no" if spec.precision == "fp32" else spec.precision

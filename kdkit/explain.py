@@ -56,6 +56,7 @@ def _explain(error: ErrorDetails, source: Source, model: type[BaseModel]) -> str
         says = f"no such key; {suggest(str(location[-1]), _keys_at(error['loc'][:-1], model))}"
     elif kind == "literal_error":
         allowed = [word.strip(" '") for word in context["expected"].replace(" or ", ", ").split(",")]
+        allowed = [word.lower() if word in ("True", "False") else word for word in allowed]  # as YAML writes them
         says = f"got {error['input']!r}; {suggest(str(error['input']), allowed)}"
     elif kind == "too_short":
         says = f"needs at least {context['min_length']}"

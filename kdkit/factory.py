@@ -17,6 +17,7 @@ from torch import nn
 
 from kdkit.contracts import Loss
 from kdkit.dataset_source import DataInfo
+from kdkit.devices import is_channels_last
 from kdkit.errors import ModelError, RecipeError, RunError, TapError
 from kdkit.folding import fold_batchnorm, unfoldable
 from kdkit.inheritance import inherit
@@ -264,14 +265,18 @@ class ModelFactory:
 
     def _sort_of_teacher(self, name: str, number: int) -> str:
         """A key of all that a teacher's answers depend on, down to their rounding, but for its weights' file and the layers tapped."""
-        spec, train, layers = self.recipe.spec.all_teachers()[name], self.recipe.spec.train, self.teacher_layers(name)
+        spec, layers = self.recipe.spec.all_teachers()[name], self.teacher_layers(name)
         options = self._teacher_options(name)
         assert options is not None
         folded = [unfoldable(self._skeleton(name, options), layers, self.info.num_classes)] if self._folds(name) else []
         compiled = [sorted(layers), self._needs_logits(name)] if self._compiles else []  # other code for other taps
         source = type(self._source(options))  # plugins may give other networks under one name
         made_by = source.__module__, source.__qualname__
-        return json.dumps([content_of(spec), made_by, number, folded, compiled, train.channels_last], sort_keys=True, default=str)
+        return json.dumps([content_of(spec), made_by, number, folded, compiled, self._channels_last], sort_keys=True, default=str)
+
+    @property
+    def _channels_last(self) -> bool:
+        return self._real and is_channels_last(self.recipe.spec.train, self.device)
 
     @property
     def _compiles(self) -> bool:
@@ -315,7 +320,7 @@ class ModelFactory:
             with seeded(spec.seed, "student" if section == "student" else "teacher", number):
                 model = build_model(
                     options, self._source(options), self.info.num_classes, self.info.image_shape, layers, section,
-                    weights=self.device.type != "meta", load=not self.rehearsal, channels_last=spec.train.channels_last,
+                    weights=self.device.type != "meta", load=not self.rehearsal, channels_last=self._channels_last,
                 )  # fmt: skip
         except (ModelError, TapError) as error:
             raise self._error(section, error, options) from error

@@ -17,6 +17,7 @@ from kdkit.cache import planning as cache_plan
 from kdkit.contracts import Context
 from kdkit.dataset_source import DataInfo
 from kdkit.describe import ModelPlan, Plan, StagePlan, adapters, formula
+from kdkit.devices import LEAST_CHANNELS, trains_on_cpu, unsafe_convolution
 from kdkit.errors import DataError, KdkitError, ModelError, RecipeError, RunError, ShapeError, TapError, suggest
 from kdkit.factory import ModelFactory, TrainedTeacher
 from kdkit.models import read_weights
@@ -208,6 +209,7 @@ class _Planner:
             except (RuntimeError, ValueError, AssertionError) as error:
                 what = f"{kind_of(info.image_shape)} {info.image_shape}"
                 raise ModelError(f"{model.role} cannot take {what}: {' '.join(str(error).split())}") from error
+        self._check_layout(model)
         if outputs.logits.shape != (PROBE, info.num_classes):
             raise ModelError(
                 f"{model.role} gives logits {tuple(outputs.logits.shape)} for {PROBE} images; the data has {info.num_classes} classes"
@@ -215,9 +217,21 @@ class _Planner:
         taps = tuple((name, tuple(value.shape[1:])) for name, value in outputs.features.items())
         return ModelPlan(role, sum(p.numel() for p in model.module.parameters()), counter.get_total_flops() // 2 // PROBE, taps)
 
+    def _check_layout(self, model: TappedModel) -> None:
+        """Whether channels-last is safe for a network where it is trained."""
+        if self.spec.train.channels_last is not True or not trains_on_cpu(self.spec.train):
+            return
+        if (name := unsafe_convolution(model.module)) is not None:
+            says = (
+                f"on the CPU, the backward pass of '{name}' of {model.role} (1 x 1, strided, fewer than {LEAST_CHANNELS} channels) "
+                "corrupts memory where images are channels-last; say `auto` or `false`"
+            )
+            self.problems.append(self.recipe.problem(["train", "channels_last"], says))
+
     def _stage(self, stage: Stage, factory: ModelFactory, info: DataInfo, num_train: int, steps: int) -> StagePlan:
         for student in stage.students:
             student.module.eval()
+            self._check_layout(cast("TappedModel", student))
         labels = torch.arange(num_train) % info.num_classes
         if stage.parts is not None:
             stage.parts.to(factory.device)

@@ -214,7 +214,9 @@ class TrainSpec(Options):
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         default="fp32", description="Precision of the students' forward pass (losses run in fp32)."
     )
-    channels_last: bool = Field(default=True, description="Keep images and convolutions channels-last in memory.")
+    channels_last: Literal["auto", True, False] = Field(
+        default="auto", description="Keep images and convolutions channels-last in memory; auto: on an accelerator only."
+    )
     compile: bool = Field(default=False, description="Compile the networks with torch.compile.")
     device: Literal["auto", "cpu"] = Field(default="auto", description="auto: the accelerator there is; cpu: the processor all the same.")
     evaluate_every: int = Field(default=1, gt=0, description="Epochs between measurements on validation and test data.")

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from kdkit import data, registry
 from kdkit.dataset_source import DataInfo, DatasetSource
 from kdkit.deployment import deployed, deploying
+from kdkit.devices import is_channels_last
 from kdkit.errors import ModelError, RecipeError, RunError
 from kdkit.evaluate import metrics, predict, predict_together
 from kdkit.factory import ModelFactory, TrainedTeacher, options_of
@@ -75,7 +76,7 @@ class TrainedRun:
             RunError: its weights are not there (yet).
         """
         spec, file = self.recipe.spec, self._weights(best)
-        layout = spec.train.channels_last if channels_last is None else channels_last
+        layout = is_channels_last(spec.train, device or torch.device("cpu")) if channels_last is None else channels_last
         if (model := self.deployed(best=best)) is not None:
             load_checkpoint(file, model.module)
             model.module.to(device).to(memory_format=torch.channels_last if layout else torch.contiguous_format)

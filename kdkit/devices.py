@@ -1,0 +1,34 @@
+"""Where a recipe is trained, and how its images lie in memory there."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from kdkit.schema import TrainSpec
+
+LEAST_CHANNELS = 16
+"""Input channels from which on a strided 1 x 1 convolution is safe on the CPU with images that are channels-last.
+
+oneDNN computes with vectors of 8 numbers (AVX2) or 16 (AVX-512). With fewer channels than that, the backward pass of such a
+convolution writes a whole vector, beyond the end of a buffer (seen in torch 2.14 and 2.15; with AVX-512 at 64 x 64 pixels)."""
+
+
+def trains_on_cpu(train: TrainSpec) -> bool:
+    """Whether the processor carries the recipe out, because it says so or because there is no accelerator."""
+    return train.device == "cpu" or not torch.accelerator.is_available()
+
+
+def is_channels_last(train: TrainSpec, device: torch.device) -> bool:
+    """Whether networks on that device, and the images that they see, are channels-last in memory."""
+    return device.type != "cpu" if train.channels_last == "auto" else train.channels_last
+
+
+def unsafe_convolution(network: nn.Module) -> str | None:
+    """The name of a convolution that corrupts memory on the CPU where the images are channels-last; None: there is none."""
+    for name, part in network.named_modules():
+        if not isinstance(part, nn.Conv2d) or part.groups > 1 or part.in_channels >= LEAST_CHANNELS:
+            continue
+        if max(part.kernel_size) == 1 and max(part.stride) > 1:
+            return str(name)
+    return None
