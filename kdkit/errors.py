@@ -6,7 +6,8 @@ KdkitError
   TapError      a layer to observe is missing, did not run, or was overwritten
   ShapeError    a loss cannot compare these tensors: names both shapes and what would help
   DataError     a dataset's files are missing or unreadable
-  ModelError    a model cannot be built or its checkpoint does not fit
+  ModelError    a model cannot be built
+    CheckpointError  its weights cannot be read, or do not fit
   RunError      a run cannot go on: foreign folder, non-finite loss, broken checkpoint
     Interrupted   stopped by a signal after saving; the message says how to go on
 """
@@ -41,6 +42,10 @@ class DataError(KdkitError):
 
 class ModelError(KdkitError):
     """A model that cannot be built or loaded."""
+
+
+class CheckpointError(ModelError):
+    """A file of weights that cannot be read or does not fit the network."""
 
 
 class RunError(KdkitError):

@@ -18,12 +18,12 @@ from torch import nn
 from kdkit.contracts import Loss
 from kdkit.dataset_source import DataInfo
 from kdkit.devices import is_channels_last
-from kdkit.errors import ModelError, RecipeError, RunError, TapError
+from kdkit.errors import CheckpointError, ModelError, RecipeError, RunError, TapError
 from kdkit.folding import fold_batchnorm, unfoldable
 from kdkit.inheritance import inherit
 from kdkit.layers import expand_pairs
 from kdkit.loss_options import LayerPair
-from kdkit.models import build_model
+from kdkit.models import build_model, compare_checkpoint
 from kdkit.providers import FIRST_WEIGHTS, ModelOptions, ModelSource, RecipeTeacher, StudentOptions, TeacherOptions
 from kdkit.randomness import seeded
 from kdkit.recipe import Recipe, content_of, models_in
@@ -292,6 +292,30 @@ class ModelFactory:
             return self.trained[name].options if name in self.trained else None
         return options
 
+    def compare_checkpoints(self) -> list[str]:
+        """See whether the checkpoints that the recipe names fit their networks, by names and shapes; what there is to know about them.
+
+        Raises:
+            RecipeError: some do not, a line each.
+        """
+        spec, problems, notes = self.recipe.spec, [], []
+        sections = {"teacher": spec.teacher, "teachers": spec.teachers, "student": spec.student, "schedule": spec.schedule}
+        for place, options in models_in(sections):
+            if options.checkpoint is None:
+                continue
+            source, shape = self._source(options), self.info.image_shape
+            try:
+                built = build_model(options, source, self.info.num_classes, shape, weights=False)
+                told = compare_checkpoint(options, source, built.module, self.info.num_classes)
+            except ModelError as error:
+                key = "checkpoint" if isinstance(error, CheckpointError) else "model"
+                problems.append(self.recipe.problem([*place, key], str(error).removeprefix("model: ")))
+            else:
+                notes += [f"{options.checkpoint.name}: {note}" for note in told]
+        if problems:
+            raise RecipeError("\n".join(problems))
+        return notes
+
     def _skeleton(self, section: str, options: ModelOptions) -> nn.Module:
         if section not in self._skeletons:
             try:
@@ -305,7 +329,8 @@ class ModelFactory:
     def _error(self, section: str, error: Exception, options: ModelOptions | None = None) -> RecipeError:
         place = ["student"] if section == "student" else self.recipe.spec.place_of(section)
         place = next((where for where, model in models_in({"schedule": self.recipe.spec.schedule}) if model is options), place)
-        return self.recipe.error([*place, "model"], str(error).removeprefix(f"{section}: "))
+        key = "recipe" if section in self.trained else "checkpoint" if isinstance(error, CheckpointError) else "model"
+        return self.recipe.error([*place, key], str(error).removeprefix(f"{section}: "))
 
     def _source(self, options: ModelOptions) -> ModelSource:
         sources = self.recipe.plugins.models

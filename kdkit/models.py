@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import pickle
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
-from kdkit.errors import ModelError, TapError
+from kdkit.errors import CheckpointError, ModelError, TapError
 from kdkit.finite import faulty_weight
 from kdkit.layers import classifier_path
 from kdkit.normalization import InputAdapter, NormalizationAdapter
-from kdkit.providers import ModelOptions, ModelSource, Normalize
+from kdkit.providers import ModelOptions, ModelSource, Normalize, TeacherOptions
 from kdkit.shapes import Shape, is_text, kind_of
 from kdkit.tapping import TappedModel
-
-DEPTH = 3  # of nests in nests: a file may hold itself
-NESTS = ("state_dict", "model", "model_state_dict", "state_dict_ema")  # where training scripts keep weights within a checkpoint
+from kdkit.weight_files import Misfit, fit_weights, refuse_other_classes
 
 
 def build_model(
@@ -78,7 +73,8 @@ def build_model(
             module.to(device)
         adapt.to(device if weights else "meta")
     except ModelError as error:
-        raise ModelError(f"{role}: {error}") from error
+        kind = CheckpointError if isinstance(error, CheckpointError) else ModelError
+        raise kind(f"{role}: {error}") from error
     return TappedModel(
         module,
         layers,
@@ -94,9 +90,9 @@ def build_model(
 
 def load_checkpoint(
     path: Path, module: nn.Module, strip_prefix: str = "", num_classes: int | None = None, rename: Callable[[str], str] | None = None,
-    *, new_head: bool = False,
-) -> None:  # fmt: skip
-    """Load a checkpoint's weights into a network. No code that the file may hold is run.
+    *, new_head: bool = False, teaches: bool = False, shapes_only: bool = False,
+) -> tuple[str, ...]:  # fmt: skip
+    """Load a checkpoint's weights into a network; gives what there is to know about them, see `kdkit.weight_files.fit_weights`.
 
     Args:
         path: the file.
@@ -105,70 +101,41 @@ def load_checkpoint(
         num_classes: number of logits, for the message when the file is of another number.
         rename: the network's own name of a key, once the prefix is dropped (None: the same).
         new_head: leave the file's classifier out; the network's own stays as it is.
+        teaches: whether it is a teacher's, which a random classifier would not help.
+        shapes_only: compare names and shapes only; the network may be on the meta device, and stays as it is.
 
     Raises:
-        ModelError: the file is missing, holds more than tensors, or does not fit; the network is then unchanged.
+        CheckpointError: the file is missing, holds more than tensors, or does not fit; the network is then unchanged.
     """
-    found: dict[str, Tensor] = {}
-    for key, value in read_weights(path).items():
-        plain = key.removeprefix(strip_prefix)
-        own = rename(plain) if rename else plain
-        if own in found:
-            raise ModelError(f"{path} does not fit: several of its keys mean '{own}'")
-        found[own] = value
-    wanted = module.state_dict()
-    if new_head:
-        head = _head(module, num_classes)
-        found, wanted = ({k: v for k, v in weights.items() if not k.startswith(f"{head}.")} for weights in (found, wanted))
-    missing = [key for key in wanted if key not in found and not key.endswith("num_batches_tracked")]
-    unexpected = sorted(key for key in found if key not in wanted)
-    reshaped = [key for key in wanted if key in found and found[key].shape != wanted[key].shape]
-    if reshaped and not missing and not unexpected:
-        _refuse_other_classes(path, module, reshaped, found, num_classes)
-    if missing or unexpected or reshaped:
-        kinds = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
-        counts = [
-            f"{len(keys)} keys {kind} ({', '.join([*keys[:3], *['...'][: max(0, len(keys) - 3)]])})" for kind, keys in kinds.items() if keys
-        ]
-        raise ModelError(f"{path} does not fit: {'; '.join(counts)}{_prefix_hint(found, wanted) if missing else ''}")
-    module.load_state_dict(found, strict=False)  # checked above; old files lack BatchNorm's counters
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The weights in a safetensors or torch file, also where a training script nested them.
-
-    Raises:
-        ModelError: the file is missing, broken, or holds more than tensors and plain values.
-    """
-    if not path.is_file():
-        raise ModelError(f"{path}: no such checkpoint")
+    head = _head(module, num_classes) if new_head else None
     try:
-        content: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ModelError(f"{path}: no checkpoint, or holds more than tensors; code in a file is never run: save a state_dict()") from None
-    except Exception as error:  # whatever a broken file makes a reader raise
-        raise ModelError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
-    for _ in range(DEPTH):
-        if isinstance(content, Mapping) and (nest := next((key for key in NESTS if isinstance(content.get(key), Mapping)), None)):
-            content = content[nest]
-    if not isinstance(content, Mapping) or not content or not all(map(_is_plain, content.values())):
-        raise ModelError(f"{path}: holds no weights: a mapping of tensors, at the top or under {', '.join(NESTS)}")
-    return {str(key): value for key, value in content.items()}
-
-
-def _is_plain(value: object) -> bool:
-    """Whether it is a tensor with a number for each of its places."""
-    return isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"
+        found = fit_weights(path, module, strip_prefix, rename, head=head, shapes_only=shapes_only)
+    except Misfit as error:
+        refuse_other_classes(error, path, module, num_classes, teaches=teaches)
+        raise
+    if not shapes_only:
+        module.load_state_dict(found.weights, strict=False)  # checked above; old files lack BatchNorm's counters
+    return found.notes
 
 
 def _load(options: ModelOptions, source: ModelSource, module: nn.Module, num_classes: int, file: Path | None) -> None:
     if file:
         load_checkpoint(file, module, num_classes=num_classes)
     elif options.checkpoint:
-        rename = functools.partial(source.rename, module=module)
-        load_checkpoint(options.checkpoint, module, options.strip_prefix, num_classes, rename, new_head=options.new_head)
+        compare_checkpoint(options, source, module, num_classes, shapes_only=False)
     else:
         source.load(module)
+
+
+def compare_checkpoint(
+    options: ModelOptions, source: ModelSource, module: nn.Module, num_classes: int, *, shapes_only: bool = True
+) -> tuple[str, ...]:
+    """See whether the recipe's checkpoint fits the network, by names and shapes alone; see `load_checkpoint`."""
+    assert options.checkpoint is not None
+    return load_checkpoint(
+        options.checkpoint, module, options.strip_prefix, num_classes, functools.partial(source.rename, module=module),
+        new_head=options.new_head, teaches=isinstance(options, TeacherOptions), shapes_only=shapes_only,
+    )  # fmt: skip
 
 
 def _own_shape(options: ModelOptions, source: ModelSource, shape: Shape) -> Shape:
@@ -217,18 +184,3 @@ def _head(module: nn.Module, num_classes: int | None) -> str:
         return classifier_path(module, num_classes)
     except TapError:
         raise ModelError("new_head: this network has no single linear classifier, so none can be left out of its checkpoint") from None
-
-
-def _refuse_other_classes(path: Path, module: nn.Module, keys: list[str], found: Mapping[str, Tensor], num_classes: int | None) -> None:
-    with contextlib.suppress(TapError):
-        head = classifier_path(module, num_classes)
-        if all(key.startswith(f"{head}.") for key in keys):
-            says = f"{path} is a classifier ('{head}') of {found[keys[0]].shape[0]} classes, not of {num_classes or 'as many'}"
-            raise ModelError(f"{says}; `new_head: true` leaves it out and begins with a random one")
-
-
-def _prefix_hint(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
-    first = next(iter(wanted), "")
-    prefix = next((key.removesuffix(first) for key in found if first and key.endswith(f".{first}")), "")
-    fits = sum(key.startswith(prefix) and key.removeprefix(prefix) in wanted for key in found)
-    return f"; with `strip_prefix: {prefix}` {fits} of {len(wanted)} keys would fit" if prefix else ""

@@ -20,7 +20,6 @@ from kdkit.describe import ModelPlan, Plan, StagePlan, adapters, formula
 from kdkit.devices import LEAST_CHANNELS, trains_on_cpu, unsafe_convolution
 from kdkit.errors import DataError, KdkitError, ModelError, RecipeError, RunError, ShapeError, TapError, suggest
 from kdkit.factory import ModelFactory, TrainedTeacher
-from kdkit.models import read_weights
 from kdkit.objective import Objective, build
 from kdkit.optim import build_optimizer
 from kdkit.providers import ModelOptions
@@ -67,13 +66,11 @@ class _Planner:
                     raise self.recipe.error(["data", "batch_size"], f"{spec.data.batch_size} is more than the {num_train} training images")
             trained = self._trained(info)
         teachers = spec.all_teachers()
-        places: list[tuple[list[str | int], object]] = [(["student"], spec.student)]
-        for place, options in [*places, *((spec.place_of(name), one) for name, one in teachers.items())]:
-            if isinstance(options, ModelOptions) and options.checkpoint:
-                with self._problems_at(*place, "checkpoint"):
-                    read_weights(options.checkpoint)  # whether they fit is seen when they are loaded
         self._raise_if_any()
         factory = ModelFactory(self.recipe, info, trained, device=torch.device("meta"))
+        with self._problems_at():
+            self.notes += factory.compare_checkpoints()
+        self._raise_if_any()
         self._check_layers(factory)
         with self._problems_at("student"):
             student = self._student(factory, info)

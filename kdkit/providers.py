@@ -28,7 +28,11 @@ class ModelOptions(Options):
 
     model: str = Field(description="SOURCE/NAME; a bare NAME is timm's. `kdkit plugins` lists the sources.")
     checkpoint: RecipePath | None = Field(default=None, description="Weights: a safetensors file, or one that torch loads weights-only.")
-    strip_prefix: str = Field(default="", description="Prefix to drop from the checkpoint's keys, such as `module.`.")
+    strip_prefix: str = Field(
+        default="",
+        description="Prefix to drop from the checkpoint's keys, such as `teacher.`; also the key under which its weights lie (`net.`). A prefix "
+        "that all keys have is dropped in any case.",
+    )
     new_head: bool = Field(
         default=False,
         description="Leave out the checkpoint's classifier, which may be of other classes; the network's own, with random weights, stays.",

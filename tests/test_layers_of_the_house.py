@@ -12,7 +12,7 @@ PLUGINS = CORE.parent / "plugins"
 ORDER = """
     errors finite turns options forms records shapes parts gathering loss_options layers providers dataset_source contracts teaching peers ensembles hookspecs
     registry source schema devices recipe_types explain recipe fairness study.grid study.variants study.schema catalogue normalization
-    observation backbone tapping trunk models inheritance folding listing randomness augment signals subsets transforms images texts stream data mixing
+    weight_files observation backbone tapping trunk models inheritance folding listing randomness augment signals subsets transforms images texts stream data mixing
     objective meter optim trainable engine evaluate probes testing checkpoints cache.store cache.folder cache.kept cache.fingerprint
     cache.teacher sharing cache.opening run_folder progress factory cache.planning deployment step_cost stand_ins describe plan trained curves
     show setting averaging standing stage_run profile export cost_table stage_setup runs cache.filling spreading lockstep study.findings study.intervals

@@ -6,7 +6,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import kdkit
-from kdkit.models import build_model, load_checkpoint, read_weights
+from kdkit.models import build_model, load_checkpoint
+from kdkit.weight_files import read_weights
 
 
 class Grid(nn.Module):
@@ -133,11 +134,13 @@ def test_prefix_is_stripped_or_suggested(tmp_path, weights):
     path = tmp_path / "w.safetensors"
     save_file({f"module.net.{key}": value for key, value in weights.items()}, path)
     assert same(build(grid(checkpoint=str(path), strip_prefix="module.net.")).module, weights)
+    assert same(build(grid(checkpoint=str(path))).module, weights)  # all keys have it, and fit without
+    save_file({**{f"module.net.{key}": value for key, value in weights.items()}, "margin": torch.ones(1)}, path)
     with pytest.raises(kdkit.ModelError) as caught:
         build(grid(checkpoint=str(path)))
     assert str(caught.value) == (
         f"student x: {path} does not fit: 8 keys missing (conv.weight, conv.bias, bn.weight, ...); "
-        "9 keys unexpected (module.net.bn.bias, module.net.bn.num_batches_tracked, module.net.bn.running_mean, ...); "
+        "10 keys unexpected (margin, module.net.bn.bias, module.net.bn.num_batches_tracked, ...); "
         "with `strip_prefix: module.net.` 9 of 9 keys would fit"
     )
 
@@ -169,7 +172,8 @@ def test_misfits_are_counted_and_change_nothing(tmp_path, weights):
     del wrong["head.bias"], wrong["bn.num_batches_tracked"]
     torch.save(wrong, tmp_path / "w.pt")
     with pytest.raises(
-        kdkit.ModelError, match=r"1 keys missing \(head.bias\); 1 keys unexpected \(extra\); 1 keys of another shape \(conv.bias\)$"
+        kdkit.ModelError,
+        match=r"1 key missing \(head.bias\); 1 key unexpected \(extra\); 1 key of another shape \(conv.bias \(9,\), not \(4,\)\)$",
     ):
         load_checkpoint(tmp_path / "w.pt", module)
     assert same(module, before)
@@ -197,7 +201,7 @@ def test_a_new_head_takes_a_file_without_one_and_no_other_misfit(tmp_path, weigh
     save_file({key: value for key, value in weights.items() if not key.startswith("head.")}, tmp_path / "body.safetensors")
     assert torch.equal(build(grid(checkpoint=str(tmp_path / "body.safetensors"), new_head=True)).module.conv.weight, weights["conv.weight"])
     save_file({**weights, "conv.bias": torch.zeros(9)}, tmp_path / "wide.safetensors")
-    with pytest.raises(kdkit.ModelError, match=r"wide.safetensors does not fit: 1 keys of another shape \(conv.bias\)$"):
+    with pytest.raises(kdkit.ModelError, match=r"wide.safetensors does not fit: 1 key of another shape \(conv.bias \(9,\)"):
         build(grid(checkpoint=str(tmp_path / "wide.safetensors"), new_head=True))
 
 

@@ -1,0 +1,108 @@
+"""Networks and teachers as people have them: one small input of each kind, at `check` and in training."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from training import PLAIN, merged, write
+
+from kdkit import plan, recipe
+from kdkit.errors import RecipeError
+
+NET = """\
+from torch import nn
+class Net(nn.Sequential):
+    def __init__(self, num_classes, width=4):
+        super().__init__(nn.Flatten(), nn.Linear(3 * 8 * 8, width), nn.ReLU(), nn.Linear(width, num_classes))
+"""
+OWN = {**PLAIN, "student": {"model": "mlp/8"}, "teacher": {"model": "python/Net", "file": "net.py", "checkpoint": "w.pt"}}
+
+
+def checked(folder, base=OWN, **changes):
+    """What `kdkit check` says of a recipe beside a `net.py`."""
+    if not (folder / "net.py").exists():
+        (folder / "net.py").write_text(NET)
+    return plan.make(recipe.load(write(folder, base, **changes)))
+
+
+def refused(folder, base=OWN, **changes):
+    """The one line with which `kdkit check` refuses it, without the place of the file."""
+    with pytest.raises(RecipeError) as caught:
+        checked(folder, base, **changes)
+    (line,) = str(caught.value).splitlines()
+    return line.replace(f"{folder}/", "")
+
+
+def weights_of(classes=6, width=4, prefix=""):
+    scope = {}
+    exec(NET, scope)
+    return {prefix + key: value.clone() for key, value in scope["Net"](classes, width).state_dict().items()}
+
+
+FITS = {  # what the file holds, the prefix in the recipe, what `check` notes
+    "plain": (weights_of(), "", ()),
+    "data_parallel": (weights_of(prefix="module."), "", ("w.pt: the prefix `module.` of its keys is dropped",)),
+    "nested": ({"epoch": 3, "state_dict": weights_of(prefix="model.")}, "", ("w.pt: the prefix `model.` of its keys is dropped",)),
+    "net": ({"net": weights_of(), "optimizer": {"lr": 0.1}}, "", ()),
+    "named_by_nobody": ({"my_own": weights_of(), "optimizer": {"lr": 0.1}}, "", ()),
+    "average": (
+        {"net": weights_of(), "model_ema": weights_of()},
+        "",
+        ("w.pt: the weights are those under `model_ema.`; it also has some under `net.`",),
+    ),
+    "average_chosen": ({"net": weights_of(), "model_ema": weights_of()}, "net.", ()),
+    "two_networks": (
+        {**weights_of(prefix="teacher."), **weights_of(width=2, prefix="student.")},
+        "teacher.",
+        ("w.pt: 4 keys without the prefix `teacher.` are left out (student.1.bias, student.1.weight, student.3.bias, ...)",),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FITS)
+def test_weights_that_fit_are_taken_and_what_is_done_to_them_is_told(tmp_path, case):
+    content, prefix, notes = FITS[case]
+    torch.save(content, tmp_path / "w.pt")
+    found = checked(tmp_path, teacher={"strip_prefix": prefix})
+    assert tuple(note for note in found.notes if note.startswith("w.pt")) == notes
+
+
+MISFITS = {  # what the file holds, what `check` says; `train` plans first, so it says the same
+    "other_network": (
+        weights_of(width=5),
+        "does not fit: 3 keys of another shape (1.weight (5, 192), not (4, 192), 1.bias (5,), not (4,), ",
+    ),
+    "two_networks": (
+        {**weights_of(prefix="teacher."), **weights_of(prefix="student.")},
+        "with `strip_prefix: teacher.` or `student.` 4 of 4 keys would fit",
+    ),
+    "part": ({k: v for k, v in weights_of(prefix="a.").items() if "3" not in k}, "2 of 4 keys would fit"),
+    "fewer_classes": (weights_of(3), "is a classifier ('3') of 3 classes, not of 6; a teacher needs weights for these classes"),
+    "several": (
+        {"a": weights_of(), "b": weights_of()},
+        "weights under several keys; say which are meant by `strip_prefix`, one of `a.`, `b.`",
+    ),
+    "none": ({"epoch": 3, "best": 0.5}, "holds no weights, which are a mapping of tensors; it holds 2 keys (epoch, best)"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_weights_that_do_not_fit_are_refused_at_check(tmp_path, case):
+    content, says = MISFITS[case]
+    torch.save(content, tmp_path / "w.pt")
+    line = refused(tmp_path)
+    assert line.startswith("recipe.yaml:") and ": teacher.checkpoint: w.pt" in line and says in line
+
+
+def test_a_student_of_other_classes_is_told_of_a_new_head(tmp_path):
+    save_file(weights_of(3), tmp_path / "w.safetensors")
+    changes = {"student": {"model": "python/Net", "file": "net.py", "checkpoint": "w.safetensors"}}
+    base = merged({**PLAIN, "student": None}, changes)
+    assert "student.checkpoint: w.safetensors is a classifier ('3') of 3 classes, not of 6; `new_head: true` leaves it out" in refused(
+        tmp_path, base
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_torchscript_archive_is_told_in_its_own_words(tmp_path):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "w.pt")
+    assert "w.pt: is a TorchScript archive, whose code kdkit does not run" in refused(tmp_path)
