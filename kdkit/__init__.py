@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from kdkit.parts import pooled_head as pooled_head
     from kdkit.parts import standardized as standardized
     from kdkit.peers import PeerOptions as PeerOptions
+    from kdkit.providers import Meaning as Meaning
     from kdkit.providers import ModelOptions as ModelOptions
     from kdkit.providers import ModelSource as ModelSource
     from kdkit.providers import Normalize as Normalize
@@ -102,7 +103,7 @@ _HOME = {
     "hookspecs": "hookimpl",
     "options": "BOOKKEEPING Arguments NetworkArguments Options Ramp Rampable RecipePath",
     "dataset_source": "DataInfo DatasetOptions DatasetSource InMemory SharedStream Split Stream Texts",
-    "providers": "ModelOptions ModelSource Normalize Portable",
+    "providers": "Meaning ModelOptions ModelSource Normalize Portable",
     "normalization": "NormalizationAdapter",
     "tapping": "taps",
     "trained": "load_student",

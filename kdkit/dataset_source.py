@@ -79,6 +79,8 @@ class DataInfo:
         num_train, num_test: lengths of the parts.
         class_names: K names, or none.
         further: names of the tensors that a text has beside its token ids and their mask; none for a single text.
+        tokenizer: of texts, a digest of the words and their token ids; empty where it is not known.
+        num_tokens: of texts, the number of different token ids; 0 where it is not known.
     """
 
     image_shape: Shape
@@ -87,6 +89,8 @@ class DataInfo:
     num_test: int
     class_names: tuple[str, ...] = ()
     further: tuple[str, ...] = ()
+    tokenizer: str = ""
+    num_tokens: int = 0
 
 
 class DatasetOptions(Options):

@@ -128,7 +128,7 @@ class ModelFactory:
         names = list(self.recipe.spec.all_teachers())
         known = self._teacher_options(wanted.from_)
         assert known is not None
-        donor, source = self._build(wanted.from_, known, (), names.index(wanted.from_)), self._source(options)
+        donor, source = self._build(wanted.from_, known, (), names.index(wanted.from_)), self.source(options)
         try:
             self.inherited = inherit(student.module, donor.module, wanted.layers, functools.partial(source.rename, module=student.module))
         except ModelError as error:
@@ -270,7 +270,7 @@ class ModelFactory:
         assert options is not None
         folded = [unfoldable(self._skeleton(name, options), layers, self.info.num_classes)] if self._folds(name) else []
         compiled = [sorted(layers), self._needs_logits(name)] if self._compiles else []  # other code for other taps
-        source = type(self._source(options))  # plugins may give other networks under one name
+        source = type(self.source(options))  # plugins may give other networks under one name
         made_by = source.__module__, source.__qualname__
         return json.dumps([content_of(spec), made_by, number, folded, compiled, self._channels_last], sort_keys=True, default=str)
 
@@ -319,7 +319,7 @@ class ModelFactory:
     def _skeleton(self, section: str, options: ModelOptions) -> nn.Module:
         if section not in self._skeletons:
             try:
-                source = self._source(options)
+                source = self.source(options)
                 built = build_model(options, source, self.info.num_classes, self.info.image_shape, role=section, weights=False)
             except ModelError as error:
                 raise self._error(section, error) from error
@@ -332,7 +332,7 @@ class ModelFactory:
         key = "recipe" if section in self.trained else "checkpoint" if isinstance(error, CheckpointError) else "model"
         return self.recipe.error([*place, key], str(error).removeprefix(f"{section}: "))
 
-    def _source(self, options: ModelOptions) -> ModelSource:
+    def source(self, options: ModelOptions) -> ModelSource:
         sources = self.recipe.plugins.models
         name, model_name = source_of(options.model, sources)
         return sources[name](options, model_name)
@@ -344,7 +344,7 @@ class ModelFactory:
         try:
             with seeded(spec.seed, "student" if section == "student" else "teacher", number):
                 model = build_model(
-                    options, self._source(options), self.info.num_classes, self.info.image_shape, layers, section,
+                    options, self.source(options), self.info.num_classes, self.info.image_shape, layers, section,
                     weights=self.device.type != "meta", load=not self.rehearsal, channels_last=self._channels_last,
                 )  # fmt: skip
         except (ModelError, TapError) as error:

@@ -20,9 +20,14 @@ from kdkit.describe import ModelPlan, Plan, StagePlan, adapters, formula
 from kdkit.devices import LEAST_CHANNELS, trains_on_cpu, unsafe_convolution
 from kdkit.errors import DataError, KdkitError, ModelError, RecipeError, RunError, ShapeError, TapError, suggest
 from kdkit.factory import ModelFactory, TrainedTeacher
+<<<<<<< HEAD
+=======
+from kdkit.meaning import meaning_of, other_class_names, refuse_other_meaning
+from kdkit.models import read_weights
+>>>>>>> c409f88 (check compares what teacher and data mean: order of classes, tokenizers, number of tokens)
 from kdkit.objective import Objective, build
 from kdkit.optim import build_optimizer
-from kdkit.providers import ModelOptions
+from kdkit.providers import Meaning, ModelOptions
 from kdkit.randomness import seeded
 from kdkit.recipe import Recipe, teacher_recipes
 from kdkit.records import Batch
@@ -74,11 +79,16 @@ class _Planner:
         self._check_layers(factory)
         with self._problems_at("student"):
             student = self._student(factory, info)
+            begins = meaning_of(spec.student, factory.source(spec.student), factory.student().module)
+            refuse_other_meaning(replace(begins, class_names=()), info, "student")  # classes it learns
         planned = []
         for name, one in teachers.items():
             with self._problems_at(*spec.place_of(name)):
                 planned.append(self._model(f"{name} {_teacher_name(one, trained.get(name))}", factory.teacher(name), info))
             self.notes += self._notes_on(name, one, factory)
+            if isinstance(one, ModelOptions):
+                with self._problems_at(*spec.place_of(name)):
+                    self._compare(meaning_of(one, factory.source(one), factory.teacher(name).module), info, name)
         self._raise_if_any()
         steps = -(
             -(num_train // spec.data.batch_size if spec.data.drop_last else -(-num_train // spec.data.batch_size)) // spec.train.accumulate
@@ -134,13 +144,20 @@ class _Planner:
             with self._problems_at(*self.spec.place_of(name)):
                 planned = make(source)
                 theirs = planned.info.num_classes
+                whose = f"the teacher of {source.source.path.name}"
                 if theirs != info.num_classes:
-                    whose = f"the teacher of {source.source.path.name}"
                     raise ModelError(f"{whose} knows {theirs} classes, this recipe's data has {info.num_classes}")
+                self._compare(Meaning(planned.info.class_names, planned.info.tokenizer), info, whose)
                 every = source.spec.run.snapshots
                 kept = range(every, planned.stages[-1].epochs + 1, every) if every else ()
                 found[name] = TrainedTeacher(source.spec.student, None, dict.fromkeys(kept))
         return found
+
+    def _compare(self, theirs: Meaning, info: DataInfo, whose: str) -> None:
+        """A teacher's classes and tokens with those of the data: another order is refused, other names are noted."""
+        refuse_other_meaning(theirs, info, whose)
+        if name := other_class_names(theirs, info):
+            self.notes.append(f"{whose} has classes of other names ('{name}'); they are taken in their order")
 
     def _notes_on(self, name: str, teacher: object, factory: ModelFactory) -> Iterator[str]:
         """What there is to know about a teacher."""

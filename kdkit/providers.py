@@ -136,6 +136,21 @@ class Portable:
     how: str
 
 
+@dataclass(frozen=True)
+class Meaning:
+    """What a network's numbers stand for, as far as its source knows.
+
+    Attributes:
+        class_names: of its logits, in order; none where nobody knows.
+        tokenizer: digest of the tokenizer that it was trained with (`DataInfo.tokenizer`); empty where nobody knows.
+        num_tokens: of its embedding; 0 where nobody knows.
+    """
+
+    class_names: tuple[str, ...] = ()
+    tokenizer: str = ""
+    num_tokens: int = 0
+
+
 class ModelSource(abc.ABC):
     """Builds networks by name. `model: mlp/small` reaches the source called `mlp` with `model_name` "small"."""
 
@@ -165,6 +180,10 @@ class ModelSource(abc.ABC):
     def normalization(self, module: nn.Module) -> Normalize | None:
         """What the network expects, if the source knows; None for inputs in [0, 1]."""
         return None
+
+    def meaning(self, module: nn.Module) -> Meaning:
+        """What its numbers stand for, if the source knows: `kdkit check` compares it with the data."""
+        return Meaning()
 
     def portable(self, module: nn.Module) -> Portable | None:
         """How the source's own library loads an exported network; None: it has no way of its own."""

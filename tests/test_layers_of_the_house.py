@@ -11,7 +11,7 @@ CORE = Path(kdkit.__file__).parent
 PLUGINS = CORE.parent / "plugins"
 ORDER = """
     errors finite turns options forms records shapes parts gathering loss_options layers providers dataset_source contracts teaching peers ensembles hookspecs
-    registry source schema devices recipe_types explain recipe fairness study.grid study.variants study.schema catalogue normalization
+    registry source schema devices recipe_types explain recipe fairness study.grid study.variants study.schema catalogue meaning normalization
     weight_files observation backbone tapping trunk models inheritance folding listing randomness augment signals subsets transforms images texts stream data mixing
     objective meter optim trainable engine evaluate probes testing checkpoints cache.store cache.folder cache.kept cache.fingerprint
     cache.teacher sharing cache.opening run_folder progress factory cache.planning deployment step_cost stand_ins describe plan trained curves
@@ -34,10 +34,10 @@ def imports(file):
 
 
 def is_private_part(file, node):
-    """Whether a relative import stays in the folder of a plugin, and reaches a private module there (a path part begins with `_`)."""
-    if node.level != 1 or PLUGINS not in file.parents:
+    """Whether a relative import stays among the plugins, and reaches a private module there (a path part begins with `_`)."""
+    if PLUGINS not in file.parents or not (file.parents[node.level - 1] == PLUGINS or PLUGINS in file.parents[node.level - 1].parents):
         return False
-    parts = [*file.parent.relative_to(PLUGINS).parts, *(node.module or "").split(".")]
+    parts = [*file.parents[node.level - 1].relative_to(PLUGINS).parts, *(node.module or "").split(".")]
     return any(part.startswith("_") for part in parts)
 
 

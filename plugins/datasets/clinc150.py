@@ -15,7 +15,7 @@ from pydantic import Field
 
 import kdkit
 
-from ._text.tokens import TextOptions, tokenized
+from ._text.tokens import TextOptions, digest_of, tokenized
 
 URL = "https://raw.githubusercontent.com/clinc/oos-eval/master/data/{file}"
 FILES = {"plus": "data_oos_plus.json", "full": "data_full.json"}
@@ -51,7 +51,8 @@ class Clinc150(kdkit.DatasetSource):
         if not file.is_file():
             return kdkit.DataInfo((self.options.max_length,), INTENTS, *SIZES[self.options.config])
         counts = [len(self._content[part]) + len(self._content[f"{OUT_OF_SCOPE}_{part}"]) for part in ("train", "test")]
-        return kdkit.DataInfo((self.options.max_length,), len(self._intents), counts[0], counts[1], tuple(self._intents))
+        shape, tokens = (self.options.max_length,), digest_of(self.options.tokenizer)
+        return kdkit.DataInfo(shape, len(self._intents), counts[0], counts[1], tuple(self._intents), (), *tokens)
 
     def split(self, part: Literal["train", "test"]) -> kdkit.Texts:
         """Requests in scope, then those out of scope."""

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 import kdkit
 
-from ._text.tokens import TextOptions, tokenized
+from ._text.tokens import TextOptions, digest_of, tokenized
 
 KINDS = ("csv", "json", "parquet", "text")
 PICKLES = "pandas"  # a kind of files of the library's whose reading runs what is in them
@@ -49,7 +49,8 @@ class HfDataset(kdkit.DatasetSource):
         names = self._classes
         counts = [len(self._parts[part]) for part in ("train", "test")]
         pairs = () if isinstance(self.options.text, str) else ("token_type_ids",)
-        return kdkit.DataInfo((self.options.max_length,), len(names), counts[0], counts[1], tuple(names), pairs)
+        shape, tokens = (self.options.max_length,), digest_of(self.options.tokenizer)
+        return kdkit.DataInfo(shape, len(names), counts[0], counts[1], tuple(names), pairs, *tokens)
 
     def split(self, part: Literal["train", "test"]) -> kdkit.Texts:
         rows, number = self._parts[part], {name: i for i, name in enumerate(self._classes)}

@@ -21,6 +21,8 @@ from torch import nn
 
 import kdkit
 
+from ..datasets._text.tokens import digest_of
+
 # Said to every loader of the library, whatever a folder or the hub says: no Python that comes with a network runs. Left out, it asks
 # on the terminal.
 OWN_CODE_ONLY = {"trust_remote_code": False}
@@ -104,6 +106,15 @@ class HuggingFaceSource(kdkit.ModelSource):
             for pattern, own in DISTILBERT:
                 key = re.sub(pattern, own, key)
         return key
+
+    def meaning(self, module: nn.Module) -> kdkit.Meaning:
+        """The classes that its configuration names, and the tokenizer in its folder."""
+        config: Any = module.config
+        names = tuple(str(config.id2label[number]) for number in sorted(config.id2label))
+        numbered = all(name == f"LABEL_{number}" for number, name in enumerate(names))  # what the library calls them by itself
+        tokenizer = digest_of(self.model_name)[0] if self.options.pretrained and Path(self.model_name).is_dir() else ""
+        known = self.options.pretrained and not numbered
+        return kdkit.Meaning(names if known else (), tokenizer, int(getattr(config, "vocab_size", 0) or 0))
 
     def portable(self, module: nn.Module) -> kdkit.Portable:
         """A folder that transformers loads."""

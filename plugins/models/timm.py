@@ -72,6 +72,11 @@ class TimmSource(kdkit.ModelSource):
             return None
         return kdkit.Normalize(mean=tuple(config["mean"]), std=tuple(config["std"]))
 
+    def meaning(self, module: nn.Module) -> kdkit.Meaning:
+        """The `label_names` that a model of a hub or a folder comes with."""
+        names = (getattr(module, "pretrained_cfg", None) or {}).get("label_names") if self.options.pretrained else None
+        return kdkit.Meaning(tuple(names or ()))
+
     def in_channels(self, image_channels: int) -> int:
         """`args.in_chans`; else colour for pretrained networks, and the images' own channels for others."""
         return int(self.options.args.get("in_chans", 3 if self.options.pretrained else image_channels))

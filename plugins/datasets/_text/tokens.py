@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +27,19 @@ class TextOptions(kdkit.DatasetOptions):
         description="Tokenizer of transformers, which must be that of teacher and student: a name of the hub, or a folder."
     )
     max_length: int = Field(default=64, ge=2, description="Tokens of a text at most, special ones included; the rest is cut off.")
+
+
+@functools.lru_cache(maxsize=8)
+def digest_of(tokenizer: str) -> tuple[str, int]:
+    """A digest of a tokenizer's words and their ids, and how many ids there are; nothing is fetched, and ("", 0) if it is not here."""
+    try:
+        from transformers import AutoTokenizer
+
+        known: Any = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True, trust_remote_code=False)
+    except Exception:  # whatever the library raises: `tokenized` says it, when the texts are read
+        return "", 0
+    words = sorted(known.get_vocab().items())
+    return hashlib.sha256(repr(words).encode()).hexdigest(), 1 + max((number for _, number in words), default=-1)
 
 
 def tokenized(options: TextOptions, texts: Sequence[Any], labels: Sequence[int]) -> kdkit.Texts:
