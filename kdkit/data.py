@@ -268,7 +268,7 @@ class _Builder:
         if isinstance(part, InMemory) and not (training and self.spec.timm_augment):
             pixels = part.images if len(indices) == len(part) else part.images[indices]
             pixels = resized(pixels, self.spec.image_size, self.spec.interpolation)
-            self._refuse_other_shape(pixels)
+            self._refuse_other_pixels(pixels)
             return HeldImages(pixels, labels[indices], indices, finish)
         files = Pictures(part) if isinstance(part, InMemory) else part
         shape = self.info.image_shape
@@ -290,7 +290,9 @@ class _Builder:
         if self.spec.batch_size > count:
             raise DataError(f"data.batch_size: {self.spec.batch_size} is more than the {count} training images")
 
-    def _refuse_other_shape(self, pixels: Tensor) -> None:
+    def _refuse_other_pixels(self, pixels: Tensor) -> None:
+        if int(pixels.amax()) == 1:
+            raise DataError(f"dataset '{self.spec.dataset.use}': no pixel is above 1, but they are taken as 0 to 255; multiply by 255")
         if tuple(pixels.shape[1:]) != self.info.image_shape:
             found, said = " x ".join(map(str, pixels.shape[1:])), " x ".join(map(str, self.info.image_shape))
             raise DataError(f"dataset '{self.spec.dataset.use}' says that its images are {said}, but they are {found}")

@@ -38,11 +38,15 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 @dataclass(frozen=True)
 class TrainedTeacher:
-    """The student of another recipe: what it is, the file of its weights, and those of its snapshots by epoch (None: not trained yet)."""
+    """The student of another recipe: what it is, the file of its weights, and those of its snapshots by epoch (None: not trained yet).
+
+    `top1` is its accuracy on its own test data, in percent.
+    """
 
     options: ModelOptions
     file: Path | None
     snapshots: Mapping[int, Path | None] = field(default_factory=dict)
+    top1: float | None = None
 
 
 class ModelFactory:

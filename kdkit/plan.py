@@ -64,6 +64,8 @@ class _Planner:
         source = self.recipe.plugins.datasets[spec.data.dataset.use](spec.data.dataset)
         with self._problems_at("data", "dataset"):
             info = source.info()
+            if info.num_classes < 2:
+                raise DataError(f"says {info.num_classes} class: there must be two to tell apart")
             with self._problems_at("data"):
                 info = replace(info, image_shape=data.image_shape(spec.data, info))
                 num_train = len(choose(spec.data, torch.zeros(info.num_train, dtype=torch.int64))[0])

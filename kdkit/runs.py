@@ -36,6 +36,8 @@ from kdkit.standing import weights
 from kdkit.tapping import TappedModel
 from kdkit.turns import BEGINNING, Stopwatch, Turns, finish
 
+MUCH = 10  # points of accuracy that a teacher loses on other data without a word
+
 
 def train(recipe: Recipe, folder: Path | None = None, *, restart: bool = False, quiet: bool = False) -> Result:
     """Carry out a recipe, or what is left of it; a finished run is returned as it is.
@@ -142,7 +144,8 @@ def trained_teachers(
             (say or Reporter(quiet=quiet).say)(f"{source.spec.name}: the teacher is trained first, in {folder}")
         build_accelerator(source.spec.train).wait_for_everyone()  # all have looked before one of them makes it
         result = train(source, folder, quiet=quiet)
-        teachers[name] = TrainedTeacher(options_of(source, result.network), result.student, RunFolder(folder).snapshots())
+        kept = RunFolder(folder).snapshots()
+        teachers[name] = TrainedTeacher(options_of(source, result.network), result.student, kept, result.test["top1"])
     return teachers
 
 
@@ -231,6 +234,12 @@ def _measure_teacher(setting: Setting) -> None:
         f"{'teacher' if len(teachers) == 1 else f'{len(teachers)} teachers together'}  "
         + "  ".join(f"{name} {value:.2f}" for name, value in found.items())
     )
+    own = [known.top1 for known in setting.factory.trained.values() if known.top1 is not None]
+    if len(own) == len(teachers) == 1 and found["top1"] < own[0] - MUCH:
+        setting.reporter.warn(
+            f"the teacher is right on {found['top1']:.1f} % of the test data, and on {own[0]:.1f} % of its own: do both mean the same by "
+            "their classes, and are images of the same size and range?"
+        )
     chance = 100 / classes
     if found["top1"] < chance + 0.1 * (100 - chance):
         setting.reporter.warn(

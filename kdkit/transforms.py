@@ -20,6 +20,7 @@ Transform = Callable[[Any, int, int], Tensor]
 """(PIL image, view, sample index) -> uint8 (C, H, W)."""
 
 MODES = {1: "L", 3: "RGB"}
+WIDE = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # PIL's modes of more than 8 bits, which `convert` cuts off
 
 
 @contextlib.contextmanager
@@ -96,7 +97,7 @@ class Augmented:
 
     def __call__(self, image: Any, view: int, index: int) -> Tensor:
         with seeded(sample_seed(self.seed, view, index)):
-            normalised: Tensor = self.transform(image.convert("RGB"))  # timm's policies fill with three channels
+            normalised: Tensor = self.transform(with_channels(image, 3))  # timm's policies fill with three channels
         pixels = (normalised * self.std + self.mean).mul_(255).round_().clamp_(0, 255)  # undone: batches are in [0, 1]
         return pixels.to(torch.uint8)[: self.channels]
 
@@ -105,6 +106,10 @@ def with_channels(image: Any, channels: int) -> Any:
     """The PIL image in grey (1 channel) or RGB (3)."""
     if channels not in MODES:
         raise DataError(f"PIL images have 1 or 3 channels, the dataset says {channels}")
+    if image.mode in WIDE:
+        raise DataError(
+            f"its pixels are not of 8 bits (PIL's mode {image.mode}), and would be cut off at 255; scale them to 0 to 255 first"
+        )
     return image.convert(MODES[channels])
 
 

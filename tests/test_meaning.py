@@ -1,6 +1,7 @@
 """What teacher and data mean by classes and tokens is compared before anything is trained."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ from safetensors.torch import save_file
 from small_texts import BERT, WORDS, lay_out, tokenizer
 from small_texts import recipe as text_recipe
 from small_texts import write as write_texts
+from test_data import Held
+from test_data import data as held_data
 
-from kdkit import plan, recipe
-from kdkit.dataset_source import DataInfo
-from kdkit.errors import ModelError, RecipeError
+from kdkit import plan, recipe, runs
+from kdkit.dataset_source import DataInfo, InMemory
+from kdkit.errors import DataError, ModelError, RecipeError
 from kdkit.meaning import other_class_names, refuse_other_meaning
 from kdkit.providers import Meaning
 
@@ -131,3 +134,42 @@ def test_a_tokenizer_with_more_ids_than_the_network_knows(texts):
     path = supervised(texts, "recipe.yaml")
     with pytest.raises(RecipeError, match="student: student knows 43 tokens, and the data's tokenizer has 44"):
         plan.make(recipe.load(path, {"student.config.vocab_size": 43}))
+
+
+def test_a_dataset_of_one_class(tmp_path):
+    path = write(tmp_path, folders(tmp_path / "ours", ("cat",)), "alone")
+    with pytest.raises(RecipeError, match=r"alone.yaml:1: data.dataset: says 1 class: there must be two to tell apart"):
+        plan.make(recipe.load(path))
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+@pytest.mark.parametrize("augment", [{}, {"timm_augment": {}}], ids=["plain", "augmented"])
+def test_pixels_of_more_than_8_bits_are_refused(tmp_path, mode, augment):
+    data = {**folders(tmp_path / "ours", CATS), **augment}
+    for path in (tmp_path / "ours").rglob("*.png"):
+        Image.new(mode, (8, 8), 1000).save(path if mode == "I;16" else path.with_suffix(".tiff"))
+    with pytest.raises(DataError, match="its pixels are not of 8 bits"):
+        runs.train(recipe.load(write(tmp_path, data, "wide")), quiet=True)
+
+
+def test_pixels_from_0_to_1_are_refused():
+    class Binary(Held):
+        def split(self, part):
+            held = super().split(part)
+            return InMemory(held.images // 128, held.labels)
+
+    with pytest.raises(DataError, match="no pixel is above 1, but they are taken as 0 to 255"):
+        held_data(Binary)
+
+
+def test_a_teacher_that_is_worse_here_than_on_its_own_test_data(tmp_path, capsys):
+    """Its classes have the same names, and other pictures."""
+    data = folders(tmp_path / "theirs", CATS)
+    write(tmp_path, data, "teacher", train={"epochs": 30, "optimizer": {"lr": 0.1}})
+    ours = {**data, "dataset": {"use": "image_folder", "root": str(shutil.copytree(tmp_path / "theirs", tmp_path / "ours"))}}
+    for part in ("train", "test"):
+        (tmp_path / "ours" / part / "cat").rename(tmp_path / "ours" / part / "x")
+        (tmp_path / "ours" / part / "eel").rename(tmp_path / "ours" / part / "cat")
+        (tmp_path / "ours" / part / "x").rename(tmp_path / "ours" / part / "eel")
+    runs.train(recipe.load(write(tmp_path, ours, "student", teacher={"recipe": "teacher.yaml"}, **TAUGHT)))
+    assert "% of its own: do both mean the same by their classes" in " ".join(capsys.readouterr().out.split())

@@ -55,7 +55,8 @@ class Files:
 
         try:
             with Image.open(self.paths[index]) as image:
-                return image.convert("RGB"), self.labels[index]
+                wide = image.mode.startswith(("I", "F"))  # more than 8 bits, which kdkit refuses and RGB would cut off
+                return image.convert(image.mode if wide else "RGB"), self.labels[index]
         except Exception as error:  # a broken file raises whatever its format's reader raises
             raise kdkit.DataError(f"{self.paths[index]}: cannot be read as an image: {error}") from error
 
