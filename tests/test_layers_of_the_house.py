@@ -10,15 +10,125 @@ import kdkit
 CORE = Path(kdkit.__file__).parent
 PLUGINS = CORE.parent / "plugins"
 ORDER = """
-    errors finite turns options forms records shapes parts gathering loss_options layers providers dataset_source contracts teaching peers ensembles hookspecs
-    registry source schema devices recipe_types explain recipe fairness study.grid study.variants study.schema catalogue meaning normalization
-    weight_files observation backbone tapping trunk models inheritance folding listing randomness augment signals subsets transforms images texts stream data mixing
-    objective meter optim trainable engine evaluate probes testing checkpoints cache.store cache.folder cache.kept cache.fingerprint
-    cache.teacher sharing cache.opening run_folder progress factory cache.planning deployment step_cost stand_ins describe plan trained curves
-    show setting averaging standing stage_run profile export cost_table stage_setup runs cache.filling spreading lockstep study.findings study.intervals
-    study.step_memory study.measured study.comparison study.table report.cka report.blocks report.drawing report.courses report.lines
-    report.maps report.answers report.words report.sections report.page report.findings report.output api cache.__init__ study.__init__
-    report.__init__ console usage cli_studies __init__ cli __main__
+    errors
+    finite
+    turns
+    options
+    forms
+    records
+    shapes
+    parts
+    gathering
+    loss_options
+    layers
+    providers
+    dataset_source
+    contracts
+    teaching
+    peers
+    ensembles
+    hookspecs
+    registry
+    source
+    schema
+    devices
+    recipe_types
+    explain
+    recipe
+    fairness
+    study.grid
+    study.variants
+    study.schema
+    catalogue
+    meaning
+    normalization
+    weight_files
+    observation
+    backbone
+    tapping
+    trunk
+    models
+    inheritance
+    folding
+    listing
+    randomness
+    augment
+    signals
+    subsets
+    transforms
+    images
+    texts
+    stream
+    data
+    mixing
+    objective
+    meter
+    optim
+    trainable
+    engine
+    evaluate
+    probes
+    testing
+    checkpoints
+    cache.store
+    cache.folder
+    cache.kept
+    cache.fingerprint
+    cache.teacher
+    sharing
+    cache.opening
+    run_folder
+    progress
+    factory
+    cache.planning
+    deployment
+    step_cost
+    stand_ins
+    describe
+    plan
+    trained
+    curves
+    show
+    setting
+    averaging
+    standing
+    stage_run
+    profile
+    export
+    cost_table
+    stage_setup
+    runs
+    cache.filling
+    spreading
+    lockstep
+    study.findings
+    study.intervals
+    study.step_memory
+    study.measured
+    study.comparison
+    study.table
+    report.cka
+    report.blocks
+    report.drawing
+    report.courses
+    report.lines
+    report.maps
+    report.answers
+    report.words
+    report.sections
+    report.page
+    report.findings
+    report.output
+    api
+    cache.__init__
+    study.__init__
+    report.__init__
+    console
+    usage
+    cli_studies
+    __init__
+    cli
+    __main__
 """.split()  # noqa: SIM905
 
 
