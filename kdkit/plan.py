@@ -20,11 +20,7 @@ from kdkit.describe import ModelPlan, Plan, StagePlan, adapters, formula
 from kdkit.devices import LEAST_CHANNELS, trains_on_cpu, unsafe_convolution
 from kdkit.errors import DataError, KdkitError, ModelError, RecipeError, RunError, ShapeError, TapError, suggest
 from kdkit.factory import ModelFactory, TrainedTeacher
-<<<<<<< HEAD
-=======
 from kdkit.meaning import meaning_of, other_class_names, refuse_other_meaning
-from kdkit.models import read_weights
->>>>>>> c409f88 (check compares what teacher and data mean: order of classes, tokenizers, number of tokens)
 from kdkit.objective import Objective, build
 from kdkit.optim import build_optimizer
 from kdkit.providers import Meaning, ModelOptions
