@@ -18,6 +18,7 @@ from kdkit.augment import permutation, subseed
 from kdkit.dataset_source import DataInfo, DatasetSource, InMemory, Split, Stream, Texts
 from kdkit.errors import DataError
 from kdkit.images import Finish, HeldImages, Images, Pictures, ReadImages, View
+from kdkit.labels import class_indices, split
 from kdkit.records import Batch
 from kdkit.schema import DataSpec
 from kdkit.shapes import Shape, is_text
@@ -219,8 +220,8 @@ def prepare(spec: DataSpec, source: DatasetSource, *, seed: int, device: torch.d
     if spec.batch_size % world:
         raise DataError(f"data.batch_size: {spec.batch_size} images cannot be shared equally by {world} processes")
     build = _Builder(spec, replace(info, image_shape=shape), seed, device, rank, world)
-    train, validation = build.train(source.split("train"))
-    return Data(build.info, train, validation, build.test(source.split("test")))
+    train, validation = build.train(split(source, "train", info))
+    return Data(build.info, train, validation, build.test(split(source, "test", info)))
 
 
 @dataclass(frozen=True)
@@ -256,7 +257,9 @@ class _Builder:
         return self._ordered(part, labels, torch.arange(len(labels)))
 
     def _reader(self, part: Stream, batch_size: int, finish: Finish, transform: Transform) -> stream.StreamReader:
-        return stream.StreamReader(part, batch_size, self.spec.workers, finish, transform, rank=self.rank, world=self.world)
+        return stream.StreamReader(
+            part, batch_size, self.spec.workers, finish, transform, self.info.num_classes, rank=self.rank, world=self.world
+        )
 
     def _ordered(self, part: Split | InMemory | Texts, labels: Tensor, indices: Tensor) -> EvalLoader:
         images = self._images(part, labels, indices, Finish(None, self.seed, self.device), training=False)
@@ -276,14 +279,9 @@ class _Builder:
         return ReadImages(files, labels, indices, finish, transform, self.spec.workers, keep_workers=training)
 
     def _labels(self, part: Split | InMemory | Texts, name: str) -> Tensor:
-        labels = torch.as_tensor(part.labels, dtype=torch.int64)
+        labels = class_indices(part.labels, self.info.num_classes, f"dataset '{self.spec.dataset.use}': {name} labels")
         if not len(labels):
             raise DataError(f"dataset '{self.spec.dataset.use}' has no {name} images")
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= self.info.num_classes:
-            raise DataError(
-                f"dataset '{self.spec.dataset.use}': {name} labels go from {low} to {high}, but there are {self.info.num_classes} classes"
-            )
         return labels
 
     def _refuse_large_batch(self, count: int) -> None:

@@ -102,6 +102,8 @@ class DatasetSource(abc.ABC):
 
     name: ClassVar[str]
     Options: ClassVar[type[DatasetOptions]] = DatasetOptions
+    split_at_check: ClassVar[bool] = True
+    """Whether `kdkit check` calls `split`, to see that labels and lengths are sound. False where that takes long, or downloads."""
 
     def __init__(self, options: DatasetOptions) -> None:
         self.options = options

@@ -25,9 +25,16 @@ class NoTeacher(Outputs):
         pass
 
     def __getattribute__(self, name: str) -> object:
-        if name in ("logits", "features"):
+        if name in ("logits", "features", "views", "mask"):
             raise PluginError("a loss with knowledge 'labels' has no teacher to read")
         return super().__getattribute__(name)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> NoTeacher:
+        """There is nothing to change."""
+        return self
+
+    def __repr__(self) -> str:
+        return "NoTeacher()"
 
 
 @dataclass(frozen=True)

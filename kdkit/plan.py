@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import nn
@@ -15,11 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from kdkit import data
 from kdkit.cache import planning as cache_plan
 from kdkit.contracts import Context
-from kdkit.dataset_source import DataInfo
+from kdkit.dataset_source import DataInfo, DatasetSource, Stream
 from kdkit.describe import ModelPlan, Plan, StagePlan, adapters, formula
 from kdkit.devices import LEAST_CHANNELS, trains_on_cpu, unsafe_convolution
 from kdkit.errors import DataError, KdkitError, ModelError, RecipeError, RunError, ShapeError, TapError, suggest
 from kdkit.factory import ModelFactory, TrainedTeacher
+from kdkit.labels import CALLED, class_indices, split
 from kdkit.meaning import meaning_of, other_class_names, refuse_other_meaning
 from kdkit.objective import Objective, build
 from kdkit.optim import build_optimizer
@@ -67,6 +68,7 @@ class _Planner:
                 num_train = len(choose(spec.data, torch.zeros(info.num_train, dtype=torch.int64))[0])
                 if num_train < spec.data.batch_size:
                     raise self.recipe.error(["data", "batch_size"], f"{spec.data.batch_size} is more than the {num_train} training images")
+            self._check_labels(source, info)
             trained = self._trained(info)
         teachers = spec.all_teachers()
         self._raise_if_any()
@@ -167,6 +169,16 @@ class _Planner:
         elif has_random_weights(teacher):
             yield f"the weights of {name} are random: give it a `checkpoint`, `pretrained: true` or a `recipe`"
 
+    def _check_labels(self, source: DatasetSource, info: DataInfo) -> None:
+        """Read both parts where that is cheap: what is wrong with them is told before anything is trained."""
+        if info.num_classes < 2:
+            raise DataError(f"dataset '{source.name}' has {info.num_classes} class: there is nothing to tell apart")
+        parts: tuple[Literal["train", "test"], ...] = ("train", "test")
+        for name in parts if source.split_at_check else ():
+            part = split(source, name, info)
+            if not isinstance(part, Stream):
+                class_indices(part.labels, info.num_classes, f"dataset '{source.name}': {CALLED[name]} labels")
+
     def _check_layers(self, factory: ModelFactory) -> None:
         for i, entry in enumerate(self.spec.losses):
             for j, pair in enumerate(entry.taps()):
@@ -192,11 +204,6 @@ class _Planner:
                 self.problems.append(self.recipe.problem(["train", key], says))
         with self._problems_at("train", "optimizer"):
             build_optimizer(train, nn.Linear(PROBE, PROBE), nn.Identity())
-        if not self.spec.data.drop_last and num_train % size == 1:
-            says = (
-                f"the last batch of an epoch would be a single image ({num_train} images in batches of {size}), which BatchNorm cannot take"
-            )
-            self.problems.append(self.recipe.problem(["data", "drop_last"], says))
         if train.mixup and text:
             self.problems.append(self.recipe.problem(["train", "mixup"], "mixes images, and the data are texts"))
         elif train.mixup and (size % 2 or (not self.spec.data.drop_last and num_train % size % 2)):
@@ -244,14 +251,14 @@ class _Planner:
         for student in stage.students:
             student.module.eval()
             self._check_layout(cast("TappedModel", student))
-        labels = torch.arange(num_train) % info.num_classes
+        classes = torch.arange(num_train) % info.num_classes
         if stage.parts is not None:
             stage.parts.to(factory.device)
         images = random_inputs(info.image_shape, PROBE)
         on_device = random_inputs(info.image_shape, PROBE, factory.device)
         shown = functools.partial(batch_of, on_device, info.num_classes, stage.views)
         batch = self._rehearsal.noting(stage, shown)
-        self._check_images(stage, labels, text=is_text(info.image_shape))
+        self._check_images(stage, classes, text=is_text(info.image_shape))
         with torch.no_grad():
             lessons = stage.step(batch(PROBE))
         last = len(stage.students) - 1
@@ -259,9 +266,10 @@ class _Planner:
         self._check_stage(stage, lessons, objectives)
         objective, network = objectives[0], stage.students[0].module
         self._networks = factory.teacher_modules()
-        context = Context(network, factory.teaching(stage), info.num_classes, num_train, labels)
+        context = Context(network, factory.teaching(stage), info.num_classes, num_train, classes)
+        index = torch.arange(PROBE)
         with seeded("plan"):
-            known, random = Batch(images, labels[:PROBE], torch.arange(PROBE)), factory.device.type == "meta"
+            known, random = Batch(images, index % info.num_classes, index % num_train), factory.device.type == "meta"
             tried = [on_random_numbers(lesson, info.image_shape, info.num_classes) if random else lesson for lesson in lessons]
             left = self._try_losses(objective, tried[0], known, context)
             cast("TappedModel", stage.students[0]).settle(left)
@@ -277,6 +285,7 @@ class _Planner:
         self._used.update(active)
         entries = {name: objective.entries[name] for name in active}
         cost = step_cost(stage, factory.models(), batch, PROBE)
+        self._check_single(stage, batch, num_train)
         return StagePlan(stage.name, len(stage.students), formula(entries), tuple(adapters(active)), epochs, steps * epochs, cost)
 
     def _check_stage(self, stage: Stage, lessons: Sequence[Lesson], objectives: Sequence[Objective]) -> None:
@@ -293,6 +302,26 @@ class _Planner:
         if stage.name in self._stages:
             raise self.recipe.error(["schedule"], f"two stages are called '{stage.name}'; their logs and random numbers go by that name")
         self._stages.add(stage.name)
+
+    def _check_single(self, stage: Stage, batch: Callable[[int], Batch], num_train: int) -> None:
+        """Whether the students can learn from a batch of one, where the recipe gives them one."""
+        size, drop_last = self.spec.data.batch_size, self.spec.data.drop_last
+        if size > 1 and (drop_last or num_train % size != 1):
+            return
+        for student in stage.students:
+            student.module.train()
+        try:
+            stage.step(batch(1))
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            batches = "every batch is" if size == 1 else f"the last of {num_train} images in batches of {size} is"
+            place = ["data", "batch_size" if size == 1 else "drop_last"]
+            says = f"{batches} a single image, of which a BatchNorm layer of the student gets one value a channel; it needs two"
+            self.problems.append(self.recipe.problem(place, says))
+        finally:
+            for student in stage.students:
+                student.module.eval()
 
     def _check_images(self, stage: Stage, labels: torch.Tensor, *, text: bool) -> None:
         """Whether the recipe can give the stage its views, and its images in the order that it wants."""

@@ -14,6 +14,7 @@ from kdkit.augment import sample_seed, subseed
 from kdkit.dataset_source import SharedStream, Stream
 from kdkit.errors import DataError
 from kdkit.images import Broken, Finish, intact, stack
+from kdkit.labels import class_index, class_indices
 from kdkit.records import Batch
 from kdkit.schema import DataSpec
 from kdkit.signals import leave_to_parent
@@ -31,17 +32,19 @@ class StreamReader:
         batch_size: of this process.
         workers: that read.
         finish, transform: what is done to images.
+        classes: K.
     """
 
     def __init__(
-        self, part: Stream, batch_size: int, workers: int, finish: Finish, transform: Transform, *, rank: int = 0, world: int = 1
-    ) -> None:
+        self, part: Stream, batch_size: int, workers: int, finish: Finish, transform: Transform, classes: int, *,
+        rank: int = 0, world: int = 1,
+    ) -> None:  # fmt: skip
         self.part, self.batch_size, self.rank, self.world = part, batch_size, rank, world
-        self._workers, self._finish, self._transform = workers, finish, transform
+        self._workers, self._finish, self._transform, self._classes = workers, finish, transform, classes
 
     def whole(self) -> StreamReader:
         """A reader of all of it in this process."""
-        return StreamReader(self.part, self.batch_size, self._workers, self._finish, self._transform)
+        return StreamReader(self.part, self.batch_size, self._workers, self._finish, self._transform, self._classes)
 
     def batches(self, seed: int | None, view: int | None) -> Iterator[Batch]:
         """Batches of one epoch in the order that `seed` (and the number of workers) gives; None: the order of the files.
@@ -59,7 +62,7 @@ class StreamReader:
             generator=torch.Generator().manual_seed(seed or 0),  # a worker's own seed comes from it
         )
         for pixels, labels, index in loader:
-            yield self._finish(intact(pixels), labels, index, view)
+            yield self._finish(intact(pixels), class_indices(labels, self._classes, "the stream's labels"), index, view)
 
 
 class _Share(IterableDataset[Sample]):
@@ -75,9 +78,9 @@ class _Share(IterableDataset[Sample]):
         for place, (image, label) in enumerate(self.part.read(self.seed, self.workers, self.batch_size)):
             index = (first + place * step) * self.world + self.rank  # no other process's
             try:
-                yield self.transform(image, self.view, index), int(label), index
+                yield self.transform(image, self.view, index), class_index(label), index
             except DataError as error:
-                yield Broken(str(error)), int(label), index
+                yield Broken(str(error)), 0, index
 
 
 def _collate(samples: list[Sample]) -> tuple[Tensor | Broken, Tensor, Tensor]:

@@ -58,6 +58,7 @@ ORDER = """
     transforms
     images
     texts
+    labels
     stream
     data
     mixing

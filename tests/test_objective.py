@@ -62,7 +62,8 @@ def test_losses_get_full_precision(tmp_path, dtype):
 
 
 def test_a_loss_on_labels_that_reads_the_teacher_is_told():
-    for name in ("logits", "features"):
+    assert repr(NoTeacher()) == "NoTeacher()" and isinstance(NoTeacher().detach(), NoTeacher)
+    for name in ("logits", "features", "views", "mask"):
         with pytest.raises(PluginError, match="has no teacher to read"):
             getattr(NoTeacher(), name)
 

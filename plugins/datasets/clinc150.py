@@ -40,6 +40,7 @@ class Clinc150(kdkit.DatasetSource):
     """Requests of 150 intents, and of none of them (`oos`): 15,250 for training and 5,500 for the test, as the authors' JSON has them."""
 
     name = "clinc150"
+    split_at_check = False
     Options = Clinc150Options
     options: Clinc150Options
 

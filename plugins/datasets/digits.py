@@ -20,6 +20,7 @@ class Digits(kdkit.DatasetSource):
     """Handwritten digits, 8 x 8, grey, that need no download: 1,000 for training and 797 for the test."""
 
     name = "digits"
+    split_at_check = False
 
     def info(self) -> kdkit.DataInfo:
         return kdkit.DataInfo((1, 8, 8), num_classes=10, num_train=TRAIN, num_test=TEST, class_names=tuple("0123456789"))

@@ -42,6 +42,7 @@ class HfDataset(kdkit.DatasetSource):
     """Texts and their classes, as `datasets.load_dataset` gives them."""
 
     name = "hf_dataset"
+    split_at_check = False
     Options = HfDatasetOptions
     options: HfDatasetOptions
 

@@ -65,6 +65,7 @@ class ImageFolder(kdkit.DatasetSource):
     """Your own images, in folders: train/CLASS/*.jpg and test/CLASS/*.jpg (or val/). Needs `data.image_size`."""
 
     name = "image_folder"
+    split_at_check = False
     Options = ImageFolderOptions
     options: ImageFolderOptions
 

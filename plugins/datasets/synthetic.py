@@ -30,6 +30,7 @@ class Synthetic(kdkit.DatasetSource):
     """Random images that can be learned: a pattern per class, shifted by up to an eighth of the side, with noise."""
 
     name = "synthetic"
+    split_at_check = False
     Options = SyntheticOptions
     options: SyntheticOptions
 

@@ -117,6 +117,7 @@ class Timm(kdkit.DatasetSource):
     """timm's datasets: Hugging Face (hfds/), webdataset (wds/), TensorFlow (tfds/), torchvision (torch/), folders, tar files."""
 
     name = "timm"
+    split_at_check = False
     Options = TimmOptions
     options: TimmOptions
 

@@ -33,6 +33,7 @@ class SmallSet(kdkit.DatasetSource):
 
     torchvision_name: ClassVar[str]
     folder: ClassVar[str]
+    split_at_check = False
     facts: ClassVar[kdkit.DataInfo]
     Options = SmallSetOptions
     options: SmallSetOptions
