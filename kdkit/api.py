@@ -12,6 +12,7 @@ from kdkit import plan, recipe, registry, runs
 from kdkit.contracts import Loss
 from kdkit.describe import Plan
 from kdkit.errors import PluginError, suggest
+from kdkit.explain import explain
 from kdkit.options import Ramp
 from kdkit.run_folder import Result
 from kdkit.study import comparison, variants
@@ -89,11 +90,11 @@ def build_loss(name: str, *, plugins: Sequence[Path | str] = (), **options: Any)
     losses = registry.load(_paths(plugins)).losses
     if name not in losses:
         raise PluginError(f"no loss is called '{name}'; {suggest(name, losses)}")
+    kind = losses[name].Options
     try:
-        chosen = losses[name].Options(**options)
+        chosen = kind.model_validate(options)
     except ValidationError as error:
-        problems = (f"{name}: {'.'.join(map(str, e['loc']))}: {e['msg'][0].lower()}{e['msg'][1:]}" for e in error.errors())
-        raise PluginError("\n".join(problems)) from None
+        raise PluginError(explain(error, kind, options, lambda _: name)) from None
     if ramps := [key for key, value in chosen if isinstance(value, Ramp)]:
         raise PluginError(f"{name}: {ramps[0]}: a ramp needs the engine, which knows the epoch; give a number")
     return losses[name](chosen)

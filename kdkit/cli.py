@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 from enum import StrEnum
@@ -13,8 +14,8 @@ import typer
 from rich.table import Table
 
 from kdkit import __version__, cli_studies, usage
-from kdkit.console import Overrides, Plugins, RecipeFile, absolute, load, out
-from kdkit.errors import Interrupted, KdkitError
+from kdkit.console import DEBUG, UNEXPECTED, Overrides, Plugins, RecipeFile, absolute, load, out, unexpected
+from kdkit.errors import Interrupted, KdkitError, one_line
 
 app = typer.Typer(
     pretty_exceptions_enable=False,
@@ -248,7 +249,7 @@ def schema(
 
 
 def main() -> None:
-    """Run the command line: a mistake of the user's is one line and exit code 2; a stop by a signal is 128 plus its number."""
+    """Run the command line: a mistake of the user's is one line and exit code 2; a stop by a signal is 128 plus its number; 70: a fault."""
     if {"--install-completion", "--show-completion"} & set(sys.argv) and not _in_a_shell():
         sys.exit("kdkit: completion is for bash, zsh, fish and PowerShell; this process was started by none of them")
     try:
@@ -262,13 +263,16 @@ def main() -> None:
         print(error, file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # a folder that cannot be made, a disk that is full
-        print(f"{error.filename or 'kdkit'}: {error.strerror or error}", file=sys.stderr)
+        print(one_line(f"{error.filename or 'kdkit'}: {error.strerror or error}"), file=sys.stderr)
         sys.exit(2)
     except Exception as error:
-        if not hasattr(error, "format_message"):  # as typer's have; where their base is, depends on its version
+        if hasattr(error, "format_message"):  # as typer's have; where their base is, depends on its version
+            print(usage.told(error, sys.argv[1:]), file=sys.stderr)
+            sys.exit(2)
+        if os.environ.get(DEBUG):
             raise
-        print(usage.told(error, sys.argv[1:]), file=sys.stderr)
-        sys.exit(2)
+        print(unexpected(error), file=sys.stderr)
+        sys.exit(UNEXPECTED)
     sys.exit(code or 0)
 
 

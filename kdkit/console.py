@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import sys
+import tempfile
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+
+from kdkit.errors import one_line
 
 if TYPE_CHECKING:
     from kdkit.recipe import Recipe
@@ -23,6 +27,11 @@ Plugins = Annotated[
     list[Path] | None, typer.Option("--plugins", metavar="FILE", help="Further plugin file or folder; may be repeated.", show_default=False)
 ]
 
+DEBUG = "KDKIT_DEBUG"
+"""Environment variable that lets tracebacks through."""
+UNEXPECTED = 70
+"""Exit code of a fault in kdkit or in a plugin."""
+
 
 def load(path: Path, overrides: list[str] | None, plugins: list[Path] | None) -> Recipe:
     """The recipe that a command line means."""
@@ -34,3 +43,20 @@ def load(path: Path, overrides: list[str] | None, plugins: list[Path] | None) ->
 def absolute(plugins: list[Path] | None) -> tuple[Path, ...]:
     """Plugin files as paths that do not depend on the working directory."""
     return tuple(path.expanduser().resolve() for path in plugins or [])
+
+
+def unexpected(error: Exception) -> str:
+    """One line on an error that nobody meant to raise; its traceback is written to a file."""
+    frames = traceback.extract_tb(error.__traceback__)
+    modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    own = [(module, frame) for module, frame in zip(modules, frames, strict=True) if module.partition(".")[0].startswith("kdkit")]
+    module, last = own[-1] if own else ("kdkit", frames[-1])
+    is_plugin = module.startswith("kdkit_plugin_")  # of a file; those that come with kdkit are `kdkit_plugins`
+    whose = "a fault of this plugin" if is_plugin else "a fault of kdkit, not of what it was given: please report it"
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="kdkit-", suffix=".txt", delete=False, encoding="utf-8", errors="replace") as file:
+            file.write("".join(traceback.format_exception(error)))
+        where = f"traceback in {file.name}, or here with {DEBUG}=1"
+    except OSError:
+        where = f"traceback with {DEBUG}=1"
+    return one_line(f"{last.filename}:{last.lineno}: {type(error).__name__}: {' '.join(str(error).split())}; {whose} ({where})")

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from kdkit import registry
 from kdkit.errors import ModelError, RunError
+from kdkit.explain import explain
 from kdkit.models import build_model
 from kdkit.profile import Profile
 from kdkit.recipe_types import source_of
@@ -75,12 +76,14 @@ def _of_name(word: str, shape: Shape | None, classes: int, device: torch.device,
     sources = registry.load(plugins).models
     try:
         source, name = source_of(word, sources)
-        options = sources[source].Options(model=word)
     except ModelError as error:
         raise RunError(f"{word}: no such run folder, and {error}") from None
+    kind = sources[source].Options
+    try:
+        options = kind(model=word)
     except ValidationError as error:
-        keys = ", ".join(".".join(map(str, e["loc"])) for e in error.errors())
-        raise ModelError(f"{word}: needs options that only a recipe can give ({keys})") from None
+        place = f"{word}: needs options that only a recipe can give"
+        raise ModelError(explain(error, kind, {"model": word}, lambda _: place)) from None
     is_reader = sources[source].takes == "texts"
     taken = shape or DEFAULT_TEXT if is_reader else as_image(shape or DEFAULT_SHAPE)
     last = device.type != "cpu"

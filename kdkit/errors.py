@@ -13,11 +13,20 @@ KdkitError
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+LONGEST_LINE = 2000
+"""Characters of a message's line."""
 
 
 class KdkitError(Exception):
-    """Base of every error kdkit raises on purpose."""
+    """Base of every error kdkit raises on purpose.
+
+    Its text is safe to print: what a terminal would act on is spelt out, and a line is never longer than `LONGEST_LINE`.
+    """
+
+    def __str__(self) -> str:
+        return "\n".join(one_line(line) for line in super().__str__().split("\n"))
 
 
 class RecipeError(KdkitError):
@@ -60,10 +69,50 @@ class Interrupted(RunError):
         self.signal = signal
 
 
-def suggest(word: str, allowed: Iterable[str], limit: int = 40) -> str:
-    """Say which name was probably meant and which exist: `did you mean 'x'? allowed: x, y`."""
-    names = sorted(set(allowed))
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    hint = f"did you mean '{close[0]}'? " if close else ""
+def one_line(text: str) -> str:
+    """A text as one line that is safe to print: line ends, control characters and the like as escapes, such as `\\n`."""
+    plain = text if text.isprintable() else "".join(map(_escaped, text))
+    return shorten(plain, LONGEST_LINE)
+
+
+def shorten(text: str, limit: int = 80) -> str:
+    """A text with its middle left out where it is longer than `limit`."""
+    if len(text) <= limit:
+        return text
+    end = limit // 4
+    return f"{text[: limit - end - 5]} ... {text[-end:]}"
+
+
+def shown(value: object) -> str:
+    """A value as messages show it: its `repr` in one short line."""
+    return shorten(one_line(repr(value)))
+
+
+def dotted(location: Iterable[object]) -> str:
+    """`key.path` of a place in a recipe, in one line."""
+    return ".".join(shorten(one_line(str(step))) for step in location)
+
+
+def suggest(word: str, allowed: Iterable[str], limit: int = 20, meant: Sequence[str] = ()) -> str:
+    """Say which name was probably meant and which exist: `did you mean 'x'? allowed: x, y`.
+
+    Names that begin with the word come before those that are spelt like it. Of more than `limit` names those are listed that are most
+    like the word. What the caller knows to be `meant` comes before both.
+    """
+    names, said = sorted(set(allowed)), word[:100].lower()
+    near = sorted(names, key=lambda name: difflib.SequenceMatcher(None, said, name.lower()).ratio(), reverse=True)
+    begin = [name for name in names if len(said) > 1 and name.lower().startswith(said)]
+    close = meant or begin[:4] or difflib.get_close_matches(said, names, n=1, cutoff=0.5)
+    hint = f"did you mean {either(close)}? " if close else ""
     more = f", ... ({len(names)} in all)" if len(names) > limit else ""
-    return f"{hint}allowed: {', '.join(names[:limit])}{more}"
+    return f"{hint}allowed: {', '.join(sorted(near[:limit]))}{more}"
+
+
+def either(names: Sequence[str]) -> str:
+    """`'a'`, `'a' or 'b'`, `'a', 'b' or 'c'`."""
+    *most, last = (f"'{name}'" for name in names)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def _escaped(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode()

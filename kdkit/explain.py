@@ -2,26 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from kdkit.errors import suggest
-from kdkit.options import Ramp
+from kdkit.errors import dotted, one_line, shown, suggest
+from kdkit.options import IN_WORDS, Ramp, said
 from kdkit.providers import RecipeTeacher
 from kdkit.recipe_types import TAUGHT
 from kdkit.source import Source
 
 Location = Sequence[str | int]
 
+MOST_PROBLEMS = 50
+"""Lines that one file gets."""
+DEEPEST_KEY = 4
+"""Sections inside each other in which a key is looked for."""
 
-def explain(error: ValidationError, source: Source, model: type[BaseModel]) -> Iterator[str]:
-    """One line for each thing that is wrong."""
-    errors = [e for e in error.errors() if not _is_echo(e)]
-    places = [_in_file(e, source) for e in errors]
-    return (_explain(e, source, model) for i, e in enumerate(errors) if not _is_surpassed(i, errors, places))
+
+def explain(error: ValidationError, model: type[BaseModel] | None, data: Any, place: Callable[[Location], str]) -> str:
+    """One line for each thing that is wrong: place, key, what, did you mean, allowed.
+
+    Args:
+        error: what pydantic says.
+        model: the type that was asked for, for the names of its keys (None: none are told).
+        data: what was to be of that type.
+        place: of a key, such as `file:line`.
+    """
+    errors = [e for e in error.errors(include_url=False) if not _is_echo(e)]
+    places = [_in_file(e, data) for e in errors[:MOST_PROBLEMS]]
+    lines = [
+        _explain(e, where, model, data, place)
+        for i, (e, where) in enumerate(zip(errors, places, strict=False))
+        if not _is_surpassed(i, errors[:MOST_PROBLEMS], places)
+    ]
+    more = [f"{place([])}: and {len(errors) - MOST_PROBLEMS} problems more"] if len(errors) > MOST_PROBLEMS else []
+    return "\n".join(dict.fromkeys([*lines, *more]))
+
+
+def explain_source(error: ValidationError, model: type[BaseModel], source: Source) -> str:
+    """Likewise for what a recipe or a study says."""
+    return explain(error, model, source.data, source.where)
 
 
 def _is_echo(error: ErrorDetails) -> bool:
@@ -43,45 +66,98 @@ def _is_surpassed(number: int, errors: Sequence[ErrorDetails], places: Sequence[
     return False
 
 
-def _explain(error: ErrorDetails, source: Source, model: type[BaseModel]) -> str:
-    kind, context = error["type"], error.get("ctx", {})
-    location = _in_file(error, source)
+def _explain(
+    error: ErrorDetails, location: list[str | int], model: type[BaseModel] | None, data: Any, place: Callable[[Location], str]
+) -> str:
+    kind, context, given = error["type"], error.get("ctx", {}), error["input"]
     if kind == "union_tag_invalid":
-        location.append("use")
+        location = [*location, "use"]
         tags = [tag.strip(" '") for tag in context["expected_tags"].split(",")]
-        says = f"unknown '{context['tag']}'; {suggest(context['tag'], tags)}"
-    elif kind == "union_tag_not_found":
-        says = "needs a `use:` that names the plugin"
+        says = f"unknown {shown(context['tag'])}; {suggest(context['tag'], tags)}"
     elif kind == "extra_forbidden":
-        says = f"no such key; {suggest(str(location[-1]), _keys_at(error['loc'][:-1], model))}"
+        key = str(location[-1])
+        allowed = _keys_at(error["loc"][:-1], model) if model else []
+        elsewhere = _places_of(key, model, data) if model else []
+        says = f"no such key; {suggest(key, allowed, meant=_nearest(elsewhere, location))}"
     elif kind == "literal_error":
         allowed = [word.strip(" '") for word in context["expected"].replace(" or ", ", ").split(",")]
         allowed = [word.lower() if word in ("True", "False") else word for word in allowed]  # as YAML writes them
-        says = f"got {error['input']!r}; {suggest(str(error['input']), allowed)}"
-    elif kind == "too_short":
-        says = f"needs at least {context['min_length']}"
-    elif kind == "missing":
-        says = "this key is required"
-    elif kind == "value_error":
-        says = str(context["error"])
+        says = f"got {shown(given)}; {suggest(str(given), allowed)}"
+    elif kind == "string_type" and given is None:
+        says = f"needs a text, got nothing; an empty text is written '', as in \"{dotted(location)}=''\""
+    elif kind == "string_pattern_mismatch" and context["pattern"] in IN_WORDS:
+        says = f"may hold {IN_WORDS[context['pattern']]}, got {shown(given)}"
     else:
-        says = f"{error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
-    return f"{source.where(location)}: {'.'.join(map(str, location))}: {says}"
+        says = _SAYS[kind](context) if kind in _SAYS else said(error["msg"])
+        says += "" if kind in _WITHOUT_VALUE else f", got {shown(given)}"
+    key = f"{dotted(location)}: " if location else ""
+    return f"{place(location)}: {key}{one_line(says)}"
 
 
-def _in_file(error: ErrorDetails, source: Source) -> list[str | int]:
+_SAYS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "union_tag_not_found": lambda context: "needs a `use:` that names the plugin, such as {use: NAME}",
+    "too_short": lambda context: f"needs at least {context['min_length']}",
+    "missing": lambda context: "this key is required",
+    "value_error": lambda context: str(context["error"]),
+    "model_type": lambda context: "needs keys of its own, such as {key: value}",
+    "model_attributes_type": lambda context: "needs keys of its own, such as {key: value}",
+    "dict_type": lambda context: "needs keys of its own, such as {key: value}",
+    "tuple_type": lambda context: "needs a list, such as [a, b]",
+    "list_type": lambda context: "needs a list, such as [a, b]",
+    "bool_parsing": lambda context: "is true or false",
+    "bool_type": lambda context: "is true or false",
+}
+_WITHOUT_VALUE = {"union_tag_not_found", "too_short", "missing", "value_error"}
+
+
+def _in_file(error: ErrorDetails, data: Any) -> list[str | int]:
     """The error's location without the names of union members that pydantic puts into it."""
+    if data is None:
+        return list(error["loc"])
     location: list[str | int] = []
-    data: Any = source.data
     for position, step in enumerate(error["loc"]):
         is_last = position == len(error["loc"]) - 1
-        inside = data if isinstance(data, dict) else dict(enumerate(data)) if isinstance(data, list) else {}
+        inside = data if isinstance(data, dict) else dict(enumerate(data)) if isinstance(data, list | tuple) else {}
         if step in inside:
             data = inside[step]
             location.append(step)
         elif is_last and error["type"] == "missing":
             location.append(step)
     return location
+
+
+def _places_of(key: str, model: type[BaseModel], data: Any, above: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Where else a key of that name could stand in a recipe that says `data`."""
+    found: list[tuple[str, ...]] = []
+    for name, field in model.model_fields.items():
+        called = field.alias or name
+        found += [(*above, called)] if called == key else []
+        value, inside = data.get(called) if isinstance(data, dict) else None, _models_in(field.annotation)
+        parts = (
+            [(value, called), *((item, f"{called}.{number}") for number, item in enumerate(value))]
+            if isinstance(value, list)
+            else [(value, called)]
+        )
+        for part, path in parts if len(above) < DEEPEST_KEY and inside else ():
+            for member in [one for one in inside if len(inside) == 1 or _is_chosen(one, part)]:
+                found += _places_of(key, member, part, (*above, path))
+    return found
+
+
+def _is_chosen(member: type[BaseModel], value: Any) -> bool:
+    """Whether a part of a recipe is of this one of several types."""
+    names = [value.get("use"), str(value.get("model")).partition("/")[0]] if isinstance(value, dict) else []
+    return any(_is_called(member, name) for name in names if isinstance(name, str))
+
+
+def _nearest(places: list[tuple[str, ...]], location: Location) -> list[str]:
+    """The two that have most in common with where the key stands, and lie least deep."""
+
+    def distance(place: tuple[str, ...]) -> tuple[int, int]:
+        common = sum(1 for one, other in zip(place, map(str, location), strict=False) if one == other)
+        return -common, len(place)
+
+    return [".".join(place) for place in sorted(places, key=distance)[:2]]
 
 
 def _keys_at(location: Location, model: type[BaseModel]) -> list[str]:
@@ -101,7 +177,8 @@ def _keys_at(location: Location, model: type[BaseModel]) -> list[str]:
 
 def _is_called(member: type[BaseModel], step: str | int) -> bool:
     """Whether pydantic's name of a union's member is this model's."""
-    return isinstance(step, str) and (member.__name__.lower().startswith(step.lower()) or (step == TAUGHT and member is RecipeTeacher))
+    names = {member.__name__, member.__name__.lower(), member.__name__.rpartition("_")[0]}  # `hint_loss` is called `hint`
+    return step in names or (step == TAUGHT and member is RecipeTeacher)
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from kdkit import registry
 from kdkit.errors import ModelError
+from kdkit.explain import explain
 from kdkit.layers import LayerRow, tappable_layers
 from kdkit.recipe_types import source_of
 from kdkit.shapes import Shape, as_image, is_text, parse_shape
@@ -27,10 +28,11 @@ def layers(model: str, words: Sequence[str], num_classes: int, size: str, plugin
     sources = registry.load(plugins).models
     source, name = source_of(model, sources)
     shape = parse_shape(size)
+    kind, said = sources[source].Options, {**nested(parse_overrides(words)), "model": model}
     try:
-        options = sources[source].Options(model=model, **nested(parse_overrides(words)))
+        options = kind.model_validate(said)
     except ValidationError as error:
-        raise ModelError("\n".join(f"{model}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())) from None
+        raise ModelError(explain(error, kind, said, lambda _: model)) from None
     builder = sources[source](options, name)
     if builder.takes == "texts":
         taken: Shape = shape if is_text(shape) else (TOKENS_SHOWN,)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, JsonValue, ValidationError
 from pydantic_core import CoreSchema, SchemaValidator, core_schema
+
+from kdkit.errors import shorten, shown
 
 
 class Options(BaseModel):
@@ -66,7 +69,7 @@ class _NumberOrRamp:
                 try:
                     ends.validate_python(value)
                 except ValidationError as error:
-                    raise ValueError(f"{key}: {error.errors()[0]['msg']}") from None
+                    raise ValueError(f"{key}: {said(error.errors()[0]['msg'])}, got {shown(value)}") from None
             return ramp
 
         ramp = core_schema.no_info_after_validator_function(check_ends, handler.generate_schema(Ramp))
@@ -78,6 +81,11 @@ class _NumberOrRamp:
 
 Rampable = Annotated[float, _NumberOrRamp()]
 """A float option that a recipe may also write as `{from, to, epochs, start, shape}`; a plugin only ever sees the float."""
+
+
+def said(message: str) -> str:
+    """What pydantic says, as the end of a line."""
+    return f"{message[:1].lower()}{message[1:]}"
 
 
 OptionsT = TypeVar("OptionsT", bound=Options)
@@ -140,14 +148,51 @@ NetworkArguments = Annotated[Arguments, AfterValidator(_without_loader_keys)]
 """Arguments for a library that builds a network. Those that tell it how to load one, such as `trust_remote_code`, are refused."""
 
 
-def _beside_its_file(value: Any) -> Any:
-    if isinstance(value, Text):
-        return (value.folder / Path(value).expanduser()).resolve()
-    return Path(value).expanduser().resolve() if isinstance(value, str) else value
+def path_of(text: str) -> Path:
+    """What a text means as a path: relative to the file in which it is written, or else to the current folder.
+
+    Raises:
+        ValueError: nothing can be called so.
+    """
+    folder = text.folder if isinstance(text, Text) else Path.cwd()
+    try:
+        path = Path(os.path.realpath(folder / Path(text).expanduser()))
+    except (RuntimeError, ValueError) as error:  # no such user; a NUL
+        raise ValueError(f"{shown(text)} is no path: {error}") from None
+    return _fitting(path)
 
 
-RecipePath = Annotated[Path, BeforeValidator(_beside_its_file)]
+def _fitting(path: Path) -> Path:
+    longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
+    if longest > LONGEST_FILE_NAME or len(os.fsencode(path)) > LONGEST_PATH:
+        raise ValueError(f"the name of a file has {LONGEST_FILE_NAME} bytes at most, here one has {longest:,}: {shorten(str(path))}")
+    return path
+
+
+LONGEST_FILE_NAME, LONGEST_PATH = 255, 4000
+
+RecipePath = Annotated[Path, BeforeValidator(lambda value: path_of(value) if isinstance(value, str) else value)]
 """A path that is relative to the recipe file in which it is written (on the command line: to the current folder)."""
+
+FolderPath = Annotated[Path, AfterValidator(_fitting)]
+"""A folder that is relative to the current one."""
+
+LARGEST_INT = 2**63 - 1
+"""Beyond it a whole number is a mistake."""
+
+SIDE, COUNT = 16_384, 1_000_000
+"""Bounds of options: pixels of an image's side; how many of something that is made or done one by one."""
+
+RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+TERM_NAME = r"^[a-z][a-z0-9_]*$"
+LONGEST_NAME = 200
+"""Letters of a run's name, whose folder and files are called after it."""
+
+IN_WORDS = {
+    RUN_NAME: "letters, digits, '.', '_' and '-', a letter or digit first",
+    TERM_NAME: "small letters, digits and '_', a letter first",
+}
+"""What patterns ask for."""
 
 BOOKKEEPING: dict[str, JsonValue] = {"bookkeeping": True}
 """`Field(json_schema_extra=BOOKKEEPING)`: an option that changes no result, such as where files lie; a run may change it and go on."""

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 from torch import nn
 
-from kdkit.options import BOOKKEEPING, LATER, Options, RecipePath
+from kdkit.options import BOOKKEEPING, COUNT, LATER, LONGEST_NAME, SIDE, TERM_NAME, Options, RecipePath
 
 FIRST_WEIGHTS = frozenset({"checkpoint", "strip_prefix", "new_head", "init"})
 """Keys of a model that say what its weights begin with; once it is trained, they say nothing."""
@@ -39,7 +39,9 @@ class ModelOptions(Options):
         json_schema_extra=LATER,
     )
     normalize: Normalize | None = Field(default=None, description="What the network expects (default: the source's own values).")
-    input_size: int | None = Field(default=None, gt=0, description="Side of the square images this model sees; others are resized.")
+    input_size: int | None = Field(
+        default=None, gt=0, le=SIDE, description="Side of the square images this model sees; others are resized."
+    )
     interpolation: Literal["bilinear", "bicubic", "nearest", "area"] = Field(default="bilinear", description="How images are resized.")
 
     @model_validator(mode="after")
@@ -72,7 +74,7 @@ class StudentOptions(Options):
 class CacheOptions(Options):
     """Keeps on disk what a frozen teacher says of each image and view, for later epochs and for other runs with this teacher and data."""
 
-    views: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
+    views: Annotated[int, Field(ge=1, le=COUNT)] | Literal["all"] = Field(
         description="K: how many augmentations of each image are shown and kept; after them the first comes again. `all`: every crop and "
         "flip of `data.augment`, which are finitely many, so that training sees what it would see without a cache."
     )
@@ -99,7 +101,8 @@ class TeacherOptions(Options):
 
     name: str | None = Field(
         default=None,
-        pattern=r"^[a-z][a-z0-9_]*$",
+        pattern=TERM_NAME,
+        max_length=LONGEST_NAME,
         description="What losses call it, of several (default: teacher1, teacher2...).",
     )
     precision: Literal["fp32", "bf16", "fp16"] | None = Field(

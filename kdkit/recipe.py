@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -14,14 +17,18 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from kdkit import registry
-from kdkit.errors import ModelError, RecipeError, suggest
-from kdkit.explain import Location, explain
-from kdkit.options import Text
+from kdkit.errors import ModelError, RecipeError, dotted, one_line, shown, suggest
+from kdkit.explain import Location, explain_source
+from kdkit.options import LARGEST_INT, Text, path_of
 from kdkit.providers import ModelOptions, RecipeTeacher, StudentOptions, TeacherOptions
+from kdkit.reading import COMMAND_LINE
 from kdkit.recipe_types import recipe_type, source_of
 from kdkit.registry import Registry
 from kdkit.schema import RecipeBase
-from kdkit.source import COMMAND_LINE, Source
+from kdkit.source import Source
+
+MOST_RECIPES = 64
+"""Recipes that train a teacher, its teachers, theirs, and so on."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class Recipe:
 
     def problem(self, location: Location, says: str) -> str:
         """`file:line: key: what`."""
-        return f"{self.source.where(location)}: {'.'.join(map(str, location))}: {says}"
+        return f"{self.source.where(location)}: {dotted(location)}: {one_line(says)}"
 
     def error(self, location: Location, says: str) -> RecipeError:
         return RecipeError(self.problem(location, says))
@@ -102,7 +109,7 @@ def read(source: Source, plugins: Sequence[Path] = (), *, files: bool = True) ->
     try:
         spec = model.model_validate(source.data)
     except ValidationError as error:
-        raise RecipeError("\n".join(dict.fromkeys(explain(error, source, model)))) from None
+        raise RecipeError(explain_source(error, model, source)) from None
     recipe = Recipe(spec.model_copy(update={"plugins": (*spec.plugins, *plugins)}), source, found)
     if problems := [*_cross_check(recipe), *(_missing_files(recipe) if files else ())]:
         raise RecipeError("\n".join(problems))
@@ -129,16 +136,28 @@ def _taught_by(teacher: RecipeTeacher, spec: RecipeBase) -> Recipe:
 def _plugin_paths(source: Source) -> list[Path]:
     named = source.data.get("plugins") or []
     texts = [p for p in named if isinstance(p, Text)] if isinstance(named, list) else []
-    paths = [(p.folder / Path(p).expanduser()).resolve() for p in texts]
-    missing = [i for i, path in enumerate(paths) if not path.exists()]
-    if missing:
-        raise RecipeError("\n".join(f"{source.where(['plugins', i])}: plugins.{i}: no such file or folder: {paths[i]}" for i in missing))
+    paths, problems = list[Path](), list[str]()
+    for i, text in enumerate(texts):
+        place = f"{source.where(['plugins', i])}: plugins.{i}"
+        try:
+            paths.append(path_of(text))
+        except ValueError as error:
+            problems.append(f"{place}: {error}")
+            continue
+        problems += [] if os.path.exists(paths[-1]) else [f"{place}: no such file or folder: {paths[-1]}"]
+    if problems:
+        raise RecipeError("\n".join(problems))
     return paths
 
 
 def _cross_check(recipe: Recipe) -> Iterable[str]:
     """What each key allows, but all of them together do not."""
     spec = recipe.spec
+    for location, value in _leaves(spec):
+        if isinstance(value, int) and abs(value) > LARGEST_INT:
+            yield recipe.problem(location, f"{shown(value)} is too large")
+        if isinstance(value, float) and math.isnan(value):
+            yield recipe.problem(location, "is no number")
     yield from _check_models(recipe)
     given = [entry.name for entry in spec.losses if entry.name]
     for i, entry in enumerate(spec.losses):
@@ -183,8 +202,8 @@ def _check_teachers(recipe: Recipe) -> Iterable[str]:
         if entry.teacher is not None and entry.teacher not in teachers:
             yield recipe.problem(["losses", i, "teacher"], f"there is no such teacher; {suggest(entry.teacher, teachers)}")
     for name, one in teachers.items():
-        if isinstance(one, RecipeTeacher) and _teaches_itself(recipe.source.path, one.recipe):
-            yield recipe.problem([*spec.place_of(name), "recipe"], f"{one.recipe.name} has this recipe among its own teachers")
+        if isinstance(one, RecipeTeacher) and (says := _refused_line(recipe.source.path, one.recipe)):
+            yield recipe.problem([*spec.place_of(name), "recipe"], says)
         if isinstance(one, TeacherOptions) and one.fold_batchnorm and one.mode == "train":
             says = "folded layers have no batch statistics, which `mode: train` asks for"
             yield recipe.problem([*spec.place_of(name), "fold_batchnorm"], says)
@@ -202,40 +221,63 @@ def models_in(value: Any, location: Sequence[str | int] = ()) -> Iterable[tuple[
             yield from models_in(part, [*location, i])
 
 
-def _teaches_itself(start: Path, path: Path) -> bool:
-    """Whether following the recipes of teachers from `path` on comes back to `start`, or to a recipe that was met before."""
-    return path.is_file() and _comes_back(path.resolve(), frozenset([start.resolve()]))
+def _refused_line(start: Path, path: Path) -> str | None:
+    """What is wrong with the recipes that train a teacher, and its teachers, and so on; each file is read once."""
+    known: dict[Path, int] = {}
+    try:
+        count = _recipes_from(path, (Path(os.path.realpath(start)),), known)
+    except _ComesBackError:
+        return f"{path.name} has this recipe among its own teachers"
+    return f"{path.name}, its teachers and theirs are {count} recipes, more than {MOST_RECIPES}" if count > MOST_RECIPES else None
 
 
-def _comes_back(path: Path, met: frozenset[Path]) -> bool:
-    if path in met:
-        return True
-    data = Source(path).data
+class _ComesBackError(Exception):
+    """A recipe is among its own teachers."""
+
+
+def _recipes_from(path: Path, above: tuple[Path, ...], known: dict[Path, int]) -> int:
+    """How many recipes are planned for a teacher: its own, and those of its teachers, as often as they teach."""
+    if path in above:
+        raise _ComesBackError
+    if len(above) > MOST_RECIPES:
+        return 1
+    if path not in known:
+        followers = _taught(Source(path).data) if path.is_file() else ()
+        known[path] = 1 + sum(seeds * _recipes_from(one, (*above, path), known) for one, seeds in followers)
+    return known[path]
+
+
+def _taught(data: Mapping[str, Any]) -> Iterable[tuple[Path, int]]:
+    """The recipes that train a recipe's teachers, and with how many seeds each."""
     several = data.get("teachers")
-    sections = [data.get("teacher"), *(several if isinstance(several, list) else [several])]
-    named = [section.get("recipe") for section in sections if isinstance(section, dict)]
-    next_ones = [(text.folder / text).resolve() for text in named if isinstance(text, Text)]
-    return any(following.is_file() and _comes_back(following, met | {path}) for following in next_ones)
+    for section in [data.get("teacher"), *(several if isinstance(several, list) else [several])]:
+        text = section.get("recipe") if isinstance(section, dict) else None
+        with contextlib.suppress(ValueError):
+            if isinstance(text, Text):
+                seeds = section.get("seeds")
+                yield path_of(text), len(seeds) if isinstance(seeds, list) else 1
 
 
 def _missing_files(recipe: Recipe) -> Iterable[str]:
     """Files that the recipe names and that are not there; datasets look after their own."""
-    for location, path in _paths(recipe.spec, []):
-        if not path.exists() and location[:2] != ["data", "dataset"]:
+    for location, path in _leaves(recipe.spec, but=_bookkeeping):
+        if isinstance(path, Path) and not os.path.exists(path) and location[:2] != ["data", "dataset"]:
             yield recipe.problem(location, f"no such file: {path}")
 
 
-def _paths(value: Any, location: list[str | int]) -> Iterable[tuple[list[str | int], Path]]:
-    """Every path in the recipe but those of bookkeeping."""
-    if isinstance(value, Path):
-        yield location, value
-    elif isinstance(value, tuple | Mapping):
+def _leaves(
+    value: Any, location: Sequence[str | int] = (), but: Callable[[Any], bool] = lambda field: False
+) -> Iterable[tuple[list[str | int], Any]]:
+    """Every value in a part of the recipe that has none inside, with its place; `but` says which options are left out."""
+    if isinstance(value, tuple | list | Mapping):
         for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
-            yield from _paths(item, [*location, key])
+            yield from _leaves(item, [*location, key], but)
     elif isinstance(value, BaseModel):
         for name, field in type(value).model_fields.items():
-            if not _bookkeeping(field):
-                yield from _paths(getattr(value, name), [*location, name])
+            if not but(field):
+                yield from _leaves(getattr(value, name), [*location, field.alias or name], but)
+    else:
+        yield [*location], value
 
 
 def _bookkeeping(field: Any) -> bool:

@@ -10,7 +10,20 @@ from pydantic import Field, field_validator, model_validator
 
 from kdkit.dataset_source import DatasetOptions
 from kdkit.loss_options import LossOptions
-from kdkit.options import BOOKKEEPING, LATER, Arguments, Options, Rampable, RecipePath
+from kdkit.options import (
+    BOOKKEEPING,
+    COUNT,
+    LATER,
+    LONGEST_NAME,
+    RUN_NAME,
+    SIDE,
+    TERM_NAME,
+    Arguments,
+    FolderPath,
+    Options,
+    Rampable,
+    RecipePath,
+)
 from kdkit.providers import ModelOptions, RecipeTeacher
 from kdkit.teaching import ScheduleOptions
 
@@ -19,7 +32,10 @@ class BatchAugment(Options):
     """Augmentation on whole batches, drawn anew for every image."""
 
     crop_padding: int = Field(
-        default=0, ge=0, description="Pad by that many pixels (zeros), then crop at a random place: shifts of up to so many pixels."
+        default=0,
+        ge=0,
+        le=SIDE,
+        description="Pad by that many pixels (zeros), then crop at a random place: shifts of up to so many pixels.",
     )
     flip: float = Field(default=0.0, ge=0, le=1, description="Share of the images mirrored left to right.")
 
@@ -52,16 +68,16 @@ class DataSpec(Options):
 
     dataset: DatasetEntry = Field(description="A dataset plugin and its options.")
     image_size: int | None = Field(
-        default=None, gt=0, description="Side of the square images that batches hold (default: the dataset's own size)."
+        default=None, gt=0, le=SIDE, description="Side of the square images that batches hold (default: the dataset's own size)."
     )
     crop_pct: float = Field(
         default=1.0, gt=0, le=1, description="Share of the side that the central crop keeps when measuring, of images read one by one."
     )
     interpolation: Literal["bilinear", "bicubic"] = Field(default="bilinear", description="How images are resized to `image_size`.")
-    batch_size: int = Field(default=64, gt=0, description="Images per step, over all processes together.")
-    eval_batch_size: int = Field(default=256, gt=0, description="Images per step when measuring, per process.")
+    batch_size: int = Field(default=64, gt=0, le=COUNT, description="Images per step, over all processes together.")
+    eval_batch_size: int = Field(default=256, gt=0, le=COUNT, description="Images per step when measuring, per process.")
     train_samples: int | None = Field(
-        default=None, gt=0, description="Train on so many images only, drawn by class shares and `data.seed`."
+        default=None, gt=0, le=1000 * COUNT, description="Train on so many images only, drawn by class shares and `data.seed`."
     )
     train_fraction: float | None = Field(default=None, gt=0, le=1, description="Train on that share of the images only, drawn likewise.")
     validation: float | int | None = Field(
@@ -73,6 +89,7 @@ class DataSpec(Options):
     repeats: int = Field(
         default=1,
         gt=0,
+        le=COUNT,
         description="Repeated augmentation: each image of an epoch comes so many times side by side, each time augmented differently. The "
         "epoch keeps its length, so that it shows that part of the images.",
         json_schema_extra=LATER,
@@ -85,7 +102,11 @@ class DataSpec(Options):
     )
     drop_last: bool = Field(default=True, description="Leave out an epoch's last batch when it is not full.")
     workers: int = Field(
-        default=2, ge=0, description="Processes that load and augment images which are not held in memory.", json_schema_extra=BOOKKEEPING
+        default=2,
+        ge=0,
+        le=1024,
+        description="Processes that load and augment images which are not held in memory.",
+        json_schema_extra=BOOKKEEPING,
     )
 
     @model_validator(mode="after")
@@ -111,7 +132,7 @@ class LossEntry(LossOptions):
 
     use: str = Field(description="Name of a loss plugin.")
     name: str | None = Field(
-        default=None, pattern=r"^[a-z][a-z0-9_]*$", description="Name of the term in logs and stages (default: `use`)."
+        default=None, pattern=TERM_NAME, max_length=LONGEST_NAME, description="Name of the term in logs and stages (default: `use`)."
     )
     weight: Rampable = Field(default=1.0, ge=0, description="Multiplies this loss in the total; a number or a ramp.")
     teacher: str | None = Field(default=None, description="Of several teachers, the one that this loss looks at (default: all that teach).")
@@ -148,16 +169,17 @@ class LrScheduleSpec(Options):
     """A learning-rate schedule of timm's factory."""
 
     name: Literal["constant", "cosine", "tanh", "step", "multistep", "plateau", "poly"] = Field(default="cosine", description="Shape.")
-    warmup_epochs: int = Field(default=0, ge=0, description="Epochs of linear warm-up.")
+    warmup_epochs: int = Field(default=0, ge=0, le=COUNT, description="Epochs of linear warm-up.")
     warmup_lr: float = Field(default=1e-5, ge=0, description="Learning rate at the start of the warm-up.")
-    cooldown_epochs: int = Field(default=0, ge=0, description="Last epochs at `min_lr`, part of `train.epochs`.")
+    cooldown_epochs: int = Field(default=0, ge=0, le=COUNT, description="Last epochs at `min_lr`, part of `train.epochs`.")
     min_lr: float = Field(default=0.0, ge=0, description="Learning rate at the end.")
     milestones: tuple[int, ...] = Field(default=(), description="multistep: epochs at which the rate is multiplied by `decay_rate`.")
-    step_epochs: int = Field(default=30, gt=0, description="step: epochs between decays.")
+    step_epochs: int = Field(default=30, gt=0, le=COUNT, description="step: epochs between decays.")
     decay_rate: float = Field(default=0.1, gt=0, le=1, description="step, multistep, plateau, poly (power): factor of a decay.")
     patience: int = Field(
         default=10,
         ge=0,
+        le=COUNT,
         description="plateau: epochs without improvement of the validation accuracy (without a validation split: training loss).",
     )
 
@@ -177,7 +199,7 @@ class MixupSpec(Options):
     prob: float = Field(default=1.0, ge=0, le=1, description="Share of the batches that are mixed.")
     switch_prob: float = Field(default=0.5, ge=0, le=1, description="Share of cutmix where both are on.")
     mode: Literal["batch", "pair", "elem"] = Field(default="batch", description="How mixing is drawn.")
-    off_epoch: int = Field(default=0, ge=0, description="Epoch from which nothing is mixed; 0: never.")
+    off_epoch: int = Field(default=0, ge=0, le=COUNT, description="Epoch from which nothing is mixed; 0: never.")
 
     @model_validator(mode="after")
     def _something(self) -> MixupSpec:
@@ -189,7 +211,7 @@ class MixupSpec(Options):
 class TrainSpec(Options):
     """How a student is trained, whatever it learns from."""
 
-    epochs: int = Field(gt=0, description="Epochs per stage.")
+    epochs: int = Field(gt=0, le=COUNT, description="Epochs per stage.")
     optimizer: OptimizerSpec = Field(description="Optimizer.")
     adapters: AdapterSpec = Field(default=AdapterSpec(), description="The optimizer's group of the losses' learnable parts.")
     lr_schedule: LrScheduleSpec = Field(default=LrScheduleSpec(), description="Learning-rate schedule.")
@@ -197,6 +219,7 @@ class TrainSpec(Options):
     average_best: int | None = Field(
         default=None,
         gt=0,
+        le=COUNT,
         description="Leave the mean of the weights of so many epochs, those of the last stage that are best on validation data, instead of "
         "the last epoch's weights. Needs `data.validation`; every epoch is measured.",
         json_schema_extra=LATER,
@@ -210,7 +233,7 @@ class TrainSpec(Options):
     )
     mixup: MixupSpec | None = Field(default=None, description="Mixed images and labels.")
     clip_grad: float | None = Field(default=None, gt=0, description="Largest norm of the gradient of all parameters together.")
-    accumulate: int = Field(default=1, gt=0, description="Batches per optimizer step.")
+    accumulate: int = Field(default=1, gt=0, le=COUNT, description="Batches per optimizer step.")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         default="fp32", description="Precision of the students' forward pass (losses run in fp32)."
     )
@@ -219,26 +242,26 @@ class TrainSpec(Options):
     )
     compile: bool = Field(default=False, description="Compile the networks with torch.compile.")
     device: Literal["auto", "cpu"] = Field(default="auto", description="auto: the accelerator there is; cpu: the processor all the same.")
-    evaluate_every: int = Field(default=1, gt=0, description="Epochs between measurements on validation and test data.")
+    evaluate_every: int = Field(default=1, gt=0, le=COUNT, description="Epochs between measurements on validation and test data.")
 
 
 class RunSpec(Options):
     """Where a run is kept and what it says; changes no result."""
 
-    folder: Path = Field(default=Path("runs"), description="Folder in which run folders are made (relative to the current one).")
-    checkpoint_epochs: int = Field(default=1, gt=0, description="Epochs between checkpoints.")
-    checkpoint_steps: int | None = Field(default=None, gt=0, description="Optimizer steps between checkpoints inside an epoch.")
+    folder: FolderPath = Field(default=Path("runs"), description="Folder in which run folders are made (relative to the current one).")
+    checkpoint_epochs: int = Field(default=1, gt=0, le=COUNT, description="Epochs between checkpoints.")
+    checkpoint_steps: int | None = Field(default=None, gt=0, le=COUNT, description="Optimizer steps between checkpoints inside an epoch.")
     snapshots: int | None = Field(
-        default=None, gt=0, description="Epochs between snapshots: the student's weights on its way, kept in the run folder."
+        default=None, gt=0, le=COUNT, description="Epochs between snapshots: the student's weights on its way, kept in the run folder."
     )
-    log_steps: int = Field(default=50, gt=0, description="Optimizer steps between lines in metrics.jsonl.")
+    log_steps: int = Field(default=50, gt=0, le=COUNT, description="Optimizer steps between lines in metrics.jsonl.")
     trackers: tuple[str, ...] = Field(default=(), description="Accelerate trackers that also get the metrics: tensorboard, wandb...")
 
 
 class RecipeBase(Options):
     """A recipe: teacher, student, losses, schedule, data, training."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its folder.")
+    name: str = Field(pattern=RUN_NAME, max_length=LONGEST_NAME, description="Name of the run and of its folder.")
     plugins: tuple[RecipePath, ...] = Field(default=(), description="Plugin files or folders of your own.")
     seed: int = Field(default=0, ge=0, description="Everything random follows from it.")
     data: DataSpec

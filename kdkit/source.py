@@ -1,38 +1,21 @@
-"""YAML with positions: every value can say which file and line it came from."""
+"""A recipe's data with their places, put together from a file, those that it extends, and overrides."""
 
 from __future__ import annotations
 
-import re
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PosixPath, WindowsPath
 from typing import Any, cast
 
 import yaml
 
-from kdkit.errors import RecipeError
-from kdkit.options import Text
+from kdkit import reading
+from kdkit.errors import RecipeError, dotted, one_line, shorten, shown
+from kdkit.options import Text, path_of
+from kdkit.reading import COMMAND_LINE, place, seen_from_here
 
-COMMAND_LINE = "override"
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's numbers and booleans: `5e-4` is a float, `no` and `off` are words."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"true|True|false|False"), list("tTfF"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789"))
-
-
-def _text(loader: _Loader, node: yaml.ScalarNode) -> Text:
-    name = node.start_mark.name
-    return Text.of(str(loader.construct_scalar(node)), Path.cwd() if name == COMMAND_LINE else Path(name).parent)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:str", _text)
+LONGEST_CHAIN = 20
+"""Files that extend each other."""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -64,13 +47,7 @@ class Source:
         self._root = _copied(root or _merged(path, ()))
         for key, value in (overrides or {}).items():
             _override(self._root, key, value)
-        loader = _Loader("")
-        try:
-            self.data: dict[str, Any] = loader.construct_document(self._root)
-        except yaml.YAMLError as error:
-            raise RecipeError(_explain(error, path)) from None
-        finally:
-            loader.dispose()
+        self.data: dict[str, Any] = reading.value(self._root)
 
     def section(self, location: Sequence[str], *, but: Sequence[str] = ()) -> Source:
         """A mapping in it as a source of its own, with what it `extends`; empty where nothing stands there. The keys `but` are left out."""
@@ -111,7 +88,7 @@ class Source:
             elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
                 node = node.value[step]
                 mark = node.start_mark
-        return _place(mark)
+        return place(mark)
 
 
 def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
@@ -124,11 +101,12 @@ def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or not key:
-            raise RecipeError(f"{COMMAND_LINE}: '{word}' is not of the form key.path=value, such as train.epochs=3")
+            raise RecipeError(f"{COMMAND_LINE}: '{shorten(one_line(word))}' is not of the form key.path=value, such as train.epochs=3")
         try:
-            overrides[key] = yaml.load(value, _Loader)  # noqa: S506 -- a SafeLoader
-        except yaml.YAMLError as error:
-            raise RecipeError(f"{COMMAND_LINE}: {key}: {' '.join(str(error).split())}") from None
+            node = reading.compose(value, COMMAND_LINE)
+            overrides[key] = None if node is None else reading.value(node)
+        except RecipeError as error:
+            raise RecipeError(f"{COMMAND_LINE}: {dotted([key])}: {str(error).removeprefix(f'{COMMAND_LINE}: ')}") from None
     return overrides
 
 
@@ -154,47 +132,16 @@ def nested(overrides: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _composed(text: Any) -> Any:
-    return yaml.compose(text, _Loader)
-
-
-def _place(mark: yaml.Mark) -> str:
-    return COMMAND_LINE if mark.name == COMMAND_LINE else f"{_shown(mark.name)}:{mark.line + 1}"
-
-
-def _shown(name: str) -> str:
-    path = Path(name)
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else name
-
-
-def _explain(error: yaml.YAMLError, path: Path) -> str:
-    mark = getattr(error, "problem_mark", None)
-    says = getattr(error, "problem", None) or " ".join(str(error).split())
-    return f"{_shown(str(path))}{f':{mark.line + 1}' if mark else ''}: {says}"
-
-
 def _merged(path: Path, children: tuple[Path, ...]) -> yaml.MappingNode:
     path = path.absolute()
-    shown = _shown(str(path))
-    if path.resolve() in children:
-        raise RecipeError(f"{shown}: extends itself, by way of {' -> '.join(_shown(str(p)) for p in children)}")
-    return _with_parent(_read(path, shown), (*children, path.resolve()))
-
-
-def _read(path: Path, shown: str) -> yaml.MappingNode:
-    try:
-        with path.open(encoding="utf-8") as stream:
-            root = _composed(stream)
-    except OSError as error:
-        raise RecipeError(f"{shown}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise RecipeError(f"{shown}: is not UTF-8 text") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(_explain(error, path)) from None
-    if not isinstance(root, yaml.MappingNode):
-        raise RecipeError(f"{shown}:1: a recipe is a mapping of keys, such as `name: first`")
-    _check_keys(root, ())
-    return root
+    shown, real = seen_from_here(str(path)), Path(os.path.realpath(path))
+    if real in children:
+        raise RecipeError(f"{shown}: extends itself, by way of {' -> '.join(seen_from_here(str(p)) for p in children)}")
+    if len(children) == LONGEST_CHAIN:
+        raise RecipeError(
+            f"{seen_from_here(str(children[0]))}: extends a file that extends another, and so on, more than {LONGEST_CHAIN} times"
+        )
+    return _with_parent(reading.read(path), (*children, real))
 
 
 def _with_parent(root: yaml.MappingNode, children: tuple[Path, ...]) -> yaml.MappingNode:
@@ -203,12 +150,15 @@ def _with_parent(root: yaml.MappingNode, children: tuple[Path, ...]) -> yaml.Map
     if entry is None:
         return root
     root.value.remove(entry)
-    mark = entry[0].start_mark
+    at = f"{place(entry[0].start_mark)}: extends"
     if not isinstance(entry[1], yaml.ScalarNode):
-        raise RecipeError(f"{_shown(mark.name)}:{mark.line + 1}: extends: names one recipe file")
-    parent = Path(mark.name).parent / entry[1].value
-    if not parent.is_file():
-        raise RecipeError(f"{_shown(mark.name)}:{mark.line + 1}: extends: no such file: {entry[1].value}")
+        raise RecipeError(f"{at}: names one recipe file")
+    try:
+        parent = path_of(Text.of(entry[1].value, Path(entry[0].start_mark.name).parent))
+    except ValueError as error:
+        raise RecipeError(f"{at}: {error}") from None
+    if not os.path.isfile(parent):
+        raise RecipeError(f"{at}: no such file: {entry[1].value}")
     return _merge(_merged(parent, children), root)
 
 
@@ -221,24 +171,6 @@ def _copied(node: Any) -> Any:
     else:
         return node
     return type(node)(node.tag, children, node.start_mark, node.end_mark, node.flow_style)
-
-
-def _check_keys(node: yaml.Node, above: tuple[yaml.Node, ...]) -> None:
-    if node in above:
-        raise RecipeError(f"{_shown(node.start_mark.name)}:{node.start_mark.line + 1}: contains itself")
-    if isinstance(node, yaml.SequenceNode):
-        for child in node.value:
-            _check_keys(child, (*above, node))
-    if isinstance(node, yaml.MappingNode):
-        seen: dict[str, int] = {}
-        for key, value in node.value:
-            at = f"{_shown(key.start_mark.name)}:{key.start_mark.line + 1}"
-            if not isinstance(key, yaml.ScalarNode):
-                raise RecipeError(f"{at}: a key is a word")
-            if key.value in seen:
-                raise RecipeError(f"{at}: {key.value}: is given twice (first on line {seen[key.value]})")
-            seen[key.value] = key.start_mark.line + 1
-            _check_keys(value, (*above, node))
 
 
 def _entry(node: yaml.MappingNode, key: object) -> tuple[yaml.Node, yaml.Node] | None:
@@ -257,16 +189,9 @@ def _merge(base: yaml.MappingNode, over: yaml.MappingNode) -> yaml.MappingNode:
 
 def _override(root: yaml.MappingNode, path: str, value: Any) -> None:
     mark = value.start_mark if isinstance(value, yaml.Node) else yaml.Mark(COMMAND_LINE, 0, 0, 0, None, 0)
-
-    def node_of(data: Any) -> yaml.Node:
-        if isinstance(data, yaml.Node):
-            return cast("yaml.Node", _copied(data))
-        node: yaml.Node = _composed(yaml.dump(data, Dumper=_Dumper))
-        for part in _walk(node):
-            part.start_mark = mark
-        return node
-
     *steps, last = path.split(".")
+    if len(steps) >= reading.DEEPEST:
+        raise RecipeError(f"{place(mark)}: {dotted([path])}: no key lies as deep as that")
     node: yaml.Node = root
     for step in steps:
         if isinstance(node, yaml.SequenceNode):
@@ -274,28 +199,48 @@ def _override(root: yaml.MappingNode, path: str, value: Any) -> None:
         elif isinstance(node, yaml.MappingNode):
             entry = _entry(node, step)
             if entry is None or not isinstance(entry[1], yaml.CollectionNode):
-                entry = (node_of(step), node_of({}))
+                entry = (_node_of(step, path, mark), _node_of({}, path, mark))
                 node.value = [(k, v) for k, v in node.value if k.value != step] + [entry]
             node = entry[1]
     if isinstance(node, yaml.SequenceNode):
-        node.value[_position(node, last, path, mark)] = node_of(value)
+        node.value[_position(node, last, path, mark)] = _node_of(value, path, mark)
     elif isinstance(node, yaml.MappingNode):
-        node.value = [(k, v) for k, v in node.value if k.value != last] + [(node_of(last), node_of(value))]
+        node.value = [(k, v) for k, v in node.value if k.value != last] + [(_node_of(last, path, mark), _node_of(value, path, mark))]
     else:
-        raise RecipeError(f"{_place(mark)}: {path}: leads into a value that has no keys")
+        raise RecipeError(f"{place(mark)}: {dotted([path])}: leads into a value that has no keys")
+
+
+def _node_of(data: Any, path: str, mark: yaml.Mark) -> yaml.Node:
+    """A value as a node that stands where the override stands."""
+    if isinstance(data, yaml.Node):
+        return cast("yaml.Node", _copied(data))
+    at = f"{place(mark)}: {dotted([path])}"
+    try:
+        node = cast("yaml.Node", reading.compose(yaml.dump(data, Dumper=_Dumper), COMMAND_LINE))
+    except yaml.representer.RepresenterError:
+        raise RecipeError(f"{at}: no value of a recipe: {shown(data)}") from None
+    except RecursionError:
+        raise RecipeError(f"{at}: lists and mappings are more than {reading.DEEPEST} deep") from None
+    except RecipeError as error:
+        raise RecipeError(f"{at}: {str(error).removeprefix(f'{COMMAND_LINE}: ')}") from None
+    for part in _walk(node):
+        part.start_mark = mark
+    return node
 
 
 def _position(node: yaml.SequenceNode, step: str, path: str, mark: yaml.Mark) -> int:
-    def called(item: yaml.Node) -> set[str]:
+    def called(item: yaml.Node) -> list[str]:
         entries = [_entry(item, key) for key in ("name", "use")] if isinstance(item, yaml.MappingNode) else []
-        return {entry[1].value for entry in entries if entry}
+        return [str(entry[1].value) for entry in entries if entry and isinstance(entry[1], yaml.ScalarNode)]
 
-    if step.isdecimal() and int(step) < len(node.value):
+    if step.isascii() and step.isdecimal() and len(step) < 9 and int(step) < len(node.value):
         return int(step)
     matches = [i for i, item in enumerate(node.value) if step in called(item)]
     if len(matches) != 1:
         problem = "no item" if not matches else f"{len(matches)} items"
-        raise RecipeError(f"{_place(mark)}: {path}: {problem} called '{step}' in a list of {len(node.value)}; count from 0")
+        there = ", ".join(f"{i} {shorten((called(item) or [''])[0], 40)}".rstrip() for i, item in enumerate(node.value[:20]))
+        says = f"{problem} called '{dotted([step])}' in a list of {len(node.value)}; there are {there or 'none'}"
+        raise RecipeError(f"{place(mark)}: {dotted([path])}: {says}")
     return matches[0]
 
 

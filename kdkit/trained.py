@@ -18,6 +18,7 @@ from kdkit.deployment import deployed, deploying
 from kdkit.devices import is_channels_last
 from kdkit.errors import ModelError, RecipeError, RunError
 from kdkit.evaluate import metrics, predict, predict_together
+from kdkit.explain import explain
 from kdkit.factory import ModelFactory, TrainedTeacher, options_of
 from kdkit.models import build_model, load_checkpoint
 from kdkit.providers import ModelOptions, ModelSource, RecipeTeacher
@@ -201,10 +202,11 @@ def _load_exported(folder: Path, device: torch.device, plugins: tuple[Path, ...]
         raise ModelError(f"{folder}: the network is made by {files}, which kdkit does not run unasked; build it there and load {WEIGHTS}")
     sources = registry.load(plugins).models
     source, name = source_of(about["options"]["model"], sources)
+    kind = sources[source].Options
     try:
-        options = sources[source].Options(**about["options"])
+        options = kind.model_validate(about["options"])
     except ValidationError as error:
-        raise ModelError("\n".join(f"{folder / EXPORTED}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())) from None
+        raise ModelError(explain(error, kind, about["options"], lambda _: str(folder / EXPORTED))) from None
     builder, shape = sources[source](options, name), tuple(about["image_shape"])
     model = build_model(options, builder, about["num_classes"], shape, role="student", file=folder / WEIGHTS, device=device)
     model.module.eval()

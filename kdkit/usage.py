@@ -7,6 +7,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
+from kdkit.errors import one_line
+
 
 def told(error: Any, words: Sequence[str]) -> str:
     """What typer says of the command line `words`, on one line that begins with the command."""
@@ -20,7 +22,7 @@ def told(error: Any, words: Sequence[str]) -> str:
         says += f"; a recipe's value is given as {' or '.join(f'{key}={value}' for key in keys)}"
     elif option or "Missing" in says:
         says += f"; `{command} -h` shows what there is"
-    return f"{command}: {says[0].lower()}{says[1:]}"
+    return one_line(f"{command}: {says[0].lower()}{says[1:]}")
 
 
 def _value_after(option: str, words: Sequence[str]) -> str:

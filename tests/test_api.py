@@ -90,9 +90,9 @@ def test_taps_and_a_loss_together_lower_the_loss():
     [
         ("logit_kll", {}, "no loss is called 'logit_kll'; did you mean 'logit_kl'?"),
         ("logit_kl", {"temperature": -1}, "logit_kl: temperature"),
-        ("logit_kl", {"temprature": 1}, "logit_kl: temprature: extra inputs are not permitted"),
+        ("logit_kl", {"temprature": 1}, "logit_kl: temprature: no such key; did you mean 'temperature'?"),
         ("logit_kl", {"temperature": {"from": 1, "to": 2, "epochs": 3}}, "a ramp needs the engine"),
-        ("hint", {}, "hint: layers: field required"),
+        ("hint", {}, "hint: layers: this key is required"),
     ],
 )
 def test_a_loss_that_cannot_be_built(name, options, says):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from kdkit import cli
+
 KDKIT = str(Path(sys.executable).with_name("kdkit"))
 RECIPE = """\
 name: shell
@@ -104,3 +106,44 @@ def test_a_study_is_no_recipe(kdkit, tmp_path):
         kdkit("train", "s.yaml", code=2).strip() == "s.yaml:3: variants: this is a study, which `kdkit compare` carries out, not a recipe"
     )
     assert kdkit("compare", "s.yaml", "--dry", code=2).strip() == "allow: no variant has the key 'train.epoch'"
+
+
+@pytest.fixture
+def shell(tmp_path, monkeypatch, capsys):
+    """`main` in this process: exit code and standard error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "r.yaml").write_text(RECIPE)
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["kdkit", *words])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return caught.value.code, capsys.readouterr().err
+
+    return run
+
+
+def test_a_fault_of_kdkit_is_one_line_and_keeps_its_traceback(shell, tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise KeyError("a\nb")
+
+    monkeypatch.setattr("kdkit.recipe.load", fails)
+    code, told = shell("check", "r.yaml")
+    assert code == 70 and told.count("\n") == 1
+    assert "KeyError: 'a\\nb'; a fault of kdkit, not of what it was given" in told and "console.py:" in told
+    (kept,) = tmp_path.glob("kdkit-*.txt")
+    assert str(kept) in told and "Traceback" in kept.read_text()
+    monkeypatch.setenv("KDKIT_DEBUG", "1")
+    with pytest.raises(KeyError):
+        cli.main()
+
+
+def test_a_fault_of_a_plugin_names_its_file_and_line(shell, tmp_path):
+    head = "import kdkit\n\nclass Mine(kdkit.Loss):\n    '''Mine.'''\n    name, knowledge = 'mine', 'labels'\n\n"
+    body = "    def forward(self, student, teacher, batch):\n        if student.logits.shape[0] == 50:\n            raise ZeroDivisionError('here')\n        return student.logits.sum()\n\n"
+    (tmp_path / "mine.py").write_text(f"{head}{body}@kdkit.hookimpl\ndef kdkit_losses():\n    return [Mine]\n")
+    code, told = shell("train", "r.yaml", "losses.0.use=mine", "--plugins", "mine.py", "--quiet")
+    assert code == 70 and told.splitlines()[-1].startswith(
+        f"{tmp_path}/mine.py:9: ZeroDivisionError: here; a fault of this plugin (traceback in "
+    )

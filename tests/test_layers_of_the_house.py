@@ -29,6 +29,7 @@ ORDER = """
     ensembles
     hookspecs
     registry
+    reading
     source
     schema
     devices

@@ -90,7 +90,7 @@ class TestRampable:
 
     @pytest.mark.parametrize(("key", "ends"), [("from", (0, 1)), ("to", (1, 0)), ("to", (1, -3))])
     def test_bounds_hold_at_both_ends(self, key, ends):
-        with pytest.raises(ValidationError, match=f"{key}: Input should be greater than 0"):
+        with pytest.raises(ValidationError, match=f"{key}: input should be greater than 0"):
             Softness.model_validate({"temperature": {"from": ends[0], "to": ends[1], "epochs": 2}})
 
     def test_a_ramp_is_written_back_as_it_was_read(self):

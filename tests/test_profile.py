@@ -144,7 +144,7 @@ def test_named_models_take_the_size_and_classes_asked_for():
     (["no/such"], "no/such: no such run folder, and no model source is called 'no'"),
     (["resnet1x"], "timm has no model 'resnet1x'; did you mean"),
     (["mlp/4", "--size", "3,3"], "--size: '3,3' is not of the form C,H,W"),
-    (["python/Net"], "python/Net: needs options that only a recipe can give (file)"),
+    (["python/Net"], "python/Net: needs options that only a recipe can give: file: this key is required"),
 ])  # fmt: skip
 def test_a_wrong_word_is_one_line(words, says, monkeypatch, capsys):
     assert run_cli(monkeypatch, "profile", *words) == 2

@@ -144,7 +144,7 @@ BAD = {  # what is replaced, by what; the line; what is told
     "grid": ("[0, 0.5]", "[0, -1]", "s.yaml:11: losses.1.weight: input should be greater than or equal to 0, got -1"),
     "grid key": ("logit_kl.weight:", "logit_kl.wieght:", "s.yaml:11: vary.losses.logit_kl.wieght: no variant has this key"),
     "grid twice": ("[0, 0.5]", "[0.5, 5e-1]", "s.yaml:11: vary.losses.logit_kl.weight: a value is given twice"),
-    "no grid": ("[0, 0.5]", "0.5", "s.yaml:11: vary.losses.logit_kl.weight: input should be a valid list, got 0.5"),
+    "no grid": ("[0, 0.5]", "0.5", "s.yaml:11: vary.losses.logit_kl.weight: needs a list, such as [a, b], got 0.5"),
     "seed": ("losses.logit_kl.weight: [0, 0.5]", "seed: [0, 1]", "s.yaml:11: vary.seed: the seeds of a study are its `seeds:`"),
     "seeds": ("[3, 1]", "[3, 3]", "s.yaml:12: seeds: a seed is given twice"),
     "no seeds": ("[3, 1]", "0", "s.yaml:12: seeds: input should be greater than 0, got 0"),

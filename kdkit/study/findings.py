@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from kdkit.checkpoints import write_atomically
 from kdkit.errors import RunError
+from kdkit.explain import explain
 from kdkit.finite import or_nan
 
 Number = Annotated[float, BeforeValidator(or_nan)]
@@ -162,8 +163,8 @@ class Findings:
         except OSError as error:
             raise RunError(f"{path}: {error.strerror}; `kdkit compare` writes it") from None
         except ValidationError as error:
-            first = error.errors()[0]
-            raise RunError(f"{path}: not the findings of a study: {'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}") from None
+            first, *_ = explain(error, None, None, lambda _: f"{path}: not the findings of a study").splitlines()
+            raise RunError(first) from None
         if not found.variants:
             raise RunError(f"{path}: not the findings of a study: it has no variants")
         return found

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
 from pydantic import BaseModel
 
-from kdkit.errors import RecipeError
+from kdkit.errors import RecipeError, dotted
 from kdkit.recipe import Recipe
 from kdkit.source import Source
 
@@ -40,11 +41,18 @@ class Grid:
             if not any(has(recipe.spec, key.split(".")) for recipe in known):
                 raise self._error(key, "no variant has this key")
 
+    def count(self, recipe: Recipe) -> int:
+        """How many points it has for a recipe."""
+        return math.prod(len(self._axes[key]) for key in self._keys_of(recipe))
+
     def points(self, recipe: Recipe) -> Iterator[tuple[list[str], dict[str, yaml.Node]]]:
         """Each point as far as the recipe has its keys: what it is called, key by key, and its values, which know their places."""
-        keys = [key for key in self._axes if has(recipe.spec, key.split("."))]
+        keys = self._keys_of(recipe)
         for point in itertools.product(*(self._axes[key] for key in keys)):
             yield [label for label, _ in point], {key: node for key, (_, node) in zip(keys, point, strict=True)}
+
+    def _keys_of(self, recipe: Recipe) -> list[str]:
+        return [key for key in self._axes if has(recipe.spec, key.split("."))]
 
     def _labels(self, key: str) -> list[str]:
         """`weight 0.5` for each value of a key: as many of its last steps as tell it from the other keys."""
@@ -57,7 +65,7 @@ class Grid:
         return labels
 
     def _error(self, key: str, says: str) -> RecipeError:
-        return RecipeError(f"{self._source.where(['vary', key])}: vary.{key}: {says}")
+        return RecipeError(f"{self._source.where(['vary', key])}: {dotted(['vary', key])}: {says}")
 
 
 def has(value: Any, steps: Sequence[str]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,9 +17,9 @@ import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from kdkit import recipe as recipes
-from kdkit.errors import RecipeError, suggest
-from kdkit.explain import explain
-from kdkit.options import Options, RecipePath, Text
+from kdkit.errors import RecipeError, dotted, one_line, shorten, shown, suggest
+from kdkit.explain import explain_source
+from kdkit.options import LONGEST_NAME, RUN_NAME, FolderPath, Options, RecipePath, Text, path_of
 from kdkit.recipe import Recipe
 from kdkit.source import Source, override_words
 from kdkit.study.grid import Grid
@@ -26,13 +27,15 @@ from kdkit.study.grid import Grid
 SEEDS = 3  # where nothing says how many
 MARKS = ("variants", "vary", "base")  # keys that a study has and a recipe has not
 Shown = Literal["loss", "late_loss", "top5", "balanced_accuracy", "macro_f1", "nll", "ece", "kl_to_teacher", "logit_difference"]
+MOST_SEEDS = 1000
+MOST_VARIANTS = 1000  # those of the grid among them
 Seed = Annotated[int, Field(ge=0, strict=True)]
 
 
 class StudySpec(Options):
     """A study: what is compared, and over which seeds."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the study and of its folder.")
+    name: str = Field(pattern=RUN_NAME, max_length=LONGEST_NAME, description="Name of the study and of its folder.")
     question: str = Field(default="", description="What it asks, for its report.")
     base: RecipePath | dict[str, Any] | None = Field(
         default=None, description="Recipe that the variants build on: a file, or a recipe written out."
@@ -45,12 +48,12 @@ class StudySpec(Options):
         default_factory=dict,
         description="Values by key path: every variant that has the key is trained with each; several keys are a grid.",
     )
-    seeds: Annotated[int, Field(gt=0, strict=True)] | Annotated[list[Seed], Field(min_length=1)] = Field(
-        default=SEEDS, description="How many (0, 1, 2...), or which."
+    seeds: Annotated[int, Field(gt=0, le=MOST_SEEDS, strict=True)] | Annotated[list[Seed], Field(min_length=1, max_length=MOST_SEEDS)] = (
+        Field(default=SEEDS, description="How many (0, 1, 2...), or which.")
     )
     allow: tuple[str, ...] = Field(default=(), description="Keys in which variants may differ although they are not what is compared.")
     show: tuple[Shown, ...] = Field(default=(), description="Further columns of the table.")
-    folder: Path | None = Field(default=None, description="In place of the recipes' `run.folder`.")
+    folder: FolderPath | None = Field(default=None, description="In place of the recipes' `run.folder`.")
 
     @field_validator("seeds")
     @classmethod
@@ -119,8 +122,8 @@ def load(
     """
     if not paths:
         raise RecipeError("name a study file, or recipes")
-    if seeds is not None and seeds < 1:
-        raise RecipeError(f"at least one seed is needed, not {seeds}")
+    if seeds is not None and not 1 <= seeds <= MOST_SEEDS:
+        raise RecipeError(f"between 1 and {MOST_SEEDS} seeds are possible, not {shown(seeds)}")
     opened = {path: Source(path) for path in paths}
     studies = [path for path, source in opened.items() if any(key in source.data for key in MARKS)]
     if studies and len(paths) > 1:
@@ -139,10 +142,12 @@ def _seen_from_here(path: Path) -> str:
 def safe(names: Iterable[str]) -> dict[str, str]:
     """What each name is called in a folder: letters, digits, `.`, `_`, `-`, and no two alike."""
     called: dict[str, str] = {}
+    taken: set[str] = set()
     for name in names:
-        plain = re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-._") or "variant"
+        plain = re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-._")[: LONGEST_NAME - 20] or "variant"  # with room for a number and a seed
         numbered = (f"{plain}-{number}" for number in itertools.count(2))
-        called[name] = next(word for word in itertools.chain([plain], numbered) if word not in called.values())
+        called[name] = next(word for word in itertools.chain([plain], numbered) if word not in taken)
+        taken.add(called[name])
     return called
 
 
@@ -169,7 +174,7 @@ class _Loader:
         try:
             self.spec = StudySpec.model_validate(source.data)
         except ValidationError as error:
-            raise RecipeError("\n".join(dict.fromkeys(explain(error, source, StudySpec)))) from None
+            raise RecipeError(explain_source(error, StudySpec, source)) from None
         folder = {"run.folder": str(self.spec.folder)} if self.spec.folder is not None else {}
         self.overrides = {**folder, **(overrides or {}), "name": self.spec.name}
         self._refuse_keys()
@@ -184,6 +189,8 @@ class _Loader:
         problems.raise_if_any(len(names))
         grid = Grid(self.source, self.spec.vary)
         grid.refuse_idle_keys(plain.values())
+        if (count := sum(map(grid.count, plain.values()))) > MOST_VARIANTS:
+            raise self._error(["vary"], f"makes {count:,} variants, more than {MOST_VARIANTS:,}")
         variants: dict[str, Recipe] = {}
         firsts: dict[str, str] = {}  # of each variant, its first point of the grid
         for name, one in plain.items():
@@ -208,7 +215,7 @@ class _Loader:
     @functools.cached_property
     def _base(self) -> Source | None:
         path = self.spec.base
-        if isinstance(path, Path) and not path.is_file():
+        if isinstance(path, Path) and not os.path.isfile(path):
             raise self._error(["base"], f"no such file: {path}")
         return Source(path) if isinstance(path, Path) else self.source.section(["base"]) if path is not None else None
 
@@ -217,9 +224,12 @@ class _Loader:
         where = ["variants", name]
         own, base = self.source.section(where, but=["recipe"]), self._base
         if (written := (self.spec.variants.get(name) or {}).get("recipe")) is not None:
-            path = written.folder / Path(written).expanduser() if isinstance(written, Text) else Path()
-            if not path.is_file():
-                raise self._error([*where, "recipe"], f"no such file: {written}")
+            try:
+                path = path_of(written) if isinstance(written, Text) else Path()
+            except ValueError as error:
+                raise self._error([*where, "recipe"], str(error)) from None
+            if not os.path.isfile(path):
+                raise self._error([*where, "recipe"], f"no such file: {shorten(str(written))}")
             base = Source(path)
         return own.over(base) if base else own
 
@@ -233,7 +243,7 @@ class _Loader:
         return names[0] if wanted is None else wanted if wanted in names else firsts[wanted]
 
     def _error(self, location: Sequence[str], says: str) -> RecipeError:
-        return RecipeError(f"{self.source.where(location)}: {'.'.join(location)}: {says}")
+        return RecipeError(f"{self.source.where(location)}: {dotted(location)}: {one_line(says)}")
 
 
 class _Problems:
@@ -254,7 +264,10 @@ class _Problems:
     def raise_if_any(self, variants: int) -> None:
         """Raise them all, if any; there are so many variants."""
         if self.found:
-            told = (line if len(names) >= variants else f"{line} (variant {'; '.join(names)})" for line, names in self.found.items())
+            told = (
+                line if len(names) >= variants else f"{line} (variant {shorten(one_line('; '.join(names)))})"
+                for line, names in self.found.items()
+            )
             raise RecipeError("\n".join(told))
 
 

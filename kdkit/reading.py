@@ -1,0 +1,255 @@
+"""Reads a small part of YAML, within bounds, into nodes that know where they stand.
+
+What may stand there: text, whole and decimal numbers, true and false, null, lists, and mappings whose keys are words. Dates are text.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from kdkit.errors import RecipeError, dotted, one_line, shorten, shown
+from kdkit.options import LARGEST_INT, Text
+
+COMMAND_LINE = "override"
+
+LARGEST_FILE = 1_000_000
+"""Bytes of a file."""
+MOST_NODES = 50_000
+"""Values and keys of a file, each counted as often as an alias repeats it."""
+DEEPEST = 32
+"""Lists and mappings inside each other."""
+
+_TAG = "tag:yaml.org,2002:"
+_STRANGE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
+
+
+class _Composer(yaml.SafeLoader):
+    """Composes nodes, and refuses what no recipe needs as soon as it is met.
+
+    Numbers and booleans are those of YAML 1.2: `5e-4` is a float, `no` and `off` are words.
+    """
+
+    def __init__(self, text: str, name: str) -> None:
+        super().__init__(text)
+        self.name = name
+        self._depth = 0
+        self._sizes: dict[yaml.Node, tuple[int, int]] = {}  # of each finished node: how many nodes it is, and how deep
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        event: yaml.Event = self.peek_event()  # type: ignore[no-untyped-call]
+        self._depth += 1
+        if self._depth > DEEPEST:
+            raise _refused(f"lists and mappings are more than {DEEPEST} deep", event.start_mark)
+        self._check_tag(event)
+        node = super().compose_node(parent, index)
+        assert node is not None
+        self._depth -= 1
+        if node not in self._sizes:
+            if isinstance(event, yaml.AliasEvent):  # of a node that is not finished
+                raise _refused("contains itself", event.start_mark)
+            self._sizes[node] = self._measured(node)
+        size, depth = self._sizes[node]
+        if size > MOST_NODES or len(self._sizes) > MOST_NODES:
+            raise _refused(f"more than {MOST_NODES:,} values in one file", event.start_mark)
+        if self._depth + depth > DEEPEST:
+            raise _refused(f"lists and mappings are more than {DEEPEST} deep", event.start_mark)
+        return node
+
+    def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
+        node: yaml.ScalarNode = super().compose_scalar_node(anchor)
+        if strange := _STRANGE.search(node.value):
+            raise _refused(f"holds {strange.group().encode('unicode_escape').decode()}, a control character", node.start_mark)
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise _refused("a key is a word", key.start_mark)
+        node.value = [*self._merged(node), *((key, value) for key, value in node.value if key.tag != f"{_TAG}merge")]
+        first: dict[str, int] = {}
+        for key, _ in node.value:
+            if key.value in first:
+                says = f"{dotted([key.value])}: is given twice (first on line {first[key.value]})"
+                raise _refused(says, key.start_mark)
+            first[key.value] = key.start_mark.line + 1
+        return node
+
+    def _merged(self, node: yaml.MappingNode) -> list[tuple[yaml.Node, yaml.Node]]:
+        """What `<<: *other` brings into a mapping that has no such keys itself."""
+        found: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+        own = {key.value for key, _ in node.value}
+        for key, value in node.value:
+            parts = value.value if isinstance(value, yaml.SequenceNode) else [value]
+            for part in parts if key.tag == f"{_TAG}merge" else ():
+                if not isinstance(part, yaml.MappingNode):
+                    raise _refused("<<: takes a mapping, or a list of mappings", key.start_mark)
+                found = {**{k.value: (k, v) for k, v in part.value if k.value not in own}, **found}
+        return list(found.values())
+
+    def _measured(self, node: yaml.Node) -> tuple[int, int]:
+        children = [child for pair in node.value for child in pair] if isinstance(node, yaml.MappingNode) else node.value
+        sizes = [self._sizes[child] for child in children] if isinstance(node, yaml.CollectionNode) else []
+        return 1 + sum(size for size, _ in sizes), 1 + max((depth for _, depth in sizes), default=-1)
+
+    def _check_tag(self, event: yaml.Event) -> None:
+        tag = getattr(event, "tag", None)
+        if isinstance(event, yaml.ScalarEvent):  # a number may say that it is one, and anything that it is text
+            usual = {f"{_TAG}str", self.resolve(yaml.ScalarNode, event.value, (True, False))}  # type: ignore[no-untyped-call]
+        else:
+            usual = {f"{_TAG}seq" if isinstance(event, yaml.SequenceStartEvent) else f"{_TAG}map"}
+        if tag not in (None, "!", *usual):
+            name = shorten(str(tag).replace(_TAG, "!!"))
+            raise _refused(f"{name}: values have no tags here; leave it out, and write text in quotes", event.start_mark)
+
+
+def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
+    left_out = {f"{_TAG}{kind}" for kind in ("bool", "timestamp", "value")}
+    known = yaml.SafeLoader.yaml_implicit_resolvers.items()
+    return {first: [(tag, pattern) for tag, pattern in resolvers if tag not in left_out] for first, resolvers in known}
+
+
+_Composer.yaml_implicit_resolvers = _resolvers()
+_Composer.add_implicit_resolver(f"{_TAG}bool", re.compile(r"true|True|false|False"), list("tTfF"))
+_Composer.add_implicit_resolver(f"{_TAG}float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789"))
+
+
+def read(path: Path) -> yaml.MappingNode:
+    """The mapping that a file holds.
+
+    Raises:
+        RecipeError: it cannot be read, is no YAML, or no mapping.
+    """
+    name = seen_from_here(str(path))
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST_FILE + 1)
+        text = content.decode()
+    except OSError as error:
+        raise RecipeError(f"{name}: {error.strerror}") from None
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise RecipeError(f"{name}: {'is not UTF-8 text' if isinstance(error, UnicodeError) else error}") from None
+    if len(content) > LARGEST_FILE:
+        raise RecipeError(f"{name}: is larger than {LARGEST_FILE:,} bytes, which no recipe is")
+    root = compose(text, str(path))
+    if not isinstance(root, yaml.MappingNode):
+        raise RecipeError(f"{name}:1: a recipe is a mapping of keys, such as `name: first`")
+    return root
+
+
+def compose(text: str, name: str) -> yaml.Node | None:
+    """The node that a text holds; None where it holds nothing.
+
+    Args:
+        text: YAML.
+        name: of its file, or `COMMAND_LINE`.
+
+    Raises:
+        RecipeError: in one line, with the place.
+    """
+    if len(text) > LARGEST_FILE:
+        raise RecipeError(f"{name}: is longer than {LARGEST_FILE:,} characters")
+    try:
+        composer = _Composer(text, name)
+        try:
+            return composer.get_single_node()
+        finally:
+            composer.dispose()
+    except yaml.YAMLError as error:
+        raise RecipeError(_told(error, text, name)) from None
+    except (ValueError, OverflowError):  # of PyYAML itself
+        raise RecipeError(f"{name}: holds an escape or a number that means nothing") from None
+
+
+def value(node: yaml.Node, location: tuple[str | int, ...] = ()) -> Any:
+    """What a node holds, in plain values; text knows the folder of its file.
+
+    Raises:
+        RecipeError: a number is too large.
+    """
+    if isinstance(node, yaml.MappingNode):
+        return {key.value: value(part, (*location, key.value)) for key, part in node.value}
+    if isinstance(node, yaml.SequenceNode):
+        return [value(part, (*location, number)) for number, part in enumerate(node.value)]
+    return _scalar(cast("yaml.ScalarNode", node), location)
+
+
+def _scalar(node: yaml.ScalarNode, location: tuple[str | int, ...]) -> Any:
+    kind = node.tag.removeprefix(_TAG)
+    if kind == "null":
+        return None
+    if kind == "bool":
+        return node.value.lower() == "true"
+    if kind in ("int", "float"):
+        try:
+            number = (yaml.SafeLoader("").construct_yaml_int if kind == "int" else yaml.SafeLoader("").construct_yaml_float)(node)
+        except (ValueError, OverflowError, IndexError):
+            number = LARGEST_INT + 1
+        if isinstance(number, int) and abs(number) > LARGEST_INT:
+            where = f"{place(node.start_mark)}: {dotted(location)}" if location else place(node.start_mark)
+            raise RecipeError(f"{where}: {shorten(node.value, 40)} is too large, or is no number; write text in quotes")
+        return number
+    name = node.start_mark.name
+    return Text.of(node.value, Path.cwd() if name == COMMAND_LINE else Path(name).parent)
+
+
+def place(mark: yaml.Mark) -> str:
+    """`file:line`, or that it was on the command line."""
+    return COMMAND_LINE if mark.name == COMMAND_LINE else f"{seen_from_here(mark.name)}:{mark.line + 1}"
+
+
+def seen_from_here(name: str) -> str:
+    """A path, relative to the current folder where it lies in that."""
+    path = Path(name)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else name
+
+
+def _refused(says: str, mark: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=says, problem_mark=mark)
+
+
+def _told(error: yaml.YAMLError, text: str, name: str) -> str:
+    if isinstance(error, yaml.reader.ReaderError):
+        mark = yaml.Mark(name, 0, text.count("\n", 0, error.position), 0, None, 0)
+        return f"{place(mark)}: holds {shown(chr(error.character))}, a character that no text file has"
+    assert isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None
+    problem, mark = str(error.problem or error.context), error.problem_mark
+    says = next((words for begin, words in _IN_PLAIN_WORDS.items() if problem.startswith(begin)), problem)
+    begins = error.context_mark
+    if begins is not None and says.startswith(_UNCLOSED):
+        mark = begins
+    if begins is not None and "{line}" in says:
+        says = says.format(line=begins.line + 1)
+    return f"{place(mark)}: {one_line(says)}"
+
+
+_UNCLOSED = "what is opened here is not closed"
+_IN_PLAIN_WORDS = {  # what PyYAML says, from its beginning on
+    "found character '\\t'": "a tab, which cannot indent YAML: use spaces",
+    "found character": "begins with a character that has a meaning in YAML: write text in quotes",
+    "could not find expected ':'": "a line that is no `key: value`; is the `:` missing, or the space behind it?",
+    "mapping values are not allowed": "a `:` where none can be: is the line above no `key: value`, or this one indented too far?",
+    "sequence entries are not allowed": "a `- ` where no list can begin; put it on a line of its own, below its key",
+    "mapping keys are not allowed": "a `? ` where no key can begin; write text in quotes",
+    "found unexpected end of stream": f"{_UNCLOSED}: a quote is missing",
+    "found unexpected document separator": f"{_UNCLOSED}: a quote is missing",
+    "found unknown escape character": "an unknown escape; in single quotes a `\\` is just that",
+    "expected escape sequence": "an escape is too short; in single quotes a `\\` is just that",
+    "expected alphabetic or numeric": "begins with a character that has a meaning in YAML: write text in quotes",
+    "expected <block end>, but found '<block": "is indented otherwise than what it belongs to, which begins on line {line}",
+    "expected <block end>, but found": "does not belong to what begins on line {line}; is it indented otherwise, or is a quote missing?",
+    "expected ',' or ']'": f"{_UNCLOSED}: a `]` or a `,` is missing",
+    "expected ',' or '}'": f"{_UNCLOSED}: a `}}` or a `,` is missing",
+    "expected the node content": "a value is missing before this",
+    "expected '<document start>'": "does not belong to the mapping above; is it indented otherwise?",
+    "but found another document": "a second document (`---`) begins, and a file holds one",
+    "found undefined alias": "a `*name` without the `&name` that it stands for; write text in quotes",
+    "found duplicate anchor": "a second `&name` of one name",
+    "second occurrence": "a second `&name` of one name",
+    "expected a comment or a line break": "text behind a `|` or `>`: write it on the next line, or in quotes",
+    "expected chomping or indentation": "text behind a `|` or `>`: write it on the next line, or in quotes",
+}
