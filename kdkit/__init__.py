@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kdkit.dataset_source import DatasetOptions as DatasetOptions
     from kdkit.dataset_source import DatasetSource as DatasetSource
     from kdkit.dataset_source import InMemory as InMemory
+    from kdkit.dataset_source import Lacking as Lacking
     from kdkit.dataset_source import SharedStream as SharedStream
     from kdkit.dataset_source import Split as Split
     from kdkit.dataset_source import Stream as Stream
@@ -102,7 +103,7 @@ _HOME = {
     "errors": "DataError Interrupted KdkitError ModelError PluginError RecipeError RunError ShapeError TapError",
     "hookspecs": "hookimpl",
     "options": "BOOKKEEPING Arguments NetworkArguments Options Ramp Rampable RecipePath",
-    "dataset_source": "DataInfo DatasetOptions DatasetSource InMemory SharedStream Split Stream Texts",
+    "dataset_source": "DataInfo DatasetOptions DatasetSource InMemory Lacking SharedStream Split Stream Texts",
     "providers": "Meaning ModelOptions ModelSource Normalize Portable",
     "normalization": "NormalizationAdapter",
     "tapping": "taps",

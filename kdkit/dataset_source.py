@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
@@ -93,6 +94,22 @@ class DataInfo:
     num_tokens: int = 0
 
 
+@dataclass(frozen=True)
+class Lacking:
+    """Files that a dataset has not, and may fetch.
+
+    Attributes:
+        what: what they are, and from where they come.
+        folder: where they go to (None: into the cache of the library that fetches them).
+    """
+
+    what: str
+    folder: Path | None
+
+    def __str__(self) -> str:
+        return f"{self.what} to {self.folder}" if self.folder else self.what
+
+
 class DatasetOptions(Options):
     """Options of a dataset; subclass it as `Options` in the dataset source."""
 
@@ -108,12 +125,23 @@ class DatasetSource(abc.ABC):
     def __init__(self, options: DatasetOptions) -> None:
         self.options = options
 
+    def lacks(self) -> Lacking | None:
+        """What `fetch` would bring; None where it is all there, or the options do not allow to fetch it. Connects to nothing."""
+        return None
+
+    def fetch(self) -> None:  # noqa: B027 -- most datasets are there
+        """Bring what it lacks. Called before the rest in training, never by `kdkit check`; kdkit has said what comes from where.
+
+        Raises:
+            DataError: it cannot be fetched.
+        """
+
     @abc.abstractmethod
     def info(self) -> DataInfo:
         """Shape and class count, without reading the images.
 
         Raises:
-            DataError: its files are not there (and may not be downloaded).
+            DataError: its files are not there.
         """
 
     @abc.abstractmethod

@@ -307,7 +307,7 @@ class ModelFactory:
         for place, options in models_in(sections):
             if options.checkpoint is None:
                 continue
-            source, shape = self._source(options), self.info.image_shape
+            source, shape = self.source(options), self.info.image_shape
             try:
                 built = build_model(options, source, self.info.num_classes, shape, weights=False)
                 told = compare_checkpoint(options, source, built.module, self.info.num_classes)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdkit import data
+from kdkit import data, fetching
 from kdkit.cache import planning as cache_plan
 from kdkit.contracts import Context
 from kdkit.dataset_source import DataInfo, DatasetSource, Stream
@@ -39,18 +39,23 @@ from kdkit.trainable import freeze_all_but
 PROBE = 4  # images, of which a schedule may compare only half
 
 
-def make(recipe: Recipe) -> Plan:
+def make(recipe: Recipe, fetch: Callable[[str], None] | None = None) -> Plan:
     """Plan a recipe.
+
+    Args:
+        recipe: what is to be carried out.
+        fetch: told of each thing that is fetched first, as far as the recipe allows it (None: nothing is fetched).
 
     Raises:
         RecipeError: everything that cannot work, one line each with file and line.
     """
-    return _Planner(recipe).plan()
+    with contextlib.nullcontext() if fetch else fetching.nothing_fetched():
+        return _Planner(recipe, fetch).plan()
 
 
 class _Planner:
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe, self.spec = recipe, recipe.spec
+    def __init__(self, recipe: Recipe, fetch: Callable[[str], None] | None) -> None:
+        self.recipe, self.spec, self.fetch = recipe, recipe.spec, fetch
         self.problems: list[str] = []
         self.notes: list[str] = []
         self._used: set[str] = set()
@@ -60,7 +65,7 @@ class _Planner:
         spec = self.spec
         source = self.recipe.plugins.datasets[spec.data.dataset.use](spec.data.dataset)
         with self._problems_at("data", "dataset"):
-            info = source.info()
+            info = self._info(source)
             if info.num_classes < 2:
                 raise DataError(f"says {info.num_classes} class: there must be two to tell apart")
             with self._problems_at("data"):
@@ -107,20 +112,40 @@ class _Planner:
         self._raise_if_any()
         return Plan(spec.name, info, num_train, student, tuple(planned), stages, tuple(self.notes))
 
+    def _info(self, source: DatasetSource) -> DataInfo:
+        """What is known of the dataset. What it lacks is fetched first, or it is taken down that training will."""
+        if self.fetch:
+            fetching.fetch(self.recipe, source, self.fetch)
+            return source.info()
+        if (lacking := source.lacks()) is None:
+            return source.info()
+        if lacking.folder is not None:
+            fetching.refuse_elsewhere(self.recipe, lacking.folder)
+        says = f"training first fetches {lacking}"
+        self.notes.append(says)
+        try:
+            return source.info()
+        except DataError as error:
+            raise DataError(f"is not there yet, so nothing is known of it; {says}") from error
+
     @contextlib.contextmanager
     def _problems_at(self, *location: str | int) -> Iterator[None]:
         """Collect what goes wrong inside as problems of that place in the recipe."""
         try:
             yield
         except RecipeError as error:  # knows its place
-            self.problems.append(str(error))
+            self.problems.append(f"{error}{self._hint(error)}")
         except (DataError, ModelError, TapError, ShapeError, RunError) as error:
-            self.problems.append(self.recipe.problem(self._place(error, location), str(error)))
+            self.problems.append(self.recipe.problem(self._place(error, location), f"{error}{self._hint(error)}"))
         except Exception as error:
             if location != ("schedule",):
                 raise
             says = f"fails: {type(error).__name__}: {' '.join(str(error).split())}"  # a plugin's own mistake, told with its place
             self.problems.append(self.recipe.problem(location, f"schedule '{self.spec.schedule.use}' {says}"))
+
+    def _hint(self, error: KdkitError) -> str:
+        """What helps where something would have to be fetched."""
+        return "; a check fetches nothing, `kdkit train` does" if not self.fetch and fetching.wanted_to_fetch(error) else ""
 
     def _raise_if_any(self) -> None:
         if self.problems:
@@ -142,7 +167,7 @@ class _Planner:
         found = {}
         for name, source in teacher_recipes(self.spec).items():
             with self._problems_at(*self.spec.place_of(name)):
-                planned = make(source)
+                planned = make(source, self.fetch)
                 theirs = planned.info.num_classes
                 whose = f"the teacher of {source.source.path.name}"
                 if theirs != info.num_classes:

@@ -83,7 +83,7 @@ class Prepared:
 
         `info` is that of the data, where the recipe is known to be sound because another seed's is; `say` is told of teachers.
         """
-        info = info or plan.make(recipe).info
+        info = info or plan.make(recipe, say or Reporter(quiet=quiet).say).info
         folder.check(recipe, restart=restart)
         accelerator_for(recipe, folder)  # refuses what this machine cannot do before a teacher is trained for it
         return cls(recipe, folder, info, trained_teachers(recipe, folder.path, quiet=quiet, say=say), restart, quiet)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from kdkit import data, registry
+from kdkit import data, fetching, registry
 from kdkit.dataset_source import DataInfo, DatasetSource
 from kdkit.deployment import deployed, deploying
 from kdkit.devices import is_channels_last
@@ -47,6 +48,7 @@ class TrainedRun:
             raise RecipeError(f"{foreign[0]}: the run is trained; only `data.` keys can be changed now")
         self.folder = RunFolder(path)
         self.recipe = self.folder.recipe(overrides)
+        self._fetch = (overrides or {}).get("data.dataset.download") is True  # whoever asks for the data now, not the run
 
     @functools.cached_property
     def info(self) -> DataInfo:
@@ -112,9 +114,11 @@ class TrainedRun:
         return ModelFactory(self.recipe, self.info, self._taught_by(), device=device or torch.device("cpu")).whole_teachers()
 
     def data(self, *, device: torch.device | None = None) -> data.Data:
-        """The data, as one process sees it."""
-        spec = self.recipe.spec
-        return data.prepare(spec.data, self._dataset(), seed=spec.seed, device=device or torch.device("cpu"))
+        """The data, as one process sees it. Nothing is fetched unless an override asks for it: `data.dataset.download=true`."""
+        spec, source = self.recipe.spec, self._dataset()
+        if self._fetch:
+            fetching.fetch(self.recipe, source, lambda text: print(text, file=sys.stderr))
+        return data.prepare(spec.data, source, seed=spec.seed, device=device or torch.device("cpu"))
 
     def _dataset(self) -> DatasetSource:
         entry = self.recipe.spec.data.dataset

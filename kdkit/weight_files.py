@@ -170,7 +170,7 @@ def read_groups(path: Path, *, shapes_only: bool = False) -> dict[str, Weights]:
         ) from None
     except Exception as error:  # whatever a broken file makes a reader raise
         raise CheckpointError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
-    groups = dict(_groups(content))
+    groups = dict(_groups(content, shapes_only))
     if not groups:
         keys = _listed([str(key) for key in content], "key") if isinstance(content, Mapping) and content else type(content).__name__
         raise CheckpointError(f"{path}: holds no weights, which are a mapping of tensors; it holds {keys}")
@@ -194,20 +194,25 @@ def _torch_file(path: Path, shapes_only: bool) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True, mmap=archive and shapes_only)
 
 
-def _groups(content: Any, place: str = "", depth: int = 3) -> Iterator[tuple[str, Weights]]:
-    if not isinstance(content, Mapping) or not content:
+def _groups(content: Any, shapes_only: bool, place: str = "", depth: int = 3, met: set[int] | None = None) -> Iterator[tuple[str, Weights]]:
+    """Each mapping once, and not too deep: a file may hold itself, under many keys."""
+    met = set() if met is None else met
+    if not isinstance(content, Mapping) or not content or id(content) in met:
         return
-    if all(map(_is_plain, content.values())):
+    met.add(id(content))
+    if all(_is_plain(value, shapes_only) for value in content.values()):
         yield place, {str(key): value for key, value in content.items()}
     elif depth:
         for key, value in content.items():
             if isinstance(key, str):
-                yield from _groups(value, f"{place}{key}.", depth - 1)
+                yield from _groups(value, shapes_only, f"{place}{key}.", depth - 1, met)
 
 
-def _is_plain(value: object) -> bool:
+def _is_plain(value: object, shapes_only: bool) -> bool:
     """Whether it is a tensor with a number for each of its places, of which only the shape may have been read."""
-    return isinstance(value, Tensor) and value.layout is torch.strided and value.device.type in ("cpu", "meta")
+    return (
+        isinstance(value, Tensor) and value.layout is torch.strided and value.device.type in (("cpu", "meta") if shapes_only else ("cpu",))
+    )
 
 
 def _chosen(groups: Mapping[str, Weights], path: Path, strip_prefix: str) -> tuple[Weights, str, list[str]]:

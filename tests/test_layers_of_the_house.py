@@ -36,6 +36,7 @@ ORDER = """
     recipe_types
     explain
     recipe
+    fetching
     fairness
     study.grid
     study.variants

@@ -34,7 +34,10 @@ def test_there_are_recipes_of_every_benchmark():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return lay_out(tmp_path_factory.mktemp("home"))
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)  # where `make` and the guides run them: recipes may fetch data below the current folder
+        yield lay_out(home)
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=[path.stem for path in STUDIES])

@@ -1,6 +1,7 @@
 """What files of strangers may do: attacks, each of which has to end in one line and leave no trace."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -168,9 +169,15 @@ def endless():
     return found
 
 
+def tangled():
+    found = {}
+    found.update({str(i): found for i in range(2000)})
+    return found
+
+
 @pytest.mark.parametrize(
-    "content", [endless(), nested(40), {"w": torch.zeros(1).to_sparse()}, {"w": torch.zeros(1, device="meta")}, [1], {}],
-    ids=["holds itself", "deep", "sparse", "meta", "list", "empty"],
+    "content", [endless(), tangled(), nested(40), {"w": torch.zeros(1).to_sparse()}, [1], {}],
+    ids=["holds itself", "holds itself often", "deep", "sparse", "list", "empty"],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:.*[Ss]parse")
 def test_a_checkpoint_that_is_none(tmp_path, content):
@@ -179,7 +186,131 @@ def test_a_checkpoint_that_is_none(tmp_path, content):
     refused(file, "student.checkpoint: ", "w.pth: holds no weights")
 
 
+def test_a_checkpoint_of_shapes_alone_is_told_when_it_is_read(tmp_path):
+    from kdkit.weight_files import read_weights
+
+    torch.save({"w": torch.zeros(1, device="meta")}, tmp_path / "w.pth")
+    with pytest.raises(KdkitError, match="w.pth: holds no weights"):
+        read_weights(tmp_path / "w.pth")
+
+
 def test_a_checkpoint_that_would_run_python(tmp_path, trap):
     (tmp_path / "w.pth").write_bytes(pickled(trap))
     refused(write(tmp_path, student={"checkpoint": "w.pth"}), "w.pth: no checkpoint", "code in a file is never run")
     assert not trap.sprung
+
+
+# What a check may fetch: nothing
+
+
+@pytest.fixture
+def server():
+    """An address at which every connection is taken down."""
+    import socket
+    import threading
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        asked = []
+
+        def listen():
+            while True:
+                try:
+                    taken, _ = listening.accept()
+                except OSError:
+                    return
+                asked.append(taken.recv(1000))
+                taken.close()
+
+        threading.Thread(target=listen, daemon=True).start()
+        yield SimpleNamespace(port=listening.getsockname()[1], asked=asked)
+        listening.shutdown(socket.SHUT_RDWR)
+
+
+PLUGIN = """
+import urllib.request
+import kdkit
+
+class Remote(kdkit.DatasetSource):
+    "Asks a server for its facts, and makes a folder."
+
+    name = "remote"
+
+    def info(self):
+        try:
+            urllib.request.urlopen("http://127.0.0.1:{port}/facts", timeout=5)
+        except OSError as error:
+            raise kdkit.DataError(f"cannot be asked: {{error}}") from error
+        return kdkit.DataInfo((1, 8, 8), 6, 48, 20)
+
+    def split(self, part):
+        raise NotImplementedError
+
+@kdkit.hookimpl
+def kdkit_datasets():
+    return [Remote]
+"""
+
+
+def test_a_check_connects_to_nothing(tmp_path, server):
+    (tmp_path / "remote.py").write_text(PLUGIN.format(port=server.port))
+    file = write(tmp_path, {**PLAIN, "plugins": ["remote.py"], "data": {"dataset": {"use": "remote"}, "batch_size": 8}})
+    refused(file, "a check connects to no other machine>; a check fetches nothing, `kdkit train` does")
+    assert not server.asked
+    with pytest.raises(KdkitError):  # the same when it is to be trained, and may be fetched
+        plan.make(recipe.load(file), print)
+    assert server.asked
+
+
+@pytest.mark.parametrize(
+    "student", [{"model": "hf-hub:owner/absent"}, {"model": "hf/owner/absent"}], ids=["timm", "transformers"]
+)  # fmt: skip
+def test_a_check_asks_no_hub(tmp_path, student, monkeypatch):
+    from huggingface_hub import constants
+
+    asked = []
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: asked.append(1))
+    data = {} if student["model"].startswith("hf-") else {"data": {"dataset": {"use": "clinc150", "download": True, "tokenizer": "./t"}}}
+    file = write(tmp_path, {**PLAIN, **SUPERVISED, **data, "student": student})
+    monkeypatch.chdir(tmp_path)
+    refused(file, "student.model: ", "a check fetches nothing, `kdkit train` does")
+    assert not asked and constants.HF_HUB_OFFLINE is False
+
+
+@pytest.mark.parametrize("student", [{"model": "resnet18.a1_in1k"}, {"model": "torchvision/resnet18"}], ids=["timm", "torchvision"])
+def test_a_check_needs_no_pretrained_weights(tmp_path, student, monkeypatch):
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: pytest.fail("a connection was wanted"))
+    data = {"data": {**PLAIN["data"], "dataset": {**PLAIN["data"]["dataset"], "image_size": 32}}}
+    file = write(tmp_path, {**PLAIN, **SUPERVISED, **data, "student": {**student, "pretrained": True}})
+    assert plan.make(recipe.load(file)).student.parameters > 10**6
+
+
+@pytest.mark.parametrize(
+    ("root", "place", "allowed"),
+    [
+        ("insects", None, True),
+        ("deep/insects", None, True),
+        ("../elsewhere/new", None, False),
+        ("../elsewhere/new", "../elsewhere", True),
+        (".config/autostart", None, False),
+        ("../recipes/../elsewhere/new", None, False),
+        ("link/new", None, False),
+    ],
+)  # fmt: skip
+def test_where_files_are_fetched_to(tmp_path, root, place, allowed, monkeypatch):
+    from kdkit.fetching import refuse_elsewhere
+
+    for name in ("recipes", "here", "elsewhere"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "recipes" / "link").symlink_to(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.delenv("KDKIT_DATA", raising=False)
+    if place:
+        monkeypatch.setenv("KDKIT_DATA", str(tmp_path / "recipes" / place))
+    dataset = {"use": "image_folder", "root": root, "url": "http://127.0.0.1:9/x.zip", "download": True}
+    loaded = recipe.load(write(tmp_path / "recipes", {**PLAIN, **SUPERVISED, "data": {"dataset": dataset, "image_size": 8}}))
+    folder = loaded.spec.data.dataset.root
+    if allowed:
+        refuse_elsewhere(loaded, folder)
+    else:
+        refused(loaded.source.path, f"would be fetched to {folder}, ", f"KDKIT_DATA={folder} in the environment allows it")
+    refuse_elsewhere(loaded, tmp_path / "here" / "data")

@@ -21,6 +21,7 @@ from kdkit.cache.teacher import Forward, TeacherCache
 from kdkit.data import TrainLoader
 from kdkit.engine import build_accelerator
 from kdkit.factory import ModelFactory
+from kdkit.progress import Reporter
 from kdkit.recipe import Recipe
 from kdkit.records import Inputs
 
@@ -42,7 +43,7 @@ def fill(recipe: Recipe, *, quiet: bool = False) -> list[Found]:
         raise recipe.error(
             ["teacher"] if spec.teacher is not None or not spec.teachers else ["teachers"], "has no `cache:` that could be filled"
         )
-    plan.make(recipe)
+    plan.make(recipe, Reporter(quiet=quiet).say)
     trained = runs.trained_teachers(recipe, spec.run.folder / spec.name, quiet=quiet)
     device = build_accelerator(spec.train).device
     exact = Slots.of(next(iter(options.values())), spec.data, spec.seed).exact

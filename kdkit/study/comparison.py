@@ -109,7 +109,7 @@ def compare(
     first = is_first()
     crew = Crew.of_launch() if spread else None
     planned = trainings(study)
-    _check([each for each in planned if each.result is None])
+    _check([each for each in planned if each.result is None], say)
     if first:
         write_atomically(study.path / STUDY, study.dump().encode())
     measured = Measured(study.path / "measured.json", say) if first else None
@@ -146,8 +146,8 @@ def _fingerprint(marker: Path) -> str:
     return str(json.loads(marker.read_text())["fingerprint"])
 
 
-def _check(planned: Sequence[Training]) -> None:
-    """Plan each variant once.
+def _check(planned: Sequence[Training], say: Callable[[str], None]) -> None:
+    """Plan each variant once; `say` is told of what is fetched for it.
 
     Raises:
         RecipeError: all that cannot work, of all variants.
@@ -155,7 +155,7 @@ def _check(planned: Sequence[Training]) -> None:
     problems: list[str] = []
     for each in {each.variant: each for each in planned}.values():
         try:
-            plan.make(each.recipe)
+            plan.make(each.recipe, say)
         except RecipeError as error:
             problems += [f"{line} (variant {each.variant})" for line in str(error).splitlines()]
     if problems:

@@ -46,14 +46,28 @@ class Clinc150(kdkit.DatasetSource):
 
     def info(self) -> kdkit.DataInfo:
         """What the file has, or, before it is fetched, what is known of it."""
-        file = self._file
-        if not file.is_file() and not self.options.download:
-            raise kdkit.DataError(f"dataset 'clinc150': there is no {file}; `download: true` fetches it")
-        if not file.is_file():
+        if self.lacks():
             return kdkit.DataInfo((self.options.max_length,), INTENTS, *SIZES[self.options.config])
         counts = [len(self._content[part]) + len(self._content[f"{OUT_OF_SCOPE}_{part}"]) for part in ("train", "test")]
         shape, tokens = (self.options.max_length,), digest_of(self.options.tokenizer)
         return kdkit.DataInfo(shape, len(self._intents), counts[0], counts[1], tuple(self._intents), (), *tokens)
+
+    def lacks(self) -> kdkit.Lacking | None:
+        """The authors' JSON."""
+        if not self.options.download or self._file.is_file():
+            return None
+        return kdkit.Lacking(URL.format(file=self._file.name), self._file.parent)
+
+    def fetch(self) -> None:
+        """Whole or not at all."""
+        import torch
+
+        url = URL.format(file=self._file.name)
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(self._file), progress=False)
+        except Exception as error:  # no network, no room...
+            raise kdkit.DataError(f"{url} cannot be fetched to {self._file}: {type(error).__name__}: {error}") from error
 
     def split(self, part: Literal["train", "test"]) -> kdkit.Texts:
         """Requests in scope, then those out of scope."""
@@ -73,7 +87,7 @@ class Clinc150(kdkit.DatasetSource):
     @cached_property
     def _content(self) -> dict[str, Any]:
         if not self._file.is_file():
-            self._fetch()
+            raise kdkit.DataError(f"dataset 'clinc150': there is no {self._file}; `download: true` fetches it")
         try:
             content: dict[str, Any] = json.loads(self._file.read_text())
             if missing := {"train", "test", f"{OUT_OF_SCOPE}_train", f"{OUT_OF_SCOPE}_test"} - content.keys():
@@ -81,18 +95,6 @@ class Clinc150(kdkit.DatasetSource):
         except (OSError, ValueError) as error:
             raise kdkit.DataError(f"{self._file}: cannot be read: {error}; `download: true` fetches it anew once it is removed") from error
         return content
-
-    def _fetch(self) -> None:
-        import torch
-
-        url = URL.format(file=self._file.name)
-        if not self.options.download:
-            raise kdkit.DataError(f"dataset 'clinc150': there is no {self._file}; `download: true` fetches it")
-        try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(self._file), progress=False)  # whole or not at all
-        except Exception as error:  # no network, no room...
-            raise kdkit.DataError(f"{url} cannot be fetched to {self._file}: {type(error).__name__}: {error}") from error
 
 
 @kdkit.hookimpl

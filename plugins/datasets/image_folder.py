@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 import kdkit
 
-from ._archive import fetch
+from ._archive import SCHEMES, fetch
 
 
 class ImageFolderOptions(kdkit.DatasetOptions):
@@ -22,17 +22,33 @@ class ImageFolderOptions(kdkit.DatasetOptions):
     test: str | None = Field(default=None, description="Test folder inside `root` (default: `test`, or else `val`).")
     url: str | None = Field(
         default=None,
-        description="Address of a zip archive whose only top folder, or content, is `root`.",
+        description="Address (https or http) of a zip archive whose only top folder, or content, is `root`.",
+        json_schema_extra=kdkit.BOOKKEEPING,
+    )
+    sha256: str | None = Field(
+        default=None,
+        pattern="^[0-9a-fA-F]{64}$",
+        description="Of the archive at `url`; another one is refused.",
+        json_schema_extra=kdkit.BOOKKEEPING,
+    )
+    max_gb: float = Field(
+        default=20.0,
+        gt=0,
+        description="Largest size of the archive, and of the images in it, in 10^9 bytes.",
         json_schema_extra=kdkit.BOOKKEEPING,
     )
     download: bool = Field(
-        default=False, description="Fetch the archive at `url` if `root` is not there.", json_schema_extra=kdkit.BOOKKEEPING
+        default=False,
+        description="Fetch the archive at `url` before training, if `root` is not there; only its images are unpacked.",
+        json_schema_extra=kdkit.BOOKKEEPING,
     )
 
     @model_validator(mode="after")
     def _something_to_fetch(self) -> Self:
         if self.download and self.url is None:
             raise ValueError("`download: true` needs the `url` of a zip archive")
+        if self.url is not None and not self.url.startswith(SCHEMES):
+            raise ValueError(f"url: '{self.url}' begins with none of {', '.join(SCHEMES)}")
         return self
 
 
@@ -69,6 +85,19 @@ class ImageFolder(kdkit.DatasetSource):
     Options = ImageFolderOptions
     options: ImageFolderOptions
 
+    def lacks(self) -> kdkit.Lacking | None:
+        """The archive, where there is no folder yet."""
+        o = self.options
+        return kdkit.Lacking(o.url, o.root) if o.download and o.url and not o.root.exists() else None
+
+    def fetch(self) -> None:
+        """The images of the archive."""
+        from torchvision.datasets.folder import IMG_EXTENSIONS
+
+        o = self.options
+        assert o.url is not None
+        fetch(o.url, o.root, IMG_EXTENSIONS, o.max_gb * 1e9, o.sha256)
+
     def info(self) -> kdkit.DataInfo:
         train, test = self._parts["train"], self._parts["test"]
         names = tuple(self._classes)
@@ -90,9 +119,7 @@ class ImageFolder(kdkit.DatasetSource):
 
     @cached_property
     def _parts(self) -> dict[str, Files]:
-        root, url = self.options.root, self.options.url
-        if self.options.download and url is not None and not root.exists():
-            fetch(url, root)  # already when a recipe is checked: only the folders tell the classes
+        root = self.options.root
         test = self.options.test or next((name for name in ("test", "val") if (root / name).is_dir()), "test")
         return {"train": self._list(self.options.train), "test": self._list(test)}
 

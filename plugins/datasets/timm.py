@@ -121,6 +121,15 @@ class Timm(kdkit.DatasetSource):
     Options = TimmOptions
     options: TimmOptions
 
+    def lacks(self) -> kdkit.Lacking | None:
+        """Whatever timm finds missing: it alone knows."""
+        o = self.options
+        return kdkit.Lacking(f"what is missing of {o.dataset} by timm", o.root) if o.download else None
+
+    def fetch(self) -> None:
+        for part in ("train", "test"):
+            self.create(part, download=True)
+
     def info(self) -> kdkit.DataInfo:
         train, test = len(self.split("train")), len(self.split("test"))
         return kdkit.DataInfo(self.options.image_shape, num_classes=self._num_classes(), num_train=train, num_test=test)
@@ -153,7 +162,7 @@ class Timm(kdkit.DatasetSource):
             root, split = str(o.root) if o.root else None, o.train_split if part == "train" else o.test_split
             if self._kind in ("hfds", "hfids"):
                 settings["trust_remote_code"] = False
-            return create_dataset(o.dataset, root=root, split=split, download=o.download, **settings)
+            return create_dataset(o.dataset, root=root, split=split, **settings)
         except Exception as error:  # each of the libraries behind it has errors of its own
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise kdkit.DataError(f"timm dataset '{o.dataset}', split '{split}', root {o.root}: {reason}") from error

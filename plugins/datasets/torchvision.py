@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -17,6 +17,9 @@ import kdkit
 
 CLOTHES = ("T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 THINGS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+IDX = tuple(f"raw/{part}-{what}-ubyte" for part in ("train", "t10k") for what in ("images-idx3", "labels-idx1"))
 
 
 class SmallSetOptions(kdkit.DatasetOptions):
@@ -34,9 +37,19 @@ class SmallSet(kdkit.DatasetSource):
     torchvision_name: ClassVar[str]
     folder: ClassVar[str]
     split_at_check = False
+    files: ClassVar[tuple[str, ...]]
     facts: ClassVar[kdkit.DataInfo]
     Options = SmallSetOptions
     options: SmallSetOptions
+
+    def lacks(self) -> kdkit.Lacking | None:
+        """torchvision's files, whose digests it compares with those that it knows."""
+        if not self.options.download or self._complete:
+            return None
+        return kdkit.Lacking(f"{self.torchvision_name} by torchvision", self.options.root / self.folder)
+
+    def fetch(self) -> None:
+        self._open("train", download=True)
 
     def info(self) -> kdkit.DataInfo:
         if not self.options.download and not (self.options.root / self.folder).is_dir():
@@ -44,26 +57,33 @@ class SmallSet(kdkit.DatasetSource):
         return self.facts
 
     def split(self, part: Literal["train", "test"]) -> kdkit.InMemory:
+        data = self._open(part)
+        pixels = torch.as_tensor(data.data)
+        images = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
+        return kdkit.InMemory(images, torch.as_tensor(data.targets))
+
+    @property
+    def _complete(self) -> bool:
+        return all((self.options.root / self.folder / file).is_file() for file in self.files)
+
+    def _open(self, part: str, *, download: bool = False) -> Any:
         from torchvision import datasets
 
         root = self.options.root
         try:
-            data = getattr(datasets, self.torchvision_name)(root, train=part == "train", download=self.options.download)
+            return getattr(datasets, self.torchvision_name)(root, train=part == "train", download=download)
         except Exception as error:  # missing, cut short, altered, no network: each raises something else
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise kdkit.DataError(
                 f"dataset '{self.name}' cannot be read from {root} ({reason}); `download: true` fetches its files"
             ) from error
-        pixels = torch.as_tensor(data.data)
-        images = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
-        return kdkit.InMemory(images, torch.as_tensor(data.targets))
 
 
 class Mnist(SmallSet):
     """Handwritten digits, 28 x 28, grey: 60,000 for training and 10,000 for the test."""
 
     name = "mnist"
-    torchvision_name, folder = "MNIST", "MNIST"
+    torchvision_name, folder, files = "MNIST", "MNIST", IDX
     facts = kdkit.DataInfo((1, 28, 28), num_classes=10, num_train=60_000, num_test=10_000, class_names=tuple("0123456789"))
 
 
@@ -71,7 +91,7 @@ class FashionMnist(SmallSet):
     """Pictures of clothes, 28 x 28, grey: 60,000 for training and 10,000 for the test."""
 
     name = "fashion_mnist"
-    torchvision_name, folder = "FashionMNIST", "FashionMNIST"
+    torchvision_name, folder, files = "FashionMNIST", "FashionMNIST", IDX
     facts = kdkit.DataInfo((1, 28, 28), num_classes=10, num_train=60_000, num_test=10_000, class_names=CLOTHES)
 
 
@@ -80,6 +100,7 @@ class Cifar10(SmallSet):
 
     name = "cifar10"
     torchvision_name, folder = "CIFAR10", "cifar-10-batches-py"
+    files = ("batches.meta", "test_batch", *(f"data_batch_{i}" for i in range(1, 6)))
     facts = kdkit.DataInfo((3, 32, 32), num_classes=10, num_train=50_000, num_test=10_000, class_names=THINGS)
 
 
@@ -87,7 +108,7 @@ class Cifar100(SmallSet):
     """A hundred kinds of things, 32 x 32, RGB: 50,000 for training and 10,000 for the test."""
 
     name = "cifar100"
-    torchvision_name, folder = "CIFAR100", "cifar-100-python"
+    torchvision_name, folder, files = "CIFAR100", "cifar-100-python", ("meta", "train", "test")
     facts = kdkit.DataInfo((3, 32, 32), num_classes=100, num_train=50_000, num_test=10_000)
 
 

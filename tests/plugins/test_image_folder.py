@@ -1,23 +1,27 @@
 """Folders of images: found, named, read, and refused with the file's name."""
 
+import hashlib
 import os
+import stat
 import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from kdkit_plugins.datasets import _archive
 from kdkit_plugins.datasets.image_folder import ImageFolder, ImageFolderOptions
 from PIL import Image
 
 from kdkit import plan, recipe
 from kdkit.data import prepare
-from kdkit.errors import DataError
+from kdkit.errors import DataError, RecipeError
 from kdkit.schema import DataSpec, TimmAugment
-from tests.training import PLAIN, merged
+from tests.training import PLAIN
 from tests.training import write as write_recipe
 
 CPU = torch.device("cpu")
@@ -122,81 +126,133 @@ def packed(root, file, top=""):
 
 
 @pytest.fixture
-def archive(root, tmp_path_factory):
-    return packed(root, tmp_path_factory.mktemp("archive") / "insects.zip", "insects_1.0/")
+def served(tmp_path_factory):
+    """A folder, its address on a server of its own, and the paths that were asked for."""
+    asked = []
+    handler = type("Counting", (SimpleHTTPRequestHandler,), {"log_message": lambda self, *_: asked.append(self.path)})
+    folder = tmp_path_factory.mktemp("served")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=folder)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield SimpleNamespace(folder=folder, address=f"http://127.0.0.1:{server.server_port}", asked=asked)
+        server.shutdown()
+
+
+@pytest.fixture
+def archive(root, served):
+    return packed(root, served.folder / "insects.zip", "insects_1.0/")
+
+
+def recipe_of(folder, **dataset):
+    """A recipe in the folder, with its dataset in `insects` beside it."""
+    found = {"use": "image_folder", "root": str(folder / "insects"), **dataset}
+    return PLAIN | {
+        "data": {"dataset": found, "image_size": 8, "batch_size": 2}, "teacher": None, "schedule": {"use": "supervised"},
+        "losses": [{"use": "cross_entropy"}],
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("top", ["insects_1.0/", ""])
-def test_an_archive_is_fetched_once(root, tmp_path_factory, top):
+def test_an_archive_is_fetched_once(root, served, tmp_path_factory, top):
     folder = tmp_path_factory.mktemp("elsewhere")
-    file = packed(root, folder / "insects.zip", top)
+    file = packed(root, served.folder / "insects.zip", top)
     with zipfile.ZipFile(file, "a") as archive:
-        archive.writestr("__MACOSX/._insects", "junk")
-    options = {"url": file.as_uri(), "download": True}
-    info = source(folder / "data" / "insects", **options).info()
+        archive.writestr("__MACOSX/train/._insects.png", "junk")
+        archive.writestr("setup.py", "junk")
+    options = {"url": f"{served.address}/insects.zip", "download": True, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    wanted = source(folder / "data" / "insects", **options)
+    assert str(wanted.lacks()) == f"{served.address}/insects.zip to {folder / 'data' / 'insects'}"
+    wanted.fetch()
+    assert wanted.lacks() is None
+    info = wanted.info()
     assert (info.num_train, info.num_test, info.class_names) == (8, 4, ("ant", "bee"))
-    file.unlink()  # from here on there is nothing to fetch
-    assert source(folder / "data" / "insects", **options).info() == info
     assert source(folder / "data" / "insects").split("train")[6][0].getpixel((0, 0)) == (102,) * 3
-    assert os.listdir(folder / "data") == ["insects"]
+    assert os.listdir(folder / "data") == ["insects"] and sorted(os.listdir(folder / "data" / "insects")) == ["train", "val"]
 
 
-def test_several_want_the_same_archive(archive, tmp_path):
-    handler = type("Counting", (SimpleHTTPRequestHandler,), {"asked": [], "log_message": lambda self, *_: self.asked.append(self.path)})
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=archive.parent)) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}/insects.zip"
-        with ThreadPoolExecutor(4) as pool:  # locks part threads that open the folder as they part processes
-            wanted = [source(tmp_path / "data" / "insects", url=address, download=True) for _ in range(4)]
-            found = list(pool.map(ImageFolder.info, wanted))
-        server.shutdown()
-    assert [info.num_train for info in found] == [8] * 4 and len(handler.asked) == 1
+def test_several_want_the_same_archive(archive, served, tmp_path):
+    path = write_recipe(tmp_path, recipe_of(tmp_path, url=f"{served.address}/insects.zip", download=True))
+    loaded, said = recipe.load(path), []
+    with ThreadPoolExecutor(4) as pool:  # locks part threads that open the folder as they part processes
+        found = list(pool.map(lambda _: plan.make(loaded, said.append), range(4)))
+    assert [made.num_train for made in found] == [8] * 4 and len(served.asked) == 1
+    assert said == [f"fetches {served.address}/insects.zip to {tmp_path / 'insects'}"]
 
 
-def test_without_download_nothing_is_fetched(archive, tmp_path):
-    with pytest.raises(DataError, match="has none in it; `download: true` fetches it from file:") as raised:
-        source(tmp_path / "data", url=archive.as_uri()).info()
-    assert "\n" not in str(raised.value) and not (tmp_path / "data").exists()
+def test_a_check_fetches_nothing(archive, served, tmp_path):
+    path = write_recipe(tmp_path, recipe_of(tmp_path, url=f"{served.address}/insects.zip", download=True))
+    with pytest.raises(RecipeError, match=r"data.dataset: is not there yet, .*; training first fetches http.*insects.zip to ") as raised:
+        plan.make(recipe.load(path))
+    assert "\n" not in str(raised.value) and not served.asked and not (tmp_path / "insects").exists()
+
+
+def test_without_download_nothing_is_fetched(archive, served, tmp_path):
+    plain = source(tmp_path / "data", url=f"{served.address}/insects.zip")
+    with pytest.raises(DataError, match="has none in it; `download: true` fetches it from http:") as raised:
+        plain.info()
+    assert "\n" not in str(raised.value) and plain.lacks() is None
     with pytest.raises(ValueError, match="`download: true` needs the `url` of a zip archive"):
         source(tmp_path, download=True)
+    for url in (archive.as_uri(), "ftp://host/x.zip", "/x.zip", "data:,"):
+        with pytest.raises(ValueError, match=f"url: '{url}' begins with none of https://, http://"):
+            source(tmp_path, url=url)
 
 
-@pytest.mark.parametrize("name", ["../out.png", "/out.png", "a/../../out.png", "..\\out.png"])
-def test_an_archive_that_leads_outside_is_refused(tmp_path, name):
-    with zipfile.ZipFile(tmp_path / "w.zip", "w") as archive:
-        archive.writestr("train/ant/0.png", "")
-        archive.writestr(name, "")
-    refused(tmp_path, tmp_path / "w.zip", f"'{name}' would be written outside of")
-
-
-def refused(folder, file, says):
+def refused(folder, address, says, **options):
     with pytest.raises(DataError) as raised:
-        source(folder / "data" / "insects", url=file.as_uri() if hasattr(file, "as_uri") else file, download=True).info()
+        source(folder / "data" / "insects", url=address, download=True, **options).fetch()
     assert says in str(raised.value) and "\n" not in str(raised.value)
     assert list((folder / "data").iterdir()) == [] and not (folder / "out.png").exists()
 
 
-def test_what_cannot_be_fetched_is_told_in_one_line(archive, tmp_path):
-    refused(tmp_path, tmp_path / "absent.zip", "insects cannot be fetched from file:")
-    refused(tmp_path, "nonsense", "cannot be fetched from nonsense (ValueError: unknown url type")
+@pytest.mark.parametrize("name", ["../out.png", "/out.png", "a/../../out.png", "..\\out.png"])
+def test_an_archive_that_leads_outside_is_refused(served, tmp_path, name):
+    with zipfile.ZipFile(served.folder / "w.zip", "w") as archive:
+        archive.writestr("train/ant/0.png", "")
+        archive.writestr(name, "")
+    refused(tmp_path, f"{served.address}/w.zip", f"'{name}' would be written outside of")
+
+
+def test_links_and_other_files_stay_in_the_archive(served, tmp_path):
+    with zipfile.ZipFile(served.folder / "w.zip", "w") as archive:
+        link = zipfile.ZipInfo("train/ant/link.png")
+        link.external_attr = (stat.S_IFLNK | 0o777) << 16
+        archive.writestr(link, "/etc/passwd")
+        archive.writestr("usercustomize.py", "raise SystemExit")
+        archive.writestr("train/ant/.hidden", "")
+    wanted = source(tmp_path / "data", url=f"{served.address}/w.zip", download=True)
+    wanted.fetch()
+    (found,) = (path for path in (tmp_path / "data").rglob("*") if not path.is_dir())
+    assert found.name == "link.png" and not found.is_symlink() and found.read_text() == "/etc/passwd"
+
+
+def test_archives_that_are_too_large(served, tmp_path, monkeypatch):
+    with zipfile.ZipFile(served.folder / "w.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("train/ant/0.png", bytes(3_000_000))
+    address = f"{served.address}/w.zip"
+    assert (served.folder / "w.zip").stat().st_size < 10_000
+    refused(tmp_path, address, "has more than 0.002 GB, packed or unpacked; `max_gb` allows more", max_gb=0.002)
+    refused(tmp_path, address, "has more than 1e-06 GB", max_gb=1e-6)
+    monkeypatch.setattr(_archive, "MOST_FILES", 0)
+    refused(tmp_path, address, "has 1 images, more than 0")
+
+
+def test_what_cannot_be_fetched_is_told_in_one_line(archive, served, tmp_path):
+    refused(tmp_path, f"{served.address}/absent.zip", "(HTTPError: HTTP Error 404")
     refused(tmp_path, "http://127.0.0.1:9/x.zip", "(URLError: ")
-    whole = archive.read_bytes()
+    address, whole = f"{served.address}/insects.zip", archive.read_bytes()
+    refused(tmp_path, address, "is another archive: its SHA-256 is ", sha256="0" * 64)
     archive.write_bytes(whole[: len(whole) // 2])
-    refused(tmp_path, archive, "(BadZipFile: ")
+    refused(tmp_path, address, "(BadZipFile: ")
     archive.write_bytes(whole[:200].replace(b"IHDR", b"RDHI") + whole[200:])
-    refused(tmp_path, archive, "(BadZipFile: Bad CRC-32")
+    refused(tmp_path, address, "(BadZipFile: Bad CRC-32")
     zipfile.ZipFile(archive, "w").close()
-    refused(tmp_path, archive, "the archive is empty")
+    refused(tmp_path, address, "the archive has no images")
 
 
-def test_where_it_comes_from_changes_no_run(archive, tmp_path):
-    found = {"use": "image_folder", "root": str(tmp_path / "insects")}
-    plain = {**PLAIN, "data": {"dataset": found, "image_size": 8, "batch_size": 2}, "teacher": None, "schedule": {"use": "supervised"},
-             "losses": [{"use": "cross_entropy"}]}  # fmt: skip
-    fetched = merged(plain, {"data": {"dataset": {"url": archive.as_uri(), "download": True}}})
-    one, two = (recipe.load(write_recipe(tmp_path, each)) for each in (plain, fetched))
-    assert one.fingerprint == two.fingerprint and not (tmp_path / "insects").exists()
-    assert plan.make(two).info.class_names == ("ant", "bee")  # `kdkit check` has to fetch it
+def test_where_it_comes_from_changes_no_run(tmp_path):
+    more = {"url": "http://127.0.0.1:9/x.zip", "download": True, "max_gb": 1, "sha256": "0" * 64}
+    one, two = (recipe.load(write_recipe(tmp_path, recipe_of(tmp_path, **each))) for each in ({}, more))
+    assert one.fingerprint == two.fingerprint
 
 
 @pytest.mark.skipif("KDKIT_DATA" not in os.environ, reason="KDKIT_DATA names no folder with the real files")

@@ -50,10 +50,14 @@ def test_before_it_is_fetched_its_sizes_are_known(tmp_path, folder):
 
 def test_it_is_fetched_once(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(sys.modules[Clinc150.__module__], "URL", (folder / "clinc150").as_uri() + "/{file}")
-    assert len(clinc(tmp_path, folder, download=True).split("test")) == clinc(tmp_path, folder).info().num_test
+    wanted = clinc(tmp_path, folder, download=True)
+    assert str(wanted.lacks()) == f"{(folder / 'clinc150').as_uri()}/data_oos_plus.json to {tmp_path / 'clinc150'}"
+    wanted.fetch()
+    assert wanted.lacks() is None
+    assert len(wanted.split("test")) == clinc(tmp_path, folder).info().num_test
     monkeypatch.setattr(sys.modules[Clinc150.__module__], "URL", "file:///nowhere/{file}")
     with pytest.raises(DataError, match="file:///nowhere/data_full.json cannot be fetched"):
-        clinc(tmp_path, folder, download=True, config="full").split("train")
+        clinc(tmp_path, folder, download=True, config="full").fetch()
 
 
 @pytest.mark.parametrize("content", ["{", '{"train": []}'])

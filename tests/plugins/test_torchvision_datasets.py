@@ -81,7 +81,13 @@ def test_missing_files_name_the_folder_and_what_helps(tmp_path, cls):
 
 @pytest.mark.parametrize("cls", SETS)
 def test_what_can_be_downloaded_need_not_be_there(tmp_path, cls):
-    assert cls(SmallSetOptions(root=tmp_path, download=True)).info() == cls.facts
+    source = cls(SmallSetOptions(root=tmp_path, download=True))
+    assert source.info() == cls.facts
+    assert str(source.lacks()) == f"{cls.torchvision_name} by torchvision to {tmp_path / cls.folder}"
+    for file in cls.files:
+        (tmp_path / cls.folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / cls.folder / file).touch()
+    assert source.lacks() is None
 
 
 @real
