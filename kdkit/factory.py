@@ -23,7 +23,7 @@ from kdkit.folding import fold_batchnorm, unfoldable
 from kdkit.inheritance import inherit
 from kdkit.layers import expand_pairs
 from kdkit.loss_options import LayerPair
-from kdkit.models import build_model, compare_checkpoint
+from kdkit.models import build_model, compare_checkpoint, random_weights
 from kdkit.providers import FIRST_WEIGHTS, ModelOptions, ModelSource, RecipeTeacher, StudentOptions, TeacherOptions
 from kdkit.randomness import seeded
 from kdkit.recipe import Recipe, content_of, models_in
@@ -320,6 +320,16 @@ class ModelFactory:
             raise RecipeError("\n".join(problems))
         return notes
 
+    def random_weights(self, name: str) -> str:
+        """Which weights of a teacher are random by what its network is built from, in words; none if it reads its own."""
+        options = self._teacher_options(name)
+        assert options is not None
+        source = self.source(options)
+        if type(source).load is not ModelSource.load:  # it has weights, which were not asked for
+            return "the weights"
+        drawn, read = random_weights(source, self.info.num_classes, self.info.image_shape)
+        return f"some weights ({', '.join(drawn[:3])})" if drawn and read else "the weights" if drawn else ""
+
     def _skeleton(self, section: str, options: ModelOptions) -> nn.Module:
         if section not in self._skeletons:
             try:
@@ -353,8 +363,9 @@ class ModelFactory:
                 )  # fmt: skip
         except (ModelError, TapError) as error:
             raise self._error(section, error, options) from error
-        model.module.to(self.device)
-        model.adapt.to(self.device)
+        if self.device.type != "meta":  # where it was built, as far as it can be there
+            model.module.to(self.device)
+            model.adapt.to(self.device)
         return model
 
 

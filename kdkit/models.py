@@ -15,6 +15,7 @@ from kdkit.finite import faulty_weight
 from kdkit.layers import classifier_path
 from kdkit.normalization import InputAdapter, NormalizationAdapter
 from kdkit.providers import ModelOptions, ModelSource, Normalize, TeacherOptions
+from kdkit.randomness import seeded
 from kdkit.shapes import Shape, is_text, kind_of
 from kdkit.tapping import TappedModel
 from kdkit.weight_files import Misfit, fit_weights, refuse_other_classes
@@ -59,8 +60,8 @@ def build_model(
     """
     try:
         shape = _own_shape(options, source, image_shape)
+        module = source.build(num_classes, shape) if weights else _without_numbers(source, num_classes, shape)
         with contextlib.nullcontext() if weights else torch.device("meta"):
-            module = source.build(num_classes, shape)
             adapt = _adapter(options, source, module, image_shape, shape)
         if options.new_head and not file:
             _head(module, num_classes)  # that there is none is told where no weights are read, too
@@ -86,6 +87,30 @@ def build_model(
         precision=precision,
         input_shape=shape,
     )
+
+
+def _without_numbers(source: ModelSource, num_classes: int, shape: Shape) -> nn.Module:
+    """The network on the meta device; with numbers, if it needs some while it is built (it reads weights of its own, say)."""
+    try:
+        with torch.device("meta"):
+            return source.build(num_classes, shape)
+    except ModelError:
+        return source.build(num_classes, shape)  # which tells once more what is wrong, if it is something else
+
+
+def random_weights(source: ModelSource, num_classes: int, image_shape: Shape) -> tuple[list[str], bool]:
+    """Names of the tensors that a fresh network draws at random, and whether it reads others from somewhere as it is built.
+
+    Two networks of different seeds differ in what is drawn. Tensors of one value only (zeros, ones) tell nothing.
+    """
+    shape = _own_shape(source.options, source, image_shape)
+    builds = []
+    for seed in range(2):
+        with seeded("drawn weights", seed):
+            builds.append(source.build(num_classes, shape).state_dict())
+    drawn = [name for name, value in builds[0].items() if not torch.equal(value, builds[1][name])]
+    read = any(name not in drawn and value.numel() and bool((value != value.flatten()[0]).any()) for name, value in builds[0].items())
+    return drawn, read
 
 
 def load_checkpoint(

@@ -82,14 +82,19 @@ class _Planner:
             self.notes += factory.compare_checkpoints()
         self._raise_if_any()
         self._check_layers(factory)
+        students, planned = self._networks_of(factory, info)
+        if self.problems:  # perhaps only because a network needs numbers to run: once more, with some
+            self.problems = []
+            factory = ModelFactory(self.recipe, info, trained, device=torch.device("cpu"), rehearsal=True)
+            students, planned = self._networks_of(factory, info)
+            if not self.problems:
+                self.notes.append("a network does not run without numbers, so this was found out with random weights on the processor")
+        self._raise_if_any()
+        (student,) = students
         with self._problems_at("student"):
-            student = self._student(factory, info)
             begins = meaning_of(spec.student, factory.source(spec.student), factory.student().module)
             refuse_other_meaning(replace(begins, class_names=()), info, "student")  # classes it learns
-        planned = []
         for name, one in teachers.items():
-            with self._problems_at(*spec.place_of(name)):
-                planned.append(self._model(f"{name} {_teacher_name(one, trained.get(name))}", factory.teacher(name), info))
             self.notes += self._notes_on(name, one, factory)
             if isinstance(one, ModelOptions):
                 with self._problems_at(*spec.place_of(name)):
@@ -191,8 +196,8 @@ class _Planner:
             yield f"`fold_batchnorm` of {name} has no effect: {reading[0]} reads its layers"
         if getattr(teacher, "new_head", False):
             yield f"the classifier of {name} is random (`new_head`): a `recipe` of its own would train it"
-        elif has_random_weights(teacher):
-            yield f"the weights of {name} are random: give it a `checkpoint`, `pretrained: true` or a `recipe`"
+        elif has_random_weights(teacher) and (which := factory.random_weights(name)):
+            yield f"{which} of {name} are random: give it a `checkpoint`, `pretrained: true` or a `recipe`"
 
     def _check_labels(self, source: DatasetSource, info: DataInfo) -> None:
         """Read both parts where that is cheap: what is wrong with them is told before anything is trained."""
@@ -240,17 +245,30 @@ class _Planner:
         if factory.inherited:
             count = len(built.module.state_dict())
             self.notes.append(f"the student begins with {len(factory.inherited)} of its {count} tensors from a teacher")
-        return self._model(f"student {self.spec.student.model}", built, info)
+        return self._model(f"student {self.spec.student.model}", built, info, factory.device)
 
-    def _model(self, role: str, model: TappedModel, info: DataInfo) -> ModelPlan:
-        """Run a model on the meta device."""
-        images = random_inputs(info.image_shape, PROBE, "meta")
+    def _networks_of(self, factory: ModelFactory, info: DataInfo) -> tuple[list[ModelPlan], list[ModelPlan]]:
+        """The student, and the teachers; those that cannot be built or run are problems."""
+        students, planned = [], []
+        with self._problems_at("student"):
+            students.append(self._student(factory, info))
+        for name, one in self.spec.all_teachers().items():
+            with self._problems_at(*self.spec.place_of(name)):
+                called = _teacher_name(one, factory.trained.get(name))
+                planned.append(self._model(f"{name} {called}", factory.teacher(name), info, factory.device))
+        return students, planned
+
+    def _model(self, role: str, model: TappedModel, info: DataInfo, device: torch.device) -> ModelPlan:
+        """Run a model."""
+        images = random_inputs(info.image_shape, PROBE, device)
         everything = TappedModel(model.module, model.layers, adapt=model.adapt, role=model.role, num_classes=info.num_classes)
         everything.module.eval()
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             try:
                 outputs = everything(images)
-            except (RuntimeError, ValueError, AssertionError) as error:
+            except KdkitError:
+                raise
+            except Exception as error:  # whatever a network's own code raises
                 what = f"{kind_of(info.image_shape)} {info.image_shape}"
                 raise ModelError(f"{model.role} cannot take {what}: {' '.join(str(error).split())}") from error
         self._check_layout(model)

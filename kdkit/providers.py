@@ -30,8 +30,8 @@ class ModelOptions(Options):
     checkpoint: RecipePath | None = Field(default=None, description="Weights: a safetensors file, or one that torch loads weights-only.")
     strip_prefix: str = Field(
         default="",
-        description="Prefix to drop from the checkpoint's keys, such as `teacher.`; also the key under which its weights lie (`net.`). A prefix "
-        "that all keys have is dropped in any case.",
+        description="Prefix to drop from the checkpoint's keys, such as `teacher.`; also the key under which its weights lie "
+        "(`net.`). A prefix that all keys have is dropped in any case.",
     )
     new_head: bool = Field(
         default=False,

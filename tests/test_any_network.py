@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import save_file
-from training import PLAIN, merged, write
+from training import PLAIN, merged, train, write
 
 from kdkit import plan, recipe
 from kdkit.errors import RecipeError
@@ -106,3 +106,76 @@ def test_a_student_of_other_classes_is_told_of_a_new_head(tmp_path):
 def test_a_torchscript_archive_is_told_in_its_own_words(tmp_path):
     torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "w.pt")
     assert "w.pt: is a TorchScript archive, whose code kdkit does not run" in refused(tmp_path)
+
+
+NEEDS_NUMBERS = {  # a network that runs in torch, but not without numbers
+    "numpy": """
+    def forward(self, x):
+        return self.fc(torch.from_numpy(np.tanh(x.detach().cpu().numpy())).flatten(1))
+""",
+    "looks_at_values": """
+    def forward(self, x):
+        x = x.flatten(1)
+        return self.fc(x if x.mean() > 0 else -x)
+""",
+    "torchscript": """
+    def forward(self, x):
+        return self.inner(self.fc(x.flatten(1)))
+""",
+    "onnxruntime": """
+    def forward(self, x):
+        return torch.from_numpy(self.session.run(None, {"x": self.fc(x.flatten(1)).numpy()})[0])
+""",
+}
+HARD = """import numpy as np
+import torch
+from pathlib import Path
+from torch import nn
+class Net(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.fc = nn.Linear(3 * 8 * 8, num_classes)
+        if (script := Path(__file__).parent / "inner.pt").exists():
+            self.inner = torch.jit.load(str(script))
+        if (graph := Path(__file__).parent / "inner.onnx").exists():
+            import onnxruntime
+            self.session = onnxruntime.InferenceSession(str(graph))
+        own = Path(__file__).parent / "own.pt"
+        if own.exists():
+            self.fc.load_state_dict(torch.load(own))
+"""
+PLAIN_NET = {"model": "python/Net", "file": "net.py"}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("case", NEEDS_NUMBERS)
+def test_a_network_that_needs_numbers_to_run_is_checked_and_teaches(tmp_path, case):
+    if case == "onnxruntime":
+        onnx = pytest.importorskip("onnx")
+        pytest.importorskip("onnxruntime")
+        value = onnx.helper.make_tensor_value_info
+        node = onnx.helper.make_node("Neg", ["x"], ["y"])
+        graph = onnx.helper.make_graph([node], "g", [value("x", 1, ["B", 6])], [value("y", 1, ["B", 6])])
+        onnx.save(onnx.helper.make_model(graph, ir_version=8, opset_imports=[onnx.helper.make_opsetid("", 17)]), tmp_path / "inner.onnx")
+    if case == "torchscript":
+        torch.jit.script(torch.nn.Linear(6, 6)).save(tmp_path / "inner.pt")
+    (tmp_path / "net.py").write_text(HARD + NEEDS_NUMBERS[case])
+    base = {**PLAIN, "student": {"model": "mlp/8"}, "teacher": PLAIN_NET}
+    found = checked(tmp_path, base)
+    assert found.teachers[0].macs >= 3 * 8 * 8 * 6
+    result = train(tmp_path, base, train={"epochs": 1})
+    assert result.teacher is not None
+
+
+def test_a_network_with_weights_of_its_own_is_not_called_random(tmp_path):
+    (tmp_path / "net.py").write_text(HARD + NEEDS_NUMBERS["looks_at_values"])
+    base = {**PLAIN, "student": {"model": "mlp/8"}, "teacher": PLAIN_NET}
+    assert any("the weights of teacher are random" in note for note in checked(tmp_path, base).notes)
+    torch.save(torch.nn.Linear(3 * 8 * 8, 6).state_dict(), tmp_path / "own.pt")
+    assert not any("random:" in note for note in checked(tmp_path, base).notes)
+
+
+def test_images_of_a_size_that_a_network_does_not_take_are_still_told_as_such(tmp_path):
+    (tmp_path / "net.py").write_text(HARD + NEEDS_NUMBERS["looks_at_values"])
+    line = refused(tmp_path, {**PLAIN, "student": {"model": "mlp/8"}, "teacher": {**PLAIN_NET, "input_size": 9}})
+    assert "teacher: teacher cannot take images (3, 8, 8): mat1 and mat2 shapes cannot be multiplied (4x243 and 192x6)" in line

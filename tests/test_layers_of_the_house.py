@@ -12,6 +12,7 @@ PLUGINS = CORE.parent / "plugins"
 ORDER = """
     errors
     finite
+    randomness
     turns
     options
     forms
@@ -53,7 +54,6 @@ ORDER = """
     inheritance
     folding
     listing
-    randomness
     augment
     signals
     subsets
