@@ -100,6 +100,30 @@ def evaluate(
 
 
 @app.command()
+def predict(
+    run: RunPath,
+    images: Annotated[Path, typer.Argument(help="A folder of image files, or one of them.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option("--output", help="CSV file to write (default: print the table).", show_default=False)
+    ] = None,
+    best: Best = False,
+) -> None:
+    """Write the class that a run's student gives each image file, and its probability."""
+    from kdkit import predictions, trained
+    from kdkit.checkpoints import write_atomically
+    from kdkit.engine import build_accelerator
+
+    opened, files = trained.TrainedRun(run), predictions.find_images(images)
+    device = build_accelerator(opened.recipe.spec.train).device
+    table = predictions.as_csv(list(predictions.predict_files(opened, files, best=best, device=device)), images)
+    if output is None:
+        sys.stdout.write(table)
+        return
+    write_atomically(output, table.encode())
+    out.print(f"{len(files):,} images: {output}", markup=False)
+
+
+@app.command()
 def show(
     run: RunPath,
     png: Annotated[

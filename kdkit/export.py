@@ -204,6 +204,7 @@ def _write_onnx(student: TappedModel, info: DataInfo, folder: Path) -> Export:
                 )  # fmt: skip
         except Exception as error:  # the exporter raises whatever the network's operations make it raise
             raise ModelError(f"ONNX cannot express this network: {_first_line(error)}") from error
+        _describe(path, info)
         gap = _onnx_gap(path, network, dict(zip(names, given, strict=True)))
         written = sorted(Path(draft).iterdir())
         for file in written:
@@ -213,6 +214,18 @@ def _write_onnx(student: TappedModel, info: DataInfo, folder: Path) -> Export:
     if is_text(shape):
         what = f"{' and '.join(names)} (B, N) of up to {shape[0]} tokens to logits, any batch size"
     return Export(files, (what, f"largest difference from torch's logits: {gap:.2g}"))
+
+
+def _describe(path: Path, info: DataInfo) -> None:
+    """Write into an ONNX file what its numbers stand for: `metadata_props`, in JSON."""
+    import onnx
+
+    about = {"input_shape": list(info.image_shape), "class_names": list(info.class_names), "kdkit_version": __version__}
+    if not is_text(info.image_shape):
+        about["input_range"] = [0, 1]
+    model = onnx.load(path, load_external_data=False)
+    onnx.helper.set_model_props(model, {key: to_json(value) for key, value in about.items() if value})
+    path.write_bytes(model.SerializeToString())
 
 
 def _onnx_gap(path: Path, network: nn.Module, given: Mapping[str, Tensor]) -> float:

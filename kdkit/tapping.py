@@ -94,6 +94,11 @@ class TappedModel:
         try:
             with self._autocast(inputs):
                 logits, features = self._run_compiled(inputs) if self._compile is not None else self._run(inputs)
+        except RuntimeError as error:
+            if not isinstance(inputs, Tensor) or self.input_shape in (None, tuple(inputs.shape[1:])):
+                raise
+            shapes = (f"(B, {', '.join(map(str, shape))})" for shape in (self.input_shape or (), inputs.shape[1:]))
+            raise ModelError("{}: takes images {}, got {}: {}".format(self.role, *shapes, " ".join(str(error).split())[:200])) from error
         except IndexError as error:
             if isinstance(inputs, Tensor):
                 raise

@@ -131,6 +131,9 @@ def test_onnx_runtime_gives_the_student_s_logits_for_any_batch(name, runs, tmp_p
     assert "largest difference from torch's logits" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    about = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+    assert about["class_names"] == [str(digit) for digit in range(10)] and about["input_shape"] == [1, 8, 8]
+    assert about["input_range"] == [0, 1] and about["kdkit_version"] == kdkit.__version__
     student = kdkit.load_student(runs[name])
     for count in (1, 2, 7):
         found = session.run(["logits"], {"images": images(count).numpy()})[0]

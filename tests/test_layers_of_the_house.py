@@ -90,6 +90,7 @@ ORDER = """
     describe
     plan
     trained
+    predictions
     curves
     show
     setting

@@ -1,0 +1,110 @@
+"""What a run's student says of image files."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdkit.errors import DataError
+from kdkit.images import Finish, ReadImages
+from kdkit.shapes import is_text
+from kdkit.trained import TrainedRun
+from kdkit.transforms import for_measuring
+
+COLUMNS = ("file", "class", "probability")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The most likely class of an image, by its name or number, with its probability."""
+
+    file: Path
+    label: str
+    probability: float
+
+
+class ImageFiles:
+    """Image files as a part of a dataset, without labels."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files, self.labels = files, [0] * len(files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        from PIL import Image
+
+        try:
+            with Image.open(self.files[index]) as image:
+                return image.convert(image.mode), 0  # decoded before the file is closed
+        except Exception as error:  # a broken file raises whatever its format's reader raises
+            raise DataError(f"{self.files[index]}: cannot be read as an image: {error}") from error
+
+
+def find_images(path: Path) -> list[Path]:
+    """The image files in a folder and the folders in it, in the order of their paths; a file is itself.
+
+    Raises:
+        DataError: there are none.
+    """
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    if path.is_file():
+        return [path]
+    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS and file.is_file())
+    if not found:
+        raise DataError(f"{path}: no image files in it (looked for {', '.join(IMG_EXTENSIONS)})")
+    return found
+
+
+def predict_files(run: TrainedRun, files: Sequence[Path], *, best: bool = False, device: torch.device) -> Iterator[Prediction]:
+    """Ask a run's student about image files, which are prepared as its test images were.
+
+    Args:
+        run: a finished run.
+        files: images.
+        best: the epoch with the best validation accuracy, not the last.
+        device: where the network runs.
+
+    Raises:
+        DataError: a file cannot be read; the run is one of texts.
+        RunError: the run is not finished.
+    """
+    if is_text(run.info.image_shape):
+        raise DataError(f"{run.folder.path}: its student reads texts, not images")
+    spec, names = run.recipe.spec, run.info.class_names
+    student = run.student(best=best, device=device)
+    everything = torch.arange(len(files))
+    images = ReadImages(
+        ImageFiles(files),
+        torch.zeros(len(files), dtype=torch.int64),
+        everything,
+        Finish(None, spec.seed, device),
+        for_measuring(spec.data, run.info.image_shape),
+        spec.data.workers,
+        keep_workers=False,
+    )
+    plan = torch.split(everything, spec.data.eval_batch_size)
+    for batch in images.batches(plan, [None] * len(plan)):
+        with torch.no_grad():
+            shares = student(batch.inputs).logits.float().softmax(1)
+        for index, share, number in zip(batch.index.tolist(), *(column.tolist() for column in shares.max(1)), strict=True):
+            yield Prediction(files[index], names[number] if names else str(number), share)
+
+
+def as_csv(predictions: Sequence[Prediction], root: Path) -> str:
+    """A table of file (relative to `root`), class and probability."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for one in predictions:
+        file = one.file.relative_to(root) if one.file != root and one.file.is_relative_to(root) else one.file
+        writer.writerow([file, one.label, f"{one.probability:.4f}"])
+    return text.getvalue()

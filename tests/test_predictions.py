@@ -1,0 +1,77 @@
+"""`kdkit predict`: the class and its probability of each image file."""
+
+import csv
+import io
+import json
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+import kdkit
+from kdkit import cli
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A network on three classes of nearly uniform pictures, trained until it tells them apart."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for part in ("train", "test"):
+        for number, name in enumerate(("cat", "dog", "eel")):
+            for i in range(6):
+                file = folder / "images" / part / name / f"{i}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (10 + i, 12), (100 * number, 5 * i, 0)).save(file)
+    recipe = {
+        "name": "pictures",
+        "data": {"dataset": {"use": "image_folder", "root": "images"}, "image_size": 8, "batch_size": 6, "eval_batch_size": 4, "workers": 0},
+        "student": {"model": "mlp/16"}, "schedule": {"use": "supervised"}, "losses": [{"use": "cross_entropy"}],
+        "train": {"epochs": 20, "optimizer": {"lr": 0.1}},
+    }  # fmt: skip
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    kdkit.train(folder / "recipe.yaml", folder=folder / "run", quiet=True)
+    return folder / "run"
+
+
+def command(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["kdkit", "predict", *map(str, words)])
+    try:
+        cli.main()
+    except SystemExit as ended:
+        return ended.code or 0
+
+
+def test_each_file_gets_its_class(run, monkeypatch, capsys):
+    images = run.parent / "images" / "test"
+    assert not command(monkeypatch, run, images)
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["file"] for row in rows] == [f"{name}/{i}.png" for name in ("cat", "dog", "eel") for i in range(6)]
+    assert sum(row["class"] == row["file"].split("/")[0] for row in rows) >= 16
+    assert all(1 / 3 < float(row["probability"]) <= 1 for row in rows)
+
+
+def test_a_table_in_a_file_of_one_image(run, monkeypatch, capsys, tmp_path):
+    image = run.parent / "images" / "test" / "dog" / "1.png"
+    assert not command(monkeypatch, run, image, "--output", tmp_path / "table.csv")
+    header, row = (tmp_path / "table.csv").read_text().splitlines()
+    assert header == "file,class,probability" and row.startswith(f"{image},dog,0.")
+    assert capsys.readouterr().out == f"1 images: {tmp_path / 'table.csv'}\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(None, "no image files in it"), (b"nothing", "bad.png: cannot be read as an image")],
+    ids=["empty folder", "broken file"],
+)
+def test_what_cannot_be_read_is_one_line(run, monkeypatch, capsys, tmp_path, content, says):
+    if content:
+        (tmp_path / "bad.png").write_bytes(content)
+    assert command(monkeypatch, run, tmp_path) == 2
+    told = capsys.readouterr()
+    assert says in told.err and told.err.count("\n") == 1 and not told.out
+
+
+def test_images_of_another_size_are_one_line(run):
+    with pytest.raises(kdkit.ModelError, match=r"student: takes images \(B, 3, 8, 8\), got \(B, 3, 9, 9\)"):
+        kdkit.load_student(run)(torch.rand(2, 3, 9, 9))
