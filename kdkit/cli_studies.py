@@ -57,7 +57,8 @@ def compare(
     from kdkit.study import comparison, table
 
     if dry:
-        out.print(table.planned(loaded))
+        for one in table.planned(loaded):
+            out.print(one)
         return
     telling = spread or spreading.is_first()
     found = comparison.compare(

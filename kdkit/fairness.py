@@ -66,7 +66,8 @@ def refuse_unequal(recipes: Mapping[str, Recipe], baseline: str, allowed: Sequen
     """
     found = list(unequal(recipes, baseline, allowed))
     if found:
-        raise RecipeError("\n".join([*(_told(one, recipes, baseline) for one in found), _advice(one.key for one in found)]))
+        free = "variants may differ in losses, schedule and teachers"
+        raise RecipeError("\n".join([*(_told(one, recipes, baseline) for one in found), f"{free}; {advice(one.key for one in found)}"]))
 
 
 def _told(one: Unequal, recipes: Mapping[str, Recipe], baseline: str) -> str:
@@ -76,9 +77,10 @@ def _told(one: Unequal, recipes: Mapping[str, Recipe], baseline: str) -> str:
     )
 
 
-def _advice(keys: Iterable[str]) -> str:
+def advice(keys: Iterable[str]) -> str:
+    """How to let variants differ in further keys."""
     words = " ".join(f"--allow {key}" for key in dict.fromkeys(keys))
-    return f"variants may differ in losses, schedule and teachers; to let them differ in this too: {words} (in a study file: `allow:`)"
+    return f"to let them differ in this too: {words} (in a study file: `allow:`)"
 
 
 def _short(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, cast
@@ -31,7 +32,7 @@ from kdkit.records import Batch
 from kdkit.shapes import is_text, kind_of, random_inputs
 from kdkit.stand_ins import batch_of, on_random_numbers, shapes_of
 from kdkit.step_cost import step_cost
-from kdkit.subsets import choose
+from kdkit.subsets import images_per_epoch, samples
 from kdkit.tapping import TappedModel
 from kdkit.teaching import Lesson, Schedule, Stage
 from kdkit.trainable import freeze_all_but
@@ -70,7 +71,7 @@ class _Planner:
                 raise DataError(f"says {info.num_classes} class: there must be two to tell apart")
             with self._problems_at("data"):
                 info = replace(info, image_shape=data.image_shape(spec.data, info))
-                num_train = len(choose(spec.data, torch.zeros(info.num_train, dtype=torch.int64))[0])
+                num_train = samples(spec.data, info.num_train)
                 if num_train < spec.data.batch_size:
                     raise self.recipe.error(["data", "batch_size"], f"{spec.data.batch_size} is more than the {num_train} training images")
             self._check_labels(source, info)
@@ -100,9 +101,8 @@ class _Planner:
                 with self._problems_at(*spec.place_of(name)):
                     self._compare(meaning_of(one, factory.source(one), factory.teacher(name).module), info, name)
         self._raise_if_any()
-        steps = -(
-            -(num_train // spec.data.batch_size if spec.data.drop_last else -(-num_train // spec.data.batch_size)) // spec.train.accumulate
-        )
+        batches = math.ceil(images_per_epoch(spec.data, num_train) / spec.data.batch_size)
+        steps = math.ceil(batches / spec.train.accumulate)
         if any(self.recipe.plugins.losses[entry.use].needs_networks for entry in spec.losses):
             factory = ModelFactory(self.recipe, info, trained, device=torch.device("cpu"), rehearsal=True)
         self._check_caches(factory, info, num_train, {name: dict(model.taps) for name, model in zip(teachers, planned, strict=True)})

@@ -55,6 +55,16 @@ def choose(spec: DataSpec, labels: Tensor) -> tuple[Tensor, Tensor]:
     return chosen.sort().values, validation
 
 
+def samples(spec: DataSpec, total: int) -> int:
+    """How many images are trained on, of so many in the training part; errors as `choose`."""
+    return len(choose(spec, torch.zeros(total, dtype=torch.int64))[0])
+
+
+def images_per_epoch(spec: DataSpec, count: int) -> int:
+    """How many images an epoch shows of so many that are trained on; those that come repeatedly count each time."""
+    return count - count % spec.batch_size if spec.drop_last else count
+
+
 def _validation_count(spec: DataSpec, total: int) -> int:
     if spec.validation is None:
         return 0

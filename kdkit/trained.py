@@ -113,6 +113,14 @@ class TrainedRun:
             return []
         return ModelFactory(self.recipe, self.info, self._taught_by(), device=device or torch.device("cpu")).whole_teachers()
 
+    def teacher_runs(self) -> list[RunFolder]:
+        """The runs that trained those teachers that other recipes train.
+
+        Raises:
+            RunError: one is not there any more.
+        """
+        return [RunFolder(one.file.parent) for one in self._taught_by().values() if one.file]
+
     def data(self, *, device: torch.device | None = None) -> data.Data:
         """The data, as one process sees it. Nothing is fetched unless an override asks for it: `data.dataset.download=true`."""
         spec, source = self.recipe.spec, self._dataset()

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from kdkit.study.findings import Findings, Interval, Variant
-from kdkit.study.intervals import at_best, bootstrap_interval, paired, shown, spread, t_interval
+from kdkit.study.intervals import at_best, bootstrap_interval, corrected, holm, p_value, paired, shown, spread, t_interval
 
 T_975 = {1: 12.7062, 2: 4.30265, 4: 2.77645, 9: 2.26216}  # any table of Student's t
 VALUES = (1.25, 0.5, 2.75, -0.25, 1.0)
@@ -28,6 +29,43 @@ def test_t_interval(degrees):
     found = t_interval(values)
     assert found.low == pytest.approx(np.mean(values) - half, rel=1e-4)
     assert found.high == pytest.approx(np.mean(values) + half, rel=1e-4)
+
+
+@pytest.mark.parametrize("values", [VALUES, (0.3, -0.1), (-2.0, -2.5, -1.0), (0.01, 0.02, 0.015, 0.011)])
+def test_the_p_value_is_that_of_a_paired_t_test(values):
+    assert p_value(values) == pytest.approx(stats.ttest_rel(values, [0.0] * len(values)).pvalue, rel=1e-9)
+    interval = t_interval(values)
+    assert (p_value(values) < 0.05) == (not interval.low <= 0 <= interval.high)
+
+
+def test_equal_differences_have_no_deviation_to_test():
+    assert p_value((1.0, 1.0, 1.0)) == 0 and p_value((0.0, 0.0)) == 1
+
+
+def test_holm_on_a_worked_example():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # times 3, 1, 2, 4; then none below an earlier one
+    assert holm([0.5, 0.6]) == [1.0, 1.0] and holm([0.2]) == [0.2] and holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=10), st.floats(0.001, 0.2))
+def test_holm_rejects_what_stepping_down_rejects(values, level):
+    """The procedure as published: from the smallest on, reject while p <= level / (how many are left)."""
+    rejected, left = set(), sorted(range(len(values)), key=lambda i: values[i])
+    while left and values[left[0]] * len(left) <= level:
+        rejected.add(left.pop(0))
+    assert {i for i, p in enumerate(holm(values)) if p <= level} == rejected
+
+
+def test_the_variants_of_a_study_are_corrected_together():
+    def one(name, values):
+        difference = paired(dict(enumerate(values)), dict.fromkeys(range(len(values)), 0.0)) if values else None
+        return Variant(name, "", (0, 1, 2), (), {}, {}, difference, None)
+
+    found = corrected([one("base", ()), one("a", (1.0, 1.2, 1.1)), one("b", (1.0, 2.0, -1.0)), one("single", (1.0,))])
+    assert found[0].difference is None and found[3].difference.p_holm is None and found[3].difference.verdict == "inconclusive"
+    a, b = found[1].difference, found[2].difference
+    assert a.p_holm == pytest.approx(2 * a.p) and b.p_holm == b.p and (a.verdict, b.verdict) == ("better", "inconclusive")
+    assert corrected(found) == found
 
 
 def test_bootstrap_is_near_the_percentiles_of_all_resamples():

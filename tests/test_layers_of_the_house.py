@@ -107,9 +107,12 @@ ORDER = """
     lockstep
     study.findings
     study.intervals
+    study.lengths
+    study.search
     study.step_memory
     study.measured
     study.comparison
+    study.sentences
     study.table
     report.cka
     report.blocks

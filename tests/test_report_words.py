@@ -1,5 +1,6 @@
 """The sentences and tables of a report claim what the figures carry, and no more."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ import pytest
 from kdkit.report import words as report_words
 from kdkit.report.drawing import LETTERS, groups, labels, looks
 from kdkit.report.lines import spaced
-from kdkit.study.findings import Cost, Difference, Findings, Interval, Teacher, Variant
+from kdkit.study import intervals
+from kdkit.study.findings import Cost, Difference, Findings, Interval, Length, Search, Teacher, Tuned, Variant
 
 COST = Cost(seconds=3, cpu_seconds=4, memory=2**20, images_per_second=1000, parameters=1234, macs=5_000_000, bytes=2048, latency=0.001)
 TEACHER = Teacher("big", {"top1": 99.25, "nll": 0.1}, 99, 10_000_000, 4096, 0.004)
@@ -24,7 +26,7 @@ def variant(name, values, base=None, interval=None, **more):
 
 
 def findings(*variants, teacher=TEACHER):
-    return Findings("study", "", variants[0].name, "", variants, teacher, {}, {}, {})
+    return Findings("study", "", variants[0].name, "", intervals.corrected(variants), teacher, {}, {}, {})
 
 
 def said(*variants, **more):
@@ -32,27 +34,81 @@ def said(*variants, **more):
 
 
 BASE = variant("alone", (90.0, 92.0))
+BASE_OF_THREE = variant("alone", (90.0, 92.0, 91.0))
 
 
-def test_an_interval_above_0_is_told_with_its_seeds():
-    text = said(BASE, variant("taught", (92.0, 94.5), (90.0, 92.0), (0.9, 3.6)))
-    assert "Best after the last epoch: taught, 93.25 ± 1.77 % top-1, +2.25 [0.90, 3.60] points over alone; the teacher has 99.25 %." in text
-    assert "paired t over 2 seeds) does not hold 0." in text and "flattering" not in text
+def test_the_answer_follows_the_p_value_and_tells_its_seeds():
+    text = said(BASE, variant("taught", (92.0, 94.01), (90.0, 92.0), (1.9, 2.1)))  # 2.00 and 2.01 more: p = 0.0016
+    head = "Best after the last epoch: taught, 93.00 ± 1.42 % top-1 on test data, +2.01 [1.90, 2.10] points over alone; the teacher has 99.25 %."
+    assert head in text and "paired t over 2 seeds. taught is better than alone (paired t, 5 %)." in text
+    assert "chance" not in text and "flatters" not in text
 
 
-def test_an_interval_that_holds_0_may_be_chance():
-    better = variant("taught", (92.0, 94.5), (90.0, 92.0), (-0.9, 5.4))
-    assert "holds 0: the difference may be chance" in said(BASE, better)
-    text = said(BASE, better, variant("hint", (89.0, 90.0), (90.0, 92.0), (-2.5, -0.5)))
-    assert "best of several" in text and "+2.25 [−0.90, 5.40]" in text
-    assert (
-        "2 variants were set against alone: 0 better with an interval above 0, 1 worse with one below 0, 1 not to be told from it." in text
+def test_a_large_p_value_may_be_chance():
+    better = variant("taught", (92.0, 94.5), (90.0, 92.0), (-0.9, 5.4))  # 2.0 and 2.5 more: p = 0.07
+    text = said(BASE, better)
+    assert "The difference may be chance." in text and "taught against alone: inconclusive (paired t, 5 %)." in text
+    several = said(
+        BASE, better, variant("hint", (88.0, 90.01), (90.0, 92.0), (-2.5, -0.5)), variant("other", (92.0, 94.01), (90.0, 92.0), (1, 3))
     )
+    assert "1 of 3 variants is better than alone, 1 is worse, 1 is inconclusive (paired t, Holm-corrected, 5 %)." in several
+    assert "which flatters it" in several
+
+
+def test_words_follow_the_corrected_values():
+    base = (90.0, 92.0, 91.0)
+    values = [(91.0, 93.0 + 0.23 * i, 92.1) for i in range(1, 5)]  # each p is below 0.05, not all of them after the correction
+    others = [variant(f"v{i}", one, base, (0.1, 2)) for i, one in enumerate(values)]
+    found = findings(BASE_OF_THREE, *others)
+    ps = [v.difference.p for v in found.variants[1:]]
+    assert max(ps) < 0.05 < max(v.difference.p_holm for v in found.variants[1:])
+    better = sum(v.difference.p_holm < 0.05 for v in found.variants[1:])
+    assert f"of 4 variants {'are' if better > 1 else 'is'} better than alone, none is worse, {4 - better}" in said(BASE_OF_THREE, *others)
+
+
+def test_the_best_is_chosen_by_validation_where_there_is_any():
+    first = variant("first", (93.0, 94.0), (90.0, 92.0), (1, 4), validation={"top1": (80.0, 81.0)})
+    second = variant("second", (92.0, 93.0), (90.0, 92.0), (0, 3), validation={"top1": (82.0, 83.0)})
+    base = replace(BASE, validation={"top1": (70.0, 70.0)})
+    text = said(base, first, second)
+    assert (
+        text.startswith("Best on validation data after the last epoch: second, 92.50 ± 0.71 % top-1 on test data")
+        and "flatters" not in text
+    )
+    assert said(base, replace(first, validation={}), second).startswith("Best after the last epoch: first")  # not all have validation data
+    best_alone = replace(base, validation={"top1": (90.0, 90.0)})
+    assert said(best_alone, first).startswith("No variant is better on validation data than the baseline, alone")
+
+
+def test_lengths_and_the_teachers_data_are_told():
+    lengths = {"alone": Length(100, 10, 40, 1000), "longer": Length(100, 20, 80, 2000)}
+    base = replace(BASE, length=lengths["alone"])
+    longer = variant("longer", (92.0, 94.5), (90.0, 92.0), (0.9, 3.6), length=lengths["longer"])
+    teacher = replace(TEACHER, lengths=(Length(800, 5, 160, 4000),))
+    table = report_words.cost_table(findings(base, longer, teacher=teacher))
+    assert list(table.header)[1:3] == ["steps", "images seen"]
+    assert [row[1:3] for row in table.rows] == [["40", "1,000"], ["80 (× 2)", "2,000 (× 2)"], ["160", "4,000"]]
+    sentence = "The teacher was trained on 800 labelled examples (5 epochs, 160 steps), the students on 100."
+    assert sentence in said(base, longer, teacher=teacher)
+    assert "On what the teacher was trained is not known; the students on 100." in said(base, longer)
+
+
+def test_a_search_is_told_with_its_cost_and_edges():
+    tuned = Tuned("lr 0.1", {"lr": 0.1}, ("lr",), {"lr 0.05": 80.0, "lr 0.1": 81.0}, 12.0)
+    base = replace(BASE, tuned=tuned)
+    found = replace(
+        findings(base, variant("taught", (92.0, 94.5), (90.0, 92.0), (0.9, 3.6))), search=Search({"lr": (0.05, 0.1)}, (2, 3), 8, 24.0)
+    )
+    text = dict(report_words.protocol(found, {}))["Search"]
+    assert "(lr 0.05, 0.1)" in text and "seeds 2, 3" in text and "8 runs and 24 s" in text and "may lie beyond: alone (lr 0.1)." in text
+    assert [row[list(report_words.accuracy_table(found).header).index("chosen")] for row in report_words.accuracy_table(found).rows][
+        0
+    ] == "lr 0.1"
 
 
 def test_other_cases():
     one = said(variant("alone", (90.0,)), variant("taught", (92.0,), (90.0,)), teacher=None)
-    assert "taught, 92.00 % top-1, +2.00 points over alone." in one and "share one seed only" in one and "±" not in one
+    assert "taught, 92.00 % top-1 on test data, +2.00 points over alone." in one and "share one seed only" in one and "±" not in one
     assert "No variant is better than the baseline, alone" in said(BASE, variant("worse", (80.0, 81.0), (90.0, 92.0), (-12, -9)))
     assert said(BASE, teacher=None).startswith("alone reaches 91.00 ± 1.41 % top-1 on the test data after the last epoch (2 seeds).")
     assert "nothing to tell" in said(variant("alone", (), failures={0: "NaN"}))
@@ -72,9 +128,10 @@ def test_averaged_weights_are_told():
 def test_the_tables_have_a_row_each_and_no_empty_column():
     found = findings(BASE, variant("taught", (92.0, 94.5), (90.0, 92.0), (0.9, 3.6)))
     table = report_words.accuracy_table(found)
-    assert list(table.header) == ["variant", "top-1 %", "difference, points"]
+    assert list(table.header) == ["variant", "top-1 %", "difference, points", "p"]
     assert [list(row) for row in table.rows] == [
-        ["alone (baseline)", "91.00 ± 1.41", "–"], ["taught", "93.25 ± 1.77", "+2.25 [0.90, 3.60]"], ["teacher: big", "99.25", "–"],
+        ["alone (baseline)", "91.00 ± 1.41", "–", "–"], ["taught", "93.25 ± 1.77", "+2.25 [0.90, 3.60]", "0.070"],
+        ["teacher: big", "99.25", "–", "–"],
     ]  # fmt: skip
     assert table.marked == 1 and "2 seeds" in table.caption
     cost = report_words.cost_table(found)

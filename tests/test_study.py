@@ -21,7 +21,7 @@ from kdkit.run_folder import RunFolder
 from kdkit.study import comparison as study
 from kdkit.study import table as study_table
 from kdkit.study import variants as study_file
-from kdkit.study.findings import Findings
+from kdkit.study.findings import Findings, Length
 from kdkit.study.measured import FinishedRun
 from kdkit.trained import TrainedRun
 from tests.training import merged, write
@@ -236,6 +236,81 @@ def _start(folder):
     return weights, torch.cat([batch.inputs.flatten() for batch in prepared.train.epoch(0)])
 
 
+TUNED = {
+    "tune": {"train.optimizer.lr": [0.001, 0.1, 0.2], "train.epochs": [1, 2]},
+    "tune_seeds": 1,
+    "variants": {"alone": {"data": {"validation": 16}}, "response": {"data": {"validation": 16}}},
+    "allow": ["data.validation"],
+}
+
+
+def test_a_search_chooses_by_validation_for_each_variant_alike(compare, tmp_path):
+    found, trained = compare(TUNED)
+    assert len(trained) == 2 * 6 + 2 * 2 and len(set(trained)) == len(trained)
+    places = sorted((tmp_path / "runs/s-search").glob("*/result.json"))
+    results = {place.parent.name: json.loads(place.read_text()) for place in places}
+    assert len(results) == 12 and {result["seed"] for result in results.values()} == {2}  # the first seed that the study has not
+    for variant in found.variants:
+        own = {name: result for name, result in results.items() if name.startswith(f"{variant.name}-")}
+        best = max(own, key=lambda name: own[name]["validation"]["top1"])
+        assert len(own) == 6 and own[best]["validation"]["top1"] == max(variant.tuned.validation.values())
+        lr, epochs = variant.tuned.values["train.optimizer.lr"], variant.tuned.values["train.epochs"]
+        assert variant.tuned.validation[f"lr {lr:g}, epochs {epochs}"] == own[best]["validation"]["top1"]
+        assert variant.tuned.edges == (*(["train.optimizer.lr"] if lr != 0.1 else []), "train.epochs")
+        assert variant.tuned.cpu_seconds == pytest.approx(sum(result["cpu_seconds"] for result in own.values()))
+        for folder in variant.folders:
+            train = RunFolder(folder).recipe().spec.train
+            assert (train.optimizer.lr, train.epochs) == (lr, epochs)
+        assert variant.length.epochs == epochs
+    assert (found.search.runs, found.search.seeds) == (12, (2,)) and found.search.keys["train.epochs"] == (1, 2)
+    assert found == Findings.load(tmp_path / "runs/s/study.json")
+
+
+def test_a_search_that_was_stopped_goes_on(compare, carry_out, monkeypatch, tmp_path):
+    train = study.train_together
+    monkeypatch.setattr(study, "train_together", lambda jobs, **more: train(jobs[:5], **more) and _stop())
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(merged(STUDY, TUNED), sort_keys=False))
+    with pytest.raises(Interrupted, match="s-search: stopped with 5 of 12 runs finished; the same command goes on where it was"):
+        study.compare(study_file.load([tmp_path / "s.yaml"]))
+    monkeypatch.setattr(study, "train_together", train)
+    _, trained = compare(TUNED)
+    assert len(trained) == 7 + 4
+    _, trained = carry_out(tmp_path / "runs/s/study.yaml")  # as it was written down
+    assert trained == []
+
+
+def _stop():
+    raise Interrupted("saved", signal.SIGTERM)
+
+
+def test_a_point_that_cannot_be_trained_is_not_chosen(compare):
+    wild = {**TUNED, "tune": {"train.optimizer.lr": [1e30, 0.1]}, "variants": {"alone": {"data": {"validation": 16}}, "response": None}}
+    found, _ = compare({**wild, "base": {**BASE, "data": {**BASE["data"], "validation": 16}}, "variants": {"alone": {}}, "seeds": 1})
+    assert found.variants[0].tuned.point == "lr 0.1" and list(found.variants[0].tuned.validation) == ["lr 0.1"]
+
+
+def test_lengths_are_those_of_the_logs(compare):
+    found, _ = compare({"variants": {"twice": {"schedule": {"use": "born_again", "generations": 2}}}, "seeds": 1}, allow=["steps"])
+    for variant in found.variants:
+        lines = [json.loads(line) for line in (variant.folders[0] / "metrics.jsonl").read_text().splitlines()]
+        ends = {line["stage"]: line for line in lines if line["kind"] == "epoch"}
+        steps = sum(line["step"] for line in ends.values())
+        assert variant.length == Length(48, len(ends), steps, steps * 8)
+    assert [variant.length.steps for variant in found.variants] == [6, 6, 12] and found.teacher.lengths == (Length(48, 1, 6, 48),)
+
+
+def test_a_variant_that_trains_longer_than_the_baseline_is_refused(compare, tmp_path):
+    with pytest.raises(RecipeError) as caught:
+        compare({"variants": {"twice": {"schedule": {"use": "born_again", "generations": 2}}}})
+    told, advice = str(caught.value).splitlines()
+    place = f"s.yaml:{1 + (tmp_path / 's.yaml').read_text().splitlines().index('    schedule:')}"
+    assert told.endswith(": twice: steps: 12 in all its stages, with 96 images (alone: 6, with 48)") and "s.yaml:" in place
+    assert advice == (
+        "a variant may not train longer than the baseline; to let them differ in this too: --allow steps (in a study file: `allow:`)"
+    )
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("stop", [Interrupted("saved", signal.SIGTERM), KeyboardInterrupt()])
 def test_a_stop_says_how_to_go_on(compare, monkeypatch, stop):
     def stopped(*arguments):
@@ -295,7 +370,12 @@ def cells(said):
 
 
 def rows(said):
-    return {line.split("  ")[0]: line for line in said.splitlines() if line.strip()}
+    """Each row by its name; of two tables, the second one's row behind the first one's."""
+    found = {}
+    for line in filter(str.strip, said.splitlines()):
+        name = line.split("  ")[0]
+        found[name] = f"{found.get(name, '')}{line}  "
+    return found
 
 
 def test_the_table_of_the_command(compare, say):
@@ -308,7 +388,7 @@ def test_the_table_of_the_command(compare, say):
     again = rows(say("s.yaml", "train.epochs=2", "--seeds", "1"))
     assert "+-" not in again["alone"] and "[" not in again["response"]
     assert cells(say("s.yaml", "train.epochs=2", "--dry", "--seeds", 3))["response"][:2] == ["seeds 0, 1", "seed 2"]
-    assert cells(say("s.yaml", "--dry"))["alone"] == ["seeds 0, 1", "1 * cross_entropy; schedule supervised"]
+    assert cells(say("s.yaml", "--dry"))["alone"] == ["seeds 0, 1", "6", "1 * cross_entropy; schedule supervised"]
 
 
 def test_a_failure_ends_the_command_with_code_1(compare, say):

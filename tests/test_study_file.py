@@ -147,6 +147,28 @@ BAD = {  # what is replaced, by what; the line; what is told
     "no grid": ("[0, 0.5]", "0.5", "s.yaml:11: vary.losses.logit_kl.weight: needs a list, such as [a, b], got 0.5"),
     "seed": ("losses.logit_kl.weight: [0, 0.5]", "seed: [0, 1]", "s.yaml:11: vary.seed: the seeds of a study are its `seeds:`"),
     "seeds": ("[3, 1]", "[3, 3]", "s.yaml:12: seeds: a seed is given twice"),
+    "no validation": (
+        "seeds:",
+        "tune: {train.epochs: [1, 2]}\nseeds:",
+        "s.yaml:12: tune: the search chooses on validation data; set `data.validation`",
+    ),
+    "tune key": (
+        "seeds:",
+        "tune: {losses.logit_kl.temperature: [1, 2]}\nseeds:",
+        "s.yaml:12: tune.losses.logit_kl.temperature: every variant needs this key, or some would be searched more than others (variant alone)",
+    ),
+    "tune twice": (
+        "seeds:",
+        "tune: {losses.logit_kl.weight: [1]}\nseeds:",
+        "s.yaml:12: tune.losses.logit_kl.weight: is what the study varies",
+    ),
+    "tune seed": ("seeds:", "tune: {seed: [1]}\nseeds:", "s.yaml:12: tune.seed: the seeds of a study are its `seeds:`"),
+    "tune seeds": ("seeds:", "tune_seeds: [3]\nseeds:", "s.yaml:12: tune_seeds: 3 is one of the study's own seeds; runs that choose"),
+    "long search": (
+        "seeds:",
+        f"tune: {{train.epochs: {list(range(1, 202))}}}\nseeds:",
+        "s.yaml:12: tune: makes 1,005 points, those of all variants together, more than 1,000",
+    ),
     "no seeds": ("[3, 1]", "0", "s.yaml:12: seeds: input should be greater than 0, got 0"),
 }
 
@@ -181,6 +203,11 @@ def test_a_problem_of_the_base_is_told_once(study, tmp_path, monkeypatch):
 def test_an_override_of_what_is_varied_is_refused(study):
     with pytest.raises(RecipeError, match="override: losses.logit_kl.weight: is what the study varies"):
         study(overrides={"losses.logit_kl.weight": 2})
+
+
+def test_an_override_of_what_is_tuned_is_refused(study):
+    with pytest.raises(RecipeError, match=r"override: train\.epochs: is what the study tunes"):
+        study("name: s\nbase: base.yaml\ntune: {train.epochs: [1, 2]}\n", overrides={"train.epochs": 3})
 
 
 def test_recipes_instead_of_a_study(tmp_path):

@@ -21,7 +21,8 @@ from kdkit.run_folder import Result, RunFolder
 from kdkit.shapes import Shape
 from kdkit.show import brief
 from kdkit.study import intervals
-from kdkit.study.findings import Cost, Findings, Teacher, Variant
+from kdkit.study.findings import Cost, Findings, Length, Teacher, Variant
+from kdkit.study.lengths import of_run, of_teachers
 from kdkit.tapping import TappedModel
 from kdkit.trained import TrainedRun
 
@@ -73,7 +74,9 @@ def of_runs(folders: Sequence[Path]) -> Findings:
         question="",
         baseline=baseline,
         command="\n".join(_again(run.folder.path) for run in runs if run.result),
-        variants=tuple(_variant(name, each, None if name == baseline else base, costs.get(name)) for name, each in named.items()),
+        variants=intervals.corrected(
+            _variant(name, each, None if name == baseline else base, costs.get(name)) for name, each in named.items()
+        ),
         teacher=teacher,
         together={},
         versions=runs[0].marker["versions"],
@@ -121,7 +124,15 @@ def _variant(name: str, runs: Sequence[_Run], base: Mapping[int, float] | None, 
         cost=_cost(done, network) if done and network else None,
         failures={int(run.recipe["seed"]): f"not finished, {_epochs(run)} epochs so far" for run in runs if not run.result},
         averaged=runs[0].recipe["train"].get("average_best") or 0,
+        validation=_columns([run.result.validation for run in done if run.result and run.result.validation]),
+        length=_length(done[0]) if done else None,
     )
+
+
+def _length(run: _Run) -> Length | None:
+    with contextlib.suppress(KdkitError):  # what its recipe names is gone
+        return of_run(run.folder, run.folder.recipe().spec.data)
+    return None
 
 
 def _last(runs: Sequence[_Run], key: str) -> dict[int, float]:
@@ -182,6 +193,7 @@ def _teacher(taught: _Run | None, networks: Sequence[Profile]) -> Teacher | None
         macs=sum(one.macs for one in networks),
         bytes=sum(one.bytes for one in networks),
         latency=sum(one.latencies[0].percentile(50) for one in networks),
+        lengths=of_teachers(taught.folder.path),
     )
 
 

@@ -19,7 +19,8 @@ from kdkit.report import answers, courses, page, sections
 from kdkit.report.findings import of_runs
 from kdkit.report.sections import Material
 from kdkit.run_folder import RunFolder
-from kdkit.study.findings import Findings
+from kdkit.study import intervals
+from kdkit.study.findings import Findings, Variant
 
 STUDY = "study.json"
 PICTURES = "report"  # folder
@@ -78,7 +79,9 @@ def gather(paths: Sequence[Path]) -> tuple[Findings, Path]:
     """
     file = paths[0] if paths[0].name == STUDY else paths[0] / STUDY
     if len(paths) == 1 and file.is_file():
-        return _moved(Findings.load(file), file.parent), file.parent
+        found = Findings.load(file)
+        found = replace(found, variants=intervals.corrected(found.variants))  # which an older kdkit did not do
+        return _moved(found, file.parent), file.parent
     runs = [run for path in paths for run in _runs(path)]
     only = paths[0] if len(paths) == 1 and not (paths[0] / "run.json").is_file() else None
     return of_runs(runs), only or runs[0].parent
@@ -143,9 +146,24 @@ def _rows(findings: Findings) -> Iterator[dict[str, Any]]:
         about = {"study": findings.name, "variant": variant.name, "baseline": variant.name == findings.baseline}
         for i, (seed, folder) in enumerate(zip(variant.seeds, variant.folders, strict=True)):
             last = {f"last.{key}": values[i] for key, values in variant.last.items() if i < len(values)}
+            validation = {f"validation.{key}": values[i] for key, values in variant.validation.items() if i < len(values)}
             best = {f"best.{key}": values[i] for key, values in variant.best.items() if i < len(values)}
-            yield {**about, "seed": seed, "folder": folder, "failure": "", **last, **best, **_spent(folder)}
+            yield {
+                **about,
+                "seed": seed,
+                "folder": folder,
+                "failure": "",
+                **last,
+                **validation,
+                **best,
+                **_length(variant),
+                **_spent(folder),
+            }
         yield from ({**about, "seed": seed, "folder": "", "failure": reason} for seed, reason in variant.failures.items())
+
+
+def _length(variant: Variant) -> dict[str, int]:
+    return {"steps": variant.length.steps, "images": variant.length.images} if variant.length else {}
 
 
 def _spent(folder: Path) -> dict[str, float]:

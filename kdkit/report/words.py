@@ -10,11 +10,12 @@ from typing import Any
 
 from kdkit.report.blocks import Figures
 from kdkit.show import brief
-from kdkit.study import intervals
-from kdkit.study.findings import Cost, Difference, Findings, Teacher, Variant
+from kdkit.study import intervals, sentences
+from kdkit.study.findings import SIGNIFICANT, Cost, Difference, Findings, Teacher, Variant
 
 NONE = "–"
 Column = tuple[str, Callable[[Variant], str], str]  # title, what a variant has there, the metric that the teacher has there
+LENGTHS = {"steps": "steps", "images": "images seen"}  # attributes of a `Length` that are told, and their titles
 SHARED = ("data", "student", "train")  # what one protocol has in common
 
 
@@ -29,9 +30,15 @@ def gain(difference: Difference | None) -> str:
 
 
 def best(findings: Findings) -> Variant | None:
-    """The variant with the highest mean test accuracy."""
+    """The variant with the highest mean accuracy on validation data, or on test data where some variant has no validation data."""
     ran = [v for v in findings.variants if v.last.get("top1")]
-    return max(ran, key=lambda v: statistics.fmean(v.last["top1"])) if ran else None
+    scores = [(v.validation if chosen_by_validation(findings) else v.last)["top1"] for v in ran]
+    return max(zip(ran, scores, strict=True), key=lambda pair: statistics.fmean(pair[1]))[0] if ran else None
+
+
+def chosen_by_validation(findings: Findings) -> bool:
+    """Whether all variants were measured on validation data, so that the best needs not be chosen by the test data."""
+    return all(v.validation.get("top1") for v in findings.variants if v.last.get("top1"))
 
 
 def answer(findings: Findings) -> Iterator[str]:
@@ -46,13 +53,17 @@ def answer(findings: Findings) -> Iterator[str]:
     if len(findings.variants) == 1:
         yield f"{leader.name} reaches {score} on the test data {findings.moment} ({_seeds(leader)}){taught}."
     elif leader is baseline:
-        reaches = f"which reaches {score} {findings.moment} ({_seeds(leader)}){taught}"
-        yield f"No variant is better than the baseline, {leader.name}, {reaches}."
+        chosen = " on validation data" if chosen_by_validation(findings) else ""
+        reaches = f"which reaches {score} on test data {findings.moment} ({_seeds(leader)}){taught}"
+        yield f"No variant is better{chosen} than the baseline, {leader.name}, {reaches}."
     else:
-        yield f"Best {findings.moment}: {leader.name}, {score}{_over(leader, baseline)}{taught}."
+        chosen = " on validation data" if chosen_by_validation(findings) else ""
+        yield f"Best{chosen} {findings.moment}: {leader.name}, {score} on test data{_over(leader, baseline)}{taught}."
         yield _carried(leader, findings)
-    if len(findings.variants) > 2 and any(v.difference and v.difference.t for v in findings.variants):
-        yield _tally(findings)
+    if (tally := sentences.verdicts(findings)) is not None:
+        yield f"{tally}."
+    if (data := sentences.training_data(findings)) is not None:
+        yield f"{data}."
 
 
 def _over(leader: Variant, baseline: Variant) -> str:
@@ -72,23 +83,13 @@ def _carried(leader: Variant, findings: Findings) -> str:
         return "They share no seed, so their difference has no interval."
     if found.t is None:
         return "They share one seed only: how much of the difference is chance cannot be told."
-    pairs = f"95 % confidence interval, paired t over {len(found.values)} seeds"
-    if found.t.low <= 0 <= found.t.high:
-        says = f"The interval ({pairs}) holds 0: the difference may be chance."
-    else:
-        says = f"The interval ({pairs}) does not hold 0."
-    several = len(findings.variants) > 2
-    return says + (" It is that of the best of several, chosen by these same figures, so it is somewhat flattering." if several else "")
-
-
-def _tally(findings: Findings) -> str:
-    found = [v.difference.t for v in findings.variants if v.difference and v.difference.t]
-    better, worse = sum(t.low > 0 for t in found), sum(t.high < 0 for t in found)
-    rest = len(found) - better - worse
-    return (
-        f"{len(found)} variants were set against {findings.baseline}: {better} better with an interval above 0, {worse} worse with one "
-        f"below 0, {rest} not to be told from it."
-    )
+    says = f"In brackets: 95 % confidence interval, paired t over {len(found.values)} seeds."
+    if found.p_holm is not None and found.p_holm >= SIGNIFICANT:
+        says += " The difference may be chance."
+    several = sum(v.difference is not None for v in findings.variants) > 1
+    if several and not chosen_by_validation(findings):
+        says += " The best was chosen by these same test figures, which flatters it."
+    return says
 
 
 def _seeds(variant: Variant) -> str:
@@ -114,6 +115,8 @@ def protocol(findings: Findings, recipes: Mapping[str, Mapping[str, Any]]) -> It
     if len(findings.variants) > 1:
         yield "Compared", f"{len(findings.variants)} variants, the baseline is {findings.baseline}; {count} finished runs"
     yield "Seeds", ", ".join(map(str, seeds)) or NONE
+    if searched := list(sentences.search(findings)):
+        yield "Search", f"{'. '.join(searched)}."
     chosen = "the epoch that is best on validation is told beside it; " if any(v.best for v in findings.variants) else ""
     yield "Measured", f"on the test data {findings.moment}; {chosen}no epoch is chosen by test data"
 
@@ -133,12 +136,19 @@ def accuracy_table(findings: Findings) -> Figures:
     numbers = sorted({len(v.seeds) for v in findings.variants})
     several = f"mean ± standard deviation over {f'{numbers[0]} seeds' if len(numbers) == 1 else 'the seeds'}"
     deviation = several if numbers[-1] > 1 else "one seed, so there is no deviation and no interval"
-    interval = "; difference: mean over the seeds, 95 % interval by the paired t distribution" if numbers[-1] > 1 else ""
+    interval = (
+        "; difference: mean over the seeds, 95 % interval by the paired t distribution; p: of that difference, corrected for the number of "
+        "variants (Holm)"
+        if numbers[-1] > 1
+        else ""
+    )
     leader = best(findings)
     caption = f"Test data, {findings.moment} unless the column says otherwise; {deviation}{interval}."
     columns: list[Column] = [
         ("top-1 %", _last("top1", 2), "top1"),
         ("difference, points", lambda v: gain(v.difference), ""),
+        ("p", lambda v: intervals.p_value_shown(v.difference) or NONE, ""),
+        ("chosen", lambda v: v.tuned.point if v.tuned else NONE, ""),
         ("top-1 % at the best epoch on validation", lambda v: spread(v.best.get("top1", ()), 2), ""),
         ("difference there, points", lambda v: gain(intervals.at_best(findings, v)), ""),
         ("agreement with the teacher %", _last("agreement", 2), ""),
@@ -203,19 +213,25 @@ def intervals_table(findings: Findings) -> Figures | None:
 
 def cost_table(findings: Findings) -> Figures | None:
     """What training cost, and what the network costs that comes of it."""
-    shown = [(_called(v, findings), v.cost) for v in findings.variants if v.cost]
+    shown = [(v, v.cost) for v in findings.variants if v.cost]
     if not shown:
         return None
     whole = findings.teacher if findings.teacher and findings.teacher.parameters else None  # its network may be gone
     columns = [c for c in _cost_columns(whole) if any(c[1](cost) != NONE for _, cost in shown)]
-    rows = [[name, *(text(cost) for _, text, _ in columns)] for name, cost in shown]
+    told = [what for what in LENGTHS if any(v.length for v, _ in shown)]
+    rows = []
+    for v, cost in shown:
+        length = [sentences.trained(v, findings, what).replace("x", "×") or NONE for what in told]
+        rows.append([_called(v, findings), *length, *(text(cost) for _, text, _ in columns)])
     if whole:
-        rows.append([_named(whole), *(text for _, _, text in columns)])
+        length = [sentences.teacher_trained(whole, what) or NONE for what in told]
+        rows.append([_named(whole), *length, *(text for _, _, text in columns)])
     caption = (
-        "Training: means over the seeds, measurements included, as a run alone would need them. "
+        "Training: steps of the optimizer in all stages, the images that they show, each as often as it comes (×: times the baseline's); "
+        "means over the seeds, measurements included, as a run alone would need them. "
         "Network: as it is exported; latency: median of one image on one thread."
     )
-    return Figures(["variant", *(title for title, _, _ in columns)], rows, caption)
+    return Figures(["variant", *(LENGTHS[what] for what in told), *(title for title, _, _ in columns)], rows, caption)
 
 
 def _cost_columns(teacher: Teacher | None) -> list[tuple[str, Callable[[Cost], str], str]]:

@@ -10,13 +10,12 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
 import torch
 
-from kdkit import plan
 from kdkit.checkpoints import write_atomically
 from kdkit.describe import formula
 from kdkit.errors import Interrupted, RecipeError, RunError
@@ -26,11 +25,13 @@ from kdkit.recipe import Recipe
 from kdkit.run_folder import Result, RunFolder, versions
 from kdkit.runs import folder_for
 from kdkit.spreading import Crew, is_first, part
-from kdkit.study.findings import Cost, Findings, Teacher, Variant
+from kdkit.study import search
+from kdkit.study.findings import Cost, Findings, Length, Search, Teacher, Tuned, Variant
 from kdkit.study.grid import has
-from kdkit.study.intervals import paired
+from kdkit.study.intervals import corrected, paired
+from kdkit.study.lengths import STEPS, of_plan, of_run, of_teachers, refuse_longer
 from kdkit.study.measured import COMPARED_WITH_TEACHER, FinishedRun, Measured, Network, common_teacher
-from kdkit.study.variants import Study
+from kdkit.study.variants import Study, point_name
 
 FINDINGS = "study.json"
 STUDY = "study.yaml"
@@ -62,7 +63,7 @@ def trainings(study: Study) -> list[Training]:
         RunError: the study's folder is a run's.
     """
     _refuse_unknown(study)
-    refuse_unequal(study.variants, study.baseline, study.allow)
+    refuse_unequal(study.variants, study.baseline, (*study.allow, *study.tune))
     if (study.path / "run.json").is_file():
         raise RunError(f"{study.path} is the folder of a run; give the study another `name:`")
     shelf = _shelf(study)
@@ -84,7 +85,7 @@ def _refuse_unknown(study: Study) -> None:
         RecipeError: it is not; it may be misspelt.
     """
     for key in study.allow:
-        if not any(has(recipe.spec, key.split(".")) for recipe in study.variants.values()):
+        if key != STEPS and not any(has(recipe.spec, key.split(".")) for recipe in study.variants.values()):
             raise RecipeError(f"allow: no variant has the key '{key}'")
 
 
@@ -108,23 +109,91 @@ def compare(
     """
     first = is_first()
     crew = Crew.of_launch() if spread else None
-    planned = trainings(study)
-    _check([each for each in planned if each.result is None], say)
+    check(study, say)
     if first:
         write_atomically(study.path / STUDY, study.dump().encode())
-    measured = Measured(study.path / "measured.json", say) if first else None
-    try:
+    searched: Searched | None = None
+    if study.tune:
+        planned = trainings(study.search)
+        with _told_if_stopped(study.search, planned):
+            _train(planned, _measured(study.search, say) if first else None, max_parallel, say, crew)
+        study, searched = after_search(study, planned)
+    planned = trainings(study)
+    measured = _measured(study, say) if first else None
+    with _told_if_stopped(study, planned):
         failures = _train(planned, measured, max_parallel, say, crew)
         if measured is None:
             return None
         part()
-        found = _Finder(study, planned, failures, measured).findings()
+        found = _Finder(study, planned, failures, measured, searched).findings()
+    found.save(study.path / FINDINGS)
+    return found
+
+
+@contextlib.contextmanager
+def _told_if_stopped(study: Study, planned: Sequence[Training]) -> Iterator[None]:
+    try:
+        yield
     except (Interrupted, KeyboardInterrupt) as error:
         done = sum(each.result is not None for each in planned)
         says = f"{study.name}: stopped with {done} of {len(planned)} runs finished; the same command goes on where it was"
         raise Interrupted(says, getattr(error, "signal", signal.SIGINT)) from None
-    found.save(study.path / FINDINGS)
-    return found
+
+
+def _measured(study: Study, say: Callable[[str], None]) -> Measured:
+    return Measured(study.path / "measured.json", say)
+
+
+def check(study: Study, say: Callable[[str], None] = lambda _: None) -> dict[str, Length]:
+    """How long each variant trains (of a search, at its longest point), with all that can be refused before anything is trained.
+
+    `say` is told of what is fetched for it.
+
+    Raises:
+        RecipeError: a variant cannot work, differs in more than what is compared, or trains longer than the baseline.
+        RunError: the study's folder is a run's.
+    """
+    planned = trainings(study)
+    if study.points:
+        longest = {name: max(points, key=lambda point: point.recipe.spec.train.epochs) for name, points in study.points.items()}
+        wanted = {point_name(name, point): name for name, point in longest.items()}
+        planned = [replace(each, variant=wanted[each.variant]) for each in trainings(study.search) if each.variant in wanted]
+    lengths: dict[str, Length] = {}
+    problems: list[str] = []
+    for each in sorted(planned, key=lambda one: one.result is None):  # what is finished needs no plan any more
+        if each.variant in lengths:
+            continue
+        try:
+            finished = each.result is not None
+            lengths[each.variant] = of_run(RunFolder(each.folder), each.recipe.spec.data) if finished else of_plan(each.recipe, say)
+        except RecipeError as error:
+            problems += [f"{line} (variant {each.variant})" for line in str(error).splitlines()]
+    if problems:
+        raise RecipeError("\n".join(dict.fromkeys(problems)))
+    refuse_longer(lengths, study.variants, study.baseline, study.allow)
+    return {name: lengths[name] for name in study.variants}
+
+
+def after_search(study: Study, planned: Sequence[Training]) -> tuple[Study, Searched]:
+    """The study with each variant at its chosen point, and what was chosen; `planned` are the trainings of its search.
+
+    Raises:
+        RunError: of some variant no point could be trained.
+    """
+    results: dict[str, list[Result | None]] = {}
+    for each in planned:
+        results.setdefault(each.variant, []).append(each.result)
+    points = search.choose(study, results)
+    tuned = search.told(study, points, results)
+    return study.chosen(points), Searched(tuned, search.summary(study, tuned, study.search.seeds))
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What a search has chosen for each variant, and what it was."""
+
+    tuned: Mapping[str, Tuned]
+    whole: Search
 
 
 def _shelf(study: Study) -> dict[str, Path]:
@@ -144,22 +213,6 @@ def _shelf(study: Study) -> dict[str, Path]:
 
 def _fingerprint(marker: Path) -> str:
     return str(json.loads(marker.read_text())["fingerprint"])
-
-
-def _check(planned: Sequence[Training], say: Callable[[str], None]) -> None:
-    """Plan each variant once; `say` is told of what is fetched for it.
-
-    Raises:
-        RecipeError: all that cannot work, of all variants.
-    """
-    problems: list[str] = []
-    for each in {each.variant: each for each in planned}.values():
-        try:
-            plan.make(each.recipe, say)
-        except RecipeError as error:
-            problems += [f"{line} (variant {each.variant})" for line in str(error).splitlines()]
-    if problems:
-        raise RecipeError("\n".join(problems))
 
 
 def _train(
@@ -188,8 +241,10 @@ def _train(
 class _Finder:
     """Puts together what a study's finished runs say."""
 
-    def __init__(self, study: Study, planned: Sequence[Training], failures: Mapping[Path, str], measured: Measured) -> None:
-        self.study, self.planned, self.failures, self.measured = study, planned, failures, measured
+    def __init__(
+        self, study: Study, planned: Sequence[Training], failures: Mapping[Path, str], measured: Measured, searched: Searched | None = None
+    ) -> None:
+        self.study, self.planned, self.failures, self.measured, self.searched = study, planned, failures, measured, searched
         self.results = {(each.variant, each.seed): result for each in planned if (result := each.result)}
         runs = {(each.variant, each.seed): FinishedRun(each.recipe, each.folder) for each in planned}
         self.runs = {place: runs[place] for place in self.results}
@@ -202,10 +257,15 @@ class _Finder:
             firsts.setdefault(variant, run)
         networks, taught = self.measured.networks(list(firsts.values()), self.teacher.run if self.teacher else None)
         by_variant = dict(zip(firsts, networks, strict=True))
-        variants = tuple(self._variant(name, by_variant.get(name)) for name in study.variants)
-        teacher = Teacher(self.teacher.name, self.teacher.metrics(), **vars(taught)) if self.teacher and taught else None
+        variants = corrected(self._variant(name, by_variant.get(name)) for name in study.variants)
+        teacher = None
+        if self.teacher and taught:
+            teacher = Teacher(self.teacher.name, self.teacher.metrics(), **vars(taught), lengths=of_teachers(self.teacher.run.folder))
         together = self.measured.together([each.recipe.fingerprint for each in self.planned])
-        return Findings(study.name, study.question, study.baseline, study.command, variants, teacher, together, versions(), _machine())
+        return Findings(
+            study.name, study.question, study.baseline, study.command, variants, teacher, together, versions(), _machine(),
+            search=self.searched.whole if self.searched else None,
+        )  # fmt: skip
 
     def _variant(self, name: str, network: Network | None) -> Variant:
         seeds = tuple(seed for seed in self.study.seeds if (name, seed) in self.results)
@@ -225,6 +285,9 @@ class _Finder:
                 each.seed: self.failures[each.folder] for each in self.planned if each.variant == name and each.folder in self.failures
             },
             averaged=self.study.variants[name].spec.train.average_best or 0,
+            validation=_by_name([result.validation for result in results if result.validation]),
+            length=of_run(RunFolder(runs[0].folder), runs[0].recipe.spec.data) if runs else None,
+            tuned=self.searched.tuned[name] if self.searched else None,
         )
 
     def _top1(self, variant: str) -> dict[int, float]:

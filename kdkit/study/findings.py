@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
@@ -16,6 +16,8 @@ from kdkit.finite import or_nan
 
 Number = Annotated[float, BeforeValidator(or_nan)]
 """A float; null in the file where it is NaN, for which JSON has no word."""
+
+SIGNIFICANT = 0.05  # p-values below it, corrected, allow to call a variant better or worse
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,79 @@ class Difference:
         values: one for each seed that both have.
         t: interval of the mean by the paired t distribution (None: fewer than two seeds).
         bootstrap: interval of the mean by resampling the seeds (None likewise).
+        p: two-sided, by the paired t distribution (None likewise).
+        p_holm: the same, corrected by Holm's method for the number of variants that the study compares.
     """
 
     values: tuple[Number, ...]
     t: Interval | None
     bootstrap: Interval | None
+    p: float | None = None
+    p_holm: float | None = None
+
+    @property
+    def verdict(self) -> Literal["better", "worse", "inconclusive"]:
+        """What the corrected p-value allows to say at 5 %."""
+        if self.p_holm is None or self.p_holm >= SIGNIFICANT:
+            return "inconclusive"
+        return "better" if sum(self.values) > 0 else "worse"
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a run trains, all its stages together.
+
+    Attributes:
+        samples: labelled training images (or texts) that it has.
+        epochs: over these.
+        steps: of the optimizer.
+        images: how many images these steps show, each as often as it comes.
+    """
+
+    samples: int
+    epochs: int
+    steps: int
+    images: int
+
+    def longer_than(self, other: Length) -> bool:
+        """Whether it takes more steps, or shows more images."""
+        return self.steps > other.steps or self.images > other.images
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a search on validation data has chosen for a variant.
+
+    Attributes:
+        point: what the chosen point is called, such as `lr 0.1, epochs 75`.
+        values: of the chosen point, by key.
+        edges: keys with numbers of which the chosen one is the smallest or the largest: the best value may lie beyond.
+        validation: top-1 on validation after the last epoch of each point that could be trained, mean over the search's seeds.
+        cpu_seconds: of the processor, of all runs of the search of this variant.
+    """
+
+    point: str
+    values: Mapping[str, Any]
+    edges: tuple[str, ...]
+    validation: Mapping[str, Number]
+    cpu_seconds: float
+
+
+@dataclass(frozen=True)
+class Search:
+    """The search that every variant of a study had.
+
+    Attributes:
+        keys: the values that were tried, by key; all combinations.
+        seeds: of its runs, none of them one of the study's own.
+        runs: how many there were, of all variants together.
+        cpu_seconds: of the processor, for all of them.
+    """
+
+    keys: Mapping[str, tuple[Any, ...]]
+    seeds: tuple[int, ...]
+    runs: int
+    cpu_seconds: float
 
 
 @dataclass(frozen=True)
@@ -80,6 +150,9 @@ class Variant:
         cost: None where no run is finished.
         failures: reasons by seed.
         averaged: how many epochs, the best on validation, the weights are the mean of; 0: they are the last epoch's.
+        validation: metrics on the validation data of what the run leaves, likewise; empty without a validation split.
+        length: how long one of its runs trains; None where no run is finished.
+        tuned: what a search has chosen for it; None without a search.
     """
 
     name: str
@@ -92,6 +165,9 @@ class Variant:
     cost: Cost | None
     failures: Mapping[int, str] = field(default_factory=dict)
     averaged: int = 0
+    validation: Mapping[str, tuple[Number, ...]] = field(default_factory=dict)
+    length: Length | None = None
+    tuned: Tuned | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +178,7 @@ class Teacher:
         name: of its network, or its run.
         last: its metrics on the test data.
         parameters, macs, bytes, latency: see `Cost`.
+        lengths: how long each of those was trained that another recipe trains; what weights from elsewhere have seen is not known.
     """
 
     name: str
@@ -110,6 +187,7 @@ class Teacher:
     macs: int
     bytes: int
     latency: float
+    lengths: tuple[Length, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -125,6 +203,7 @@ class Findings:
         together: wall and CPU seconds that the training of this study took in all, as it was carried out (`wall`, `cpu`), and how many runs
             it trained (`trained`) or found trained already (`reused`).
         versions: of Python and of packages; `machine`: processor and accelerator.
+        search: that every variant had before it was trained; None without one.
     """
 
     name: str
@@ -136,6 +215,7 @@ class Findings:
     together: Mapping[str, float]
     versions: Mapping[str, str]
     machine: Mapping[str, str]
+    search: Search | None = None
 
     __pydantic_config__ = ConfigDict(ser_json_inf_nan="null")
 

@@ -16,19 +16,20 @@ from kdkit.source import Source
 
 
 class Grid:
-    """Values by key path, as a study's `vary:` has them.
+    """Values by key path, as a study's `vary:` and `tune:` have them.
 
     Args:
         source: the study file, for the places of the values.
-        vary: its `vary:`.
+        vary: its `vary:`, or its `tune:`.
+        word: which of the two.
 
     Raises:
         RecipeError: a value is given twice.
     """
 
-    def __init__(self, source: Source, vary: Mapping[str, Sequence[Any]]) -> None:
-        self._source, self._vary = source, vary
-        self._axes = {key: list(zip(self._labels(key), source.items(["vary", key]), strict=True)) for key in vary}
+    def __init__(self, source: Source, vary: Mapping[str, Sequence[Any]], word: str = "vary") -> None:
+        self._source, self._vary, self._word = source, vary, word
+        self._axes = {key: list(zip(self._labels(key), source.items([word, key]), strict=True)) for key in vary}
 
     def refuse_idle_keys(self, recipes: Iterable[Recipe]) -> None:
         """Make sure that every key is one of some recipe.
@@ -65,7 +66,7 @@ class Grid:
         return labels
 
     def _error(self, key: str, says: str) -> RecipeError:
-        return RecipeError(f"{self._source.where(['vary', key])}: {dotted(['vary', key])}: {says}")
+        return RecipeError(f"{self._source.where([self._word, key])}: {dotted([self._word, key])}: {says}")
 
 
 def has(value: Any, steps: Sequence[str]) -> bool:

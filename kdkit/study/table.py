@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
 from kdkit.fairness import unequal
 from kdkit.show import TITLES
-from kdkit.study.comparison import about, trainings
-from kdkit.study.findings import Findings, Teacher, Variant
-from kdkit.study.intervals import at_best, shown, spread
+from kdkit.study.comparison import Training, about, after_search, check, trainings
+from kdkit.study.findings import Findings, Length, Teacher, Variant
+from kdkit.study.intervals import at_best, p_value_shown, shown, spread
+from kdkit.study.sentences import search, teacher_trained, trained, training_data, verdicts
 from kdkit.study.variants import Study
 
 Cells = tuple[str, Callable[[Variant], str], Callable[[Teacher], str]]  # title, of a variant, of the teacher
@@ -19,7 +20,7 @@ Cells = tuple[str, Callable[[Variant], str], Callable[[Teacher], str]]  # title,
 
 def tables(found: Findings, width: int = 160, show: Sequence[str] = ()) -> list[Table]:
     """One table, or two where one would be wider than so many columns of a terminal: results (`show`: further metrics), then costs."""
-    results, costs = [*_results(found), *map(_further, show)], list(_costs(found.teacher))
+    results, costs = [*_results(found), *map(_further, show)], [*_lengths(found), *_costs(found.teacher)]
     whole = _table(found, [*results, *costs])
     fits = Console(width=10_000).measure(whole).maximum <= width
     return [whole] if fits else [_table(found, results), _table(found, costs)]
@@ -38,13 +39,19 @@ def caption(found: Findings) -> Iterator[str]:
     if any(variant.difference for variant in found.variants):
         level = " [95 % interval by t]" if any(v.difference and v.difference.t for v in found.variants) else ""
         parts.append(f"difference to {found.baseline}, seed by seed{level}")
+    if any(variant.difference and variant.difference.p_holm is not None for variant in found.variants):
+        parts.append("p: of that difference by the paired t distribution, corrected for the number of variants by Holm's method")
     if any(variant.best for variant in found.variants):
         parts.append("best: test data at the epoch that is best on validation")
     if any("agreement" in variant.last for variant in found.variants):
         parts.append("agreement with the teacher" if found.teacher else "agreement with each variant's own teacher")
     yield "; ".join(parts) + "."
+    for sentence in (verdicts(found), training_data(found), *search(found)):
+        if sentence:
+            yield f"{sentence}."
     yield (
-        "Costs of one run: training time as it would take alone, processor time, largest memory of a step, images per second; network as "
+        "Costs of one run: optimizer steps of all its stages, the images that they show, each as often as it comes (x: times the "
+        "baseline's); training time as it would take alone, processor time, largest memory of a step, images per second; network as "
         "exported: multiply-accumulates and median latency of one image on one thread."
     )
     for variant in found.variants:
@@ -56,16 +63,35 @@ def caption(found: Findings) -> Iterator[str]:
     )
 
 
-def planned(study: Study) -> Table:
-    """Which runs a study has, and in what its variants differ."""
-    table = Table("variant", "trained", "to train", "what it is", box=None, pad_edge=False)
+def planned(study: Study) -> Iterator[Table | str]:
+    """Which runs a study has, how long they train, and in what its variants differ."""
+    lengths = check(study)
+    if study.tune:
+        searching = trainings(study.search)
+        yield _planned(study.search, searching, {}, study.tune)
+        if not all(each.result for each in searching):
+            seeds = _seeds(study.seeds)
+            yield f"Each variant then trains with {seeds} at its point that is best on validation; the longest takes: {_longest(lengths)}"
+            return
+        study, _ = after_search(study, searching)
+    yield _planned(study, trainings(study), lengths)
+
+
+def _longest(lengths: Mapping[str, Length]) -> str:
+    return ", ".join(f"{name} {one.steps:,} steps" for name, one in lengths.items())
+
+
+def _planned(study: Study, runs: Sequence[Training], lengths: Mapping[str, Length], named: Iterable[str] = ()) -> Table:
+    """A row a variant; differences in the keys of which its name tells are not told again."""
+    columns = ("variant", "trained", "to train", *(["steps"] if lengths else []), "what it is")
+    table = Table(*columns, box=None, pad_edge=False)
     told = {name: about(recipe) for name, recipe in study.variants.items()}
-    for other in unequal(study.variants, study.baseline):
+    for other in unequal(study.variants, study.baseline, tuple(named)):
         told[other.variant] += f"; {other.key} {other.value} ({study.baseline}: {other.baseline})"
-    runs = trainings(study)
     for name in study.variants:
         done, left = ([each.seed for each in runs if each.variant == name and bool(each.result) is state] for state in (True, False))
-        table.add_row(name, _seeds(done), _seeds(left), told[name])
+        steps = [f"{lengths[name].steps:,}"] if lengths else []
+        table.add_row(name, _seeds(done), _seeds(left), *steps, told[name])
     return table
 
 
@@ -88,11 +114,20 @@ def _results(found: Findings) -> Iterator[Cells]:
     yield "top-1 %", lambda v: spread(v.last.get("top1", ())), lambda t: _number(t.last.get("top1"))
     if any(variant.difference for variant in found.variants):
         yield "difference", lambda v: shown(v.difference) if v.difference else "", lambda _: ""
+    if any(variant.difference and variant.difference.p_holm is not None for variant in found.variants):
+        yield "p", lambda v: p_value_shown(v.difference), lambda _: ""
+    if any(variant.tuned for variant in found.variants):
+        yield "chosen", lambda v: v.tuned.point if v.tuned else "", lambda _: ""
     if any(variant.best for variant in found.variants):
         yield "best %", lambda v: spread(v.best.get("top1", ())), lambda _: ""
         yield "best difference", lambda v: shown(gained) if (gained := at_best(found, v)) else "", lambda _: ""
     if any("agreement" in variant.last for variant in found.variants):
         yield "agreement %", lambda v: spread(v.last.get("agreement", ())), lambda _: ""
+
+
+def _lengths(found: Findings) -> Iterator[Cells]:
+    yield "steps", lambda v: trained(v, found, "steps"), lambda t: teacher_trained(t, "steps")
+    yield "images seen", lambda v: trained(v, found, "images"), lambda t: teacher_trained(t, "images")
 
 
 def _further(metric: str) -> Cells:

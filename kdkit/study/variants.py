@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,14 +23,15 @@ from kdkit.explain import explain_source
 from kdkit.options import LONGEST_NAME, RUN_NAME, FolderPath, Options, RecipePath, Text, path_of
 from kdkit.recipe import Recipe
 from kdkit.source import Source, override_words
-from kdkit.study.grid import Grid
+from kdkit.study.grid import Grid, has
 
 SEEDS = 3  # where nothing says how many
-MARKS = ("variants", "vary", "base")  # keys that a study has and a recipe has not
+MARKS = ("variants", "vary", "tune", "base")  # keys that a study has and a recipe has not
 Shown = Literal["loss", "late_loss", "top5", "balanced_accuracy", "macro_f1", "nll", "ece", "kl_to_teacher", "logit_difference"]
 MOST_SEEDS = 1000
-MOST_VARIANTS = 1000  # those of the grid among them
+MOST_VARIANTS = 1000  # those of the grid among them, and all points of a search
 Seed = Annotated[int, Field(ge=0, strict=True)]
+Seeds = Annotated[int, Field(gt=0, le=MOST_SEEDS, strict=True)] | Annotated[list[Seed], Field(min_length=1, max_length=MOST_SEEDS)]
 
 
 class StudySpec(Options):
@@ -48,19 +50,32 @@ class StudySpec(Options):
         default_factory=dict,
         description="Values by key path: every variant that has the key is trained with each; several keys are a grid.",
     )
-    seeds: Annotated[int, Field(gt=0, le=MOST_SEEDS, strict=True)] | Annotated[list[Seed], Field(min_length=1, max_length=MOST_SEEDS)] = (
-        Field(default=SEEDS, description="How many (0, 1, 2...), or which.")
+    tune: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
+        default_factory=dict,
+        description="Values by key path, which all variants have: each is trained with all combinations, and goes on with the one that is "
+        "best on validation data.",
     )
+    tune_seeds: Seeds = Field(default=2, description="Of the search: how many (the first that are not in `seeds`), or which.")
+    seeds: Seeds = Field(default=SEEDS, description="How many (0, 1, 2...), or which.")
     allow: tuple[str, ...] = Field(default=(), description="Keys in which variants may differ although they are not what is compared.")
     show: tuple[Shown, ...] = Field(default=(), description="Further columns of the table.")
     folder: FolderPath | None = Field(default=None, description="In place of the recipes' `run.folder`.")
 
-    @field_validator("seeds")
+    @field_validator("seeds", "tune_seeds")
     @classmethod
     def _once_each(cls, value: int | list[int]) -> int | list[int]:
         if isinstance(value, list) and len(set(value)) < len(value):
             raise ValueError("a seed is given twice")
         return value
+
+
+@dataclass(frozen=True)
+class Point:
+    """One combination of values in a search: what it is called, its values by key, and a variant's recipe with these."""
+
+    label: str
+    values: Mapping[str, Any]
+    recipe: Recipe
 
 
 @dataclass(frozen=True)
@@ -73,6 +88,9 @@ class Study:
         folder: in which the study has its folder.
         show: metrics that its table has beside the usual ones.
         command: what asks for it.
+        tune: values by key, of which a search chooses for each variant.
+        tune_seeds: of the search, how many or which.
+        points: of each variant, all that the search tries; empty without a search.
     """
 
     name: str
@@ -84,6 +102,27 @@ class Study:
     folder: Path
     show: tuple[str, ...] = ()
     command: str = ""
+    tune: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    tune_seeds: int | Sequence[int] = ()
+    points: Mapping[str, Sequence[Point]] = field(default_factory=dict)
+
+    @property
+    def search(self) -> Study:
+        """The study that a search is: every point of every variant, with seeds that this one does not have."""
+        places = {point_name(name, point): point.recipe for name, points in self.points.items() for point in points}
+        wanted = self.tune_seeds
+        seeds = tuple(wanted) if isinstance(wanted, Sequence) else _first(wanted, but=self.seeds)
+        baseline = point_name(self.baseline, self.points[self.baseline][0])
+        search = replace(self, name=f"{self.name}-search", baseline=baseline, variants=_renamed(places), seeds=seeds)
+        return search.without_search()
+
+    def chosen(self, points: Mapping[str, Point]) -> Study:
+        """This study with each variant at its point of the search."""
+        return replace(self, variants=_renamed({name: point.recipe for name, point in points.items()})).without_search()
+
+    def without_search(self) -> Study:
+        """What is left to do when the search is over: what it has chosen may differ."""
+        return replace(self, allow=(*self.allow, *self.tune), tune={}, points={})
 
     @property
     def path(self) -> Path:
@@ -100,7 +139,8 @@ class Study:
         specs = {name: recipe.spec for name, recipe in self.variants.items()}
         written = {name: spec.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude={"seed"}) for name, spec in specs.items()}
         content = {"name": self.name, "question": self.question, "baseline": self.baseline, "folder": str(self.folder)}
-        rest = {"seeds": list(self.seeds), "allow": list(self.allow), "show": list(self.show), "variants": written}
+        tune = {"tune": dict(self.tune), "tune_seeds": self.tune_seeds} if self.tune else {}
+        rest = {**tune, "seeds": list(self.seeds), "allow": list(self.allow), "show": list(self.show), "variants": written}
         return yaml.safe_dump({**content, **rest}, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -129,10 +169,26 @@ def load(
     if studies and len(paths) > 1:
         raise RecipeError(f"{studies[0]}: is a study, which is compared by itself: give one study, or recipes only")
     found = _Loader(opened[studies[0]], overrides, plugins).study() if studies else _of_recipes(list(opened), overrides, plugins)
+    found = replace(found, seeds=tuple(range(seeds)) if seeds else found.seeds)
+    if shared := {*found.seeds} & ({*found.tune_seeds} if isinstance(found.tune_seeds, Sequence) else set()):
+        where = opened[studies[0]].where(["tune_seeds"])
+        raise RecipeError(
+            f"{where}: tune_seeds: {min(shared)} is one of the study's own seeds; runs that choose are not those that are told"
+        )
     words = [*map(_seen_from_here, paths), *override_words(overrides or {})]
     words += [*(["--seeds", str(seeds)] if seeds else []), *(word for key in allow for word in ("--allow", key))]
     command = shlex.join(["kdkit", "compare", *words, *(word for path in plugins for word in ("--plugins", _seen_from_here(path)))])
-    return replace(found, seeds=tuple(range(seeds)) if seeds else found.seeds, allow=(*found.allow, *allow), command=command)
+    return replace(found, allow=(*found.allow, *allow), command=command)
+
+
+def point_name(variant: str, point: Point) -> str:
+    """What a variant at a point of its search is called."""
+    return f"{variant}, {point.label}"
+
+
+def _first(count: int, *, but: Sequence[int]) -> tuple[int, ...]:
+    """So many of the seeds 0, 1, 2..., without some."""
+    return tuple(itertools.islice((seed for seed in itertools.count() if seed not in but), count))
 
 
 def _seen_from_here(path: Path) -> str:
@@ -203,14 +259,45 @@ class _Loader:
         baseline = self._baseline(list(variants), firsts)
         seeds = tuple(range(spec.seeds)) if isinstance(spec.seeds, int) else tuple(spec.seeds)
         folder = variants[baseline].spec.run.folder
-        return Study(spec.name, spec.question, baseline, _renamed(variants), seeds, (*spec.allow, *spec.vary), folder, spec.show)
+        return Study(
+            spec.name, spec.question, baseline, _renamed(variants), seeds, (*spec.allow, *spec.vary), folder, spec.show,
+            tune=spec.tune, tune_seeds=spec.tune_seeds, points=self._points(variants) if spec.tune else {},
+        )  # fmt: skip
+
+    def _points(self, variants: Mapping[str, Recipe]) -> dict[str, tuple[Point, ...]]:
+        """All combinations of the values to be tuned, for every variant the same."""
+        tune, grid, problems = self.spec.tune, Grid(self.source, self.spec.tune, "tune"), _Problems()
+        if (count := len(variants) * math.prod(map(len, tune.values()))) > MOST_VARIANTS:
+            raise self._error(["tune"], f"makes {count:,} points, those of all variants together, more than {MOST_VARIANTS:,}")
+        for name, one in variants.items():
+            with problems.of(name):
+                for key in tune:
+                    if not has(one.spec, key.split(".")):
+                        raise self._error(["tune", key], "every variant needs this key, or some would be searched more than others")
+                if not one.spec.data.validation:
+                    raise self._error(["tune"], "the search chooses on validation data; set `data.validation`")
+        problems.raise_if_any(len(variants))
+        found: dict[str, tuple[Point, ...]] = {}
+        for name, one in variants.items():
+            with problems.of(name):
+                combinations = zip(grid.points(one), itertools.product(*tune.values()), strict=True)
+                found[name] = tuple(
+                    Point(", ".join(labels), dict(zip(tune, values, strict=True)), self._read(one.source, nodes))
+                    for (labels, nodes), values in combinations
+                )
+        problems.raise_if_any(len(variants))
+        return found
 
     def _refuse_keys(self) -> None:
-        for key in self.spec.vary:
-            if key == "seed":
-                raise self._error(["vary", key], "the seeds of a study are its `seeds:`")
-            if key in self.overrides:
-                raise RecipeError(f"override: {key}: is what the study varies")
+        for word, done in (("vary", "varies"), ("tune", "tunes")):
+            for key in getattr(self.spec, word):
+                if key == "seed":
+                    raise self._error([word, key], "the seeds of a study are its `seeds:`")
+                if key in self.overrides:
+                    raise RecipeError(f"override: {key}: is what the study {done}")
+        for key in self.spec.tune:
+            if key in self.spec.vary:
+                raise self._error(["tune", key], "is what the study varies")
 
     @functools.cached_property
     def _base(self) -> Source | None:

@@ -1,0 +1,64 @@
+"""How long the variants of a study train, and that none trains longer than the baseline unasked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from kdkit import plan
+from kdkit.errors import KdkitError, RecipeError
+from kdkit.fairness import advice
+from kdkit.recipe import Recipe
+from kdkit.run_folder import RunFolder
+from kdkit.schema import DataSpec
+from kdkit.study.findings import Length
+from kdkit.subsets import images_per_epoch, samples
+from kdkit.trained import TrainedRun
+
+STEPS = "steps"  # among the keys that `allow` names, lets variants train longer than the baseline
+EPOCHS = "train.epochs"  # whoever lets variants differ in these lets them train longer
+
+
+def of_plan(recipe: Recipe, say: Callable[[str], None]) -> Length:
+    """As `kdkit check` finds it out; `say` is told of what is fetched for it.
+
+    Raises:
+        RecipeError: the recipe cannot work.
+    """
+    made = plan.make(recipe, say)
+    epochs, steps = (sum(counts) for counts in zip(*((s.epochs, s.steps) for s in made.stages), strict=True))
+    return Length(made.num_train, epochs, steps, epochs * images_per_epoch(recipe.spec.data, made.num_train))
+
+
+def of_run(folder: RunFolder, data: DataSpec) -> Length:
+    """As a finished run has written it down; `data` is its recipe's section."""
+    ends = {line["stage"]: line for line in folder.metrics("epoch")}.values()  # of each stage, its last epoch
+    count, epochs = samples(data, folder.info().num_train), sum(end["epoch"] for end in ends)
+    return Length(count, epochs, sum(end["step"] for end in ends), epochs * images_per_epoch(data, count))
+
+
+def of_teachers(folder: Path) -> tuple[Length, ...]:
+    """Of those teachers of a run that other recipes train; none where their runs are not there any more."""
+    try:
+        return tuple(of_run(one, one.recipe().spec.data) for one in TrainedRun(folder).teacher_runs())
+    except KdkitError:
+        return ()
+
+
+def refuse_longer(lengths: Mapping[str, Length], recipes: Mapping[str, Recipe], baseline: str, allowed: Sequence[str]) -> None:
+    """Make sure that the baseline trains as long as every variant: more steps help by themselves.
+
+    Raises:
+        RecipeError: it does not; a line for each variant, with the place of its schedule, and how to allow it.
+    """
+    if STEPS in allowed or any(key == EPOCHS or EPOCHS.startswith(f"{key}.") for key in allowed):
+        return
+    known = lengths[baseline]
+    lines = [
+        f"{recipes[name].source.where(['schedule'])}: {name}: {STEPS}: {one.steps:,} in all its stages, with {one.images:,} images "
+        f"({baseline}: {known.steps:,}, with {known.images:,})"
+        for name, one in lengths.items()
+        if one.longer_than(known)
+    ]
+    if lines:
+        raise RecipeError("\n".join([*lines, f"a variant may not train longer than the baseline; {advice([STEPS])}"]))
