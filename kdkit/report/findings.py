@@ -22,7 +22,7 @@ from kdkit.shapes import Shape
 from kdkit.show import brief
 from kdkit.study import intervals
 from kdkit.study.findings import Cost, Findings, Length, Teacher, Variant
-from kdkit.study.lengths import of_run, of_teachers
+from kdkit.study.lengths import mean_length, of_teachers
 from kdkit.tapping import TappedModel
 from kdkit.trained import TrainedRun
 
@@ -125,13 +125,13 @@ def _variant(name: str, runs: Sequence[_Run], base: Mapping[int, float] | None, 
         failures={int(run.recipe["seed"]): f"not finished, {_epochs(run)} epochs so far" for run in runs if not run.result},
         averaged=runs[0].recipe["train"].get("average_best") or 0,
         validation=_columns([run.result.validation for run in done if run.result and run.result.validation]),
-        length=_length(done[0]) if done else None,
+        length=_length(done),
     )
 
 
-def _length(run: _Run) -> Length | None:
-    with contextlib.suppress(KdkitError):  # what its recipe names is gone
-        return of_run(run.folder, run.folder.recipe().spec.data)
+def _length(runs: Sequence[_Run]) -> Length | None:
+    with contextlib.suppress(KdkitError):  # what a recipe names is gone
+        return mean_length([(run.folder, run.folder.recipe().spec.data) for run in runs])
     return None
 
 

@@ -29,7 +29,7 @@ from kdkit.study import search
 from kdkit.study.findings import Cost, Findings, Length, Search, Teacher, Tuned, Variant
 from kdkit.study.grid import has
 from kdkit.study.intervals import corrected, paired
-from kdkit.study.lengths import STEPS, of_plan, of_run, of_teachers, refuse_longer
+from kdkit.study.lengths import STEPS, mean_length, of_plan, of_run, of_teachers, refuse_longer
 from kdkit.study.measured import COMPARED_WITH_TEACHER, FinishedRun, Measured, Network, common_teacher
 from kdkit.study.variants import Study, point_name
 
@@ -164,7 +164,7 @@ def check(study: Study, say: Callable[[str], None] = lambda _: None) -> dict[str
         if each.variant in lengths:
             continue
         try:
-            finished = each.result is not None
+            finished = each.result is not None and not each.recipe.spec.train.patience  # which may end some runs early
             lengths[each.variant] = of_run(RunFolder(each.folder), each.recipe.spec.data) if finished else of_plan(each.recipe, say)
         except RecipeError as error:
             problems += [f"{line} (variant {each.variant})" for line in str(error).splitlines()]
@@ -286,7 +286,7 @@ class _Finder:
             },
             averaged=self.study.variants[name].spec.train.average_best or 0,
             validation=_by_name([result.validation for result in results if result.validation]),
-            length=of_run(RunFolder(runs[0].folder), runs[0].recipe.spec.data) if runs else None,
+            length=mean_length([(RunFolder(run.folder), run.recipe.spec.data) for run in runs]),
             tuned=self.searched.tuned[name] if self.searched else None,
         )
 

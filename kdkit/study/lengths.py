@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -35,6 +36,13 @@ def of_run(folder: RunFolder, data: DataSpec) -> Length:
     ends = {line["stage"]: line for line in folder.metrics("epoch")}.values()  # of each stage, its last epoch
     count, epochs = samples(data, folder.info().num_train), sum(end["epoch"] for end in ends)
     return Length(count, epochs, sum(end["step"] for end in ends), epochs * images_per_epoch(data, count))
+
+
+def mean_length(runs: Sequence[tuple[RunFolder, DataSpec]]) -> Length | None:
+    """Of finished runs of one variant, on average, as they need not end after the same epoch; None without any."""
+    found = [of_run(folder, data) for folder, data in runs]
+    whole = zip(*((one.samples, one.epochs, one.steps, one.images) for one in found), strict=True)
+    return Length(*(round(statistics.fmean(values)) for values in whole)) if found else None
 
 
 def of_teachers(folder: Path) -> tuple[Length, ...]:
