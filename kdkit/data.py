@@ -242,7 +242,7 @@ class _Builder:
             reader = self._reader(part, self.spec.batch_size // self.world, finish, transform)
             return stream.StreamTrainLoader(reader, self.seed, self.spec.drop_last), None
         labels = self._labels(part, "training")
-        chosen, aside = choose(self.spec, labels)
+        chosen, aside = choose(self.spec, labels.clamp(min=0))
         self._refuse_large_batch(len(chosen))
         images = self._images(part, labels, chosen, finish, training=True)
         validation = self._ordered(part, labels, aside) if len(aside) else None
@@ -279,10 +279,11 @@ class _Builder:
         return ReadImages(files, labels, indices, finish, transform, self.spec.workers, keep_workers=training)
 
     def _labels(self, part: Split | InMemory | Texts, name: str) -> Tensor:
-        labels = class_indices(part.labels, self.info.num_classes, f"dataset '{self.spec.dataset.use}': {name} labels")
-        if not len(labels):
+        if not len(part):
             raise DataError(f"dataset '{self.spec.dataset.use}' has no {name} images")
-        return labels
+        if name == "training" and not self.info.labelled:
+            return torch.full((len(part),), -1)
+        return class_indices(part.labels, self.info.num_classes, f"dataset '{self.spec.dataset.use}': {name} labels")
 
     def _refuse_large_batch(self, count: int) -> None:
         if self.spec.batch_size > count:

@@ -80,6 +80,8 @@ class DataInfo:
         num_train, num_test: lengths of the parts.
         class_names: K names, or none.
         further: names of the tensors that a text has beside its token ids and their mask; none for a single text.
+        labelled: whether training images have labels; if not, `labels` of the training part are ignored, and only losses that read none can
+            be used. Test images always have some.
         tokenizer: of texts, a digest of the words and their token ids; empty where it is not known.
         num_tokens: of texts, the number of different token ids; 0 where it is not known.
     """
@@ -92,6 +94,7 @@ class DataInfo:
     further: tuple[str, ...] = ()
     tokenizer: str = ""
     num_tokens: int = 0
+    labelled: bool = True
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import operator
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from kdkit.dataset_source import DataInfo, DatasetSource, InMemory, Split, Stream, Texts
-from kdkit.errors import DataError, KdkitError
+from kdkit.errors import DataError, KdkitError, ShapeError
 
 Part = Split | InMemory | Texts | Stream
 CALLED = {"train": "training", "test": "test"}
@@ -33,6 +33,29 @@ def split(source: DatasetSource, name: Literal["train", "test"], info: DataInfo)
     if count != said:
         raise DataError(f"dataset '{source.name}' says that it has {said:,} {CALLED[name]} samples, and gives {count:,}")
     return part
+
+
+class NoLabels:
+    """Stands where labels would be, while a recipe is checked for images without labels: whoever reads them is told so."""
+
+    def __len__(self) -> int:
+        return 0
+
+    def __getattr__(self, name: str) -> Any:
+        raise ShapeError("reads the labels of training images, and they have none")
+
+    @classmethod
+    def __torch_function__(cls, *_: Any, **__: Any) -> Any:
+        raise ShapeError("reads the labels of training images, and they have none")
+
+    def __eq__(self, other: object) -> Any:
+        return self.__getattr__("__eq__")
+
+    __getitem__ = __iter__ = __ne__ = __eq__
+    __hash__ = None  # type: ignore[assignment]
+
+
+NO_LABELS = cast("Tensor", NoLabels())
 
 
 def class_indices(labels: Any, classes: int, whose: str) -> Tensor:

@@ -21,7 +21,7 @@ from kdkit.describe import ModelPlan, Plan, StagePlan, adapters, formula
 from kdkit.devices import LEAST_CHANNELS, trains_on_cpu, unsafe_convolution
 from kdkit.errors import DataError, KdkitError, ModelError, RecipeError, RunError, ShapeError, TapError, suggest
 from kdkit.factory import ModelFactory, TrainedTeacher
-from kdkit.labels import CALLED, class_indices, split
+from kdkit.labels import CALLED, NO_LABELS, class_indices, split
 from kdkit.meaning import meaning_of, other_class_names, refuse_other_meaning
 from kdkit.objective import Objective, build
 from kdkit.optim import build_optimizer
@@ -30,7 +30,7 @@ from kdkit.randomness import seeded
 from kdkit.recipe import Recipe, teacher_recipes
 from kdkit.records import Batch
 from kdkit.shapes import is_text, kind_of, random_inputs
-from kdkit.stand_ins import batch_of, on_random_numbers, shapes_of
+from kdkit.stand_ins import batch_of, labels_of, on_random_numbers, shapes_of
 from kdkit.step_cost import step_cost
 from kdkit.subsets import images_per_epoch, samples
 from kdkit.tapping import TappedModel
@@ -67,8 +67,6 @@ class _Planner:
         source = self.recipe.plugins.datasets[spec.data.dataset.use](spec.data.dataset)
         with self._problems_at("data", "dataset"):
             info = self._info(source)
-            if info.num_classes < 2:
-                raise DataError(f"says {info.num_classes} class: there must be two to tell apart")
             with self._problems_at("data"):
                 info = replace(info, image_shape=data.image_shape(spec.data, info))
                 num_train = samples(spec.data, info.num_train)
@@ -110,6 +108,8 @@ class _Planner:
         with self._problems_at("schedule"):
             stages = tuple(self._stage(stage, factory, info, num_train, steps) for stage in self._schedule().stages(factory))
         self._check_training(num_train, text=is_text(info.image_shape))
+        if not info.labelled:
+            self._refuse_labels()
         for i, name in enumerate(self.recipe.loss_names()):
             if name not in self._used and not self.problems:
                 says = f"'{name}' is never used: no stage of schedule '{spec.schedule.use}' has a teacher for it, or asks for it"
@@ -206,7 +206,7 @@ class _Planner:
         parts: tuple[Literal["train", "test"], ...] = ("train", "test")
         for name in parts if source.split_at_check else ():
             part = split(source, name, info)
-            if not isinstance(part, Stream):
+            if not isinstance(part, Stream) and (info.labelled or name == "test"):
                 class_indices(part.labels, info.num_classes, f"dataset '{source.name}': {CALLED[name]} labels")
 
     def _check_layers(self, factory: ModelFactory) -> None:
@@ -239,6 +239,13 @@ class _Planner:
         elif train.mixup and (size % 2 or (not self.spec.data.drop_last and num_train % size % 2)):
             says = f"mixes pairs, so every batch must be even: batches of {size} of {num_train} images"
             self.problems.append(self.recipe.problem(["train", "mixup"], says))
+
+    def _refuse_labels(self) -> None:
+        """Say which keys need labels of training images, where they have none."""
+        asked = {"validation": self.spec.data.validation, "sampling": self.spec.data.sampling == "balanced"}
+        places: list[list[str | int]] = [["data", key] for key, wanted in asked.items() if wanted]
+        for place in places + ([["train", "mixup"]] if self.spec.train.mixup else []):
+            self.problems.append(self.recipe.problem(place, "needs the labels of training images, and they have none"))
 
     def _student(self, factory: ModelFactory, info: DataInfo) -> ModelPlan:
         built = factory.student()
@@ -299,9 +306,9 @@ class _Planner:
             stage.parts.to(factory.device)
         images = random_inputs(info.image_shape, PROBE)
         on_device = random_inputs(info.image_shape, PROBE, factory.device)
-        shown = functools.partial(batch_of, on_device, info.num_classes, stage.views)
+        shown = functools.partial(batch_of, on_device, info, stage.views)
         batch = self._rehearsal.noting(stage, shown)
-        self._check_images(stage, classes, text=is_text(info.image_shape))
+        self._check_images(stage, classes if info.labelled else NO_LABELS, text=is_text(info.image_shape))
         with torch.no_grad():
             lessons = stage.step(batch(PROBE))
         last = len(stage.students) - 1
@@ -309,11 +316,11 @@ class _Planner:
         self._check_stage(stage, lessons, objectives)
         objective, network = objectives[0], stage.students[0].module
         self._networks = factory.teacher_modules()
-        context = Context(network, factory.teaching(stage), info.num_classes, num_train, classes)
+        context = Context(network, factory.teaching(stage), info.num_classes, num_train, classes if info.labelled else NO_LABELS)
         index = torch.arange(PROBE)
         with seeded("plan"):
-            known, random = Batch(images, index % info.num_classes, index % num_train), factory.device.type == "meta"
-            tried = [on_random_numbers(lesson, info.image_shape, info.num_classes) if random else lesson for lesson in lessons]
+            known, random = Batch(images, labels_of(index, info), index % num_train), factory.device.type == "meta"
+            tried = [on_random_numbers(lesson, info) if random else lesson for lesson in lessons]
             left = self._try_losses(objective, tried[0], known, context)
             cast("TappedModel", stage.students[0]).settle(left)
             for i, (other, lesson) in enumerate(zip(objectives, tried, strict=True)):
@@ -378,6 +385,8 @@ class _Planner:
         if stage.arrange is not None and (key := self.spec.data.repeating):
             raise self.recipe.error(["data", key], f"stage '{stage.name}' chooses which images come together; leave {key} out")
         if stage.arrange is not None:
+            if labels is NO_LABELS:
+                raise self.recipe.error(["schedule"], f"stage '{stage.name}' brings images together by their labels, and they have none")
             used = len(labels) - (len(labels) % size if self.spec.data.drop_last else 0)
             stage.arrange(torch.arange(used), labels[:used], size)  # which may refuse their numbers
 

@@ -78,7 +78,10 @@ class Files:
 
 
 class ImageFolder(kdkit.DatasetSource):
-    """Your own images, in folders: train/CLASS/*.jpg and test/CLASS/*.jpg (or val/). Needs `data.image_size`."""
+    """Your own images, in folders: train/CLASS/*.jpg and test/CLASS/*.jpg (or val/). Needs `data.image_size`.
+
+    Training images that lie in train/ itself, without class folders, have no labels; the classes are then the test part's folders.
+    """
 
     name = "image_folder"
     split_at_check = False
@@ -101,16 +104,22 @@ class ImageFolder(kdkit.DatasetSource):
     def info(self) -> kdkit.DataInfo:
         train, test = self._parts["train"], self._parts["test"]
         names = tuple(self._classes)
-        return kdkit.DataInfo((3, 0, 0), num_classes=len(names), num_train=len(train), num_test=len(test), class_names=names)
+        return kdkit.DataInfo((3, 0, 0), len(names), len(train), len(test), names, labelled=self._labelled)
 
     def split(self, part: Literal["train", "test"]) -> Files:
         return self._parts[part]
 
     @cached_property
+    def _labelled(self) -> bool:
+        """Whether the training part has folders of classes; if not, it has images, or nothing."""
+        folder = self._folder(self.options.train)
+        return not _images_in(folder) or any(path.is_dir() for path in folder.iterdir())
+
+    @cached_property
     def _classes(self) -> dict[str, int]:
         from torchvision.datasets.folder import find_classes
 
-        folder = self._folder(self.options.train)
+        folder = self._folder(self.options.train if self._labelled else self._test)
         try:
             found: dict[str, int] = find_classes(folder)[1]
         except FileNotFoundError as error:
@@ -119,9 +128,15 @@ class ImageFolder(kdkit.DatasetSource):
 
     @cached_property
     def _parts(self) -> dict[str, Files]:
-        root = self.options.root
-        test = self.options.test or next((name for name in ("test", "val") if (root / name).is_dir()), "test")
-        return {"train": self._list(self.options.train), "test": self._list(test)}
+        unlabelled = [] if self._labelled else _images_in(self._folder(self.options.train))
+        train = Files([(str(path), -1) for path in unlabelled]) if unlabelled else self._list(self.options.train)
+        return {"train": train, "test": self._list(self._test)}
+
+    @property
+    def _test(self) -> str:
+        """Name of the test folder."""
+        there = (name for name in ("test", "val") if (self.options.root / name).is_dir())
+        return self.options.test or next(there, "test")
 
     def _folder(self, name: str) -> Path:
         folder = self.options.root / name
@@ -143,6 +158,13 @@ class ImageFolder(kdkit.DatasetSource):
         if not found:
             raise kdkit.DataError(f"{folder}: has no images in class folders (looked for {', '.join(IMG_EXTENSIONS)})")
         return Files(found)
+
+
+def _images_in(folder: Path) -> list[Path]:
+    """The image files that lie in a folder itself, in the order of their names."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMG_EXTENSIONS)
 
 
 @kdkit.hookimpl
