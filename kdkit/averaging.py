@@ -75,6 +75,11 @@ class BestEpochs:
         for epoch in sorted(epoch for epoch, _ in ranked[1:]):
             other = self._read(student, epoch)
             for name, total in sums.items():
+                if name not in other or other[name].shape != total.shape:
+                    says = (
+                        f"'{name}' has other shapes in epochs {ranked[0][0]} and {epoch}, so that `train.average_best` has no mean to take"
+                    )
+                    raise RunError(f"{self.folder}: {says}; leave it out")
                 total += other[name]
         return {name: (sums[name] / len(ranked)).to(value.dtype) if name in sums else value for name, value in best.items()}
 

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 
 from kdkit import objective
 from kdkit.contracts import Context, Loss
 from kdkit.dataset_source import DataInfo
+from kdkit.errors import KdkitError
 from kdkit.factory import ModelFactory, TrainedTeacher, options_of
+from kdkit.models import build_model, load_checkpoint
 from kdkit.providers import ModelOptions
 from kdkit.randomness import seeded
 from kdkit.recipe import Recipe
+from kdkit.recipe_types import source_of
 from kdkit.records import Batch
-from kdkit.shapes import random_inputs
+from kdkit.shapes import Shape, random_inputs
 from kdkit.tapping import TappedModel
 
 PROBE = 4  # images, of which a schedule may compare only half
+SAME = 0.01  # of the largest logit: more is another network, not another order of sums
 
 
 def deploying(recipe: Recipe) -> list[str]:
@@ -59,3 +64,58 @@ def deployed(
         parts.setup(lesson, Context(student.module, factory.teaching(stage, number), info.num_classes, PROBE, labels), teachers)
         left = parts.deploy(student.module)
     return None if left is student.module else student.twin(left.eval())
+
+
+def rebuilt(
+    recipe: Recipe, info: DataInfo, trained: Mapping[str, TrainedTeacher], network: ModelOptions, file: Path,
+    *, device: torch.device | None = None, channels_last: bool = False,
+) -> TappedModel:  # fmt: skip
+    """A run's student, built again from its file, in eval mode.
+
+    Args:
+        recipe: of the run.
+        info: of its data.
+        trained: teachers by name, where other recipes trained them; read only if a loss deploys a part of one.
+        network: what it is built from.
+        file: its weights.
+        device: where it goes.
+        channels_last: its memory format.
+
+    Raises:
+        ModelError: it cannot be built so; the weights do not fit.
+    """
+    if (model := deployed(recipe, info, trained, network)) is not None:
+        load_checkpoint(file, model.module, num_classes=info.num_classes, own=True)
+        model.module.to(device).to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        model.adapt.to(device)
+        model.channels_last = channels_last
+        return model
+    sources = recipe.plugins.models
+    source, name = source_of(network.model, sources)
+    model = build_model(
+        network, sources[source](network, name), info.num_classes, info.image_shape, role="student",
+        file=file, device=device, channels_last=channels_last,
+    )  # fmt: skip
+    model.module.eval()
+    return model
+
+
+def unreadable(again: Callable[[], TappedModel], student: TappedModel, shape: Shape) -> str:
+    """Why a student that was written cannot be read again as it was measured; empty if it can, and gives the same logits.
+
+    Args:
+        again: builds it from its file, on its device.
+        student: as it was measured.
+        shape: of what batches hold.
+    """
+    try:
+        with seeded("read again"):
+            other = again()
+    except KdkitError as error:
+        return str(error).removeprefix("student: ")
+    student.module.eval()
+    device = next((value.device for value in student.module.parameters()), None)
+    with torch.no_grad():
+        ours, theirs = (model(random_inputs(shape, PROBE, device)).logits.float() for model in (student, other))
+    gap = float((ours - theirs).abs().max() / ours.abs().max().clamp_min(1e-12))
+    return f"its logits would differ by {100 * gap:.2g} %" if gap > SAME else ""

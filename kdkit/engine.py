@@ -25,6 +25,7 @@ from kdkit.schema import TrainSpec
 from kdkit.tapping import TappedModel
 from kdkit.teaching import Stage
 from kdkit.trainable import freeze_all_but, rest
+from kdkit.weight_files import adopt_shapes
 
 State = dict[str, Any]
 MOST_EPOCHS = 1 << 20  # an epoch's further views are numbered from multiples of this on, so that none comes twice
@@ -198,13 +199,16 @@ class Trainer:
 
     def load_state_dict(self, state: State) -> None:
         self.epoch, self.step = state["epoch"], state["step"]
+        adopt_shapes(self.learner, state["learner"])
         self.learner.load_state_dict(state["learner"])
         for model, saved in zip(self.stage.buffers, state["buffers"], strict=True):
+            adopt_shapes(model.module, saved)
             model.module.load_state_dict(saved)
         for updater, saved in zip(self.updaters, state["updaters"], strict=True):
             updater.load_state_dict(saved)
         for average, saved in zip(self.averages, state["averages"], strict=True):
             if average is not None:
+                adopt_shapes(average.module, saved)
                 average.module.load_state_dict(saved)
         if self._scaler:
             self._scaler.load_state_dict(state["scaler"])

@@ -354,12 +354,12 @@ class ModelFactory:
     def _build(self, section: str, options: ModelOptions, layers: Sequence[str], number: int, file: Path | None = None) -> TappedModel:
         spec = self.recipe.spec
         if section in self.trained and not self.rehearsal:
-            options = options.model_copy(update={"checkpoint": file or self.trained[section].file, "strip_prefix": "", "new_head": False})
+            file = file or self.trained[section].file
         try:
             with seeded(spec.seed, "student" if section == "student" else "teacher", number):
                 model = build_model(
                     options, self.source(options), self.info.num_classes, self.info.image_shape, layers, section,
-                    weights=self.device.type != "meta", load=not self.rehearsal, channels_last=self._channels_last,
+                    weights=self.device.type != "meta", load=not self.rehearsal, file=file, channels_last=self._channels_last,
                 )  # fmt: skip
         except (ModelError, TapError) as error:
             raise self._error(section, error, options) from error

@@ -18,7 +18,7 @@ from kdkit.providers import ModelOptions, ModelSource, Normalize, TeacherOptions
 from kdkit.randomness import seeded
 from kdkit.shapes import Shape, is_text, kind_of
 from kdkit.tapping import TappedModel
-from kdkit.weight_files import Misfit, fit_weights, refuse_other_classes
+from kdkit.weight_files import Misfit, Weights, adopt_shapes, fit_weights, read_weights, refuse_other_classes
 
 
 def build_model(
@@ -115,7 +115,7 @@ def random_weights(source: ModelSource, num_classes: int, image_shape: Shape) ->
 
 def load_checkpoint(
     path: Path, module: nn.Module, strip_prefix: str = "", num_classes: int | None = None, rename: Callable[[str], str] | None = None,
-    *, new_head: bool = False, teaches: bool = False, shapes_only: bool = False,
+    *, new_head: bool = False, teaches: bool = False, own: bool = False, shapes_only: bool = False,
 ) -> tuple[str, ...]:  # fmt: skip
     """Load a checkpoint's weights into a network; gives what there is to know about them, see `kdkit.weight_files.fit_weights`.
 
@@ -127,12 +127,15 @@ def load_checkpoint(
         rename: the network's own name of a key, once the prefix is dropped (None: the same).
         new_head: leave the file's classifier out; the network's own stays as it is.
         teaches: whether it is a teacher's, which a random classifier would not help.
+        own: whether such a network had them once: it then takes their shapes, but for the number of classes.
         shapes_only: compare names and shapes only; the network may be on the meta device, and stays as it is.
 
     Raises:
         CheckpointError: the file is missing, holds more than tensors, or does not fit; the network is then unchanged.
     """
     head = _head(module, num_classes) if new_head else None
+    if own:
+        _take_shapes(module, read_weights(path), num_classes)
     try:
         found = fit_weights(path, module, strip_prefix, rename, head=head, shapes_only=shapes_only)
     except Misfit as error:
@@ -143,9 +146,17 @@ def load_checkpoint(
     return found.notes
 
 
+def _take_shapes(module: nn.Module, weights: Weights, num_classes: int | None) -> None:
+    with contextlib.suppress(TapError):
+        head = classifier_path(module, num_classes)
+        classes = {key: value for key, value in module.state_dict().items() if key.startswith(f"{head}.")}
+        weights = {key: value for key, value in weights.items() if key not in classes or value.shape[:1] == classes[key].shape[:1]}
+    adopt_shapes(module, weights)
+
+
 def _load(options: ModelOptions, source: ModelSource, module: nn.Module, num_classes: int, file: Path | None) -> None:
     if file:
-        load_checkpoint(file, module, num_classes=num_classes)
+        load_checkpoint(file, module, num_classes=num_classes, own=True)
     elif options.checkpoint:
         compare_checkpoint(options, source, module, num_classes, shapes_only=False)
     else:

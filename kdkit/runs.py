@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Self, cast
 
 import torch
 from accelerate import Accelerator
@@ -18,6 +18,7 @@ from kdkit.cache import opening as cache_opening
 from kdkit.cache.teacher import TeacherCache
 from kdkit.checkpoints import write_atomically
 from kdkit.dataset_source import DataInfo
+from kdkit.deployment import rebuilt, unreadable
 from kdkit.engine import build_accelerator
 from kdkit.errors import DataError, RunError
 from kdkit.evaluate import metrics, predict_together
@@ -249,9 +250,19 @@ def _measure_teacher(setting: Setting) -> None:
 
 def _result(setting: Setting, last: StageRun) -> Result:
     standing, chosen = last.standing, last.standing.chosen
-    student, scores = standing.deployed()[chosen], standing.scores[chosen]
+    student, scores = cast("TappedModel", standing.deployed()[chosen]), standing.scores[chosen]
     peers = [other for i, other in enumerate(standing.scores) if i != chosen]
-    recipe, folder = setting.recipe, setting.folder
+    recipe, folder, factory = setting.recipe, setting.folder, setting.factory
+    network = factory.network(last.trainer.stage.students[chosen])
+    if setting.is_main:
+        write_atomically(folder.student_file, weights(student))
+        again = functools.partial(
+            rebuilt, recipe, setting.data.info, factory.trained, options_of(recipe, network), folder.student_file,
+            device=setting.accelerator.device, channels_last=student.channels_last,
+        )  # fmt: skip
+        if reason := unreadable(again, student, setting.data.info.image_shape):
+            says = f"the student cannot be built again from {folder.student_file}, so it cannot be evaluated or exported, nor teach"
+            setting.reporter.warn(f"{says}: {reason}")
     result = Result(
         folder=folder.path, name=recipe.spec.name, seed=recipe.spec.seed, test=scores["test"], validation=scores.get("validation"),
         parameters=sum(p.numel() for p in student.module.parameters()), seconds=round(setting.clock.wall, 3),
@@ -259,11 +270,10 @@ def _result(setting: Setting, last: StageRun) -> Result:
         best=setting.best, averaged=standing.best_epochs.epochs(chosen) if standing.best_epochs else (),
         last=standing.last[chosen] if standing.last else None,
         teacher=metrics(setting.teacher) if setting.teacher else None, peers=tuple(peer["test"] for peer in peers),
-        ensemble=standing.ensemble.get("test"), network=setting.factory.network(last.trainer.stage.students[chosen]),
+        ensemble=standing.ensemble.get("test"), network=network,
         warnings=tuple(setting.reporter.warnings),
     )  # fmt: skip
     if setting.is_main:
-        write_atomically(folder.student_file, weights(student))
         folder.finish(result)
     setting.accelerator.wait_for_everyone()
     when = f"with the {result.moment}" if result.averaged else "after the last epoch"

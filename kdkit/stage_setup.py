@@ -16,6 +16,7 @@ from kdkit.factory import ModelFactory
 from kdkit.randomness import reseed
 from kdkit.recipe import Recipe
 from kdkit.teaching import Model, Stage
+from kdkit.weight_files import adopt_shapes
 
 Carried = dict[tuple[Model, int], dict[str, Loss]]  # of each student (and lesson beyond the students'), its losses so far by name
 
@@ -52,7 +53,9 @@ def build_trainer(
         for name, loss in built.parts().items():
             if name in before:
                 copied = {key: p.detach() for key, p in loss.named_parameters() if not p.requires_grad}  # of whom this stage's teacher is
-                loss.load_state_dict({**before[name].state_dict(), **copied})
+                learnt = {**before[name].state_dict(), **copied}
+                adopt_shapes(loss, learnt)
+                loss.load_state_dict(learnt)
         before |= built.parts()
         objectives.append(built)
     return Trainer(

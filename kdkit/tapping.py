@@ -18,6 +18,7 @@ from kdkit.layers import Layer, expand, resolve
 from kdkit.observation import Keep, Stop, Store, Watch, observed, overwriter, register, version
 from kdkit.records import MASK, Inputs, Outputs
 from kdkit.shapes import Shape, first_tensor
+from kdkit.weight_files import adopt_shapes
 
 BEFORE = ", or, for the values before it, its input ('...@input')"
 
@@ -127,6 +128,7 @@ class TappedModel:
             if type(self._settled) is not type(self.module):
                 whole = type(self._settled).__name__
                 raise RunError(f"{self.role}: a loss has made it a part of another network, {whole}, so that it cannot teach on its own")
+            adopt_shapes(self.module, self._settled.state_dict())
             self.module.load_state_dict(self._settled.state_dict())
             self._settled = None
         self.frozen = True

@@ -15,13 +15,13 @@ from pydantic import ValidationError
 
 from kdkit import data, fetching, registry
 from kdkit.dataset_source import DataInfo, DatasetSource
-from kdkit.deployment import deployed, deploying
+from kdkit.deployment import deployed, deploying, rebuilt
 from kdkit.devices import is_channels_last
 from kdkit.errors import ModelError, RecipeError, RunError
 from kdkit.evaluate import metrics, predict, predict_together
 from kdkit.explain import explain
 from kdkit.factory import ModelFactory, TrainedTeacher, options_of
-from kdkit.models import build_model, load_checkpoint
+from kdkit.models import build_model
 from kdkit.providers import ModelOptions, ModelSource, RecipeTeacher
 from kdkit.recipe_types import source_of
 from kdkit.run_folder import RunFolder
@@ -80,18 +80,8 @@ class TrainedRun:
         """
         spec, file = self.recipe.spec, self._weights(best)
         layout = is_channels_last(spec.train, device or torch.device("cpu")) if channels_last is None else channels_last
-        if (model := self.deployed(best=best)) is not None:
-            load_checkpoint(file, model.module)
-            model.module.to(device).to(memory_format=torch.channels_last if layout else torch.contiguous_format)
-            model.adapt.to(device)
-            model.channels_last = layout
-            return model
-        model = build_model(
-            self.network(best=best), self.model_source(best=best), self.info.num_classes, self.info.image_shape, role="student",
-            file=file, device=device, channels_last=layout,
-        )  # fmt: skip
-        model.module.eval()
-        return model
+        taught = self._taught_by() if deploying(self.recipe) else {}
+        return rebuilt(self.recipe, self.info, taught, self.network(best=best), file, device=device, channels_last=layout)
 
     def deployed(self, *, best: bool = False) -> TappedModel | None:
         """The network that the losses have put in the student's place, with random weights; None where they have not.

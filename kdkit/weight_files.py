@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from kdkit.errors import CheckpointError, ModelError, TapError
 from kdkit.layers import classifier_path
@@ -108,6 +109,26 @@ def _dropped_unasked(content: Weights, wanted: Mapping[str, Tensor], candidates:
         if all(known) and not _lacking(wanted, names) and all(key.startswith(prefix) for key in content):
             return prefix
     return ""
+
+
+def adopt_shapes(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give a network's tensors the shapes that it has given them itself before: it prunes, or its observers grow with what they see.
+
+    A parameter stays the same object, so that an optimizer goes on with it. Tensors that the network has not stay out.
+    """
+    for name, value in weights.items():
+        path, _, attribute = name.rpartition(".")
+        try:
+            part = module.get_submodule(path)
+        except AttributeError:
+            continue
+        if isinstance(own := part._parameters.get(attribute), nn.Parameter) and not is_lazy(own):
+            if own.shape != value.shape:
+                own.data = torch.empty(value.shape, dtype=own.dtype, device=own.device)
+        elif attribute in part._buffers:
+            buffer = part._buffers[attribute]
+            if buffer is None or buffer.shape != value.shape:
+                part._buffers[attribute] = torch.empty_like(value, device=value.device if buffer is None else buffer.device)
 
 
 class Misfit(CheckpointError):

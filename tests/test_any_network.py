@@ -2,11 +2,16 @@
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from training import PLAIN, merged, train, write
 
+import kdkit
 from kdkit import plan, recipe
 from kdkit.errors import RecipeError
+from kdkit.export import export
+from kdkit.trained import TrainedRun, evaluate
+
+CPU = torch.device("cpu")
 
 NET = """\
 from torch import nn
@@ -179,3 +184,93 @@ def test_images_of_a_size_that_a_network_does_not_take_are_still_told_as_such(tm
     (tmp_path / "net.py").write_text(HARD + NEEDS_NUMBERS["looks_at_values"])
     line = refused(tmp_path, {**PLAIN, "student": {"model": "mlp/8"}, "teacher": {**PLAIN_NET, "input_size": 9}})
     assert "teacher: teacher cannot take images (3, 8, 8): mat1 and mat2 shapes cannot be multiplied (4x243 and 192x6)" in line
+
+
+CHANGING = """\
+import torch
+from torch import nn
+from torch.ao.quantization import PerChannelMinMaxObserver
+class Net(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 8), nn.ReLU())
+        self.seen = PerChannelMinMaxObserver(ch_axis=1)
+        self.register_buffer("range", torch.zeros(0))
+        self.register_buffer("late", None)
+        self.fc = nn.Linear(8, num_classes)
+    def forward(self, x):
+        if self.training:
+            if not len(self.range):
+                self.range, self.late = torch.ones(8), torch.ones(2)
+{change}
+        x = self.body(x)
+        if self.training:
+            self.seen(x)
+        return self.fc(x * self.range if len(self.range) else x)
+"""
+PRUNED = """\
+            if self.fc.in_features == 8:  # units are removed, once
+                self.body[1].weight.data = self.body[1].weight.data[:5].clone()
+                self.body[1].bias.data = self.body[1].bias.data[:5].clone()
+                self.fc.weight.data = self.fc.weight.data[:, :5].clone()
+                self.fc.in_features, self.range = 5, torch.ones(5)
+"""
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.ao.*:DeprecationWarning", "ignore:.*observer.*:UserWarning", "ignore:.*reduce_range.*:UserWarning"
+)
+@pytest.mark.parametrize(("change", "width"), [("", 8), (PRUNED, 5)], ids=["grown", "pruned"])
+def test_a_student_whose_tensors_change_their_shape_is_read_again_wherever_it_is_needed(tmp_path, change, width):
+    (tmp_path / "net.py").write_text(CHANGING.format(change=change))
+    base = {**PLAIN, "student": PLAIN_NET, "teacher": {"model": "mlp/8"}}
+    result = train(tmp_path, base)
+    assert not any("built again" in says for says in result.warnings)
+    kept = load_file(result.student)
+    assert kept["range"].shape == (width,) and kept["seen.min_val"].ndim == 1 and kept["late"].shape == (2,)
+    assert kept["fc.weight"].shape == (6, width)
+    assert [score.metrics["top1"] for score in evaluate(TrainedRun(result.folder), device=CPU) if score.role == "student"] == [
+        result.test["top1"]
+    ]
+    images = torch.rand(4, 3, 8, 8)
+    wanted = kdkit.load_student(result.folder)(images).logits
+    exported = export(TrainedRun(result.folder), folder=tmp_path / "out")
+    assert exported.files and torch.equal(TrainedRun(result.folder).student()(images).logits, wanted)
+    again = {
+        **base,
+        "name": "second",
+        "student": {"model": "mlp/8"},
+        "teacher": {"recipe": "recipe.yaml"},
+        "run": {"folder": str(tmp_path)},
+    }
+    (tmp_path / "run").rename(tmp_path / "plain")
+    write(tmp_path, again, name="second.yaml")
+    assert kdkit.train(tmp_path / "second.yaml", folder=tmp_path / "second", quiet=True).teacher["top1"] == result.test["top1"]
+
+
+def test_a_run_with_such_a_student_goes_on_from_a_checkpoint(tmp_path):
+    (tmp_path / "net.py").write_text(CHANGING.format(change=""))
+    base = {**PLAIN, "student": PLAIN_NET, "teacher": {"model": "mlp/8"}}
+    whole = train(tmp_path, base, into="whole")
+    train(tmp_path, base, into="stopped")
+    for name in ("result.json", "student.safetensors"):
+        (tmp_path / "stopped" / name).unlink()
+    assert train(tmp_path, base, into="stopped").test == whole.test
+
+
+STRANGE = {  # what a forward does to its network, and what is told when training ends
+    "another_tensor": ("            self.scale = nn.Parameter(torch.ones(8))\n", "1 key unexpected (scale)"),
+    "not_in_its_state": ("            self.fc.forward = lambda x: 3 * x[:, :6]\n", "its logits would differ by "),
+}
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.ao.*:DeprecationWarning", "ignore:.*observer.*:UserWarning", "ignore:.*reduce_range.*:UserWarning"
+)
+@pytest.mark.parametrize("case", STRANGE)
+def test_a_student_that_cannot_be_built_again_is_told_when_training_ends(tmp_path, case):
+    change, says = STRANGE[case]
+    (tmp_path / "net.py").write_text(CHANGING.format(change=change))
+    result = train(tmp_path, {**PLAIN, "student": PLAIN_NET, "teacher": {"model": "mlp/8"}}, train={"epochs": 1})
+    (told,) = [warning for warning in result.warnings if "the student cannot be built again from" in warning]
+    assert says in told and "so it cannot be evaluated or exported, nor teach" in told
