@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from kdkit.checkpoints import write_atomically
 from kdkit.errors import RunError
+from kdkit.files import write_atomically
 
 Ranked = list[tuple[int, float]]  # (epoch, top-1 on validation), best first
 
@@ -29,6 +31,7 @@ class BestEpochs:
     def __init__(self, folder: Path, count: int) -> None:
         self.folder, self.count = folder, count
         self.ranked: dict[int, Ranked] = {}
+        self.digests: dict[str, str] = {}  # SHA-256 of the files by name
         self._saved: set[Path] = set()  # what the newest checkpoint names
 
     def offer(self, student: int, epoch: int, top1: float) -> bool:
@@ -41,12 +44,14 @@ class BestEpochs:
         """A student's best epochs so far, ascending."""
         return tuple(sorted(epoch for epoch, _ in self.ranked.get(student, [])))
 
-    def write(self, student: int, epoch: int, weights: bytes) -> None:
-        """Keep a student's weights after an epoch, as safetensors."""
+    def write(self, student: int, epoch: int, weights: bytes) -> dict[str, str]:
+        """Keep a student's weights after an epoch, as safetensors; their digest, by the file's name."""
         write_atomically(self._file(student, epoch), weights)
+        return {self._file(student, epoch).name: hashlib.sha256(weights).hexdigest()}
 
-    def load(self, ranked: dict[int, Ranked]) -> None:
-        """Go on from what a checkpoint names."""
+    def load(self, ranked: dict[int, Ranked], digests: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Go on from what a checkpoint names; one of an older kdkit has no digests."""
+        self.digests = dict(digests)
         self.ranked = {student: [(int(epoch), float(top1)) for epoch, top1 in each] for student, each in ranked.items()}
         self._saved = set(self._files())
 
@@ -86,7 +91,11 @@ class BestEpochs:
     def _read(self, student: int, epoch: int) -> dict[str, Tensor]:
         path = self._file(student, epoch)
         try:
-            found: dict[str, Tensor] = load(path.read_bytes())
+            content = path.read_bytes()
+            written = self.digests.get(path.name)
+            if written and written != hashlib.sha256(content).hexdigest():
+                raise SafetensorError("it is not the file that was written")
+            found: dict[str, Tensor] = load(content)
         except (OSError, SafetensorError) as error:
             says = f"{path}: the weights of epoch {epoch}, which `train.average_best` takes in, are gone or damaged"
             raise RunError(f"{says} ({' '.join(str(error).split())}); `--restart` begins anew") from None

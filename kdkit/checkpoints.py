@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
-import os
 import re
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kdkit.files import write_atomically as write_atomically
+
 NAME = re.compile(r"(?P<kind>[a-z0-9_]+)-(?P<number>\d{8,})-(?P<digest>[0-9a-f]{16})\.pt")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a crash at any moment, finds the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(name).chmod(0o644)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
 
 
 class Checkpoints:
@@ -54,14 +36,23 @@ class Checkpoints:
             part.unlink()
         return path
 
-    def load_newest(self, kind: str) -> tuple[Any, list[Path]]:
-        """The newest state that is whole, or None; and the broken files that are newer."""
-        broken: list[Path] = []
+    def load_newest(self, kind: str, run: str | None = None) -> tuple[Any, dict[Path, str]]:
+        """The newest state that is whole, or None; and what is wrong with the newer files.
+
+        Args:
+            kind: of the states.
+            run: fingerprint that a state must hold under `run`; a state of an older kdkit holds none.
+        """
+        wrong: dict[Path, str] = {}
         for path in self._newest_first(kind):
-            if (state := _read(path)) is not None:
-                return state, broken
-            broken.append(path)
-        return None, broken
+            state = _read(path)
+            if state is None:
+                wrong[path] = "is damaged"
+            elif run is not None and isinstance(state, dict) and state.get("run", run) != run:
+                wrong[path] = "is of another recipe's run"
+            else:
+                return state, wrong
+        return None, wrong
 
     def discard(self, kind: str) -> None:
         """Remove every state of a kind."""

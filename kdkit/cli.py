@@ -135,8 +135,8 @@ def show(
 
     story = Story(run)
     out.print(story.report(), markup=False)
-    if png or story.curves.epochs:
-        out.print(f"\ncurves: {story.draw(png)}", markup=False)
+    if says := story.picture(png):
+        out.print(f"\n{says}", markup=False)
 
 
 @app.command()

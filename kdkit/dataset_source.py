@@ -147,6 +147,14 @@ class DatasetSource(abc.ABC):
             DataError: its files are not there.
         """
 
+    def files(self) -> Sequence[Path]:
+        """Files, and folders of files, in which the user's own data lie, as far as they are there (default: none).
+
+        A run's fingerprint covers them, so that changed data make another run. Fetches nothing. Files that a name stands for, such as
+        MNIST's, are none of them.
+        """
+        return ()
+
     @abc.abstractmethod
     def split(self, part: Literal["train", "test"]) -> Split | InMemory | Texts | Stream:
         """One part: images in memory, a map-style dataset of PIL images, a stream of them, or texts.

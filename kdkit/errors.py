@@ -9,11 +9,13 @@ KdkitError
   ModelError    a model cannot be built
     CheckpointError  its weights cannot be read, or do not fit
   RunError      a run cannot go on: foreign folder, non-finite loss, broken checkpoint
+    DamagedFile   a file of a run, study, cache or export is not what was written; `path` is the file
     Interrupted   stopped by a signal after saving; the message says how to go on
 """
 
 import difflib
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 LONGEST_LINE = 2000
 """Characters of a message's line."""
@@ -59,6 +61,14 @@ class CheckpointError(ModelError):
 
 class RunError(KdkitError):
     """A run that cannot start or go on."""
+
+
+class DamagedFile(RunError):
+    """A file that is not what was written: cut short, changed, another's; `path` is where it lies."""
+
+    def __init__(self, path: Path, what: str, way_out: str) -> None:
+        super().__init__(f"{path}: is damaged: {what}; {way_out}")
+        self.path, self.what = path, what
 
 
 class Interrupted(RunError):

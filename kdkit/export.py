@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import tempfile
@@ -15,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from kdkit import __version__
-from kdkit.checkpoints import write_atomically
 from kdkit.dataset_source import DataInfo
 from kdkit.deployment import deploying
 from kdkit.errors import ModelError
+from kdkit.files import sealed, write_atomically
 from kdkit.finite import to_json
 from kdkit.normalization import NormalizationAdapter
 from kdkit.providers import FIRST_WEIGHTS, ModelOptions, ModelSource
@@ -74,19 +75,22 @@ def export(run: TrainedRun, form: Format = "timm", folder: Path | None = None, *
 
 def _write_weights(run: TrainedRun, student: TappedModel, network: ModelOptions, source: ModelSource, folder: Path) -> Export:
     own, files = _own_config(run, network), (folder / WEIGHTS, folder / EXPORTED)
-    write_atomically(files[0], weights(student, {"format": "pt"}))  # which transformers asks for
+    content = weights(student, {"format": "pt"})  # which transformers asks for
+    write_atomically(files[0], content)
+    own["files"] = {WEIGHTS: hashlib.sha256(content).hexdigest()}
     if (portable := source.portable(student.module)) is not None:
-        _write_json(files[1], {**portable.config, "kdkit": {**own, "options": portable.options, "needs_files": []}})
+        _write_json(files[1], {**portable.config, "kdkit": sealed({**own, "options": portable.options, "needs_files": []})})
         return Export(files, (portable.how.format(folder=folder), f'or by kdkit.load_student("{folder}")', _expects(student)))
     reason = f"{source.name} is not timm"
     if source.name == DEFAULT_SOURCE:
-        _write_json(files[1], {**_timm_config(run, student, network, source), "kdkit": own})
+        _write_json(files[1], {**_timm_config(run, student, network, source), "kdkit": sealed(own)})
         reason = _difference(student, folder)
         if not reason:
             how = f'load it by timm.create_model("local-dir:{folder}", pretrained=True); checked: it gives the same logits'
             return Export(files, (how, _expects(student)))
     # A name that timm does not have, so that its message says what this is.
-    _write_json(files[1], {"architecture": f"kdkit:{source.name}/{source.model_name}", "num_classes": run.info.num_classes, "kdkit": own})
+    about = {"architecture": f"kdkit:{source.name}/{source.model_name}", "num_classes": run.info.num_classes}
+    _write_json(files[1], {**about, "kdkit": sealed(own)})
     how = f'load it by kdkit.load_student("{folder}")'
     if own["needs_files"]:
         how = f"build the network by {', '.join(own['needs_files'])} and load {WEIGHTS} into it"

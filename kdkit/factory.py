@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
@@ -28,6 +28,7 @@ from kdkit.providers import FIRST_WEIGHTS, ModelOptions, ModelSource, RecipeTeac
 from kdkit.randomness import seeded
 from kdkit.recipe import Recipe, content_of, models_in
 from kdkit.recipe_types import source_of
+from kdkit.run_folder import Result, RunFolder
 from kdkit.schema import LossEntry
 from kdkit.sharing import Sharing
 from kdkit.tapping import TappedModel
@@ -40,13 +41,30 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 class TrainedTeacher:
     """The student of another recipe: what it is, the file of its weights, and those of its snapshots by epoch (None: not trained yet).
 
-    `top1` is its accuracy on its own test data, in percent.
+    `top1` is its accuracy on its own test data, in percent. `run` is the one that trained it.
     """
 
     options: ModelOptions
     file: Path | None
     snapshots: Mapping[int, Path | None] = field(default_factory=dict)
     top1: float | None = None
+    run: RunFolder | None = None
+
+    @classmethod
+    def of(cls, run: RunFolder, recipe: Recipe, result: Result | None) -> Self:
+        """What a run has trained."""
+        network, top1 = (result.network, result.test.get("top1")) if result else (None, None)
+        return cls(options_of(recipe, network), run.student_file, run.snapshots(), top1, run)
+
+    def checked(self, file: Path | None) -> Path | None:
+        """One of its files, compared with the digest that the run recorded.
+
+        Raises:
+            RunError: it is damaged.
+        """
+        if file is not None and self.run is not None:
+            self.run.refuse_damaged(file)
+        return file
 
 
 class ModelFactory:
@@ -354,7 +372,8 @@ class ModelFactory:
     def _build(self, section: str, options: ModelOptions, layers: Sequence[str], number: int, file: Path | None = None) -> TappedModel:
         spec = self.recipe.spec
         if section in self.trained and not self.rehearsal:
-            file = file or self.trained[section].file
+            trained = self.trained[section]
+            file = trained.checked(file or trained.file)
         try:
             with seeded(spec.seed, "student" if section == "student" else "teacher", number):
                 model = build_model(

@@ -6,9 +6,10 @@ import itertools
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BeforeValidator
 from torch import Tensor, nn
 
 from kdkit.errors import RunError
@@ -81,6 +82,15 @@ def without_nan(value: Any) -> Any:
 def or_nan(value: Any) -> Any:
     """What was read from JSON; null, which stands for no number, is NaN again."""
     return math.nan if value is None else value
+
+
+Number = Annotated[float, BeforeValidator(or_nan)]
+"""A float that pydantic reads from JSON; null stands for NaN."""
+
+
+def with_nan(content: Any) -> Any:
+    """What was read from JSON; of what was measured, a number that is null is NaN again."""
+    return json.loads(json.dumps(content), object_hook=metrics_with_nan)
 
 
 def metrics_with_nan(found: dict[str, Any]) -> dict[str, Any]:

@@ -103,8 +103,7 @@ def train_together(
 
 def _result(job: Job) -> Result | None:
     """Of a run that is finished already."""
-    folder = RunFolder(job.folder)
-    return folder.result() if folder.holds(job.recipe) else None
+    return RunFolder(job.folder).finished(job.recipe)
 
 
 def _prepared(job: Job, sound: dict[str, DataInfo], say: Callable[[str], None]) -> runs.Prepared | Outcome:

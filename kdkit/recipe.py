@@ -16,9 +16,10 @@ from typing import Any, cast
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from kdkit import registry
+from kdkit import depends, registry
 from kdkit.errors import ModelError, RecipeError, dotted, one_line, shown, suggest
 from kdkit.explain import Location, explain_source
+from kdkit.files import file_digest
 from kdkit.options import LARGEST_INT, Text, path_of
 from kdkit.providers import ModelOptions, RecipeTeacher, StudentOptions, TeacherOptions
 from kdkit.reading import COMMAND_LINE
@@ -64,19 +65,46 @@ class Recipe:
         """The resolved recipe as a flat YAML file."""
         return yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True, width=120)
 
-    def content(self) -> dict[str, Any]:
-        """All that the trained weights depend on: `plain` without bookkeeping, files by what is in them."""
-        plain = cast("dict[str, Any]", content_of(self.spec))
+    def content(self, *, older: bool = False) -> dict[str, Any]:
+        """All that the trained weights depend on: `plain` without bookkeeping, files by what is in them.
+
+        `older`: without the files of the data and the modules that Python files import, as an older kdkit had it.
+        """
+        plain = cast("dict[str, Any]", content_of(self.spec, older=older))
         del plain["name"]
         plain["plugins"] = [
-            _digest(file) for path in self.spec.plugins for file in ([path] if path.is_file() else sorted(path.rglob("*.py")))
+            _digest(file, older) for path in self.spec.plugins for file in ([path] if path.is_file() else sorted(path.rglob("*.py")))
         ]
+        if not older and (files := self._data_files()):
+            plain["data"]["files"] = files
         return plain
+
+    def _data_files(self) -> str | None:
+        dataset = self.spec.data.dataset
+        return depends.files_digest(self.plugins.datasets[dataset.use](dataset).files())
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the content."""
-        return hashlib.sha256(json.dumps(self.content(), sort_keys=True).encode()).hexdigest()
+        return _fingerprint(self.content())
+
+    @functools.cached_property
+    def older_fingerprint(self) -> str:
+        """The fingerprint that an older kdkit gave to this recipe."""
+        return _fingerprint(self.content(older=True))
+
+    def is_of(self, fingerprint: str, content: Mapping[str, Any]) -> bool:
+        """Whether a run of that fingerprint and content is one of this recipe.
+
+        The run may be an older kdkit's, or its data may be gone by now.
+        """
+        if fingerprint in (self.fingerprint, self.older_fingerprint):
+            return True
+        own, files = self.content(), content.get("data", {}).get("files")
+        if files is None or "files" in own["data"]:
+            return False
+        own["data"]["files"] = files
+        return fingerprint == _fingerprint(own)
 
 
 def load(path: Path | str, overrides: Mapping[str, Any] | None = None, plugins: Sequence[Path] = (), *, files: bool = True) -> Recipe:
@@ -294,25 +322,30 @@ def _is(field: Any, what: str) -> bool:
     return isinstance(extra, dict) and bool(extra.get(what))
 
 
-def content_of(value: Any) -> Any:
-    """What of a recipe or a part of it changes what is trained, in plain values."""
+def _fingerprint(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def content_of(value: Any, *, older: bool = False) -> Any:
+    """What of a recipe or a part of it changes what is trained, in plain values; `older`: see `Recipe.content`."""
     if isinstance(value, RecipeTeacher):
         taught = load(value.recipe, {} if value.seed is None else {"seed": value.seed})
-        return {**{k: content_of(v) for k, v in value if k not in ("recipe", "seed", "name")}, "recipe": taught.fingerprint}
+        others = {k: content_of(v, older=older) for k, v in value if k not in ("recipe", "seed", "name")}
+        return {**others, "recipe": taught.older_fingerprint if older else taught.fingerprint}
     if isinstance(value, BaseModel):
         return {
-            name: content_of(getattr(value, name))
+            name: content_of(getattr(value, name), older=older)
             for name, field in type(value).model_fields.items()
             if _counts(field, getattr(value, name))
         }
     if isinstance(value, tuple | list):
-        return [content_of(item) for item in value]
+        return [content_of(item, older=older) for item in value]
     if isinstance(value, Mapping):
-        return {key: content_of(item) for key, item in value.items()}
+        return {key: content_of(item, older=older) for key, item in value.items()}
     if isinstance(value, Path):
-        return _digest(value) if value.is_file() else str(value)
+        return _digest(value, older) if value.is_file() else str(value)
     return value
 
 
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def _digest(file: Path, older: bool) -> str:
+    return depends.code_digest(file) if file.suffix == ".py" and not older else file_digest(file)

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
+import hashlib
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from kdkit import files
 from kdkit import recipe as recipes
-from kdkit.checkpoints import Checkpoints, write_atomically
+from kdkit.checkpoints import Checkpoints
 from kdkit.dataset_source import DataInfo
-from kdkit.errors import RunError
+from kdkit.errors import DamagedFile, RunError
 from kdkit.fairness import differences
-from kdkit.finite import metrics_with_nan, to_json
+from kdkit.finite import with_nan
 from kdkit.recipe import Recipe
+from kdkit.run_shapes import LINE, RECIPE, Marker
 
 LOCK = ".lock"
+DATA_FILES = "data.files"  # in the content: no key of a recipe
+AGAIN = "`kdkit train` with the same recipe makes it again"
+ANEW = "`kdkit train` with the same recipe and `--restart` trains the run again"
 VERSIONS = ("kdkit", "torch", "torchvision", "timm", "accelerate")
 
 
@@ -38,6 +43,8 @@ class Result:
         best: of the epoch with the best validation accuracy: `epoch`, `validation` and `test` metrics.
         averaged: the epochs over which `train.average_best` took the mean; none without it.
         last: what the student was worth after the last epoch, where it is such a mean: `validation` and `test` metrics.
+        files: SHA-256 of each file of weights that the run leaves, and of its metrics.jsonl, by its path in the folder (none: of an older
+            kdkit).
         teacher: the teacher's own metrics on the test data.
         peers: metrics of the other students on the test data.
         ensemble: of all students (and models in their company) together, on the test data.
@@ -64,6 +71,7 @@ class Result:
     warnings: tuple[str, ...] = field(default=())
     averaged: tuple[int, ...] = ()
     last: Mapping[str, Mapping[str, float]] | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def moment(self) -> str:
@@ -77,10 +85,15 @@ class Result:
 
 
 class RunFolder:
-    """Paths and files of one run."""
+    """Paths and files of one run.
+
+    Attributes:
+        digests: SHA-256 of the files of weights that were written or gone on with in this process, by path in the folder.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.digests: dict[str, str] = {}
         self.marker = path / "run.json"
         self.recipe_file = path / "recipe.yaml"
         self.metrics_file = path / "metrics.jsonl"
@@ -97,15 +110,28 @@ class RunFolder:
                 no run folder.
         """
         if self.marker.is_file():
-            theirs = json.loads(self.marker.read_text())
-            if not restart and theirs["fingerprint"] != recipe.fingerprint:
-                keys = ", ".join(key for key, *_ in differences(theirs["content"], recipe.content())) or "kdkit's own defaults"
-                raise RunError(
-                    f"{self.path} holds a run of another recipe (different: {keys}); give this one another `name:` or `--run FOLDER`, "
-                    "or throw the old one away with `--restart`"
-                )
+            if not restart and not self.is_untrained():
+                self._refuse_other_recipe(recipe)
         elif self.path.exists() and (not self.path.is_dir() or any(not _leftover(path) for path in self.path.iterdir())):
             raise RunError(f"{self.path} exists and is not a run folder; give the recipe another `name:` or `--run FOLDER`")
+
+    def _refuse_other_recipe(self, recipe: Recipe) -> None:
+        theirs = self.about(ANEW)
+        if not recipe.is_of(theirs["fingerprint"], theirs["content"]):
+            changed = [key for key, *_ in differences(theirs["content"], recipe.content())]
+            keys = ", ".join("the data's files" if key == DATA_FILES else key for key in changed) or "kdkit's own defaults"
+            raise RunError(
+                f"{self.path} holds a run of another recipe (different: {keys}); give this one another `name:` or `--run FOLDER`, "
+                "or throw the old one away with `--restart`"
+            )
+
+    def is_untrained(self) -> bool:
+        """Whether nothing has been trained here that could be lost: the run was refused, or failed, before its first epoch's end."""
+        kept = (self.result_file, self.student_file, self.best_file, *self.checkpoints.folder.glob("*.pt"))
+        return not any(file.exists() for file in kept) and not self._epochs_are_logged()
+
+    def _epochs_are_logged(self) -> bool:
+        return self.metrics_file.is_file() and b'"kind": "epoch"' in self.metrics_file.read_bytes()
 
     @contextlib.contextmanager
     def claimed(self, recipe: Recipe, info: DataInfo, *, restart: bool = False) -> Iterator[None]:
@@ -117,25 +143,45 @@ class RunFolder:
             RunError: as `check`, or another process trains here.
         """
         self.check(recipe, restart=restart)
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / LOCK).open("w") as handle:
+        with self._open_lock() as handle:
             os.register_at_fork(after_in_child=handle.close)  # or a worker that outlives a killed process keeps its lock
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise RunError(f"{self.path}: another process is training in this folder") from None
             self.check(recipe, restart=restart)  # it may have been made in the meantime
-            for path in self.path.iterdir():
-                if path.name != LOCK and (_leftover(path) or (restart and path != self.marker)):  # the marker is never missing
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            anew = restart or self.is_untrained()
+            here = [path for path in self.path.iterdir() if path.name != LOCK]
+            _remove([path for path in here if _leftover(path) or (anew and path != self.marker)])  # the marker is never missing
             about = {"fingerprint": recipe.fingerprint, "content": recipe.content(), "data": asdict(info), "versions": versions()}
-            write_atomically(self.marker, to_json(about, indent=1).encode())
-            write_atomically(self.recipe_file, recipe.dump().encode())
+            files.write_json(self.marker, about)
+            files.write_sealed_text(self.recipe_file, recipe.dump())
             yield
+
+    def _open_lock(self) -> Any:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            return (self.path / LOCK).open("w")
+        except OSError as error:
+            says = "the run is written there (`run.folder`, or `--run FOLDER`)"
+            raise RunError(f"{self.path.absolute()}: cannot be written: {error.strerror}; {says}") from None
+
+    def about(self, way_out: str = ANEW) -> Marker:
+        """What run.json says.
+
+        Raises:
+            RunError: this is no run folder, or the file is damaged.
+        """
+        if not self.marker.is_file():
+            raise RunError(f"{self.path}: no run folder (it has no run.json)")
+        return files.read_json(self.marker, Marker, way_out)
 
     def holds(self, recipe: Recipe) -> bool:
         """Whether a run of this very recipe is here."""
-        return self.marker.is_file() and bool(json.loads(self.marker.read_text())["fingerprint"] == recipe.fingerprint)
+        if not self.marker.is_file():
+            return False
+        about = self.about()
+        return recipe.is_of(about["fingerprint"], about["content"])
 
     def info(self) -> DataInfo:
         """Class count and image shape of the data that the run was made for, which may be gone.
@@ -143,11 +189,7 @@ class RunFolder:
         Raises:
             RunError: this is no run folder.
         """
-        if not self.marker.is_file():
-            raise RunError(f"{self.path}: no run folder (it has no run.json)")
-        saved: dict[str, Any] = json.loads(self.marker.read_text())["data"]
-        plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
-        return DataInfo(**plain)
+        return self.about()["data"]
 
     def recipe(self, overrides: Mapping[str, Any] | None = None) -> Recipe:
         """The resolved recipe; `overrides` are values by `key.path`.
@@ -155,22 +197,89 @@ class RunFolder:
         Raises:
             RunError: this is no run folder.
         """
-        if not self.recipe_file.is_file():
-            raise RunError(f"{self.path}: no run folder (it has no recipe.yaml)")
+        self._recipe_text()
         return recipes.load(self.recipe_file, overrides, files=False)
 
+    def plain_recipe(self) -> dict[str, Any]:
+        """The resolved recipe as plain values: no plugin of it needs to be there.
+
+        Raises:
+            RunError: this is no run folder, or the recipe is damaged.
+        """
+        self._recipe_text()
+        return files.read_yaml(self.recipe_file, RECIPE, ANEW)
+
+    def _recipe_text(self) -> str:
+        if not self.recipe_file.is_file():
+            raise RunError(f"{self.path}: no run folder (it has no recipe.yaml)")
+        return files.read_sealed_text(self.recipe_file, ANEW)
+
     def result(self) -> Result | None:
-        """The result, once the run is finished (and its student not taken away)."""
+        """The result, once the run is finished (and its student not taken away).
+
+        Raises:
+            RunError: it is damaged.
+        """
         if not self.result_file.is_file() or not self.student_file.is_file():
             return None
-        saved = json.loads(self.result_file.read_text(), object_hook=metrics_with_nan)
+        saved = with_nan(files.read_json(self.result_file, dict[str, Any], AGAIN))
         saved.setdefault("cpu_seconds", 0.0)  # a run of an older kdkit, which did not count them
-        return Result(folder=self.path, **{**saved, **{key: tuple(saved.get(key, ())) for key in ("peers", "warnings", "averaged")}})
+        return files.fitting(self.result_file, {**saved, "folder": self.path}, Result, AGAIN)
 
-    def finish(self, result: Result) -> None:
+    def finished(self, recipe: Recipe, tell: Callable[[str], None] = lambda _: None) -> Result | None:
+        """The result of a run of this very recipe that is finished and whole; weights that were taken away are no damage.
+
+        Where its student or its result are damaged, it counts as unfinished: training makes them again from the last checkpoint.
+
+        Args:
+            recipe: which.
+            tell: told of such damage.
+
+        Raises:
+            RunError: other weights, which training does not make again, are damaged.
+        """
+        if not self.holds(recipe):
+            return None
+        try:
+            result = self.result()
+            for name in result.files if result else ():
+                if name != self.metrics_file.name and (self.path / name).exists():
+                    self.refuse_damaged(self.path / name)
+        except DamagedFile as error:
+            if error.path not in (self.result_file, self.student_file):
+                raise
+            tell(f"{error.path}: is damaged: {error.what}; it is made again from the run's last checkpoint")
+            return None
+        return result
+
+    def digest(self, file: Path) -> str | None:
+        """The SHA-256 that a finished run has recorded of a file in its folder."""
+        result = self.result()
+        return result.files.get(str(file.relative_to(self.path))) if result else None
+
+    def refuse_damaged(self, file: Path) -> None:
+        """Make sure that a file is what the finished run has left.
+
+        Raises:
+            RunError: it is damaged, or another run's.
+        """
+        files.refuse_other(file, self.digest(file), AGAIN if file == self.student_file else f"{ANEW}, or delete the file to do without it")
+
+    def keep(self, file: Path, content: bytes) -> None:
+        """Write a file of weights, and take down its digest."""
+        files.write_atomically(file, content)
+        self.digests[str(file.relative_to(self.path))] = hashlib.sha256(content).hexdigest()
+
+    def finish(self, result: Result) -> Result:
+        """Write result.json, with the digests of all that is left; the result with them."""
+        left = [self.student_file, self.best_file, self.metrics_file, *sorted(self.path.glob("snapshots/**/*.safetensors"))]
+        named = {str(file.relative_to(self.path)): file for file in left if file.is_file()}
+        known = {name: self.digests.get(name) or files.file_digest(file) for name, file in named.items()}
+        result = replace(result, files=known)
         saved = asdict(result)
         del saved["folder"]
-        write_atomically(self.result_file, (to_json(saved, indent=1) + "\n").encode())
+        files.write_json(self.result_file, saved)
+        return result
 
     def snapshot_file(self, stage: str, epoch: int) -> Path:
         """The student's weights after an epoch of a stage."""
@@ -188,27 +297,56 @@ class RunFolder:
 
     def log(self, **line: Any) -> None:
         """Add a line to metrics.jsonl."""
-        with self.metrics_file.open("a") as stream:
-            stream.write(to_json(line) + "\n")
+        with files.naming(self.metrics_file), self.metrics_file.open("a") as stream:
+            stream.write(files.log_line(line))
 
-    def forget(self, stage: str, epochs: int, steps: int) -> None:
-        """Leave out of metrics.jsonl what a stage will write again: all after so many finished epochs and optimizer steps."""
+    def forget(self, stage: str, epochs: int, steps: int) -> list[str]:
+        """Leave out of metrics.jsonl what a stage will write again: all after so many finished epochs and optimizer steps.
+
+        Returns:
+            What was lost, a sentence each: damaged lines, which are left out too, and epochs that are not there.
+        """
 
         def stays(line: Mapping[str, Any]) -> bool:
             return bool(line["stage"] != stage or (line["epoch"] <= epochs if line["kind"] == "epoch" else line["step"] <= steps))
 
-        kept = filter(stays, self._lines())
-        write_atomically(self.metrics_file, "".join(to_json(line) + "\n" for line in kept).encode())
+        lines = list(files.read_log(self.metrics_file, LINE, "it is left out"))
+        kept = [line for line in lines if isinstance(line, dict) and stays(line)]
+        files.write_atomically(self.metrics_file, "".join(map(files.log_line, kept)).encode())
+        told = {line["epoch"] for line in kept if line["kind"] == "epoch" and line["stage"] == stage}
+        lost = sorted(set(range(1, epochs + 1)) - told)
+        gone = [f"{self.metrics_file}: has nothing of epoch {', '.join(map(str, lost))} of stage '{stage}' any more"] if lost else []
+        return [*(str(line) for line in lines if isinstance(line, RunError)), *gone]
 
     def metrics(self, kind: str) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl of one kind ("step" or "epoch")."""
-        return [line for line in self._lines() if line["kind"] == kind]
+        """The lines of metrics.jsonl of one kind ("step" or "epoch").
 
-    def _lines(self) -> Iterator[dict[str, Any]]:
-        text = self.metrics_file.read_text() if self.metrics_file.exists() else ""
-        for line in text.splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # the process was killed while it wrote this one
-                yield json.loads(line, object_hook=metrics_with_nan)
+        Raises:
+            RunError: a line is damaged, or, of a finished run, the file is another.
+        """
+        way_out = "delete this line to do without it"
+        if self.metrics_file.exists() and (result := self.result()):
+            files.refuse_other(self.metrics_file, result.files.get(self.metrics_file.name), ANEW)
+        return [line for line in self._lines(way_out) if line["kind"] == kind]
+
+    def _lines(self, way_out: str) -> Iterator[dict[str, Any]]:
+        for line in files.read_log(self.metrics_file, LINE, way_out):
+            if isinstance(line, RunError):
+                raise line
+            yield with_nan(line)
+
+
+def _remove(paths: Sequence[Path]) -> None:
+    """Remove what a run has left.
+
+    Raises:
+        RunError: one is a link to a folder; then all stay.
+    """
+    for path in paths:
+        if path.is_symlink() and path.is_dir():
+            raise RunError(f"{path}: is a link to a folder, and a new run would remove what is behind it; remove the link first")
+    for path in paths:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _leftover(path: Path) -> bool:

@@ -16,13 +16,12 @@ from accelerate import Accelerator
 from kdkit import data, plan
 from kdkit.cache import opening as cache_opening
 from kdkit.cache.teacher import TeacherCache
-from kdkit.checkpoints import write_atomically
 from kdkit.dataset_source import DataInfo
 from kdkit.deployment import rebuilt, unreadable
 from kdkit.engine import build_accelerator
 from kdkit.errors import DataError, RunError
 from kdkit.evaluate import metrics, predict_together
-from kdkit.factory import ModelFactory, TrainedTeacher, options_of
+from kdkit.factory import ModelFactory, TrainedTeacher
 from kdkit.mixing import MixedLoader
 from kdkit.progress import Reporter
 from kdkit.randomness import reseed
@@ -55,7 +54,7 @@ def train(recipe: Recipe, folder: Path | None = None, *, restart: bool = False, 
         Interrupted: a signal stopped it; it is saved, and a further call goes on.
     """
     run_folder = RunFolder(folder or recipe.spec.run.folder / recipe.spec.name)
-    if not restart and run_folder.holds(recipe) and (result := run_folder.result()):
+    if not restart and (result := run_folder.finished(recipe, Reporter(quiet=quiet).warn)):
         Reporter(quiet=quiet).say(f"{recipe.spec.name}: trained already, see {run_folder.path}")
         return result
     prepared = Prepared.make(recipe, run_folder, restart=restart, quiet=quiet)
@@ -108,7 +107,7 @@ class Prepared:
             opened = open_data(recipe, accelerator, sharing)
             factory = ModelFactory(recipe, opened.info, self.teachers, device=accelerator.device, sharing=sharing)
             yield BEGINNING  # until every run that shares with this one has said what it wants
-            with _keeping(recipe, factory, opened, sharing) as opened:
+            with _keeping(recipe, factory, opened, sharing, reporter) as opened:
                 setting = Setting(recipe, self.folder, reporter, stop, accelerator, opened, factory, clock, sharing)
                 return (yield from _carry_out(setting))
 
@@ -141,12 +140,11 @@ def trained_teachers(
     teachers = {}
     for name, source in teacher_recipes(recipe.spec).items():
         folder = folder_for(source, recipe.spec.run.folder, source.spec.name, taken=student_folder)
-        if not RunFolder(folder).result():
+        if not RunFolder(folder).finished(source):
             (say or Reporter(quiet=quiet).say)(f"{source.spec.name}: the teacher is trained first, in {folder}")
         build_accelerator(source.spec.train).wait_for_everyone()  # all have looked before one of them makes it
         result = train(source, folder, quiet=quiet)
-        kept = RunFolder(folder).snapshots()
-        teachers[name] = TrainedTeacher(options_of(source, result.network), result.student, kept, result.test["top1"])
+        teachers[name] = TrainedTeacher.of(RunFolder(folder), source, result)
     return teachers
 
 
@@ -169,15 +167,15 @@ def open_data(recipe: Recipe, accelerator: Accelerator, sharing: Sharing | None 
 
 
 @contextlib.contextmanager
-def _keeping(recipe: Recipe, factory: ModelFactory, opened: data.Data, sharing: Sharing | None) -> Iterator[data.Data]:
+def _keeping(recipe: Recipe, factory: ModelFactory, opened: data.Data, sharing: Sharing | None, reporter: Reporter) -> Iterator[data.Data]:
     """The data as teachers know them that keep their answers."""
     if sharing is None:
-        with cache_opening.answering(recipe, factory.teachers(), opened) as known:
+        with cache_opening.answering(recipe, factory.teachers(), opened, reporter.warn) as known:
             yield known
         return
 
     def open_cache(name: str, teacher: TappedModel) -> TeacherCache | None:
-        return cache_opening.open_cache(recipe, name, teacher, opened.info, opened.train)
+        return cache_opening.open_cache(recipe, name, teacher, opened.info, opened.train, reporter.warn)
 
     train = sharing.kept(factory.teachers(), open_cache)
     yield opened if train is None else replace(opened, train=train)
@@ -255,7 +253,7 @@ def _result(setting: Setting, last: StageRun) -> Result:
     recipe, folder, factory = setting.recipe, setting.folder, setting.factory
     network = factory.network(last.trainer.stage.students[chosen])
     if setting.is_main:
-        write_atomically(folder.student_file, weights(student))
+        folder.keep(folder.student_file, weights(student))
         again = functools.partial(
             rebuilt, recipe, setting.data.info, factory.trained, options_of(recipe, network), folder.student_file,
             device=setting.accelerator.device, channels_last=student.channels_last,
@@ -274,7 +272,7 @@ def _result(setting: Setting, last: StageRun) -> Result:
         warnings=tuple(setting.reporter.warnings),
     )  # fmt: skip
     if setting.is_main:
-        folder.finish(result)
+        result = folder.finish(result)
     setting.accelerator.wait_for_everyone()
     when = f"with the {result.moment}" if result.averaged else "after the last epoch"
     setting.reporter.say(f"{recipe.spec.name}: top-1 {result.test['top1']:.2f} % on test data {when}; see {folder.path}")

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -40,9 +39,7 @@ class Story:
 
     def __init__(self, path: Path) -> None:
         self.folder = RunFolder(path)
-        if not self.folder.recipe_file.is_file():
-            raise RunError(f"{path}: no run folder (it has no recipe.yaml)")
-        self.recipe: dict[str, Any] = yaml.safe_load(self.folder.recipe_file.read_text(encoding="utf-8"))
+        self.recipe: dict[str, Any] = self.folder.plain_recipe()
         self.result: Result | None = self.folder.result()
         self.curves: Curves = curves.read(self.folder)
 
@@ -69,6 +66,23 @@ class Story:
         except (OSError, ValueError) as error:
             raise RunError(f"{path}: cannot be written: {' '.join(str(error).split())}") from None
         return path
+
+    def picture(self, file: Path | None = None) -> str:
+        """Draw the curves, and say where they are; empty where no epoch has been finished and no file was asked for.
+
+        A run folder that cannot be written into is no error: all that is told of the run is told without the picture.
+
+        Raises:
+            RunError: the file that was asked for cannot be written.
+        """
+        if file is None and not self.curves.epochs:
+            return ""
+        try:
+            return f"curves: {self.draw(file)}"
+        except RunError as error:
+            if file is not None:
+                raise
+            return f"no picture of the curves: {error}"
 
     def _so_far(self) -> str:
         done = f"{self.curves.epochs} epochs so far" if self.curves.epochs else "no epoch so far"

@@ -161,15 +161,16 @@ class StageRun:
 
     def _restore(self) -> None:
         setting, trainer = self.setting, self.trainer
-        saved, broken = setting.folder.checkpoints.load_newest(self.kind)
+        saved, wrong = setting.folder.checkpoints.load_newest(self.kind, setting.recipe.fingerprint)
         setting.accelerator.wait_for_everyone()
         if saved is not None:
             self._load(saved)
-        for path in broken:
+        for path, what in wrong.items():
             instead = "using the one before it" if saved else "this stage begins anew"
-            setting.reporter.warn(f"checkpoint {path.name} is damaged; {instead}")
+            setting.reporter.warn(f"checkpoint {path.name} {what}; {instead}")
         if setting.is_main:
-            setting.folder.forget(trainer.stage.name, trainer.epoch, trainer.steps)
+            for lost in setting.folder.forget(trainer.stage.name, trainer.epoch, trainer.steps):
+                setting.reporter.warn(lost)
         if saved is not None and not self._finished:
             setting.reporter.say(f"going on with stage '{trainer.stage.name}' at epoch {trainer.epoch + 1}, step {trainer.step}")
 
@@ -181,8 +182,9 @@ class StageRun:
             self.meter.load_state_dict(saved["meter"])
             self.standing.scores, self.standing.ensemble = saved["scores"], saved["ensemble"]
             setting.best = saved["best"]
+            setting.folder.digests = dict(saved.get("files", {}))
             if self.standing.best_epochs:
-                self.standing.best_epochs.load(saved["best_epochs"])
+                self.standing.best_epochs.load(saved["best_epochs"], saved.get("best_epoch_files", {}))
             setting.clock.set(saved["seconds"], saved["cpu_seconds"])
             setting.reporter.warnings[:] = dict.fromkeys([*saved["warnings"], *setting.reporter.warnings])
         except (KeyError, ValueError, RuntimeError) as error:
@@ -214,9 +216,11 @@ class StageRun:
         kept = self.standing.best_epochs
         if setting.is_main:
             state = {
+                "run": setting.recipe.fingerprint, "files": setting.folder.digests,
                 "trainer": learnt, "meter": meter, "scores": self.standing.scores, "ensemble": self.standing.ensemble,
                 "best": setting.best, "seconds": setting.clock.wall, "cpu_seconds": setting.clock.cpu,
                 "warnings": list(setting.reporter.warnings), "best_epochs": kept.ranked if kept else {},
+                "best_epoch_files": kept.digests if kept else {},
             }  # fmt: skip
             setting.folder.checkpoints.save(self.kind, self.trainer.steps, state, keep=1 if self._finished else 2)
             if kept:

@@ -10,7 +10,6 @@ from accelerate.utils import gather_object
 from safetensors.torch import save
 
 from kdkit.averaging import BestEpochs
-from kdkit.checkpoints import write_atomically
 from kdkit.engine import Trainer
 from kdkit.ensembles import combined
 from kdkit.evaluate import Predictions, metrics, predicting
@@ -112,7 +111,7 @@ class Standing:
             if (network := setting.factory.network(student)) is not None:
                 setting.best["network"] = network
             if setting.is_main:
-                write_atomically(setting.folder.best_file, weights(self.deployed()[self.chosen]))
+                setting.folder.keep(setting.folder.best_file, weights(self.deployed()[self.chosen]))
 
     def keep_best_epochs(self) -> None:
         """Keep the weights that may become a part of the mean."""
@@ -121,9 +120,12 @@ class Standing:
         epoch = self.trainer.epoch
         wanted = [self.best_epochs.offer(i, epoch, scores["validation"]["top1"]) for i, scores in enumerate(self.scores)]
         writes = self.setting.is_main or self.trainer.apart
+        written: dict[str, str] = {}
         for number, model in zip(self._own, self.deployed(), strict=True):
             if wanted[number] and writes:
-                self.best_epochs.write(number, epoch, weights(model))
+                written |= self.best_epochs.write(number, epoch, weights(model))
+        for one in gather_object([written]):  # each process reads all files in the end
+            self.best_epochs.digests |= one
 
     def average(self) -> Turns[None]:
         """Put the mean of its best epochs' weights into each student, and measure them again; for the last stage, when it is trained."""
@@ -142,7 +144,7 @@ class Standing:
         if every and trainer.epoch % every == 0:
             trainer.synchronise()
             if setting.is_main:
-                write_atomically(setting.folder.snapshot_file(trainer.stage.name, trainer.epoch), weights(self.deployed()[0]))
+                setting.folder.keep(setting.folder.snapshot_file(trainer.stage.name, trainer.epoch), weights(self.deployed()[0]))
 
 
 def weights(model: Model, metadata: dict[str, str] | None = None) -> bytes:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
 from pydantic import ValidationError
+from typing_extensions import TypedDict
 
-from kdkit import data, fetching, registry
+from kdkit import data, fetching, files, registry
 from kdkit.dataset_source import DataInfo, DatasetSource
 from kdkit.deployment import deployed, deploying, rebuilt
 from kdkit.devices import is_channels_last
@@ -24,11 +24,23 @@ from kdkit.factory import ModelFactory, TrainedTeacher, options_of
 from kdkit.models import build_model
 from kdkit.providers import ModelOptions, ModelSource, RecipeTeacher
 from kdkit.recipe_types import source_of
-from kdkit.run_folder import RunFolder
+from kdkit.run_folder import ANEW, RunFolder
+from kdkit.shapes import Shape
 from kdkit.tapping import TappedModel
 
 EXPORTED = "config.json"  # of an exported student; its `kdkit` key says how to build the network
 WEIGHTS = "model.safetensors"
+EXPORT_AGAIN = "`kdkit export` writes it again"
+
+
+class Exported(TypedDict):
+    """What `kdkit export` writes of a network, under the key `kdkit` of config.json."""
+
+    options: dict[str, Any]
+    needs_files: list[str]
+    num_classes: int
+    image_shape: Shape
+    files: NotRequired[dict[str, str]]
 
 
 class TrainedRun:
@@ -125,28 +137,37 @@ class TrainedRun:
     def _weights(self, best: bool) -> Path:
         folder, file = self.folder, self.folder.best_file if best else self.folder.student_file
         if file.is_file():
+            folder.refuse_damaged(file)
             return file
         if best and not self.recipe.spec.data.validation:
             raise RunError(f"{folder.path}: has no best epoch, which only `data.validation` can tell; leave out --best")
+        if folder.digest(file):
+            raise RunError(f"{folder.path}: there is no {file.name} any more; {ANEW}")
         done = len(folder.metrics("epoch"))
         raise RunError(f"{folder.path}: is not finished ({done} epochs so far), so there is no {file.name}; `kdkit train` goes on with it")
 
     def _taught_by(self) -> dict[str, TrainedTeacher]:
         """The runs of teachers, found by the fingerprints that this run took down: a recipe file may have changed since."""
-        content = json.loads((self.folder.path / "run.json").read_text())["content"]
+        content = self.folder.about()["content"]
         sections = [content["teacher"]] if content["teacher"] else content["teachers"]
         teachers = zip(self.recipe.spec.all_teachers().items(), sections, strict=True)
         return {name: self._run_of(one, saved["recipe"]) for (name, one), saved in teachers if isinstance(one, RecipeTeacher)}
 
     def _run_of(self, teacher: RecipeTeacher, wanted: str) -> TrainedTeacher:
         places = dict.fromkeys((self.folder.path.resolve().parent, self.recipe.spec.run.folder.resolve()))
+        unreadable: list[str] = []
         for marker in (m for place in places for m in sorted(place.glob("*/run.json"))):
             found = RunFolder(marker.parent)
-            if json.loads(marker.read_text())["fingerprint"] == wanted and found.student_file.is_file():
-                result = found.result()
-                return TrainedTeacher(options_of(found.recipe(), result.network if result else None), found.student_file, found.snapshots())
+            try:
+                fingerprint = found.about()["fingerprint"]
+            except RunError as error:  # some other run's, perhaps
+                unreadable.append(str(error))
+                continue
+            if fingerprint == wanted and found.student_file.is_file():
+                return TrainedTeacher.of(found, found.recipe(), found.result())
         looked = " or ".join(map(str, places))
-        raise RunError(f"{self.folder.path}: the run that trained its teacher ({teacher.recipe}) is not in {looked}; train it again first")
+        says = f"{self.folder.path}: the run that trained its teacher ({teacher.recipe}) is not in {looked}; train it again first"
+        raise RunError(f"{says} ({unreadable[0]})" if unreadable else says)
 
 
 @dataclass(frozen=True)
@@ -196,12 +217,14 @@ def load_student(
 
 
 def _load_exported(folder: Path, device: torch.device, plugins: tuple[Path, ...]) -> TappedModel:
-    about = json.loads((folder / EXPORTED).read_text()).get("kdkit")
-    if about is None:
+    config = files.read_json(folder / EXPORTED, dict[str, Any], EXPORT_AGAIN)
+    if "kdkit" not in config:
         raise RunError(f"{folder}: {EXPORTED} was not written by `kdkit export`")
+    about = files.fitting(folder / EXPORTED, files.unsealed(folder / EXPORTED, config["kdkit"], EXPORT_AGAIN), Exported, EXPORT_AGAIN)
+    files.refuse_other(folder / WEIGHTS, about.get("files", {}).get(WEIGHTS), EXPORT_AGAIN)
     if about["needs_files"]:
-        files = ", ".join(about["needs_files"])
-        raise ModelError(f"{folder}: the network is made by {files}, which kdkit does not run unasked; build it there and load {WEIGHTS}")
+        needed = ", ".join(about["needs_files"])
+        raise ModelError(f"{folder}: the network is made by {needed}, which kdkit does not run unasked; build it there and load {WEIGHTS}")
     sources = registry.load(plugins).models
     source, name = source_of(about["options"]["model"], sources)
     kind = sources[source].Options
@@ -209,7 +232,7 @@ def _load_exported(folder: Path, device: torch.device, plugins: tuple[Path, ...]
         options = kind.model_validate(about["options"])
     except ValidationError as error:
         raise ModelError(explain(error, kind, about["options"], lambda _: str(folder / EXPORTED))) from None
-    builder, shape = sources[source](options, name), tuple(about["image_shape"])
+    builder, shape = sources[source](options, name), about["image_shape"]
     model = build_model(options, builder, about["num_classes"], shape, role="student", file=folder / WEIGHTS, device=device)
     model.module.eval()
     return model

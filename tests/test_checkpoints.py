@@ -14,14 +14,14 @@ def names(folder):
 
 def test_the_newest_is_loaded_with_its_values(tmp_path):
     checkpoints = Checkpoints(tmp_path / "made")
-    assert checkpoints.load_newest("stage0") == (None, [])
+    assert checkpoints.load_newest("stage0") == (None, {})
     state = {"weights": torch.rand(3), "epoch": 2, "scores": [{"test": {"top1": 1.5}}], "none": None}
     checkpoints.save("stage0", 1, {"epoch": 1})
     checkpoints.save("stage0", 2, state)
     checkpoints.save("stage1", 9, {"epoch": 0})
     found, broken = checkpoints.load_newest("stage0")
     assert torch.equal(found.pop("weights"), state.pop("weights"))
-    assert (found, broken) == (state, [])
+    assert (found, broken) == (state, {})
     checkpoints.discard("stage0")
     assert names(tmp_path / "made") == ["stage1-00000009"]
 
@@ -43,11 +43,20 @@ def test_a_damaged_later_one_goes_when_training_has_gone_on(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     good, bad = checkpoints.save("stage0", 4, {"number": 4}), checkpoints.save("stage0", 8, {"number": 8})
     bad.write_bytes(bad.read_bytes()[:-1])
-    assert checkpoints.load_newest("stage0") == ({"number": 4}, [bad])
+    assert checkpoints.load_newest("stage0") == ({"number": 4}, {bad: "is damaged"})
     checkpoints.save("stage0", 6, {"number": 6})
     assert not bad.exists()
     assert good.exists()
-    assert checkpoints.load_newest("stage0") == ({"number": 6}, [])
+    assert checkpoints.load_newest("stage0") == ({"number": 6}, {})
+
+
+def test_one_of_another_run_is_passed_over(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save("stage0", 1, {"run": "ours"})
+    theirs = checkpoints.save("stage0", 2, {"run": "theirs"})
+    assert checkpoints.load_newest("stage0", "ours") == ({"run": "ours"}, {theirs: "is of another recipe's run"})
+    checkpoints.save("stage0", 3, {"by": "an older kdkit"})
+    assert checkpoints.load_newest("stage0", "ours") == ({"by": "an older kdkit"}, {})
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", os.urandom(4096)])
@@ -59,7 +68,7 @@ def test_what_is_no_checkpoint_is_passed_over(tmp_path, content):
     file = tmp_path / f"stage0-00000002-{hashlib.sha256(content).hexdigest()[:16]}.pt"
     file.write_bytes(content)
     (tmp_path / "notes.pt").write_bytes(content)
-    assert checkpoints.load_newest("stage0") == ({"number": 1}, [file])
+    assert checkpoints.load_newest("stage0") == ({"number": 1}, {file: "is damaged"})
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

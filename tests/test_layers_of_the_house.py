@@ -13,6 +13,8 @@ ORDER = """
     errors
     finite
     randomness
+    files
+    depends
     turns
     options
     forms
@@ -80,6 +82,7 @@ ORDER = """
     cache.teacher
     sharing
     cache.opening
+    run_shapes
     run_folder
     progress
     factory

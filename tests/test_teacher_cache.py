@@ -67,7 +67,7 @@ class Wired:
         return {name: value.clone() for name, value in self.trainer.stage.students[0].module.state_dict().items()}
 
 
-def wired(folder, base=PLAIN, touch=lambda teacher: None, **changes):
+def wired(folder, base=PLAIN, touch=lambda teacher: None, tell=lambda text: None, **changes):
     """The first stage of a recipe, with the cache between its loader and its teacher."""
     loaded = recipe.load(write(folder, base, **{"run": {"folder": str(folder / "runs")}, **changes}))
     accelerator = build_accelerator(loaded.spec.train)
@@ -75,7 +75,7 @@ def wired(folder, base=PLAIN, touch=lambda teacher: None, **changes):
     factory = ModelFactory(loaded, opened.info, {}, device=CPU)
     teacher = factory.teacher()
     touch(teacher)
-    cache, asked = open_cache(loaded, "teacher", teacher, opened.info, opened.train), Counted(teacher)
+    cache, asked = open_cache(loaded, "teacher", teacher, opened.info, opened.train, tell), Counted(teacher)
     if cache is not None:
         opened = dataclasses.replace(opened, train=cache.loader(opened.train))
         teacher.answers = functools.partial(cache.answer, forward=asked)
@@ -350,13 +350,45 @@ def test_images_that_changed_in_place_have_another_cache(tmp_path, usual, monkey
     assert name_of(tmp_path) != usual
 
 
-def test_what_the_name_cannot_tell_the_first_answer_does(tmp_path):
-    there = wired(tmp_path, teacher={"cache": ALL})
-    there.train(1)
-    for path in there.cache.store.path.glob("column-*.bin"):
-        path.write_bytes(bytes(torch.full((48 * 6,), 9.0, dtype=torch.float16).view(torch.uint8).tolist()))
+@pytest.mark.parametrize(("dtype", "factor"), [("fp16", 1.03), ("fp32", 1.001), ("bf16", 1.03)])
+def test_what_the_name_cannot_tell_the_first_answer_does(tmp_path, dtype, factor):
+    """A hook changes the answers a little, and is no part of the network's code."""
+    kept = {"cache": {**ALL, "dtype": dtype}}
+    wired(tmp_path, teacher=kept).train(1)
+
+    def scale(teacher):
+        teacher.module.register_forward_hook(lambda module, images, logits: logits * factor)
+
     with pytest.raises(RunError, match="does not hold what teacher says; remove it with `kdkit cache --clear resnet18-"):
-        wired(tmp_path, teacher={"cache": ALL})
+        wired(tmp_path, touch=scale, teacher=kept).train(1)
+
+
+@pytest.mark.parametrize("file", ["column-0.bin", "checks.bin", "states.bin"])
+@pytest.mark.parametrize("how", ["flipped", "other", "zeros", "garbage"])
+def test_a_damaged_row_is_asked_for_again(tmp_path, file, how):
+    """Whatever is in a file of the right size, training comes to the same."""
+    kept = {"cache": {**ALL, "dtype": "fp32"}}
+    first = wired(tmp_path, only_mlp(), teacher=kept)
+    ours = first.train(1)
+    path = first.cache.store.path / file
+    content = bytearray(path.read_bytes())
+    if how == "flipped":
+        content[len(content) // 3] ^= 4
+    elif how == "other":  # rows that change places
+        half = len(content) // 2
+        content = content[half:] + content[:half]
+    else:
+        content = bytearray(len(content)) if how == "zeros" else bytearray(os.urandom(len(content)))
+    path.write_bytes(content)
+    told = []
+    again = wired(tmp_path, only_mlp(), tell=told.append, teacher=kept)
+    theirs = again.train(1)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    if file != "states.bin":  # a row that is empty, or whole, by mistake
+        assert told and all(str(again.cache.store.path) in one and "are damaged" in one for one in told)
+    last = wired(tmp_path, only_mlp(), teacher=kept)
+    last.train(1)
+    assert last.asked.images <= 8, "what was damaged is kept again"
 
 
 # Shared, and killed

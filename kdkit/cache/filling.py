@@ -54,7 +54,7 @@ def fill(recipe: Recipe, *, quiet: bool = False) -> list[Found]:
     filled = []
     for name in options:
         teacher = factory.teacher(name)
-        cache = open_cache(recipe, name, teacher, prepared.info, prepared.train)
+        cache = open_cache(recipe, name, teacher, prepared.info, prepared.train, Reporter(quiet=quiet).warn)
         assert cache is not None
         try:
             _fill(cache, prepared.train, teacher.forward, name, quiet)
@@ -69,6 +69,11 @@ def table(found: Sequence[Found]) -> Table:
     rows = Table("cache", "teacher", "data", "images x views", "filled", "on disk", "last written", box=None, pad_edge=False)
     for one in found:
         about = one.about
+        if about is None:
+            rows.add_row(
+                one.path.name, "(cache.json is damaged)", "", "", "", gigabytes(one.bytes), f"{_span(time.time() - one.written)} ago"
+            )
+            continue
         share = f"{100 * one.filled / about['count']:.1f} %"
         rows.add_row(
             one.path.name, about["teacher"], about["data"], f"{about['images']:,} x {about['views']}", share, gigabytes(one.bytes),
@@ -83,7 +88,10 @@ def _fill(cache: TeacherCache, train: TrainLoader, forward: Forward, name: str, 
     console = Console()
     hidden = quiet or not console.is_terminal
     for rows, inputs in track(_steps(cache, train), f"asking {name}", total=steps, console=console, transient=True, disable=hidden):
-        if not bool(cache.store.known(rows).all()):
+        whole = cache.store.whole(rows)
+        if bool((cache.store.known(rows) & ~whole).any()):
+            cache.tell_of_damage()
+        if not bool(whole.all()):
             cache.keep(rows, inputs, forward)
         if time.monotonic() - saved > BETWEEN_COMMITS:
             cache.store.commit()
@@ -101,7 +109,7 @@ def _steps(cache: TeacherCache, train: TrainLoader) -> Iterator[Step]:
                 yield cache.rows(slot, batch.index).cpu(), shown
         return
     for slot in range(slots.count):
-        if bool(cache.store.known(cache.rows(slot, train.indices).cpu()).all()):
+        if bool(cache.store.whole(cache.rows(slot, train.indices).cpu()).all()):
             continue  # so that its images need not be read
         for batch in train.epoch(0, view=slot):
             yield cache.rows(slot, batch.index).cpu(), batch.inputs

@@ -18,10 +18,12 @@ from torch import nn
 
 from kdkit.cache.kept import KeptAnswers, Slots
 from kdkit.dataset_source import InMemory, Split, Texts
+from kdkit.depends import code_digest
+from kdkit.files import file_digest
 from kdkit.recipe import Recipe, content_of
 from kdkit.tapping import TappedModel
 
-FORMAT = 1  # of the files and of this key
+FORMAT = 2  # of the files and of this key
 LOOKED_AT = 64  # images of those that are read one by one
 
 
@@ -89,7 +91,10 @@ def _file(kind: type[nn.Module]) -> str:
 
 @functools.cache
 def _source_digest(module: str, file: str) -> str:
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if Path(file).is_file() else module
+    path = Path(file)
+    if not path.is_file():
+        return module
+    return file_digest(path) if "site-packages" in path.parts else code_digest(path)
 
 
 def _data(recipe: Recipe, slots: Slots) -> dict[str, Any]:

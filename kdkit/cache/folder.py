@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import re
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from kdkit.cache.store import LOCK, MARKER, STATES, allocated, locks
+from kdkit.cache.store import LOCK, MARKER, STATES, About, allocated, locks, read_about
 from kdkit.errors import RunError, suggest
 
 NAME = re.compile(r".+-[0-9a-f]{16}")
@@ -22,13 +19,23 @@ NAME = re.compile(r".+-[0-9a-f]{16}")
 
 @dataclass(frozen=True)
 class Found:
-    """A store on disk: its folder, what it says of itself, bytes on disk, rows that are there, and when it was last written (seconds)."""
+    """A store on disk.
+
+    Attributes:
+        path: its folder.
+        about: what its cache.json says; None where that is damaged.
+        bytes: on disk.
+        filled: rows that are there.
+        written: when it was last written, in seconds.
+        damage: what is wrong with its cache.json.
+    """
 
     path: Path
-    about: Mapping[str, Any]
+    about: About | None
     bytes: int
     filled: int
     written: float
+    damage: str = ""
 
 
 def stores(folder: Path) -> list[Found]:
@@ -41,7 +48,12 @@ def look(path: Path) -> Found:
     marks = path / STATES
     states = np.fromfile(marks, dtype=np.uint8) if marks.is_file() else np.zeros(0, dtype=np.uint8)  # damaged: nothing is there
     written = max(file.stat().st_mtime for file in path.iterdir())
-    return Found(path, json.loads((path / MARKER).read_text()), allocated(path), int(np.count_nonzero(states)), written)
+    size, filled = allocated(path), int(np.count_nonzero(states))
+    try:
+        about = read_about(path)
+    except RunError as error:
+        return Found(path, None, size, filled, written, str(error))
+    return Found(path, about, size, filled, written)
 
 
 def clear(folder: Path, name: str | None = None) -> list[Found]:

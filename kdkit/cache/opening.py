@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,9 @@ def directory(recipe: Recipe, options: CacheOptions) -> Path:
     return options.dir or recipe.spec.run.folder / DIRECTORY
 
 
-def open_cache(recipe: Recipe, name: str, teacher: TappedModel, info: DataInfo, train: TrainLoader) -> TeacherCache | None:
+def open_cache(
+    recipe: Recipe, name: str, teacher: TappedModel, info: DataInfo, train: TrainLoader, tell: Callable[[str], None] = lambda _: None
+) -> TeacherCache | None:
     """The cache of one of the recipe's teachers; None where it wants none.
 
     Args:
@@ -51,6 +53,7 @@ def open_cache(recipe: Recipe, name: str, teacher: TappedModel, info: DataInfo, 
         teacher: with its taps, on its device.
         info: of the data, as batches have them.
         train: the training batches.
+        tell: told of damage that is made good.
 
     Raises:
         RecipeError: the answers cannot be kept (a stream of images, a random teacher), or they would take too much room.
@@ -70,12 +73,16 @@ def open_cache(recipe: Recipe, name: str, teacher: TappedModel, info: DataInfo, 
         raise
     except RunError as error:
         raise recipe.error(place, str(error)) from None
-    return TeacherCache(store, kept, slots, len(part), AUTOCAST.get(recipe.spec.train.precision), teacher.role)
+    return TeacherCache(store, kept, slots, len(part), AUTOCAST.get(recipe.spec.train.precision), teacher.role, tell)
 
 
 @contextlib.contextmanager
-def answering(recipe: Recipe, teachers: Mapping[str, TappedModel], opened: Data) -> Iterator[Data]:
+def answering(
+    recipe: Recipe, teachers: Mapping[str, TappedModel], opened: Data, tell: Callable[[str], None] = lambda _: None
+) -> Iterator[Data]:
     """Let the teachers whose recipe wants it answer from their caches, inside the `with` block; gives the data whose images these know.
+
+    `tell` is told of damage that is made good.
 
     Raises:
         RecipeError: see `open_cache`.
@@ -83,7 +90,7 @@ def answering(recipe: Recipe, teachers: Mapping[str, TappedModel], opened: Data)
     train = opened.train
     with contextlib.ExitStack() as stack:
         for name, teacher in teachers.items():
-            if (cache := open_cache(recipe, name, teacher, opened.info, opened.train)) is not None:
+            if (cache := open_cache(recipe, name, teacher, opened.info, opened.train, tell)) is not None:
                 stack.callback(cache.store.close)
                 stack.callback(setattr, teacher, "answers", teacher.answers)
                 train = cache.loader(train)

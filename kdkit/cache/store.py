@@ -1,16 +1,20 @@
 """Rows of tensors in memory-mapped files: each is written once, and read by many processes, runs and studies.
 
-A store is a folder: `cache.json` says what is in it, each column is one sparse file, and `states.bin` has a byte per row. A row is marked
-WRITTEN when its values are in all columns, and ON_DISK when they have also reached the disk. Whoever opens a store that nobody else uses
-takes WRITTEN rows for empty ones: the machine may have failed before they were on disk. So a crash can cost rows, and never leaves a
-wrong one. Rows are written under a lock and do not change afterwards, so that readers need none. The files of one store belong on a disk
-of one machine: other machines would not see each other's marks.
+A store is a folder: `cache.json` says what is in it, each column is one sparse file, `checks.bin` has
+a check sum of each row, and `states.bin` a byte. A row is marked WRITTEN when its values are in all
+columns, and ON_DISK when they have also reached the disk. Whoever opens a store that nobody else uses
+takes WRITTEN rows for empty ones: the machine may have failed before they were on disk. So a crash can
+cost rows, and never leaves a wrong one. Rows are written under a lock and do not change afterwards, so
+that readers need none. Only a damaged row is written again; who reads it meanwhile sees by its check sum
+that it is damaged. The files of one store belong on a disk of one machine: other machines would not see
+each other's marks.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import math
 import mmap
 import os
@@ -18,19 +22,21 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NotRequired, TextIO
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
+from typing_extensions import TypedDict
 
-from kdkit.checkpoints import write_atomically
-from kdkit.errors import RunError
-from kdkit.finite import to_json
+from kdkit import files
+from kdkit.errors import DamagedFile, RunError
 
-MARKER, LOCK, WRITING, STATES = "cache.json", ".lock", ".writing", "states.bin"
+MARKER, LOCK, WRITING, STATES, CHECKS = "cache.json", ".lock", ".writing", "states.bin", "checks.bin"
 EMPTY, WRITTEN, ON_DISK = 0, 1, 2
 PAGE = 4096
+READ_AT_ONCE = 1024  # rows that are looked at, of many
 RESERVE = 256 << 20  # bytes of the disk that writing leaves free: a full disk would end the process without a word
 
 
@@ -54,6 +60,30 @@ class Column:
         return math.prod(self.shape) * self.type.itemsize
 
 
+class About(TypedDict):
+    """What cache.json says of a store, as far as people are told."""
+
+    teacher: str
+    data: str
+    views: int
+    images: int
+    count: int
+    name: NotRequired[str]
+
+
+def read_about(path: Path) -> About:
+    """What a store's cache.json says.
+
+    Raises:
+        DamagedFile: it is damaged, or another store's.
+    """
+    way_out = f"`kdkit cache --clear {path.name} --dir {path.parent}` removes the cache"
+    about = files.read_json(path / MARKER, About, way_out)
+    if about.get("name", path.name) != path.name:
+        raise DamagedFile(path / MARKER, "it is another cache's", way_out)
+    return about
+
+
 class AnswerStore:
     """The rows of one folder, open; made if they are not there.
 
@@ -69,11 +99,14 @@ class AnswerStore:
 
     def __init__(self, path: Path, columns: Sequence[Column], count: int, about: Mapping[str, Any]) -> None:
         self.path, self.columns, self.count = path, tuple(columns), count
-        self._lock = self._enter({**about, "columns": [asdict(column) for column in columns], "count": count})
+        self._lock = self._enter({**about, "name": path.name, "columns": [asdict(column) for column in columns], "count": count})
         self._refuse_damaged()
         self._pages: list[mmap.mmap] = []
         self._values = {column.name: self._mapped(number, column) for number, column in enumerate(self.columns)}
         self._marks, self._states = _map(path / STATES, torch.uint8)
+        pages, self._checks = _map(path / CHECKS, torch.int64)
+        self._pages.append(pages)
+        self._check_sum = CheckSum(path.name, self.columns)
         self._turn = (path / WRITING).open("a")
         os.register_at_fork(after_in_child=self._turn.close)
         self._fresh: list[Tensor] = []
@@ -90,8 +123,21 @@ class AnswerStore:
             found[column.name] = torch.index_select(self._values[column.name], 0, rows, out=out)
         return found
 
+    def damaged(self, rows: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        """Which rows (N,) were read as something else than what was written, (N,) bool."""
+        return self._checks[rows] != self._check_sum(rows, values)
+
+    def whole(self, rows: Tensor) -> Tensor:
+        """Which of the rows (N,) are there and not damaged, (N,) bool."""
+        found = self.known(rows)
+        there = found.nonzero()[:, 0]
+        for start in range(0, len(there), READ_AT_ONCE):
+            part = there[start : start + READ_AT_ONCE]
+            found[part] = ~self.damaged(rows[part], self.read(rows[part]))
+        return found
+
     def write(self, rows: Tensor, values: Mapping[str, Tensor]) -> None:
-        """Add rows (N,) with their values (N, ...) by column; a row that is there already stays as it is.
+        """Add rows (N,) with their values (N, ...) by column; a row that is there already, and not damaged, stays as it is.
 
         Raises:
             RunError: the disk is nearly full.
@@ -99,13 +145,16 @@ class AnswerStore:
         unique, first = np.unique(rows.numpy(), return_index=True)
         places, chosen = torch.from_numpy(unique), torch.from_numpy(first)
         with self._alone_in_writing():
-            new = ~self.known(places)
+            new = ~self.whole(places)
             places, chosen = places[new], chosen[new]
             if not len(places):
                 return
             self._refuse_full_disk(len(places))
-            for column in self.columns:
-                self._values[column.name][places] = values[column.name][chosen]
+            self._states[places] = EMPTY
+            added = {column.name: values[column.name][chosen].to(column.type) for column in self.columns}
+            for name, value in added.items():
+                self._values[name][places] = value
+            self._checks[places] = self._check_sum(places, added)
             self._states[places] = WRITTEN
         self._fresh.append(places)
 
@@ -145,7 +194,7 @@ class AnswerStore:
             os.register_at_fork(after_in_child=handle.close)
             try:
                 if locks(handle, fcntl.LOCK_EX | fcntl.LOCK_NB) and self._holds(handle):
-                    self._mend() if (self.path / MARKER).is_file() else self._make(about)
+                    self._mend(about) if (self.path / MARKER).is_file() else self._make(about)
                 locks(handle, fcntl.LOCK_SH)
                 if self._holds(handle) and (self.path / MARKER).is_file():
                     return handle
@@ -160,27 +209,34 @@ class AnswerStore:
         return lock.exists() and os.path.samestat(lock.stat(), os.fstat(handle.fileno()))
 
     def _make(self, about: Mapping[str, Any]) -> None:
-        sizes = {_file(number): self.count * column.bytes for number, column in enumerate(self.columns)}
-        for name, size in {**sizes, STATES: self.count}.items():
+        for name, size in self._sizes().items():
             with (self.path / name).open("wb") as stream:
                 stream.truncate(size)  # sparse: no block is taken before it is written
                 os.fsync(stream.fileno())
-        write_atomically(self.path / MARKER, (to_json(about, indent=1) + "\n").encode())
+        files.write_json(self.path / MARKER, about)
 
-    def _mend(self) -> None:
+    def _mend(self, about: Mapping[str, Any]) -> None:
         self._refuse_damaged()
+        try:
+            read_about(self.path)
+        except DamagedFile:  # nothing but what people are told hangs on it
+            files.write_json(self.path / MARKER, about)
         pages, states = _map(self.path / STATES, torch.uint8)
         states[states == WRITTEN] = EMPTY
         pages.flush()
 
     def _refuse_damaged(self) -> None:
-        sizes = {_file(number): self.count * column.bytes for number, column in enumerate(self.columns)}
-        for name, size in {**sizes, STATES: self.count}.items():
+        for name, size in self._sizes().items():
             file = self.path / name
             if not file.is_file() or file.stat().st_size != size:
                 raise RunError(
                     f"{file} is damaged or missing; `kdkit cache --clear {self.path.name} --dir {self.path.parent}` removes the cache"
                 )
+
+    def _sizes(self) -> dict[str, int]:
+        """Bytes of the files, by name."""
+        columns = {_file(number): self.count * column.bytes for number, column in enumerate(self.columns)}
+        return {**columns, CHECKS: self.count * 8, STATES: self.count}
 
     def _mapped(self, number: int, column: Column) -> Tensor:
         pages, values = _map(self.path / _file(number), column.type)
@@ -200,6 +256,34 @@ class AnswerStore:
         free = shutil.disk_usage(self.path).free
         if free - wanted < RESERVE:
             raise RunError(f"{self.path}: the disk has {gigabytes(free)} left, too little to keep more answers; {SMALLER}")
+
+
+class CheckSum:
+    """A number that changes with any bit of a row, with its place, and from store to store.
+
+    The 8-byte words w_i of a row r give sum_i a_i w_i + a_0 (r + 1) modulo 2^64, with odd a_i that follow from the store's name: an odd
+    factor keeps every changed bit in the sum. One product of a matrix and a vector, several times as fast as a CRC.
+
+    Args:
+        name: of the store.
+        columns: of a row.
+    """
+
+    def __init__(self, name: str, columns: Sequence[Column]) -> None:
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest())
+        words = [-(-column.bytes // 8) for column in columns]
+        factors = np.random.PCG64(seed).random_raw(1 + sum(words)) | np.uint64(1)
+        self._of_row, *self._of_columns = np.split(factors, np.cumsum([1, *words[:-1]]))
+        self._columns = columns
+
+    def __call__(self, rows: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        """Of rows (N,) with their values (N, ...) by column: (N,) int64."""
+        found = (rows.numpy().astype(np.uint64) + np.uint64(1)) * self._of_row
+        for column, factors in zip(self._columns, self._of_columns, strict=True):
+            plain = values[column.name].reshape(len(rows), math.prod(column.shape)).contiguous().view(torch.uint8)
+            full = functional.pad(plain, (0, -column.bytes % 8)) if column.bytes % 8 else plain
+            found += full.numpy().view(np.uint64) @ factors
+        return torch.from_numpy(found.view(np.int64))
 
 
 SMALLER = "keep less (`what: logits`, `top_k`, `dtype: fp16`, fewer `views`), choose another `dir`, or make room with `kdkit cache --clear`"

@@ -20,7 +20,11 @@ from kdkit.records import Batch, Inputs, Outputs
 from kdkit.shapes import first_tensor
 from kdkit.teaching import Arrange
 
-FAR = 0.05  # of the largest number: kept answers that differ by more are not this teacher's
+# How far an answer may be from the kept one, in parts of its largest number, and still be this teacher's. In other batches a network
+# rounds otherwise: in fp32 by some 1e-6 on a processor and, with TF32, some 1e-3 on a GPU; in half precision by some 1e-3 (fp16) or 1e-2.
+FAR = {None: 5e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+FAR_ON_CPU = 1e-4  # in fp32
+ROUNDED = {torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float32: 0.0}  # and by this because it is kept in fewer digits
 OTHER_IMAGES = (
     "is shown other images than those of the batch (further views, changed ones), whose answers cannot be kept; leave `cache` out"
 )
@@ -45,7 +49,7 @@ class TeacherCache:
     """One teacher's answers. Ask it in the teacher's place: `teacher.answers = functools.partial(cache.answer, forward=teacher.forward)`.
 
     Whatever it writes it reads again, so that training comes to the same numbers from an empty cache, a full one, and one in between. The
-    first answer that was there before is compared with the teacher's own.
+    first answer that was there before is compared with the teacher's own. A damaged one is asked for again.
 
     Args:
         store: open.
@@ -54,11 +58,15 @@ class TeacherCache:
         images: in the dataset's whole training part.
         precision: to which training autocasts (None: fp32).
         role: how messages call the teacher.
+        tell: told of damaged answers.
     """
 
-    def __init__(self, store: AnswerStore, kept: KeptAnswers, slots: Slots, images: int, precision: torch.dtype | None, role: str) -> None:
+    def __init__(
+        self, store: AnswerStore, kept: KeptAnswers, slots: Slots, images: int, precision: torch.dtype | None, role: str,
+        tell: Callable[[str], None] = lambda _: None,
+    ) -> None:  # fmt: skip
         self.store, self.kept, self.slots, self.images = store, kept, slots, images
-        self._precision, self._role = precision, role
+        self._precision, self._role, self._tell = precision, role, tell
         self._shown: Any = WeakIdKeyDictionary()  # the images of a batch -> _Rows
         self._compared = False
 
@@ -79,6 +87,10 @@ class TeacherCache:
         if not self._compared or not bool(self.store.known(rows).all()):
             self.keep(rows, inputs, forward)
         values = self.store.read(rows, pinned=shown.device.type == "cuda")
+        if bool(self.store.damaged(rows, values).any()):
+            self.tell_of_damage()
+            self.keep(rows, inputs, forward)
+            values = self.store.read(rows, pinned=shown.device.type == "cuda")
         return self.kept.unpack({name: value.to(shown.device, non_blocking=True) for name, value in values.items()}, self._role)
 
     def keep(self, rows: Tensor, inputs: Inputs, forward: Forward) -> None:
@@ -92,10 +104,13 @@ class TeacherCache:
         said = FiniteAnswers(self._role)
         said.note(packed)
         said.verify()
-        known = self.store.known(rows)
-        if bool(known.any()) and not self._compared:
-            self._compare(rows[known], {name: value[known] for name, value in packed.items()})
+        if not self._compared:
+            self._compare(rows, packed, first_tensor(inputs).device)
         self.store.write(rows, packed)
+
+    def tell_of_damage(self) -> None:
+        """Say that answers are damaged."""
+        self._tell(f"{self.store.path}: answers of {self._role} are damaged, and it is asked for them again")
 
     def rows(self, slot: Tensor | int, index: Tensor) -> Tensor:
         """Where the answers about images of those indices (N,) are, in their slots; on their device."""
@@ -113,19 +128,26 @@ class TeacherCache:
         else:
             self._shown[shown] = _Rows(rows.cpu())
 
-    def _compare(self, rows: Tensor, packed: dict[str, Tensor]) -> None:
+    def _compare(self, rows: Tensor, packed: dict[str, Tensor], device: torch.device) -> None:
         """Hold what is there against what the teacher says; the fingerprint in the folder's name cannot know everything.
 
         Raises:
             RunError: it is something else.
         """
-        for name, there in self.store.read(rows).items():
-            own = packed[name].float()
-            far = FAR * float(own.abs().max()) + 1e-6
+        whole = self.store.whole(rows)
+        if not bool(whole.any()):
+            return
+        for name, there in self.store.read(rows[whole]).items():
+            own = packed[name][whole].float()
+            far = self._far(there.dtype, device) * float(own.abs().max()) + 1e-6
             if there.is_floating_point() and not torch.allclose(own, there.float(), rtol=0, atol=far, equal_nan=True):
                 clear = f"kdkit cache --clear {self.store.path.name} --dir {self.store.path.parent}"
                 raise RunError(f"{self.store.path} does not hold what {self._role} says; remove it with `{clear}`")
         self._compared = True
+
+    def _far(self, kept: torch.dtype, device: torch.device) -> float:
+        on_cpu = self._precision is None and device.type == "cpu"
+        return (FAR_ON_CPU if on_cpu else FAR[self._precision]) + ROUNDED.get(kept, 0.0)
 
 
 class _KeptViews:

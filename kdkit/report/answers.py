@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -137,7 +136,7 @@ class _Asking:
 
     def _test(self, run: TrainedRun) -> Iterable[Batch]:
         """The test batches of a run; those of the run before where their data are the same."""
-        content = json.loads(run.folder.marker.read_text())["content"]["data"]
+        content = run.folder.about()["content"]["data"]
         if self._batches is None or content != self._asked:
             device = build_accelerator(run.recipe.spec.train).device
             found = run.data(device=device)

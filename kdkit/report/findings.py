@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kdkit import profile
 from kdkit.errors import KdkitError, RunError
 from kdkit.profile import Profile
@@ -91,9 +89,7 @@ def _again(folder: Path) -> str:
 
 def _open(path: Path) -> _Run:
     folder = RunFolder(path)
-    return _Run(
-        folder, json.loads(folder.marker.read_text()), yaml.safe_load(folder.recipe_file.read_text(encoding="utf-8")), folder.result()
-    )
+    return _Run(folder, folder.about(), folder.plain_recipe(), folder.result())
 
 
 def _named(groups: Sequence[Sequence[_Run]]) -> dict[str, list[_Run]]:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
-
-import yaml
 
 from kdkit.checkpoints import write_atomically
 from kdkit.errors import RunError
@@ -52,11 +49,8 @@ def write(
     Raises:
         RunError: neither a study nor runs, or none of the runs is finished.
     """
-    try:
-        findings, home = gather(paths)
-        material = read(findings, overrides or {}, say)
-    except json.JSONDecodeError as error:
-        raise RunError(f"a file of a run is damaged: {error}") from None
+    findings, home = gather(paths)
+    material = read(findings, overrides or {}, say)
     folder = output or home
     say("draws")
     document = sections.document(material)
@@ -117,8 +111,7 @@ def read(findings: Findings, overrides: Mapping[str, Any], say: Callable[[str], 
 
 
 def _recipe(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load(RunFolder(folder).recipe_file.read_text(encoding="utf-8"))
-    return cast("dict[str, Any]", _seen_from_here(found))
+    return cast("dict[str, Any]", _seen_from_here(RunFolder(folder).plain_recipe()))
 
 
 def _seen_from_here(value: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import platform
 import signal
@@ -50,8 +49,7 @@ class Training:
     @property
     def result(self) -> Result | None:
         """Of the finished run, if it is finished."""
-        folder = RunFolder(self.folder)
-        return folder.result() if folder.holds(self.recipe) else None
+        return RunFolder(self.folder).finished(self.recipe)
 
 
 def trainings(study: Study) -> list[Training]:
@@ -71,10 +69,11 @@ def trainings(study: Study) -> list[Training]:
     for variant in study.variants:
         for seed in study.seeds:
             recipe = study.recipe(variant, seed)
-            if recipe.fingerprint not in shelf:
-                taken = folder_for(recipe, study.path, f"{recipe.spec.name}-seed{seed}")
-                shelf[recipe.fingerprint] = taken
-            found.append(Training(variant, seed, recipe, shelf[recipe.fingerprint]))
+            known = recipe.fingerprint if recipe.fingerprint in shelf else recipe.older_fingerprint
+            if known not in shelf:
+                known = recipe.fingerprint
+                shelf[known] = folder_for(recipe, study.path, f"{recipe.spec.name}-seed{seed}")
+            found.append(Training(variant, seed, recipe, shelf[known]))
     return found
 
 
@@ -203,16 +202,15 @@ def _shelf(study: Study) -> dict[str, Path]:
     unfinished: dict[str, Path] = {}
     for marker in dict.fromkeys(sorted(markers, key=lambda path: (path.parent.parent != study.path, path))):
         folder = RunFolder(marker.parent)
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged run, or another program's: nothing that could be taken
+        with contextlib.suppress(RunError):  # a damaged run, or another program's: nothing that could be taken
+            fingerprint = folder.about()["fingerprint"]
+            if folder.path.parent == study.path:
+                unfinished.setdefault(fingerprint, folder.path)
             if folder.result():
-                finished.setdefault(_fingerprint(marker), folder.path)
-            elif folder.path.parent == study.path:
-                unfinished.setdefault(_fingerprint(marker), folder.path)
+                finished.setdefault(fingerprint, folder.path)
     return unfinished | finished
 
 
-def _fingerprint(marker: Path) -> str:
-    return str(json.loads(marker.read_text())["fingerprint"])
 
 
 def _train(

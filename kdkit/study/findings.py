@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter
 
-from kdkit.checkpoints import write_atomically
+from kdkit import files
 from kdkit.errors import RunError
-from kdkit.explain import explain
-from kdkit.finite import or_nan
+from kdkit.finite import Number
 
-Number = Annotated[float, BeforeValidator(or_nan)]
-"""A float; null in the file where it is NaN, for which JSON has no word."""
+AGAIN = "`kdkit compare` with the same study writes it again"
 
 SIGNIFICANT = 0.05  # p-values below it, corrected, allow to call a variant better or worse
 
@@ -238,17 +236,11 @@ class Findings:
         Raises:
             RunError: it is not there, or is no such file.
         """
-        try:
-            found = TypeAdapter(cls).validate_json(path.read_bytes())
-        except OSError as error:
-            raise RunError(f"{path}: {error.strerror}; `kdkit compare` writes it") from None
-        except ValidationError as error:
-            first, *_ = explain(error, None, None, lambda _: f"{path}: not the findings of a study").splitlines()
-            raise RunError(first) from None
+        found = files.read_json(path, cls, AGAIN)
         if not found.variants:
-            raise RunError(f"{path}: not the findings of a study: it has no variants")
+            raise RunError(f"{path}: not the findings of a study: it has no variants; {AGAIN}")
         return found
 
     def save(self, path: Path) -> None:
         """Write a `study.json`."""
-        write_atomically(path, TypeAdapter(Findings).dump_json(self, indent=1) + b"\n")
+        files.write_json(path, TypeAdapter(Findings).dump_python(self, mode="json"))

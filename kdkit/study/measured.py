@@ -8,16 +8,16 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from typing_extensions import TypedDict
 
-from kdkit import profile
+from kdkit import files, profile
 from kdkit import recipe as recipes
-from kdkit.checkpoints import write_atomically
 from kdkit.engine import build_accelerator
+from kdkit.errors import RunError
 from kdkit.evaluate import Predictions, metrics, predict, predict_together
-from kdkit.finite import or_nan, to_json
+from kdkit.finite import Number
 from kdkit.plan import has_random_weights
 from kdkit.providers import ModelOptions, TeacherOptions
 from kdkit.recipe import Recipe
@@ -53,24 +53,36 @@ class FinishedRun:
         return self.recipe.fingerprint
 
 
+class Kept(TypedDict):
+    """What measured.json holds."""
+
+    spent: dict[str, float]
+    trained: list[str]
+    networks: dict[str, Network]
+    memory: dict[str, int]
+    answers: dict[str, dict[str, Number]]
+
+
 class Measured:
     """Measurements by the fingerprints of the runs, in a file.
 
     Args:
-        path: the file; one that is not there, or broken, counts as empty.
+        path: the file; one that is not there counts as empty, and a damaged one is told and counts as empty.
         say: told of what takes long.
     """
 
     def __init__(self, path: Path, say: Callable[[str], None] = lambda _: None) -> None:
         self.path, self.say = path, say
-        self._kept: dict[str, Any] = {"spent": {}, "trained": [], "networks": {}, "memory": {}, "answers": {}}
-        try:
-            self._kept |= json.loads(path.read_text())
-        except (OSError, ValueError, TypeError):
-            return
+        self._kept: Kept = {"spent": {}, "trained": [], "networks": {}, "memory": {}, "answers": {}}
+        if path.exists():
+            try:
+                self._kept = files.read_json(path, Kept, "all is measured again")
+            except RunError as error:
+                say(str(error))
 
     def save(self) -> None:
-        write_atomically(self.path, to_json(self._kept, indent=1).encode())
+        networks = {key: asdict(network) for key, network in self._kept["networks"].items()}
+        files.write_json(self.path, {**self._kept, "networks": networks})
 
     def spend(self, wall: float, cpu: float, trained: Sequence[str]) -> None:
         """Add what training has taken, and the fingerprints of the runs that it has finished."""
@@ -105,12 +117,10 @@ class Measured:
         if not set(keys) <= set(self._kept["networks"]):
             self._kept["networks"] = self._measure_networks({run.key: run for run in runs}, taught, teacher)
             self.save()
-        found = [Network(**self._kept["networks"][key]) for key in keys]
+        found = [self._kept["networks"][key] for key in keys]
         return found[: len(runs)], found[-1] if teacher else None
 
-    def _measure_networks(
-        self, runs: Mapping[str, FinishedRun], taught: FinishedRun | None, teacher: Sequence[str]
-    ) -> dict[str, dict[str, Any]]:
+    def _measure_networks(self, runs: Mapping[str, FinishedRun], taught: FinishedRun | None, teacher: Sequence[str]) -> dict[str, Network]:
         self.say(f"measuring what {len(runs)} students cost")
         opened = {key: TrainedRun(run.folder) for key, run in runs.items()}
         models = [(one.student(), one.info.image_shape) for one in opened.values()]
@@ -119,7 +129,7 @@ class Measured:
         with profile.threads(1):  # several threads wait for each other on a busy machine
             costs = profile.measure_together(models, runs=LATENCY_RUNS, seconds=LATENCY_SECONDS)
         groups = [[cost] for cost in costs[: len(runs)]] + [costs[len(runs) :]]
-        return {key: asdict(_sum(group)) for key, group in zip([*runs, *teacher], groups, strict=False)}
+        return {key: _sum(group) for key, group in zip([*runs, *teacher], groups, strict=False)}
 
     def answers(self, run: FinishedRun, teacher: CommonTeacher, *, best: bool = False) -> dict[str, float]:
         """How a run's student compares with that teacher on the test data."""
@@ -127,7 +137,7 @@ class Measured:
         if key not in self._kept["answers"]:
             self._kept["answers"][key] = teacher.compare(run, best=best)
             self.save()
-        return {str(name): float(or_nan(value)) for name, value in self._kept["answers"][key].items()}
+        return dict(self._kept["answers"][key])
 
 
 class CommonTeacher:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -133,6 +134,10 @@ class Timm(kdkit.DatasetSource):
     def info(self) -> kdkit.DataInfo:
         train, test = len(self.split("train")), len(self.split("test"))
         return kdkit.DataInfo(self.options.image_shape, num_classes=self._num_classes(), num_train=train, num_test=test)
+
+    def files(self) -> Sequence[Path]:
+        """The folder of the shards; the other kinds are named, and their folders are caches."""
+        return [self.options.root] if self._kind == "wds" and self.options.root and self.options.root.is_dir() else []
 
     def split(self, part: Literal["train", "test"]) -> kdkit.Split | kdkit.Stream:
         kind, dataset = self._kind, self.opened[part]

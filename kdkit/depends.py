@@ -1,0 +1,127 @@
+"""Digests of what a run depends on beside the text of its recipe: data files, and Python files with the modules they import.
+
+A digest follows from what is in the files and how they are called in their folder, never from where
+the folder lies or when it was written: a copy or a clone of the data gives the same run.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from kdkit.files import file_digest
+
+# A small set is read whole. Of a larger one: all names, the sizes of MEASURED files and the
+# beginnings of SAMPLED, evenly spread, so that a million images cost seconds, not minutes.
+SMALL_FILES, SMALL_BYTES = 5_000, 64 << 20
+MEASURED, SAMPLED, BEGINNING = 100_000, 256, 1 << 20
+
+_of_large_sets: dict[tuple[Path, ...], str] = {}  # listed once in a process
+
+
+def files_digest(paths: Sequence[Path]) -> str | None:
+    """SHA-256 that stands for data files; None where there are none.
+
+    Args:
+        paths: files, and folders with all that is below them.
+    """
+    if found := _of_large_sets.get(tuple(paths)):
+        return found
+    files = sorted(pair for path in paths for pair in _below(path))
+    if not files:
+        return None
+    measured = _spread(files, MEASURED)
+    sizes = {name: file.stat().st_size for name, file in measured}
+    small = len(files) <= SMALL_FILES and sum(sizes.values()) <= SMALL_BYTES
+    digest = hashlib.sha256("\0".join(name for name, _ in files).encode(errors="surrogateescape"))
+    digest.update(str(list(sizes.values())).encode())
+    for _, file in files if small else _spread(files, SAMPLED):
+        digest.update(file_digest(file).encode() if small else _beginning(file))
+    if not small:
+        _of_large_sets[tuple(paths)] = digest.hexdigest()
+    return digest.hexdigest()
+
+
+def code_digest(file: Path) -> str:
+    """SHA-256 of a Python file and of the modules in its folder that it imports; of the file alone where there are none."""
+    modules = local_modules(file)
+    if not modules:
+        return file_digest(file)
+    digest = hashlib.sha256(file_digest(file).encode())
+    for module in modules:
+        digest.update(f"{os.path.relpath(module, file.parent)} {file_digest(module)}\n".encode())
+    return digest.hexdigest()
+
+
+def local_modules(file: Path) -> list[Path]:
+    """Files in the folder of a Python file, or below it, that it imports by `import`, itself or by way of others; sorted.
+
+    What a program imports by other means, such as `importlib`, is not seen.
+    """
+    met = {file}
+    waiting = [file]
+    while waiting:
+        new = set(_imports(waiting.pop(), file.parent)) - met
+        met |= new
+        waiting += sorted(new)
+    return sorted(met - {file})
+
+
+def _imports(file: Path, root: Path) -> Iterator[Path]:
+    for level, parts in _imported_names(file_digest(file), file):
+        folder = file.parents[min(level, len(file.parents)) - 1] if level else root
+        yield from _modules(folder, parts)
+
+
+@functools.lru_cache(maxsize=1000)
+def _imported_names(digest: str, file: Path) -> list[tuple[int, list[str]]]:
+    """What a file of that content imports: dots before a relative name, and its parts."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (OSError, SyntaxError, ValueError, RecursionError):  # whoever imports it says so
+        return []
+    found: list[tuple[int, list[str]]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(0, alias.name.split(".")) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            parts = node.module.split(".") if node.module else []
+            found += [(node.level, [*parts, alias.name]) for alias in node.names]
+    return found
+
+
+def _modules(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
+    """The files that importing a dotted name runs."""
+    for count in range(1, len(parts) + 1):
+        path = folder.joinpath(*parts[:count])
+        for file in (path.with_name(f"{path.name}.py"), path / "__init__.py"):
+            if file.is_file():
+                yield file
+
+
+def _below(path: Path) -> Iterator[tuple[str, Path]]:
+    """(name, file) of a file, or of all files in a folder but hidden ones; names begin with the folder's own."""
+    if path.is_file():
+        yield path.name, path
+    for folder, folders, names in os.walk(path, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        relative = os.path.join(path.name, os.path.relpath(folder, path))
+        yield from ((os.path.join(relative, name), Path(folder, name)) for name in names if not name.startswith("."))
+
+
+def _spread(files: Sequence[tuple[str, Path]], count: int) -> list[tuple[str, Path]]:
+    """So many of them, evenly spread; all, if they are fewer."""
+    if len(files) <= count:
+        return list(files)
+    return [files[round(place)] for place in np.linspace(0, len(files) - 1, count)]
+
+
+def _beginning(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        return hashlib.sha256(stream.read(BEGINNING)).digest()

@@ -1,0 +1,252 @@
+"""Reads and writes the files of runs, studies, caches and exported students, and notices damage.
+
+JSON that kdkit writes carries a SHA-256 of its own content under the key `sha256` (the seal), a
+line of a log a CRC-32 under `crc`, a text file its SHA-256 in a first comment line. Other files are
+compared with digests that such a file holds. Files of an older kdkit, which have none of this, are
+read without the comparison. All damage is told in one line: the file, what is wrong, the way out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from kdkit.errors import DamagedFile, RunError, one_line, shorten
+from kdkit.finite import to_json
+
+SEAL, CRC = "sha256", "crc"
+SEAL_LINE = "# sha256 of the lines below: "
+
+T = TypeVar("T")
+Line = dict[str, Any]
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, or a crash at any moment, finds the old one or the new one.
+
+    Raises:
+        OSError: it cannot be written; `filename` is the file's.
+    """
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            Path(name).chmod(0o644)
+            os.replace(name, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+            raise
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError name this file: that of a full disk names none, others a temporary one."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file that carries its seal."""
+    write_atomically(path, (json.dumps(sealed(content), indent=1) + "\n").encode())
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain values, as JSON gives them back, together with their digest."""
+    plain = json.loads(to_json(content))  # tuples become lists, keys text
+    return {**plain, SEAL: _content_digest(plain)}
+
+
+def read_json(path: Path, kind: type[T] | TypeAdapter[T], way_out: str) -> T:
+    """Read a JSON file.
+
+    Args:
+        path: the file.
+        kind: what it must hold, for pydantic.
+        way_out: what the user can do if it is damaged.
+
+    Raises:
+        DamagedFile: the file is damaged, or holds something else.
+    """
+    return fitting(path, unsealed(path, _parsed(path, read_text(path, way_out), way_out), way_out), kind, way_out)
+
+
+def unsealed(path: Path, content: Any, way_out: str) -> Any:
+    """Plain values without their seal, if they have one; see `read_json`.
+
+    Raises:
+        DamagedFile: it does not match.
+    """
+    if not isinstance(content, dict) or SEAL not in content:
+        return content
+    plain = {key: value for key, value in content.items() if key != SEAL}
+    if content[SEAL] != _content_digest(plain):
+        raise DamagedFile(path, f"its content does not match its `{SEAL}`", way_out)
+    return plain
+
+
+def fitting(path: Path, content: Any, kind: type[T] | TypeAdapter[T], way_out: str) -> T:
+    """What a file holds, as the type that it must be; see `read_json`."""
+    adapter: TypeAdapter[T] = kind if isinstance(kind, TypeAdapter) else _adapter(cast("Any", kind))
+    try:
+        return adapter.validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise DamagedFile(path, f"{place}: {first['msg']}" if place else first["msg"], way_out) from None
+
+
+def read_text(path: Path, way_out: str) -> str:
+    """Read a text file that cannot be empty.
+
+    Raises:
+        RunError: the file is missing, empty, or no UTF-8.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise DamagedFile(path, "it is not UTF-8 text", way_out) from None
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror}; {way_out}") from None
+    if not text.strip():
+        raise DamagedFile(path, "it is empty", way_out)
+    return text
+
+
+def write_sealed_text(path: Path, text: str) -> None:
+    """Write a YAML file with its digest in a comment in the first line."""
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    write_atomically(path, f"{SEAL_LINE}{digest}\n{text}".encode())
+
+
+def read_sealed_text(path: Path, way_out: str) -> str:
+    """Read a YAML file; the first line's digest, if there is one, is compared.
+
+    Raises:
+        RunError: the file is missing or damaged.
+    """
+    text = read_text(path, way_out)
+    first, _, rest = text.partition("\n")
+    digest = hashlib.sha256(rest.encode()).hexdigest()
+    if "sha256" in first and first != SEAL_LINE + digest:
+        hint = f"{way_out}; if you have changed it yourself, delete its first line"
+        raise DamagedFile(path, "its content does not match the digest in its first line", hint)
+    return text
+
+
+def read_yaml(path: Path, kind: type[T] | TypeAdapter[T], way_out: str) -> T:
+    """Read a YAML file that kdkit has written; see `read_json`.
+
+    Raises:
+        DamagedFile: the file is damaged, or holds something else.
+    """
+    text = read_sealed_text(path, way_out)
+    try:
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise DamagedFile(path, f"it is not YAML ({shorten(one_line(str(error)), 200)})", way_out) from None
+    return fitting(path, content, kind, way_out)
+
+
+def log_line(content: Mapping[str, Any]) -> str:
+    """One line of a log, with its check sum."""
+    plain = json.loads(to_json(content))
+    return json.dumps({**plain, CRC: _crc(plain)}) + "\n"
+
+
+def read_log(path: Path, kind: TypeAdapter[Line], way_out: str) -> Iterator[Line | RunError]:
+    """Read a log line by line; instead of a damaged line, the error that tells it.
+
+    A last line without its end is left out: the process was killed while it wrote it.
+    """
+    if not path.exists():
+        return
+    *lines, rest = path.read_bytes().split(b"\n")
+    for number, line in enumerate([*lines, rest] if rest else lines, 1):
+        place = Path(f"{path}:{number}")
+        try:
+            yield _log_content(place, line, kind, way_out)
+        except RunError as error:
+            if number <= len(lines):
+                yield error
+
+
+def _log_content(place: Path, line: bytes, kind: TypeAdapter[Line], way_out: str) -> Line:
+    try:
+        text = line.decode()
+    except UnicodeDecodeError:
+        raise DamagedFile(place, "it is not UTF-8 text", way_out) from None
+    content = _parsed(place, text, way_out)
+    if isinstance(content, dict) and CRC in content and content.pop(CRC) != _crc(content):
+        raise DamagedFile(place, f"its content does not match its `{CRC}`", way_out)
+    return fitting(place, content, kind, way_out)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file; it is read once in a process, as long as nobody writes it."""
+    about = path.stat()
+    return _file_digest(path, about.st_ino, about.st_size, about.st_mtime_ns)
+
+
+def refuse_other(path: Path, digest: str | None, way_out: str) -> None:
+    """Make sure that a file is the one whose digest was recorded (None: an older kdkit has none).
+
+    Raises:
+        RunError: it is another, or damaged.
+    """
+    if digest is None:
+        return
+    try:
+        found = file_digest(path)
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror}; {way_out}") from None
+    if found != digest:
+        what = "it is empty" if not path.stat().st_size else "it is not the file that was written"
+        raise DamagedFile(path, f"{what} (its SHA-256 is another)", way_out)
+
+
+def _parsed(path: Path, text: str, way_out: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DamagedFile(path, f"it is not JSON ({shorten(one_line(str(error)), 200)})", way_out) from None
+
+
+def _content_digest(plain: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_canonical(plain)).hexdigest()
+
+
+def _crc(plain: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(_canonical(plain)):08x}"
+
+
+def _canonical(plain: Mapping[str, Any]) -> bytes:
+    return json.dumps(plain, sort_keys=True).encode()
+
+
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+@functools.lru_cache(maxsize=20_000)
+def _file_digest(path: Path, inode: int, size: int, modified: int) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
