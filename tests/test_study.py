@@ -351,7 +351,7 @@ def test_broken_measurements_are_made_again(compare, tmp_path):
     (tmp_path / "runs/s/measured.json").write_text("{broken")
     again, _ = compare({"seeds": 1})
     assert again.variants[0].last == first.variants[0].last
-    assert set(json.loads((tmp_path / "runs/s/measured.json").read_text())) == {"spent", "trained", "networks", "memory", "answers"}
+    assert set(json.loads((tmp_path / "runs/s/measured.json").read_text())) == {"spent", "trained", "networks", "memory", "answers", "sha256"}
 
 
 @pytest.fixture
@@ -415,7 +415,7 @@ def test_late_losses_are_those_of_the_last_stage(tmp_path):
     folder = RunFolder(tmp_path)
     for stage, losses in (("hints", [9.0, 9.0, 9.0]), ("labels", [5.0, 4.0, 3.0, 2.0, 1.0])):
         for epoch, value in enumerate(losses, 1):
-            folder.log(kind="epoch", stage=stage, epoch=epoch, train={"loss": value})
+            folder.log(kind="epoch", stage=stage, epoch=epoch, step=epoch, train={"loss": value})
     assert study._losses(FinishedRun(None, tmp_path)) == {"loss": 1.0, "late_loss": 2.0}
     assert study._losses(FinishedRun(None, tmp_path / "none")) == {}
 
