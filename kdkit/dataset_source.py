@@ -147,7 +147,7 @@ class DatasetSource(abc.ABC):
             DataError: its files are not there.
         """
 
-    def files(self) -> Sequence[Path]:
+    def own_files(self) -> Sequence[Path]:
         """Files, and folders of files, in which the user's own data lie, as far as they are there (default: none).
 
         A run's fingerprint covers them, so that changed data make another run. Fetches nothing. Files that a name stands for, such as

@@ -81,7 +81,7 @@ class Recipe:
 
     def _data_files(self) -> str | None:
         dataset = self.spec.data.dataset
-        return depends.files_digest(self.plugins.datasets[dataset.use](dataset).files())
+        return depends.files_digest(self.plugins.datasets[dataset.use](dataset).own_files())
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -351,7 +351,14 @@ def test_broken_measurements_are_made_again(compare, tmp_path):
     (tmp_path / "runs/s/measured.json").write_text("{broken")
     again, _ = compare({"seeds": 1})
     assert again.variants[0].last == first.variants[0].last
-    assert set(json.loads((tmp_path / "runs/s/measured.json").read_text())) == {"spent", "trained", "networks", "memory", "answers", "sha256"}
+    assert set(json.loads((tmp_path / "runs/s/measured.json").read_text())) == {
+        "spent",
+        "trained",
+        "networks",
+        "memory",
+        "answers",
+        "sha256",
+    }
 
 
 @pytest.fixture

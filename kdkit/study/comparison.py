@@ -211,8 +211,6 @@ def _shelf(study: Study) -> dict[str, Path]:
     return unfinished | finished
 
 
-
-
 def _train(
     planned: Sequence[Training], measured: Measured | None, max_parallel: int | None, say: Callable[[str], None], crew: Crew | None
 ) -> dict[Path, str]:

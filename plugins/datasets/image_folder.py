@@ -106,7 +106,7 @@ class ImageFolder(kdkit.DatasetSource):
         names = tuple(self._classes)
         return kdkit.DataInfo((3, 0, 0), len(names), len(train), len(test), names, labelled=self._labelled)
 
-    def files(self) -> Sequence[Path]:
+    def own_files(self) -> Sequence[Path]:
         """The folders of both parts."""
         folders = [self.options.root / name for name in (self.options.train, self._test)]
         return [folder for folder in folders if folder.is_dir()]

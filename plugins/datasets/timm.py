@@ -135,7 +135,7 @@ class Timm(kdkit.DatasetSource):
         train, test = len(self.split("train")), len(self.split("test"))
         return kdkit.DataInfo(self.options.image_shape, num_classes=self._num_classes(), num_train=train, num_test=test)
 
-    def files(self) -> Sequence[Path]:
+    def own_files(self) -> Sequence[Path]:
         """The folder of the shards; the other kinds are named, and their folders are caches."""
         return [self.options.root] if self._kind == "wds" and self.options.root and self.options.root.is_dir() else []
 
