@@ -21,7 +21,7 @@ from kdkit.deployment import rebuilt, unreadable
 from kdkit.engine import build_accelerator
 from kdkit.errors import DataError, RunError
 from kdkit.evaluate import metrics, predict_together
-from kdkit.factory import ModelFactory, TrainedTeacher
+from kdkit.factory import ModelFactory, TrainedTeacher, options_of
 from kdkit.mixing import MixedLoader
 from kdkit.progress import Reporter
 from kdkit.randomness import reseed
