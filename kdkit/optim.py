@@ -119,7 +119,7 @@ class LrSchedule:
     """
 
     def __init__(self, spec: TrainSpec, optimizer: torch.optim.Optimizer, epochs: int, steps_per_epoch: int, *, maximize: bool) -> None:
-        want = spec.lr_schedule
+        want = spec.lr_schedule.within(epochs)
         self.by_epoch = want.name == "plateau"
         self._scheduler = _scheduler(want, optimizer, max(1, epochs - want.cooldown_epochs), steps_per_epoch)
         self._plateau = _plateau(want, optimizer, maximize) if self.by_epoch else None

@@ -27,6 +27,7 @@ from kdkit.objective import Objective, build
 from kdkit.optim import build_optimizer
 from kdkit.providers import Meaning, ModelOptions
 from kdkit.randomness import seeded
+from kdkit.reach import names_of, reached
 from kdkit.recipe import Recipe, teacher_recipes
 from kdkit.records import Batch
 from kdkit.shapes import is_text, kind_of, random_inputs
@@ -61,6 +62,7 @@ class _Planner:
         self.notes: list[str] = []
         self._used: set[str] = set()
         self._stages: set[str] = set()
+        self._still: dict[nn.Module, set[int]] = {}  # parameters of a student that no stage so far has trained, by their ids
 
     def plan(self) -> Plan:
         spec = self.spec
@@ -115,6 +117,7 @@ class _Planner:
                 says = f"'{name}' is never used: no stage of schedule '{spec.schedule.use}' has a teacher for it, or asks for it"
                 self.problems.append(self.recipe.problem(["losses", i], says))
         self._raise_if_any()
+        self._note_what_stays()
         return Plan(spec.name, info, num_train, student, tuple(planned), stages, tuple(self.notes))
 
     def _info(self, source: DatasetSource) -> DataInfo:
@@ -327,10 +330,18 @@ class _Planner:
                 if shapes_of(lesson) != shapes_of(tried[0]):  # a peer of another architecture, or no student's
                     whose = replace(context, student=stage.students[min(i, last)].module, teacher=factory.teaching(stage, min(i, last)))
                     self._try_losses(other, lesson, known, whose)
+        frozen: list[nn.Parameter] = []
         if stage.train is not None and not self.problems:
-            for parameter in freeze_all_but(stage.train, network, objective.parts()):
+            frozen = freeze_all_but(stage.train, network, objective.parts())
+            for parameter in frozen:
                 parameter.requires_grad_(True)
+        if not self.problems:
+            with torch.enable_grad():
+                answered = stage.step(batch(PROBE))[0]
+            self._note_what_learns(stage, objective, answered, tried[0], known, frozen)
         epochs = stage.epochs or self.spec.train.epochs
+        if shortened := self.spec.train.lr_schedule.shortened(stage.name, epochs):
+            self.notes.append(shortened)
         active = objective.active(lessons[0])
         self._used.update(active)
         entries = {name: objective.entries[name] for name in active}
@@ -389,6 +400,29 @@ class _Planner:
                 raise self.recipe.error(["schedule"], f"stage '{stage.name}' brings images together by their labels, and they have none")
             used = len(labels) - (len(labels) % size if self.spec.data.drop_last else 0)
             stage.arrange(torch.arange(used), labels[:used], size)  # which may refuse their numbers
+
+    def _note_what_learns(
+        self, stage: Stage, objective: Objective, answered: Lesson, tried: Lesson, batch: Batch, frozen: Sequence[nn.Parameter]
+    ) -> None:
+        """Find the part of the student that no loss of this stage, nor of one before it, reaches."""
+        weighed = {name: loss for name, loss in objective.active(tried).items() if objective.entries[name].weight != 0}
+        if not weighed:
+            self.notes.append(f"stage '{stage.name}' learns nothing: all its losses have weight 0")
+        counting = Objective({name: (objective.entries[name], loss) for name, loss in weighed.items()})
+        found = reached(counting, answered, tried, batch) - {id(parameter) for parameter in frozen}
+        network = stage.students[0].module
+        learning = {id(p) for p in network.parameters() if p.requires_grad}
+        self._still[network] = self._still.pop(network, learning) - found
+
+    def _note_what_stays(self) -> None:
+        """Tell which part of the last stage's student no loss of any stage reaches."""
+        student, still = next(reversed(self._still.items()))
+        parts = names_of(still, student)
+        if not parts:
+            return
+        what = "the student" if parts == ("",) else f"{', '.join(parts[:8])}{', ...' if len(parts) > 8 else ''} of the student"
+        count = sum(p.numel() for p in student.parameters() if id(p) in still)
+        self.notes.append(f"no loss reaches {what} ({count:,} parameters): what is there stays as it began")
 
     def _try_losses(self, objective: Objective, lesson: Lesson, batch: Batch, context: Context) -> nn.Module:
         """Set up and evaluate each loss on random numbers of the real shapes; gives the network that they leave."""

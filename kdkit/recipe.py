@@ -191,11 +191,6 @@ def _cross_check(recipe: Recipe) -> Iterable[str]:
     for i, entry in enumerate(spec.losses):
         if entry.name and given.count(entry.name) > 1:
             yield recipe.problem(["losses", i, "name"], f"'{entry.name}' names two losses")
-    shape = spec.train.lr_schedule
-    if shape.warmup_epochs + shape.cooldown_epochs > spec.train.epochs:
-        key = "epochs" if recipe.source.where(["train", "epochs"]) == COMMAND_LINE else "lr_schedule"
-        says = f"warm-up and cool-down ({shape.warmup_epochs} + {shape.cooldown_epochs}) are longer than the {spec.train.epochs} epochs"
-        yield recipe.problem(["train", key], f"{says}; shorten train.lr_schedule.warmup_epochs")
 
 
 def _check_models(recipe: Recipe) -> Iterable[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -169,7 +169,13 @@ class LrScheduleSpec(Options):
     """A learning-rate schedule of timm's factory."""
 
     name: Literal["constant", "cosine", "tanh", "step", "multistep", "plateau", "poly"] = Field(default="cosine", description="Shape.")
-    warmup_epochs: int = Field(default=0, ge=0, le=COUNT, description="Epochs of linear warm-up.")
+    warmup_epochs: int = Field(
+        default=0,
+        ge=0,
+        le=COUNT,
+        description="Epochs of linear warm-up. One that is longer than the stage, with the cool-down, is shortened with "
+        "it in proportion, so that both together take half of the stage.",
+    )
     warmup_lr: float = Field(default=1e-5, ge=0, description="Learning rate at the start of the warm-up.")
     cooldown_epochs: int = Field(default=0, ge=0, le=COUNT, description="Last epochs at `min_lr`, part of `train.epochs`.")
     min_lr: float = Field(default=0.0, ge=0, description="Learning rate at the end.")
@@ -182,6 +188,23 @@ class LrScheduleSpec(Options):
         le=COUNT,
         description="plateau: epochs without improvement of the validation accuracy (without a validation split: training loss).",
     )
+
+    def within(self, epochs: int) -> Self:
+        """The same shape for a stage of so many epochs, of which warm-up and cool-down take at most half if they are longer than it."""
+        both = self.warmup_epochs + self.cooldown_epochs
+        if both <= epochs:
+            return self
+        shorter = {key: getattr(self, key) * epochs // (2 * both) for key in ("warmup_epochs", "cooldown_epochs")}
+        return self.model_copy(update=shorter)
+
+    def shortened(self, stage: str, epochs: int) -> str | None:
+        """What `within` changes, in words; None where it changes nothing."""
+        used = self.within(epochs)
+        if used is self:
+            return None
+        lengths = f"warm-up and cool-down ({self.warmup_epochs} + {self.cooldown_epochs} epochs)"
+        shorter = f"they are shortened to {used.warmup_epochs} + {used.cooldown_epochs}"
+        return f"{lengths} are longer than the {epochs} of stage '{stage}': {shorter}"
 
 
 class EmaSpec(Options):

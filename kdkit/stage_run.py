@@ -38,6 +38,8 @@ class StageRun:
         """
         setting, trainer = self.setting, self.trainer
         self._restore()
+        if shortened := setting.recipe.spec.train.lr_schedule.shortened(trainer.stage.name, trainer.epochs):
+            setting.reporter.warn(shortened)
         with setting.reporter.training(trainer.stage.name, trainer.epochs * trainer.steps_per_epoch, trainer.steps):
             while not self._finished:
                 yield from self._train_epoch()

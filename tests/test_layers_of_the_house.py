@@ -67,6 +67,7 @@ ORDER = """
     data
     mixing
     objective
+    reach
     meter
     optim
     trainable
