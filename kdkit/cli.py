@@ -28,6 +28,9 @@ RunPath = Annotated[Path, typer.Argument(help="Run folder.", show_default=False)
 Best = Annotated[bool, typer.Option("--best", help="The epoch with the best validation accuracy, not the last.")]
 
 
+Device = Annotated[str | None, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps...", show_default=False)]
+
+
 class ExportFormat(StrEnum):
     """What `kdkit export` writes."""
 
@@ -86,6 +89,7 @@ def evaluate(
         typer.Argument(metavar="KEY=VALUE", help="Other data: data.key=value, such as data.dataset.root=/images.", show_default=False),
     ] = None,
     best: Best = False,
+    device: Device = None,
 ) -> None:
     """Measure a run's student again, beside its teacher."""
     from kdkit import trained
@@ -94,8 +98,9 @@ def evaluate(
     from kdkit.source import parse_overrides
 
     opened = trained.TrainedRun(run, parse_overrides(overrides or []))
-    device = build_accelerator(opened.recipe.spec.train).device
-    scores = trained.evaluate(opened, best=best, device=device)
+    train = opened.recipe.spec.train
+    accelerator = build_accelerator(train.model_copy(update={"device": device}) if device else train)
+    scores = trained.evaluate(opened, best=best, device=accelerator.device)
     out.print(score_table((f"{score.role}, {score.part}", score.metrics) for score in scores))
 
 
@@ -179,7 +184,8 @@ def profile(
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, metavar="N", help="Processor threads (default: torch's).", show_default=False)
     ] = None,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Measure on the processor, even where there is an accelerator.")] = False,
+    device: Device = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="The same as --device cpu.")] = False,
     runs: Annotated[
         int, typer.Option("--runs", min=1, metavar="N", help="Answers timed of each model and batch size, within five seconds.")
     ] = 100,
@@ -191,17 +197,17 @@ def profile(
     """
     import torch
 
-    from kdkit import cost_table
+    from kdkit import cost_table, devices
     from kdkit import profile as profiling
     from kdkit.shapes import kind_of
 
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() and not cpu else None
-    device = accelerator or torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    where = devices.chosen("cpu" if cpu else device or "auto") or accelerator or torch.device("cpu")
     with profiling.threads(threads):
-        found = cost_table.subjects(models, size, classes, device, absolute(plugins))
+        found = cost_table.subjects(models, size, classes, where, absolute(plugins))
         measured = profiling.measure_together([(s.model, s.shape) for s in found], sorted({1, batch}), runs=runs)
         shapes = " or ".join(dict.fromkeys(f"({', '.join(map(str, s.shape))})" for s in found))
-        out.print(f"{kind_of(found[0].shape)} {shapes}, on {device.type}, {torch.get_num_threads()} threads", markup=False)
+        out.print(f"{kind_of(found[0].shape)} {shapes}, on {where}, {torch.get_num_threads()} threads", markup=False)
     out.print(cost_table.table([s.name for s in found], measured))
 
 

@@ -44,7 +44,7 @@ class Curves:
         top1: accuracy in percent on "test" and "validation"; of further students on "test, student 2"...
         losses: "loss" (the total) and each term, as it counts in the total.
         to_teacher: how near the teacher's the answers to the test data are, by `TO_TEACHER`.
-        lr: learning rate after that many epochs.
+        lr: learning rate of the last step of that many epochs.
         stages: where each stage begins, and its name.
     """
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import nn
 
+from kdkit.errors import RunError
 from kdkit.schema import TrainSpec
 
 LEAST_CHANNELS = 16
@@ -12,6 +15,39 @@ LEAST_CHANNELS = 16
 
 oneDNN computes with vectors of 8 numbers (AVX2) or 16 (AVX-512). With fewer channels than that, the backward pass of such a
 convolution writes a whole vector, beyond the end of a buffer (seen in torch 2.14 and 2.15; with AVX-512 at 64 x 64 pixels)."""
+
+
+def present() -> list[str]:
+    """The devices of this machine, by the names that `train.device` gives them."""
+    if (kind := torch.accelerator.current_accelerator()) is None:
+        return ["cpu"]
+    return ["cpu", *(f"{kind.type}:{number}" for number in range(torch.accelerator.device_count()))]
+
+
+def chosen(name: str) -> torch.device | None:
+    """The device of that name; None for `auto`.
+
+    Raises:
+        RunError: this machine has no such device, or each of several processes must take another one.
+    """
+    if name == "auto":
+        return None
+    found = present()
+    if name not in found and f"{name}:0" not in found:
+        raise RunError(f"this machine has no '{name}'; it has {', '.join(found)}")
+    device = torch.device(name)
+    if device.index is not None and (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise RunError(f"'{name}' is one device, and each of the {processes} processes takes its own: say '{device.type}'")
+    return device
+
+
+def for_reading(train: TrainSpec) -> TrainSpec:
+    """The section for a look at a finished run: on its own device where this machine has it, else on the one there is."""
+    try:
+        chosen(train.device)
+    except RunError:
+        return train.model_copy(update={"device": "auto"})
+    return train
 
 
 def trains_on_cpu(train: TrainSpec) -> bool:

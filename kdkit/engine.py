@@ -11,11 +11,11 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, broadcast, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, broadcast, gather_object, patch_environment
 from torch import Tensor, nn
 
 from kdkit.data import TrainLoader
-from kdkit.devices import trains_on_cpu
+from kdkit.devices import chosen, trains_on_cpu
 from kdkit.errors import RunError
 from kdkit.objective import Objective, Value, sum_of
 from kdkit.optim import Updater
@@ -218,8 +218,12 @@ def build_accelerator(spec: TrainSpec, **options: Any) -> Accelerator:
     """One process's view of the devices, in the recipe's precision.
 
     Raises:
-        RunError: fp16 without a GPU.
+        RunError: the machine has no such device, or fp16 without a GPU.
     """
+    try:
+        device = chosen(spec.device)
+    except RunError as error:
+        raise RunError(f"train.device: {error}") from None
     AcceleratorState._reset_state()  # another recipe in this process may have had another precision
     if PartialState._shared_state and PartialState().num_processes == 1:
         PartialState._reset_state()
@@ -227,7 +231,9 @@ def build_accelerator(spec: TrainSpec, **options: Any) -> Accelerator:
     if spec.precision == "fp16" and cpu:
         raise RunError("train.precision fp16 needs a GPU; on the CPU use fp32 (or bf16)")
     precision = "no" if spec.precision == "fp32" else spec.precision
-    return Accelerator(mixed_precision=precision, cpu=cpu, step_scheduler_with_optimizer=False, **options)
+    which = {"ACCELERATE_TORCH_DEVICE": str(device)} if device is not None and device.index is not None else {}
+    with patch_environment(**which):
+        return Accelerator(mixed_precision=precision, cpu=cpu, step_scheduler_with_optimizer=False, **options)
 
 
 def _average(student: nn.Module, spec: TrainSpec) -> Any:

@@ -32,10 +32,11 @@ class Updater:
         self.schedule = LrSchedule(spec, self.optimizer, epochs, steps_per_epoch, maximize=maximize)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self._clip = spec.clip_grad
+        self.lr = self._next_lr
+        """Learning rate of the last step, or of the first before there was one."""
 
     @property
-    def lr(self) -> float:
-        """Learning rate of the next step."""
+    def _next_lr(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def update(self, steps: int, scaler: Any = None) -> None:
@@ -43,6 +44,7 @@ class Updater:
 
         Accelerate's wrappers do as much, and search the disk for packages at each step.
         """
+        self.lr = self._next_lr
         if self._clip:
             if scaler is not None:
                 scaler.unscale_(self.optimizer)

@@ -10,6 +10,8 @@ from dataclasses import replace
 from typing import Literal, cast
 
 import torch
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,7 +20,7 @@ from kdkit.cache import planning as cache_plan
 from kdkit.contracts import Context
 from kdkit.dataset_source import DataInfo, DatasetSource, Stream
 from kdkit.describe import ModelPlan, Plan, StagePlan, adapters, formula
-from kdkit.devices import LEAST_CHANNELS, trains_on_cpu, unsafe_convolution
+from kdkit.devices import LEAST_CHANNELS, chosen, trains_on_cpu, unsafe_convolution
 from kdkit.errors import DataError, KdkitError, ModelError, RecipeError, RunError, ShapeError, TapError, suggest
 from kdkit.factory import ModelFactory, TrainedTeacher
 from kdkit.labels import CALLED, NO_LABELS, class_indices, split
@@ -109,6 +111,7 @@ class _Planner:
         self._rehearsal = cache_plan.Rehearsal(self.recipe, factory)
         with self._problems_at("schedule"):
             stages = tuple(self._stage(stage, factory, info, num_train, steps) for stage in self._schedule().stages(factory))
+        self._check_trackers()
         self._check_training(num_train, text=is_text(info.image_shape))
         if not info.labelled:
             self._refuse_labels()
@@ -229,12 +232,24 @@ class _Planner:
             self.notes.append(note)
             self.problems += [problem] if problem else []
 
+    def _check_trackers(self) -> None:
+        known = [tracker.value for tracker in LoggerType]
+        installed = {"all", *map(str, get_available_trackers())}
+        for i, name in enumerate(self.spec.run.trackers):
+            if name not in known:
+                self.problems.append(self.recipe.problem(["run", "trackers", i], f"unknown '{name}'; {suggest(name, known)}"))
+            elif name not in installed:
+                says = f"'{name}' is not installed (`pip install {name}`)"
+                self.problems.append(self.recipe.problem(["run", "trackers", i], says))
+
     def _check_training(self, num_train: int, *, text: bool) -> None:
         train, size = self.spec.train, self.spec.data.batch_size
         for key in ("average_best", "patience"):
             if getattr(train, key) and not self.spec.data.validation:
                 says = "the epochs are chosen on validation data; set `data.validation`"
                 self.problems.append(self.recipe.problem(["train", key], says))
+        with self._problems_at("train", "device"):
+            chosen(train.device)
         with self._problems_at("train", "optimizer"):
             build_optimizer(train, nn.Linear(PROBE, PROBE), nn.Identity())
         if train.mixup and text:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 REFRESH = 0.25
+IN_PERCENT = {"top1", "top5", "balanced_accuracy", "macro_f1", "ece", "agreement"}
 
 
 class _Free(ProgressColumn):
@@ -68,15 +69,33 @@ class Reporter:
         self, label: str, terms: Mapping[str, float], lr: float, images_per_second: float, scores: Mapping[str, float], left: float
     ) -> None:
         """One line for a finished epoch."""
-        shown = "  ".join(f"{name} {value:.2f}" for name, value in scores.items())
-        self.say(f"{label}  {_terms(terms)}  lr {lr:.2g}  {images_per_second:,.0f} images/s  {shown}  left {_clock(left)}")
+        test = ", ".join(f"{name} {value:.2f}{' %' if name in IN_PERCENT else ''}" for name, value in scores.items())
+        parts = [label, _terms(terms), *([f"test {test}"] if test else [])]
+        parts += [f"lr {lr:.2g}", f"{images_per_second:,.0f} images/s", f"{_clock(left)} left"]
+        self.say(_filled(parts, self.console.width if self.console.is_terminal else None))
+
+
+def _filled(parts: Sequence[str], width: int | None) -> str:
+    """The parts on one line; where a terminal is narrower than that, on several, broken between parts."""
+    lines = [parts[0]]
+    for part in parts[1:]:
+        longer = f"{lines[-1]}  {part}"
+        if width is None or len(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(f"    {part}")
+    return "\n".join(lines)
 
 
 def _terms(terms: Mapping[str, float]) -> str:
-    """`loss 1.2 = cross_entropy 0.3 (0.03) + logit_kl 1.3 (1.17)`: each term unweighted, and weighted in brackets."""
-    names = [name for name in terms if name != "loss" and not name.endswith(".weighted")]
-    shown = (f"{name} {terms[name]:.3g} ({terms[f'{name}.weighted']:.3g})" for name in names)
-    return f"loss {terms.get('loss', 0.0):.3g} = " + " + ".join(shown)
+    """`loss 1.2 = cross_entropy 0.3 (0.03) + hint 1.17`: each term unweighted, and weighted in brackets where that is another number."""
+    shown = []
+    for name in terms:
+        if name == "loss" or name.endswith(".weighted"):
+            continue
+        value, weighted = f"{terms[name]:.3g}", f"{terms[f'{name}.weighted']:.3g}"
+        shown.append(f"{name} {value}" if value == weighted else f"{name} {value} ({weighted})")
+    return f"loss {terms.get('loss', 0.0):.3g} = {' + '.join(shown)}"
 
 
 def _clock(seconds: float) -> str:

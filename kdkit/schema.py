@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+import torch
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from kdkit.dataset_source import DatasetOptions
 from kdkit.loss_options import LossOptions
@@ -231,6 +232,18 @@ class MixupSpec(Options):
         return self
 
 
+def _name_of_a_device(name: str) -> str:
+    try:
+        torch.device("cpu" if name == "auto" else name)
+    except RuntimeError:
+        known = "`auto` takes the accelerator there is, others are cpu, cuda, cuda:1, mps, xpu"
+        raise ValueError(f"torch knows no device '{name}'; {known}") from None
+    return name
+
+
+Device = Annotated[str, AfterValidator(_name_of_a_device)]
+
+
 class TrainSpec(Options):
     """How a student is trained, whatever it learns from."""
 
@@ -264,7 +277,10 @@ class TrainSpec(Options):
         default="auto", description="Keep images and convolutions channels-last in memory; auto: on an accelerator only."
     )
     compile: bool = Field(default=False, description="Compile the networks with torch.compile.")
-    device: Literal["auto", "cpu"] = Field(default="auto", description="auto: the accelerator there is; cpu: the processor all the same.")
+    device: Device = Field(
+        default="auto",
+        description="auto: the accelerator there is, else the processor; or a device by torch's name: cpu, cuda, cuda:1, mps...",
+    )
     evaluate_every: int = Field(default=1, gt=0, le=COUNT, description="Epochs between measurements on validation and test data.")
 
 

@@ -127,7 +127,7 @@ class StageRun:
 
     @property
     def lr(self) -> float:
-        """Learning rate of the next step."""
+        """Learning rate of the last step."""
         return self.trainer.updaters[0].lr
 
     def _speed(self, *, whole_epoch: bool = False) -> float:
@@ -152,7 +152,9 @@ class StageRun:
 
     def _lost(self, error: RunError) -> RunError:
         place = self.setting.folder.checkpoints.folder
-        return RunError(f"stage '{self.trainer.stage.name}', {error}; the last good checkpoint, if there was one, stays in {place}")
+        remedy = "a smaller train.optimizer.lr, train.clip_grad or a longer train.lr_schedule.warmup_epochs may help"
+        kept = f"the last good checkpoint, if there was one, stays in {place}"
+        return RunError(f"stage '{self.trainer.stage.name}', {error}; {remedy}; {kept}")
 
     def _over_processes(self, terms: dict[str, float]) -> dict[str, float]:
         accelerator = self.setting.accelerator

@@ -11,7 +11,7 @@ from training import train, write
 import kdkit
 from kdkit.errors import RunError
 from kdkit.optim import LrSchedule, build_optimizer
-from kdkit.schema import TrainSpec
+from kdkit.schema import LrScheduleSpec, TrainSpec
 
 SPE = 5  # steps per epoch
 
@@ -179,3 +179,16 @@ def test_an_unknown_optimizer_is_told_with_file_and_line(tmp_path):
     with pytest.raises(kdkit.RecipeError, match=r"recipe.yaml:\d+: train.optimizer: optimizer 'adamw' cannot be made: .*bettas"):
         train(tmp_path, train={"optimizer": {"name": "adamw", "args": {"bettas": [0.9, 0.99]}}})
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("warmup", "cooldown", "epochs", "expected"),
+    [(5, 0, 25, (5, 0)), (5, 5, 10, (5, 5)), (5, 0, 2, (1, 0)), (5, 0, 1, (0, 0)), (5, 10, 12, (2, 4)), (16, 0, 10, (5, 0))],
+)
+def test_a_warm_up_that_is_too_long_takes_half_of_the_stage(warmup, cooldown, epochs, expected):
+    asked = LrScheduleSpec(warmup_epochs=warmup, cooldown_epochs=cooldown)
+    used = asked.within(epochs)
+    assert (used.warmup_epochs, used.cooldown_epochs) == expected
+    told = asked.shortened("train", epochs)
+    assert (told is None) == (warmup + cooldown <= epochs)
+    assert told is None or told.endswith(f"of stage 'train': they are shortened to {expected[0]} + {expected[1]}")

@@ -73,6 +73,13 @@ BAD = {  # what is replaced, by what; the line; what the message says
     "size": ("test_vit, input_size: 160", "test_vit, input_size: 7", 4, "teacher: "),
     "mlp": ("test_vit, input_size: 160", "mlp/abc", 4, "teacher.model: 'abc' is no list of hidden sizes"),
     "optimizer": ("lr: 0.1", "lr: 0.1, name: sgdd", 11, "did you mean 'sgd'?"),
+    "device": ("epochs: 3", "epochs: 3, device: 'cuda:99'", 11, "train.device: this machine has no 'cuda:99'; it has cpu"),
+    "tracker": (
+        "train: {",
+        "run: {trackers: [tensorbord]}\ntrain: {",
+        11,
+        "run.trackers.0: unknown 'tensorbord'; did you mean 'tensorboard'? allowed: ",
+    ),
 }
 
 

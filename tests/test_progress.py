@@ -18,9 +18,23 @@ def reporter(quiet=False, terminal=False):
 
 def test_an_epoch_is_a_line_with_every_term():
     made = reporter()
-    made.epoch("distill epoch 1/2", TERMS, 0.05, 1234.4, {"top1": 12.345}, 3725.0)
-    expected = "distill epoch 1/2  loss 1.5 = kl 0.5 (1) + cross_entropy 1 (0.5)  lr 0.05  1,234 images/s  top1 12.35  left 1:02:05\n"
-    assert made.console.file.getvalue() == expected.replace("12.35", f"{12.345:.2f}")
+    made.epoch("distill epoch 1/2", TERMS, 0.05, 1234.4, {"top1": 12.25}, 3725.0)
+    expected = (
+        "distill epoch 1/2  loss 1.5 = kl 0.5 (1) + cross_entropy 1 (0.5)  test top1 12.25 %  lr 0.05  1,234 images/s  1:02:05 left\n"
+    )
+    assert made.console.file.getvalue() == expected
+
+
+def test_a_line_that_a_terminal_is_too_narrow_for_is_broken_between_its_parts():
+    made = reporter(terminal=True)
+    made.console.width = 60
+    terms = {"loss": 1.5, "kl": 1.5, "kl.weighted": 1.5}
+    made.epoch("distill epoch 1/2", terms, 0.05, 1234.4, {"top1": 12.25, "nll": 2.5}, 5.0)
+    assert made.console.file.getvalue().splitlines() == [
+        "distill epoch 1/2  loss 1.5 = kl 1.5",
+        "    test top1 12.25 %, nll 2.50  lr 0.05  1,234 images/s",
+        "    0:00:05 left",
+    ]
 
 
 def test_warnings_are_said_once_also_when_quiet():

@@ -69,7 +69,7 @@ BAD = {  # what is replaced, by what; the line; what the message says
     "ramp key": ("weight: 0.9", "weight: {from: 1, too: 2, epochs: 3}", 8, "losses.1.weight.too: no such key; did you mean 'to'? allowed: epochs, from, shape, start, to"),
     "literal": ("optimizer:", "lr_schedule: {name: cosin}\n  optimizer:", 13, "train.lr_schedule.name: got 'cosin'; did you mean 'cosine'? allowed: "),
     "two ways": ("batch_size: 50", "train_samples: 5, train_fraction: 0.5", 2, "data: give train_samples or train_fraction, not both"),
-    "warm-up": ("optimizer:", "lr_schedule: {warmup_epochs: 9}\n  optimizer:", 13, "train.lr_schedule: warm-up and cool-down (9 + 0) are longer than the 3 epochs"),
+    "device": ("optimizer:", "device: gpu\n  optimizer:", 13, "train.device: torch knows no device 'gpu'; `auto` takes the accelerator there is"),
     "name": ("name: good", "name: a/b", 1, "name: may hold letters, digits, '.', '_' and '-', a letter or digit first, got 'a/b'"),
     "same names": ("use: logit_kl, weight: 0.9, temperature: 4", "use: logit_kl, name: x}\n  - {use: logit_mse, name: x", 8, "losses.1.name: 'x' names two losses"),
     "plugin": ("name: good", "name: good\nplugins: [gone.py]", 2, "plugins.0: no such file or folder: "),

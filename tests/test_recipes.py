@@ -77,3 +77,14 @@ def test_an_editor_with_the_schema_accepts_it(path, validator):
 def test_names_are_unique():
     names = [recipe.load(path, files=False).spec.name for path in FILES]
     assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_it_may_be_tried_for_two_epochs(path, folder):
+    recipe.load(folder / path.relative_to(RECIPES), {"train.epochs": 2})
+
+
+@pytest.mark.parametrize("name", ["assistants", "born_again", "rco"])
+def test_schedules_of_several_stages_can_be_carried_out_in_two_epochs(name, folder):
+    made = plan.make(recipe.load(folder / "digits" / "schedules" / f"{name}.yaml", {"train.epochs": 2}))
+    assert len(made.stages) > 1 and all(stage.steps > 0 for stage in made.stages)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from kdkit.devices import for_reading
 from kdkit.engine import build_accelerator
 from kdkit.errors import KdkitError, RecipeError, TapError
 from kdkit.evaluate import Predictions, predict, predict_together
@@ -138,7 +139,7 @@ class _Asking:
         """The test batches of a run; those of the run before where their data are the same."""
         content = run.folder.about()["content"]["data"]
         if self._batches is None or content != self._asked:
-            device = build_accelerator(run.recipe.spec.train).device
+            device = build_accelerator(for_reading(run.recipe.spec.train)).device
             found = run.data(device=device)
             small = found.test.num_samples * math.prod(found.info.image_shape) * 4 < HELD
             self._batches, self._asked = list(found.test) if small else found.test, content

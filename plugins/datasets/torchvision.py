@@ -53,7 +53,7 @@ class SmallSet(kdkit.DatasetSource):
 
     def info(self) -> kdkit.DataInfo:
         if not self.options.download and not (self.options.root / self.folder).is_dir():
-            raise kdkit.DataError(f"dataset '{self.name}' is not in {self.options.root}; `download: true` fetches its files")
+            raise kdkit.DataError(f"dataset '{self.name}' is not in {self.options.root.absolute()}; `download: true` fetches its files")
         return self.facts
 
     def split(self, part: Literal["train", "test"]) -> kdkit.InMemory:
