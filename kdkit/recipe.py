@@ -22,7 +22,6 @@ from kdkit.explain import Location, explain_source
 from kdkit.files import file_digest
 from kdkit.options import LARGEST_INT, Text, path_of
 from kdkit.providers import ModelOptions, RecipeTeacher, StudentOptions, TeacherOptions
-from kdkit.reading import COMMAND_LINE
 from kdkit.recipe_types import recipe_type, source_of
 from kdkit.registry import Registry
 from kdkit.schema import RecipeBase
