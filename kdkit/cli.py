@@ -13,8 +13,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from kdkit import __version__, cli_studies, usage
-from kdkit.console import DEBUG, UNEXPECTED, Overrides, Plugins, RecipeFile, absolute, load, out, unexpected
+from kdkit import __version__, cli_studies, launching, usage
+from kdkit.console import DEBUG, UNEXPECTED, Overrides, Plugins, Processes, RecipeFile, absolute, load, out, start_processes, unexpected
 from kdkit.errors import Interrupted, KdkitError, one_line
 
 app = typer.Typer(
@@ -64,9 +64,11 @@ def train(
     run: Annotated[Path | None, typer.Option("--run", help="Run folder (default: run.folder/name).", show_default=False)] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Throw away the run that is there, and begin anew.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print warnings only.")] = False,
+    processes: Processes = None,
 ) -> None:
     """Carry out a recipe; an interrupted run goes on."""
     loaded = load(recipe, overrides, plugins)
+    start_processes(processes)
     from kdkit import runs  # after the recipe: a mistake in it is told at once
 
     runs.train(loaded, run, restart=restart, quiet=quiet)
@@ -296,6 +298,9 @@ def main() -> None:
         print(one_line(f"{error.filename or 'kdkit'}: {error.strerror or error}"), file=sys.stderr)
         sys.exit(2)
     except Exception as error:
+        if lost := launching.lost_another(error):
+            print(lost, file=sys.stderr)
+            sys.exit(launching.ENDED_WITH_ANOTHER)
         if hasattr(error, "format_message"):  # as typer's have; where their base is, depends on its version
             print(usage.told(error, sys.argv[1:]), file=sys.stderr)
             sys.exit(2)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from kdkit.console import Overrides, Plugins, absolute, load, out
+from kdkit.console import Overrides, Plugins, Processes, absolute, load, out, start_processes
 
 app = typer.Typer()
 
@@ -42,6 +42,7 @@ def compare(
     ] = False,
     dry: Annotated[bool, typer.Option("--dry", help="Only list the variants, and what is trained already.")] = False,
     plugins: Plugins = None,
+    processes: Processes = None,
 ) -> None:
     """Train the variants of a study with several seeds; compare them.
 
@@ -60,6 +61,7 @@ def compare(
         for one in table.planned(loaded):
             out.print(one)
         return
+    start_processes(processes)
     telling = spread or spreading.is_first()
     found = comparison.compare(
         loaded, max_parallel=max_parallel, spread=spread, say=lambda text: out.print(text, markup=False) if telling else None

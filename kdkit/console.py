@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from kdkit import launching
 from kdkit.errors import one_line
 
 if TYPE_CHECKING:
@@ -26,11 +27,21 @@ Overrides = Annotated[
 Plugins = Annotated[
     list[Path] | None, typer.Option("--plugins", metavar="FILE", help="Further plugin file or folder; may be repeated.", show_default=False)
 ]
+Processes = Annotated[
+    int | None,
+    typer.Option("--processes", min=1, metavar="N", help="Train in so many processes of this machine.", show_default=False),
+]
 
 DEBUG = "KDKIT_DEBUG"
 """Environment variable that lets tracebacks through."""
 UNEXPECTED = 70
 """Exit code of a fault in kdkit or in a plugin."""
+
+
+def start_processes(wanted: int | None) -> None:
+    """Carry the command out in so many processes, if this is none of them yet, and leave."""
+    if wanted is not None and launching.must_launch(wanted):
+        raise typer.Exit(launching.launch(wanted, sys.argv[1:]))
 
 
 def load(path: Path, overrides: list[str] | None, plugins: list[Path] | None) -> Recipe:

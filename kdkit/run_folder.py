@@ -18,7 +18,7 @@ from kdkit import files
 from kdkit import recipe as recipes
 from kdkit.checkpoints import Checkpoints
 from kdkit.dataset_source import DataInfo
-from kdkit.errors import DamagedFile, RunError
+from kdkit.errors import BusyError, DamagedFile, RunError
 from kdkit.fairness import differences
 from kdkit.finite import with_nan
 from kdkit.recipe import Recipe
@@ -148,7 +148,7 @@ class RunFolder:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise RunError(f"{self.path}: another process is training in this folder") from None
+                raise BusyError(f"{self.path}: another process is training in this folder") from None
             self.check(recipe, restart=restart)  # it may have been made in the meantime
             anew = restart or self.is_untrained()
             here = [path for path in self.path.iterdir() if path.name != LOCK]
@@ -157,6 +157,11 @@ class RunFolder:
             files.write_json(self.marker, about)
             files.write_sealed_text(self.recipe_file, recipe.dump())
             yield
+
+    def wait(self) -> None:
+        """Wait until no process trains here any more."""
+        with (self.path / LOCK).open("a") as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH)
 
     def _open_lock(self) -> Any:
         try:

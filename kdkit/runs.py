@@ -14,14 +14,16 @@ import torch
 from accelerate import Accelerator
 
 from kdkit import data, plan
+from kdkit.agreement import agreed
 from kdkit.cache import opening as cache_opening
 from kdkit.cache.teacher import TeacherCache
 from kdkit.dataset_source import DataInfo
 from kdkit.deployment import rebuilt, unreadable
 from kdkit.engine import build_accelerator
-from kdkit.errors import DataError, RunError
+from kdkit.errors import BusyError, DataError, RunError
 from kdkit.evaluate import metrics, predict_together
 from kdkit.factory import ModelFactory, TrainedTeacher, options_of
+from kdkit.launching import of_launch
 from kdkit.mixing import MixedLoader
 from kdkit.progress import Reporter
 from kdkit.randomness import reseed
@@ -54,7 +56,10 @@ def train(recipe: Recipe, folder: Path | None = None, *, restart: bool = False, 
         Interrupted: a signal stopped it; it is saved, and a further call goes on.
     """
     run_folder = RunFolder(folder or recipe.spec.run.folder / recipe.spec.name)
-    if not restart and (result := run_folder.finished(recipe, Reporter(quiet=quiet).warn)):
+    with agreed() as asked:
+        result = None if restart else run_folder.finished(recipe, Reporter(quiet=quiet).warn)
+        asked |= {**recipe.content(), "--restart": restart, "trained already": result is not None}
+    if result is not None:
         Reporter(quiet=quiet).say(f"{recipe.spec.name}: trained already, see {run_folder.path}")
         return result
     prepared = Prepared.make(recipe, run_folder, restart=restart, quiet=quiet)
@@ -83,8 +88,12 @@ class Prepared:
 
         `info` is that of the data, where the recipe is known to be sound because another seed's is; `say` is told of teachers.
         """
-        info = info or plan.make(recipe, say or Reporter(quiet=quiet).say).info
-        folder.check(recipe, restart=restart)
+        _, world = of_launch()
+        with agreed():
+            info = info or plan.make(recipe, say or Reporter(quiet=quiet).say).info
+            if (size := recipe.spec.data.batch_size) % world:
+                raise recipe.error(["data", "batch_size"], f"{size} images cannot be shared equally by {world} processes")
+            folder.check(recipe, restart=restart)
         accelerator_for(recipe, folder)  # refuses what this machine cannot do before a teacher is trained for it
         return cls(recipe, folder, info, trained_teachers(recipe, folder.path, quiet=quiet, say=say), restart, quiet)
 
@@ -102,8 +111,10 @@ class Prepared:
         if recipe.spec.train.precision == "bf16" and accelerator.device.type == "cpu" and not _multiplies_bf16():
             reporter.warn("train.precision bf16 is slower than fp32 on this processor, which has no AMX")
         claimed = self.folder.claimed(recipe, self.info, restart=self.restart)
-        with claimed if accelerator.is_main_process else contextlib.nullcontext():
-            accelerator.wait_for_everyone()
+        with contextlib.ExitStack() as while_training:
+            with agreed():
+                if accelerator.is_main_process:
+                    while_training.enter_context(claimed)
             opened = open_data(recipe, accelerator, sharing)
             factory = ModelFactory(recipe, opened.info, self.teachers, device=accelerator.device, sharing=sharing)
             yield BEGINNING  # until every run that shares with this one has said what it wants
@@ -136,9 +147,19 @@ def trained_teachers(
         if not RunFolder(folder).finished(source):
             (say or Reporter(quiet=quiet).say)(f"{source.spec.name}: the teacher is trained first, in {folder}")
         build_accelerator(source.spec.train).wait_for_everyone()  # all have looked before one of them makes it
-        result = train(source, folder, quiet=quiet)
+        result = _train_or_wait(source, RunFolder(folder), say or Reporter(quiet=quiet).say, quiet)
         teachers[name] = TrainedTeacher.of(RunFolder(folder), source, result)
     return teachers
+
+
+def _train_or_wait(recipe: Recipe, folder: RunFolder, say: Callable[[str], None], quiet: bool) -> Result:
+    """Train a teacher, unless another process does: then wait until it has."""
+    while True:
+        try:
+            return train(recipe, folder.path, quiet=quiet)
+        except BusyError:
+            say(f"{recipe.spec.name}: another process is training the teacher in {folder.path}; waiting for it")
+            folder.wait()
 
 
 def folder_for(recipe: Recipe, base: Path, name: str, taken: Path | None = None) -> Path:

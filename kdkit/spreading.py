@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -13,6 +14,9 @@ import torch
 import torch.distributed
 from accelerate.state import PartialState
 from torch.distributed.rendezvous import rendezvous
+
+from kdkit.errors import RunError
+from kdkit.launching import of_launch
 
 T = TypeVar("T")
 
@@ -34,6 +38,12 @@ def part() -> None:
         os.environ.pop(name, None)
 
 
+def launch_store() -> Any:
+    """What all processes of this launch can write to and read from."""
+    store, *_ = next(rendezvous("env://", timeout=LONGEST))
+    return store
+
+
 class Crew:
     """This process among those that the launcher has started, each of which works alone.
 
@@ -52,7 +62,7 @@ class Crew:
         """What the launcher's environment says, which is forgotten then; None for a process that was started alone."""
         if int(os.environ.get("WORLD_SIZE", 1)) < 2:
             return None
-        store, rank, world = next(rendezvous("env://", timeout=LONGEST))
+        store, (rank, world) = launch_store(), of_launch()
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
         part()
@@ -66,7 +76,8 @@ class Crew:
         """Do something in one process after the other, in the order of their ranks."""
         time = next(self._times)
         if self.rank:
-            self._store.wait([f"{time} over {self.rank - 1}"], LONGEST)
+            with _others_there():
+                self._store.wait([f"{time} over {self.rank - 1}"], LONGEST)
         try:
             return do()
         finally:
@@ -75,9 +86,19 @@ class Crew:
     def gather(self, mine: Any) -> list[Any]:
         """What all processes have to tell, by rank, in plain values. The first, which keeps the store, stays until all have read it."""
         time, everyone = next(self._times), range(self.world)
-        self._store.set(f"{time} told {self.rank}", json.dumps(mine))
-        found = [json.loads(self._store.get(f"{time} told {rank}")) for rank in everyone]
-        self._store.set(f"{time} read {self.rank}", "")
-        if self.rank == 0:
-            self._store.wait([f"{time} read {rank}" for rank in everyone], LONGEST)
+        with _others_there():
+            self._store.set(f"{time} told {self.rank}", json.dumps(mine))
+            found = [json.loads(self._store.get(f"{time} told {rank}")) for rank in everyone]
+            self._store.set(f"{time} read {self.rank}", "")
+            if self.rank == 0:
+                self._store.wait([f"{time} read {rank}" for rank in everyone], LONGEST)
         return found
+
+
+@contextlib.contextmanager
+def _others_there() -> Iterator[None]:
+    """Say in one line what torch tells when the process that keeps the store is gone."""
+    try:
+        yield
+    except torch.distributed.DistError:
+        raise RunError("another process of this launch has ended, so this one ends too; the same command goes on") from None

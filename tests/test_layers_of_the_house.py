@@ -11,6 +11,8 @@ CORE = Path(kdkit.__file__).parent
 PLUGINS = CORE.parent / "plugins"
 ORDER = """
     errors
+    launching
+    spreading
     finite
     randomness
     files
@@ -41,6 +43,7 @@ ORDER = """
     recipe
     fetching
     fairness
+    agreement
     study.grid
     study.variants
     study.schema
@@ -107,7 +110,6 @@ ORDER = """
     stage_setup
     runs
     cache.filling
-    spreading
     lockstep
     study.findings
     study.intervals

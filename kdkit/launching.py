@@ -1,0 +1,89 @@
+"""Starts a command in several processes of this machine, and says in one line what became of them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+import uuid
+from collections.abc import Mapping, Sequence
+
+from kdkit.errors import RecipeError
+
+ENDED_WITH_ANOTHER = 1  # exit code of a process that ends because another one has
+FOLLOWING = (ENDED_WITH_ANOTHER, -signal.SIGTERM, 128 + signal.SIGTERM)  # exit codes of those that end, or are ended, after the first
+LOST = ("gloo/transport", "remote process exit", "Connection reset by peer", "Broken pipe", "failed to recv")
+"""What torch's errors say, in one backend or another, when a process waits for one that is not there any more."""
+
+
+def of_launch() -> tuple[int, int]:
+    """This process's number from 0, and how many there are, as its launcher has said."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def must_launch(processes: int) -> bool:
+    """Whether so many processes are still to be started; this may be one of them.
+
+    Raises:
+        RecipeError: a launcher has started another number of them.
+    """
+    _, world = of_launch()
+    if processes == world:
+        return False
+    if world > 1:
+        raise RecipeError(f"--processes {processes}: a launcher has started {world} processes already; leave `--processes` out")
+    return True
+
+
+def launch(processes: int, arguments: Sequence[str]) -> int:
+    """Carry out `kdkit ARGUMENTS` in so many processes that train together; the exit code, once all have ended.
+
+    Where one fails, the others are ended. A process says itself why it fails; of one that dies by a signal, it is said here.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.disable(logging.CRITICAL)  # torch would tell a failure in a page
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    with tempfile.TemporaryDirectory() as logs:
+        config = LaunchConfig(
+            min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, max_restarts=0, monitor_interval=0.1,
+            rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost", logs_specs=DefaultLogsSpecs(log_dir=logs),
+        )  # fmt: skip
+        try:
+            elastic_launch(config, sys.executable)("-P", "-m", "kdkit", *arguments)
+        except SignalException as error:
+            return 128 + error.sigval
+        except ChildFailedError as error:
+            says, code = first_failure({rank: (one.pid, one.exitcode) for rank, one in error.failures.items()}, processes)
+            print(says, end="", file=sys.stderr)
+            return code
+    return 0
+
+
+def first_failure(failures: Mapping[int, tuple[int, int]], processes: int) -> tuple[str, int]:
+    """What is to be said of the process that failed before the others, and its exit code as a shell gives it.
+
+    Args:
+        failures: by the process's number: its pid and exit code, which is below 0 for a signal.
+        processes: how many there were.
+    """
+    rank = min(failures, key=lambda rank: (failures[rank][1] in FOLLOWING, failures[rank][1] >= 0))
+    pid, code = failures[rank]
+    if code >= 0:
+        return "", code
+    named = {one.value: one.name for one in signal.Signals}.get(-code, f"signal {-code}")
+    says = f"process {rank + 1} of {processes} (rank {rank}, pid {pid}) was killed by {named}; the others were ended; "
+    return f"{says}the same command goes on from the last checkpoint\n", 128 - code
+
+
+def lost_another(error: BaseException) -> str | None:
+    """The line in place of an error that says no more than that another process has ended; None: it says something else."""
+    rank, world = of_launch()
+    if world == 1 or not isinstance(error, RuntimeError) or not any(sign in str(error) for sign in LOST):
+        return None
+    ends = f"process {rank + 1} of {world} (rank {rank}): another process has ended, so this one ends too; "
+    return f"{ends}the same command goes on from the last checkpoint"
