@@ -7,8 +7,6 @@ import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch.distributed import PrefixStore
-
 from kdkit import errors
 from kdkit.errors import Interrupted, KdkitError, RunError
 from kdkit.fairness import differences
@@ -67,4 +65,4 @@ def _tell(mine: Mapping[str, Any]) -> list[Any]:
 
 @functools.cache
 def _crew(rank: int, world: int) -> Crew:
-    return Crew(rank, world, PrefixStore("kdkit: agreement", launch_store()))
+    return Crew(rank, world, launch_store(), "agreement")

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from kdkit import __version__, cli_studies, launching, usage
 from kdkit.console import DEBUG, UNEXPECTED, Overrides, Plugins, Processes, RecipeFile, absolute, load, out, start_processes, unexpected
-from kdkit.errors import Interrupted, KdkitError, one_line
+from kdkit.errors import Interrupted, KdkitError, RunError, one_line
 
 app = typer.Typer(
     pretty_exceptions_enable=False,
@@ -293,9 +293,12 @@ def main() -> None:
         sys.exit(128 + error.signal)
     except KdkitError as error:
         print(error, file=sys.stderr)
+        _tell_others(error)
         sys.exit(2)
     except OSError as error:  # a folder that cannot be made, a disk that is full
-        print(one_line(f"{error.filename or 'kdkit'}: {error.strerror or error}"), file=sys.stderr)
+        says = one_line(f"{error.filename or 'kdkit'}: {error.strerror or error}")
+        print(says, file=sys.stderr)
+        _tell_others(RunError(says))
         sys.exit(2)
     except Exception as error:
         if lost := launching.lost_another(error):
@@ -309,6 +312,14 @@ def main() -> None:
         print(unexpected(error), file=sys.stderr)
         sys.exit(UNEXPECTED)
     sys.exit(code or 0)
+
+
+def _tell_others(error: KdkitError) -> None:
+    """Before this process leaves: the others of its launch may wait for it."""
+    if launching.of_launch()[1] > 1:
+        from kdkit import agreement
+
+        agreement.refuse(error)
 
 
 def _in_a_shell() -> bool:

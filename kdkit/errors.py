@@ -11,6 +11,7 @@ KdkitError
   RunError      a run cannot go on: foreign folder, non-finite loss, broken checkpoint
     DamagedFile   a file of a run, study, cache or export is not what was written; `path` is the file
     Interrupted   stopped by a signal after saving; the message says how to go on
+    BusyError     another process is at work in the folder
 """
 
 import difflib
@@ -77,6 +78,10 @@ class Interrupted(RunError):
     def __init__(self, says: str, signal: int) -> None:
         super().__init__(says)
         self.signal = signal
+
+
+class BusyError(RunError):
+    """A folder in which another process is at work."""
 
 
 def one_line(text: str) -> str:

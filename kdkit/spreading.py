@@ -51,11 +51,12 @@ class Crew:
         rank: its number.
         world: how many there are.
         store: through which they tell each other.
+        name: of what they tell there; other crews may use the store too.
     """
 
-    def __init__(self, rank: int, world: int, store: Any) -> None:
+    def __init__(self, rank: int, world: int, store: Any, name: str = "crew") -> None:
         self.rank, self.world, self._store = rank, world, store
-        self._times = itertools.count()
+        self._times = (f"{name} {number}" for number in itertools.count())
 
     @classmethod
     def of_launch(cls) -> Crew | None:

@@ -113,14 +113,19 @@ def free_port():
 
 def together(folder, *arguments):
     """A command in two processes, as a launcher would start them."""
+    return start(folder, [arguments, arguments])
+
+
+def start(folder, commands):
+    """Processes of one launch, each with the arguments that it gets."""
     shared = {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
+        "WORLD_SIZE": str(len(commands)),
+        "LOCAL_WORLD_SIZE": str(len(commands)),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": free_port(),
         "ACCELERATE_USE_CPU": "true",
     }
-    return [Command(folder, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)]
+    return [Command(folder, *words, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank, words in enumerate(commands)]
 
 
 def _run(folder, log, arguments, environment):

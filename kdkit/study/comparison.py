@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from kdkit.agreement import agreed
 from kdkit.checkpoints import write_atomically
 from kdkit.describe import formula
 from kdkit.errors import Interrupted, RecipeError, RunError
@@ -107,8 +108,11 @@ def compare(
         Interrupted: a signal stopped it; all is saved, and a further call goes on.
     """
     first = is_first()
+    with agreed("study") as asked:
+        check(study, say)
+        asked |= {f"{each.variant} (seed {each.seed})": each.recipe.content() for each in trainings(study)}
+        asked["--spread"] = spread
     crew = Crew.of_launch() if spread else None
-    check(study, say)
     if first:
         write_atomically(study.path / STUDY, study.dump().encode())
     searched: Searched | None = None
