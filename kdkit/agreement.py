@@ -7,8 +7,7 @@ import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from kdkit import errors
-from kdkit.errors import Interrupted, KdkitError, RunError
+from kdkit.errors import BusyError, Interrupted, KdkitError, RunError
 from kdkit.fairness import differences
 from kdkit.launching import of_launch
 from kdkit.spreading import Crew, launch_store
@@ -34,12 +33,12 @@ def agreed(what: str = "recipe") -> Iterator[dict[str, Any]]:
     except Interrupted:
         raise
     except KdkitError as error:
-        _tell({"refused": str(error), "as": type(error).__name__})
+        _tell(_refusal(error))
         raise
     told = _tell({"asked": asked})
     for one in told:
         if "refused" in one:
-            raise getattr(errors, one["as"], RunError)(one["refused"])
+            raise (BusyError if one["busy"] else RunError)(one["refused"])
     for rank, one in enumerate(told):
         if keys := [key for key, *_ in differences(told[0]["asked"], one["asked"])]:
             raise RunError(
@@ -51,7 +50,11 @@ def agreed(what: str = "recipe") -> Iterator[dict[str, Any]]:
 def refuse(error: KdkitError) -> None:
     """Tell the others, which wait for this process's first word, that it has refused."""
     if not _said:
-        _tell({"refused": str(error), "as": type(error).__name__})
+        _tell(_refusal(error))
+
+
+def _refusal(error: KdkitError) -> dict[str, Any]:
+    return {"refused": str(error), "busy": isinstance(error, BusyError)}
 
 
 def _tell(mine: Mapping[str, Any]) -> list[Any]:
