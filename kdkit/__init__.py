@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from kdkit.loss_options import VectorOptions as VectorOptions
     from kdkit.normalization import NormalizationAdapter as NormalizationAdapter
     from kdkit.options import BOOKKEEPING as BOOKKEEPING
+    from kdkit.options import CODE as CODE
     from kdkit.options import Arguments as Arguments
     from kdkit.options import NetworkArguments as NetworkArguments
     from kdkit.options import Options as Options
@@ -102,7 +103,7 @@ _HOME = {
     "trunk": "Trunk channels",
     "errors": "DataError Interrupted KdkitError ModelError PluginError RecipeError RunError ShapeError TapError",
     "hookspecs": "hookimpl",
-    "options": "BOOKKEEPING Arguments NetworkArguments Options Ramp Rampable RecipePath",
+    "options": "BOOKKEEPING CODE Arguments NetworkArguments Options Ramp Rampable RecipePath",
     "dataset_source": "DataInfo DatasetOptions DatasetSource InMemory Lacking SharedStream Split Stream Texts",
     "providers": "Meaning ModelOptions ModelSource Normalize Portable",
     "normalization": "NormalizationAdapter",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from contextvars import copy_context
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +15,22 @@ import typer
 from rich.table import Table
 
 from kdkit import __version__, cli_studies, launching, usage
-from kdkit.console import DEBUG, UNEXPECTED, Overrides, Plugins, Processes, RecipeFile, absolute, load, out, start_processes, unexpected
+from kdkit.console import (
+    DEBUG,
+    UNEXPECTED,
+    NoPlugins,
+    Overrides,
+    Plugins,
+    Processes,
+    RecipeFile,
+    RunPlugins,
+    absolute,
+    load,
+    out,
+    start_processes,
+    unexpected,
+    watch,
+)
 from kdkit.errors import Interrupted, KdkitError, RunError, one_line
 
 app = typer.Typer(
@@ -65,8 +81,10 @@ def train(
     restart: Annotated[bool, typer.Option("--restart", help="Throw away the run that is there, and begin anew.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print warnings only.")] = False,
     processes: Processes = None,
+    no_plugins: NoPlugins = False,
 ) -> None:
     """Carry out a recipe; an interrupted run goes on."""
+    watch(plugins, no_plugins)
     loaded = load(recipe, overrides, plugins)
     start_processes(processes)
     from kdkit import runs  # after the recipe: a mistake in it is told at once
@@ -75,8 +93,9 @@ def train(
 
 
 @app.command()
-def check(recipe: RecipeFile, overrides: Overrides = None, plugins: Plugins = None) -> None:
+def check(recipe: RecipeFile, overrides: Overrides = None, plugins: Plugins = None, no_plugins: NoPlugins = False) -> None:
     """Say what a recipe would do, without data, weights or training."""
+    watch(plugins, no_plugins)
     loaded = load(recipe, overrides, plugins)
     from kdkit import plan
 
@@ -92,6 +111,7 @@ def evaluate(
     ] = None,
     best: Best = False,
     device: Device = None,
+    plugins: RunPlugins = None,
 ) -> None:
     """Measure a run's student again, beside its teacher."""
     from kdkit import trained
@@ -99,7 +119,7 @@ def evaluate(
     from kdkit.show import score_table
     from kdkit.source import parse_overrides
 
-    opened = trained.TrainedRun(run, parse_overrides(overrides or []))
+    opened = trained.TrainedRun(run, parse_overrides(overrides or []), absolute(plugins))
     train = opened.recipe.spec.train
     accelerator = build_accelerator(train.model_copy(update={"device": device}) if device else train)
     scores = trained.evaluate(opened, best=best, device=accelerator.device)
@@ -114,13 +134,14 @@ def predict(
         Path | None, typer.Option("--output", help="CSV file to write (default: print the table).", show_default=False)
     ] = None,
     best: Best = False,
+    plugins: RunPlugins = None,
 ) -> None:
     """Write the class that a run's student gives each image file, and its probability."""
     from kdkit import predictions, trained
     from kdkit.checkpoints import write_atomically
     from kdkit.engine import build_accelerator
 
-    opened, files = trained.TrainedRun(run), predictions.find_images(images)
+    opened, files = trained.TrainedRun(run, plugins=absolute(plugins)), predictions.find_images(images)
     device = build_accelerator(opened.recipe.spec.train).device
     table = predictions.as_csv(list(predictions.predict_files(opened, files, best=best, device=device)), images)
     if output is None:
@@ -152,12 +173,13 @@ def export(
     form: Annotated[ExportFormat, typer.Option("--format", help="timm: weights and config.json; onnx: one network.")] = ExportFormat.timm,
     output: Annotated[Path | None, typer.Option("--output", help="Folder (default: export in the run folder).", show_default=False)] = None,
     best: Best = False,
+    plugins: RunPlugins = None,
 ) -> None:
     """Write a run's student so that timm or ONNX Runtime loads it."""
     from kdkit import trained
     from kdkit.export import export as write
 
-    made = write(trained.TrainedRun(run), "onnx" if form is ExportFormat.onnx else "timm", output, best=best)
+    made = write(trained.TrainedRun(run, plugins=absolute(plugins)), "onnx" if form is ExportFormat.onnx else "timm", output, best=best)
     for file in made.files:
         out.print(f"{file} ({file.stat().st_size:,} bytes)", markup=False)
     for note in made.notes:
@@ -285,7 +307,7 @@ def main() -> None:
     if {"--install-completion", "--show-completion"} & set(sys.argv) and not _in_a_shell():
         sys.exit("kdkit: completion is for bash, zsh, fish and PowerShell; this process was started by none of them")
     try:
-        code = app(prog_name="kdkit", standalone_mode=False)
+        code = copy_context().run(app, prog_name="kdkit", standalone_mode=False)  # what a command watches ends with it
     except typer.Abort:
         sys.exit(130)
     except Interrupted as error:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from kdkit.console import Overrides, Plugins, Processes, absolute, load, out, start_processes
+from kdkit.console import NoPlugins, Overrides, Plugins, Processes, RunPlugins, absolute, load, out, start_processes, watch
 
 app = typer.Typer()
 
@@ -43,6 +43,7 @@ def compare(
     dry: Annotated[bool, typer.Option("--dry", help="Only list the variants, and what is trained already.")] = False,
     plugins: Plugins = None,
     processes: Processes = None,
+    no_plugins: NoPlugins = False,
 ) -> None:
     """Train the variants of a study with several seeds; compare them.
 
@@ -51,6 +52,7 @@ def compare(
     from kdkit.source import parse_overrides
     from kdkit.study import variants
 
+    watch(plugins, no_plugins)
     changes = [word for word in words if "=" in word and not Path(word).exists()]
     paths = [Path(word) for word in words if word not in changes]
     loaded = variants.load(paths, parse_overrides(changes), absolute(plugins), seeds=seeds, allow=allow or ())
@@ -91,6 +93,7 @@ def report(
             show_default=False,
         ),
     ] = None,
+    plugins: RunPlugins = None,
 ) -> None:
     """Write the report of a study or of runs: a page, CSV and JSON."""
     from rich.markup import escape
@@ -100,7 +103,7 @@ def report(
 
     overrides = parse_overrides(f"data.{word.removeprefix('data.')}" for word in data or [])
     with Console(stderr=True).status("reads the runs") as status:  # on a terminal only
-        written = reports.write(paths, output, overrides, say=lambda text: status.update(escape(text)))
+        written = reports.write(paths, output, overrides, absolute(plugins), say=lambda text: status.update(escape(text)))
     for what in written.missing:
         out.print(f"left out: {what}", markup=False)
     out.print(str(written.page), markup=False)

@@ -32,6 +32,12 @@ Processes = Annotated[
     typer.Option("--processes", min=1, metavar="N", help="Train in so many processes of this machine.", show_default=False),
 ]
 
+NoPlugins = Annotated[bool, typer.Option("--no-plugins", help="Run no Python file that a recipe names, only those of --plugins.")]
+RunPlugins = Annotated[
+    list[Path] | None,
+    typer.Option("--plugins", metavar="FILE", help="Python file or folder of the run that may run; may be repeated.", show_default=False),
+]
+
 DEBUG = "KDKIT_DEBUG"
 """Environment variable that lets tracebacks through."""
 UNEXPECTED = 70
@@ -49,6 +55,18 @@ def load(path: Path, overrides: list[str] | None, plugins: list[Path] | None) ->
     from kdkit import recipe, source
 
     return recipe.load(path, source.parse_overrides(overrides or []), absolute(plugins))
+
+
+def watch(plugins: list[Path] | None, no_plugins: bool) -> None:
+    """From here on tell, on stderr, of each Python file that a recipe makes run; or let none run but those of --plugins."""
+    from kdkit import consent
+    from kdkit.spreading import is_first
+
+    def say(text: str) -> None:
+        if is_first():
+            print(one_line(text), file=sys.stderr)
+
+    consent.watch(say, absolute(plugins) if no_plugins else None)
 
 
 def absolute(plugins: list[Path] | None) -> tuple[Path, ...]:

@@ -44,13 +44,13 @@ def subjects(
         size: "C,H,W" (of texts "N", of square images their side) for all of them (None: a run's own; 3,224,224 without a run).
         classes: number of logits of named models (None: the first run's; 1000 without a run).
         device: where they are measured.
-        plugins: further plugin files or folders.
+        plugins: further plugin files or folders; those of runs that may run.
 
     Raises:
         RunError: neither a run folder nor a model, or an unfinished run.
         ModelError: a model cannot be built.
     """
-    runs = {word: TrainedRun(Path(word)) for word in words if Path(word).is_dir()}
+    runs = {word: TrainedRun(Path(word), plugins=plugins) for word in words if Path(word).is_dir()}
     first = next(iter(runs.values()), None)
     asked = parse_shape(size) if size else None
     shape = asked or (first.info.image_shape if first else None)

@@ -26,7 +26,7 @@ from kdkit.loss_options import LayerPair
 from kdkit.models import build_model, compare_checkpoint, random_weights
 from kdkit.providers import FIRST_WEIGHTS, ModelOptions, ModelSource, RecipeTeacher, StudentOptions, TeacherOptions
 from kdkit.randomness import seeded
-from kdkit.recipe import Recipe, content_of, models_in
+from kdkit.recipe import Recipe, code_in, content_of, models_in
 from kdkit.recipe_types import source_of
 from kdkit.run_folder import Result, RunFolder
 from kdkit.schema import LossEntry
@@ -393,7 +393,10 @@ def options_of(recipe: Recipe, network: Mapping[str, Any] | None) -> ModelOption
     if network is None:
         return recipe.spec.student
     source, _ = source_of(network["model"], recipe.plugins.models)
-    return recipe.plugins.models[source].Options(**network)
+    options = recipe.plugins.models[source].Options(**network)
+    if strange := {path for _, path in code_in(options)} - set(recipe.code()):
+        raise RunError(f"the run of {recipe.source.path} says that its network is made by {min(strange)}, which its recipe does not name")
+    return options
 
 
 def _digest(module: nn.Module) -> str:

@@ -197,5 +197,8 @@ IN_WORDS = {
 BOOKKEEPING: dict[str, JsonValue] = {"bookkeeping": True}
 """`Field(json_schema_extra=BOOKKEEPING)`: an option that changes no result, such as where files lie; a run may change it and go on."""
 
+CODE: dict[str, JsonValue] = {"code": True}
+"""Likewise for the path of a Python file that is run. kdkit tells of it, and does not let it run unasked where a run folder names it."""
+
 LATER: dict[str, JsonValue] = {"later": True}
 """Likewise for an option that is newer than runs which are to go on: at its default it is no part of what a run is known by."""

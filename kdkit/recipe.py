@@ -16,7 +16,7 @@ from typing import Any, cast
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from kdkit import depends, registry
+from kdkit import consent, depends, registry
 from kdkit.errors import ModelError, RecipeError, dotted, one_line, shown, suggest
 from kdkit.explain import Location, explain_source
 from kdkit.files import file_digest
@@ -38,6 +38,8 @@ class Recipe:
     spec: RecipeBase
     source: Source
     plugins: Registry
+    allowed: tuple[Path, ...] | None = None
+    """Of a run's recipe, the Python files and folders that may run (None: another recipe, which may run what it names)."""
 
     def problem(self, location: Location, says: str) -> str:
         """`file:line: key: what`."""
@@ -45,6 +47,10 @@ class Recipe:
 
     def error(self, location: Location, says: str) -> RecipeError:
         return RecipeError(self.problem(location, says))
+
+    def code(self) -> tuple[Path, ...]:
+        """The Python files and folders that it makes run."""
+        return (*self.spec.plugins, *(path for _, path in code_in(self.spec)))
 
     def loss_names(self) -> list[str]:
         """The terms' names in order: `name`, or `use` (numbered where it comes again)."""
@@ -107,7 +113,7 @@ class Recipe:
 
 
 def load(path: Path | str, overrides: Mapping[str, Any] | None = None, plugins: Sequence[Path] = (), *, files: bool = True) -> Recipe:
-    """Read and check a recipe file.
+    """Read and check a recipe file. The Python files that it names may run.
 
     Args:
         path: the file.
@@ -122,8 +128,8 @@ def load(path: Path | str, overrides: Mapping[str, Any] | None = None, plugins: 
     return read(Source(Path(path), overrides), plugins, files=files)
 
 
-def read(source: Source, plugins: Sequence[Path] = (), *, files: bool = True) -> Recipe:
-    """Check what a source says; `plugins` and `files` as for `load`.
+def read(source: Source, plugins: Sequence[Path] = (), *, files: bool = True, allowed: tuple[Path, ...] | None = None) -> Recipe:
+    """Check what a source says; `plugins` and `files` as for `load`, `allowed` as in `Recipe`.
 
     Raises:
         RecipeError: all problems found, one line each.
@@ -131,13 +137,16 @@ def read(source: Source, plugins: Sequence[Path] = (), *, files: bool = True) ->
     """
     if "variants" in source.data:
         raise RecipeError(f"{source.where(['variants'])}: variants: this is a study, which `kdkit compare` carries out, not a recipe")
-    found = registry.load((*plugins, *_plugin_paths(source)))
+    named = _plugin_paths(source)
+    consent.meet({path: source.where(["plugins", i]) for i, path in enumerate(named)}, allowed)
+    found = registry.load((*plugins, *named))
     model = recipe_type(found)
     try:
         spec = model.model_validate(source.data)
     except ValidationError as error:
         raise RecipeError(explain_source(error, model, source)) from None
-    recipe = Recipe(spec.model_copy(update={"plugins": (*spec.plugins, *plugins)}), source, found)
+    consent.meet({path: source.where(place) for place, path in code_in(spec)}, allowed)
+    recipe = Recipe(spec.model_copy(update={"plugins": (*spec.plugins, *plugins)}), source, found, allowed)
     if problems := [*_cross_check(recipe), *(_missing_files(recipe) if files else ())]:
         raise RecipeError("\n".join(problems))
     return recipe
@@ -149,6 +158,11 @@ def teacher_recipes(spec: RecipeBase) -> dict[str, Recipe]:
     Where files lie is taken from `spec`, so that one override moves the data of all; it changes no result.
     """
     return {name: _taught_by(one, spec) for name, one in spec.all_teachers().items() if isinstance(one, RecipeTeacher)}
+
+
+def code_of_all(recipe: Recipe) -> tuple[Path, ...]:
+    """The Python files and folders that it, and the recipes that train its teachers, make run."""
+    return (*recipe.code(), *(path for taught in teacher_recipes(recipe.spec).values() for path in code_of_all(taught)))
 
 
 def _taught_by(teacher: RecipeTeacher, spec: RecipeBase) -> Recipe:
@@ -300,6 +314,20 @@ def _leaves(
                 yield from _leaves(getattr(value, name), [*location, field.alias or name], but)
     else:
         yield [*location], value
+
+
+def code_in(value: Any, location: Sequence[str | int] = ()) -> Iterable[tuple[list[str | int], Path]]:
+    """Python files that a part of the recipe makes run, plugins aside, with their places."""
+    if isinstance(value, tuple | list | Mapping):
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from code_in(item, [*location, key])
+    elif isinstance(value, BaseModel):
+        for name, field in type(value).model_fields.items():
+            place, item = [*location, field.alias or name], getattr(value, name)
+            if _is(field, "code") and isinstance(item, Path):
+                yield place, item
+            else:
+                yield from code_in(item, place)
 
 
 def _bookkeeping(field: Any) -> bool:

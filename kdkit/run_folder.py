@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from kdkit import files
+from kdkit import consent, files
 from kdkit import recipe as recipes
 from kdkit.checkpoints import Checkpoints
 from kdkit.dataset_source import DataInfo
@@ -23,6 +23,7 @@ from kdkit.fairness import differences
 from kdkit.finite import with_nan
 from kdkit.recipe import Recipe
 from kdkit.run_shapes import LINE, RECIPE, Marker
+from kdkit.source import Source
 
 LOCK = ".lock"
 DATA_FILES = "data.files"  # in the content: no key of a recipe
@@ -196,14 +197,22 @@ class RunFolder:
         """
         return self.about()["data"]
 
-    def recipe(self, overrides: Mapping[str, Any] | None = None) -> Recipe:
-        """The resolved recipe; `overrides` are values by `key.path`.
+    def recipe(self, overrides: Mapping[str, Any] | None = None, plugins: Sequence[Path] = ()) -> Recipe:
+        """The resolved recipe.
+
+        Args:
+            overrides: values by `key.path`.
+            plugins: the Python files and folders that may run; of those that the recipe names at another place, these take the place.
 
         Raises:
             RunError: this is no run folder.
+            RecipeError: the recipe names other Python files.
         """
         self._recipe_text()
-        return recipes.load(self.recipe_file, overrides, files=False)
+        source = Source(self.recipe_file, overrides)
+        here = consent.moved(dict(_python_in(source.data)), plugins)
+        source = source.changed({key: str(path) for key, path in here.items()})
+        return recipes.read(source, files=False, allowed=tuple(plugins))
 
     def plain_recipe(self) -> dict[str, Any]:
         """The resolved recipe as plain values: no plugin of it needs to be there.
@@ -352,6 +361,17 @@ def _remove(paths: Sequence[Path]) -> None:
             raise RunError(f"{path}: is a link to a folder, and a new run would remove what is behind it; remove the link first")
     for path in paths:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _python_in(value: Any, key: str = "") -> Iterator[tuple[str, Path]]:
+    """Every path in a resolved recipe that is a plugin's or a Python file's, by its key path."""
+    if isinstance(value, str):
+        if key.startswith("plugins.") or value.endswith(".py"):
+            yield key, Path(value)
+        return
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for name, item in items:
+        yield from _python_in(item, f"{key}.{name}" if key else str(name))
 
 
 def _leftover(path: Path) -> bool:

@@ -49,17 +49,18 @@ class TrainedRun:
     Args:
         path: the run folder.
         overrides: values of the recipe's `data` section, by key path.
+        plugins: Python files and folders that may run, of those that the recipe names; no others do.
 
     Raises:
         RunError: no run folder, or an override of something else than data.
-        RecipeError: what the recipe names is no longer there.
+        RecipeError: what the recipe names is no longer there; it names Python files that are not among `plugins`.
     """
 
-    def __init__(self, path: Path, overrides: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, path: Path, overrides: Mapping[str, Any] | None = None, plugins: Sequence[Path] = ()) -> None:
         if foreign := [key for key in overrides or {} if not key.startswith("data.")]:
             raise RecipeError(f"{foreign[0]}: the run is trained; only `data.` keys can be changed now")
         self.folder = RunFolder(path)
-        self.recipe = self.folder.recipe(overrides)
+        self.recipe, self._plugins = self.folder.recipe(overrides, plugins), plugins
         self._fetch = (overrides or {}).get("data.dataset.download") is True  # whoever asks for the data now, not the run
 
     @functools.cached_property
@@ -164,7 +165,7 @@ class TrainedRun:
                 unreadable.append(str(error))
                 continue
             if fingerprint == wanted and found.student_file.is_file():
-                return TrainedTeacher.of(found, found.recipe(), found.result())
+                return TrainedTeacher.of(found, found.recipe(plugins=self._plugins), found.result())
         looked = " or ".join(map(str, places))
         says = f"{self.folder.path}: the run that trained its teacher ({teacher.recipe}) is not in {looked}; train it again first"
         raise RunError(f"{says} ({unreadable[0]})" if unreadable else says)
@@ -202,18 +203,19 @@ def load_student(
         folder: a run folder or an exported one.
         best: of a run, the epoch with the best validation accuracy.
         device: where it goes.
-        plugins: files or folders of the plugins that an exported network needs; a run knows its own.
+        plugins: Python files or folders that may run: plugins that an exported network needs, and what a run's recipe names.
 
     Raises:
         RunError: neither of the two, or the run is not finished.
+        RecipeError: the run's recipe names Python files that are not among `plugins`.
         ModelError: the network cannot be built, or the weights do not fit.
     """
-    path = Path(folder)
+    path, files = Path(folder), tuple(Path(p).expanduser().resolve() for p in plugins)
     if (path / "recipe.yaml").is_file():
-        return TrainedRun(path).student(best=best, device=torch.device(device))
+        return TrainedRun(path, plugins=files).student(best=best, device=torch.device(device))
     if not (path / EXPORTED).is_file():
         raise RunError(f"{path}: neither a run folder (it has no recipe.yaml) nor an exported student (no {EXPORTED})")
-    return _load_exported(path, torch.device(device), tuple(Path(p).expanduser().resolve() for p in plugins))
+    return _load_exported(path, torch.device(device), files)
 
 
 def _load_exported(folder: Path, device: torch.device, plugins: tuple[Path, ...]) -> TappedModel:

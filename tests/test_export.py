@@ -49,6 +49,11 @@ def runs(tmp_path_factory):
     return found
 
 
+def net(runs):
+    """The file of which the student `python` is."""
+    return [runs["python"].parent / "net.py"]
+
+
 def images(count=5):
     return torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -68,9 +73,9 @@ def run_cli(monkeypatch, *words):
 
 @pytest.mark.parametrize("name", ["plain", "resized"])
 def test_timm_loads_a_timm_student(name, runs, tmp_path):
-    made = export(TrainedRun(runs[name]), folder=tmp_path / "out")
+    made = export(TrainedRun(runs[name], plugins=net(runs)), folder=tmp_path / "out")
     network = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
-    student = kdkit.load_student(runs[name])
+    student = kdkit.load_student(runs[name], plugins=net(runs))
     batch = images()
     torch.testing.assert_close(logits(network, student.adapt(batch)), logits(student, batch).logits, rtol=1e-5, atol=1e-6)
     assert any("timm.create_model" in note and "same logits" in note for note in made.notes)
@@ -88,15 +93,15 @@ def test_timm_s_config_says_what_images_the_network_takes(runs, tmp_path):
 
 @pytest.mark.parametrize("name", STUDENTS)
 def test_weights_are_the_student_s_alone(name, runs, tmp_path):
-    export(TrainedRun(runs[name]), folder=tmp_path)
+    export(TrainedRun(runs[name], plugins=net(runs)), folder=tmp_path)
     written, student = load_file(tmp_path / "model.safetensors"), load_file(runs[name] / "student.safetensors")
-    assert written.keys() == student.keys() == kdkit.load_student(runs[name]).module.state_dict().keys()
+    assert written.keys() == student.keys() == kdkit.load_student(runs[name], plugins=net(runs)).module.state_dict().keys()
     assert all(torch.equal(written[key], student[key]) for key in student)
 
 
 @pytest.mark.parametrize("name", ["plain", "small", "resized", "mlp"])
 def test_kdkit_loads_what_it_exported(name, runs, tmp_path):
-    export(TrainedRun(runs[name]), folder=tmp_path)
+    export(TrainedRun(runs[name], plugins=net(runs)), folder=tmp_path)
     batch = images()
     found, expected = (logits(kdkit.load_student(folder), batch).logits for folder in (tmp_path, runs[name]))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
@@ -112,7 +117,7 @@ def test_a_small_stem_is_refused_to_timm_and_said_so(runs, tmp_path, monkeypatch
 
 
 def test_a_network_of_the_user_s_file_is_described_without_the_file_s_place(runs, tmp_path):
-    made = export(TrainedRun(runs["python"]), folder=tmp_path)
+    made = export(TrainedRun(runs["python"], plugins=net(runs)), folder=tmp_path)
     assert any("build the network by net.py" in note for note in made.notes)
     about = (tmp_path / "config.json").read_text()
     assert json.loads(about)["kdkit"]["options"]["args"] == {"width": 9} and str(runs["python"].parent) not in about
@@ -120,7 +125,7 @@ def test_a_network_of_the_user_s_file_is_described_without_the_file_s_place(runs
         kdkit.load_student(tmp_path)
     own = nn.Sequential(nn.Flatten(), nn.Linear(64, 9), nn.ReLU(), nn.Linear(9, 10))
     own.load_state_dict(load_file(tmp_path / "model.safetensors"))
-    torch.testing.assert_close(logits(own, images()), logits(kdkit.load_student(runs["python"]), images()).logits)
+    torch.testing.assert_close(logits(own, images()), logits(kdkit.load_student(runs["python"], plugins=net(runs)), images()).logits)
 
 
 @pytest.mark.parametrize("name", ["small", "resized"])
@@ -134,7 +139,7 @@ def test_onnx_runtime_gives_the_student_s_logits_for_any_batch(name, runs, tmp_p
     about = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
     assert about["class_names"] == [str(digit) for digit in range(10)] and about["input_shape"] == [1, 8, 8]
     assert about["input_range"] == [0, 1] and about["kdkit_version"] == kdkit.__version__
-    student = kdkit.load_student(runs[name])
+    student = kdkit.load_student(runs[name], plugins=net(runs))
     for count in (1, 2, 7):
         found = session.run(["logits"], {"images": images(count).numpy()})[0]
         torch.testing.assert_close(torch.from_numpy(found), logits(student, images(count)).logits, rtol=1e-4, atol=1e-5)

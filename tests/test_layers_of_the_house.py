@@ -40,6 +40,7 @@ ORDER = """
     devices
     recipe_types
     explain
+    consent
     recipe
     fetching
     fairness

@@ -314,3 +314,169 @@ def test_where_files_are_fetched_to(tmp_path, root, place, allowed, monkeypatch)
     else:
         refused(loaded.source.path, f"would be fetched to {folder}, ", f"KDKIT_DATA={folder} in the environment allows it")
     refuse_elsewhere(loaded, tmp_path / "here" / "data")
+
+
+# Python that recipes and runs name
+
+
+LOSS = """
+import kdkit
+
+class Own(kdkit.Loss):
+    "Nothing new."
+
+    name = "own"
+    knowledge = "labels"
+
+    def forward(self, student, teacher, batch):
+        return student.logits.square().mean()
+
+@kdkit.hookimpl
+def kdkit_losses():
+    return [Own]
+"""
+NETWORK = """
+from torch import nn
+
+def Net(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))
+"""
+SMALL = {"epochs": 1, "optimizer": {"lr": 0.1}, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run of a plugin, and one of a Python file taught by it."""
+    from training import train
+
+    home = tmp_path_factory.mktemp("made")
+    (home / "own.py").write_text(LOSS)
+    (home / "net.py").write_text(NETWORK)
+    plugin = {**PLAIN, **SUPERVISED, "name": "taught", "plugins": ["own.py"], "losses": [{"use": "own"}], "train": SMALL}
+    data = {**PLAIN["data"]["dataset"], "channels": 1}
+    plugin["data"] = {**PLAIN["data"], "dataset": data}
+    network = {**PLAIN, "data": plugin["data"], "train": SMALL, "teacher": {"recipe": "taught.yaml"}, "run": {"folder": str(home)}}
+    write(home, plugin, "taught.yaml")
+    train(home, {**network, "student": {"model": "python/Net", "file": "net.py"}}, into="run")
+    return home
+
+
+@pytest.fixture
+def home(made, tmp_path, trap):
+    """The runs in the hands of somebody else, whose Python leaves a mark."""
+    import shutil
+
+    shutil.copytree(made, tmp_path / "home")
+    for run in ("run", "taught"):
+        file = tmp_path / "home" / run / "recipe.yaml"
+        _, _, text = file.read_text().partition("\n")  # its digest aside
+        file.write_text(text.replace(str(made), str(tmp_path / "home")))
+    trap.write(tmp_path / "home" / "own.py", LOSS)
+    trap.write(tmp_path / "home" / "net.py", NETWORK)
+    return tmp_path / "home"
+
+
+def command(*words):
+    """What a command says on stderr, and its exit code."""
+    import contextlib
+    import io
+
+    from kdkit import cli
+
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["kdkit", *map(str, words)])
+        try:
+            cli.main()
+        except SystemExit as end:
+            return said.getvalue(), end.code or 0
+    return said.getvalue(), 0
+
+
+READERS = {"evaluate": (), "export": (), "export --format onnx": (), "profile": ("--runs", "1", "--cpu")}
+
+
+@pytest.mark.parametrize(("run", "file"), [("run", "net.py"), ("taught", "own.py")])
+@pytest.mark.parametrize("reader", READERS)
+def test_a_run_s_python_does_not_run_unasked(home, trap, reader, run, file):
+    name, *options = reader.split()
+    said, code = command(name, home / run, *options, *READERS[reader])
+    advice = f"; if you trust it, add --plugins {home / file}\n"
+    assert code == 2 and said.count("\n") == 1 and said.endswith(advice) and "Python of a run does not run unasked" in said
+    assert not trap.sprung
+
+
+def test_a_run_s_python_runs_when_it_is_named(home, trap, capsys):
+    said, code = command("evaluate", home / "taught", "--plugins", home / "own.py")
+    assert (code, said) == (0, "") and trap.sprung
+    said, code = command("evaluate", home / "run", "--plugins", home / "net.py")  # its teacher's run names another file
+    assert code == 2 and said.endswith(f"if you trust it, add --plugins {home / 'own.py'}\n")
+    assert command("evaluate", home / "run", "--plugins", home) == ("", 0)
+    assert "teacher" in capsys.readouterr().out
+
+
+def test_a_run_s_python_may_have_moved(home, tmp_path):
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in ("net.py", "own.py"):
+        (home / name).rename(moved / name)
+    assert command("evaluate", home / "run", "--plugins", moved / "net.py", "--plugins", moved / "own.py") == ("", 0)
+
+
+def test_load_student_runs_what_it_is_told(home, trap):
+    import kdkit
+
+    with pytest.raises(KdkitError, match="Python of a run does not run unasked"):
+        kdkit.load_student(home / "run")
+    assert not trap.sprung
+    assert kdkit.load_student(home / "run", plugins=[home / "net.py"]).module is not None
+
+
+def test_a_report_leaves_out_what_would_run_python(home, trap, capsys):
+    assert command("report", home / "run", home / "taught", "--output", home / "told") == ("", 0)
+    out = capsys.readouterr().out
+    assert f"if you trust it, add --plugins {home / 'net.py'}\n" in out and f"add --plugins {home / 'own.py'}\n" in out
+    assert not trap.sprung and (home / "told" / "report.html").is_file()
+    assert command("report", home / "run", home / "taught", "--output", home / "told", "--plugins", home) == ("", 0)
+    assert trap.sprung and "left out: the answers" not in capsys.readouterr().out
+
+
+def test_a_result_may_not_name_python_that_the_recipe_does_not(home, trap):
+    """Of several students the best one's network is written down in the result."""
+    result = home / "taught" / "result.json"
+    saved = {key: value for key, value in json.loads(result.read_text()).items() if key != "sha256"}
+    trap.write(home / "evil.py", NETWORK)
+    result.write_text(json.dumps({**saved, "network": {"model": "python/Net", "file": str(home / "evil.py")}}))
+    for file, text in (("own.py", LOSS), ("net.py", NETWORK)):
+        (home / file).write_text(text)
+    for words in (("evaluate", home / "taught", "--plugins", home / "own.py"), ("train", home / "recipe.yaml", f"run.folder={home}")):
+        said, code = command(*words)
+        assert code == 2 and "evil.py, which its recipe does not name" in said.splitlines()[-1]
+    assert not trap.sprung
+
+
+def test_it_is_said_which_python_runs_and_who_named_it(home, capsys):
+    write(home, {"extends": "taught.yaml", "name": "mine"}, "mine.yaml")
+    said, code = command("check", home / "recipe.yaml")
+    assert code == 0 and sorted(said.splitlines()) == [
+        f"runs {home / 'net.py'}, which {home / 'recipe.yaml'}:{line_of(home / 'recipe.yaml', 'file:')} names",
+        f"runs {home / 'own.py'}, which {home / 'taught.yaml'}:{line_of(home / 'taught.yaml', '- own.py')} names",
+    ]
+    line = f"{home / 'taught.yaml'}:{line_of(home / 'taught.yaml', '- own.py')}"
+    assert command("check", home / "mine.yaml") == (f"runs {home / 'own.py'}, which {line} names\n", 0)
+    study = write(home, {"name": "study", "base": "taught.yaml", "variants": {"one": None}}, "study.yaml")
+    assert command("compare", study, "--dry") == (f"runs {home / 'own.py'}, which {line} names\n", 0)
+
+
+def line_of(file, text):
+    return next(i for i, line in enumerate(file.read_text().splitlines(), 1) if text in line)
+
+
+@pytest.mark.parametrize("name", ["check", "train", "compare"])
+@pytest.mark.parametrize(("file", "script"), [("taught.yaml", "own.py"), ("recipe.yaml", "net.py"), ("plain.yaml", "own.py")])
+def test_no_plugins(home, trap, name, file, script):
+    teacher = {"recipe": "taught.yaml"}
+    write(home, {**PLAIN, "teacher": teacher, "train": SMALL}, "plain.yaml")
+    said, code = command(name, home / file, "--no-plugins", f"run.folder={home / 'runs'}")
+    assert code == 2 and said.count("\n") == 1 and f"names {home / script}, which --no-plugins does not let run" in said
+    assert not trap.sprung

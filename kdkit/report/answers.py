@@ -6,10 +6,12 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from kdkit.consent import Unasked
 from kdkit.devices import for_reading
 from kdkit.engine import build_accelerator
 from kdkit.errors import KdkitError, RecipeError, TapError
@@ -87,23 +89,24 @@ def confusion(found: Predictions) -> Tensor:
     return 100 * counts / counts.sum(1, keepdim=True)
 
 
-def ask(findings: Findings, overrides: Mapping[str, object], say: Callable[[str], None]) -> Answers:
+def ask(findings: Findings, overrides: Mapping[str, object], plugins: Sequence[Path], say: Callable[[str], None]) -> Answers:
     """Let the first seeds of each variant, and the teacher, answer the test data again; what is gone is told in `missing`.
 
     Args:
         findings: the study.
         overrides: `data.` keys, where the data lie now.
+        plugins: Python files and folders of the runs that may run.
         say: told of each network.
 
     Raises:
         RecipeError: there is no such key of the data.
     """
-    return _Asking(findings, overrides, say).all()
+    return _Asking(findings, overrides, plugins, say).all()
 
 
 class _Asking:
-    def __init__(self, findings: Findings, overrides: Mapping[str, object], say: Callable[[str], None]) -> None:
-        self.findings, self.overrides, self.say = findings, overrides, say
+    def __init__(self, findings: Findings, overrides: Mapping[str, object], plugins: Sequence[Path], say: Callable[[str], None]) -> None:
+        self.findings, self.overrides, self.plugins, self.say = findings, overrides, plugins, say
         self.answers = Answers()
         self._gone: dict[str, list[str]] = {}  # who, by the reason why they do not answer
         self._batches: Iterable[Batch] | None = None
@@ -123,13 +126,15 @@ class _Asking:
     def _runs(self, variant: Variant) -> Iterator[tuple[int, TrainedRun]]:
         for seed, folder in list(zip(variant.seeds, variant.folders, strict=True))[:SEEDS]:
             with self._told(f"{variant.name}, seed {seed}"):
-                yield seed, TrainedRun(folder, self.overrides)
+                yield seed, TrainedRun(folder, self.overrides, self.plugins)
 
     @contextlib.contextmanager
     def _told(self, of: str) -> Iterator[None]:
         """What cannot be read any more is taken down, and left out; a wrong override is an error."""
         try:
             yield
+        except Unasked as error:
+            self._gone.setdefault(error.says, []).append(of)
         except (KdkitError, OSError) as error:
             if self.overrides and isinstance(error, RecipeError):
                 raise

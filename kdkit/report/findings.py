@@ -33,6 +33,10 @@ class _Run:
     marker: Mapping[str, Any]
     recipe: Mapping[str, Any]
     result: Result | None
+    plugins: Sequence[Path]
+
+    def opened(self) -> TrainedRun:
+        return TrainedRun(self.folder.path, plugins=self.plugins)
 
     @property
     def taught_by(self) -> list[Any]:
@@ -46,16 +50,17 @@ class _Run:
         return json.dumps({**self.marker["content"], "seed": None}, sort_keys=True)
 
 
-def of_runs(folders: Sequence[Path]) -> Findings:
+def of_runs(folders: Sequence[Path], plugins: Sequence[Path] = ()) -> Findings:
     """Group finished runs by their recipes; the first one's is the baseline.
 
     Args:
         folders: of the runs, finished or not.
+        plugins: Python files and folders of theirs that may run; networks that need others are not timed.
 
     Raises:
         RunError: none is finished.
     """
-    runs = [_open(folder) for folder in dict.fromkeys(folders)]
+    runs = [_open(folder, plugins) for folder in dict.fromkeys(folders)]
     if not any(run.result for run in runs):
         raise RunError(f"{folders[0]}: no run here is finished; `kdkit train` with the same recipe goes on with one")
     groups: dict[str, list[_Run]] = {}
@@ -87,9 +92,9 @@ def _again(folder: Path) -> str:
     return shlex.join(["kdkit", "train", str(folder / "recipe.yaml"), "--run", f"again/{folder.name}"])
 
 
-def _open(path: Path) -> _Run:
+def _open(path: Path, plugins: Sequence[Path]) -> _Run:
     folder = RunFolder(path)
-    return _Run(folder, folder.about(), folder.plain_recipe(), folder.result())
+    return _Run(folder, folder.about(), folder.plain_recipe(), folder.result(), plugins)
 
 
 def _named(groups: Sequence[Sequence[_Run]]) -> dict[str, list[_Run]]:
@@ -127,7 +132,7 @@ def _variant(name: str, runs: Sequence[_Run], base: Mapping[int, float] | None, 
 
 def _length(runs: Sequence[_Run]) -> Length | None:
     with contextlib.suppress(KdkitError):  # what a recipe names is gone
-        return mean_length([(run.folder, run.folder.recipe().spec.data) for run in runs])
+        return mean_length([(run.folder, run.opened().recipe.spec.data) for run in runs])
     return None
 
 
@@ -165,12 +170,12 @@ def _profiles(named: Mapping[str, Sequence[_Run]], taught: _Run | None) -> tuple
     models: dict[str, tuple[TappedModel, Shape]] = {}
     for name, runs in named.items():
         with contextlib.suppress(KdkitError):  # what it needs is gone, such as a teacher of which the student has a part
-            run = TrainedRun(next(one.folder.path for one in runs if one.result))
+            run = next(one for one in runs if one.result).opened()
             models[name] = run.student(), run.info.image_shape
     teachers: list[tuple[TappedModel, Shape]] = []
     if taught is not None:
         with contextlib.suppress(KdkitError):
-            run = TrainedRun(taught.folder.path)
+            run = taught.opened()
             teachers = [(one, run.info.image_shape) for one in run.teachers()]
     with profile.threads(1):  # several threads wait for each other on a busy machine
         found = profile.measure_together([*teachers, *models.values()], runs=100, seconds=TIMED)
@@ -189,7 +194,7 @@ def _teacher(taught: _Run | None, networks: Sequence[Profile]) -> Teacher | None
         macs=sum(one.macs for one in networks),
         bytes=sum(one.bytes for one in networks),
         latency=sum(one.latencies[0].percentile(50) for one in networks),
-        lengths=of_teachers(taught.folder.path),
+        lengths=of_teachers(taught.folder.path, taught.plugins),
     )
 
 

@@ -36,6 +36,7 @@ def write(
     paths: Sequence[Path],
     output: Path | None = None,
     overrides: Mapping[str, Any] | None = None,
+    plugins: Sequence[Path] = (),
     say: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """Tell a study as `report.html`, `report.md` with pictures in `report/`, `report.csv` (a row a run) and `report.json` (all figures).
@@ -44,13 +45,14 @@ def write(
         paths: a study's folder or its `study.json`; or run folders, or folders that hold some: the recipe of the first is the baseline.
         output: folder of the files (default: the study's; of runs, the one that holds the first).
         overrides: `data.` keys, where the data lie now.
+        plugins: Python files and folders of the runs that may run; what needs others is left out.
         say: told of what is done.
 
     Raises:
         RunError: neither a study nor runs, or none of the runs is finished.
     """
-    findings, home = gather(paths)
-    material = read(findings, overrides or {}, say)
+    findings, home = gather(paths, plugins)
+    material = read(findings, overrides or {}, plugins, say)
     folder = output or home
     say("draws")
     document = sections.document(material)
@@ -65,7 +67,7 @@ def write(
     return Report(folder / "report.html", tuple(folder / name for name in files), tuple(material.missing))
 
 
-def gather(paths: Sequence[Path]) -> tuple[Findings, Path]:
+def gather(paths: Sequence[Path], plugins: Sequence[Path] = ()) -> tuple[Findings, Path]:
     """What was found, and the folder to which it belongs.
 
     Raises:
@@ -78,7 +80,7 @@ def gather(paths: Sequence[Path]) -> tuple[Findings, Path]:
         return _moved(found, file.parent), file.parent
     runs = [run for path in paths for run in _runs(path)]
     only = paths[0] if len(paths) == 1 and not (paths[0] / "run.json").is_file() else None
-    return of_runs(runs), only or runs[0].parent
+    return of_runs(runs, plugins), only or runs[0].parent
 
 
 def _moved(findings: Findings, home: Path) -> Findings:
@@ -102,12 +104,14 @@ def _runs(path: Path) -> list[Path]:
     return found
 
 
-def read(findings: Findings, overrides: Mapping[str, Any], say: Callable[[str], None] = lambda _: None) -> Material:
+def read(
+    findings: Findings, overrides: Mapping[str, Any], plugins: Sequence[Path] = (), say: Callable[[str], None] = lambda _: None
+) -> Material:
     """All that the report tells, from the run folders as far as they are there."""
     there = {v.name: [folder for folder in v.folders if (folder / "run.json").is_file()] for v in findings.variants}
     followed = {name: courses.read(folders) for name, folders in there.items()}
     recipes = {name: _recipe(folders[0]) for name, folders in there.items() if folders}
-    return Material(findings, followed, recipes, answers.ask(findings, overrides, say))
+    return Material(findings, followed, recipes, answers.ask(findings, overrides, plugins, say))
 
 
 def _recipe(folder: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from kdkit.describe import formula
 from kdkit.errors import Interrupted, RecipeError, RunError
 from kdkit.fairness import refuse_unequal
 from kdkit.lockstep import Job, train_together
-from kdkit.recipe import Recipe
+from kdkit.recipe import Recipe, code_of_all
 from kdkit.run_folder import Result, RunFolder, versions
 from kdkit.runs import folder_for
 from kdkit.spreading import Crew, is_first, part
@@ -260,7 +260,9 @@ class _Finder:
         variants = corrected(self._variant(name, by_variant.get(name)) for name in study.variants)
         teacher = None
         if self.teacher and taught:
-            teacher = Teacher(self.teacher.name, self.teacher.metrics(), **vars(taught), lengths=of_teachers(self.teacher.run.folder))
+            run = self.teacher.run
+            lengths = of_teachers(run.folder, code_of_all(run.recipe))
+            teacher = Teacher(self.teacher.name, self.teacher.metrics(), **vars(taught), lengths=lengths)
         together = self.measured.together([each.recipe.fingerprint for each in self.planned])
         return Findings(
             study.name, study.question, study.baseline, study.command, variants, teacher, together, versions(), _machine(),

@@ -45,10 +45,11 @@ def mean_length(runs: Sequence[tuple[RunFolder, DataSpec]]) -> Length | None:
     return Length(*(round(statistics.fmean(values)) for values in whole)) if found else None
 
 
-def of_teachers(folder: Path) -> tuple[Length, ...]:
-    """Of those teachers of a run that other recipes train; none where their runs are not there any more."""
+def of_teachers(folder: Path, plugins: Sequence[Path]) -> tuple[Length, ...]:
+    """Of those teachers of a run that other recipes train; none where their runs are not there any more, or need more than `plugins`."""
     try:
-        return tuple(of_run(one, one.recipe().spec.data) for one in TrainedRun(folder).teacher_runs())
+        runs = TrainedRun(folder, plugins=plugins).teacher_runs()
+        return tuple(of_run(one, one.recipe(plugins=plugins).spec.data) for one in runs)
     except KdkitError:
         return ()
 

@@ -63,6 +63,11 @@ class Kept(TypedDict):
     answers: dict[str, dict[str, Number]]
 
 
+def _opened(run: FinishedRun) -> TrainedRun:
+    """The run in its folder, whose recipe may name what the study's own does, and no more."""
+    return TrainedRun(run.folder, plugins=recipes.code_of_all(run.recipe))
+
+
 class Measured:
     """Measurements by the fingerprints of the runs, in a file.
 
@@ -122,9 +127,9 @@ class Measured:
 
     def _measure_networks(self, runs: Mapping[str, FinishedRun], taught: FinishedRun | None, teacher: Sequence[str]) -> dict[str, Network]:
         self.say(f"measuring what {len(runs)} students cost")
-        opened = {key: TrainedRun(run.folder) for key, run in runs.items()}
+        opened = {key: _opened(run) for key, run in runs.items()}
         models = [(one.student(), one.info.image_shape) for one in opened.values()]
-        of_teacher = TrainedRun(taught.folder) if taught else None
+        of_teacher = _opened(taught) if taught else None
         models += [(model, of_teacher.info.image_shape) for model in of_teacher.teachers()] if of_teacher else []
         with profile.threads(1):  # several threads wait for each other on a busy machine
             costs = profile.measure_together(models, runs=LATENCY_RUNS, seconds=LATENCY_SECONDS)
@@ -156,7 +161,7 @@ class CommonTeacher:
 
     @functools.cached_property
     def predictions(self) -> Predictions | None:
-        opened, device = TrainedRun(self.run.folder), self._device
+        opened, device = _opened(self.run), self._device
         return predict_together(opened.teachers(device=device), opened.data(device=device).test)
 
     def metrics(self) -> dict[str, float]:
@@ -167,7 +172,7 @@ class CommonTeacher:
 
     def compare(self, run: FinishedRun, *, best: bool) -> dict[str, float]:
         """How far a run's student is from it on the test data."""
-        opened, device = TrainedRun(run.folder), self._device
+        opened, device = _opened(run), self._device
         found = metrics(predict(opened.student(best=best, device=device), opened.data(device=device).test), self.predictions)
         return {name: found[name] for name in COMPARED_WITH_TEACHER}
 

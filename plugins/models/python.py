@@ -21,7 +21,9 @@ class PythonSource(kdkit.ModelSource):
     class Options(kdkit.ModelOptions):
         """Where the class is, and what it is called with."""
 
-        file: kdkit.RecipePath = Field(description="Python file that defines the class or function; it is executed.")
+        file: kdkit.RecipePath = Field(
+            description="Python file that defines the class or function; it is executed.", json_schema_extra=kdkit.CODE
+        )
         args: kdkit.Arguments = Field(default_factory=dict, description="Arguments beside `num_classes`.")
         in_channels: int | None = Field(default=None, gt=0, description="Channels that the network takes (default: the images').")
 

@@ -1,0 +1,80 @@
+"""Which Python files a recipe may make run, and who is told. Files that the user names by `--plugins` need no consent."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kdkit.errors import RecipeError
+
+
+class Unasked(RecipeError):
+    """Python files that do not run; `says` leaves out where they are named."""
+
+    def __init__(self, place: str, says: str) -> None:
+        super().__init__(f"{place}: {says}")
+        self.says = says
+
+
+@dataclass(frozen=True)
+class _Watch:
+    """Who is told of files that run, the files of `--plugins` if no others may run, and what was told already."""
+
+    say: Callable[[str], None]
+    only: tuple[Path, ...] | None
+    told: set[str] = field(default_factory=set)
+
+
+_watch: ContextVar[_Watch | None] = ContextVar("who is told of Python files that run", default=None)
+
+
+def watch(say: Callable[[str], None], only: Sequence[Path] | None = None) -> None:
+    """From here on, in this context of the process, tell of each Python file that recipes make run, once.
+
+    Args:
+        say: told of it, before it runs.
+        only: files and folders that may run although a recipe names them (None: all that recipes name).
+    """
+    _watch.set(_Watch(say, None if only is None else tuple(only)))
+
+
+def meet(named: Mapping[Path, str], allowed: Sequence[Path] | None = None) -> None:
+    """Called before Python files run that a recipe names.
+
+    Args:
+        named: `file:line` of the recipe by the files and folders.
+        allowed: of a recipe in a run folder, the files and folders that its user has named (None: another recipe).
+
+    Raises:
+        Unasked: some of them may not run; it names all of these.
+    """
+    watch = _watch.get()
+    if allowed is not None and (strange := _others(named, allowed)):
+        options = shlex.join([word for path in strange for word in ("--plugins", str(path))])
+        says = f"Python of a run does not run unasked, and its recipe names {_listed(strange)}; if you trust it, add {options}"
+        raise Unasked(named[strange[0]], says)
+    if watch is None or allowed is not None:
+        return
+    if watch.only is not None and (strange := _others(named, watch.only)):
+        raise Unasked(named[strange[0]], f"names {_listed(strange)}, which --no-plugins does not let run")
+    for path, place in named.items():
+        if (text := f"runs {path}, which {place} names") not in watch.told:
+            watch.told.add(text)
+            watch.say(text)
+
+
+def moved(named: Mapping[str, Path], given: Sequence[Path]) -> dict[str, Path]:
+    """Files that a run's recipe names at another place than its user: by the recipe's key path, the user's own of that name."""
+    own = {path.name: path for path in given}
+    return {key: own[path.name] for key, path in named.items() if _others([path], given) and path.name in own}
+
+
+def _others(named: Sequence[Path] | Mapping[Path, str], allowed: Sequence[Path]) -> list[Path]:
+    return [path for path in named if not any(path == one or one in path.parents for one in allowed)]
+
+
+def _listed(paths: Sequence[Path]) -> str:
+    return ", ".join(map(str, paths))
