@@ -45,9 +45,12 @@ class Context:
         """A frozen copy of the teacher's layer from embedding to logits.
 
         Raises:
-            TapError: it has none, or several.
+            TapError: it has none, or several, or one of other classes than the data's.
         """
-        return frozen_copy(self._teacher().get_submodule(classifier_path(self._teacher(), self.num_classes)))
+        classifier = self._teacher().get_submodule(classifier_path(self._teacher(), self.num_classes))
+        if (own := getattr(classifier, "out_features", self.num_classes)) != self.num_classes:
+            raise TapError(f"the teacher's classifier has {own} classes and the data {self.num_classes}, so that it cannot be read")
+        return frozen_copy(classifier)
 
     def teacher_norm(self, layer: str) -> nn.Module:
         """The teacher's batch normalisation that a layer's values come from: the layer itself, or the last one in or before it.

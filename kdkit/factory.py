@@ -18,8 +18,9 @@ from torch import nn
 from kdkit.contracts import Loss
 from kdkit.dataset_source import DataInfo
 from kdkit.devices import is_channels_last
-from kdkit.errors import CheckpointError, ModelError, RecipeError, RunError, TapError
+from kdkit.errors import CheckpointError, ModelError, RecipeError, RunError, TapError, suggest
 from kdkit.folding import fold_batchnorm, unfoldable
+from kdkit.given_answers import Reading
 from kdkit.inheritance import inherit
 from kdkit.layers import expand_pairs
 from kdkit.loss_options import LayerPair
@@ -41,7 +42,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 class TrainedTeacher:
     """The student of another recipe: what it is, the file of its weights, and those of its snapshots by epoch (None: not trained yet).
 
-    `top1` is its accuracy on its own test data, in percent. `run` is the one that trained it.
+    `top1` is its accuracy on its own test data, in percent. `run` is the one that trained it. `num_classes` counts the classes of its data.
     """
 
     options: ModelOptions
@@ -49,12 +50,13 @@ class TrainedTeacher:
     snapshots: Mapping[int, Path | None] = field(default_factory=dict)
     top1: float | None = None
     run: RunFolder | None = None
+    num_classes: int | None = None
 
     @classmethod
     def of(cls, run: RunFolder, recipe: Recipe, result: Result | None) -> Self:
         """What a run has trained."""
         network, top1 = (result.network, result.test.get("top1")) if result else (None, None)
-        return cls(options_of(recipe, network), run.student_file, run.snapshots(), top1, run)
+        return cls(options_of(recipe, network), run.student_file, run.snapshots(), top1, run, run.info().num_classes)
 
     def checked(self, file: Path | None) -> Path | None:
         """One of its files, compared with the digest that the run recorded.
@@ -187,9 +189,45 @@ class ModelFactory:
         """All frozen teachers by name."""
         return {name: self.teacher(name) for name in self.recipe.spec.all_teachers()}
 
-    def whole_teachers(self) -> list[TappedModel]:
-        """The frozen teachers without taps, for measuring."""
-        return [teacher.twin() for teacher in self.teachers().values()]
+    def whole_teachers(self, *, answering: bool = False) -> list[TappedModel]:
+        """The frozen teachers without taps, for measuring; `answering`: those that have the data's classes."""
+        return [teacher.twin() for name, teacher in self.teachers().items() if not answering or self.has_classes(name)]
+
+    def own_classes(self, name: str) -> int:
+        """How many classes a teacher's network has; 0: it has none."""
+        spec = self.recipe.spec.all_teachers()[name]
+        said = getattr(spec, "num_classes", None)
+        if said is None and isinstance(spec, RecipeTeacher) and name in self.trained:
+            said = self.trained[name].num_classes
+        return self.info.num_classes if said is None else said
+
+    def chosen_classes(self, name: str) -> list[int] | None:
+        """Which of a teacher's classes are those of the data, in the data's order; None: all, as they are.
+
+        Raises:
+            RecipeError: they are not one of its classes for each of the data's.
+        """
+        spec = self.recipe.spec.all_teachers()[name]
+        chosen = getattr(spec, "classes", None)
+        if chosen is None:
+            return None
+        place, own, names = [*self.recipe.spec.place_of(name), "classes"], self.own_classes(name), self.info.class_names
+        if isinstance(chosen, dict):
+            if not names:
+                raise self.recipe.error(place, "the data's classes have no names; give a list of numbers")
+            if other := set(chosen) ^ set(names):
+                raise self.recipe.error(place, f"a number for each class of the data, please: {suggest(other.pop(), names)}")
+            chosen = [chosen[one] for one in names]
+        if len(chosen) != self.info.num_classes or len(set(chosen)) < len(chosen):
+            says = f"{len(set(chosen))} different classes are named, and the data has {self.info.num_classes}"
+            raise self.recipe.error(place, says)
+        if max(chosen) >= own:
+            raise self.recipe.error(place, f"class {max(chosen)} of a network of {own}, counted from 0; see `num_classes`")
+        return list(chosen)
+
+    def has_classes(self, name: str) -> bool:
+        """Whether a teacher's answers are about the data's classes."""
+        return self.chosen_classes(name) is not None or self.own_classes(name) == self.info.num_classes
 
     def teacher_modules(self) -> dict[str, nn.Module]:
         """The teachers' networks by name."""
@@ -266,6 +304,8 @@ class ModelFactory:
         spec, options = self.recipe.spec.all_teachers()[name], self._teacher_options(name)
         assert options is not None and isinstance(spec, TeacherOptions)
         model = self._build(name, options, layers, number, file)
+        if (chosen := self.chosen_classes(name)) is not None or spec.answers != "logits":
+            model.module.register_forward_hook(Reading(spec.answers, chosen))
         model.needs_logits = needs_logits
         model.precision = PRECISIONS[spec.precision] if spec.precision else None
         model.freeze(spec.mode)
@@ -279,6 +319,8 @@ class ModelFactory:
 
     def _needs_logits(self, name: str) -> bool:
         several = len(self.recipe.spec.all_teachers()) > 1  # which a schedule may weigh by their logits
+        if not self.has_classes(name):
+            return False
         return several or any(loss.knowledge == "response" or loss.needs_teacher_logits for loss in self._looking_losses(name))
 
     def _folds(self, name: str) -> bool:
@@ -327,8 +369,9 @@ class ModelFactory:
                 continue
             source, shape = self.source(options), self.info.image_shape
             try:
-                built = build_model(options, source, self.info.num_classes, shape, weights=False)
-                told = compare_checkpoint(options, source, built.module, self.info.num_classes)
+                classes = said if (said := getattr(options, "num_classes", None)) is not None else self.info.num_classes
+                built = build_model(options, source, classes, shape, weights=False)
+                told = compare_checkpoint(options, source, built.module, classes)
             except ModelError as error:
                 key = "checkpoint" if isinstance(error, CheckpointError) else "model"
                 problems.append(self.recipe.problem([*place, key], str(error).removeprefix("model: ")))
@@ -345,14 +388,17 @@ class ModelFactory:
         source = self.source(options)
         if type(source).load is not ModelSource.load:  # it has weights, which were not asked for
             return "the weights"
-        drawn, read = random_weights(source, self.info.num_classes, self.info.image_shape)
+        drawn, read = random_weights(source, self.own_classes(name), self.info.image_shape)
         return f"some weights ({', '.join(drawn[:3])})" if drawn and read else "the weights" if drawn else ""
+
+    def _classes(self, section: str) -> int:
+        return self.own_classes(section) if section in self.recipe.spec.all_teachers() else self.info.num_classes
 
     def _skeleton(self, section: str, options: ModelOptions) -> nn.Module:
         if section not in self._skeletons:
             try:
                 source = self.source(options)
-                built = build_model(options, source, self.info.num_classes, self.info.image_shape, role=section, weights=False)
+                built = build_model(options, source, self._classes(section), self.info.image_shape, role=section, weights=False)
             except ModelError as error:
                 raise self._error(section, error) from error
             self._skeletons[section] = built.module
@@ -377,7 +423,7 @@ class ModelFactory:
         try:
             with seeded(spec.seed, "student" if section == "student" else "teacher", number):
                 model = build_model(
-                    options, self.source(options), self.info.num_classes, self.info.image_shape, layers, section,
+                    options, self.source(options), self._classes(section), self.info.image_shape, layers, section,
                     weights=self.device.type != "meta", load=not self.rehearsal, file=file, channels_last=self._channels_last,
                 )  # fmt: skip
         except (ModelError, TapError) as error:

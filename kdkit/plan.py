@@ -27,7 +27,7 @@ from kdkit.labels import CALLED, NO_LABELS, class_indices, split
 from kdkit.meaning import meaning_of, other_class_names, refuse_other_meaning
 from kdkit.objective import Objective, build
 from kdkit.optim import build_optimizer
-from kdkit.providers import Meaning, ModelOptions
+from kdkit.providers import Meaning, ModelOptions, TeacherOptions
 from kdkit.randomness import seeded
 from kdkit.reach import names_of, reached
 from kdkit.recipe import Recipe, teacher_recipes
@@ -101,7 +101,7 @@ class _Planner:
             self.notes += self._notes_on(name, one, factory)
             if isinstance(one, ModelOptions):
                 with self._problems_at(*spec.place_of(name)):
-                    self._compare(meaning_of(one, factory.source(one), factory.teacher(name).module), info, name)
+                    self._compare(meaning_of(one, factory.source(one), factory.teacher(name).module), info, name, one)
         self._raise_if_any()
         batches = math.ceil(images_per_epoch(spec.data, num_train) / spec.data.batch_size)
         steps = math.ceil(batches / spec.train.accumulate)
@@ -181,16 +181,25 @@ class _Planner:
                 planned = make(source, self.fetch)
                 theirs = planned.info.num_classes
                 whose = f"the teacher of {source.source.path.name}"
-                if theirs != info.num_classes:
-                    raise ModelError(f"{whose} knows {theirs} classes, this recipe's data has {info.num_classes}")
-                self._compare(Meaning(planned.info.class_names, planned.info.tokenizer), info, whose)
+                one = self.spec.all_teachers()[name]
+                assert isinstance(one, TeacherOptions)
+                if theirs != info.num_classes and one.classes is None:
+                    says = (
+                        f"{whose} knows {theirs} classes, this recipe's data has {info.num_classes}; `classes` says which of them they are"
+                    )
+                    raise ModelError(says)
+                self._compare(Meaning(planned.info.class_names, planned.info.tokenizer), info, whose, one)
                 every = source.spec.run.snapshots
                 kept = range(every, planned.stages[-1].epochs + 1, every) if every else ()
-                found[name] = TrainedTeacher(source.spec.student, None, dict.fromkeys(kept))
+                found[name] = TrainedTeacher(source.spec.student, None, dict.fromkeys(kept), num_classes=theirs)
         return found
 
-    def _compare(self, theirs: Meaning, info: DataInfo, whose: str) -> None:
+    def _compare(self, theirs: Meaning, info: DataInfo, whose: str, teacher: object) -> None:
         """A teacher's classes and tokens with those of the data: another order is refused, other names are noted."""
+        if (chosen := getattr(teacher, "classes", None)) is not None:
+            numbers = [chosen.get(name, -1) for name in info.class_names] if isinstance(chosen, Mapping) else chosen
+            known = dict(enumerate(theirs.class_names))
+            theirs = replace(theirs, class_names=tuple(known[number] for number in numbers if number in known))
         refuse_other_meaning(theirs, info, whose)
         if name := other_class_names(theirs, info):
             self.notes.append(f"{whose} has classes of other names ('{name}'); they are taken in their order")
@@ -228,7 +237,7 @@ class _Planner:
     def _check_caches(self, factory: ModelFactory, info: DataInfo, num_train: int, shapes: Mapping[str, cache_plan.Shapes]) -> None:
         self.problems += cache_plan.refused(self.recipe, factory, info)
         self._raise_if_any()
-        for note, problem in cache_plan.sizes(self.recipe, info, num_train, shapes):
+        for note, problem in cache_plan.sizes(self.recipe, factory, info, num_train, shapes):
             self.notes.append(note)
             self.problems += [problem] if problem else []
 
@@ -270,7 +279,7 @@ class _Planner:
         if factory.inherited:
             count = len(built.module.state_dict())
             self.notes.append(f"the student begins with {len(factory.inherited)} of its {count} tensors from a teacher")
-        return self._model(f"student {self.spec.student.model}", built, info, factory.device)
+        return self._model(f"student {self.spec.student.model}", built, info, factory.device, info.num_classes)
 
     def _networks_of(self, factory: ModelFactory, info: DataInfo) -> tuple[list[ModelPlan], list[ModelPlan]]:
         """The student, and the teachers; those that cannot be built or run are problems."""
@@ -280,13 +289,28 @@ class _Planner:
         for name, one in self.spec.all_teachers().items():
             with self._problems_at(*self.spec.place_of(name)):
                 called = _teacher_name(one, factory.trained.get(name))
-                planned.append(self._model(f"{name} {called}", factory.teacher(name), info, factory.device))
+                self._refuse_predictions(name, factory)
+                classes = info.num_classes if factory.has_classes(name) else None
+                planned.append(self._model(f"{name} {called}", factory.teacher(name), info, factory.device, classes))
         return students, planned
 
-    def _model(self, role: str, model: TappedModel, info: DataInfo, device: torch.device) -> ModelPlan:
-        """Run a model."""
+    def _refuse_predictions(self, name: str, factory: ModelFactory) -> None:
+        """See that no loss compares the predictions of a teacher that has not the data's classes."""
+        if factory.has_classes(name):
+            return
+        own = factory.own_classes(name)
+        what = f"its {own} classes are not the data's: `classes` says which are" if own else "it has no classes"
+        for i, entry in enumerate(self.spec.losses):
+            loss = self.recipe.plugins.losses[entry.use]
+            if entry in factory.looking_at(name) and (loss.knowledge == "response" or loss.needs_teacher_logits):
+                self.problems.append(
+                    self.recipe.problem(["losses", i], f"'{entry.use}' compares predictions with those of {name}, and {what}")
+                )
+
+    def _model(self, role: str, model: TappedModel, info: DataInfo, device: torch.device, classes: int | None) -> ModelPlan:
+        """Run a model; `classes` is how many it is to tell apart (None: it need not)."""
         images = random_inputs(info.image_shape, PROBE, device)
-        everything = TappedModel(model.module, model.layers, adapt=model.adapt, role=model.role, num_classes=info.num_classes)
+        everything = model.view(model.layers, needs_logits=classes is not None, answers=None)
         everything.module.eval()
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             try:
@@ -297,10 +321,10 @@ class _Planner:
                 what = f"{kind_of(info.image_shape)} {info.image_shape}"
                 raise ModelError(f"{model.role} cannot take {what}: {' '.join(str(error).split())}") from error
         self._check_layout(model)
-        if outputs.logits.shape != (PROBE, info.num_classes):
-            raise ModelError(
-                f"{model.role} gives logits {tuple(outputs.logits.shape)} for {PROBE} images; the data has {info.num_classes} classes"
-            )
+        if classes is not None and outputs.logits.shape != (PROBE, classes):
+            says = f"{model.role} gives logits {tuple(outputs.logits.shape)} for {PROBE} images; the data has {classes} classes"
+            more = " (`num_classes`, `classes` say what a teacher's answers are)" if model.frozen else ""
+            raise ModelError(says + more)
         taps = tuple((name, tuple(value.shape[1:])) for name, value in outputs.features.items())
         return ModelPlan(role, sum(p.numel() for p in model.module.parameters()), counter.get_total_flops() // 2 // PROBE, taps)
 

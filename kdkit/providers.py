@@ -114,6 +114,25 @@ class TeacherOptions(Options):
     fold_batchnorm: bool = Field(
         default=False, description="Merge BatchNorm layers into the convolutions before them: faster, equal up to rounding."
     )
+    num_classes: int | None = Field(
+        default=None,
+        ge=0,
+        description="How many classes the network has, where they are not those of the data; 0: it has none (an encoder), "
+        "so that only losses on layers can look at it.",
+        json_schema_extra=LATER,
+    )
+    classes: tuple[Annotated[int, Field(ge=0)], ...] | dict[str, Annotated[int, Field(ge=0)]] | None = Field(
+        default=None,
+        min_length=1,
+        description="Which of its classes, counted from 0, are those of the data: a list in the data's order, or a number for "
+        "each name of a class. The others are left out wherever its answers are read.",
+        json_schema_extra=LATER,
+    )
+    answers: Literal["logits", "softmax", "sigmoid"] = Field(
+        default="logits",
+        description="The network's last operation: probabilities by `softmax` or `sigmoid` are turned into logits again.",
+        json_schema_extra=LATER,
+    )
     cache: CacheOptions | None = Field(default=None, description="Keep the teacher's answers on disk and read them from there.")
 
 
@@ -122,6 +141,12 @@ class RecipeTeacher(TeacherOptions):
 
     recipe: RecipePath = Field(description="Recipe file whose student is this teacher.")
     seed: int | None = Field(default=None, ge=0, description="Seed in place of that recipe's own.")
+
+    @model_validator(mode="after")
+    def _knows_its_classes(self) -> Self:
+        if self.num_classes is not None:
+            raise ValueError("num_classes is that of the recipe's own data; leave it out")
+        return self
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from kdkit.engine import build_accelerator
 from kdkit.errors import BusyError, DataError, RunError
 from kdkit.evaluate import metrics, predict_together
 from kdkit.factory import ModelFactory, TrainedTeacher, options_of
+from kdkit.given_answers import looks_like
 from kdkit.launching import of_launch
 from kdkit.mixing import MixedLoader
 from kdkit.progress import Reporter
@@ -235,7 +236,7 @@ def _carry_out(setting: Setting) -> Turns[Result]:
 
 
 def _measure_teacher(setting: Setting) -> None:
-    teachers, classes = setting.factory.whole_teachers(), setting.data.info.num_classes
+    teachers, classes = setting.factory.whole_teachers(answering=True), setting.data.info.num_classes
     if setting.sharing:
         setting.teacher = setting.sharing.predictions(teachers)
     else:
@@ -243,6 +244,11 @@ def _measure_teacher(setting: Setting) -> None:
     if setting.teacher is None:
         return
     found = metrics(setting.teacher)
+    if (seen := looks_like(setting.teacher.logits)) != "logits" and len(teachers) == 1:
+        setting.reporter.warn(
+            f"the teacher's answers lie between 0 and 1{' and sum to 1' if seen == 'softmax' else ''}, as probabilities do, "
+            f"and are read as logits; if they are, say `answers: {seen}`"
+        )
     setting.reporter.say(
         f"{'teacher' if len(teachers) == 1 else f'{len(teachers)} teachers together'}  "
         + "  ".join(f"{name} {value:.2f}" for name, value in found.items())

@@ -150,7 +150,7 @@ class TappedModel:
             input_shape=self.input_shape,
         )
 
-    def view(self, layers: Iterable[str], *, needs_logits: bool, answers: Callable[[Inputs], Outputs]) -> TappedModel:
+    def view(self, layers: Iterable[str], *, needs_logits: bool, answers: Callable[[Inputs], Outputs] | None) -> TappedModel:
         """The same network and adapter, seen at some of the taps, whose answers come from somewhere else."""
         other = copy.copy(self)
         other._is_view = True
@@ -274,7 +274,8 @@ class FeaturesOnly(Outputs):
             TapError: always; says what a loss must declare.
         """
         raise TapError(f"{vars(self)['role']}: stops at its deepest tapped layer, no loss having asked for its logits; "
-                       "a loss that reads them sets `needs_teacher_logits = True`")  # fmt: skip
+                       "a loss that reads them sets `needs_teacher_logits = True` "
+                       "(a teacher without the data's classes has none)")  # fmt: skip
 
     def map(self, change: Callable[[Tensor], Tensor]) -> FeaturesOnly:
         """The same record with every tensor changed."""

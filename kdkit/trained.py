@@ -106,15 +106,17 @@ class TrainedRun:
             return None
         return deployed(self.recipe, self.info, self._taught_by(), self.network(best=best))
 
-    def teachers(self, *, device: torch.device | None = None) -> list[TappedModel]:
-        """The teachers, frozen and whole.
+    def teachers(self, *, device: torch.device | None = None, answering: bool = True) -> list[TappedModel]:
+        """The teachers, frozen and whole; `answering`: those that have the data's classes.
 
         Raises:
             RunError: a run that trained one is not there any more.
         """
         if not self.recipe.spec.all_teachers():
             return []
-        return ModelFactory(self.recipe, self.info, self._taught_by(), device=device or torch.device("cpu")).whole_teachers()
+        return ModelFactory(self.recipe, self.info, self._taught_by(), device=device or torch.device("cpu")).whole_teachers(
+            answering=answering
+        )
 
     def teacher_runs(self) -> list[RunFolder]:
         """The runs that trained those teachers that other recipes train.

@@ -37,6 +37,13 @@ def refused(folder, base=OWN, **changes):
     return line.replace(f"{folder}/", "")
 
 
+def refused_lines(folder, base, **changes):
+    """All lines with which `kdkit check` refuses it."""
+    with pytest.raises(RecipeError) as caught:
+        checked(folder, base, **changes)
+    return str(caught.value).splitlines()
+
+
 def weights_of(classes=6, width=4, prefix=""):
     scope = {}
     exec(NET, scope)
@@ -183,7 +190,7 @@ def test_a_network_with_weights_of_its_own_is_not_called_random(tmp_path):
 def test_images_of_a_size_that_a_network_does_not_take_are_still_told_as_such(tmp_path):
     (tmp_path / "net.py").write_text(HARD + NEEDS_NUMBERS["looks_at_values"])
     line = refused(tmp_path, {**PLAIN, "student": {"model": "mlp/8"}, "teacher": {**PLAIN_NET, "input_size": 9}})
-    assert "teacher: teacher cannot take images (3, 8, 8): mat1 and mat2 shapes cannot be multiplied (4x243 and 192x6)" in line
+    assert "teacher: teacher" in line and "mat1 and mat2 shapes cannot be multiplied (4x243 and 192x6)" in line
 
 
 CHANGING = """\
@@ -274,3 +281,112 @@ def test_a_student_that_cannot_be_built_again_is_told_when_training_ends(tmp_pat
     result = train(tmp_path, {**PLAIN, "student": PLAIN_NET, "teacher": {"model": "mlp/8"}}, train={"epochs": 1})
     (told,) = [warning for warning in result.warnings if "the student cannot be built again from" in warning]
     assert says in told and "so it cannot be evaluated or exported, nor teach" in told
+
+
+TEN = {**PLAIN, "student": {"model": "mlp/8"}, "teacher": {**PLAIN_NET, "checkpoint": "w.pt", "num_classes": 10}}
+CHOSEN = [0, 2, 4, 6, 8, 9]
+
+
+@pytest.fixture
+def ten(tmp_path):
+    """Beside the recipe, a network of ten classes with weights."""
+    (tmp_path / "net.py").write_text(NET)
+    torch.manual_seed(0)
+    torch.save(weights_of(10), tmp_path / "w.pt")
+    return tmp_path
+
+
+def test_some_classes_of_a_teacher_are_read_wherever_it_answers(ten):
+    base = merged(TEN, {"teacher": {"classes": CHOSEN, "cache": {"views": 1}}, "run": {"folder": str(ten / "runs")}})
+    hints = [{"use": "rkd_distance", "layers": [{"student": "logits", "teacher": "logits"}]}, {"use": "logit_kl"}]
+    result = train(ten, {**base, "losses": hints}, teacher={"cache": {"what": "taps"}})
+    run = TrainedRun(result.folder)
+    ((teacher,), batch) = run.teachers(), next(iter(run.data().test))
+    scope = {}
+    exec(NET, scope)
+    network = scope["Net"](10).eval()
+    network.load_state_dict(torch.load(ten / "w.pt"))
+    assert torch.allclose(teacher(batch.inputs).logits, network(batch.inputs)[:, CHOSEN])
+    assert {score.role: score.metrics for score in evaluate(run, device=CPU)}["teacher"] == pytest.approx(dict(result.teacher))
+
+
+CLASSES = {  # what the teacher says of its classes, and what `check` says then
+    "more": ({}, "'logit_kl' compares predictions with those of teacher, and its 10 classes are not the data's: `classes` says which are"),
+    "unsaid": (
+        {"num_classes": None},
+        "is a classifier ('3') of 10 classes, not of 6; a teacher needs weights for these classes, or say which",
+    ),
+    "too_few": ({"classes": [0, 1]}, "teacher.classes: 2 different classes are named, and the data has 6"),
+    "twice": ({"classes": [0, 1, 2, 3, 4, 4]}, "teacher.classes: 5 different classes are named, and the data has 6"),
+    "too_high": ({"classes": [0, 1, 2, 3, 4, 10]}, "teacher.classes: class 10 of a network of 10, counted from 0"),
+    "no_names": ({"classes": {"cat": 1}}, "teacher.classes: the data's classes have no names; give a list of numbers"),
+}
+
+
+@pytest.mark.parametrize("case", CLASSES)
+def test_classes_that_cannot_be_chosen_are_refused_at_check(ten, case):
+    changes, says = CLASSES[case]
+    told = refused_lines(ten, TEN, teacher=changes)
+    assert any(says in line for line in told), told
+
+
+def test_classes_by_the_names_of_the_data(ten):
+    data = {"dataset": {"use": "digits"}, "image_size": 8, "batch_size": 8}
+    teacher = {"model": "mlp/8", "num_classes": 20, "classes": {str(digit): 19 - digit for digit in range(10)}}
+    base = {**PLAIN, "data": data, "student": {"model": "mlp/8"}, "teacher": teacher}
+    assert checked(ten, base).teachers[0].macs == 64 * 8 + 8 * 20
+    del teacher["classes"]["3"]
+    assert "teacher.classes: a number for each class of the data, please: " in refused(ten, base)
+
+
+def test_a_loss_that_reads_the_classifier_of_such_a_teacher_is_refused(ten):
+    layers = [{"student": "layer1", "teacher": "2"}]
+    told = refused(ten, TEN, teacher={"classes": CHOSEN}, losses=[{"use": "srrl", "layers": layers}])
+    assert "losses.0: " in told and "classifier" in told
+
+
+ENCODER = """\
+from torch import nn
+class Net(nn.Sequential):
+    def __init__(self, num_classes):
+        super().__init__(nn.Flatten(), nn.Linear(3 * 8 * 8, 24))
+"""
+ON_LAYERS = [
+    {"use": "hint", "adapter": "linear", "layers": [{"student": "layer1", "teacher": "1"}]},
+    {"use": "rkd_distance", "layers": [{"student": "layer1", "teacher": "logits"}]},
+]
+
+
+@pytest.mark.parametrize("teacher", [PLAIN_NET, {"model": "test_resnet", "input_size": 32}], ids=["a_class_of_a_file", "timm"])
+def test_a_teacher_without_classes_teaches_by_its_layers(tmp_path, teacher):
+    (tmp_path / "net.py").write_text(ENCODER)
+    losses = ON_LAYERS if teacher is PLAIN_NET else ON_LAYERS[1:]
+    base = {**PLAIN, "student": {"model": "mlp/8"}, "teacher": {**teacher, "num_classes": 0}, "losses": losses}
+    result = train(tmp_path, base, train={"epochs": 1})
+    assert result.teacher is None and "agreement" not in result.test
+    assert not any("guessing" in warning for warning in result.warnings)
+    assert {score.role for score in evaluate(TrainedRun(result.folder), device=CPU)} == {"student"}
+    line = refused(tmp_path, {**base, "losses": [{"use": "logit_kl"}]})
+    assert "losses.0: 'logit_kl' compares predictions with those of teacher, and it has no classes" in line
+
+
+@pytest.mark.parametrize(("last", "answers"), [("Softmax(1)", "softmax"), ("Sigmoid()", "sigmoid")])
+def test_probabilities_given_for_logits_are_told_and_turned_into_logits(ten, last, answers):
+    text = NET.replace("nn.Linear(width, num_classes))", f"nn.Linear(width, num_classes), nn.{last})")
+    (ten / "net.py").write_text(text)
+    torch.save(weights_of(6), ten / "w.pt")
+    base = {**TEN, "teacher": {**PLAIN_NET, "checkpoint": "w.pt"}}
+    (told,) = [says for says in train(ten, base, train={"epochs": 1}).warnings if "as probabilities do" in says]
+    assert told.endswith(f"if they are, say `answers: {answers}`")
+    result = train(ten, base, into="read", teacher={"answers": answers}, train={"epochs": 1})
+    assert not any("probabilities" in says for says in result.warnings)
+    (teacher,) = TrainedRun(result.folder).teachers()
+    scope = {}
+    exec(NET, scope)
+    network, images = scope["Net"](6).eval(), torch.rand(4, 3, 8, 8)
+    network.load_state_dict(torch.load(ten / "w.pt"))
+    logits = teacher(images).logits
+    if answers == "softmax":  # up to a constant that no softmax sees
+        assert torch.allclose(logits.softmax(1), network(images).softmax(1))
+    else:
+        assert torch.allclose(logits, network(images), atol=1e-5)

@@ -14,6 +14,7 @@ ORDER = """
     launching
     spreading
     finite
+    given_answers
     randomness
     files
     depends

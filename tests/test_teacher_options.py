@@ -61,7 +61,7 @@ def test_a_misspelt_key_beside_recipe_says_what_is_allowed(tmp_path):
 def test_a_last_batch_of_one_image_is_refused(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text((RECIPE % "").replace("train: 24", "train: 25").replace("workers: 0", "workers: 0, drop_last: false"))
-    with pytest.raises(RecipeError, match="r.yaml:2: data.drop_last: the last batch"):
+    with pytest.raises(RecipeError, match="r.yaml:2: data.drop_last: the last of 25 images"):
         kdkit.check(path)
 
 

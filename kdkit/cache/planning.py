@@ -65,11 +65,14 @@ def _unreadable(recipe: Recipe, factory: ModelFactory, info: DataInfo, name: str
             yield "top_k", f"'{called}' compares all logits, of which the smaller ones would not be kept"
 
 
-def sizes(recipe: Recipe, info: DataInfo, num_train: int, shapes: Mapping[str, Shapes]) -> Iterator[tuple[str, str | None]]:
+def sizes(
+    recipe: Recipe, factory: ModelFactory, info: DataInfo, num_train: int, shapes: Mapping[str, Shapes]
+) -> Iterator[tuple[str, str | None]]:
     """How large each cache may grow, in words, and what of that the recipe does not allow (None: nothing).
 
     Args:
         recipe: whose.
+        factory: which teachers have the data's classes.
         info: class count.
         num_train: images that are trained on.
         shapes: of the layers tapped of each teacher, by its name.
@@ -82,7 +85,7 @@ def sizes(recipe: Recipe, info: DataInfo, num_train: int, shapes: Mapping[str, S
             says = f"{', '.join(long)}: as long as the longest text of a batch, which is another one each time; keep logits, or vectors"
             yield says, recipe.problem([*place, "what"], says)
             continue
-        kept = KeptAnswers(options, info.num_classes, True, taps)
+        kept = KeptAnswers(options, info.num_classes, factory.has_classes(name), taps)
         size = slots.count * num_train * kept.bytes
         views = "1 view" if slots.count == 1 else f"{slots.count} views"
         says = f"up to {gigabytes(size)} ({views} of {num_train:,} images, {kept.bytes:,} bytes each)"

@@ -130,7 +130,7 @@ class Measured:
         opened = {key: _opened(run) for key, run in runs.items()}
         models = [(one.student(), one.info.image_shape) for one in opened.values()]
         of_teacher = _opened(taught) if taught else None
-        models += [(model, of_teacher.info.image_shape) for model in of_teacher.teachers()] if of_teacher else []
+        models += [(model, of_teacher.info.image_shape) for model in of_teacher.teachers(answering=False)] if of_teacher else []
         with profile.threads(1):  # several threads wait for each other on a busy machine
             costs = profile.measure_together(models, runs=LATENCY_RUNS, seconds=LATENCY_SECONDS)
         groups = [[cost] for cost in costs[: len(runs)]] + [costs[len(runs) :]]

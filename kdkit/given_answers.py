@@ -1,0 +1,44 @@
+"""How a teacher's answer is read where it is not one logit for each class of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Answers = Literal["logits", "softmax", "sigmoid"]
+ROUNDING = 1e-3  # by which a row of probabilities may miss a sum of 1
+
+
+class Reading:
+    """A forward hook of a network: from what it returns to logits of the data's classes.
+
+    Probabilities p become logits again, up to a constant that no softmax sees: log p after a softmax, log(p / (1 - p)) after a sigmoid.
+
+    Args:
+        answers: what the network's last operation gives.
+        classes: which of its answers are those of the data's classes, in the data's order (None: all).
+    """
+
+    def __init__(self, answers: Answers, classes: Sequence[int] | None) -> None:
+        self.answers, self.classes = answers, None if classes is None else list(classes)
+
+    def __call__(self, module: nn.Module, args: object, output: object) -> object:
+        logits = output["logits"] if isinstance(output, Mapping) and "logits" in output else output
+        if not isinstance(logits, Tensor):
+            return output  # which is told where it is read
+        if self.answers != "logits":
+            logits = logits.float()
+            least = torch.finfo(logits.dtype).tiny
+            own, rest = logits.clamp_min(least), (1 - logits).clamp_min(torch.finfo(logits.dtype).eps)
+            logits = own.log() if self.answers == "softmax" else own.log() - rest.log()
+        return logits if self.classes is None else logits[:, self.classes]
+
+
+def looks_like(logits: Tensor) -> Answers:
+    """What answers (N, K) seem to be: probabilities lie in [0, 1], those of a softmax sum to 1."""
+    if not bool(((logits >= 0) & (logits <= 1)).all()):
+        return "logits"
+    return "softmax" if bool(((logits.sum(1) - 1).abs() < ROUNDING).all()) else "sigmoid"
