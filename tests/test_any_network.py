@@ -37,6 +37,11 @@ def refused(folder, base=OWN, **changes):
     return line.replace(f"{folder}/", "")
 
 
+def opened(result):
+    """The run, read again by somebody who trusts its `net.py`."""
+    return TrainedRun(result.folder, plugins=[result.folder.parent / "net.py"])
+
+
 def refused_lines(folder, base, **changes):
     """All lines with which `kdkit check` refuses it."""
     with pytest.raises(RecipeError) as caught:
@@ -236,13 +241,11 @@ def test_a_student_whose_tensors_change_their_shape_is_read_again_wherever_it_is
     kept = load_file(result.student)
     assert kept["range"].shape == (width,) and kept["seen.min_val"].ndim == 1 and kept["late"].shape == (2,)
     assert kept["fc.weight"].shape == (6, width)
-    assert [score.metrics["top1"] for score in evaluate(TrainedRun(result.folder), device=CPU) if score.role == "student"] == [
-        result.test["top1"]
-    ]
+    assert [score.metrics["top1"] for score in evaluate(opened(result), device=CPU) if score.role == "student"] == [result.test["top1"]]
     images = torch.rand(4, 3, 8, 8)
-    wanted = kdkit.load_student(result.folder)(images).logits
-    exported = export(TrainedRun(result.folder), folder=tmp_path / "out")
-    assert exported.files and torch.equal(TrainedRun(result.folder).student()(images).logits, wanted)
+    wanted = kdkit.load_student(result.folder, plugins=[tmp_path / "net.py"])(images).logits
+    exported = export(opened(result), folder=tmp_path / "out")
+    assert exported.files and torch.equal(opened(result).student()(images).logits, wanted)
     again = {
         **base,
         "name": "second",
@@ -300,7 +303,7 @@ def test_some_classes_of_a_teacher_are_read_wherever_it_answers(ten):
     base = merged(TEN, {"teacher": {"classes": CHOSEN, "cache": {"views": 1}}, "run": {"folder": str(ten / "runs")}})
     hints = [{"use": "rkd_distance", "layers": [{"student": "logits", "teacher": "logits"}]}, {"use": "logit_kl"}]
     result = train(ten, {**base, "losses": hints}, teacher={"cache": {"what": "taps"}})
-    run = TrainedRun(result.folder)
+    run = opened(result)
     ((teacher,), batch) = run.teachers(), next(iter(run.data().test))
     scope = {}
     exec(NET, scope)
@@ -365,7 +368,7 @@ def test_a_teacher_without_classes_teaches_by_its_layers(tmp_path, teacher):
     result = train(tmp_path, base, train={"epochs": 1})
     assert result.teacher is None and "agreement" not in result.test
     assert not any("guessing" in warning for warning in result.warnings)
-    assert {score.role for score in evaluate(TrainedRun(result.folder), device=CPU)} == {"student"}
+    assert {score.role for score in evaluate(opened(result), device=CPU)} == {"student"}
     line = refused(tmp_path, {**base, "losses": [{"use": "logit_kl"}]})
     assert "losses.0: 'logit_kl' compares predictions with those of teacher, and it has no classes" in line
 
@@ -380,7 +383,7 @@ def test_probabilities_given_for_logits_are_told_and_turned_into_logits(ten, las
     assert told.endswith(f"if they are, say `answers: {answers}`")
     result = train(ten, base, into="read", teacher={"answers": answers}, train={"epochs": 1})
     assert not any("probabilities" in says for says in result.warnings)
-    (teacher,) = TrainedRun(result.folder).teachers()
+    (teacher,) = opened(result).teachers()
     scope = {}
     exec(NET, scope)
     network, images = scope["Net"](6).eval(), torch.rand(4, 3, 8, 8)
