@@ -88,9 +88,11 @@ def test_lengths_and_the_teachers_data_are_told():
     table = report_words.cost_table(findings(base, longer, teacher=teacher))
     assert list(table.header)[1:3] == ["steps", "images seen"]
     assert [row[1:3] for row in table.rows] == [["40", "1,000"], ["80 (× 2)", "2,000 (× 2)"], ["160", "4,000"]]
-    sentence = "The teacher was trained on 800 labelled examples (5 epochs, 160 steps), the students on 100."
+    sentence = "The teacher was trained on 800 labelled examples (5 epochs, 160 steps); the students have 100."
     assert sentence in said(base, longer, teacher=teacher)
-    assert "On what the teacher was trained is not known; the students on 100." in said(base, longer)
+    more = replace(longer, name="more", length=Length(800, 5, 40, 2000))
+    assert "the students have 100; more: 800." in said(base, longer, more, teacher=teacher)
+    assert "On what the teacher was trained is not known; the students have 100." in said(base, longer)
 
 
 def test_a_search_is_told_with_its_cost_and_edges():

@@ -147,10 +147,10 @@ def _measured(study: Study, say: Callable[[str], None]) -> Measured:
     return Measured(study.path / "measured.json", say)
 
 
-def check(study: Study, say: Callable[[str], None] = lambda _: None) -> dict[str, Length]:
+def check(study: Study, fetch: Callable[[str], None] | None = None) -> dict[str, Length]:
     """How long each variant trains (of a search, at its longest point), with all that can be refused before anything is trained.
 
-    `say` is told of what is fetched for it.
+    `fetch` is told of what is fetched for it (None: nothing is fetched).
 
     Raises:
         RecipeError: a variant cannot work, differs in more than what is compared, or trains longer than the baseline.
@@ -168,7 +168,7 @@ def check(study: Study, say: Callable[[str], None] = lambda _: None) -> dict[str
             continue
         try:
             finished = each.result is not None and not each.recipe.spec.train.patience  # which may end some runs early
-            lengths[each.variant] = of_run(RunFolder(each.folder), each.recipe.spec.data) if finished else of_plan(each.recipe, say)
+            lengths[each.variant] = of_run(RunFolder(each.folder), each.recipe.spec.data) if finished else of_plan(each.recipe, fetch)
         except RecipeError as error:
             problems += [f"{line} (variant {each.variant})" for line in str(error).splitlines()]
     if problems:

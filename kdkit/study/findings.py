@@ -57,7 +57,7 @@ class Length:
     """How long a run trains, all its stages together.
 
     Attributes:
-        samples: labelled training images (or texts) that it has.
+        samples: training images (or texts) that it has.
         epochs: over these.
         steps: of the optimizer.
         images: how many images these steps show, each as often as it comes.

@@ -20,13 +20,13 @@ STEPS = "steps"  # among the keys that `allow` names, lets variants train longer
 EPOCHS = "train.epochs"  # whoever lets variants differ in these lets them train longer
 
 
-def of_plan(recipe: Recipe, say: Callable[[str], None]) -> Length:
-    """As `kdkit check` finds it out; `say` is told of what is fetched for it.
+def of_plan(recipe: Recipe, fetch: Callable[[str], None] | None) -> Length:
+    """As `kdkit check` finds it out; `fetch` is told of what is fetched for it.
 
     Raises:
         RecipeError: the recipe cannot work.
     """
-    made = plan.make(recipe, say)
+    made = plan.make(recipe, fetch)
     epochs, steps = (sum(counts) for counts in zip(*((s.epochs, s.steps) for s in made.stages), strict=True))
     return Length(made.num_train, epochs, steps, epochs * images_per_epoch(recipe.spec.data, made.num_train))
 

@@ -28,17 +28,21 @@ def _count(number: int, of: str = "") -> str:
 
 
 def training_data(found: Findings) -> str | None:
-    """On how much the teacher was trained, and the students; None without a teacher."""
+    """On how many examples the teacher was trained, and the students; None without a teacher."""
     if found.teacher is None:
         return None
-    counts = sorted({v.length.samples for v in found.variants if v.length})
-    students = f"the students on {' to '.join(f'{count:,}' for count in dict.fromkeys((counts[0], counts[-1])))}" if counts else ""
+    variants: dict[int, list[str]] = {}
+    for v in found.variants:
+        if v.length:
+            variants.setdefault(v.length.samples, []).append(v.name)
+    first, *others = variants.items() if variants else [(0, [])]
+    students = "; ".join([f"the students have {first[0]:,}", *(f"{', '.join(names)}: {count:,}" for count, names in others)])
     lengths = list(dict.fromkeys(found.teacher.lengths))
     if not lengths:
-        return f"On what the teacher was trained is not known; {students}" if students else None
+        return f"On what the teacher was trained is not known; {students}"
     one = "The teacher was" if len(found.teacher.lengths) == 1 else "Each teacher was"
     taught = " or ".join(f"{n.samples:,} labelled examples ({n.epochs:,} epochs, {n.steps:,} steps)" for n in lengths)
-    return f"{one} trained on {taught}, {students}"
+    return f"{one} trained on {taught}; {students}"
 
 
 def search(found: Findings) -> Iterator[str]:
