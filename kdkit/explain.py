@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 from kdkit.errors import dotted, one_line, shown, suggest
 from kdkit.options import IN_WORDS, Ramp, said
 from kdkit.providers import RecipeTeacher
+from kdkit.reading import COMMAND_LINE
 from kdkit.recipe_types import TAUGHT
 from kdkit.source import Source
 
@@ -84,7 +85,8 @@ def _explain(
         allowed = [word.lower() if word in ("True", "False") else word for word in allowed]  # as YAML writes them
         says = f"got {shown(given)}; {suggest(str(given), allowed)}"
     elif kind == "string_type" and given is None:
-        says = f"needs a text, got nothing; an empty text is written '', as in \"{dotted(location)}=''\""
+        says = "needs a text, got nothing; an empty text is written ''"
+        says += f", as in \"{dotted(location)}=''\"" if place(location) == COMMAND_LINE else ""
     elif kind == "string_pattern_mismatch" and context["pattern"] in IN_WORDS:
         says = f"may hold {IN_WORDS[context['pattern']]}, got {shown(given)}"
     else:

@@ -180,7 +180,7 @@ FolderPath = Annotated[Path, AfterValidator(_fitting)]
 LARGEST_INT = 2**63 - 1
 """Beyond it a whole number is a mistake."""
 
-SIDE, COUNT = 16_384, 1_000_000
+SIDE, COUNT = 4_096, 1_000_000
 """Bounds of options: pixels of an image's side; how many of something that is made or done one by one."""
 
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"

@@ -50,7 +50,7 @@ SCALARS = {  # of an override, or in a file: what the key says, and what is told
     "no character": ("name", '"\\U99999999"', "means nothing"),
     "no user": ("teacher.checkpoint", "~nosuchuser/x", "teacher.checkpoint: '~nosuchuser/x' is no path"),
     "plugin of no user": ("plugins", "[~nosuchuser/x]", "plugins.0: '~nosuchuser/x' is no path"),
-    "a large image": ("data.image_size", "1000000000", "data.image_size: input should be less than or equal to 16384"),
+    "a large image": ("data.image_size", "1000000000", "data.image_size: input should be less than or equal to 4096"),
     "a large batch": ("data.eval_batch_size", "9" * 30, "data.eval_batch_size: "),
     "a long name": ("name", "n" * 300, "name: string should have at most 200 characters"),
     "a long file name": ("teacher.checkpoint", "n" * 5000, "teacher.checkpoint: the name of a file has 255 bytes at most"),

@@ -17,11 +17,11 @@ COARSE = 4  # pixels a side of a class's pattern before it is smoothed to the im
 class SyntheticOptions(kdkit.DatasetOptions):
     """How many images of what kind."""
 
-    num_classes: int = Field(default=10, ge=2, description="Classes; the images are shared out equally among them.")
-    image_size: int = Field(default=32, ge=4, description="Side of the square images.")
-    channels: int = Field(default=3, ge=1, description="Channels.")
-    train: int = Field(default=2000, gt=0, description="Training images.")
-    test: int = Field(default=500, gt=0, description="Test images.")
+    num_classes: int = Field(default=10, ge=2, le=100_000, description="Classes; the images are shared out equally among them.")
+    image_size: int = Field(default=32, ge=4, le=4096, description="Side of the square images.")
+    channels: int = Field(default=3, ge=1, le=64, description="Channels.")
+    train: int = Field(default=2000, gt=0, le=10_000_000, description="Training images.")
+    test: int = Field(default=500, gt=0, le=10_000_000, description="Test images.")
     noise: float = Field(default=0.25, ge=0, description="Standard deviation of the noise, of pixels in [0, 1].")
     seed: int = Field(default=0, ge=0, description="Gives the patterns and the images.")
 
