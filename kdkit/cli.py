@@ -17,7 +17,6 @@ from rich.table import Table
 from kdkit import __version__, cli_studies, launching, usage
 from kdkit.console import (
     DEBUG,
-    UNEXPECTED,
     NoPlugins,
     Overrides,
     Plugins,
@@ -192,7 +191,7 @@ def profile(
         list[str],
         typer.Argument(metavar="RUN|MODEL", help="Run folders (teacher and student), and names of models.", show_default=False),
     ],
-    batch: Annotated[int, typer.Option("--batch", min=1, metavar="N", help="Images per answer, beside single ones.")] = 32,
+    batch: Annotated[int, typer.Option("--batch", min=1, max=65_536, metavar="N", help="Images per answer, beside single ones.")] = 32,
     size: Annotated[
         str | None,
         typer.Option(
@@ -203,15 +202,19 @@ def profile(
     ] = None,
     classes: Annotated[
         int | None,
-        typer.Option("--classes", min=1, metavar="N", help="Logits of named models (default: the run's, or 1000).", show_default=False),
+        typer.Option(
+            "--classes", min=1, max=1_000_000, metavar="N", help="Logits of named models (default: the run's, or 1000).", show_default=False
+        ),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, metavar="N", help="Processor threads (default: torch's).", show_default=False)
+        int | None,
+        typer.Option("--threads", min=1, max=1024, metavar="N", help="Processor threads (default: torch's).", show_default=False),
     ] = None,
     device: Device = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="The same as --device cpu.")] = False,
     runs: Annotated[
-        int, typer.Option("--runs", min=1, metavar="N", help="Answers timed of each model and batch size, within five seconds.")
+        int,
+        typer.Option("--runs", min=1, max=1_000_000, metavar="N", help="Answers timed of each model and batch size, within five seconds."),
     ] = 100,
     plugins: Plugins = None,
 ) -> None:
@@ -242,7 +245,7 @@ def layers(
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Options of the model: key=value, such as stem=small.", show_default=False),
     ] = None,
-    classes: Annotated[int, typer.Option(help="Number of classes.")] = 10,
+    classes: Annotated[int, typer.Option(min=1, max=1_000_000, metavar="N", help="Number of classes.")] = 10,
     size: Annotated[
         str, typer.Option(help="Image shape C,H,W or side (224: 3,224,224); for networks that read texts, N tokens.")
     ] = "3,224,224",
@@ -331,8 +334,9 @@ def main() -> None:
             sys.exit(2)
         if os.environ.get(DEBUG):
             raise
-        print(unexpected(error), file=sys.stderr)
-        sys.exit(UNEXPECTED)
+        says, code = unexpected(error)
+        print(says, file=sys.stderr)
+        sys.exit(code)
     sys.exit(code or 0)
 
 

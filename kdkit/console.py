@@ -74,8 +74,13 @@ def absolute(plugins: list[Path] | None) -> tuple[Path, ...]:
     return tuple(path.expanduser().resolve() for path in plugins or [])
 
 
-def unexpected(error: Exception) -> str:
-    """One line on an error that nobody meant to raise; its traceback is written to a file."""
+def unexpected(error: Exception) -> tuple[str, int]:
+    """One line on an error that nobody meant to raise, and the exit code; its traceback is written to a file.
+
+    Too little memory is nobody's fault, and torch says it in several ways.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+        return one_line(f"not enough memory; smaller images, batches or networks need less ({' '.join(str(error).split())})"), 2
     frames = traceback.extract_tb(error.__traceback__)
     modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
     own = [(module, frame) for module, frame in zip(modules, frames, strict=True) if module.partition(".")[0].startswith("kdkit")]
@@ -88,4 +93,5 @@ def unexpected(error: Exception) -> str:
         where = f"traceback in {file.name}, or here with {DEBUG}=1"
     except OSError:
         where = f"traceback with {DEBUG}=1"
-    return one_line(f"{last.filename}:{last.lineno}: {type(error).__name__}: {' '.join(str(error).split())}; {whose} ({where})")
+    says = f"{last.filename}:{last.lineno}: {type(error).__name__}: {' '.join(str(error).split())}; {whose} ({where})"
+    return one_line(says), UNEXPECTED

@@ -19,6 +19,7 @@ from kdkit.dataset_source import DataInfo, DatasetSource, InMemory, Split, Strea
 from kdkit.errors import DataError
 from kdkit.images import Finish, HeldImages, Images, Pictures, ReadImages, View
 from kdkit.labels import class_indices, split
+from kdkit.options import SIDE
 from kdkit.records import Batch
 from kdkit.schema import DataSpec
 from kdkit.shapes import Shape, is_text
@@ -29,6 +30,9 @@ from kdkit.transforms import Transform, for_measuring, for_training, resized
 
 MOST_VIEWS = 1 << 40
 """The copies of a repeated image are views from multiples of this on: beyond those that a stage's further views have."""
+
+LARGEST_IMAGE = 4 * SIDE**2
+"""Values of one image."""
 
 FOR_IMAGES = ("image_size", "augment", "timm_augment")
 
@@ -187,7 +191,8 @@ def image_shape(spec: DataSpec, info: DataInfo) -> Shape:
     """Shape (C, H, W) of the images in a batch; of texts, the most tokens that one has (N,).
 
     Raises:
-        DataError: the dataset's images have many sizes and `data.image_size` is not set; texts are to be changed as images are.
+        DataError: the dataset's images have many sizes and `data.image_size` is not set, or are too large; texts are to be changed as
+            images are.
     """
     if is_text(info.image_shape):
         if asked := [key for key in FOR_IMAGES if getattr(spec, key) is not None]:
@@ -195,9 +200,11 @@ def image_shape(spec: DataSpec, info: DataInfo) -> Shape:
         return info.image_shape
     channels, height, width = info.image_shape
     if spec.image_size is not None:
-        return channels, spec.image_size, spec.image_size
+        height = width = spec.image_size
     if not height or not width:
         raise DataError(f"data.image_size: dataset '{spec.dataset.use}' has images of many sizes, so it must be set")
+    if channels * height * width > LARGEST_IMAGE:
+        raise DataError(f"images {(channels, height, width)} have more than {LARGEST_IMAGE:,} values")
     return channels, height, width
 
 

@@ -115,6 +115,8 @@ def suggest(word: str, allowed: Iterable[str], limit: int = 20, meant: Sequence[
     like the word. What the caller knows to be `meant` comes before both.
     """
     names, said = sorted(set(allowed)), word[:100].lower()
+    if not names:
+        return "there is none"
     near = sorted(names, key=lambda name: difflib.SequenceMatcher(None, said, name.lower()).ratio(), reverse=True)
     begin = [name for name in names if len(said) > 1 and name.lower().startswith(said)]
     close = meant or begin[:4] or difflib.get_close_matches(said, names, n=1, cutoff=0.5)

@@ -91,7 +91,7 @@ def build_optimizer(
     groups = [group for group in groups if group["params"]]
     names = [str(name) for name in timm.optim.list_optimizers()]
     if want.name not in names:
-        raise RunError(f"timm has no optimizer '{want.name}'; {suggest(want.name, names, limit=100)}")
+        raise RunError(f"timm has no optimizer '{want.name}'; {suggest(want.name, names)}")
     try:
         optimizer = timm.optim.create_optimizer_v2(
             groups, want.name, lr=want.lr, weight_decay=want.weight_decay, momentum=want.momentum, **want.args

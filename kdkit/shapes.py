@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from kdkit.errors import ModelError
+from kdkit.errors import ModelError, shown
+from kdkit.options import SIDE
 from kdkit.records import MASK, Inputs
 
 Shape = tuple[int, ...]
@@ -68,8 +69,9 @@ def parse_shape(size: str) -> Shape:
     """
     with contextlib.suppress(ValueError):
         shape = tuple(int(side) for side in size.split(","))
-        if len(shape) in (1, 3) and min(shape) > 0:
+        if len(shape) in (1, 3) and min(shape) > 0 and max(shape) <= SIDE:
             return shape
     raise ModelError(
-        f"--size: '{size}' is not of the form C,H,W, such as 3,224,224, nor a whole number: the side of square images, or tokens of a text"
+        f"--size: {shown(size)} is not of the form C,H,W, such as 3,224,224, nor a whole number, the side of square images or tokens of a "
+        f"text; each is {SIDE} at most"
     )

@@ -139,6 +139,34 @@ def test_a_fault_of_kdkit_is_one_line_and_keeps_its_traceback(shell, tmp_path, m
         cli.main()
 
 
+@pytest.mark.parametrize("error", [MemoryError("so much"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_too_little_memory_is_no_fault(shell, monkeypatch, error):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr("kdkit.recipe.load", fails)
+    code, told = shell("check", "r.yaml")
+    assert code == 2 and told == f"not enough memory; smaller images, batches or networks need less ({error})\n"
+
+
+LARGE = [
+    ("layers", "mlp/8", "--size", "3,99999999,99999999"),
+    ("layers", "mlp/8", "--classes", "-5"),
+    ("layers", "mlp/8", "--classes", "9" * 30),
+    ("profile", "mlp/8", "--size", "3,99999,99999"),
+    ("profile", "mlp/8", "--threads", "999999999"),
+    ("profile", "mlp/8", "--batch", "99999999999"),
+    ("profile", "mlp/8", "--classes", "99999999999"),
+    ("profile", "mlp/8", "--runs", "99999999999"),
+]
+
+
+@pytest.mark.parametrize("words", LARGE, ids=lambda words: " ".join(words)[:40])
+def test_numbers_that_nothing_could_hold_are_refused(shell, words):
+    code, told = shell(*words)
+    assert code == 2 and told.count("\n") == 1 and words[-2] in told, told
+
+
 def test_a_fault_of_a_plugin_names_its_file_and_line(shell, tmp_path):
     head = "import kdkit\n\nclass Mine(kdkit.Loss):\n    '''Mine.'''\n    name, knowledge = 'mine', 'labels'\n\n"
     body = "    def forward(self, student, teacher, batch):\n        if student.logits.shape[0] == 50:\n            raise ZeroDivisionError('here')\n        return student.logits.sum()\n\n"
