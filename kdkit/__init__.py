@@ -101,6 +101,7 @@ _HOME = {
     "ensembles": "combined ensemble with_logits",
     "peers": "PeerOptions",
     "trunk": "Trunk channels",
+    "depends": "beside code_digest",
     "errors": "DataError Interrupted KdkitError ModelError PluginError RecipeError RunError ShapeError TapError",
     "hookspecs": "hookimpl",
     "options": "BOOKKEEPING CODE Arguments NetworkArguments Options Ramp Rampable RecipePath",

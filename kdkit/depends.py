@@ -7,11 +7,14 @@ the folder lies or when it was written: a copy or a clone of the data gives the 
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import hashlib
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
@@ -71,6 +74,34 @@ def local_modules(file: Path) -> list[Path]:
         met |= new
         waiting += sorted(new)
     return sorted(met - {file})
+
+
+@contextlib.contextmanager
+def beside(file: Path) -> Iterator[None]:
+    """Let a Python file import the modules in its folder, inside the `with` block.
+
+    Modules of their names that are there already, from elsewhere, are set aside and come back.
+    """
+    folder = file.parent
+    names = {path.relative_to(folder).parts[0].removesuffix(".py") for path in local_modules(file) if path.is_relative_to(folder)}
+
+    def known() -> dict[str, ModuleType]:
+        return {name: module for name, module in sys.modules.items() if name.partition(".")[0] in names}
+
+    def is_own(module: ModuleType) -> bool:
+        return Path(getattr(module, "__file__", None) or "/").is_relative_to(folder)
+
+    others = {name: module for name, module in known().items() if not is_own(module)}
+    for name in known():  # the file's own may be of an older text
+        del sys.modules[name]
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name in known() if others else ():
+            del sys.modules[name]
+        sys.modules.update(others)
 
 
 def _imports(file: Path, root: Path) -> Iterator[Path]:

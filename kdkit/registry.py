@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -20,6 +21,7 @@ import pluggy
 from kdkit import hookspecs
 from kdkit.contracts import Loss
 from kdkit.dataset_source import DatasetSource
+from kdkit.depends import beside
 from kdkit.errors import PluginError, suggest
 from kdkit.options import Options
 from kdkit.providers import ModelSource
@@ -125,7 +127,8 @@ def _import(path: Path, package: str = "", root: Path | None = None) -> ModuleTy
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # before it runs, so that pickle, inspect and pydantic find its classes
     try:
-        spec.loader.exec_module(module)
+        with contextlib.nullcontext() if root else beside(path):
+            spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
         raise PluginError(f"{path}: cannot be imported: {_cause(error)}") from error

@@ -1,5 +1,8 @@
 """Networks and teachers as people have them: one small input of each kind, at `check` and in training."""
 
+import sys
+import types
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -393,3 +396,59 @@ def test_probabilities_given_for_logits_are_told_and_turned_into_logits(ten, las
         assert torch.allclose(logits.softmax(1), network(images).softmax(1))
     else:
         assert torch.allclose(logits, network(images), atol=1e-5)
+
+
+BLOCKS = """\
+from torch import nn
+def body():
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, {width}))
+"""
+TWO_FILES = """\
+from blocks import body
+from torch import nn
+class Net(nn.Sequential):
+    def __init__(self, num_classes):
+        super().__init__(body(), nn.Linear({width}, num_classes))
+"""
+
+
+def test_a_network_of_two_files_of_which_both_are_part_of_the_run(tmp_path):
+    base = {**PLAIN, "student": PLAIN_NET, "teacher": {"model": "mlp/8"}}
+    counts, marks = [], []
+    for folder, width in (("a", 4), ("b", 5), ("a", 6)):  # other files of these names, and other texts of these files
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "blocks.py").write_text(BLOCKS.format(width=width))
+        (tmp_path / folder / "net.py").write_text(TWO_FILES.format(width=width))
+        counts.append(checked(tmp_path / folder, base).student.parameters)
+        marks.append(recipe.load(tmp_path / folder / "recipe.yaml").fingerprint)
+    assert counts == [193 * width + (width + 1) * 6 for width in (4, 5, 6)] and len(set(marks)) == 3
+
+
+def test_a_module_of_such_a_name_from_elsewhere_stays_what_it_was(tmp_path, monkeypatch):
+    theirs = types.ModuleType("blocks")
+    monkeypatch.setitem(sys.modules, "blocks", theirs)
+    (tmp_path / "blocks.py").write_text(BLOCKS.format(width=4))
+    (tmp_path / "net.py").write_text(TWO_FILES.format(width=4))
+    assert checked(tmp_path, {**PLAIN, "student": PLAIN_NET, "teacher": {"model": "mlp/8"}}).student.macs
+    assert sys.modules["blocks"] is theirs and str(tmp_path) not in sys.path
+
+
+def test_a_plugin_of_two_files(tmp_path):
+    (tmp_path / "halves.py").write_text("HALF = 0.5\n")
+    plugin = """\
+import kdkit
+from halves import HALF
+class Half(kdkit.Loss):
+    \"\"\"Half of the mean squared difference of the logits.\"\"\"
+    name = "halved"
+    knowledge = "response"
+    Options = kdkit.ResponseOptions
+    def forward(self, student, teacher, batch):
+        return HALF * (student.logits - teacher.logits).square().mean()
+@kdkit.hookimpl
+def kdkit_losses():
+    return [Half]
+"""
+    (tmp_path / "half.py").write_text(plugin)
+    base = {**PLAIN, "student": {"model": "mlp/8"}, "teacher": {"model": "mlp/8"}, "plugins": ["half.py"], "losses": [{"use": "halved"}]}
+    assert "halved" in checked(tmp_path, base).stages[0].formula

@@ -14,7 +14,10 @@ import kdkit
 
 
 class PythonSource(kdkit.ModelSource):
-    """A class or function of a Python file: `model: python/Net` with `file: net.py`, called with `num_classes` and `args`."""
+    """A class or function of a Python file: `model: python/Net` with `file: net.py`, called with `num_classes` and `args`.
+
+    Modules in the file's folder that it imports as it is read are part of it.
+    """
 
     name = "python"
 
@@ -50,7 +53,7 @@ class PythonSource(kdkit.ModelSource):
 
 def _import(file: Path) -> ModuleType:
     try:
-        digest = hashlib.sha256(str(file).encode() + file.read_bytes()).hexdigest()[:12]
+        digest = hashlib.sha256(f"{file} {kdkit.code_digest(file)}".encode()).hexdigest()[:12]
     except OSError as error:
         raise kdkit.ModelError(f"{file}: cannot be read: {error.strerror}") from error
     name = f"kdkit_model_{file.stem}_{digest}"
@@ -61,7 +64,8 @@ def _import(file: Path) -> ModuleType:
         raise kdkit.ModelError(f"{file}: a model file is Python source and ends in .py")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        with kdkit.beside(file):
+            spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
         raise kdkit.ModelError(f"{file}: cannot be imported: {_cause(error)}") from error
