@@ -57,11 +57,12 @@ class Updater:
         self.schedule.after_step(steps)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+        return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(), "lr": self.lr}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
+        self.lr = state.get("lr", self._next_lr)  # checkpoints of earlier versions have none
 
 
 def build_optimizer(

@@ -219,12 +219,14 @@ def odd(folder, then):
 @pytest.mark.parametrize("number", ["nan", "inf"])
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_step(tmp_path, number):
     changes = odd(tmp_path, f"student.logits.mean() * (float('{number}') if self.calls == 7 else 1)")  # 6 steps an epoch
-    with pytest.raises(kdkit.RunError, match=rf"stage 'distill', step 7: odd is -?{number}; the last good checkpoint") as told:
+    with pytest.raises(
+        kdkit.RunError, match=rf"stage 'distill', step 7: odd is -?{number}; a smaller train.optimizer.lr, .*; the last good checkpoint"
+    ) as told:
         train(tmp_path, **changes)
     assert "checkpoints" in str(told.value)
     assert not (tmp_path / "run" / "result.json").exists()
     state, broken = Checkpoints(tmp_path / "run" / "checkpoints").load_newest("stage0")
-    assert (state["trainer"]["epoch"], broken) == (1, [])
+    assert state["trainer"]["epoch"] == 1 and not broken
     assert all(value.isfinite().all() for value in state["trainer"]["learner"].values())
 
 
