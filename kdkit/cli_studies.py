@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from kdkit.console import NoPlugins, Overrides, Plugins, Processes, RunPlugins, absolute, load, out, start_processes, watch
+from kdkit.terminal import Terminal
 
 app = typer.Typer()
 
@@ -96,14 +96,12 @@ def report(
     plugins: RunPlugins = None,
 ) -> None:
     """Write the report of a study or of runs: a page, CSV and JSON."""
-    from rich.markup import escape
-
     from kdkit.report import output as reports
     from kdkit.source import parse_overrides
 
     overrides = parse_overrides(f"data.{word.removeprefix('data.')}" for word in data or [])
-    with Console(stderr=True).status("reads the runs") as status:  # on a terminal only
-        written = reports.write(paths, output, overrides, absolute(plugins), say=lambda text: status.update(escape(text)))
+    with Terminal(stderr=True).status("reads the runs") as status:  # on a terminal only
+        written = reports.write(paths, output, overrides, absolute(plugins), say=lambda text: status.update(text))
     for what in written.missing:
         out.print(f"left out: {what}", markup=False)
     out.print(str(written.page), markup=False)

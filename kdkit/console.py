@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from kdkit import launching
 from kdkit.errors import one_line
+from kdkit.terminal import Terminal
 
 if TYPE_CHECKING:
     from kdkit.recipe import Recipe
 
-out = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 160)
+out = Terminal(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 
 RecipeFile = Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)]
 Overrides = Annotated[

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 from rich.table import Table
+from rich.text import Text
 
 from kdkit import registry
 from kdkit.errors import ModelError, RunError
@@ -98,7 +99,7 @@ def table(names: Sequence[str], profiles: Sequence[Profile]) -> Table:
         shown.add_column(name, justify="right", overflow="fold")
     for title, value, text in _rows(profiles[0]):
         values = [value(profile) for profile in profiles]
-        shown.add_row(title, text(values[0]), *(f"{text(v)}  [dim]{_ratio(v, values[0]):>7}[/dim]" for v in values[1:]))
+        shown.add_row(title, text(values[0]), *(Text.assemble(text(v), "  ", (f"{_ratio(v, values[0]):>7}", "dim")) for v in values[1:]))
     return shown
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdkit.files import write_atomically
 from kdkit.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -131,8 +133,9 @@ def draw(curves: Curves, title: str, file: Path, teacher: float | None = None) -
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=9, labelcolor=INK, handlelength=3.2)
     _name_stages(accuracy, curves)
     rate.set_xlabel("epoch" if len(curves.stages) == 1 else "epoch, over all stages", color=INK)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=file.suffix.removeprefix(".") or "png")
+    write_atomically(file, picture.getvalue())  # in the place of a link, not where it leads
 
 
 def _lines(axes: Axes, lines: dict[str, Curve], curves: Curves, number: str) -> None:

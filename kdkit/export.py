@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import mmap
 import os
 import tempfile
 import warnings
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from kdkit import __version__
 from kdkit.dataset_source import DataInfo
 from kdkit.deployment import deploying
-from kdkit.errors import ModelError
+from kdkit.errors import ModelError, RunError
 from kdkit.files import sealed, write_atomically
 from kdkit.finite import to_json
 from kdkit.normalization import NormalizationAdapter
@@ -67,10 +68,33 @@ def export(run: TrainedRun, form: Format = "timm", folder: Path | None = None, *
         names = ", ".join(deploying(run.recipe))
         raise ModelError(f"{run.folder.path}: the student is deployed with parts of {names}, which timm cannot build; use --format onnx")
     target = folder or run.folder.path / "export"
+    _refuse_foreign(target, run.folder.path if folder is None else target)
     student = run.student(best=best, channels_last=False)
     target.mkdir(parents=True, exist_ok=True)
     network, source = run.network(best=best), run.model_source(best=best)
     return _write_onnx(student, run.info, target) if form == "onnx" else _write_weights(run, student, network, source, target)
+
+
+def _refuse_foreign(target: Path, home: Path) -> None:
+    """Make sure that nothing is replaced that is not kdkit's, and that a link in a run folder leads nowhere else.
+
+    Raises:
+        RunError: otherwise.
+    """
+    if not target.resolve().is_relative_to(home.resolve()):
+        raise RunError(f"{target}: is a link to {target.resolve()}; name that folder by --output if the student is to be written there")
+    about, network = target / EXPORTED, target / ONNX_FILE
+    if (about.exists() or (target / WEIGHTS).exists()) and not _mentions(about, b'"kdkit"'):
+        raise RunError(f"{about}: is not kdkit's, and would be replaced; choose another --output")
+    if network.exists() and not _mentions(network, b"kdkit_version"):
+        raise RunError(f"{network}: is not kdkit's, and would be replaced; choose another --output")
+
+
+def _mentions(file: Path, word: bytes) -> bool:
+    if not file.is_file() or not file.stat().st_size:
+        return False
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(word) >= 0
 
 
 def _write_weights(run: TrainedRun, student: TappedModel, network: ModelOptions, source: ModelSource, folder: Path) -> Export:

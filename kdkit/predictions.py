@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 
 import torch
 
+from kdkit import spreadsheets
 from kdkit.errors import DataError
 from kdkit.images import Finish, ReadImages
 from kdkit.shapes import is_text
@@ -101,10 +100,8 @@ def predict_files(run: TrainedRun, files: Sequence[Path], *, best: bool = False,
 
 def as_csv(predictions: Sequence[Prediction], root: Path) -> str:
     """A table of file (relative to `root`), class and probability."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for one in predictions:
-        file = one.file.relative_to(root) if one.file != root and one.file.is_relative_to(root) else one.file
-        writer.writerow([file, one.label, f"{one.probability:.4f}"])
-    return text.getvalue()
+
+    def name(file: Path) -> Path:
+        return file.relative_to(root) if file != root and file.is_relative_to(root) else file
+
+    return spreadsheets.as_csv(COLUMNS, ([name(one.file), one.label, f"{one.probability:.4f}"] for one in predictions))

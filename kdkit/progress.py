@@ -6,9 +6,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+from kdkit.terminal import Terminal
 
 REFRESH = 0.25
 IN_PERCENT = {"top1", "top5", "balanced_accuracy", "macro_f1", "ece", "agreement"}
@@ -23,7 +24,7 @@ class Reporter:
     """Prints what happens in a run; `quiet` keeps all but warnings to itself."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self.console = Console(soft_wrap=True, highlight=False)
+        self.console = Terminal(soft_wrap=True)
         self.quiet = quiet
         self._progress: Progress | None = None
         self._shown = 0.0

@@ -14,6 +14,7 @@ from kdkit import curves
 from kdkit.curves import Curve, Curves
 from kdkit.errors import RunError
 from kdkit.run_folder import Result, RunFolder
+from kdkit.terminal import printable
 
 WIDTH = 48  # characters of a curve
 UNTOLD = {"use", "name", "weight", "layers", "model", "recipe", "interpolation", "args"}
@@ -46,7 +47,7 @@ class Story:
     def report(self) -> RenderableType:
         """All of it, for a rich console."""
         parts: list[RenderableType] = [_facts(brief(self.recipe)), Text()]
-        parts += list(_outcome(self.result)) if self.result else [Text(self._so_far(), style="yellow")]
+        parts += list(_outcome(self.result)) if self.result else [_text(self._so_far(), style="yellow")]
         if self.curves.epochs:
             parts += [Text(), _curve_table(self.curves)]
         return Group(*parts)
@@ -143,12 +144,17 @@ def _number(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def _text(text: str, style: str = "") -> Text:
+    """What a run's files say, which may be a stranger's."""
+    return Text(printable(text), style)
+
+
 def _facts(rows: Iterable[tuple[str, str]]) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for title, text in rows:
-        table.add_row(title, Text(text))
+        table.add_row(title, _text(text))
     return table
 
 
@@ -180,9 +186,9 @@ def _outcome(result: Result) -> Iterator[RenderableType]:
     rows += [("ensemble, test", result.ensemble)] if result.ensemble else []
     rows += [("teacher, test", result.teacher)] if result.teacher else []
     yield score_table(rows)
-    yield Text(f"{result.parameters:,} parameters, {result.epochs} epochs in the last stage, trained for {result.seconds:,.0f} s")
+    yield _text(f"{result.parameters:,} parameters, {result.epochs} epochs in the last stage, trained for {result.seconds:,.0f} s")
     for warning in result.warnings:
-        yield Text(f"warning: {warning}", style="yellow")
+        yield _text(f"warning: {warning}", style="yellow")
 
 
 def _curve_table(found: Curves) -> Table:

@@ -11,6 +11,8 @@ CORE = Path(kdkit.__file__).parent
 PLUGINS = CORE.parent / "plugins"
 ORDER = """
     errors
+    terminal
+    spreadsheets
     launching
     spreading
     finite

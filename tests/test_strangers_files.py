@@ -1,10 +1,13 @@
 """What files of strangers may do: attacks, each of which has to end in one line and leave no trace."""
 
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from training import PLAIN, write
 
 from kdkit import plan, recipe
@@ -480,3 +483,210 @@ def test_no_plugins(home, trap, name, file, script):
     said, code = command(name, home / file, "--no-plugins", f"run.folder={home / 'runs'}")
     assert code == 2 and said.count("\n") == 1 and f"names {home / script}, which --no-plugins does not let run" in said
     assert not trap.sprung
+
+
+# What is shown and written
+
+
+EVIL_TEXT = "\x1b]0;owned\x07[red]\x1b[2J"
+
+
+def test_control_characters_and_markup_are_shown_as_text(home, capsys):
+    recipe_file = home / "taught" / "recipe.yaml"
+    plain = yaml.safe_load(recipe_file.read_text())
+    plain["schedule"]["note"] = EVIL_TEXT
+    recipe_file.write_text(yaml.safe_dump(plain))
+    assert command("show", home / "taught")[1] == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "\x07" not in out and r"\x1b]0;owned\x07[red]\x1b[2J" in out
+    assert out.count("\n") > 10
+
+
+def test_show_runs_no_python(home, trap, capsys):
+    assert command("show", home / "run") == ("", 0)
+    assert "python/Net" in capsys.readouterr().out and not trap.sprung
+
+
+def test_a_report_escapes_what_strangers_write(home):
+    from kdkit.report import page
+    from kdkit.report.blocks import Document
+
+    evil = "<script>alert(1)</script>![x](javascript:alert(1))"
+    document = Document(title=evil, question=evil, answer=[evil], sections=[])
+    assert "<script>" not in page.html(document)
+    written = page.markdown(document, "report")
+    assert not re.search(r"(?<!\\)[<\[]", written)  # every sign that begins something is escaped
+
+
+CELLS = ["=1+1", "+SUM(A1)", "-2+3", "@x", "\tx", "\r=1", "plain\r=1", "-0.5", -0.5, 3, None, "a,b", 'a"b']
+
+
+def test_cells_of_csv_are_no_formulas():
+    import csv
+    import io
+
+    from kdkit.spreadsheets import as_csv
+
+    written = as_csv([str(i) for i in range(len(CELLS))], [CELLS])
+    _, read = csv.reader(io.StringIO(written, newline=""))
+    assert read == ["'=1+1", "'+SUM(A1)", "'-2+3", "'@x", "'\tx", "' =1", "plain =1", "-0.5", "-0.5", "3", "", "a,b", 'a"b']
+
+
+def test_links_are_not_written_through(home, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "precious").write_text("mine")
+    (home / "taught" / "curves.png").symlink_to(elsewhere / "precious")
+    (home / "taught" / "export").symlink_to(elsewhere)
+    (home / "report").symlink_to(elsewhere)
+    assert command("show", home / "taught")[1] == 0
+    said, code = command("export", home / "taught", "--plugins", home / "own.py")
+    assert code == 2 and f"taught/export: is a link to {elsewhere}; name that folder by --output" in said
+    said, code = command("report", home / "taught")
+    assert code == 2 and "report: is a link, and pictures would be written where it leads" in said
+    assert (elsewhere / "precious").read_text() == "mine" and [path.name for path in elsewhere.iterdir()] == ["precious"]
+    assert not (home / "taught" / "curves.png").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.onnx"])
+def test_an_export_replaces_nothing_of_others(home, name):
+    folder = home / "mine"
+    folder.mkdir()
+    (folder / name).write_text("{}")
+    said, code = command("export", home / "taught", "--plugins", home / "own.py", "--output", folder)
+    assert code == 2 and said.count("\n") == 1 and "is not kdkit's, and would be replaced" in said
+    assert (folder / name).read_text() == "{}"
+
+
+def test_a_report_replaces_nothing_of_others(home, monkeypatch):
+    from kdkit.report import output
+
+    monkeypatch.setattr(output, "gather", lambda *_: (None, home))
+    (home / "report.md").write_text("mine")
+    with pytest.raises(KdkitError, match="report.md: is there already, and is no report of kdkit's"):
+        output._refuse_foreign(home, ["report.md"])
+    (home / "report.json").write_text('{"findings": {}}')
+    output._refuse_foreign(home, ["report.md"])
+
+
+def test_what_a_run_says_of_itself_is_not_proved(home, capsys):
+    result = home / "taught" / "result.json"
+    saved = {key: value for key, value in json.loads(result.read_text()).items() if key != "sha256"}
+    result.write_text(json.dumps({**saved, "test": {**saved["test"], "top1": 99.99}}))
+    assert command("show", home / "taught")[1] == 0
+    assert "99.99" in capsys.readouterr().out
+
+
+def test_a_run_fetches_data_when_it_is_asked_to(home, monkeypatch):
+    from kdkit import fetching
+    from kdkit.trained import TrainedRun
+
+    asked = []
+    monkeypatch.setattr(fetching, "fetch", lambda recipe, source, say: asked.append(source.name))
+    TrainedRun(home / "taught", plugins=[home / "own.py"]).data()
+    assert not asked
+    run = TrainedRun(home / "taught", plugins=[home / "own.py"])
+    run._fetch = True  # what `data.dataset.download=true` sets, which this dataset has not
+    run.data()
+    assert asked == ["synthetic"]
+
+
+# Caches
+
+
+def store_at(path, rows=4):
+    from kdkit.cache.store import AnswerStore, Column
+
+    about = {"teacher": EVIL_TEXT, "data": "[/red]", "images": rows, "views": 1}
+    return AnswerStore(path, [Column("logits", (2,), "float32")], rows, about)
+
+
+def test_clearing_removes_a_cache_s_own_files_only(tmp_path):
+    from kdkit.cache.folder import clear
+
+    home, name = tmp_path / "caches", "taught-0123456789abcdef"
+    store_at(home / name).close()
+    (home / name / "mine.txt").write_text("mine")
+    store_at(tmp_path / "other" / name).close()
+    (home / "linked-0123456789abcdef").symlink_to(tmp_path / "other" / name)
+    (home / "build-0123456789abcdef").mkdir()
+    (home / "build-0123456789abcdef" / "cache.json").write_text("{}")  # another program's
+    assert {found.path.name for found in clear(home)} == {name, "linked-0123456789abcdef"}
+    assert sorted(str(path.relative_to(home)) for path in home.rglob("*")) == [
+        "build-0123456789abcdef", "build-0123456789abcdef/cache.json", name, f"{name}/mine.txt"
+    ]  # fmt: skip
+    assert (tmp_path / "other" / name / "cache.json").is_file()
+
+
+def test_a_list_of_caches_shows_text(tmp_path, capsys):
+    store_at(tmp_path / "taught-0123456789abcdef").close()
+    assert command("cache", "--list", "--dir", tmp_path) == ("", 0)
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "[/red]" in out and r"\x1b[2J" in out
+
+
+def test_a_cache_says_what_was_written_into_it(tmp_path):
+    store = store_at(tmp_path / "taught-0123456789abcdef")
+    forged = torch.tensor([[9.0, -9.0]])
+    store.write(torch.tensor([1]), {"logits": forged})
+    assert torch.equal(store.read(torch.tensor([1]))["logits"], forged)
+    store.close()
+
+
+# The page
+
+
+def test_a_recipe_s_python_runs_when_it_is_checked(home, trap):
+    assert command("check", home / "recipe.yaml")[1] == 0 and trap.sprung
+
+
+HERE = {
+    "R1": [test_a_check_connects_to_nothing, test_a_check_asks_no_hub, test_a_check_needs_no_pretrained_weights],
+    "R2": [test_keywords_of_a_loader_are_no_configuration],
+    "R3": [test_a_folder_with_python_of_its_own_runs_nothing, test_a_tokenizer_with_python_of_its_own_runs_nothing],
+    "R4": [
+        test_files_that_are_pickles_are_no_dataset,
+        test_pickles_that_are_not_what_they_should_be,
+        test_a_community_s_dataset_is_refused,
+    ],
+    "R5": ["plugins/test_image_folder.py::test_several_want_the_same_archive"],
+    "R6": [test_where_files_are_fetched_to],
+    "R7": ["plugins/test_image_folder.py::test_without_download_nothing_is_fetched"],
+    "R8": [
+        "plugins/test_image_folder.py::test_links_and_other_files_stay_in_the_archive",
+        "plugins/test_image_folder.py::test_an_archive_that_leads_outside_is_refused",
+    ],
+    "R9": ["plugins/test_image_folder.py::test_archives_that_are_too_large"],
+    "R10": [test_a_recipe_s_python_runs_when_it_is_checked],
+    "R11": [test_it_is_said_which_python_runs_and_who_named_it],
+    "R12": [test_no_plugins],
+    "R13": [test_a_check_connects_to_nothing],
+    "F1": [test_a_run_s_python_does_not_run_unasked, test_load_student_runs_what_it_is_told],
+    "F2": [test_a_report_leaves_out_what_would_run_python],
+    "F3": [test_show_runs_no_python],
+    "F4": [test_a_result_may_not_name_python_that_the_recipe_does_not],
+    "F5": [test_a_run_fetches_data_when_it_is_asked_to],
+    "F6": [test_control_characters_and_markup_are_shown_as_text, test_a_report_escapes_what_strangers_write],
+    "F7": [test_cells_of_csv_are_no_formulas],
+    "F8": [test_links_are_not_written_through],
+    "F9": [test_an_export_replaces_nothing_of_others, test_a_report_replaces_nothing_of_others],
+    "F10": [test_a_run_s_python_runs_when_it_is_named],
+    "F11": [test_what_a_run_says_of_itself_is_not_proved],
+    "C1": [test_a_checkpoint_that_would_run_python],
+    "C2": [test_a_checkpoint_that_is_none],
+    "E1": ["test_export.py::test_a_network_of_the_user_s_file_is_described_without_the_file_s_place"],
+    "K1": [test_clearing_removes_a_cache_s_own_files_only],
+    "K2": [test_a_list_of_caches_shows_text],
+    "K3": [test_a_cache_says_what_was_written_into_it],
+}
+
+
+def test_each_sentence_of_the_page_has_a_test():
+    home = Path(__file__).parent
+    page = (home.parent / "docs" / "explanation" / "strangers-files.md").read_text()
+    bullets = [line for line in page.splitlines() if line.startswith("- ")]
+    assert [re.match(r"- \*\*([A-Z]\d+)\*\* ", line)[1] for line in bullets] == list(HERE)
+    for tests in HERE.values():
+        for name in filter(lambda one: isinstance(one, str), tests):
+            file, _, test = name.partition("::")
+            assert f"\ndef {test}(" in (home / file).read_text()

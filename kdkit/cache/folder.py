@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from kdkit.cache.store import LOCK, MARKER, STATES, About, allocated, locks, read_about
+from kdkit.cache.store import CHECKS, LOCK, MARKER, STATES, WRITING, About, allocated, locks, read_about
 from kdkit.errors import RunError, suggest
 
-NAME = re.compile(r".+-[0-9a-f]{16}")
+NAME, COLUMN = re.compile(r".+-[0-9a-f]{16}"), re.compile(r"column-\d+\.bin")
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,8 @@ class Found:
 
 def stores(folder: Path) -> list[Found]:
     """All stores in a folder, by name."""
-    return [look(marker.parent) for marker in sorted(folder.glob(f"*/{MARKER}")) if NAME.fullmatch(marker.parent.name)]
+    markers = [marker for marker in sorted(folder.glob(f"*/{MARKER}")) if NAME.fullmatch(marker.parent.name)]
+    return [look(marker.parent) for marker in markers if (marker.parent / LOCK).is_file()]  # which another program's folder has not
 
 
 def look(path: Path) -> Found:
@@ -71,6 +71,18 @@ def clear(folder: Path, name: str | None = None) -> list[Found]:
             if not locks(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
                 raise RunError(f"{found.path} is in use; nothing was removed")
         for found in there:
-            (found.path / MARKER).unlink()  # first, so that half a store is none
-            shutil.rmtree(found.path)
+            _remove(found.path)
     return there
+
+
+def _remove(store: Path) -> None:
+    """A store's own files, and its folder once nothing else is in it; of a link the link alone."""
+    if store.is_symlink():
+        store.unlink()
+        return
+    (store / MARKER).unlink()  # first, so that half a store is none
+    for file in store.iterdir():
+        if file.name in (LOCK, WRITING, STATES, CHECKS) or COLUMN.fullmatch(file.name) or file.suffix == ".part":
+            file.unlink()
+    with contextlib.suppress(OSError):  # there is more in it
+        store.rmdir()

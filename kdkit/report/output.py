@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +15,7 @@ from kdkit.report import answers, courses, page, sections
 from kdkit.report.findings import of_runs
 from kdkit.report.sections import Material
 from kdkit.run_folder import RunFolder
+from kdkit.spreadsheets import as_csv
 from kdkit.study import intervals
 from kdkit.study.findings import Findings, Variant
 
@@ -61,10 +61,28 @@ def write(
     files["report.csv"] = table(findings).encode()
     files["report.json"] = (to_json(figures(material), indent=1) + "\n").encode()
     files["report.html"] = page.html(document).encode()
+    _refuse_foreign(folder, files)
     (folder / PICTURES).mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_atomically(folder / name, content)
     return Report(folder / "report.html", tuple(folder / name for name in files), tuple(material.missing))
+
+
+def _refuse_foreign(folder: Path, files: Iterable[str]) -> None:
+    """Make sure that no file is replaced that is not a report's.
+
+    Raises:
+        RunError: there is one, or the pictures would go elsewhere.
+    """
+    if (folder / PICTURES).is_symlink():
+        raise RunError(f"{folder / PICTURES}: is a link, and pictures would be written where it leads; choose another --output")
+    there = [folder / name for name in files if (folder / name).exists()]
+    try:
+        known = "findings" in json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        known = False
+    if there and not known:
+        raise RunError(f"{there[0]}: is there already, and is no report of kdkit's; choose another --output, or move it away")
 
 
 def gather(paths: Sequence[Path], plugins: Sequence[Path] = ()) -> tuple[Findings, Path]:
@@ -131,11 +149,7 @@ def table(findings: Findings) -> str:
     """CSV, one row a run, failed ones included."""
     rows = list(_rows(findings))
     columns = dict.fromkeys(key for row in rows for key in row)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return as_csv(list(columns), ([row.get(column) for column in columns] for row in rows))
 
 
 def _rows(findings: Findings) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,33 @@
+"""CSV that a spreadsheet program opens without computing anything."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a cell begins that spreadsheet programs take for a formula
+
+
+def as_csv(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Columns and rows as CSV. Texts that a spreadsheet would take for formulas get an apostrophe before them; numbers stay numbers."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([_plain(cell) for cell in row] for row in (columns, *rows))
+    return text.getvalue()
+
+
+def _plain(cell: object) -> object:
+    if isinstance(cell, int | float) or cell is None:
+        return cell
+    text = str(cell)
+    safe = f"'{text}" if text.startswith(FORMULA) and not _is_number(text) else text
+    return safe.replace("\r", " ")  # or some programs would begin a row there
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
