@@ -124,6 +124,7 @@ def cache(
 
     if clear and listed:
         raise RecipeError("give --list or --clear, not both")
+    watch(plugins, no_plugins=False)
     wanted = None if clear or listed or recipe is None else load(Path(recipe), overrides, plugins)
     from kdkit.cache import filling  # after the recipe: a mistake in it is told at once
     from kdkit.cache import folder as store_folder

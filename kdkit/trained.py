@@ -13,7 +13,7 @@ import torch
 from pydantic import ValidationError
 from typing_extensions import TypedDict
 
-from kdkit import data, fetching, files, registry
+from kdkit import consent, data, fetching, files, registry
 from kdkit.dataset_source import DataInfo, DatasetSource
 from kdkit.deployment import deployed, deploying, rebuilt
 from kdkit.devices import is_channels_last
@@ -23,6 +23,7 @@ from kdkit.explain import explain
 from kdkit.factory import ModelFactory, TrainedTeacher, options_of
 from kdkit.models import build_model
 from kdkit.providers import ModelOptions, ModelSource, RecipeTeacher
+from kdkit.recipe import code_in
 from kdkit.recipe_types import source_of
 from kdkit.run_folder import ANEW, RunFolder
 from kdkit.shapes import Shape
@@ -236,6 +237,7 @@ def _load_exported(folder: Path, device: torch.device, plugins: tuple[Path, ...]
         options = kind.model_validate(about["options"])
     except ValidationError as error:
         raise ModelError(explain(error, kind, about["options"], lambda _: str(folder / EXPORTED))) from None
+    consent.meet({path: str(folder / EXPORTED) for _, path in code_in(options)}, plugins)
     builder, shape = sources[source](options, name), about["image_shape"]
     model = build_model(options, builder, about["num_classes"], shape, role="student", file=folder / WEIGHTS, device=device)
     model.module.eval()

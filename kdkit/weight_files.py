@@ -212,6 +212,8 @@ def _torch_file(path: Path, shapes_only: bool) -> Any:
             if any(name.endswith("/constants.pkl") for name in file.namelist()):
                 says = "is a TorchScript archive, whose code kdkit does not run; in Python, save `torch.jit.load(FILE).state_dict()`"
                 raise CheckpointError(f"{path}: {says}")
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):
+                raise CheckpointError(f"{path}: is a compressed archive, which torch does not write; unpacked it may fill the memory")
     return torch.load(path, map_location="cpu", weights_only=True, mmap=archive and shapes_only)
 
 

@@ -189,6 +189,16 @@ def test_a_checkpoint_that_is_none(tmp_path, content):
     refused(file, "student.checkpoint: ", "w.pth: holds no weights")
 
 
+def test_a_checkpoint_that_is_compressed(tmp_path):
+    import zipfile
+
+    torch.save({"w": torch.zeros(1000)}, tmp_path / "plain.pth")
+    with zipfile.ZipFile(tmp_path / "plain.pth") as plain, zipfile.ZipFile(tmp_path / "w.pth", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    refused(write(tmp_path, student={"checkpoint": "w.pth"}), "w.pth: is a compressed archive")
+
+
 def test_a_checkpoint_of_shapes_alone_is_told_when_it_is_read(tmp_path):
     from kdkit.weight_files import read_weights
 
@@ -396,7 +406,7 @@ def command(*words):
     return said.getvalue(), 0
 
 
-READERS = {"evaluate": (), "export": (), "export --format onnx": (), "profile": ("--runs", "1", "--cpu")}
+READERS = {"evaluate": (), "predict": (".",), "export": (), "export --format onnx": (), "profile": ("--runs", "1", "--cpu")}
 
 
 @pytest.mark.parametrize(("run", "file"), [("run", "net.py"), ("taught", "own.py")])
@@ -483,6 +493,53 @@ def test_no_plugins(home, trap, name, file, script):
     said, code = command(name, home / file, "--no-plugins", f"run.folder={home / 'runs'}")
     assert code == 2 and said.count("\n") == 1 and f"names {home / script}, which --no-plugins does not let run" in said
     assert not trap.sprung
+
+
+def test_an_exported_folder_runs_no_python(home, trap, tmp_path):
+    """Its options may name a file although it says that it needs none."""
+    import kdkit
+
+    options = {"model": "python/Net", "file": str(trap.write(tmp_path / "evil.py", NETWORK))}
+    about = {"version": "0", "options": options, "needs_files": [], "num_classes": 6, "image_shape": [1, 8, 8], "class_names": []}
+    (tmp_path / "config.json").write_text(json.dumps({"kdkit": about}))
+    (tmp_path / "model.safetensors").write_bytes((home / "run" / "student.safetensors").read_bytes())
+    with pytest.raises(KdkitError, match="evil.py") as caught:
+        kdkit.load_student(tmp_path)
+    assert "\n" not in str(caught.value) and not trap.sprung
+
+
+def test_a_teacher_s_recipe_is_not_followed_from_a_run(home, trap):
+    """The recipe of the run's teacher names Python; only its run folder is looked for."""
+    trap.write(home / "own.py", LOSS)
+    evil = home / "evil"
+    evil.mkdir()
+    trap.write(evil / "own.py", LOSS)
+    (evil / "taught.yaml").write_text((home / "taught.yaml").read_text())
+    for run in ("run", "taught"):
+        (home / run / "recipe.yaml").write_text(
+            (home / run / "recipe.yaml").read_text().replace(str(home / "taught.yaml"), str(evil / "taught.yaml"))
+        )
+    (home / "net.py").write_text(NETWORK)
+    command("evaluate", home / "run", "--plugins", home / "net.py")
+    command("profile", home / "run", "--plugins", home / "net.py", "--runs", "1", "--cpu")
+    command("report", home / "run", "--output", home / "told", "--plugins", home / "net.py")
+    assert not trap.sprung
+
+
+def test_a_hub_is_asked_for_what_a_run_names(tmp_path, monkeypatch):
+    from kdkit import registry
+
+    asked = []
+
+    def download(name, *_, **__):
+        asked.append(name)
+        raise OSError("no hub here")
+
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", download)
+    source = registry.load().models["timm"]
+    with pytest.raises(KdkitError):
+        source(source.Options(model="hf-hub:owner/name"), "hf-hub:owner/name").build(3, (3, 8, 8))
+    assert asked == ["owner/name"]
 
 
 # What is shown and written
@@ -671,10 +728,14 @@ HERE = {
     "F8": [test_links_are_not_written_through],
     "F9": [test_an_export_replaces_nothing_of_others, test_a_report_replaces_nothing_of_others],
     "F10": [test_a_run_s_python_runs_when_it_is_named],
-    "F11": [test_what_a_run_says_of_itself_is_not_proved],
+    "F11": [test_a_hub_is_asked_for_what_a_run_names],
+    "F12": [test_what_a_run_says_of_itself_is_not_proved],
     "C1": [test_a_checkpoint_that_would_run_python],
-    "C2": [test_a_checkpoint_that_is_none],
-    "E1": ["test_export.py::test_a_network_of_the_user_s_file_is_described_without_the_file_s_place"],
+    "C2": [test_a_checkpoint_that_is_none, test_a_checkpoint_that_is_compressed],
+    "E1": [
+        test_an_exported_folder_runs_no_python,
+        "test_export.py::test_a_network_of_the_user_s_file_is_described_without_the_file_s_place",
+    ],
     "K1": [test_clearing_removes_a_cache_s_own_files_only],
     "K2": [test_a_list_of_caches_shows_text],
     "K3": [test_a_cache_says_what_was_written_into_it],
