@@ -1,7 +1,8 @@
 """Every schedule with response, feature and relation losses on handwritten digits: accuracy over seeds, and cost.
 
 Trains the recipes of recipes/digits/schedules, each with its own losses, with `hint` added and with `rkd_distance` added, and prints a
-table in Markdown. Runs that are there already are reused, so that a table with more seeds trains only what is new.
+table in Markdown. Beside each stands the student alone with as many optimizer steps, as more steps help by themselves. Runs that are there
+already are reused, so that a table with more seeds trains only what is new.
 
     python benchmarks/schedules.py --seeds 5
 """
@@ -9,8 +10,9 @@ table in Markdown. Runs that are there already are reused, so that a table with 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,8 @@ ADDED: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def accuracies(path: Path, added: Sequence[dict[str, Any]], seeds: int) -> list[float]:
-    """Top-1 on test data after the last epoch, one per seed.
+def accuracies(path: Path, added: Sequence[dict[str, Any]], seeds: int, changes: Mapping[str, Any] | None = None) -> list[float]:
+    """Top-1 on test data after the last epoch, one per seed; `changes` are values by key path.
 
     Raises:
         RecipeError: the losses have nobody to learn from under this schedule.
@@ -36,8 +38,9 @@ def accuracies(path: Path, added: Sequence[dict[str, Any]], seeds: int) -> list[
     losses = [*plain["losses"], *({**entry, **several} for entry in added)]
     found = []
     for seed in range(seeds):
-        loaded = recipe.load(path, {"losses": losses, "seed": seed})
-        folder = runs.folder_for(loaded, loaded.spec.run.folder, f"{loaded.spec.name}-{len(losses)}-seed{seed}")
+        loaded = recipe.load(path, {"losses": losses, "seed": seed, **(changes or {})})
+        longer = f"-{loaded.spec.train.epochs}-epochs" if changes else ""
+        folder = runs.folder_for(loaded, loaded.spec.run.folder, f"{loaded.spec.name}-{len(losses)}{longer}-seed{seed}")
         found.append(runs.train(loaded, folder, quiet=True).test["top1"])
     return found
 
@@ -49,7 +52,20 @@ def cell(path: Path, added: Sequence[dict[str, Any]], seeds: int, notes: list[st
     except RecipeError as error:
         notes.append(f"{path.stem}: {str(error).splitlines()[0].split(': ', 1)[1]}")
         return "-"
-    return f"{statistics.mean(found):.2f}" + (f" +- {statistics.stdev(found):.2f}" if seeds > 1 else "")
+    return spread(found)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation."""
+    return f"{statistics.mean(values):.2f}" + (f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def alone_for(steps: int, seeds: int) -> str:
+    """What the student alone reaches with so many optimizer steps, to the next whole epoch."""
+    path = RECIPES / "alone.yaml"
+    [stage] = plan.make(recipe.load(path)).stages
+    epochs = math.ceil(steps / (stage.steps // stage.epochs))
+    return spread(accuracies(path, [], seeds, {"train.epochs": epochs} if epochs != stage.epochs else None))
 
 
 def main() -> None:
@@ -58,8 +74,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="names of recipes")
     chosen = parser.parse_args()
     notes: list[str] = []
-    print("| recipe | cost of a step | steps | losses of the recipe | " + " | ".join(name for name in ADDED if name) + " |")
-    print("| --- " * (len(ADDED) + 3) + "|")
+    added = " | ".join(name for name in ADDED if name)
+    print(f"| recipe | cost of a step | steps | alone with as many steps | losses of the recipe | {added} |")
+    print("| --- " * (len(ADDED) + 4) + "|")
     paths = [RECIPES / "alone.yaml", *sorted((RECIPES / "schedules").glob("*.yaml"))]
     for path in paths:
         if path.stem == "base" or (chosen.only and path.stem not in chosen.only):
@@ -67,7 +84,7 @@ def main() -> None:
         stages = plan.make(recipe.load(path)).stages
         cost, steps = "; ".join(dict.fromkeys(str(stage.cost) for stage in stages)), sum(stage.steps for stage in stages)
         cells = [cell(path, added, chosen.seeds, notes) for added in ADDED.values()]
-        print(f"| {path.stem} | {cost} | {steps} | {' | '.join(cells)} |", flush=True)
+        print(f"| {path.stem} | {cost} | {steps} | {alone_for(steps, chosen.seeds)} | {' | '.join(cells)} |", flush=True)
     print(f"\nTop-1 % on test data after the last epoch, {chosen.seeds} seeds, mean +- standard deviation.")
     print("\n".join(f"- {note}" for note in dict.fromkeys(notes)))
 
