@@ -675,6 +675,19 @@ def test_clearing_removes_a_cache_s_own_files_only(tmp_path):
     assert (tmp_path / "other" / name / "cache.json").is_file()
 
 
+def test_a_cache_of_links_is_damaged(tmp_path):
+    store = store_at(tmp_path / "taught-0123456789abcdef")
+    store.close()
+    column = store.path / "column-0.bin"
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"x" * column.stat().st_size)
+    column.unlink()
+    column.symlink_to(precious)
+    with pytest.raises(KdkitError, match="column-0.bin is damaged or missing"):
+        store_at(store.path)
+    assert set(precious.read_bytes()) == set(b"x")
+
+
 def test_a_list_of_caches_shows_text(tmp_path, capsys):
     store_at(tmp_path / "taught-0123456789abcdef").close()
     assert command("cache", "--list", "--dir", tmp_path) == ("", 0)
@@ -737,8 +750,9 @@ HERE = {
         "test_export.py::test_a_network_of_the_user_s_file_is_described_without_the_file_s_place",
     ],
     "K1": [test_clearing_removes_a_cache_s_own_files_only],
-    "K2": [test_a_list_of_caches_shows_text],
-    "K3": [test_a_cache_says_what_was_written_into_it],
+    "K2": [test_a_cache_of_links_is_damaged],
+    "K3": [test_a_list_of_caches_shows_text],
+    "K4": [test_a_cache_says_what_was_written_into_it],
 }
 
 

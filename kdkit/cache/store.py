@@ -228,7 +228,7 @@ class AnswerStore:
     def _refuse_damaged(self) -> None:
         for name, size in self._sizes().items():
             file = self.path / name
-            if not file.is_file() or file.stat().st_size != size:
+            if file.is_symlink() or not file.is_file() or file.stat().st_size != size:  # a link would be written through
                 raise RunError(
                     f"{file} is damaged or missing; `kdkit cache --clear {self.path.name} --dir {self.path.parent}` removes the cache"
                 )
