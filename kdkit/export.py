@@ -22,6 +22,7 @@ from kdkit.deployment import deploying
 from kdkit.errors import ModelError, RunError
 from kdkit.files import sealed, write_atomically
 from kdkit.finite import to_json
+from kdkit.layers import outputs_of
 from kdkit.normalization import NormalizationAdapter
 from kdkit.providers import FIRST_WEIGHTS, ModelOptions, ModelSource
 from kdkit.recipe_types import DEFAULT_SOURCE
@@ -209,8 +210,7 @@ class _Deployed(nn.Module):
 
     def forward(self, *given: Tensor) -> Tensor:
         answer = self.network(self.adapt(*given)) if self.names == IMAGES else self.network(**dict(zip(self.names, given, strict=True)))
-        logits: Tensor = answer["logits"] if isinstance(answer, Mapping) else answer
-        return logits
+        return outputs_of(answer)[0]
 
 
 def _write_onnx(student: TappedModel, info: DataInfo, folder: Path) -> Export:

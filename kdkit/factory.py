@@ -108,6 +108,7 @@ class ModelFactory:
             own = self.recipe.plugins.losses[entry.use].knowledge == "labels"
             for pair in self.expand(entry.taps(), entry.teacher, own):
                 names += [pair.student, pair.teacher] if teaches or own else [pair.student]
+            names += [f"output{entry.output}"] if entry.output else []
         return list(dict.fromkeys(names))
 
     def teacher_layers(self, name: str) -> list[str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from kdkit.layers import outputs_of
 
 Answers = Literal["logits", "softmax", "sigmoid"]
 ROUNDING = 1e-3  # by which a row of probabilities may miss a sum of 1
@@ -26,9 +28,9 @@ class Reading:
         self.answers, self.classes = answers, None if classes is None else list(classes)
 
     def __call__(self, module: nn.Module, args: object, output: object) -> object:
-        logits = output["logits"] if isinstance(output, Mapping) and "logits" in output else output
-        if not isinstance(logits, Tensor):
+        if not (outputs := outputs_of(output)):
             return output  # which is told where it is read
+        logits = outputs[0]
         if self.answers != "logits":
             logits = logits.float()
             least = torch.finfo(logits.dtype).tiny

@@ -11,7 +11,7 @@ import copy
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -32,12 +32,14 @@ BATCH_NORM = nn.modules.batchnorm._BatchNorm
 class Layer:
     """One place to observe: what the module at `path` returns, or its first argument. The path "" is the network itself.
 
-    `embedding` says that it is one vector per sample, whatever dimensions of size 1 surround it.
+    `embedding` says that it is one vector per sample, whatever dimensions of size 1 surround it. `output`: of a network that gives several
+    outputs, which of them, see `outputs_of`.
     """
 
     path: str
     side: Literal["output", "input"] = "output"
     embedding: bool = False
+    output: int = field(default=0, repr=False)  # caches know layers by their text of before
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,34 @@ class LayerRow:
     aliases: tuple[str, ...] = ()
 
 
+def outputs_of(returned: object) -> list[Tensor]:
+    """The tensors that a network returns, its logits first; none where it returns something else.
+
+    It returns one tensor, a mapping or a named tuple with `logits`, or a tuple that begins with them.
+    """
+    if isinstance(returned, Tensor):
+        return [returned]
+    named = returned if isinstance(returned, Mapping) else returned._asdict() if hasattr(returned, "_asdict") else {}
+    if "logits" in named:
+        values = [named["logits"], *(value for key, value in named.items() if key != "logits")]
+    else:
+        values = [*returned] if isinstance(returned, tuple | list) else []
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    return tensors if tensors and tensors[0] is values[0] else []
+
+
+def output_of(returned: object, number: int) -> object:
+    """The output of that number; the only one, where there are no others (networks average theirs once they are trained).
+
+    Raises:
+        TapError: there are others, but not this one.
+    """
+    outputs = outputs_of(returned)
+    if len(outputs) > 1 and number >= len(outputs):
+        raise TapError(f"'output{number}': the network gives {len(outputs)} outputs, counted from 0")
+    return outputs[min(number, len(outputs) - 1)] if outputs else returned
+
+
 def resolve(name: str, module: nn.Module, num_classes: int | None = None) -> Layer:
     """The place in the network that a name means.
 
@@ -58,6 +88,8 @@ def resolve(name: str, module: nn.Module, num_classes: int | None = None) -> Lay
     """
     if name == "logits":
         return Layer("")
+    if (numbered := re.fullmatch(r"output(\d+)", name)) and name not in dict(module.named_children()):
+        return Layer("", output=int(numbered[1]))
     if name == "penultimate":
         return Layer(classifier_path(module, num_classes), "input", embedding=True)
     if name.endswith(INPUT):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kdkit.contracts import Context, Loss
+from kdkit.ensembles import with_logits
 from kdkit.errors import PluginError, ShapeError, TapError
 from kdkit.loss_options import LayerPair
 from kdkit.options import at_epoch
@@ -110,8 +111,13 @@ class Objective(nn.Module):
         return {name: loss for name, loss in self.parts().items() if self._teachers(name, lesson)}
 
     def _read(self, name: str, lesson: Lesson) -> Lesson:
-        """The lesson that a loss gets."""
-        return lesson.supervised or lesson if self.losses[name].knowledge == "labels" else lesson
+        """The lesson that a loss gets, with the output of the student that it reads in the place of the logits."""
+        read = lesson.supervised or lesson if self.losses[name].knowledge == "labels" else lesson
+        if not (number := self.entries[name].output):
+            return read
+        if (other := read.student.features.get(f"output{number}")) is None:
+            raise ShapeError(f"{name}: this answer has no output {number} of the student's network")
+        return replace(read, student=with_logits(read.student, other))
 
     def _teachers(self, name: str, lesson: Lesson) -> Sequence[Outputs]:
         """The answers that a loss looks at."""

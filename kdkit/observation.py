@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kdkit.errors import TapError
-from kdkit.layers import Layer
+from kdkit.layers import Layer, output_of
 
 
 class Stop(Exception):
@@ -65,12 +65,23 @@ class Keep:
             self.store.values[self.name] = seen(module, args, output)  # type: ignore[assignment]
 
 
+class Picked:
+    """A hook that is shown one of a network's outputs; an object, as `Keep` is."""
+
+    def __init__(self, hook: Callable[..., None], number: int) -> None:
+        self.hook, self.number = hook, number
+
+    def __call__(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
+        self.hook(module, args, output_of(output, self.number))
+
+
 def register(module: nn.Module, layers: Mapping[str, Layer], hook: Callable[[str], Callable[..., None]]) -> list[RemovableHandle]:
     """Put `hook(name)` on each layer; it is called with (module, arguments) and, on the output side, the output."""
     handles = []
     for name, layer in layers.items():
         part = module.get_submodule(layer.path)
-        handles.append((part.register_forward_pre_hook if layer.side == "input" else part.register_forward_hook)(hook(name)))
+        call = hook(name) if layer.path or layer.side == "input" else Picked(hook(name), layer.output)
+        handles.append((part.register_forward_pre_hook if layer.side == "input" else part.register_forward_hook)(call))
     return handles
 
 

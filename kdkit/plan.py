@@ -31,7 +31,7 @@ from kdkit.providers import Meaning, ModelOptions, TeacherOptions
 from kdkit.randomness import seeded
 from kdkit.reach import names_of, reached
 from kdkit.recipe import Recipe, teacher_recipes
-from kdkit.records import Batch
+from kdkit.records import Batch, Inputs
 from kdkit.shapes import is_text, kind_of, random_inputs
 from kdkit.stand_ins import batch_of, labels_of, on_random_numbers, shapes_of
 from kdkit.step_cost import step_cost
@@ -279,7 +279,34 @@ class _Planner:
         if factory.inherited:
             count = len(built.module.state_dict())
             self.notes.append(f"the student begins with {len(factory.inherited)} of its {count} tensors from a teacher")
-        return self._model(f"student {self.spec.student.model}", built, info, factory.device, info.num_classes)
+        planned = self._model(f"student {self.spec.student.model}", built, info, factory.device, info.num_classes)
+        self._count_outputs(built, random_inputs(info.image_shape, PROBE, factory.device), info.num_classes)
+        return planned
+
+    def _count_outputs(self, student: TappedModel, images: Inputs, classes: int) -> None:
+        """See what the student gives while it is trained, where some networks give more than one tensor."""
+        student.module.train()
+        try:
+            with torch.no_grad():
+                outputs = student.outputs(images)
+        except KdkitError:
+            raise
+        except Exception as error:  # whatever a network's own code raises
+            raise ModelError(f"{student.role} does not run in training mode: {' '.join(str(error).split())}") from error
+        finally:
+            student.module.eval()
+        if outputs[0].shape != (PROBE, classes):
+            raise ModelError(
+                f"{student.role} gives logits {tuple(outputs[0].shape)} for {PROBE} images in training mode, for {classes} classes"
+            )
+        for i, entry in enumerate(self.spec.losses):
+            if entry.output >= len(outputs):
+                says = f"there is no such output: the student gives {len(outputs)} in training mode, counted from 0"
+                raise self.recipe.error(["losses", i, "output"], says)
+        if len(outputs) > 1:
+            self.notes.append(
+                f"the student gives {len(outputs)} outputs in training mode; losses read the first, but for those with an `output`"
+            )
 
     def _networks_of(self, factory: ModelFactory, info: DataInfo) -> tuple[list[ModelPlan], list[ModelPlan]]:
         """The student, and the teachers; those that cannot be built or run are problems."""

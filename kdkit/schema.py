@@ -137,6 +137,13 @@ class LossEntry(LossOptions):
     )
     weight: Rampable = Field(default=1.0, ge=0, description="Multiplies this loss in the total; a number or a ramp.")
     teacher: str | None = Field(default=None, description="Of several teachers, the one that this loss looks at (default: all that teach).")
+    output: int = Field(
+        default=0,
+        ge=0,
+        description="Of a student that gives several outputs while it is trained, the one that this loss takes for its predictions, "
+        "counted from 0; layers may also be called `output1` and so on.",
+        json_schema_extra=LATER,
+    )
 
 
 class ScheduleEntry(ScheduleOptions):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kdkit.errors import ModelError, RunError, TapError
 from kdkit.finite import FiniteAnswers
-from kdkit.layers import Layer, expand, resolve
+from kdkit.layers import Layer, expand, outputs_of, resolve
 from kdkit.observation import Keep, Stop, Store, Watch, observed, overwriter, register, version
 from kdkit.records import MASK, Inputs, Outputs
 from kdkit.shapes import Shape, first_tensor
@@ -171,16 +171,22 @@ class TappedModel:
         """Compiled code is bound to this very network: a copy compiles its own."""
         return {**self.__dict__, "_compiled": None}
 
-    def _forward(self, inputs: Inputs) -> Tensor:
+    def outputs(self, inputs: Inputs) -> list[Tensor]:
+        """All that the network returns for a batch, the logits first.
+
+        Raises:
+            TapError: it returns no tensor of logits.
+        """
         adapted = self.adapt(inputs)
         if self.channels_last and isinstance(adapted, Tensor) and adapted.ndim == 4:
             adapted = adapted.contiguous(memory_format=torch.channels_last)
-        output = self.module(**adapted) if isinstance(adapted, Mapping) else self.module(adapted)
-        if isinstance(output, Mapping) and "logits" in output:
-            output = output["logits"]
-        if not isinstance(output, Tensor):
-            raise TapError(f"{self.role}: returns {type(output).__name__}, not one tensor of logits (switch off auxiliary classifiers)")
-        return output
+        returned = self.module(**adapted) if isinstance(adapted, Mapping) else self.module(adapted)
+        if not (outputs := outputs_of(returned)):
+            raise TapError(f"{self.role}: returns {type(returned).__name__}, no tensor of logits, nor several that begin with one")
+        return outputs
+
+    def _forward(self, inputs: Inputs) -> Tensor:
+        return self.outputs(inputs)[0]
 
     def _run(self, inputs: Inputs) -> tuple[Tensor | None, dict[str, Tensor]]:
         watch = Watch(self.role, None if self.needs_logits else self._calls)

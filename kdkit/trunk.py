@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kdkit.errors import TapError
 from kdkit.forms import as_vectors
-from kdkit.layers import Layer, resolve
+from kdkit.layers import Layer, output_of, resolve
 from kdkit.records import Inputs, Outputs
 from kdkit.shapes import Shape, is_text, random_inputs
 from kdkit.tapping import TappedModel
@@ -209,6 +209,6 @@ def _device(model: TappedModel) -> torch.device:
 
 
 def _logits(output: object) -> Tensor:
-    logits = output["logits"] if isinstance(output, Mapping) else output
+    logits = output_of(output, 0)
     assert isinstance(logits, Tensor)
     return logits

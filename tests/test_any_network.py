@@ -452,3 +452,69 @@ def kdkit_losses():
     (tmp_path / "half.py").write_text(plugin)
     base = {**PLAIN, "student": {"model": "mlp/8"}, "teacher": {"model": "mlp/8"}, "plugins": ["half.py"], "losses": [{"use": "halved"}]}
     assert "halved" in checked(tmp_path, base).stages[0].formula
+
+
+TWO_OUTPUTS = """\
+from torch import nn
+class Net(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4), nn.ReLU())
+        self.one, self.other = nn.Linear(4, num_classes), nn.Linear(4, num_classes)
+    def forward(self, x):
+        x = self.body(x)
+        a, b = self.one(x), self.other(x)
+        return (a, b) if self.training else (a + b) / 2
+"""
+
+
+def test_one_output_learns_from_labels_and_the_other_from_the_teacher(tmp_path):
+    (tmp_path / "net.py").write_text(TWO_OUTPUTS)
+    base = {**PLAIN, "student": PLAIN_NET, "teacher": {"model": "mlp/8"}}
+    found = checked(tmp_path, base, losses=[{"use": "cross_entropy"}, {"use": "logit_kl", "output": 1}])
+    assert any("the student gives 2 outputs in training mode" in note for note in found.notes)
+
+    def moved(*losses):
+        """Which of the two classifiers learn."""
+        result = train(tmp_path, base, restart=True, losses=list(losses), train={"epochs": 1}, run={"snapshots": 1})
+        fresh = opened(
+            train(tmp_path, base, into="still", restart=True, losses=list(losses), train={"epochs": 1, "optimizer": {"lr": 1e-30}})
+        )
+        before, after = fresh.student().module, opened(result).student().module
+        return [not torch.equal(getattr(before, name).weight, getattr(after, name).weight) for name in ("one", "other")]
+
+    assert moved({"use": "cross_entropy"}) == [True, False]
+    assert moved({"use": "logit_kl", "output": 1}) == [False, True]
+    assert moved({"use": "cross_entropy"}, {"use": "logit_kl", "output": 1}) == [True, True]
+
+
+def test_outputs_that_are_not_there_are_refused_at_check(tmp_path):
+    (tmp_path / "net.py").write_text(TWO_OUTPUTS)
+    base = {**PLAIN, "student": PLAIN_NET, "teacher": {"model": "mlp/8"}}
+    line = refused(tmp_path, base, losses=[{"use": "cross_entropy"}, {"use": "logit_kl", "output": 2}])
+    assert line.endswith("losses.1.output: there is no such output: the student gives 2 in training mode, counted from 0")
+    (tmp_path / "net.py").write_text(TWO_OUTPUTS.replace("(a, b) if", "{'a': a} if"))
+    assert "student: returns dict, no tensor of logits, nor several that begin with one" in refused(tmp_path, base)
+
+
+@pytest.mark.filterwarnings("ignore:The default weight initialization:FutureWarning")
+def test_a_network_with_auxiliary_classifiers_as_its_library_makes_it(tmp_path):
+    base = merged(PLAIN, {"student": None, "data": {"image_size": 64}, "teacher": None})
+    base |= {"student": {"model": "torchvision/googlenet"}, "teacher": {"model": "mlp/8"}}
+    assert any("the student gives 3 outputs in training mode" in note for note in checked(tmp_path, base).notes)
+
+
+def test_a_divergence_to_each_teacher_teaches_the_mean_of_their_softened_predictions():
+    student, first, second = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0)).unbind()
+    loss = kdkit.build_loss("logit_kl", temperature=4)
+    batch = kdkit.Batch(torch.rand(5, 3, 8, 8), torch.arange(5), torch.arange(5))
+
+    def slope(*teachers):
+        z = student.clone().requires_grad_(True)
+        values = [loss(kdkit.Outputs(z), kdkit.Outputs(teacher), batch) for teacher in teachers]
+        (gradient,) = torch.autograd.grad(torch.stack(values).mean(), z)
+        return gradient
+
+    softened = 4 * torch.stack([(first / 4).softmax(1), (second / 4).softmax(1)]).mean(0).log()  # logits that T = 4 makes the mean
+    assert torch.allclose(slope(first, second), slope(softened), atol=1e-6)
+    assert not torch.allclose(slope(first, second), slope(kdkit.combined([first, second])), atol=1e-3)  # softened after the mean

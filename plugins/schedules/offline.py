@@ -4,6 +4,11 @@ Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, arX
 answer is the mean of its members' probabilities (or their geometric mean, that of the logits); the name as in Gou et al., "Knowledge
 Distillation: A Survey", IJCV 2021, arXiv:2006.05525, section 3.1.
 
+`combine: probabilities` averages softmax(z_m) at temperature 1; a loss softens the mean afterwards by its own temperature T. The mean of the
+softened predictions softmax(z_m / T), as some codes take it, is what `combine: each` learns from with a KL divergence:
+
+    sum_m w_m KL(p_m || q) = KL(sum_m w_m p_m || q) + a constant of the student    for shares w_m that sum to 1.
+
 `per_sample: cross_entropy` is the weighting of Zhang, Chen, Wang, "Confidence-Aware Multi-Teacher Knowledge Distillation", ICASSP 2022,
 arXiv:2201.00007, equation 2, with M teachers and CE_m the cross-entropy of teacher m on the label:
 
@@ -39,7 +44,8 @@ class Offline(kdkit.Schedule):
     class Options(kdkit.ScheduleOptions):
         combine: Literal["probabilities", "logits", "each", "random"] = Field(
             default="probabilities",
-            description="What several teachers give: the mean of their `probabilities` or `logits`; `each`: losses are averaged over them; "
+            description="What several teachers give: the mean of their `probabilities` (which a loss's temperature softens afterwards) or "
+            "`logits`; `each`: losses are averaged over them, with a KL divergence as from the mean of the softened probabilities; "
             "`random`: losses look at one, drawn for every batch.",
         )
         weights: dict[str, float] | tuple[float, ...] | None = Field(
