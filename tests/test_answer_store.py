@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from training import PATIENCE
 
 from kdkit.cache import store as answer_store
 from kdkit.cache.folder import clear, look, stores
@@ -129,7 +130,7 @@ def test_processes_write_one_store_together(tmp_path):
     for writer in writers:
         writer.start()
     for writer in writers:
-        writer.join(60)
+        writer.join(PATIENCE)
     assert [writer.exitcode for writer in writers] == [0, 0, 0]
     store = opened(tmp_path)
     known = torch.arange(COUNT)[store.known(torch.arange(COUNT))]
@@ -144,7 +145,7 @@ def test_a_killed_writer_leaves_no_wrong_row(tmp_path, after, watched):
     other = opened(tmp_path) if watched else None
     writer = FORK.Process(target=write_random_rows, args=(tmp_path, COMMITS, 100_000))
     writer.start()
-    until = time.monotonic() + 30
+    until = time.monotonic() + PATIENCE
     while not (tmp_path / NAME / answer_store.MARKER).exists() or look(tmp_path / NAME).filled < 20:
         assert time.monotonic() < until
         time.sleep(0.001)
@@ -229,7 +230,7 @@ def test_who_waits_while_a_store_is_removed_makes_a_new_one(tmp_path):
         for file in (tmp_path / NAME).iterdir():
             file.unlink()
         (tmp_path / NAME).rmdir()
-    waiting.join(30)
+    waiting.join(PATIENCE)
     assert waiting.exitcode == 0
     assert look(tmp_path / NAME).filled > 0
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import TINY, Command, lines, metrics, together, weights, write
+from training import PATIENCE, TINY, Command, lines, metrics, together, weights, write
 
 NET = '''
 from torch import nn
@@ -180,14 +180,14 @@ def test_the_launcher_passes_a_signal_on(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", kdkit, "train", str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     launched = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    until = time.monotonic() + 120
+    until = time.monotonic() + PATIENCE
     while lines(run) < 12:
         assert launched.poll() is None and time.monotonic() < until
         time.sleep(0.01)
     launched.send_signal(signal.SIGTERM)
-    log, _ = launched.communicate(timeout=120)
+    log, _ = launched.communicate(timeout=PATIENCE)
     assert "stopped by SIGTERM" in log
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     whole = together(tmp_path, "train", path, "--run", "whole")
     assert [command.finish()[0] for command in whole] == [0, 0]

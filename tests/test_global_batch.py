@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from loss_examples import OPTIONS
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from training import PROCESSES
+from training import PATIENCE, PROCESSES
 
 import kdkit
 from kdkit import registry
@@ -95,7 +95,7 @@ def parts(tmp_path_factory):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(PATIENCE)
     assert [process.exitcode for process in processes] == [0] * WORLD
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 

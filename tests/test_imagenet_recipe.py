@@ -19,7 +19,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import save_file
-from training import Command, assert_same_run, lines, metrics, together, weights
+from training import PATIENCE, Command, assert_same_run, lines, metrics, together, weights
 
 from kdkit import recipe
 from kdkit.fairness import differences
@@ -123,7 +123,9 @@ def test_two_processes_stop_once_and_end_with_the_same_weights(folder):
 def test_accelerate_launches_it(folder):
     kdkit = shutil.which("kdkit", path=str(Path(sys.executable).parent))
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--no_python"]
-    done = subprocess.run([*launch, kdkit, "train", "small.yaml", "name=launched"], cwd=folder, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [*launch, kdkit, "train", "small.yaml", "name=launched"], cwd=folder, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == 0 and "with the mean of epochs" in done.stdout, done.stderr
     commands = together(folder, "train", "small.yaml", "--run", "again")
     assert [command.finish()[0] for command in commands] == [0, 0]

@@ -6,7 +6,7 @@ import threading
 import time
 
 import pytest
-from training import PROCESSES
+from training import PATIENCE, PROCESSES
 
 from kdkit.signals import StopRequest, leave_to_parent
 
@@ -63,5 +63,5 @@ def test_a_worker_is_ended_by_its_parent_alone():
     worker.join(0.3)
     assert worker.is_alive()
     worker.terminate()
-    worker.join(30)
+    worker.join(PATIENCE)
     assert worker.exitcode == 0

@@ -5,7 +5,7 @@ import os
 
 import pytest
 from test_lockstep import BASE, VARIANTS
-from training import assert_same_run, free_port, merged, together, write
+from training import PATIENCE, assert_same_run, free_port, merged, together, write
 
 import kdkit
 from kdkit.spreading import Crew
@@ -32,9 +32,9 @@ def test_they_share_wait_and_tell():
     crew = [FORK.Process(target=work, args=(rank, port, told)) for rank in (2, 1, 0)]
     for process in crew:
         process.start()
-    found = [told.get(timeout=60) for _ in range(6)]
+    found = [told.get(timeout=PATIENCE) for _ in range(6)]
     for process in crew:
-        process.join(10)
+        process.join(PATIENCE)
         assert process.exitcode == 0
     assert [one for one in found if isinstance(one, int)] == [0, 1, 2]
     everyone = [{"rank": 0, "mine": ["a", "d", "g"]}, {"rank": 1, "mine": ["b", "e"]}, {"rank": 2, "mine": ["c", "f"]}]
@@ -48,7 +48,7 @@ def test_a_study_in_two_processes(tmp_path, words):
     (tmp_path / "study.yaml").write_text(
         "name: s\nbase: response.yaml\nvariants: {plain: {}, bare: {losses: [{use: cross_entropy}]}}\nseeds: 2\n"
     )
-    both = [command.finish(240) for command in together(tmp_path, "compare", "study.yaml", *words)]
+    both = [command.finish() for command in together(tmp_path, "compare", "study.yaml", *words)]
     assert [code for code, _ in both] == [0, 0], both
     assert both[0][1].count("top-1 %") == 1 and "top-1 %" not in both[1][1]
     if words:
@@ -64,6 +64,6 @@ def test_a_run_that_fails_in_both_processes_does_not_stop_the_other(tmp_path):
     (tmp_path / "study.yaml").write_text(
         f"name: s\nbase: response.yaml\nvariants: {{plain: {{}}, wild: {wild}}}\nseeds: 1\nallow: [train.optimizer.lr]\n"
     )
-    both = [command.finish(120) for command in together(tmp_path, "compare", "study.yaml")]
+    both = [command.finish() for command in together(tmp_path, "compare", "study.yaml")]
     assert [code for code, _ in both] == [1, 0], both
     assert "failed: wild, seed 0" in both[0][1] and "1 runs trained" in both[0][1]

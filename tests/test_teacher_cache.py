@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from training import PLAIN, PROCESSES, Command, merged, write
+from training import PATIENCE, PLAIN, PROCESSES, Command, merged, write
 
 from kdkit import augment, plan, recipe, runs
 from kdkit.cache import store as answer_store
@@ -423,7 +423,7 @@ def test_two_trainings_share_a_cache(tmp_path):
     for one in both:
         one.start()
     for one in both:
-        one.join(60)
+        one.join(PATIENCE)
     assert [one.exitcode for one in both] == [0, 0]
     assert rows_are_right(tmp_path) == 2 * 48 and len(caches(tmp_path)) == 1
 

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 import kdkit
 
+PATIENCE = 3000
+"""Seconds that a test waits for another process: what takes longer on any machine hangs."""
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
     ["kdkit.cli", "kdkit.runs", "timm", "timm.data", "timm.optim", "timm.scheduler", "timm.utils", "torchmetrics.functional.classification"]
@@ -86,18 +88,18 @@ class Command:
         self.process = PROCESSES.Process(target=_run, args=(str(folder), str(self.log), [str(a) for a in arguments], environment))
         self.process.start()
 
-    def finish(self, timeout=120):
+    def finish(self):
         """Its exit code and what it printed."""
-        self.process.join(timeout)
+        self.process.join(PATIENCE)
         assert self.process.exitcode is not None, f"still running: {self.log.read_text()}"
         return self.process.exitcode, self.log.read_text()
 
     def send(self, number, group=False):
         (os.killpg if group else os.kill)(self.process.pid, number)
 
-    def wait_for(self, condition, timeout=60):
+    def wait_for(self, condition):
         """Wait until something holds; whether the process still runs then."""
-        until = time.monotonic() + timeout
+        until = time.monotonic() + PATIENCE
         while self.process.is_alive() and not condition():
             assert time.monotonic() < until, "waited in vain"
             time.sleep(0.002)
