@@ -13,7 +13,7 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 demo: $(VENV)/installed  ## a study on real images: one table, and a report as one page
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 --no-python $(BIN)/kdkit compare recipes/digits/knowledge.yaml --spread
+	OMP_NUM_THREADS=1 $(BIN)/kdkit compare recipes/digits/knowledge.yaml --processes 2 --spread
 	OMP_NUM_THREADS=1 $(BIN)/kdkit report runs/digits_knowledge
 
 test: $(VENV)/installed  ## the default test suite

@@ -326,7 +326,7 @@ def main() -> None:
         _tell_others(RunError(says))
         sys.exit(2)
     except Exception as error:
-        if lost := launching.lost_another(error):
+        if lost := launching.told_of_another(error):
             print(lost, file=sys.stderr)
             sys.exit(launching.ENDED_WITH_ANOTHER)
         if hasattr(error, "format_message"):  # as typer's have; where their base is, depends on its version

@@ -56,7 +56,7 @@ def compare(
     changes = [word for word in words if "=" in word and not Path(word).exists()]
     paths = [Path(word) for word in words if word not in changes]
     loaded = variants.load(paths, parse_overrides(changes), absolute(plugins), seeds=seeds, allow=allow or ())
-    from kdkit import spreading
+    from kdkit import launching
     from kdkit.study import comparison, table
 
     if dry:
@@ -64,7 +64,7 @@ def compare(
             out.print(one)
         return
     start_processes(processes)
-    telling = spread or spreading.is_first()
+    telling = spread or launching.is_first()
     found = comparison.compare(
         loaded, max_parallel=max_parallel, spread=spread, say=lambda text: out.print(text, markup=False) if telling else None
     )

@@ -60,7 +60,7 @@ def load(path: Path, overrides: list[str] | None, plugins: list[Path] | None) ->
 def watch(plugins: list[Path] | None, no_plugins: bool) -> None:
     """From here on tell, on stderr, of each Python file that a recipe makes run; or let none run but those of --plugins."""
     from kdkit import consent
-    from kdkit.spreading import is_first
+    from kdkit.launching import is_first
 
     def say(text: str) -> None:
         if is_first():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -14,6 +15,8 @@ from kdkit.errors import RecipeError
 
 ENDED_WITH_ANOTHER = 1  # exit code of a process that ends because another one has
 FOLLOWING = (ENDED_WITH_ANOTHER, -signal.SIGTERM, 128 + signal.SIGTERM)  # exit codes of those that end, or are ended, after the first
+GOES_ON = "the same command goes on from the last checkpoint"
+WORKER = re.compile(r"DataLoader worker \(pid(\(s\))? (?P<pid>[\d, ]+)\) (is killed by signal: (?P<how>[^.]+)|exited unexpectedly)")
 LOST = ("gloo/transport", "remote process exit", "Connection reset by peer", "Broken pipe", "failed to recv")
 """What torch's errors say, in one backend or another, when a process waits for one that is not there any more."""
 
@@ -21,6 +24,11 @@ LOST = ("gloo/transport", "remote process exit", "Connection reset by peer", "Br
 def of_launch() -> tuple[int, int]:
     """This process's number from 0, and how many there are, as its launcher has said."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_first() -> bool:
+    """Whether this is the launch's first process, or was started alone."""
+    return of_launch()[0] == 0
 
 
 def must_launch(processes: int) -> bool:
@@ -76,14 +84,18 @@ def first_failure(failures: Mapping[int, tuple[int, int]], processes: int) -> tu
     if code >= 0:
         return "", code
     named = {one.value: one.name for one in signal.Signals}.get(-code, f"signal {-code}")
-    says = f"process {rank + 1} of {processes} (rank {rank}, pid {pid}) was killed by {named}; the others were ended; "
-    return f"{says}the same command goes on from the last checkpoint\n", 128 - code
+    says = f"process {rank + 1} of {processes} (rank {rank}, pid {pid}) was killed by {named}; the others were ended; {GOES_ON}\n"
+    return says, 128 - code
 
 
-def lost_another(error: BaseException) -> str | None:
+def told_of_another(error: BaseException) -> str | None:
     """The line in place of an error that says no more than that another process has ended; None: it says something else."""
-    rank, world = of_launch()
-    if world == 1 or not isinstance(error, RuntimeError) or not any(sign in str(error) for sign in LOST):
+    if not isinstance(error, RuntimeError):
         return None
-    ends = f"process {rank + 1} of {world} (rank {rank}): another process has ended, so this one ends too; "
-    return f"{ends}the same command goes on from the last checkpoint"
+    rank, world = of_launch()
+    if worker := WORKER.search(str(error)):
+        how = f"was killed ({worker['how']})" if worker["how"] else "ended unexpectedly"
+        return f"process {worker['pid']}, which loads images for training, {how}, so training ends; {GOES_ON}"
+    if world > 1 and any(sign in str(error) for sign in LOST):
+        return f"process {rank + 1} of {world} (rank {rank}): another process has ended, so this one ends too; {GOES_ON}"
+    return None

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from kdkit import runs
 from kdkit.dataset_source import DataInfo
 from kdkit.errors import Interrupted, KdkitError, RunError
+from kdkit.progress import Seldom
 from kdkit.recipe import Recipe, content_of
 from kdkit.run_folder import Result, RunFolder
 from kdkit.sharing import Sharing
@@ -94,7 +95,8 @@ def train_together(
         ready = [(i, run) for i in group if isinstance(run := prepared[i], runs.Prepared)]
         outcomes |= {i: run for i in group if isinstance(run := prepared[i], Outcome)}
         say(f"pass {number} of {len(mine)}: {len(ready)} run{'s' * (len(ready) > 1)} side by side, seed {jobs[group[0]].recipe.spec.seed}")
-        outcomes |= zip([i for i, _ in ready], _train_group([(jobs[i], run) for i, run in ready], say), strict=True)
+        trained = _train_group([(jobs[i], run) for i, run in ready], say, f"pass {number} of {len(mine)}")
+        outcomes |= zip([i for i, _ in ready], trained, strict=True)
     if crew:
         told = crew.gather({i: outcomes[i].reason for i in itertools.chain(*mine)})
         outcomes |= {int(i): Outcome(jobs[int(i)], _result(jobs[int(i)]), reason) for one in told for i, reason in one.items()}
@@ -137,7 +139,7 @@ def _passes(kinds: dict[int, str], size: int | None) -> Iterator[list[int]]:
             yield part
 
 
-def _train_group(group: Sequence[tuple[Job, runs.Prepared]], say: Callable[[str], None]) -> list[Outcome]:
+def _train_group(group: Sequence[tuple[Job, runs.Prepared]], say: Callable[[str], None], name: str) -> list[Outcome]:
     if not group:
         return []
     first = group[0][0]
@@ -149,7 +151,7 @@ def _train_group(group: Sequence[tuple[Job, runs.Prepared]], say: Callable[[str]
     with StopRequest() as stop:
         going = [_start(job, prepared, accelerator, stop, sharing) for job, prepared in group]
         try:
-            _take_turns(going, sharing, say)
+            _take_turns(going, sharing, say, name)
         finally:
             sharing.close()
     if stopped := [run for run in going if run.stopped]:
@@ -164,12 +166,17 @@ def _start(job: Job, prepared: runs.Prepared, accelerator: Accelerator, stop: St
     return _Run(job, prepared.turns(accelerator, stop, clock, sharing), clock)
 
 
-def _take_turns(group: Sequence[_Run], sharing: Sharing, say: Callable[[str], None]) -> None:
+def _take_turns(group: Sequence[_Run], sharing: Sharing, say: Callable[[str], None], name: str) -> None:
     """Let the run that is behind all others go on to its next batch, until none is left."""
+    tell, told = Seldom(say), 0  # finished epochs of the run that is behind
     for run in group:
         _turn(run, sharing, say)  # each says what it wants before any begins
     while going := [run for run in group if run.going]:
-        _turn(min(going, key=lambda run: run.place), sharing, say)
+        last = min(going, key=lambda run: run.place)
+        if (epoch := last.place[0]) > max(told, 0):
+            tell(f"{name}: epoch {epoch} is over in all runs, {len(group) - len(going)} of {len(group)} have ended")
+        told = epoch
+        _turn(last, sharing, say)
 
 
 def _turn(run: _Run, sharing: Sharing, say: Callable[[str], None]) -> None:

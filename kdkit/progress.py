@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -20,12 +20,25 @@ class _Free(ProgressColumn):
         return Text(task.fields["status"], overflow="ellipsis", no_wrap=True)
 
 
-class Reporter:
-    """Prints what happens in a run; `quiet` keeps all but warnings to itself."""
+class Seldom:
+    """Passes a text on if none was for so many seconds: signs of life in a log that stays short."""
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self, say: Callable[[str], None], seconds: float = 10.0) -> None:
+        self._say, self._seconds = say, seconds
+        self._last = time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        if time.monotonic() - self._last >= self._seconds:
+            self._say(text)
+            self._last = time.monotonic()
+
+
+class Reporter:
+    """Prints what happens in a run; `quiet` keeps all but warnings to itself, and tells its epochs to `instead`."""
+
+    def __init__(self, *, quiet: bool = False, instead: Callable[[str], None] = lambda _: None) -> None:
         self.console = Terminal(soft_wrap=True)
-        self.quiet = quiet
+        self.quiet, self._instead = quiet, instead
         self._progress: Progress | None = None
         self._shown = 0.0
         self.warnings: list[str] = []
@@ -73,6 +86,8 @@ class Reporter:
         test = ", ".join(f"{name} {value:.2f}{' %' if name in IN_PERCENT else ''}" for name, value in scores.items())
         parts = [label, _terms(terms), *([f"test {test}"] if test else [])]
         parts += [f"lr {lr:.2g}", f"{images_per_second:,.0f} images/s", f"{_clock(left)} left"]
+        if self.quiet:
+            self._instead("  ".join(parts))
         self.say(_filled(parts, self.console.width if self.console.is_terminal else None))
 
 

@@ -24,9 +24,9 @@ from kdkit.errors import BusyError, DataError, RunError
 from kdkit.evaluate import metrics, predict_together
 from kdkit.factory import ModelFactory, TrainedTeacher, options_of
 from kdkit.given_answers import looks_like
-from kdkit.launching import of_launch
+from kdkit.launching import is_first, of_launch
 from kdkit.mixing import MixedLoader
-from kdkit.progress import Reporter
+from kdkit.progress import Reporter, Seldom
 from kdkit.randomness import reseed
 from kdkit.recipe import Recipe, teacher_recipes
 from kdkit.run_folder import Result, RunFolder
@@ -42,7 +42,14 @@ from kdkit.turns import BEGINNING, Stopwatch, Turns, finish
 MUCH = 10  # points of accuracy that a teacher loses on other data without a word
 
 
-def train(recipe: Recipe, folder: Path | None = None, *, restart: bool = False, quiet: bool = False) -> Result:
+def train(
+    recipe: Recipe,
+    folder: Path | None = None,
+    *,
+    restart: bool = False,
+    quiet: bool = False,
+    instead: Callable[[str], None] = lambda _: None,
+) -> Result:
     """Carry out a recipe, or what is left of it; a finished run is returned as it is.
 
     Args:
@@ -50,6 +57,7 @@ def train(recipe: Recipe, folder: Path | None = None, *, restart: bool = False, 
         folder: the run folder (default: `run.folder`/`name`).
         restart: throw away what is in the folder and begin anew.
         quiet: print warnings only.
+        instead: told of every finished epoch where it is quiet.
 
     Raises:
         RecipeError: a layer, shape or class count does not fit.
@@ -57,13 +65,14 @@ def train(recipe: Recipe, folder: Path | None = None, *, restart: bool = False, 
         Interrupted: a signal stopped it; it is saved, and a further call goes on.
     """
     run_folder = RunFolder(folder or recipe.spec.run.folder / recipe.spec.name)
+    quiet = quiet or not is_first()
     with agreed() as asked:
         result = None if restart else run_folder.finished(recipe, Reporter(quiet=quiet).warn)
         asked |= {**recipe.content(), "--restart": restart, "trained already": result is not None}
     if result is not None:
         Reporter(quiet=quiet).say(f"{recipe.spec.name}: trained already, see {run_folder.path}")
         return result
-    prepared = Prepared.make(recipe, run_folder, restart=restart, quiet=quiet)
+    prepared = Prepared.make(recipe, run_folder, restart=restart, quiet=quiet, instead=instead)
     accelerator = accelerator_for(recipe, run_folder)  # anew: the teacher's training has had its own
     with StopRequest() as stop, Stopwatch() as clock:
         return finish(prepared.turns(accelerator, stop, clock))
@@ -79,11 +88,12 @@ class Prepared:
     teachers: Mapping[str, TrainedTeacher]
     restart: bool
     quiet: bool
+    instead: Callable[[str], None] = lambda _: None
 
     @classmethod
     def make(
         cls, recipe: Recipe, folder: RunFolder, *, info: DataInfo | None = None, restart: bool = False, quiet: bool = False,
-        say: Callable[[str], None] | None = None,
+        say: Callable[[str], None] | None = None, instead: Callable[[str], None] = lambda _: None,
     ) -> Self:  # fmt: skip
         """See that all is there, and train what teachers are not; for what may be raised, see `train`.
 
@@ -96,7 +106,7 @@ class Prepared:
                 raise recipe.error(["data", "batch_size"], f"{size} images cannot be shared equally by {world} processes")
             folder.check(recipe, restart=restart)
         accelerator_for(recipe, folder)  # refuses what this machine cannot do before a teacher is trained for it
-        return cls(recipe, folder, info, trained_teachers(recipe, folder.path, quiet=quiet, say=say), restart, quiet)
+        return cls(recipe, folder, info, trained_teachers(recipe, folder.path, quiet=quiet, say=say), restart, quiet, instead)
 
     def turns(self, accelerator: Accelerator, stop: StopRequest, clock: Stopwatch, sharing: Sharing | None = None) -> Turns[Result]:
         """Carry the run out.
@@ -108,7 +118,7 @@ class Prepared:
             sharing: with other runs; it has this one's data then.
         """
         recipe = self.recipe
-        reporter = Reporter(quiet=self.quiet or not accelerator.is_main_process)
+        reporter = Reporter(quiet=self.quiet or not accelerator.is_main_process, instead=self.instead)
         if recipe.spec.train.precision == "bf16" and accelerator.device.type == "cpu" and not _multiplies_bf16():
             reporter.warn("train.precision bf16 is slower than fp32 on this processor, which has no AMX")
         claimed = self.folder.claimed(recipe, self.info, restart=self.restart)
@@ -148,18 +158,21 @@ def trained_teachers(
         if not RunFolder(folder).finished(source):
             (say or Reporter(quiet=quiet).say)(f"{source.spec.name}: the teacher is trained first, in {folder}")
         build_accelerator(source.spec.train).wait_for_everyone()  # all have looked before one of them makes it
-        result = _train_or_wait(source, RunFolder(folder), say or Reporter(quiet=quiet).say, quiet)
+        result = _train_or_wait(source, RunFolder(folder), quiet, say)
         teachers[name] = TrainedTeacher.of(RunFolder(folder), source, result)
     return teachers
 
 
-def _train_or_wait(recipe: Recipe, folder: RunFolder, say: Callable[[str], None], quiet: bool) -> Result:
+def _train_or_wait(recipe: Recipe, folder: RunFolder, quiet: bool, say: Callable[[str], None] | None) -> Result:
     """Train a teacher, unless another process does: then wait until it has."""
+    epochs = Seldom(say) if say else lambda _: None
     while True:
         try:
-            return train(recipe, folder.path, quiet=quiet)
+            return train(recipe, folder.path, quiet=quiet, instead=epochs)
         except BusyError:
-            say(f"{recipe.spec.name}: another process is training the teacher in {folder.path}; waiting for it")
+            (say or Reporter(quiet=quiet).say)(
+                f"{recipe.spec.name}: another process is training the teacher in {folder.path}; waiting for it"
+            )
             folder.wait()
 
 

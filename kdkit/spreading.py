@@ -24,11 +24,6 @@ LONGEST = timedelta(days=365)
 OF_A_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def is_first() -> bool:
-    """Whether this is the launch's first process, or was started alone."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def part() -> None:
     """End what processes that have trained together share: from here on, torch and Accelerate take this one for the only one."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():

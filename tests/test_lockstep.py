@@ -7,7 +7,7 @@ import torch
 from training import PLAIN, Command, assert_same_run, lines, merged, write
 
 import kdkit
-from kdkit import images, lockstep, recipe, runs, tapping
+from kdkit import images, lockstep, progress, recipe, runs, tapping
 from kdkit.lockstep import Job, train_together
 
 TAPS = {"layers": [{"student": "stage3", "teacher": "stage3"}]}
@@ -300,3 +300,17 @@ def test_networks_of_one_name_from_two_plugins_are_two_teachers(tmp_path):
     train_together(found)
     for job in found:
         assert_same_run(alone(tmp_path, job), job.folder)
+
+
+def test_a_group_that_takes_long_says_how_far_it_is(tmp_path, monkeypatch):
+    """Where no line is held back: one for each epoch that all have finished, and one for each of the teacher's."""
+    monkeypatch.setattr(progress.Seldom, "__call__", lambda self, text: self._say(text))
+    write(tmp_path, {**merged(PLAIN, VARIANTS["alone"]), "name": "teacher"}, "t.yaml")
+    taught = {**PLAIN, "teacher": {"recipe": "t.yaml"}, "run": {"folder": str(tmp_path / "runs")}}
+    jobs = [Job(recipe.load(write(tmp_path, {**taught, "name": name}, f"{name}.yaml")), tmp_path / name) for name in "ab"]
+    said = []
+    train_together(jobs, say=said.append)
+    assert [line for line in said if "is over" in line] == [
+        f"pass 1 of 1: epoch {n} is over in all runs, 0 of 2 have ended" for n in (1, 2)
+    ]
+    assert [line[:15] for line in said if "loss" in line] == ["train epoch 1/2", "train epoch 2/2"]

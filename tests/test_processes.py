@@ -144,10 +144,27 @@ def test_processes_are_started_once(monkeypatch):
 def test_only_errors_that_tell_of_another_process_are_put_in_other_words(monkeypatch):
     lost = RuntimeError("[/x/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:1: Connection reset by peer")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "another process has ended" in launching.lost_another(lost)
-    assert launching.lost_another(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+    assert "another process has ended" in launching.told_of_another(lost)
+    assert launching.told_of_another(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
     monkeypatch.delenv("WORLD_SIZE")
-    assert launching.lost_another(lost) is None
+    assert launching.told_of_another(lost) is None
+
+
+def test_a_loader_worker_that_is_killed_is_told_in_one_line(tmp_path):
+    data = {"batch_size": 4, "workers": 1, "timm_augment": {"auto_augment": None}}
+    command = Command(tmp_path, "train", write(tmp_path, SUPERVISED, data=data, train={"epochs": 5000}), "--quiet")
+    workers = tmp_path / "workers"
+
+    def found():
+        tasks = Path(f"/proc/{command.process.pid}/task").glob("*/children")
+        workers.write_text(" ".join(text for task in tasks if (text := task.read_text().strip())))
+        return lines(tmp_path / "runs" / "plain") > 3 and workers.read_text()
+
+    assert command.wait_for(found)
+    worker = workers.read_text().split()[0]
+    os.kill(int(worker), signal.SIGKILL)
+    code, log = command.finish()
+    assert (code, log) == (1, f"process {worker}, which loads images for training, was killed (Killed), so training ends; {LEFT}\n")
 
 
 def test_two_students_of_one_teacher_train_it_once(tmp_path):

@@ -5,7 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from kdkit.progress import Reporter
+from kdkit import progress
+from kdkit.progress import Reporter, Seldom
 
 TERMS = {"loss": 1.5, "kl": 0.5, "kl.weighted": 1.0, "cross_entropy": 1.0, "cross_entropy.weighted": 0.5}
 
@@ -59,3 +60,22 @@ def test_a_bar_lives_on_a_terminal_and_as_long_as_training():
         raise ValueError
     assert not live.due()
     assert "distill" in live.console.file.getvalue()
+
+
+def test_signs_of_life_are_seldom(monkeypatch):
+    """At most one in so many seconds, so that a log of many short epochs stays short."""
+    now, told = [0.0], []
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    tell = Seldom(told.append, seconds=10)
+    for second in range(31):
+        now[0] = float(second)
+        tell(second)
+    assert told == [10, 20, 30]
+
+
+def test_a_quiet_run_tells_its_epochs_to_whoever_wants_them():
+    told = []
+    made = Reporter(quiet=True, instead=told.append)
+    made.console = Console(file=io.StringIO())
+    made.epoch("train epoch 1/2", TERMS, 0.05, 100.0, {"top1": 50.0}, 10.0)
+    assert made.console.file.getvalue() == "" and len(told) == 1 and told[0].startswith("train epoch 1/2  loss 1.5")

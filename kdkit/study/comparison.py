@@ -20,11 +20,12 @@ from kdkit.checkpoints import write_atomically
 from kdkit.describe import formula
 from kdkit.errors import Interrupted, RecipeError, RunError
 from kdkit.fairness import refuse_unequal
+from kdkit.launching import is_first
 from kdkit.lockstep import Job, train_together
 from kdkit.recipe import Recipe, code_of_all
 from kdkit.run_folder import Result, RunFolder, versions
 from kdkit.runs import folder_for
-from kdkit.spreading import Crew, is_first, part
+from kdkit.spreading import Crew, part
 from kdkit.study import search
 from kdkit.study.findings import Cost, Findings, Length, Search, Teacher, Tuned, Variant
 from kdkit.study.grid import has
