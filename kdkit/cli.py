@@ -328,7 +328,7 @@ def main() -> None:
     except Exception as error:
         if lost := launching.told_of_another(error):
             print(lost, file=sys.stderr)
-            sys.exit(launching.ENDED_WITH_ANOTHER)
+            sys.exit(2 if lost == launching.WORKER_ENDED else launching.ENDED_WITH_ANOTHER)
         if hasattr(error, "format_message"):  # as typer's have; where their base is, depends on its version
             print(usage.told(error, sys.argv[1:]), file=sys.stderr)
             sys.exit(2)

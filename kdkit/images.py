@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from kdkit.augment import crop_flip, draw_crop_flip
 from kdkit.dataset_source import InMemory, Split
 from kdkit.errors import DataError
+from kdkit.launching import WORKER_ENDED, told_of_another
 from kdkit.records import Batch
 from kdkit.schema import BatchAugment
 from kdkit.signals import leave_to_parent
@@ -103,12 +104,12 @@ class ReadImages:
 
     def _read(self, keys: list[list[tuple[int, int]]]) -> Iterator[Tensor]:
         if not self._keep_workers or self._in_use:  # kept workers serve one epoch at a time
-            yield from map(intact, self._loader(_Keys(keys), keep=False))
+            yield from map(intact, loaded(self._loader(_Keys(keys), keep=False)))
             return
         self._kept = self._kept or self._loader(self._keys, keep=True)
         self._keys.batches, self._in_use = keys, True
         try:
-            yield from map(intact, self._kept)
+            yield from map(intact, loaded(self._kept))
         except DataError:
             self._kept = None  # ends its workers now, not when the traceback is collected
             raise
@@ -126,6 +127,22 @@ class ReadImages:
             worker_init_fn=leave_to_parent,
             generator=torch.Generator(),  # or it draws from the global one
         )
+
+
+def loaded(loader: DataLoader[Any]) -> Iterator[Any]:
+    """What a loader's processes read.
+
+    Raises:
+        DataError: one of them has ended.
+    """
+    try:
+        yield from loader
+    except (EOFError, ConnectionError):  # where torch fetches a tensor from it
+        raise DataError(WORKER_ENDED) from None
+    except RuntimeError as error:
+        if told_of_another(error) == WORKER_ENDED:
+            raise DataError(WORKER_ENDED) from None
+        raise
 
 
 def _each(view: View | None, count: int) -> list[int]:

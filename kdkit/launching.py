@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import signal
 import sys
 import tempfile
@@ -16,7 +15,7 @@ from kdkit.errors import RecipeError
 ENDED_WITH_ANOTHER = 1  # exit code of a process that ends because another one has
 FOLLOWING = (ENDED_WITH_ANOTHER, -signal.SIGTERM, 128 + signal.SIGTERM)  # exit codes of those that end, or are ended, after the first
 GOES_ON = "the same command goes on from the last checkpoint"
-WORKER = re.compile(r"DataLoader worker \(pid(\(s\))? (?P<pid>[\d, ]+)\) (is killed by signal: (?P<how>[^.]+)|exited unexpectedly)")
+WORKER_ENDED = f"a process that loads data has ended unexpectedly (killed, or out of memory?); {GOES_ON}"
 LOST = ("gloo/transport", "remote process exit", "Connection reset by peer", "Broken pipe", "failed to recv")
 """What torch's errors say, in one backend or another, when a process waits for one that is not there any more."""
 
@@ -93,9 +92,8 @@ def told_of_another(error: BaseException) -> str | None:
     if not isinstance(error, RuntimeError):
         return None
     rank, world = of_launch()
-    if worker := WORKER.search(str(error)):
-        how = f"was killed ({worker['how']})" if worker["how"] else "ended unexpectedly"
-        return f"process {worker['pid']}, which loads images for training, {how}, so training ends; {GOES_ON}"
+    if "DataLoader worker (pid" in str(error):
+        return WORKER_ENDED
     if world > 1 and any(sign in str(error) for sign in LOST):
         return f"process {rank + 1} of {world} (rank {rank}): another process has ended, so this one ends too; {GOES_ON}"
     return None

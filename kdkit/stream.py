@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from kdkit.augment import sample_seed, subseed
 from kdkit.dataset_source import SharedStream, Stream
 from kdkit.errors import DataError
-from kdkit.images import Broken, Finish, intact, stack
+from kdkit.images import Broken, Finish, intact, loaded, stack
 from kdkit.labels import class_index, class_indices
 from kdkit.records import Batch
 from kdkit.schema import DataSpec
@@ -61,7 +61,7 @@ class StreamReader:
             worker_init_fn=leave_to_parent,
             generator=torch.Generator().manual_seed(seed or 0),  # a worker's own seed comes from it
         )
-        for pixels, labels, index in loader:
+        for pixels, labels, index in loaded(loader):
             yield self._finish(intact(pixels), class_indices(labels, self._classes, "the stream's labels"), index, view)
 
 

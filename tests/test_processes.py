@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from training import PLAIN, Command, lines, metrics, start, together, write
 
-from kdkit import launching
-from kdkit.errors import RecipeError
+from kdkit import images, launching
+from kdkit.errors import DataError, RecipeError
 
 SUPERVISED = {**PLAIN, "teacher": None, "schedule": {"use": "supervised"}, "losses": [{"use": "cross_entropy"}]}
 LEFT = "the same command goes on from the last checkpoint"
@@ -150,6 +150,27 @@ def test_only_errors_that_tell_of_another_process_are_put_in_other_words(monkeyp
     assert launching.told_of_another(lost) is None
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        EOFError(),
+        ConnectionResetError(),
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+        RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"),
+    ],
+    ids=["end of file", "reset", "signal", "several"],
+)
+def test_however_torch_tells_that_a_loader_s_process_has_ended(error):
+    def loader():
+        yield 1
+        raise error
+
+    found = images.loaded(loader())
+    assert next(found) == 1
+    with pytest.raises(DataError, match="a process that loads data has ended"):
+        next(found)
+
+
 def test_a_loader_worker_that_is_killed_is_told_in_one_line(tmp_path):
     data = {"batch_size": 4, "workers": 1, "timm_augment": {"auto_augment": None}}
     command = Command(tmp_path, "train", write(tmp_path, SUPERVISED, data=data, train={"epochs": 5000}), "--quiet")
@@ -164,7 +185,7 @@ def test_a_loader_worker_that_is_killed_is_told_in_one_line(tmp_path):
     worker = workers.read_text().split()[0]
     os.kill(int(worker), signal.SIGKILL)
     code, log = command.finish()
-    assert (code, log) == (1, f"process {worker}, which loads images for training, was killed (Killed), so training ends; {LEFT}\n")
+    assert (code, log) == (2, f"a process that loads data has ended unexpectedly (killed, or out of memory?); {LEFT}\n")
 
 
 def test_two_students_of_one_teacher_train_it_once(tmp_path):
