@@ -80,6 +80,8 @@ class Loss(nn.Module, abc.ABC):
     """Whether `setup` reads the networks of its context. `kdkit check` then runs real ones; batch norms are not folded away."""
     needs_views: ClassVar[Mapping[str, int]] = {}
     """The views it reads in `Outputs.views`, with how many copies of each image they hold; `setup` refuses outputs without them."""
+    exceptions: ClassVar[Mapping[str, str]] = {}
+    """Checks of `kdkit.testing` that the loss fails on purpose, by name, each with the reason. The report of `check_loss` shows them."""
     Options: ClassVar[type[LossOptions]] = LossOptions
 
     def __init__(self, options: LossOptions) -> None:

@@ -216,8 +216,6 @@ class _Planner:
 
     def _check_labels(self, source: DatasetSource, info: DataInfo) -> None:
         """Read both parts where that is cheap: what is wrong with them is told before anything is trained."""
-        if info.num_classes < 2:
-            raise DataError(f"dataset '{source.name}' has {info.num_classes} class: there is nothing to tell apart")
         parts: tuple[Literal["train", "test"], ...] = ("train", "test")
         for name in parts if source.split_at_check else ():
             part = split(source, name, info)

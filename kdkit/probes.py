@@ -6,9 +6,10 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from kdkit.contracts import Context, Loss
@@ -22,6 +23,10 @@ Shape = tuple[int, ...]
 Change = Callable[[Tensor], Tensor]
 
 CLASSES = 5
+ONE_PAIR = {"student": "a", "teacher": "a"}
+TWO_PAIRS = [{"student": "a", "teacher": "b"}, {"student": "c", "teacher": "d"}]
+NO_LAYERS: tuple[Shape, Shape] = ((), ())
+OURS = ("layers", "gather")  # options that kdkit itself carries out
 STEEPEST = 1e6
 
 # Shapes of the tapped layers, student's and teacher's, without the batch.
@@ -74,39 +79,55 @@ class Probe:
         except Exception as error:
             raise AssertionError(f"{self.loss.name}: copy.deepcopy fails after setup: {error}") from error
 
-    def value(self, loss: Loss | None = None, seed: int = 0) -> Tensor:
-        """What the loss (by default a fresh copy) comes to."""
+    def value(self, loss: Loss | None = None, seed: int = 0, *, copies: bool = True) -> Tensor:
+        """What the loss (by default a fresh copy) comes to, on copies of the inputs, in which it may write."""
         loss = loss or self.copy_of_loss()
+        given = self.copied() if copies else self
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
-                value = loss(self.student, readable(loss, self.teacher), self.batch)
+                value = loss(given.student, readable(loss, given.teacher), given.batch)
             except Exception as error:
                 raise AssertionError(f"{loss.name}: on {self.form}: forward raises {type(error).__name__}: {error}") from error
         self.require(isinstance(value, Tensor) and value.shape == (), f"the value must be a scalar, not {getattr(value, 'shape', value)}")
         return value  # type: ignore[no-any-return]
 
+    def copied(self) -> Probe:
+        """The same, on copies of the inputs, through which a gradient reaches the inputs."""
+        student, teacher = self.student.map(torch.clone), self.teacher.map(torch.clone)
+        return replace(self, student=student, teacher=teacher, batch=self.batch.map(torch.clone))
+
     def learning(self) -> Probe:
         """The same, with a student that asks for a gradient."""
         return replace(self, student=self.student.map(lambda x: x.detach().clone().requires_grad_()))
 
+    def copy_of_loss_as(self, dtype: torch.dtype) -> Probe:
+        """The same in another type."""
+        loss = self.copy_of_loss().to(dtype)
+        student, teacher = (outputs.map(lambda x: x.to(dtype)) for outputs in (self.student, self.teacher))
+        return replace(self, loss=loss, student=student, teacher=teacher)
+
     def slopes(self) -> dict[str, Tensor]:
         """The gradient for the student's logits and features, zero where the loss does not depend on them."""
+        return self._value_and_slopes()[1]
+
+    def _value_and_slopes(self) -> tuple[float, dict[str, Tensor]]:
         probe = self.learning()
         tensors = named(probe.student)
         value = probe.value()
         self.require(value.requires_grad, "the value has no gradient: something on the way from the student is detached")
         found = torch.autograd.grad(value, list(tensors.values()), allow_unused=True)
-        return {name: torch.zeros_like(x) if g is None else g for (name, x), g in zip(tensors.items(), found, strict=True)}
+        slopes = {name: torch.zeros_like(x) if g is None else g for (name, x), g in zip(tensors.items(), found, strict=True)}
+        return float(value.detach()), slopes
 
-    def require_finite(self) -> None:
+    def require_finite(self, steepest: float = STEEPEST) -> None:
         """Value and gradient are finite, the gradient within bounds."""
-        value = float(self.value().detach())
+        value, slopes = self._value_and_slopes()
         self.require(math.isfinite(value), f"the value is {value}")
-        for name, slope in self.slopes().items():
+        for name, slope in slopes.items():
             self.require(slope.isfinite().all(), f"the gradient for the student's '{name}' is not finite")
-            steepest = float(slope.abs().max())
-            self.require(steepest <= STEEPEST, f"the gradient for the student's '{name}' reaches {steepest:.1e}, above {STEEPEST:.0e}")
+            says = f"the gradient for the student's '{name}' reaches {float(slope.abs().max()):.1e}, above {steepest:.0e}"
+            self.require(float(slope.abs().max()) <= steepest, says)
 
     def changed(self, form: str, student: Change, teacher: Change) -> Probe:
         return replace(self, student=self.student.map(student), teacher=self.teacher.map(teacher), form=f"{self.form}, {form}")
@@ -134,18 +155,18 @@ def named(outputs: Outputs) -> dict[str, Tensor]:
 class Network(nn.Module):
     """Stands for a network in the context: batch norms called like the tapped layers, and a classifier of the last one's mean."""
 
-    def __init__(self, layers: Mapping[str, Shape]) -> None:
+    def __init__(self, layers: Mapping[str, Shape], classes: int = CLASSES) -> None:
         super().__init__()
         for name, shape in layers.items():
             norm = nn.BatchNorm2d(width(shape))
             nn.init.normal_(norm.bias)
             self.add_module(name.replace(".", "_"), norm)
         self.last = next(reversed(list(layers)), None)
-        self.classifier = nn.Linear(width(layers[self.last]) if self.last else 6, CLASSES)
+        self.classes, self.classifier = classes, nn.Linear(width(layers[self.last]) if self.last else 6, classes)
 
     def answer(self, outputs: Outputs) -> Outputs:
         """Outputs whose logits are what the classifier makes of the last layer."""
-        if self.last is None or outputs.logits.shape[1] != CLASSES or self.last == "logits":
+        if self.last is None or outputs.logits.shape[1] != self.classes or self.last == "logits":
             return outputs
         with torch.no_grad():
             return replace(outputs, logits=self.classifier(as_vectors(outputs.features[self.last])))
@@ -204,23 +225,29 @@ def with_other_padding(outputs: Outputs) -> Outputs:
 
 
 def probe(
-    cls: type[Loss], options: Mapping[str, Any], form: str, shapes: tuple[Shape, Shape], teacher_classes: int = CLASSES, *,
-    texts: bool = False,
+    cls: type[Loss], options: Mapping[str, Any], form: str, shapes: tuple[Shape, Shape], teacher_classes: int | None = None, *,
+    classes: int = CLASSES, texts: bool = False,
 ) -> Probe:  # fmt: skip
     """The loss, set up on four samples for a batch of six; of `texts` that are as long as the shapes say, or shorter.
 
     Raises:
         ShapeError: the loss refuses the form.
     """
-    defaults = {"layers": [{"student": "a", "teacher": "a"}]} if issubclass(cls.Options, FeatureOptions) else {}
+    defaults = {"layers": [ONE_PAIR]} if issubclass(cls.Options, FeatureOptions) else {}
     loss = cls(cls.Options(**{**defaults, **options}))
-    layers = {pair.student: shapes[0] for pair in loss.options.taps()}, {pair.teacher: shapes[1] for pair in loss.options.taps()}
-    networks = [Network({name: shape for name, shape in names.items() if shape}) for names in layers]
-    context = Context(networks[0], networks[1].eval().requires_grad_(False), CLASSES, 64, torch.arange(64) % CLASSES)
+    pairs, own = loss.options.taps(), cls.knowledge == "labels"  # then both sides of a pair are the student's
+    layers = {pair.student: shapes[0] for pair in pairs}, {pair.teacher: shapes[1] for pair in pairs}
+    if own:
+        layers = {**layers[1], **layers[0]}, layers[1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        networks = [Network({name: shape for name, shape in names.items() if shape}, classes) for names in layers]
+    context = Context(networks[0], networks[1].eval().requires_grad_(False), classes, 64, torch.arange(64) % classes)
+    theirs = classes if teacher_classes is None else teacher_classes
     few, more = (
         (
-            random_outputs(layers[0], size=size, seed=size, views=cls.needs_views),
-            random_outputs(layers[1], size=size, seed=size + 1, views=cls.needs_views, classes=teacher_classes),
+            random_outputs(layers[0], size=size, seed=size, views=cls.needs_views, classes=classes),
+            random_outputs(layers[1], size=size, seed=size + 1, views=cls.needs_views, classes=theirs),
         )
         for size in (4, 6)
     )
@@ -229,7 +256,7 @@ def probe(
     if cls.needs_networks:
         few, more = ((networks[0].answer(s), networks[1].answer(t)) for s, t in (few, more))
     set_up(loss, *few, context, form)
-    right = torch.where(torch.arange(6) % 3 == 0, torch.arange(6), more[1].logits.argmax(1)) % CLASSES  # mostly, as teachers are
+    right = torch.where(torch.arange(6) % 3 == 0, torch.arange(6), more[1].logits.argmax(1)) % classes  # mostly, as teachers are
     return Probe(loss, *more, replace(random_batch(), labels=right), context, form)
 
 
@@ -249,8 +276,35 @@ def reads_layers(cls: type[Loss], options: Mapping[str, Any]) -> bool:
     return issubclass(cls.Options, FeatureOptions) or bool(options.get("layers"))
 
 
-def probes(cls: type[Loss], options: Mapping[str, Any]) -> Iterator[Probe]:
+_KNOWN: dict[tuple[type[Loss], str], list[Probe]] = {}  # the last few: every check asks for the same ones
+
+
+def probes(cls: type[Loss], options: Mapping[str, Any]) -> list[Probe]:
     """The loss on every form that it accepts, at least one."""
+    key = cls, repr(sorted(options.items()))
+    if key not in _KNOWN:
+        found = list(_probes(cls, options))
+        while len(_KNOWN) > 3:
+            del _KNOWN[next(iter(_KNOWN))]
+        _KNOWN[key] = found
+    return _KNOWN[key]
+
+
+def some_probes(cls: type[Loss], options: Mapping[str, Any]) -> list[Probe]:
+    """The first two of those forms, of which a map of one pixel says too little."""
+    return [p for p in probes(cls, options) if p.form != "maps of one pixel"][:2] or probes(cls, options)[:1]
+
+
+def a_probe_of_each_kind(cls: type[Loss], options: Mapping[str, Any]) -> list[Probe]:
+    """The first accepted form of each kind: maps, maps of one pixel, tokens, vectors."""
+    kinds: dict[tuple[int, bool], Probe] = {}
+    for p in probes(cls, options):
+        shapes = FORMS.get(p.form, NO_LAYERS)
+        kinds.setdefault((len(shapes[0]), p.form == "maps of one pixel"), p)
+    return list(kinds.values())
+
+
+def _probes(cls: type[Loss], options: Mapping[str, Any]) -> Iterator[Probe]:
     forms = FORMS if reads_layers(cls, options) else {"logits": ((), ())}
     refusals = []
     for form, shapes in forms.items():
@@ -262,6 +316,74 @@ def probes(cls: type[Loss], options: Mapping[str, Any]) -> Iterator[Probe]:
         yield accepted
     if len(refusals) == len(forms):
         raise AssertionError(f"{cls.name}: setup refuses every form tried; the last: {refusals[-1]}")
+
+
+def varied_options(cls: type[Loss]) -> list[str]:
+    """The options that the loss itself has to carry out."""
+    return [name for name in cls.Options.model_fields if name not in OURS]
+
+
+def is_valid(cls: type[Loss], options: Mapping[str, Any]) -> bool:
+    defaults = {"layers": [ONE_PAIR]} if issubclass(cls.Options, FeatureOptions) else {}
+    try:
+        cls.Options(**{**defaults, **options})
+    except ValidationError:
+        return False
+    return True
+
+
+def other_values(cls: type[Loss], options: Mapping[str, Any], name: str) -> Iterator[Any]:
+    """Valid values of an option other than its present one."""
+    field = cls.Options.model_fields[name]
+    now = options.get(name, field.get_default(call_default_factory=True))
+    choices: list[Any] = [choice for part in (field.annotation, *get_args(field.annotation)) for choice in get_args(part)]
+    found: list[Any] = [choice for choice in choices if isinstance(choice, str | int | float)]
+    if isinstance(now, bool):
+        found = [not now]
+    elif isinstance(now, int | float):
+        found += [type(now)(value) for value in (2 * now, now / 2, now + 1, now - 1, 0.3)]
+    elif isinstance(now, tuple) and all(isinstance(value, int | float) for value in now):
+        found.append(tuple(2 * value for value in now))
+    elif now is not None:  # a ramp
+        found += [0.3, 0.7]
+    for value in dict.fromkeys(found):
+        if value != now and is_valid(cls, {**options, name: value}):
+            yield value
+
+
+def observed(p: Probe) -> list[Tensor]:
+    """Value, gradient and the value after it, and what is learnt."""
+    probe, loss = p.learning(), p.copy_of_loss()
+    value = probe.value(loss)
+    weights = [weight for weight in loss.parameters() if weight.requires_grad]
+    inputs = list(named(probe.student).values())
+    found = [value.detach(), *weights]
+    if value.requires_grad:
+        slopes = torch.autograd.grad(value, [*inputs, *weights], allow_unused=True)
+        found += [torch.zeros_like(x) if g is None else g for x, g in zip([*inputs, *weights], slopes, strict=True)]
+    return [*found, probe.value(loss, seed=1).detach()]
+
+
+def with_noise(outputs: Outputs, name: str) -> Outputs:
+    """The same answer, with other numbers of one layer (or the logits), in all views."""
+
+    def other(x: Tensor) -> Tensor:
+        return x + torch.randn(x.shape, generator=torch.Generator().manual_seed(9))
+
+    views = {of: with_noise(view, name) for of, view in outputs.views.items()}
+    logits = other(outputs.logits) if name == "logits" else outputs.logits
+    features = {layer: other(x) if layer == name else x for layer, x in outputs.features.items()}
+    return Outputs(logits, features, views)
+
+
+def with_impossible(outputs: Outputs) -> Outputs:
+    """The same answer over twice as many classes, the new ones of probability 0."""
+    return replace(outputs, logits=torch.cat([outputs.logits, torch.full_like(outputs.logits, -1e4)], 1))
+
+
+def twice_as_high(outputs: Outputs) -> Outputs:
+    """The same answer, with maps that hold everything twice, one above the other."""
+    return replace(outputs, features={name: torch.cat([x, x], 2) for name, x in outputs.features.items()})
 
 
 def leaves(value: Tensor) -> list[Tensor]:
@@ -294,6 +416,25 @@ def certain(x: Tensor) -> Tensor:
     return 100.0 * (x == x.amax(1, keepdim=True)) if x.ndim == 2 else x
 
 
+LARGEST = "numbers up to 6e4"  # where a gradient may be large for good reasons
+
+
+def constant(x: Tensor) -> Tensor:
+    return torch.ones_like(x) if x.ndim > 2 else x
+
+
+def tiny(x: Tensor) -> Tensor:
+    return 1e-6 * torch.ones_like(x) if x.ndim > 2 else x
+
+
+def smallest(x: Tensor) -> Tensor:
+    return 1e-8 * x
+
+
+def largest(x: Tensor) -> Tensor:
+    return 6e4 * x.clamp(-1, 1)  # what fp16 holds
+
+
 # What happens to the student's tensors, and to the teacher's.
 DEGENERATE: Mapping[str, tuple[Change, Change]] = {
     "equal rows": (equal_rows, as_it_is),
@@ -306,6 +447,13 @@ DEGENERATE: Mapping[str, tuple[Change, Change]] = {
     "zeros of the teacher": (as_it_is, torch.zeros_like),
     "zeros on both sides": (torch.zeros_like, torch.zeros_like),
     "a dead channel": (lambda x: torch.cat([0 * x[:, :1], x[:, 1:]], 1), lambda x: torch.cat([0 * x[:, :1], x[:, 1:]], 1)),
+    "constant maps": (constant, as_it_is),
+    "constant maps on both sides": (constant, constant),
+    "constant maps of 1e-6": (tiny, as_it_is),
+    "numbers of 1e-8": (smallest, as_it_is),
+    "numbers of 1e-8 of the teacher": (as_it_is, smallest),
+    LARGEST: (largest, as_it_is),
+    f"{LARGEST} on both sides, opposed": (largest, lambda x: -largest(x)),
     "logits of 1e4": (huge_logits, as_it_is),
     "logits of 1e4 of the teacher": (as_it_is, huge_logits),
     "a teacher that is certain": (as_it_is, certain),

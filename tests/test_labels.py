@@ -133,7 +133,7 @@ def test_single_images_are_fine_without_such_a_layer(tmp_path, case):
 def test_one_class_is_refused(tmp_path):
     recipe = mine(tmp_path)
     (tmp_path / "mine.py").write_text((tmp_path / "mine.py").read_text().replace("(3, 8, 8), 6", "(3, 8, 8), 1"))
-    assert "data.dataset: dataset 'mine' has 1 class: " in said(checked, tmp_path, recipe)
+    assert "data.dataset: says 1 class: " in said(checked, tmp_path, recipe)
 
 
 def test_two_training_images_are_enough(tmp_path):

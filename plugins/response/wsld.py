@@ -23,6 +23,9 @@ class WSLD(kdkit.Loss):
 
     name = "wsld"
     knowledge = "response"
+    exceptions = {
+        "check_the_gradient_is_that_of_the_value": "the weight of a sample is a constant, as in the paper",
+    }
 
     class Options(kdkit.ResponseOptions):
         temperature: kdkit.Rampable = Field(default=2.0, gt=0, description="T: softens both distributions; 1 leaves them as they are.")
