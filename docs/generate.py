@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from typer.models import ArgumentInfo
 
 import kdkit
-from kdkit import catalogue, registry, schema
+from kdkit import catalogue, registry, schema, testing
 from kdkit.cli import app
 from kdkit.dataset_source import DatasetOptions
 from kdkit.loss_options import LayerPair
@@ -234,14 +234,29 @@ def python_page() -> Iterator[str]:
     others = {name: value for name, value in values.items() if name not in functions and name not in errors}
     yield from ("## Functions", "")
     for name, value in functions.items():
-        signature = re.sub(r"'([^']*)'", r"\1", str(inspect.signature(value)))
-        yield from (f"### kdkit.{name}", "", "```text", f"{name}{signature}", "```", "", *_docstring(inspect.getdoc(value) or ""), "")
+        yield from _function(f"kdkit.{name}", value)
     yield from ("## Classes and types", "")
     yield from (*_table(["name", "what it is"], [[f"`{name}`", _about(name, value)] for name, value in others.items()]), "")
     yield from ("## Errors", "", "A message has one line for each problem.", "")
     yield from _table(
         ["name", "derives from", "raised for"], [[f"`{n}`", f"`{v.__base__.__name__}`", _about(n, v)] for n, v in errors.items()]
     )
+    yield from ("", "## kdkit.testing", "")
+    for function in (testing.check_loss, testing.assert_agrees):
+        yield from _function(f"kdkit.testing.{function.__name__}", function)
+    yield from (
+        "`kdkit.testing.LOSS_CHECKS` holds the checks. A loss that fails one on purpose says so, with the reason, in its class attribute",
+        "`exceptions`; the report shows both.",
+        "",
+        *_table(["check", "what is promised"], [[f"`{one.__name__}`", _line(inspect.getdoc(one) or "")] for one in testing.LOSS_CHECKS]),
+    )
+
+
+def _function(name: str, value: Callable[..., Any]) -> Iterator[str]:
+    """A function's signature and docstring."""
+    signature = re.sub(r"'([^']*)'", r"\1", str(inspect.signature(value)))
+    yield from (f"### {name}", "", "```text", f"{value.__name__}{signature}", "```", "")
+    yield from (*_docstring(inspect.getdoc(value) or ""), "")
 
 
 def _docstring(text: str) -> Iterator[str]:
