@@ -217,7 +217,7 @@ class _Planner:
     def _check_labels(self, source: DatasetSource, info: DataInfo) -> None:
         """Read both parts where that is cheap: what is wrong with them is told before anything is trained."""
         parts: tuple[Literal["train", "test"], ...] = ("train", "test")
-        for name in parts if source.split_at_check else ():
+        for name in parts if source.split_at_check and source.lacks() is None else ():
             part = split(source, name, info)
             if not isinstance(part, Stream) and (info.labelled or name == "test"):
                 class_indices(part.labels, info.num_classes, f"dataset '{source.name}': {CALLED[name]} labels")
