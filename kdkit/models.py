@@ -60,7 +60,7 @@ def build_model(
     """
     try:
         shape = _own_shape(options, source, image_shape)
-        module = source.build(num_classes, shape) if weights else _without_numbers(source, num_classes, shape)
+        module = _built(source, num_classes, shape, weights)
         with contextlib.nullcontext() if weights else torch.device("meta"):
             adapt = _adapter(options, source, module, image_shape, shape)
         if options.new_head and not file:
@@ -87,6 +87,14 @@ def build_model(
         precision=precision,
         input_shape=shape,
     )
+
+
+def _built(source: ModelSource, num_classes: int, shape: Shape, weights: bool) -> nn.Module:
+    try:
+        return source.build(num_classes, shape) if weights else _without_numbers(source, num_classes, shape)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # of the network's own code
+        says = (str(error).strip() or "no reason given").splitlines()[0]
+        raise ModelError(f"'{source.name}/{source.model_name}' cannot be built: {type(error).__name__}: {says}") from error
 
 
 def _without_numbers(source: ModelSource, num_classes: int, shape: Shape) -> nn.Module:

@@ -65,6 +65,7 @@ SCALARS = {  # of an override, or in a file: what the key says, and what is told
     "turned round": ("losses.0.use", '"\\u202Eabc"', "unknown '\\u202eabc'"),
     "deep": ("train.optimizer.args", DEEP, "lists and mappings are more than 32 deep"),
     "deep mapping": ("train.optimizer.args", "{a: " * 100 + "1" + "}" * 100, "lists and mappings are more than 32 deep"),
+    "a large network": ("teacher.model", "mlp/99999999999999999999", "is no list of hidden sizes, each below a million"),
     "itself": ("train.optimizer.args", "&x {a: *x}", "contains itself"),
 }  # fmt: skip
 
@@ -96,10 +97,10 @@ def test_an_override(write, case):
     path = write(RECIPE)
 
     def load():
-        return recipe.load(path, parse_overrides([f"{key}={value}"]))
+        return plan.make(recipe.load(path, parse_overrides([f"{key}={value}"])))
 
     if says is None:
-        load()
+        recipe.load(path, parse_overrides([f"{key}={value}"]))
     else:
         told = refused(load)
         assert any(line.startswith("override: ") and says in line for line in told), told
@@ -119,7 +120,7 @@ def test_in_a_file(write, case):
     if says is None:
         recipe.load(path)
     else:
-        told = refused(recipe.load, path)
+        told = refused(lambda: plan.make(recipe.load(path)))
         assert any(line.startswith((f"{path}:2: ", f"{path}: ")) and says in line for line in told), told
 
 

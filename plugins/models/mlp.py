@@ -47,8 +47,10 @@ class MLPSource(kdkit.ModelSource):
 
     def build(self, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
         """A perceptron for flattened images."""
-        if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)*", self.model_name):
-            raise kdkit.ModelError(f"'{self.model_name}' is no list of hidden sizes; write mlp/800-800 for two layers of 800 units")
+        if not re.fullmatch(r"[1-9]\d{0,5}(-[1-9]\d{0,5}){0,99}", self.model_name):
+            raise kdkit.ModelError(
+                f"'{self.model_name}' is no list of hidden sizes, each below a million; write mlp/800-800 for two layers of 800 units"
+            )
         channels, height, width = image_shape
         hidden = [int(size) for size in self.model_name.split("-")]
         options = self.options
