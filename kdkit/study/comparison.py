@@ -164,14 +164,14 @@ def check(study: Study, fetch: Callable[[str], None] | None = None) -> dict[str,
         planned = [replace(each, variant=wanted[each.variant]) for each in trainings(study.search) if each.variant in wanted]
     lengths: dict[str, Length] = {}
     problems: list[str] = []
-    for each in sorted(planned, key=lambda one: one.result is None):  # what is finished needs no plan any more
-        if each.variant in lengths:
-            continue
+    by_variant = {each.variant: each for each in planned}
+    by_variant |= {each.variant: each for each in planned if each.result}  # what is finished needs no plan any more
+    for name, each in by_variant.items():
         try:
             finished = each.result is not None and not each.recipe.spec.train.patience  # which may end some runs early
-            lengths[each.variant] = of_run(RunFolder(each.folder), each.recipe.spec.data) if finished else of_plan(each.recipe, fetch)
+            lengths[name] = of_run(RunFolder(each.folder), each.recipe.spec.data) if finished else of_plan(each.recipe, fetch)
         except RecipeError as error:
-            problems += [f"{line} (variant {each.variant})" for line in str(error).splitlines()]
+            problems += [f"{line} (variant {name})" for line in str(error).splitlines()]
     if problems:
         raise RecipeError("\n".join(dict.fromkeys(problems)))
     refuse_longer(lengths, study.variants, study.baseline, study.allow)
