@@ -2,10 +2,11 @@
 
 import random
 import signal
+import time
 
 import pytest
 from test_every_pair import BASE, PLUGINS, SCHEDULES, WIDER
-from training import Command, assert_same_run, lines, train, write
+from training import Command, assert_same_run, lines, start, train, write
 
 ALL = {
     **BASE,
@@ -39,3 +40,70 @@ def test_killed_at_random_moments(schedule, tmp_path):
     code, log = Command(tmp_path, "train", path, "--run", "parts").finish()
     assert code == 0, log
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+SLOWER = {
+    **ALL,
+    "name": "taught",
+    "teacher": {"recipe": "teacher.yaml"},
+    "schedule": {"use": "offline"},
+    "train": {"epochs": 4, "optimizer": {"lr": 0.02}},
+}
+STUDY = """
+name: study
+base: taught.yaml
+baseline: alone
+variants: {alone: {teacher: null, schedule: {use: supervised}, losses: [{use: cross_entropy}]}, taught: {}}
+seeds: 2
+"""
+KILLS = 10
+WORDS = {"train": ["train", "taught.yaml"], "compare": ["compare", "study.yaml"]}
+
+
+def home(folder):
+    folder.mkdir()
+    write(
+        folder, {**ALL, "name": "teacher", "student": WIDER, "schedule": {"use": "supervised"}, "losses": ALL["losses"][:1]}, "teacher.yaml"
+    )
+    write(folder, SLOWER, "taught.yaml")
+    (folder / "study.yaml").write_text(STUDY)
+    return folder
+
+
+def told(folder):
+    """Lines of metrics of all runs in a folder."""
+    return sum(lines(file.parent) for file in folder.rglob("metrics.jsonl"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "processes"), [("train", 1), ("compare", 1), ("train", 2), ("compare", 2)])
+def test_killed_anywhere_it_goes_on_to_the_same_bits(command, processes, tmp_path):
+    """Kills at random moments, from the start of the process to its end: none leaves a traceback, none is lost without a word."""
+    dice, tried, tracebacks, silent = random.Random(), 0, 0, 0
+
+    def begin(folder):
+        return start(folder, [WORDS[command]] * processes) if processes > 1 else [Command(folder, *WORDS[command])]
+
+    whole = home(tmp_path / "whole")
+    assert [one.finish()[0] for one in begin(whole)] == [0] * processes
+    total, number = told(whole), 0
+    while tried < KILLS:
+        number += 1
+        parts = home(tmp_path / f"parts{number}")
+        for share in sorted(dice.random() for _ in range(4)):
+            going = begin(parts)
+            victim = dice.choice(going)
+            if victim.wait_for(lambda share=share, parts=parts: told(parts) >= share * total):
+                time.sleep(dice.random() / 20)
+                tried += victim.process.is_alive()
+                victim.send(signal.SIGKILL)
+            for one in going:
+                code, log = one.finish()
+                tracebacks += "Traceback" in log
+                silent += one is not victim and code != 0 and not log.strip()
+        ended = [one.finish() for one in begin(parts)]
+        assert [code for code, _ in ended] == [0] * processes, ended
+        for run in [file.parent for file in whole.rglob("result.json")]:
+            assert_same_run(run, parts / run.relative_to(whole))
+    print(command, processes, {"tried": tried, "rounds": number, "tracebacks": tracebacks, "silent": silent})
+    assert (tracebacks, silent) == (0, 0)
