@@ -16,7 +16,6 @@ ORDER = """
     launching
     spreading
     finite
-    given_answers
     randomness
     files
     depends
@@ -29,6 +28,7 @@ ORDER = """
     gathering
     loss_options
     layers
+    given_answers
     providers
     dataset_source
     contracts

@@ -41,6 +41,8 @@ class Net(nn.Module):
             raise ZeroDivisionError
         if self.behave == "repeat":
             x = self.pair(self.bn(x))[0]
+        if self.behave == "set":
+            return {1}
         if self.behave == "tuple":
             return self.fc(x), x
         if self.behave == "mapping":
@@ -109,8 +111,17 @@ def test_layer_that_runs_twice_gives_its_last_output():
 def test_output_that_is_not_one_tensor_is_an_error():
     with pytest.raises(kdkit.TapError, match="layer 'pair' gives tuple, not one tensor"):
         kdkit.taps(Net("repeat"), ["pair"])(R)
-    with pytest.raises(kdkit.TapError, match="returns tuple, not one tensor of logits"):
-        kdkit.taps(Net("tuple"), ["bn"])(R)
+    with pytest.raises(kdkit.TapError, match="returns set, no tensor of logits"):
+        kdkit.taps(Net("set"), ["bn"])(R)
+
+
+def test_of_several_outputs_the_first_is_the_logits_and_the_others_have_names():
+    net = Net("tuple")
+    first, second = net(R)
+    out = kdkit.taps(net, ["logits", "output1"])(R)
+    assert torch.equal(out.logits, first) and torch.equal(out.features["logits"], first) and torch.equal(out.features["output1"], second)
+    with pytest.raises(kdkit.TapError, match="'output7': the network gives 2 outputs, counted from 0"):
+        kdkit.taps(net, ["output7"])(R)
 
 
 @pytest.mark.parametrize(

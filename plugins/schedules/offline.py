@@ -4,8 +4,8 @@ Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, arX
 answer is the mean of its members' probabilities (or their geometric mean, that of the logits); the name as in Gou et al., "Knowledge
 Distillation: A Survey", IJCV 2021, arXiv:2006.05525, section 3.1.
 
-`combine: probabilities` averages softmax(z_m) at temperature 1; a loss softens the mean afterwards by its own temperature T. The mean of the
-softened predictions softmax(z_m / T), as some codes take it, is what `combine: each` learns from with a KL divergence:
+`combine: probabilities` averages softmax(z_m) at temperature 1; a loss softens the mean afterwards by its own temperature T. The mean of
+the softened predictions softmax(z_m / T), as some codes take it, is what `combine: each` learns from with a KL divergence:
 
     sum_m w_m KL(p_m || q) = KL(sum_m w_m p_m || q) + a constant of the student    for shares w_m that sum to 1.
 
