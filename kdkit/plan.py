@@ -71,6 +71,8 @@ class _Planner:
         source = self.recipe.plugins.datasets[spec.data.dataset.use](spec.data.dataset)
         with self._problems_at("data", "dataset"):
             info = self._info(source)
+            if info.num_classes < 2:
+                raise DataError(f"says {info.num_classes} class: there must be two to tell apart")
             with self._problems_at("data"):
                 info = replace(info, image_shape=data.image_shape(spec.data, info))
                 num_train = samples(spec.data, info.num_train)
