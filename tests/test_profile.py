@@ -98,7 +98,7 @@ def test_the_table_shows_each_quantity_and_how_it_compares():
     shown = cost_table.table(["big", "small"], [one, two])
     cells = [list(column.cells) for column in shown.columns]
     assert [c.header for c in shown.columns] == ["", "big", "small"]
-    rows = dict(zip(cells[0], zip(cells[1], cells[2], strict=True), strict=True))
+    rows = {str(title): (str(one), str(two)) for title, one, two in zip(*cells, strict=True)}
     assert rows["parameters"][0] == "4,000" and rows["parameters"][1].startswith("1,000 ") and "x 0.25" in rows["parameters"][1]
     assert rows["multiply-accumulates per image"][0] == "8.00 M"
     assert rows["batch 1: p50, ms"][0] == "4.00" and "x 4" in rows["batch 1: images/s"][1]
