@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from kdkit.options import Options, Ramp
-from kdkit.registry import Plugin, Registry
+from kdkit.registry import FROM_A_FILE, Registry
 
 KINDS = {"losses": "loss", "schedules": "schedule", "models": "model source", "datasets": "dataset"}
 
@@ -29,6 +29,7 @@ class Entry:
         details: the rest of it, with the formula.
         paper: the module's docstring behind its first line.
         origin: file or distribution.
+        source: the module of an installed plugin; of another one, its file.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Entry:
     details: str
     paper: str
     origin: str
+    source: str
     options: tuple[Option, ...]
 
     @property
@@ -63,7 +65,9 @@ def entries(plugins: Registry) -> Iterator[Entry]:
         first, _, rest = inspect.cleandoc(plugin.__doc__ or "").partition("\n")
         module = inspect.cleandoc(sys.modules[plugin.__module__].__doc__ or "").partition("\n")[2].strip()
         group = str(getattr(plugin, "knowledge", getattr(plugin, "scheme", "")))
-        yield Entry(plugin.name, KINDS[kind], group, first, rest.strip(), module, _shown(plugins.origins[plugin]), tuple(options(plugin)))
+        origin = _shown(plugins.origins[plugin])
+        source = origin if plugin.__module__.startswith(FROM_A_FILE) else plugin.__module__
+        yield Entry(plugin.name, KINDS[kind], group, first, rest.strip(), module, origin, source, tuple(options(plugin)))
 
 
 def _shown(origin: str) -> str:

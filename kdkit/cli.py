@@ -249,6 +249,7 @@ def layers(
     size: Annotated[
         str, typer.Option(help="Image shape C,H,W or side (224: 3,224,224); for networks that read texts, N tokens.")
     ] = "3,224,224",
+    stages: Annotated[bool, typer.Option("--stages", help="Only the layers that have an alias.")] = False,
     plugins: Plugins = None,
 ) -> None:
     """List the layers of a model that a recipe can name, with shapes."""
@@ -256,7 +257,7 @@ def layers(
 
     rows = listing.layers(model, options or [], classes, size, absolute(plugins))
     table = Table("layer", "type", "output", "alias", box=None, pad_edge=False)
-    for row in rows:
+    for row in (row for row in rows if row.aliases or not stages):
         table.add_row(row.name or "(the network)", row.type, f"(B, {', '.join(map(str, row.shape[1:]))})", ", ".join(row.aliases))
     out.print(table)
 
@@ -274,7 +275,7 @@ def plugins(
     if name is None:
         table = Table("name", "kind", "knowledge/scheme", "what it is", "from", box=None, pad_edge=False)
         for entry in found:
-            table.add_row(entry.name, entry.kind, entry.group, entry.summary, entry.origin)
+            table.add_row(entry.name, entry.kind, entry.group, entry.summary, entry.source)
         out.print(table)
         return
     chosen = [entry for entry in found if entry.name == name]

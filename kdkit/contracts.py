@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -87,6 +87,13 @@ class Loss(nn.Module, abc.ABC):
     def __init__(self, options: LossOptions) -> None:
         super().__init__()
         self.options = options
+
+    def __getattr__(self, name: str) -> Any:
+        """What the loss has; an attribute that is not there may be one that `setup` builds."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            raise AttributeError(f"{error}; if `setup` builds it, call `setup(student, teacher)` once before the loss") from None
 
     def setup(self, student: Outputs, teacher: Outputs, context: Context | None = None) -> None:
         """Build learnable parts, sized by a probe batch's outputs. Called once, before the optimizer exists.

@@ -7,6 +7,7 @@ the layer takes, not what it gives: `layer1.0.act2@input` is a block's sum befor
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import re
@@ -238,7 +239,16 @@ def tappable_layers(module: nn.Module, shape: Shape) -> list[LayerRow]:
     for number, path in enumerate(stage_paths(module), 1):
         aliases.setdefault(path, []).append(f"stage{number}")
     modules = dict(module.named_modules())
-    return [LayerRow(path, type(modules[path]).__name__, size, tuple(aliases.get(path, ()))) for path, size in shapes.items()]
+    rows = [LayerRow(path, type(modules[path]).__name__, size, tuple(aliases.get(path, ()))) for path, size in shapes.items()]
+    return [*rows, *_embedding(module, modules)]
+
+
+def _embedding(module: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[LayerRow]:
+    """The classifier's input, where the network has one classifier."""
+    with contextlib.suppress(TapError):
+        path = classifier_path(module)
+        if (width := getattr(modules[path], "in_features", None)) is not None:
+            yield LayerRow(f"{path}{INPUT}", "input of the classifier", (2, width), ("penultimate",))
 
 
 def _shapes(module: nn.Module, inputs: Inputs) -> dict[str, tuple[int, ...]]:

@@ -80,6 +80,8 @@ class FeatureOptions(LossOptions):
 
     def _each(self, student: Outputs, teacher: Outputs, form: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], wanted: str) -> Pairs:
         for pair in self.layers:
+            if pair.student not in student.features:
+                raise ShapeError(f"the student's answer has no layer '{pair.student}'; tapped are: {', '.join(student.features) or 'none'}")
             f_s, f_t = student.features[pair.student], _shown(teacher, pair.teacher)
             try:
                 yield form(*self._without_padding(f_s, f_t, student.mask, teacher.mask))
@@ -154,7 +156,7 @@ def _pooled(f: Tensor, mask: Tensor | None) -> Tensor:
 def _shown(teacher: Outputs, layer: str) -> Tensor:
     if layer not in teacher.features:
         raise ShapeError(
-            f"the answer that teaches shows no layer '{layer}'; where several teachers' answers are combined into one, say which of them "
+            f"the answer that teaches has no layer '{layer}'; tapped are: {', '.join(teacher.features) or 'none'}; where several teachers' answers are combined into one, say which of them "
             "this loss looks at: `teacher: NAME`"
         )
     return teacher.features[layer]

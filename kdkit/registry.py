@@ -36,6 +36,8 @@ KINDS: Mapping[str, type] = {
     "kdkit_datasets": DatasetSource,
 }
 ENTRY_POINTS = "kdkit"
+FROM_A_FILE = "kdkit_plugin_"
+"""How the module of a plugin that is not installed begins."""
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 RESERVED = {"use", "weight", "name", "teacher"}
 KNOWLEDGE = {"labels", "response", "feature", "relation"}
@@ -118,7 +120,7 @@ def _import(path: Path, package: str = "", root: Path | None = None) -> ModuleTy
     if root:
         name = ".".join([package, *path.relative_to(root).with_suffix("").parts])
     else:
-        name = f"kdkit_plugin_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+        name = f"{FROM_A_FILE}{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
     if package and name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)

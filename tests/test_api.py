@@ -99,3 +99,20 @@ def test_a_loss_that_cannot_be_built(name, options, says):
     with pytest.raises(PluginError) as caught:
         kdkit.build_loss(name, **options)
     assert says in str(caught.value)
+
+
+def test_a_loss_that_was_not_set_up_says_so():
+    loss = kdkit.build_loss("hint", layers=[{"student": "layer3", "teacher": "layer3"}])
+    said = kdkit.Outputs(torch.zeros(2, 3), {"layer3": torch.zeros(2, 4, 5, 5)})
+    with pytest.raises(AttributeError, match=r"call `setup\(student, teacher\)` once before the loss"):
+        loss(said, said, kdkit.Batch(torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64), torch.arange(2)))
+    assert not hasattr(loss, "nothing_of_the_kind")
+
+
+def test_a_layer_that_was_not_tapped_is_named_with_those_that_are():
+    loss = kdkit.build_loss("hint", layers=[{"student": "layer1", "teacher": "layer3"}])
+    said = kdkit.Outputs(torch.zeros(2, 3), {"layer3": torch.zeros(2, 4, 5, 5), "layer4": torch.zeros(2, 4, 5, 5)})
+    with pytest.raises(kdkit.ShapeError, match="the student's answer has no layer 'layer1'; tapped are: layer3, layer4"):
+        loss.setup(said, said)
+    with pytest.raises(kdkit.ShapeError, match="the answer that teaches has no layer 'layer3'; tapped are: none"):
+        loss.setup(kdkit.Outputs(torch.zeros(2, 3), {"layer1": torch.zeros(2, 4, 5, 5)}), kdkit.Outputs(torch.zeros(2, 3)))

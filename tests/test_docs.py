@@ -207,10 +207,12 @@ def test_the_readme_shows_the_real_recipe_and_its_commands_work(checkout):
     )
     assert "total = 0.1 * cross_entropy + 0.9 * logit_kl(temperature 4)" in printed
     assert "student, test, last epoch" in printed
+    (code,) = [block.text for block in blocks(ROOT / "README.md") if "kdkit.train(" in block.text]
+    exec(compile(code, "README.md", "exec"), {})
 
 
 def test_the_readme_shows_a_loss_that_keeps_its_promises_and_trains(checkout):
-    (code,) = [block.text for block in blocks(ROOT / "README.md") if block.language == "python"]
+    (code,) = [block.text for block in blocks(ROOT / "README.md") if "kdkit.Loss" in block.text]
     (checkout / "total_variation.py").write_text(code)
     check_loss(registry.load((checkout / "total_variation.py",)).losses["total_variation"], temperature=2.0)
     losses = [{"use": "cross_entropy"}, {"use": "total_variation", "weight": 4}]

@@ -117,6 +117,7 @@ def test_listing_gives_shapes_without_moving_anything():
     assert rows["layer1"].type == "Sequential"
     assert rows[""].shape == (2, 7)
     assert rows[""].aliases == ("logits",)
+    assert (rows["fc@input"].shape, rows["fc@input"].aliases) == ((2, 96), ("penultimate",))
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
     assert module.training
     assert not any(part._forward_hooks for part in module.modules())
@@ -133,7 +134,7 @@ class NeedsData(nn.Module):
 
 def test_listing_falls_back_to_zeros():
     rows = tappable_layers(NeedsData(), (1, 2, 2))
-    assert [(row.name, row.shape) for row in rows] == [("", (2, 5)), ("body", (2, 5))]
+    assert [(row.name, row.shape) for row in rows] == [("", (2, 5)), ("body", (2, 5)), ("body@input", (2, 4))]
     with pytest.raises(kdkit.TapError, match="does not take images"):
         tappable_layers(NeedsData(), (1, 3, 3))
 

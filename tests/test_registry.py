@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import kdkit
-from kdkit import registry
+from kdkit import catalogue, registry
 from kdkit.errors import PluginError
 
 LOSS = '''
@@ -168,3 +168,49 @@ def test_a_faulty_plugin_is_named(case, tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(PluginError, match="no such plugin file or folder"):
         registry.load((tmp_path / "gone.py",))
+
+
+PUBLISHED = '''\
+"""Twice the mean of the student's logits."""
+
+import kdkit
+from kdkit_published._scale import SCALE
+
+
+class Published(kdkit.Loss):
+    """Twice the mean of the student's logits.
+
+    Formula: 2 mean(z_s)
+    """
+
+    name = "published"
+    knowledge = "labels"
+
+    def forward(self, student, teacher, batch):
+        return SCALE * student.logits.mean()
+
+
+@kdkit.hookimpl
+def kdkit_losses():
+    return [Published]
+'''
+
+
+def test_an_installed_package_brings_its_plugins(tmp_path, monkeypatch):
+    package, facts = tmp_path / "kdkit_published", tmp_path / "kdkit_published-0.1.dist-info"
+    package.mkdir()
+    facts.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "_scale.py").write_text("SCALE = 2\n")
+    (package / "published.py").write_text(PUBLISHED)
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: kdkit-published\nVersion: 0.1\n")
+    (facts / "entry_points.txt").write_text("[kdkit]\npublished = kdkit_published\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    registry._load.cache_clear()
+    try:
+        found = registry.load()
+        assert found.losses["published"].__module__ == "kdkit_published.published" and "logit_kl" in found.losses
+        (entry,) = (entry for entry in catalogue.entries(found) if entry.name == "published")
+        assert entry.source == "kdkit_published.published" and entry.formula == "2 mean(z_s)"
+    finally:
+        registry._load.cache_clear()

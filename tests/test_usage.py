@@ -36,6 +36,11 @@ def kdkit(tmp_path, monkeypatch, capsys):
     return run
 
 
+def test_layers_that_have_an_alias_alone(kdkit):
+    listed = kdkit("layers", "resnet18", "--stages", "--size", "32")[1].splitlines()[1:]
+    assert [line.split()[-1] for line in listed] == ["logits", "stage1", "stage2", "stage3", "stage4", "penultimate"]
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [

@@ -173,7 +173,7 @@ LAYERS = [{"student": "penultimate", "teacher": "penultimate"}]
 @pytest.mark.parametrize(
     ("losses", "options", "says"),
     [
-        ([{"use": "hint", "layers": LAYERS}], {}, "losses.1: hint: the answer that teaches shows no layer 'penultimate'; where several"),
+        ([{"use": "hint", "layers": LAYERS}], {}, "losses.1: hint: the answer that teaches has no layer 'penultimate'; tapped are: "),
         (
             [{"use": "hint", "layers": LAYERS}],
             {"combine": "each"},
