@@ -156,8 +156,8 @@ def _pooled(f: Tensor, mask: Tensor | None) -> Tensor:
 def _shown(teacher: Outputs, layer: str) -> Tensor:
     if layer not in teacher.features:
         raise ShapeError(
-            f"the answer that teaches has no layer '{layer}'; tapped are: {', '.join(teacher.features) or 'none'}; where several teachers' answers are combined into one, say which of them "
-            "this loss looks at: `teacher: NAME`"
+            f"the answer that teaches has no layer '{layer}'; tapped are: {', '.join(teacher.features) or 'none'}; where several "
+            "teachers' answers are combined into one, say which of them this loss looks at: `teacher: NAME`"
         )
     return teacher.features[layer]
 
