@@ -1,9 +1,11 @@
 """Reads and writes the files of runs, studies, caches and exported students, and notices damage.
 
 JSON that kdkit writes carries a SHA-256 of its own content under the key `sha256` (the seal), a
-line of a log a CRC-32 under `crc`, a text file its SHA-256 in a first comment line. Other files are
-compared with digests that such a file holds. Files of an older kdkit, which have none of this, are
-read without the comparison. All damage is told in one line: the file, what is wrong, the way out.
+line of a log a CRC-32 under `crc`, a text file its SHA-256 in a first comment line. Where a file
+belongs to something, such as a run, its owner's name goes into the digest, so that another owner's
+file is noticed. Other files are compared with digests that such a file holds. Files of an older
+kdkit, which have none of this, are read without the comparison. All damage is told in one line: the
+file, what is wrong, the way out.
 """
 
 from __future__ import annotations
@@ -63,32 +65,33 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any], owner: str = "") -> None:
     """Write a JSON file that carries its seal."""
-    write_atomically(path, (json.dumps(sealed(content), indent=1) + "\n").encode())
+    write_atomically(path, (json.dumps(sealed(content, owner), indent=1) + "\n").encode())
 
 
-def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+def sealed(content: Mapping[str, Any], owner: str = "") -> dict[str, Any]:
     """Plain values, as JSON gives them back, together with their digest."""
     plain = json.loads(to_json(content))  # tuples become lists, keys text
-    return {**plain, SEAL: _content_digest(plain)}
+    return {**plain, SEAL: _content_digest(plain, owner)}
 
 
-def read_json(path: Path, kind: type[T] | TypeAdapter[T], way_out: str) -> T:
+def read_json(path: Path, kind: type[T] | TypeAdapter[T], way_out: str, owner: str | None = "") -> T:
     """Read a JSON file.
 
     Args:
         path: the file.
         kind: what it must hold, for pydantic.
         way_out: what the user can do if it is damaged.
+        owner: what it belongs to (None: not known, and its seal is not compared).
 
     Raises:
         DamagedFile: the file is damaged, or holds something else.
     """
-    return fitting(path, unsealed(path, _parsed(path, read_text(path, way_out), way_out), way_out), kind, way_out)
+    return fitting(path, unsealed(path, _parsed(path, read_text(path, way_out), way_out), way_out, owner), kind, way_out)
 
 
-def unsealed(path: Path, content: Any, way_out: str) -> Any:
+def unsealed(path: Path, content: Any, way_out: str, owner: str | None = "") -> Any:
     """Plain values without their seal, if they have one; see `read_json`.
 
     Raises:
@@ -97,8 +100,8 @@ def unsealed(path: Path, content: Any, way_out: str) -> Any:
     if not isinstance(content, dict) or SEAL not in content:
         return content
     plain = {key: value for key, value in content.items() if key != SEAL}
-    if content[SEAL] != _content_digest(plain):
-        raise DamagedFile(path, f"its content does not match its `{SEAL}`", way_out)
+    if owner is not None and content[SEAL] != _content_digest(plain, owner):
+        raise DamagedFile(path, f"its content does not match its `{SEAL}`{_or_foreign(owner)}", way_out)
     return plain
 
 
@@ -130,34 +133,34 @@ def read_text(path: Path, way_out: str) -> str:
     return text
 
 
-def write_sealed_text(path: Path, text: str) -> None:
+def write_sealed_text(path: Path, text: str, owner: str = "") -> None:
     """Write a YAML file with its digest in a comment in the first line."""
-    digest = hashlib.sha256(text.encode()).hexdigest()
+    digest = hashlib.sha256((owner + text).encode()).hexdigest()
     write_atomically(path, f"{SEAL_LINE}{digest}\n{text}".encode())
 
 
-def read_sealed_text(path: Path, way_out: str) -> str:
-    """Read a YAML file; the first line's digest, if there is one, is compared.
+def read_sealed_text(path: Path, way_out: str, owner: str | None = "") -> str:
+    """Read a YAML file; the first line's digest, if there is one, is compared. For `owner` see `read_json`.
 
     Raises:
         RunError: the file is missing or damaged.
     """
     text = read_text(path, way_out)
     first, _, rest = text.partition("\n")
-    digest = hashlib.sha256(rest.encode()).hexdigest()
-    if "sha256" in first and first != SEAL_LINE + digest:
+    digest = hashlib.sha256(((owner or "") + rest).encode()).hexdigest()
+    if owner is not None and "sha256" in first and first != SEAL_LINE + digest:
         hint = f"{way_out}; if you have changed it yourself, delete its first line"
-        raise DamagedFile(path, "its content does not match the digest in its first line", hint)
+        raise DamagedFile(path, f"its content does not match the digest in its first line{_or_foreign(owner)}", hint)
     return text
 
 
-def read_yaml(path: Path, kind: type[T] | TypeAdapter[T], way_out: str) -> T:
+def read_yaml(path: Path, kind: type[T] | TypeAdapter[T], way_out: str, owner: str | None = "") -> T:
     """Read a YAML file that kdkit has written; see `read_json`.
 
     Raises:
         DamagedFile: the file is damaged, or holds something else.
     """
-    text = read_sealed_text(path, way_out)
+    text = read_sealed_text(path, way_out, owner)
     try:
         content = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -165,13 +168,13 @@ def read_yaml(path: Path, kind: type[T] | TypeAdapter[T], way_out: str) -> T:
     return fitting(path, content, kind, way_out)
 
 
-def log_line(content: Mapping[str, Any]) -> str:
+def log_line(content: Mapping[str, Any], owner: str = "") -> str:
     """One line of a log, with its check sum."""
     plain = json.loads(to_json(content))
-    return json.dumps({**plain, CRC: _crc(plain)}) + "\n"
+    return json.dumps({**plain, CRC: _crc(plain, owner)}) + "\n"
 
 
-def read_log(path: Path, kind: TypeAdapter[Line], way_out: str) -> Iterator[Line | RunError]:
+def read_log(path: Path, kind: TypeAdapter[Line], way_out: str, owner: str | None = "") -> Iterator[Line | RunError]:
     """Read a log line by line; instead of a damaged line, the error that tells it.
 
     A last line without its end is left out: the process was killed while it wrote it.
@@ -182,20 +185,21 @@ def read_log(path: Path, kind: TypeAdapter[Line], way_out: str) -> Iterator[Line
     for number, line in enumerate([*lines, rest] if rest else lines, 1):
         place = Path(f"{path}:{number}")
         try:
-            yield _log_content(place, line, kind, way_out)
+            yield _log_content(place, line, kind, way_out, owner)
         except RunError as error:
             if number <= len(lines):
                 yield error
 
 
-def _log_content(place: Path, line: bytes, kind: TypeAdapter[Line], way_out: str) -> Line:
+def _log_content(place: Path, line: bytes, kind: TypeAdapter[Line], way_out: str, owner: str | None) -> Line:
     try:
         text = line.decode()
     except UnicodeDecodeError:
         raise DamagedFile(place, "it is not UTF-8 text", way_out) from None
     content = _parsed(place, text, way_out)
-    if isinstance(content, dict) and CRC in content and content.pop(CRC) != _crc(content):
-        raise DamagedFile(place, f"its content does not match its `{CRC}`", way_out)
+    check = content.pop(CRC, None) if isinstance(content, dict) else None
+    if owner is not None and check not in (None, _crc(content, owner)):
+        raise DamagedFile(place, f"its content does not match its `{CRC}`{_or_foreign(owner)}", way_out)
     return fitting(place, content, kind, way_out)
 
 
@@ -205,11 +209,11 @@ def file_digest(path: Path) -> str:
     return _file_digest(path, about.st_ino, about.st_size, about.st_mtime_ns)
 
 
-def refuse_other(path: Path, digest: str | None, way_out: str) -> None:
-    """Make sure that a file is the one whose digest was recorded (None: an older kdkit has none).
+def refuse_other(path: Path, digest: str | None, record: Path, way_out: str) -> None:
+    """Make sure that a file is the one whose digest a record has (None: an older kdkit's has none).
 
     Raises:
-        RunError: it is another, or damaged.
+        DamagedFile: it is another, or damaged.
     """
     if digest is None:
         return
@@ -218,8 +222,8 @@ def refuse_other(path: Path, digest: str | None, way_out: str) -> None:
     except OSError as error:
         raise RunError(f"{path}: {error.strerror}; {way_out}") from None
     if found != digest:
-        what = "it is empty" if not path.stat().st_size else "it is not the file that was written"
-        raise DamagedFile(path, f"{what} (its SHA-256 is another)", way_out)
+        what = "it is empty" if not path.stat().st_size else f"its SHA-256 is not the one in {record.name}"
+        raise DamagedFile(path, what, way_out)
 
 
 def _parsed(path: Path, text: str, way_out: str) -> Any:
@@ -229,16 +233,20 @@ def _parsed(path: Path, text: str, way_out: str) -> Any:
         raise DamagedFile(path, f"it is not JSON ({shorten(one_line(str(error)), 200)})", way_out) from None
 
 
-def _content_digest(plain: Mapping[str, Any]) -> str:
-    return hashlib.sha256(_canonical(plain)).hexdigest()
+def _content_digest(plain: Mapping[str, Any], owner: str) -> str:
+    return hashlib.sha256(_canonical(plain, owner)).hexdigest()
 
 
-def _crc(plain: Mapping[str, Any]) -> str:
-    return f"{zlib.crc32(_canonical(plain)):08x}"
+def _crc(plain: Mapping[str, Any], owner: str) -> str:
+    return f"{zlib.crc32(_canonical(plain, owner)):08x}"
 
 
-def _canonical(plain: Mapping[str, Any]) -> bytes:
-    return json.dumps(plain, sort_keys=True).encode()
+def _canonical(plain: Mapping[str, Any], owner: str) -> bytes:
+    return owner.encode() + json.dumps(plain, sort_keys=True).encode()
+
+
+def _or_foreign(owner: str) -> str:
+    return ", or it is another's" if owner else ""
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import os
 import platform
@@ -156,7 +157,7 @@ class RunFolder:
             _remove([path for path in here if _leftover(path) or (anew and path != self.marker)])  # the marker is never missing
             about = {"fingerprint": recipe.fingerprint, "content": recipe.content(), "data": asdict(info), "versions": versions()}
             files.write_json(self.marker, about)
-            files.write_sealed_text(self.recipe_file, recipe.dump())
+            files.write_sealed_text(self.recipe_file, recipe.dump(), recipe.fingerprint)
             yield
 
     def wait(self) -> None:
@@ -181,6 +182,18 @@ class RunFolder:
         if not self.marker.is_file():
             raise RunError(f"{self.path}: no run folder (it has no run.json)")
         return files.read_json(self.marker, Marker, way_out)
+
+    @property
+    def owner(self) -> str | None:
+        """The run's fingerprint, to which its other files belong (None: there is no run.json).
+
+        Raises:
+            RunError: run.json is damaged.
+        """
+        if not self.marker.is_file():
+            return None
+        about = self.marker.stat()
+        return _fingerprint(self, about.st_ino, about.st_size, about.st_mtime_ns)
 
     def holds(self, recipe: Recipe) -> bool:
         """Whether a run of this very recipe is here."""
@@ -208,7 +221,7 @@ class RunFolder:
             RunError: this is no run folder.
             RecipeError: the recipe names other Python files.
         """
-        self._recipe_text()
+        self._refuse_damaged_recipe()
         source = Source(self.recipe_file, overrides)
         here = consent.moved(dict(_python_in(source.data)), plugins)
         source = source.changed({key: str(path) for key, path in here.items()})
@@ -220,13 +233,13 @@ class RunFolder:
         Raises:
             RunError: this is no run folder, or the recipe is damaged.
         """
-        self._recipe_text()
-        return files.read_yaml(self.recipe_file, RECIPE, ANEW)
+        self._refuse_damaged_recipe()
+        return files.read_yaml(self.recipe_file, RECIPE, ANEW, self.owner)
 
-    def _recipe_text(self) -> str:
+    def _refuse_damaged_recipe(self) -> None:
         if not self.recipe_file.is_file():
             raise RunError(f"{self.path}: no run folder (it has no recipe.yaml)")
-        return files.read_sealed_text(self.recipe_file, ANEW)
+        files.read_sealed_text(self.recipe_file, ANEW, self.owner)
 
     def result(self) -> Result | None:
         """The result, once the run is finished (and its student not taken away).
@@ -236,7 +249,7 @@ class RunFolder:
         """
         if not self.result_file.is_file() or not self.student_file.is_file():
             return None
-        saved = with_nan(files.read_json(self.result_file, dict[str, Any], AGAIN))
+        saved = with_nan(files.read_json(self.result_file, dict[str, Any], AGAIN, self.owner))
         saved.setdefault("cpu_seconds", 0.0)  # a run of an older kdkit, which did not count them
         return files.fitting(self.result_file, {**saved, "folder": self.path}, Result, AGAIN)
 
@@ -277,7 +290,8 @@ class RunFolder:
         Raises:
             RunError: it is damaged, or another run's.
         """
-        files.refuse_other(file, self.digest(file), AGAIN if file == self.student_file else f"{ANEW}, or delete the file to do without it")
+        way_out = AGAIN if file == self.student_file else f"{ANEW}, or delete the file to do without it"
+        files.refuse_other(file, self.digest(file), self.result_file, way_out)
 
     def keep(self, file: Path, content: bytes) -> None:
         """Write a file of weights, and take down its digest."""
@@ -292,7 +306,7 @@ class RunFolder:
         result = replace(result, files=known)
         saved = asdict(result)
         del saved["folder"]
-        files.write_json(self.result_file, saved)
+        files.write_json(self.result_file, saved, self.owner or "")
         return result
 
     def snapshot_file(self, stage: str, epoch: int) -> Path:
@@ -312,7 +326,7 @@ class RunFolder:
     def log(self, **line: Any) -> None:
         """Add a line to metrics.jsonl."""
         with files.naming(self.metrics_file), self.metrics_file.open("a") as stream:
-            stream.write(files.log_line(line))
+            stream.write(files.log_line(line, self.owner or ""))
 
     def forget(self, stage: str, epochs: int, steps: int) -> list[str]:
         """Leave out of metrics.jsonl what a stage will write again: all after so many finished epochs and optimizer steps.
@@ -324,9 +338,10 @@ class RunFolder:
         def stays(line: Mapping[str, Any]) -> bool:
             return bool(line["stage"] != stage or (line["epoch"] <= epochs if line["kind"] == "epoch" else line["step"] <= steps))
 
-        lines = list(files.read_log(self.metrics_file, LINE, "it is left out"))
+        owner = self.owner
+        lines = list(files.read_log(self.metrics_file, LINE, "it is left out", owner))
         kept = [line for line in lines if isinstance(line, dict) and stays(line)]
-        files.write_atomically(self.metrics_file, "".join(map(files.log_line, kept)).encode())
+        files.write_atomically(self.metrics_file, "".join(files.log_line(line, owner or "") for line in kept).encode())
         told = {line["epoch"] for line in kept if line["kind"] == "epoch" and line["stage"] == stage}
         lost = sorted(set(range(1, epochs + 1)) - told)
         gone = [f"{self.metrics_file}: has nothing of epoch {', '.join(map(str, lost))} of stage '{stage}' any more"] if lost else []
@@ -340,14 +355,20 @@ class RunFolder:
         """
         way_out = "delete this line to do without it"
         if self.metrics_file.exists() and (result := self.result()):
-            files.refuse_other(self.metrics_file, result.files.get(self.metrics_file.name), ANEW)
+            files.refuse_other(self.metrics_file, result.files.get(self.metrics_file.name), self.result_file, ANEW)
         return [line for line in self._lines(way_out) if line["kind"] == kind]
 
     def _lines(self, way_out: str) -> Iterator[dict[str, Any]]:
-        for line in files.read_log(self.metrics_file, LINE, way_out):
+        for line in files.read_log(self.metrics_file, LINE, way_out, self.owner):
             if isinstance(line, RunError):
                 raise line
             yield with_nan(line)
+
+
+@functools.lru_cache(maxsize=1000)
+def _fingerprint(folder: RunFolder, inode: int, size: int, modified: int) -> str:
+    """That of a run.json, which is read again when it has changed."""
+    return folder.about()["fingerprint"]
 
 
 def _remove(paths: Sequence[Path]) -> None:

@@ -226,7 +226,7 @@ def _load_exported(folder: Path, device: torch.device, plugins: tuple[Path, ...]
     if "kdkit" not in config:
         raise RunError(f"{folder}: {EXPORTED} was not written by `kdkit export`")
     about = files.fitting(folder / EXPORTED, files.unsealed(folder / EXPORTED, config["kdkit"], EXPORT_AGAIN), Exported, EXPORT_AGAIN)
-    files.refuse_other(folder / WEIGHTS, about.get("files", {}).get(WEIGHTS), EXPORT_AGAIN)
+    files.refuse_other(folder / WEIGHTS, about.get("files", {}).get(WEIGHTS), folder / EXPORTED, EXPORT_AGAIN)
     if about["needs_files"]:
         needed = ", ".join(about["needs_files"])
         raise ModelError(f"{folder}: the network is made by {needed}, which kdkit does not run unasked; build it there and load {WEIGHTS}")

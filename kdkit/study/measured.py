@@ -81,13 +81,13 @@ class Measured:
         self._kept: Kept = {"spent": {}, "trained": [], "networks": {}, "memory": {}, "answers": {}}
         if path.exists():
             try:
-                self._kept = files.read_json(path, Kept, "all is measured again")
+                self._kept = files.read_json(path, Kept, "all is measured again", path.parent.name)
             except RunError as error:
                 say(str(error))
 
     def save(self) -> None:
         networks = {key: asdict(network) for key, network in self._kept["networks"].items()}
-        files.write_json(self.path, {**self._kept, "networks": networks})
+        files.write_json(self.path, {**self._kept, "networks": networks}, self.path.parent.name)
 
     def spend(self, wall: float, cpu: float, trained: Sequence[str]) -> None:
         """Add what training has taken, and the fingerprints of the runs that it has finished."""
