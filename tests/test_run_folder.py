@@ -1,6 +1,8 @@
 """The folder of a run, apart from training in it."""
 
 import json
+import resource
+from pathlib import Path
 
 import pytest
 from training import write
@@ -94,3 +96,84 @@ def test_what_a_running_process_stands_in_is_not_checked_twice(tmp_path):
         RunFolder(tmp_path / "run").claimed(loaded, INFO),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("left", "gives_way"),
+    [
+        ({}, True),
+        ({"metrics.jsonl": '{"kind": "step", "stage": "a", "epoch": 0, "step": 1}\n'}, True),
+        ({"metrics.jsonl": '{"kind": "epoch", "stage": "a", "epoch": 1, "step": 6}\n'}, False),
+        ({"checkpoints/stage0-00000001-0123456789abcdef.pt": "anything"}, False),
+        ({"student.safetensors": "anything"}, False),
+        ({"result.json": "{}"}, False),
+    ],
+    ids=["nothing", "steps", "an epoch", "a checkpoint", "a student", "a result"],
+)
+def test_a_run_that_has_trained_nothing_gives_way_to_another_recipe(tmp_path, left, gives_way):
+    folder = RunFolder(tmp_path / "run")
+    with folder.claimed(recipe.load(write(tmp_path)), INFO):
+        pass
+    for name, text in left.items():
+        (folder.path / name).parent.mkdir(exist_ok=True)
+        (folder.path / name).write_text(text)
+    another = recipe.load(write(tmp_path), {"train.epochs": 7})
+    if not gives_way:
+        with pytest.raises(RunError, match="holds a run of another recipe .different: train.epochs"):
+            folder.check(another)
+        return
+    with folder.claimed(another, INFO):
+        assert folder.holds(another) and not folder.metrics("step")
+
+
+def test_restart_leaves_alone_what_is_behind_a_link(tmp_path):
+    loaded, folder = recipe.load(write(tmp_path)), RunFolder(tmp_path / "run")
+    with folder.claimed(loaded, INFO):
+        pass
+    (tmp_path / "elsewhere").mkdir()
+    (folder.path / "snapshots").symlink_to(tmp_path / "elsewhere")
+    (folder.path / "result.json").write_text("{}")
+    with (
+        pytest.raises(RunError, match=r"run/snapshots: is a link to a folder.*remove the link first"),
+        folder.claimed(loaded, INFO, restart=True),
+    ):
+        pass
+    assert (folder.path / "result.json").exists(), "nothing was removed"
+
+
+def test_a_folder_that_cannot_be_made_is_told_with_its_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    loaded = recipe.load(write(tmp_path))
+    (tmp_path / "file").touch()
+    says = rf"{tmp_path}/file/run: cannot be written: Not a directory; the run is written there .`run.folder`, or `--run FOLDER`"
+    with pytest.raises(RunError, match=says), RunFolder(Path("file/run")).claimed(loaded, INFO):
+        pass
+
+
+@pytest.mark.parametrize("write_it", ["whole", "a line"])
+def test_a_full_disk_is_told_with_the_file(tmp_path, write_it):
+    folder = RunFolder(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError) as told:
+            folder.keep(folder.student_file, bytes(200)) if write_it == "whole" else folder.log(kind="step", stage="a" * 200)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert told.value.filename == str(folder.student_file if write_it == "whole" else folder.metrics_file)
+    assert told.value.strerror == "File too large"
+    assert [path.name for path in tmp_path.iterdir()] in ([], ["metrics.jsonl"]), "no part of it is left"
+
+
+def test_damaged_lines_are_told_and_a_run_that_goes_on_leaves_them_out(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    with folder.claimed(recipe.load(write(tmp_path)), INFO):
+        for step in range(3):
+            folder.log(kind="step", stage="a", epoch=0, step=step)
+    first, second, third = folder.metrics_file.read_text().splitlines()
+    folder.metrics_file.write_text(f"{first}\n{second.replace('"step": 1', '"step": 7')}\n{third}\n")
+    with pytest.raises(RunError, match=r"metrics\.jsonl:2: is damaged: its content does not match its `crc`; delete this line"):
+        folder.metrics("step")
+    lost = folder.forget("a", 1, 9)
+    assert len(lost) == 2 and "metrics.jsonl:2" in lost[0] and "has nothing of epoch 1 of stage 'a' any more" in lost[1]
+    assert [line["step"] for line in folder.metrics("step")] == [0, 2]

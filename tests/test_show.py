@@ -107,6 +107,16 @@ def test_what_cannot_be_shown_is_one_line(name, says, unfinished, monkeypatch, c
     assert says in said and len(said.splitlines()) == 1
 
 
+def test_a_folder_that_cannot_be_written_into_is_shown_without_a_picture(unfinished, monkeypatch, capsys):
+    (unfinished / "curves.png").mkdir()
+    try:
+        assert run_cli(monkeypatch, "show", unfinished) == 0
+    finally:
+        (unfinished / "curves.png").rmdir()
+    said = capsys.readouterr().out
+    assert "cross_entropy" in said and f"no picture of the curves: {unfinished / 'curves.png'}: cannot be written" in said
+
+
 def test_curves_run_on_over_the_stages(unfinished):
     found = curves.read(RunFolder(unfinished))
     assert found.stages == [(0, "warm"), (4, "main")] and found.epochs == 8
