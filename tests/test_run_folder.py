@@ -171,7 +171,8 @@ def test_damaged_lines_are_told_and_a_run_that_goes_on_leaves_them_out(tmp_path)
         for step in range(3):
             folder.log(kind="step", stage="a", epoch=0, step=step)
     first, second, third = folder.metrics_file.read_text().splitlines()
-    folder.metrics_file.write_text(f"{first}\n{second.replace('"step": 1', '"step": 7')}\n{third}\n")
+    changed = second.replace('"step": 1', '"step": 7')
+    folder.metrics_file.write_text("\n".join([first, changed, third, ""]))
     with pytest.raises(RunError, match=r"metrics\.jsonl:2: is damaged: its content does not match its `crc`; delete this line"):
         folder.metrics("step")
     lost = folder.forget("a", 1, 9)
