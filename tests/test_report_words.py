@@ -53,6 +53,7 @@ def test_a_large_p_value_may_be_chance():
     )
     assert "1 of 3 variants is better than alone, 1 is worse, 1 is inconclusive (paired t, Holm-corrected, 5 %)." in several
     assert "which flatters it" in several
+    assert "Against the next best, other: +0.24 [−2.87, 3.36] points (not corrected)." in several and "next best" not in text
 
 
 def test_words_follow_the_corrected_values():

@@ -60,6 +60,7 @@ def answer(findings: Findings) -> Iterator[str]:
         chosen = " on validation data" if chosen_by_validation(findings) else ""
         yield f"Best{chosen} {findings.moment}: {leader.name}, {score} on test data{_over(leader, baseline)}{taught}."
         yield _carried(leader, findings)
+        yield from _next_best(leader, findings)
     if (tally := sentences.verdicts(findings)) is not None:
         yield f"{tally}."
     if (data := sentences.training_data(findings)) is not None:
@@ -90,6 +91,17 @@ def _carried(leader: Variant, findings: Findings) -> str:
     if several and not chosen_by_validation(findings):
         says += " The best was chosen by these same test figures, which flatters it."
     return says
+
+
+def _next_best(leader: Variant, findings: Findings) -> Iterator[str]:
+    """How far the best variant is from the next best one, the baseline aside: the best need not be worth its cost."""
+    others = tuple(v for v in findings.variants if v.name not in (leader.name, findings.baseline))
+    second = best(replace(findings, variants=others))
+    if second is None:
+        return
+    own, its = (dict(zip(v.seeds, v.last["top1"], strict=True)) for v in (leader, second))
+    if (apart := intervals.paired(own, its)) is not None and apart.t is not None:
+        yield f"Against the next best, {second.name}: {gain(apart)} points (not corrected)."
 
 
 def _seeds(variant: Variant) -> str:
