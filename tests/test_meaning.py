@@ -82,7 +82,8 @@ def test_a_teacher_of_a_recipe_with_other_classes(tmp_path):
 
 @pytest.mark.parametrize(("file", "key"), [("run.json", "data"), ("config.json", "kdkit")])
 def test_a_checkpoint_in_a_run_or_an_export_with_other_classes(tmp_path, file, key):
-    save_file({"1.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    shapes = {"layer1.0.weight": (8, 192), "layer1.0.bias": (8,), "fc.weight": (3, 8), "fc.bias": (3,)}
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
     (tmp_path / file).write_text(json.dumps({key: {"class_names": ["dog", "cat", "eel"]}}))
     teacher = {"model": "mlp/8", "checkpoint": str(tmp_path / "model.safetensors")}
     path = write(tmp_path, folders(tmp_path / "ours", CATS), "student", teacher=teacher, **TAUGHT)
