@@ -80,7 +80,6 @@ class _Planner:
                     raise self.recipe.error(["data", "batch_size"], f"{spec.data.batch_size} is more than the {num_train} training images")
             self._check_labels(source, info)
             trained = self._trained(info)
-        teachers = spec.all_teachers()
         self._raise_if_any()
         factory = ModelFactory(self.recipe, info, trained, device=torch.device("meta"))
         with self._problems_at():
@@ -96,20 +95,15 @@ class _Planner:
                 self.notes.append("a network does not run without numbers, so this was found out with random weights on the processor")
         self._raise_if_any()
         (student,) = students
-        with self._problems_at("student"):
-            begins = meaning_of(spec.student, factory.source(spec.student), factory.student().module)
-            refuse_other_meaning(replace(begins, class_names=()), info, "student")  # classes it learns
-        for name, one in teachers.items():
-            self.notes += self._notes_on(name, one, factory)
-            if isinstance(one, ModelOptions):
-                with self._problems_at(*spec.place_of(name)):
-                    self._compare(meaning_of(one, factory.source(one), factory.teacher(name).module), info, name, one)
+        self._compare_meanings(factory, info)
         self._raise_if_any()
         batches = math.ceil(images_per_epoch(spec.data, num_train) / spec.data.batch_size)
         steps = math.ceil(batches / spec.train.accumulate)
         if any(self.recipe.plugins.losses[entry.use].needs_networks for entry in spec.losses):
             factory = ModelFactory(self.recipe, info, trained, device=torch.device("cpu"), rehearsal=True)
-        self._check_caches(factory, info, num_train, {name: dict(model.taps) for name, model in zip(teachers, planned, strict=True)})
+        self._check_caches(
+            factory, info, num_train, {name: dict(model.taps) for name, model in zip(spec.all_teachers(), planned, strict=True)}
+        )
         self._rehearsal = cache_plan.Rehearsal(self.recipe, factory)
         with self._problems_at("schedule"):
             stages = tuple(self._stage(stage, factory, info, num_train, steps) for stage in self._schedule().stages(factory))
@@ -117,13 +111,29 @@ class _Planner:
         self._check_training(num_train, text=is_text(info.image_shape))
         if not info.labelled:
             self._refuse_labels()
-        for i, name in enumerate(self.recipe.loss_names()):
-            if name not in self._used and not self.problems:
-                says = f"'{name}' is never used: no stage of schedule '{spec.schedule.use}' has a teacher for it, or asks for it"
-                self.problems.append(self.recipe.problem(["losses", i], says))
+        self._refuse_unused()
         self._raise_if_any()
         self._note_what_stays()
         return Plan(spec.name, info, num_train, student, tuple(planned), stages, tuple(self.notes))
+
+    def _compare_meanings(self, factory: ModelFactory, info: DataInfo) -> None:
+        """Whether the networks take classes and tokens for what the data take them for; and what else there is to say of teachers."""
+        spec = self.spec
+        with self._problems_at("student"):
+            begins = meaning_of(spec.student, factory.source(spec.student), factory.student().module)
+            refuse_other_meaning(replace(begins, class_names=()), info, "student")  # classes it learns
+        for name, one in spec.all_teachers().items():
+            self.notes += self._notes_on(name, one, factory)
+            if isinstance(one, ModelOptions):
+                with self._problems_at(*spec.place_of(name)):
+                    self._compare(meaning_of(one, factory.source(one), factory.teacher(name).module), info, name, one)
+
+    def _refuse_unused(self) -> None:
+        """Say which losses no stage uses, where nothing else is wrong."""
+        for i, name in enumerate(self.recipe.loss_names()):
+            if name not in self._used and not self.problems:
+                says = f"'{name}' is never used: no stage of schedule '{self.spec.schedule.use}' has a teacher for it, or asks for it"
+                self.problems.append(self.recipe.problem(["losses", i], says))
 
     def _info(self, source: DatasetSource) -> DataInfo:
         """What is known of the dataset. What it lacks is fetched first, or it is taken down that training will."""

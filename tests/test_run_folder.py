@@ -173,7 +173,9 @@ def test_damaged_lines_are_told_and_a_run_that_goes_on_leaves_them_out(tmp_path)
     first, second, third = folder.metrics_file.read_text().splitlines()
     changed = second.replace('"step": 1', '"step": 7')
     folder.metrics_file.write_text("\n".join([first, changed, third, ""]))
-    with pytest.raises(RunError, match=r"metrics\.jsonl:2: is damaged: its content does not match its `crc`, or it is another.s; delete this line"):
+    with pytest.raises(
+        RunError, match=r"metrics\.jsonl:2: is damaged: its content does not match its `crc`, or it is another.s; delete this line"
+    ):
         folder.metrics("step")
     lost = folder.forget("a", 1, 9)
     assert len(lost) == 2 and "metrics.jsonl:2" in lost[0] and "has nothing of epoch 1 of stage 'a' any more" in lost[1]
