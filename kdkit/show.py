@@ -18,6 +18,7 @@ from kdkit.terminal import printable
 
 WIDTH = 48  # characters of a curve
 UNTOLD = {"use", "name", "weight", "layers", "model", "recipe", "interpolation", "args"}
+USUAL = (None, False, "", 0, [], "eval", "logits")  # values that say nothing of their own
 TITLES = {
     "top1": "top-1 %",
     "top5": "top-5 %",
@@ -131,7 +132,7 @@ def _on(options: Mapping[str, Any]) -> list[str]:
     def text(key: str, value: Any) -> str:
         return key if value is True else f"{key} {_number(value)}"
 
-    return [text(key, value) for key, value in options.items() if key not in UNTOLD and value not in (None, False, "", 0, [], "eval")]
+    return [text(key, value) for key, value in options.items() if key not in UNTOLD and value not in USUAL]
 
 
 def _number(value: Any) -> str:
