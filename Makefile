@@ -34,7 +34,7 @@ docs: $(VENV)/installed  ## write what is generated: the schemas and the referen
 	$(BIN)/kdkit schema --study > recipes/study.schema.json
 	$(BIN)/python docs/generate.py
 
-bench: $(VENV)/installed  ## kdkit against plain torch: a step, an epoch, the loader, the teacher, each loss; studies and caches against runs without
+bench: $(VENV)/installed  ## kdkit against plain torch: a step, an epoch, the loader, the teacher, each loss; studies and caches against runs without; what a typo costs
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/losses.py
 	$(BIN)/python benchmarks/teacher.py
@@ -42,6 +42,7 @@ bench: $(VENV)/installed  ## kdkit against plain torch: a step, an epoch, the lo
 	$(BIN)/python benchmarks/epoch.py
 	$(BIN)/python benchmarks/study.py
 	$(BIN)/python benchmarks/cache.py
+	$(BIN)/python benchmarks/startup.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

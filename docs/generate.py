@@ -6,6 +6,7 @@ python docs/generate.py
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import re
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import yaml
 from pydantic import BaseModel
 from typer.models import ArgumentInfo
 
@@ -63,7 +65,8 @@ COMMAND = ("", "`kdkit plugins` lists them, and your own; `kdkit plugins NAME` s
 CONVENTIONS = """\
 z_s, z_t are the student's and the teacher's logits, f_s, f_t features; B or N the batch, C channels, H and W height and width, K classes;
 p = softmax(z_s), q = softmax(z_t). Every loss is unweighted: a paper's weight belongs in the recipe. Losses compute in fp32 (or fp64) with
-autocast off, and stay finite on degenerate input. Features may be maps (B, C, H, W), a vision transformer's tokens (B, N, D), which fold to
+autocast off, and stay finite on degenerate input. Weights that the recipes under `recipes/` use are told with each loss; they fit those
+networks and data, and are a place to begin. Features may be maps (B, C, H, W), a vision transformer's tokens (B, N, D), which fold to
 a map where a loss needs one, or vectors (B, D); what a loss cannot compare is told by `kdkit check`.
 """
 
@@ -131,6 +134,43 @@ def _entries(kind: str) -> list[catalogue.Entry]:
     return [entry for entry in found if (Path.cwd() / entry.origin).resolve().is_relative_to(ROOT / "plugins")]
 
 
+@functools.cache
+def shipped_weights() -> dict[str, str]:
+    """The weights that the files under recipes/ give to each loss, and for which data: `25 (cifar100), 10 (digits)`.
+
+    A weight of 0 is left out: it is where a grid begins, and teaches nothing.
+    """
+    found: dict[str, dict[str, list[str]]] = {}
+    for file in sorted((ROOT / "recipes").rglob("*.yaml")):
+        data = file.relative_to(ROOT / "recipes").parts[0]
+        for loss in _listed_losses(yaml.safe_load(file.read_text(encoding="utf-8"))):
+            if weight := loss.get("weight", 1):
+                places = found.setdefault(loss["use"], {}).setdefault(_weight(weight), [])
+                places += [data] if data not in places else []
+    return {
+        name: ", ".join(f"{weight} ({', '.join(places)})" for weight, places in weights.items())
+        for name, weights in found.items()
+    }
+
+
+def _listed_losses(content: Any) -> Iterator[dict[str, Any]]:
+    """The items of every list `losses`, of a recipe or of a study's variants."""
+    values = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, value in values:
+        if key == "losses" and isinstance(value, list):
+            yield from (item for item in value if isinstance(item, dict))  # stages list names
+        else:
+            yield from _listed_losses(value)
+
+
+def _weight(weight: float | dict[str, float]) -> str:
+    """A number, or a ramp in words."""
+    if not isinstance(weight, dict):
+        return f"{weight:.12g}"
+    start = f" from epoch {weight['start']}" if "start" in weight else ""
+    return f"{weight['from']:g} to {weight['to']:g} over {weight['epochs']} epochs{start}"
+
+
 def _source(entry: catalogue.Entry) -> str:
     """Venue and link of the paper that a plugin's file cites first."""
     cited = re.match(r'[^"]*"[^"]+",\s+(?:([^"]+?),\s+)?(arXiv:|doi:|https://)(\S+?)[.,;:]?(?:\s|$)', _line(entry.paper))
@@ -149,6 +189,8 @@ def _plugin(entry: catalogue.Entry) -> Iterator[str]:
         yield from (*_option_table(options), "")
     else:
         yield from ("No options of its own.", "")
+    if entry.kind == "loss" and (weights := shipped_weights().get(entry.name)):
+        yield from (f"Weight in the shipped recipes: {weights}.", "")
     file = (Path.cwd() / entry.origin).resolve().relative_to(ROOT)
     yield from (f"File: [{file}](../../{file})", "")
 

@@ -313,6 +313,7 @@ def main() -> None:
     try:
         code = copy_context().run(app, prog_name="kdkit", standalone_mode=False)  # what a command watches ends with it
     except typer.Abort:
+        print("stopped", file=sys.stderr)
         sys.exit(130)
     except Interrupted as error:
         print(error, file=sys.stderr)

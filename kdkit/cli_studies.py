@@ -40,7 +40,7 @@ def compare(
     spread: Annotated[
         bool, typer.Option("--spread", help="In several processes, train other seeds and groups in each, not each run in all.")
     ] = False,
-    dry: Annotated[bool, typer.Option("--dry", help="Only list the variants, and what is trained already.")] = False,
+    dry: Annotated[bool, typer.Option("--dry", help="Only list the variants, how long they train, and what is trained already.")] = False,
     plugins: Plugins = None,
     processes: Processes = None,
     no_plugins: NoPlugins = False,
@@ -60,7 +60,7 @@ def compare(
     from kdkit.study import comparison, table
 
     if dry:
-        for one in table.planned(loaded):
+        for one in table.planned(loaded, max_parallel):
             out.print(one)
         return
     start_processes(processes)

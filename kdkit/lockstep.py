@@ -131,6 +131,11 @@ def _kind(recipe: Recipe) -> str:
     return json.dumps([content_of(spec.data), made_by, spec.seed, train, trackers], sort_keys=True, default=str)
 
 
+def passes(recipes: Sequence[Recipe], size: int | None = None) -> list[list[int]]:
+    """Which of these recipes are trained side by side, so many at most: positions in `recipes`, a list a pass."""
+    return list(_passes({i: _kind(recipe) for i, recipe in enumerate(recipes)}, size))
+
+
 def _passes(kinds: dict[int, str], size: int | None) -> Iterator[list[int]]:
     """The runs by kind, in order, so many at a time."""
     for kind in dict.fromkeys(kinds.values()):

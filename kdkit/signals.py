@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -24,6 +26,29 @@ def _end_with_parent() -> None:
     while (said := signal.sigwaitinfo({signal.SIGTERM})) and parent is not None and said.si_pid != parent.pid:
         pass
     os._exit(0)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, where Ctrl-C would have raised its parent."""
+
+    signal = signal.SIGTERM
+
+
+@contextlib.contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """Let SIGTERM raise `Terminated` while no `StopRequest` is entered; by itself it would end the process without a word."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # elsewhere, Python allows no handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class StopRequest:

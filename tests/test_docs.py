@@ -14,13 +14,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from torch import nn
 
 import kdkit
 from kdkit import cli, recipe, recipe_types, registry
 from kdkit.errors import KdkitError
+from kdkit.report.maps import TEMPERATURES
 from kdkit.study import comparison as study
 from kdkit.study import variants as study_file
 from kdkit.testing import check_loss
+from kdkit_plugins.models.cifar import CifarSource
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -270,6 +273,28 @@ def test_the_guide_to_models_builds_its_networks(folder):
         if block.language == "bash":
             assert "features.3" in carry_out(block.text)
     assert "ReLU" in carry_out("kdkit layers ours/tiny width=8 --size 1,8,8 --plugins ours.py")
+
+
+def test_the_guide_to_models_tells_how_cifar_networks_are_normalised():
+    told = " ".join((DOCS / "how-to" / "own-model.md").read_text().split())
+    own = CifarSource(CifarSource.Options(model="cifar/resnet20"), "resnet20").normalization(nn.Identity())
+    for values in (own.mean, own.std):
+        assert str(values) in told
+    (published,) = re.findall(r"normalize: \{mean: \[0.*?\}", told)
+    assert published in (ROOT / "recipes/cifar100/resnet20_from_resnet56.yaml").read_text()
+
+
+def test_the_guide_to_reports_tells_the_temperatures_that_are_drawn():
+    told = " ".join((DOCS / "how-to" / "report.md").read_text().split())
+    *first, last = map(str, TEMPERATURES)
+    assert f"at the temperatures {', '.join(first)} and {last}:" in told
+
+
+def test_weights_of_losses_are_those_of_the_shipped_recipes():
+    weights = generator().shipped_weights()
+    assert weights["fsp"] == "3 (cifar100), 4 (cifar100)"
+    assert weights["rkd_distance"].startswith("25 (cifar100") and weights["review"].startswith("0 to 5 over 20 epochs (cifar100)")
+    assert "0 (" not in weights["logit_mse"].split(", ")[0]  # where a grid begins
 
 
 def test_the_guide_to_data_trains_on_its_plugin(folder):

@@ -311,16 +311,19 @@ def test_a_variant_that_trains_longer_than_the_baseline_is_refused(compare, tmp_
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("stop", [Interrupted("saved", signal.SIGTERM), KeyboardInterrupt()])
-def test_a_stop_says_how_to_go_on(compare, monkeypatch, stop):
+@pytest.mark.parametrize("place", ["check", "_train"])
+@pytest.mark.parametrize("stop", [Interrupted("saved", signal.SIGTERM), signal.SIGTERM, signal.SIGINT], ids=["saved", "SIGTERM", "SIGINT"])
+def test_a_stop_says_how_to_go_on(compare, monkeypatch, stop, place):
     def stopped(*arguments):
-        raise stop
+        if isinstance(stop, Interrupted):
+            raise stop
+        signal.raise_signal(stop)
 
     with monkeypatch.context() as patch:
-        patch.setattr("kdkit.study.comparison._train", stopped)
+        patch.setattr(f"kdkit.study.comparison.{place}", stopped)
         with pytest.raises(Interrupted, match="s: stopped with 0 of 4 runs finished; the same command goes on") as caught:
             compare()
-    assert caught.value.signal == (signal.SIGTERM if isinstance(stop, Interrupted) else signal.SIGINT)
+    assert caught.value.signal == (signal.SIGINT if stop == signal.SIGINT else signal.SIGTERM)
     assert compare()[0].together["trained"] == 4
 
 
@@ -395,7 +398,9 @@ def test_the_table_of_the_command(compare, say):
     again = rows(say("s.yaml", "train.epochs=2", "--seeds", "1"))
     assert "+-" not in again["alone"] and "[" not in again["response"]
     assert cells(say("s.yaml", "train.epochs=2", "--dry", "--seeds", 3))["response"][:2] == ["seeds 0, 1", "seed 2"]
-    assert cells(say("s.yaml", "--dry"))["alone"] == ["seeds 0, 1", "6", "1 * cross_entropy; schedule supervised"]
+    left = "6 runs: 4 trained already, 2 to train in 1 pass (runs of a pass are side by side): 24 steps, 192 images, 96 of them with a teacher, "
+    assert left + "which answers once for all runs of a pass." in say("s.yaml", "train.epochs=2", "--dry", "--seeds", 3)
+    assert cells(say("s.yaml", "--dry"))["alone"] == ["seeds 0, 1", "6", "48", "1 * cross_entropy; schedule supervised"]
 
 
 def test_a_failure_ends_the_command_with_code_1(compare, say):

@@ -25,6 +25,7 @@ from kdkit.lockstep import Job, train_together
 from kdkit.recipe import Recipe, code_of_all
 from kdkit.run_folder import Result, RunFolder, versions
 from kdkit.runs import folder_for
+from kdkit.signals import sigterm_raises
 from kdkit.spreading import Crew, part
 from kdkit.study import search
 from kdkit.study.findings import Cost, Findings, Length, Search, Teacher, Tuned, Variant
@@ -110,8 +111,10 @@ def compare(
     """
     first = is_first()
     with agreed("study") as asked:
-        check(study, say)
-        asked |= {f"{each.variant} (seed {each.seed})": each.recipe.content() for each in trainings(study)}
+        planned = trainings(study)
+        with _told_if_stopped(study, planned):
+            check(study, say)
+        asked |= {f"{each.variant} (seed {each.seed})": each.recipe.content() for each in planned}
         asked["--spread"] = spread
     crew = Crew.of_launch() if spread else None
     if first:
@@ -137,7 +140,8 @@ def compare(
 @contextlib.contextmanager
 def _told_if_stopped(study: Study, planned: Sequence[Training]) -> Iterator[None]:
     try:
-        yield
+        with sigterm_raises():
+            yield
     except (Interrupted, KeyboardInterrupt) as error:
         done = sum(each.result is not None for each in planned)
         says = f"{study.name}: stopped with {done} of {len(planned)} runs finished; the same command goes on where it was"

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kdkit.fairness import unequal
+from kdkit.lockstep import passes
 from kdkit.show import TITLES
 from kdkit.study.comparison import Training, about, after_search, check, trainings
 from kdkit.study.findings import Findings, Length, Teacher, Variant
@@ -63,18 +64,41 @@ def caption(found: Findings) -> Iterator[str]:
     )
 
 
-def planned(study: Study) -> Iterator[Table | str]:
-    """Which runs a study has, how long they train, and in what its variants differ."""
+def planned(study: Study, max_parallel: int | None = None) -> Iterator[Table | str]:
+    """Which runs a study has, how long they train, in what its variants differ, and what is left to do."""
     lengths = check(study)
     if study.tune:
         searching = trainings(study.search)
         yield _planned(study.search, searching, {}, study.tune)
         if not all(each.result for each in searching):
             seeds = _seeds(study.seeds)
+            yield _left(searching, {}, max_parallel)
             yield f"Each variant then trains with {seeds} at its point that is best on validation; the longest takes: {_longest(lengths)}"
             return
         study, _ = after_search(study, searching)
-    yield _planned(study, trainings(study), lengths)
+    runs = trainings(study)
+    yield _planned(study, runs, lengths)
+    yield _left(runs, lengths, max_parallel)
+
+
+def _left(runs: Sequence[Training], lengths: Mapping[str, Length], max_parallel: int | None) -> str:
+    """What is to be trained yet, in runs, passes, and, where the lengths are known, steps and images."""
+    left = list({each.folder: each for each in runs if each.result is None}.values())
+    every = len({each.folder for each in runs})
+    told = f"{every} runs: {every - len(left)} trained already, {len(left)} to train"
+    if not left:
+        return f"{told}."
+    told += f" in {_count_of(len(passes([each.recipe for each in left], max_parallel)), 'pass', 'passes')} (runs of a pass are side by side)"
+    if not lengths:
+        return f"{told}."
+    steps, images = (sum(getattr(lengths[each.variant], key) for each in left) for key in ("steps", "images"))
+    taught = sum(lengths[each.variant].images for each in left if each.recipe.spec.all_teachers())
+    shared = f", {taught:,} of them with a teacher, which answers once for all runs of a pass" if taught else ""
+    return f"{told}: {steps:,} steps, {images:,} images{shared}."
+
+
+def _count_of(number: int, one: str, many: str) -> str:
+    return f"{number:,} {one if number == 1 else many}"
 
 
 def _longest(lengths: Mapping[str, Length]) -> str:
@@ -83,15 +107,15 @@ def _longest(lengths: Mapping[str, Length]) -> str:
 
 def _planned(study: Study, runs: Sequence[Training], lengths: Mapping[str, Length], named: Iterable[str] = ()) -> Table:
     """A row a variant; differences in the keys of which its name tells are not told again."""
-    columns = ("variant", "trained", "to train", *(["steps"] if lengths else []), "what it is")
+    columns = ("variant", "trained", "to train", *(["steps", "images"] if lengths else []), "what it is")
     table = Table(*columns, box=None, pad_edge=False)
     told = {name: about(recipe) for name, recipe in study.variants.items()}
     for other in unequal(study.variants, study.baseline, tuple(named)):
         told[other.variant] += f"; {other.key} {other.value} ({study.baseline}: {other.baseline})"
     for name in study.variants:
         done, left = ([each.seed for each in runs if each.variant == name and bool(each.result) is state] for state in (True, False))
-        steps = [f"{lengths[name].steps:,}"] if lengths else []
-        table.add_row(name, _seeds(done), _seeds(left), *steps, told[name])
+        length = [f"{lengths[name].steps:,}", f"{lengths[name].images:,}"] if lengths else []
+        table.add_row(name, _seeds(done), _seeds(left), *length, told[name])
     return table
 
 
