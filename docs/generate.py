@@ -147,10 +147,7 @@ def shipped_weights() -> dict[str, str]:
             if weight := loss.get("weight", 1):
                 places = found.setdefault(loss["use"], {}).setdefault(_weight(weight), [])
                 places += [data] if data not in places else []
-    return {
-        name: ", ".join(f"{weight} ({', '.join(places)})" for weight, places in weights.items())
-        for name, weights in found.items()
-    }
+    return {name: ", ".join(f"{weight} ({', '.join(places)})" for weight, places in weights.items()) for name, weights in found.items()}
 
 
 def _listed_losses(content: Any) -> Iterator[dict[str, Any]]:

@@ -88,7 +88,9 @@ def _left(runs: Sequence[Training], lengths: Mapping[str, Length], max_parallel:
     told = f"{every} runs: {every - len(left)} trained already, {len(left)} to train"
     if not left:
         return f"{told}."
-    told += f" in {_count_of(len(passes([each.recipe for each in left], max_parallel)), 'pass', 'passes')} (runs of a pass are side by side)"
+    told += (
+        f" in {_count_of(len(passes([each.recipe for each in left], max_parallel)), 'pass', 'passes')} (runs of a pass are side by side)"
+    )
     if not lengths:
         return f"{told}."
     steps, images = (sum(getattr(lengths[each.variant], key) for each in left) for key in ("steps", "images"))
