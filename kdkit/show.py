@@ -18,7 +18,7 @@ from kdkit.terminal import printable
 
 WIDTH = 48  # characters of a curve
 UNTOLD = {"use", "name", "weight", "layers", "model", "recipe", "interpolation", "args"}
-USUAL = (None, False, "", 0, [], "eval", "logits")  # values that say nothing of their own
+USUAL: tuple[object, ...] = (None, False, "", 0, [], "eval", "logits")  # values that say nothing of their own
 TITLES = {
     "top1": "top-1 %",
     "top5": "top-5 %",
