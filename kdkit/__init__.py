@@ -65,6 +65,8 @@ if TYPE_CHECKING:
     from kdkit.parts import pooled_head as pooled_head
     from kdkit.parts import standardized as standardized
     from kdkit.peers import PeerOptions as PeerOptions
+    from kdkit.providers import AnswersOptions as AnswersOptions
+    from kdkit.providers import KnownAnswers as KnownAnswers
     from kdkit.providers import Meaning as Meaning
     from kdkit.providers import ModelOptions as ModelOptions
     from kdkit.providers import ModelSource as ModelSource
@@ -106,7 +108,7 @@ _HOME = {
     "hookspecs": "hookimpl",
     "options": "BOOKKEEPING CODE Arguments NetworkArguments Options Ramp Rampable RecipePath",
     "dataset_source": "DataInfo DatasetOptions DatasetSource InMemory Lacking SharedStream Split Stream Texts",
-    "providers": "Meaning ModelOptions ModelSource Normalize Portable",
+    "providers": "AnswersOptions KnownAnswers Meaning ModelOptions ModelSource Normalize Portable",
     "normalization": "NormalizationAdapter",
     "tapping": "taps",
     "trained": "load_student",

@@ -68,8 +68,8 @@ def _of_run(word: str, run: TrainedRun, asked: Shape | None, device: torch.devic
         shape = as_image(shape, run.info.image_shape[0])
     if kind_of(shape) != kind_of(run.info.image_shape):
         raise ModelError(f"--size: {word} was trained on {kind_of(run.info.image_shape)}")
-    for called, teacher in zip(run.recipe.spec.all_teachers(), run.teachers(device=device), strict=True):
-        yield Subject(f"{name}: {called}", teacher, shape)
+    for teacher in run.teachers(device=device, answering=False):
+        yield Subject(f"{name}: {teacher.role}", teacher, shape)
     yield Subject(f"{name}: student", run.student(device=device), shape)
 
 

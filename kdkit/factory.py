@@ -15,6 +15,7 @@ from typing import Any, Self, cast
 import torch
 from torch import nn
 
+from kdkit.cache.given import has_answers_alone
 from kdkit.contracts import Loss
 from kdkit.dataset_source import DataInfo
 from kdkit.devices import is_channels_last
@@ -191,8 +192,9 @@ class ModelFactory:
         return {name: self.teacher(name) for name in self.recipe.spec.all_teachers()}
 
     def whole_teachers(self, *, answering: bool = False) -> list[TappedModel]:
-        """The frozen teachers without taps, for measuring; `answering`: those that have the data's classes."""
-        return [teacher.twin() for name, teacher in self.teachers().items() if not answering or self.has_classes(name)]
+        """The frozen teachers without taps, for measuring, but for those without a network; `answering`: that have the data's classes."""
+        asked = {name: teacher for name, teacher in self.teachers().items() if not has_answers_alone(self.recipe, name)}
+        return [teacher.twin() for name, teacher in asked.items() if not answering or self.has_classes(name)]
 
     def own_classes(self, name: str) -> int:
         """How many classes a teacher's network has; 0: it has none."""

@@ -184,7 +184,7 @@ def compare_checkpoint(
 
 def _own_shape(options: ModelOptions, source: ModelSource, shape: Shape) -> Shape:
     """What the network itself takes."""
-    if kind_of(shape) != source.takes:
+    if source.takes not in ("any", kind_of(shape)):
         raise ModelError(f"'{source.name}' builds networks for {source.takes}, and the data are {kind_of(shape)}")
     if is_text(shape):
         return shape

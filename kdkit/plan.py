@@ -27,10 +27,10 @@ from kdkit.labels import CALLED, NO_LABELS, class_indices, split
 from kdkit.meaning import meaning_of, other_class_names, refuse_other_meaning
 from kdkit.objective import Objective, build
 from kdkit.optim import build_optimizer
-from kdkit.providers import Meaning, ModelOptions, TeacherOptions
+from kdkit.providers import AnswersOptions, Meaning, ModelOptions, TeacherOptions
 from kdkit.randomness import seeded
 from kdkit.reach import names_of, reached
-from kdkit.recipe import Recipe, teacher_recipes
+from kdkit.recipe import Recipe, models_in, teacher_recipes
 from kdkit.records import Batch, Inputs
 from kdkit.shapes import is_text, kind_of, random_inputs
 from kdkit.stand_ins import batch_of, labels_of, on_random_numbers, shapes_of
@@ -82,6 +82,7 @@ class _Planner:
             trained = self._trained(info)
         self._raise_if_any()
         factory = ModelFactory(self.recipe, info, trained, device=torch.device("meta"))
+        self._check_answers(factory, info, source)
         with self._problems_at():
             self.notes += factory.compare_checkpoints()
         self._raise_if_any()
@@ -242,6 +243,24 @@ class _Planner:
                         factory.expand([pair], entry.teacher, self.recipe.plugins.losses[entry.use].knowledge == "labels")
                     except TapError as error:
                         raise self.recipe.error(["losses", i, "layers", j], str(error)) from None
+        self._raise_if_any()
+
+    def _check_answers(self, factory: ModelFactory, info: DataInfo, source: DatasetSource) -> None:
+        """Whether teachers that are answers alone can teach what the recipe asks for."""
+        is_here = source.split_at_check and source.lacks() is None
+        is_stream = is_here and isinstance(split(source, "train", info), Stream)
+        for name in self.spec.all_teachers():
+            if not cache_plan.has_answers_alone(self.recipe, name):
+                continue
+            self.problems += cache_plan.refused_answers(self.recipe, factory, name)
+            with self._problems_at(*self.spec.place_of(name), "model"):
+                if is_stream:
+                    raise DataError(cache_plan.STREAM)
+                rows = cache_plan.read_answers(self.recipe, name, info.num_train, factory.own_classes(name))
+                self.notes += cache_plan.notes_on_answers(self.recipe, name, rows)
+        for place, model in models_in({"student": self.spec.student, "schedule": self.spec.schedule}):
+            if isinstance(model, AnswersOptions):
+                self.problems.append(self.recipe.problem([*place, "model"], "has answers alone, and no network that could learn"))
         self._raise_if_any()
 
     def _check_caches(self, factory: ModelFactory, info: DataInfo, num_train: int, shapes: Mapping[str, cache_plan.Shapes]) -> None:
@@ -527,5 +546,7 @@ def _teacher_name(options: object, trained: TrainedTeacher | None) -> str:
 
 def has_random_weights(options: object) -> bool:
     """Whether nothing says what a model's first weights, or those of its classifier, are: then they follow from the seed."""
+    if isinstance(options, AnswersOptions):
+        return False
     told = isinstance(options, ModelOptions) and (options.checkpoint or getattr(options, "pretrained", False))
     return isinstance(options, ModelOptions) and (options.new_head or not told)

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
+import torch
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from kdkit.options import BOOKKEEPING, COUNT, LATER, LONGEST_NAME, SIDE, TERM_NAME, Options, RecipePath
 
@@ -183,7 +184,7 @@ class ModelSource(abc.ABC):
     """Builds networks by name. `model: mlp/small` reaches the source called `mlp` with `model_name` "small"."""
 
     name: ClassVar[str]
-    takes: ClassVar[Literal["images", "texts"]] = "images"
+    takes: ClassVar[Literal["images", "texts", "any"]] = "images"
     Options: ClassVar[type[ModelOptions]] = ModelOptions
 
     def __init__(self, options: ModelOptions, model_name: str) -> None:
@@ -220,3 +221,58 @@ class ModelSource(abc.ABC):
     def in_channels(self, image_channels: int) -> int:
         """Channels that the network takes; grey images are repeated to that many."""
         return image_channels
+
+
+class AnswersOptions(ModelOptions):
+    """What a recipe may say of answers that are there already; keys that say something of a network are refused."""
+
+
+NETWORK_KEYS = (
+    *("checkpoint", "strip_prefix", "new_head", "normalize", "input_size", "interpolation"),
+    *("precision", "mode", "fold_batchnorm", "cache"),
+)
+"""Keys of a teacher that say something of its network, or of how it is asked."""
+
+
+class KnownAnswers(ModelSource):
+    """A source that has a teacher's answers to the training images, and no network.
+
+    Such a teacher is asked for the images of the training part as they are, and for nothing else: it is not measured.
+    """
+
+    takes: ClassVar[Literal["images", "texts", "any"]] = "any"
+    Options: ClassVar[type[ModelOptions]] = AnswersOptions
+
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the answers, which are not read for it; (N, K) is wanted.
+
+        Raises:
+            ModelError: there are none, or they are no floating-point numbers.
+        """
+
+    @abc.abstractmethod
+    def read(self) -> Tensor:
+        """The answers (N, K): row i answers the image with `Batch.index` i.
+
+        Raises:
+            ModelError: they cannot be read.
+        """
+
+    def build(self, num_classes: int, image_shape: Any) -> nn.Module:
+        """What stands where a network would."""
+        return _PassedOn(num_classes)
+
+
+class _PassedOn(nn.Module):
+    """Gives answers (B, K) as they come. Anything else is a batch that a check tries: it gives random numbers of that shape."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+
+    def forward(self, *inputs: Tensor, **texts: Tensor) -> Tensor:
+        first = inputs[0] if inputs else next(iter(texts.values()))
+        if first.ndim == 2 and first.is_floating_point():
+            return first
+        return torch.randn(len(first), self.num_classes, device=first.device)

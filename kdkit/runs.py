@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from kdkit import data, plan
 from kdkit.agreement import agreed
 from kdkit.cache import opening as cache_opening
+from kdkit.cache.given import GivenAnswers
 from kdkit.cache.teacher import TeacherCache
 from kdkit.dataset_source import DataInfo
 from kdkit.deployment import rebuilt, unreadable
@@ -202,10 +203,10 @@ def _keeping(recipe: Recipe, factory: ModelFactory, opened: data.Data, sharing: 
             yield known
         return
 
-    def open_cache(name: str, teacher: TappedModel) -> TeacherCache | None:
-        return cache_opening.open_cache(recipe, name, teacher, opened.info, opened.train, reporter.warn)
+    def open_answers(name: str, teacher: TappedModel) -> TeacherCache | GivenAnswers | None:
+        return cache_opening.open_answers(recipe, name, teacher, opened.info, opened.train, reporter.warn)
 
-    train = sharing.kept(factory.teachers(), open_cache)
+    train = sharing.kept(factory.teachers(), open_answers)
     yield opened if train is None else replace(opened, train=train)
 
 

@@ -12,6 +12,7 @@ from typing import TypeVar, cast
 
 from torch import nn
 
+from kdkit.cache.given import GivenAnswers
 from kdkit.cache.teacher import TeacherCache
 from kdkit.data import Data, EvalLoader, TrainLoader
 from kdkit.errors import RunError
@@ -168,13 +169,13 @@ class Sharing:
         self._demands: dict[str, _Demand] = {}
         self._teachers: weakref.WeakValueDictionary[tuple[str, str], TappedModel] = weakref.WeakValueDictionary()  # while a run has a view
         self._wholes: weakref.WeakKeyDictionary[TappedModel, TappedModel] = weakref.WeakKeyDictionary()  # of each run's view
-        self._caches: dict[TappedModel, TeacherCache | None] = {}
+        self._caches: dict[TappedModel, TeacherCache | GivenAnswers | None] = {}
         self._predictions: dict[tuple[nn.Module, ...], tuple[Predictions | None, float, float]] = {}
 
     def close(self) -> None:
         """Let go of what lies on the disk."""
-        for cache in filter(None, self._caches.values()):
-            cache.store.close()
+        for cache in [one for one in self._caches.values() if one is not None]:
+            cache.close()
 
     def loader(self, key: str, make: Callable[[TrainLoader], TrainLoader]) -> TrainLoader:
         """The training batches, changed in a way that the key names (mixed, fewer views)."""
@@ -210,7 +211,7 @@ class Sharing:
         return view
 
     def kept(
-        self, teachers: Mapping[str, TappedModel], open_cache: Callable[[str, TappedModel], TeacherCache | None]
+        self, teachers: Mapping[str, TappedModel], open_cache: Callable[[str, TappedModel], TeacherCache | GivenAnswers | None]
     ) -> TrainLoader | None:
         """The training batches in the views that the caches of a run's teachers keep; None where they keep nothing.
 
@@ -225,7 +226,7 @@ class Sharing:
                 self._caches[whole] = cache = open_cache(name, whole)
                 whole.answers = functools.partial(cache.answer, forward=whole.forward) if cache else None
             caches.append(self._caches[whole])
-        found = list(filter(None, caches))
+        found = [cache for cache in caches if cache is not None]
 
         def shown(_: TrainLoader) -> TrainLoader:
             return functools.reduce(lambda train, cache: cache.loader(train), found, self._alone.train)

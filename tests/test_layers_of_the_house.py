@@ -89,6 +89,7 @@ ORDER = """
     cache.kept
     cache.fingerprint
     cache.teacher
+    cache.given
     sharing
     cache.opening
     run_shapes

@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from kdkit.cache import fingerprint
+from kdkit.cache.given import STREAM, GivenAnswers, has_answers_alone, read_answers
 from kdkit.cache.kept import KeptAnswers, Slots
 from kdkit.cache.store import SMALLER, AnswerStore, gigabytes
 from kdkit.cache.teacher import TeacherCache, autocast
@@ -76,6 +77,21 @@ def open_cache(
     return TeacherCache(store, kept, slots, len(part), AUTOCAST.get(recipe.spec.train.precision), teacher.role, tell)
 
 
+def open_answers(
+    recipe: Recipe, name: str, teacher: TappedModel, info: DataInfo, train: TrainLoader, tell: Callable[[str], None] = lambda _: None
+) -> TeacherCache | GivenAnswers | None:
+    """What answers in the place of one of the recipe's teachers: its cache, or answers that were there already; None: it answers itself.
+
+    Raises:
+        RecipeError: see `open_cache` and `read_answers`.
+    """
+    if not has_answers_alone(recipe, name):
+        return open_cache(recipe, name, teacher, info, train, tell)
+    if not train.indexed:
+        raise recipe.error([*recipe.spec.place_of(name), "model"], STREAM)
+    return GivenAnswers(read_answers(recipe, name, info.num_train, int(cast("Any", teacher.module).num_classes)), teacher)
+
+
 @contextlib.contextmanager
 def answering(
     recipe: Recipe, teachers: Mapping[str, TappedModel], opened: Data, tell: Callable[[str], None] = lambda _: None
@@ -90,8 +106,8 @@ def answering(
     train = opened.train
     with contextlib.ExitStack() as stack:
         for name, teacher in teachers.items():
-            if (cache := open_cache(recipe, name, teacher, opened.info, opened.train, tell)) is not None:
-                stack.callback(cache.store.close)
+            if (cache := open_answers(recipe, name, teacher, opened.info, opened.train, tell)) is not None:
+                stack.callback(cache.close)
                 stack.callback(setattr, teacher, "answers", teacher.answers)
                 train = cache.loader(train)
                 teacher.answers = functools.partial(cache.answer, forward=teacher.forward)

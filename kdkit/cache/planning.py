@@ -6,16 +6,23 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from kdkit.cache import given
+from kdkit.cache.given import STREAM as STREAM
+from kdkit.cache.given import has_answers_alone as has_answers_alone
+from kdkit.cache.given import read_answers as read_answers
 from kdkit.cache.kept import KeptAnswers, Slots
 from kdkit.cache.opening import wanted
 from kdkit.cache.store import SMALLER, gigabytes
 from kdkit.cache.teacher import OTHER_IMAGES
 from kdkit.dataset_source import DataInfo
+from kdkit.errors import RecipeError
 from kdkit.factory import ModelFactory
-from kdkit.providers import CacheOptions, TeacherOptions
-from kdkit.recipe import Recipe
+from kdkit.given_answers import looks_like
+from kdkit.providers import NETWORK_KEYS, CacheOptions, StudentOptions, TeacherOptions
+from kdkit.recipe import Recipe, models_in
 from kdkit.records import Batch, Inputs, Outputs
 from kdkit.shapes import first_tensor, is_text
 from kdkit.tapping import TappedModel
@@ -96,6 +103,42 @@ def sizes(
         yield f"the answers of {name} are kept, {says}", problem
 
 
+def refused_answers(recipe: Recipe, factory: ModelFactory, name: str) -> Iterator[str]:
+    """What the recipe asks of a teacher that is answers alone, and cannot have, one line each."""
+    spec, place = recipe.spec, recipe.spec.place_of(name)
+    teacher = spec.all_teachers()[name]
+    for key in NETWORK_KEYS:
+        if getattr(teacher, key) != type(teacher).model_fields[key].default:
+            yield recipe.problem([*place, key], "says how a network is built or asked, and answers alone have none; leave it out")
+    for section, key in (("data", "augment"), ("data", "timm_augment"), ("train", "mixup")):
+        if getattr(getattr(spec, section), key) is not None:
+            yield recipe.problem([section, key], f"changes images, and {name} has answers to them as they are; leave it out")
+    for where, model in models_in({"student": spec.student, "schedule": spec.schedule}):
+        if isinstance(model, StudentOptions) and model.init is not None and model.init.from_ == name:
+            yield recipe.problem([*where, "init"], f"{name} has answers alone, and no weights to begin with")
+    yield from _refused_losses(recipe, factory, name)
+
+
+def _refused_losses(recipe: Recipe, factory: ModelFactory, name: str) -> Iterator[str]:
+    """Losses that read more of a teacher than its answers."""
+    for i, entry in enumerate(recipe.spec.losses):
+        loss = recipe.plugins.losses[entry.use]
+        if loss.knowledge == "labels" or entry not in factory.looking_at(name):
+            continue
+        layers = [pair.teacher for pair in entry.taps() if pair.teacher != "logits"]
+        if layers:
+            yield recipe.problem(["losses", i], f"'{entry.use}' looks at '{layers[0]}' of {name}, which has answers alone, and no layers")
+        elif loss.needs_networks:
+            yield recipe.problem(["losses", i], f"'{entry.use}' reads the network of {name}, which has answers alone")
+
+
+def notes_on_answers(recipe: Recipe, name: str, rows: Tensor) -> Iterator[str]:
+    """What is strange about a teacher's answers."""
+    teacher = recipe.spec.all_teachers()[name]
+    if getattr(teacher, "answers", None) == "logits" and (seen := looks_like(rows)) != "logits":
+        yield f"the answers of {name} lie between 0 and 1, as probabilities do, and are read as logits; if they are, say `answers: {seen}`"
+
+
 class Rehearsal:
     """Stands in the place of caches while a recipe is checked: a teacher may only be shown the images of the batch, as they are."""
 
@@ -103,9 +146,12 @@ class Rehearsal:
         self._recipe = recipe
         self._shown: Any = WeakIdKeyDictionary()
         self._places = {name: [*recipe.spec.place_of(name), "cache"] for name, _ in _wanted(recipe)}
+        alone = [name for name in recipe.spec.all_teachers() if has_answers_alone(recipe, name)]
+        self._places |= {name: [*recipe.spec.place_of(name), "model"] for name in alone}
         for name, place in self._places.items():
             teacher = factory.teacher(name)
-            teacher.answers = functools.partial(self._answer, teacher, place)
+            other_images = given.OTHER_IMAGES if name in alone else OTHER_IMAGES
+            teacher.answers = functools.partial(self._answer, teacher, recipe.error(place, f"{teacher.role} {other_images}"))
 
     def noting(self, stage: Stage, batch: Callable[[int], Batch]) -> Callable[[int], Batch]:
         """The same source of batches, whose images are known.
@@ -114,8 +160,10 @@ class Rehearsal:
             RecipeError: they come in several views.
         """
         if stage.views > 1 and self._places:
-            says = f"stage '{stage.name}' shows {stage.views} views of each image at once, which caches do not keep; leave `cache` out"
-            raise self._recipe.error(next(iter(self._places.values())), says)
+            name, place = next(iter(self._places.items()))
+            alone = has_answers_alone(self._recipe, name)
+            why = f"to which {name} has no answers" if alone else "which caches do not keep; leave `cache` out"
+            raise self._recipe.error(place, f"stage '{stage.name}' shows {stage.views} views of each image at once, {why}")
 
         def noted(count: int) -> Batch:
             made = batch(count)
@@ -124,9 +172,9 @@ class Rehearsal:
 
         return noted
 
-    def _answer(self, teacher: TappedModel, place: list[str | int], inputs: Inputs) -> Outputs:
+    def _answer(self, teacher: TappedModel, refusal: RecipeError, inputs: Inputs) -> Outputs:
         if first_tensor(inputs) not in self._shown:
-            raise self._recipe.error(place, f"{teacher.role} {OTHER_IMAGES}")
+            raise refusal
         return teacher.forward(inputs)
 
 

@@ -74,6 +74,10 @@ class TeacherCache:
         """The training batches in the views that are kept; the cache knows their images then."""
         return _KeptViews(train, self)
 
+    def close(self) -> None:
+        """Let go of the disk."""
+        self.store.close()
+
     def answer(self, inputs: Inputs, forward: Forward) -> Outputs:
         """What the teacher says of a batch's images, in fp32: from the disk if all of them are there, else by a forward that is kept.
 

@@ -174,7 +174,7 @@ class CommonTeacher:
         """How far a run's student is from it on the test data."""
         opened, device = _opened(run), self._device
         found = metrics(predict(opened.student(best=best, device=device), opened.data(device=device).test), self.predictions)
-        return {name: found[name] for name in COMPARED_WITH_TEACHER}
+        return {name: found[name] for name in COMPARED_WITH_TEACHER if name in found}
 
     @property
     def _device(self) -> torch.device:

@@ -1,0 +1,121 @@
+"""A teacher whose answers to the training images are there already: it gives them in the place of a network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from kdkit.cache.teacher import Forward
+from kdkit.data import TrainLoader
+from kdkit.errors import ModelError, RunError
+from kdkit.providers import AnswersOptions, KnownAnswers
+from kdkit.recipe import Recipe
+from kdkit.recipe_types import source_of
+from kdkit.records import Batch, Inputs, Outputs
+from kdkit.shapes import first_tensor
+from kdkit.tapping import FeaturesOnly, TappedModel
+from kdkit.teaching import Arrange
+
+OTHER_IMAGES = "is shown other images than those of the batch (further views, changed ones), to which there are no answers"
+STREAM = "this dataset is read from start to end, so its images have no places that a row could belong to"
+
+
+def has_answers_alone(recipe: Recipe, name: str) -> bool:
+    """Whether a teacher of the recipe is a set of answers, without a network."""
+    return isinstance(recipe.spec.all_teachers()[name], AnswersOptions)
+
+
+def read_answers(recipe: Recipe, name: str, images: int, classes: int) -> Tensor:
+    """The answers (N, K) of a teacher.
+
+    Args:
+        recipe: whose.
+        name: of the teacher.
+        images: N, of the dataset's whole training part.
+        classes: K, of the teacher.
+
+    Raises:
+        RecipeError: they cannot be read, are of another shape, or not finite.
+    """
+    options = cast("AnswersOptions", recipe.spec.all_teachers()[name])
+    kind, called = source_of(options.model, recipe.plugins.models)
+    source = cast("KnownAnswers", recipe.plugins.models[kind](options, called))
+    try:
+        shape = source.shape()
+        if len(shape) != 2:
+            raise ModelError(f"'{called}' is {_listed(shape)}, not (N, K): a row of logits for each training image")
+        if shape[0] != images:
+            raise ModelError(f"'{called}' has {shape[0]:,} rows, and the dataset's whole training part {images:,} images")
+        if shape[1] != classes:
+            says = f"'{called}' has {shape[1]:,} columns, for {classes:,} classes (`num_classes` and `classes` say what they are)"
+            raise ModelError(says)
+        rows = source.read()
+        if wrong := [row for row in (~rows.isfinite().all(1)).nonzero().flatten()[:1].tolist()]:
+            raise ModelError(f"'{called}' has numbers that are not finite, first in row {wrong[0]} (counted from 0)")
+    except ModelError as error:
+        raise recipe.error([*recipe.spec.place_of(name), "model"], str(error)) from None
+    return rows
+
+
+class GivenAnswers:
+    """Gives a teacher's answers to the images of a batch, by their places in the training part.
+
+    Args:
+        rows: its answers (N, K).
+        teacher: whose; what it does to answers (a choice of classes, say) is done to these.
+    """
+
+    def __init__(self, rows: Tensor, teacher: TappedModel) -> None:
+        self._rows, self._teacher = rows, teacher
+        self._places: Any = WeakIdKeyDictionary()  # the images of a batch -> their places (B,)
+
+    def loader(self, train: TrainLoader) -> TrainLoader:
+        """The training batches, whose images are known then."""
+        return _KnownImages(train, self)
+
+    def note(self, batch: Batch) -> None:
+        """Take down which images these are."""
+        self._places[first_tensor(batch.inputs)] = batch.index
+
+    def answer(self, inputs: Inputs, forward: Forward) -> Outputs:
+        """The answers to a batch's images, in fp32; there is no network whose `forward` could be asked.
+
+        Raises:
+            RunError: the images are not those of a batch.
+        """
+        shown = first_tensor(inputs)
+        if shown not in self._places:
+            raise RunError(f"{self._teacher.role} {OTHER_IMAGES}")
+        places = self._places[shown]
+        self._rows = self._rows.to(places.device)
+        with torch.no_grad():
+            logits: Tensor = self._teacher.module(self._rows[places].float())
+        features = dict.fromkeys(self._teacher.layers, logits)  # `logits` is the only layer
+        return Outputs(logits, features) if self._teacher.needs_logits else FeaturesOnly(features, self._teacher.role)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class _KnownImages:
+    """Training batches that are noted before anyone sees them."""
+
+    def __init__(self, loader: TrainLoader, answers: GivenAnswers) -> None:
+        self.labels, self.indices, self.num_samples, self.indexed = loader.labels, loader.indices, loader.num_samples, loader.indexed
+        self._loader, self._answers = loader, answers
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def epoch(self, number: int, start: int = 0, view: int | None = None, arrange: Arrange | None = None) -> Iterator[Batch]:
+        for batch in self._loader.epoch(number, start, view, arrange):
+            self._answers.note(batch)
+            yield batch
+
+
+def _listed(shape: tuple[int, ...]) -> str:
+    return f"({', '.join(map(str, shape))})"
