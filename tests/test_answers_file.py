@@ -22,7 +22,7 @@ VIEWS = """\
 import kdkit
 class TwoViews(kdkit.Schedule):
     \"\"\"A teacher sees another view than its student.\"\"\"
-    name, scheme = "two_views", "offline"
+    name, scheme, needs_teacher = "two_views", "offline", True
     def stages(self, models):
         student, teacher = models.student(), models.teacher()
         yield kdkit.Stage("two_views", [student], lambda b: [kdkit.Lesson(student(b.inputs), [teacher(b.views[0])])], views=2)
@@ -141,7 +141,7 @@ def test_runs_side_by_side_read_the_same_answers(tmp_path):
     numpy.savez(tmp_path / "teacher.npz", logits=ROWS.astype("float16"))
     found = []
     for name, rate in (("slow", 0.01), ("fast", 0.1)):
-        path = write(tmp_path, FILE, f"{name}.yaml", name=name, train={"optimizer": {"lr": rate}})
+        path = write(tmp_path, merged(FILE, {"name": name, "train": {"optimizer": {"lr": rate}}}), f"{name}.yaml")
         found.append(Job(recipe.load(path), tmp_path / "together" / name))
     assert [outcome.reason for outcome in train_together(found)] == [None, None]
     for job in found:
@@ -151,7 +151,7 @@ def test_runs_side_by_side_read_the_same_answers(tmp_path):
 
 def test_a_study_of_it_tells_no_agreement(tmp_path):
     numpy.savez(tmp_path / "teacher.npz", logits=ROWS)
-    variants = {"one": {}, "two": {"train": {"optimizer": {"lr": 0.01}}}}
+    variants = {"one": {}, "two": {"losses": [{"use": "logit_kl"}]}}
     study = {"name": "s", "question": "why?", "base": FILE, "baseline": "one", "variants": variants}
     found = kdkit.compare(write(tmp_path, study, "study.yaml"), seeds=1)
     assert all("agreement" not in variant.last and variant.last["top1"] for variant in found.variants)
