@@ -12,7 +12,7 @@ from kdkit.study import comparison
 from kdkit.study import variants as study_file
 
 EVERY = sorted(RECIPES.rglob("*.yaml"))
-STUDIES = [path for path in EVERY if "\nvariants:" in path.read_text()]
+STUDIES = [path for path in EVERY if re.search(r"^(variants|tune):", path.read_text(), re.MULTILINE)]
 FILES = [path for path in EVERY if path not in STUDIES]
 NAMES = [str(path.relative_to(RECIPES)) for path in FILES]
 # Of the tables' pairs of networks, all of one pair is planned in the default run, and of the others what differs between pairs.
