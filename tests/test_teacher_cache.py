@@ -278,7 +278,7 @@ STALE = {
     "precision": {"teacher": {"precision": "bf16", "cache": ALL}},
     "precision of training": {"train": {"precision": "bf16"}},
     "folding": {"teacher": {"fold_batchnorm": True, "cache": ALL}},
-    "channels last": {"train": {"channels_last": False}},
+    "channels last": {"train": {"channels_last": True}},
     "type": {"teacher": {"cache": {**ALL, "dtype": "bf16"}}},
     "top k": {"teacher": {"cache": {**ALL, "top_k": 2}}},
     "taps": {"losses": WITH_HINT, "teacher": {"cache": {**ALL, "what": "taps"}}},
