@@ -322,11 +322,11 @@ def test_the_guide_to_loops_runs(checkout, capsys):
 
 
 def test_the_guide_to_resuming_quotes_the_real_message(checkout):
-    (shown,) = [block.text.strip() for block in blocks(DOCS / "how-to" / "resume.md") if block.language == "text"]
+    texts = [block.text.strip() for block in blocks(DOCS / "how-to" / "resume.md") if block.language == "text"]
     kdkit.train("recipes/digits/teacher.yaml", quiet=True)
     with pytest.raises(kdkit.RunError) as caught:
         kdkit.train("recipes/digits/teacher.yaml", overrides={"train.epochs": 2}, quiet=True)
-    assert str(caught.value) == shown
+    assert str(caught.value) in texts
 
 
 @pytest.mark.parametrize("key", ["metrics.jsonl", "result.json"])
