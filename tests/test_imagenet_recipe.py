@@ -82,8 +82,8 @@ def test_all_that_it_says_happens(folder, whole):
     for step in steps:
         terms = step["terms"]
         assert terms["loss"] == pytest.approx(0.2 * terms["cross_entropy"] + 0.8 * terms["logit_kl"], rel=1e-4)
-    rates = [step["lr"] for step in steps]  # of the step that follows
-    assert rates[:3] == pytest.approx([8.333e-4 + i / 4 * (5e-3 - 8.333e-4) for i in (1, 2, 3)], rel=1e-3)  # warm-up
+    rates = [step["lr"] for step in steps]
+    assert rates[:3] == pytest.approx([8.333e-4 + i / 4 * (5e-3 - 8.333e-4) for i in (0, 1, 2)], rel=1e-3)  # warm-up
     assert max(rates) < 5e-3 + 1e-9 and rates[-4:] == pytest.approx([5e-5] * 4)  # cosine, cool-down
     result = json.loads((whole / "result.json").read_text())
     scores = {line["epoch"]: line["validation"]["top1"] for line in epochs}
