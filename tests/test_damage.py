@@ -71,7 +71,6 @@ def run(*words):
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", ["kdkit", *map(str, words)])
-        patch.setattr(cli.out, "file", out)
         try:
             cli.main()
         except SystemExit as ended:

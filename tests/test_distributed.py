@@ -166,7 +166,7 @@ def test_batch_statistics_are_the_first_processs_when_measured(tmp_path):
     path = write(tmp_path, {**RECIPE, "student": TINY, "losses": RECIPE["losses"][:2]})
     commands = together(tmp_path, "train", path, "--run", "two")
     assert [command.finish()[0] for command in commands] == [0, 0]
-    code, log = Command(tmp_path, "evaluate", "two").finish()
+    code, log = Command(tmp_path, "evaluate", "two", "--plugins", "net.py").finish()
     assert code == 0, log
     test = json.loads((tmp_path / "two" / "result.json").read_text())["test"]
     assert re.search(rf"{test['nll']:.4f}\b", log), (test, log)

@@ -251,7 +251,7 @@ def test_only_the_keys_of_the_loss_that_is_meant_are_told(write, tmp_path):
     plugin = "import kdkit\n\nclass Logit(kdkit.Loss):\n    '''Mine.'''\n    name, knowledge = 'logit', 'response'\n\n    def forward(self, student, teacher, batch):\n        return student.logits.sum()\n\n@kdkit.hookimpl\ndef kdkit_losses():\n    return [Logit]\n"
     (tmp_path / "mine.py").write_text(plugin)
     told = refused(recipe.load, write(RECIPE), {"losses.0": {"use": "logit", "temprature": 2}, "plugins": [str(tmp_path / "mine.py")]})
-    assert told == ["override: losses.0.temprature: no such key; allowed: name, teacher, use, weight"]
+    assert told == ["override: losses.0.temprature: no such key; allowed: name, output, teacher, use, weight"]
 
 
 def test_an_item_that_is_not_there_is_told_with_those_that_are(write):

@@ -203,7 +203,7 @@ READING = [n for n, cls in PLUGINS.losses.items() if issubclass(cls.Options, kdk
 def test_every_loss_on_layers_refuses_a_combined_answer(name):
     """The ensemble has no layers."""
     cls = PLUGINS.losses[name]
-    p = next(probes(cls, OPTIONS.get(name, {})))
+    p = probes(cls, OPTIONS.get(name, {}))[0]
     with pytest.raises(kdkit.ShapeError, match="teacher: NAME"):
         cls(p.loss.options).setup(p.student, kdkit.ensemble([p.teacher, p.teacher]), p.context)
 

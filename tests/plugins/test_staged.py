@@ -73,7 +73,7 @@ def test_a_loss_goes_on_with_what_it_has_learnt(tmp_path):
         ([{"name": "a", "train": ["student.stage9"]}], "student.stage9: there is no layer 'stage9'"),
         ([{"name": "a", "train": ["cross_entropy"]}], "'cross_entropy' has nothing that learns"),
         ([{"name": "a"}, {"name": "a"}], "two stages have one name"),
-        ([{"name": "A b"}], "pattern"),
+        ([{"name": "A b"}], "may hold small letters, digits and '_', a letter first, got 'A b'"),
         ([], "needs at least 1"),
     ],
 )
