@@ -36,7 +36,7 @@ PAIRS = {"resnet32x4-resnet8x4": 256, "resnet56-resnet20": 960}  # teacher, stud
 BATCH = 64
 
 
-def content(pair: str, options: argparse.Namespace, *, folded: bool, channels_last: bool = True) -> dict[str, Any]:
+def content(pair: str, options: argparse.Namespace, *, folded: bool) -> dict[str, Any]:
     teacher, student = pair.split("-")
     images = options.images or PAIRS[pair]
     synthetic = {"use": "synthetic", "train": images, "test": 16, "image_size": 32, "num_classes": 100}
@@ -56,7 +56,6 @@ def content(pair: str, options: argparse.Namespace, *, folded: bool, channels_la
             "epochs": 1000,
             "evaluate_every": 1000,
             "optimizer": {"name": "momentum", "lr": 0.01, "weight_decay": 5e-4, "decay_norm_and_bias": True},
-            "channels_last": channels_last,
             "device": "cpu",
         },
     }
@@ -131,7 +130,7 @@ def by_hand(images: Dataset[Any], student: nn.Module, teacher: nn.Module, worker
 
 def rows(pair: str, options: argparse.Namespace, folder: Path) -> Iterator[list[str]]:
     plain, folded = (sides.opened(content(pair, options, folded=yes)) for yes in (False, True))
-    spare = sides.opened(content(pair, options, folded=False, channels_last=False))  # networks for the script, as torch makes them
+    spare = sides.opened(content(pair, options, folded=False))  # networks for the script
     images = options.images or PAIRS[pair]
     turns = {
         "by hand": by_hand(pictures(spare, images, options), spare.student.module, spare.factory.teacher().module, options.workers),

@@ -147,7 +147,7 @@ class Trainer:
             self._scaler.update()
         for network, average in zip(self._networks, self.averages, strict=True):
             if average is not None:
-                average.update(network, step=self.steps + 1)
+                _take_in(average, network, self.steps + 1)
         if self.stage.buffers:
             self.synchronise()  # what goes into frozen copies is the same everywhere, as a checkpoint has it
         self.stage.after_step()
@@ -240,6 +240,19 @@ def _average(student: nn.Module, spec: TrainSpec) -> Any:
     from timm.utils import ModelEmaV3
 
     return ModelEmaV3(student, decay=spec.ema.decay, use_warmup=spec.ema.warmup) if spec.ema else None
+
+
+def _take_in(average: Any, network: nn.Module, steps: int) -> None:
+    """Move the average towards a network that has done so many steps."""
+    try:
+        average.update(network, step=steps)
+    except RuntimeError:
+        theirs = average.module.state_dict()
+        changed = [name for name, value in network.state_dict().items() if name not in theirs or theirs[name].shape != value.shape]
+        if not changed:
+            raise
+        says = f"step {steps}: the student's '{changed[0]}' has another shape than at the start"
+        raise RunError(f"{says}, so that `train.ema` has no mean to take; leave it out") from None
 
 
 def _scaler(accelerator: Accelerator) -> torch.amp.GradScaler | None:

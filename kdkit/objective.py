@@ -48,12 +48,19 @@ class Value:
     samples: int  # in the batch
 
 
+class _ByName(nn.ModuleDict):
+    """Modules by any name, also by that of something every module has, such as `half`."""
+
+    def __setitem__(self, name: str, module: nn.Module) -> None:
+        self._modules[name] = module
+
+
 class Objective(nn.Module):
     """total = sum of weight * loss; each loss is averaged over the lesson's teachers."""
 
     def __init__(self, losses: Mapping[str, tuple[LossEntry, Loss]]) -> None:
         super().__init__()
-        self.losses = nn.ModuleDict({name: loss for name, (_, loss) in losses.items()})
+        self.losses = _ByName({name: loss for name, (_, loss) in losses.items()})
         self.entries = {name: entry for name, (entry, _) in losses.items()}
 
     def setup(self, probe: Lesson, context: Context, teachers: Mapping[str, nn.Module] | None = None) -> None:

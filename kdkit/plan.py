@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, cast
@@ -531,6 +532,9 @@ class _Planner:
                 if value.shape != ():
                     raise ShapeError(f"{name} gives a tensor {tuple(value.shape)}, not a scalar")
                 network = alone.deploy(network)
+            except ShapeError as error:
+                any_batch = re.sub(rf"\({PROBE},(?=[ )])", "(B,", str(error))
+                self.problems.append(self.recipe.problem(place, any_batch))
             except KdkitError as error:
                 self.problems.append(self.recipe.problem(place, str(error)))
             except Exception as error:  # a plugin's own mistake, told with its place

@@ -96,9 +96,10 @@ class TappedModel:
             with self._autocast(inputs):
                 logits, features = self._run_compiled(inputs) if self._compile is not None else self._run(inputs)
         except RuntimeError as error:
-            if not isinstance(inputs, Tensor) or self.input_shape in (None, tuple(inputs.shape[1:])):
+            given = self.adapt(inputs).shape[1:] if isinstance(inputs, Tensor) else None
+            if given is None or self.input_shape in (None, tuple(given)):
                 raise
-            shapes = (f"(B, {', '.join(map(str, shape))})" for shape in (self.input_shape or (), inputs.shape[1:]))
+            shapes = (f"(B, {', '.join(map(str, shape))})" for shape in (self.input_shape or (), given))
             raise ModelError("{}: takes images {}, got {}: {}".format(self.role, *shapes, " ".join(str(error).split())[:200])) from error
         except IndexError as error:
             if isinstance(inputs, Tensor):

@@ -198,7 +198,7 @@ def test_a_network_with_weights_of_its_own_is_not_called_random(tmp_path):
 def test_images_of_a_size_that_a_network_does_not_take_are_still_told_as_such(tmp_path):
     (tmp_path / "net.py").write_text(HARD + NEEDS_NUMBERS["looks_at_values"])
     line = refused(tmp_path, {**PLAIN, "student": {"model": "mlp/8"}, "teacher": {**PLAIN_NET, "input_size": 9}})
-    assert "teacher: teacher" in line and "mat1 and mat2 shapes cannot be multiplied (4x243 and 192x6)" in line
+    assert "teacher: teacher" in line and "mat1 and mat2 shapes cannot be multiplied (4x243 and 192x6)" in line and "got (" not in line
 
 
 CHANGING = """\
@@ -269,6 +269,14 @@ def test_a_run_with_such_a_student_goes_on_from_a_checkpoint(tmp_path):
     for name in ("result.json", "student.safetensors"):
         (tmp_path / "stopped" / name).unlink()
     assert train(tmp_path, base, into="stopped").test == whole.test
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.ao.*:DeprecationWarning", "ignore:.*reduce_range.*:UserWarning")
+def test_such_a_student_has_no_moving_average(tmp_path):
+    (tmp_path / "net.py").write_text(CHANGING.format(change=""))
+    base = {**PLAIN, "student": PLAIN_NET, "teacher": {"model": "mlp/8"}, "train": {**PLAIN["train"], "ema": {"decay": 0.9}}}
+    with pytest.raises(kdkit.RunError, match=r"step 1: the student's '[\w.]+' has another shape than at the start, so that `train.ema` has"):
+        train(tmp_path, base)
 
 
 STRANGE = {  # what a forward does to its network, and what is told when training ends

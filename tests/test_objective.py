@@ -4,6 +4,7 @@ import pytest
 import torch
 from training import PLAIN, write
 
+import kdkit
 from kdkit import recipe
 from kdkit.contracts import Context
 from kdkit.errors import PluginError
@@ -34,6 +35,14 @@ def test_total_is_the_weighted_sum_and_only_it_has_a_gradient(tmp_path):
     assert value.samples == 5
     assert value.total.requires_grad
     assert not any(term.requires_grad for term in (*value.terms.values(), *value.weighted.values()))
+
+
+@pytest.mark.parametrize("name", ["half", "train", "losses"])
+def test_a_loss_may_have_the_name_of_something_that_every_module_has(tmp_path, name):
+    losses = [{"use": "cross_entropy"}, {"use": "logit_kl", "name": name}]
+    run = kdkit.train(write(tmp_path, losses=losses, train={"epochs": 1}), folder=tmp_path / "run", quiet=True)
+    assert f'"{name}"' in (run.folder / "metrics.jsonl").read_text()
+    assert objective(tmp_path, losses).eval().half().losses[name].options.name == name
 
 
 def test_a_loss_is_averaged_over_teachers_and_labels_counted_once(tmp_path):

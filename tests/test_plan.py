@@ -68,7 +68,7 @@ BAD = {  # what is replaced, by what; the line; what the message says
     "stage": ("teacher: penultimate", "teacher: stage99", 10, "losses.2.layers.0: there is no layer 'stage99'"),
     "glob": ("student: penultimate", "student: 'layer*'", 10, "losses.2.layers.0: 'layer*' is 4 student layers"),
     "model": ("test_resnet", "test_resnot", 3, "student.model: timm has no model 'test_resnot'; did you mean"),
-    "shape": ("use: rkd_distance", "use: at", 9, "losses.2: "),
+    "shape": ("use: rkd_distance", "use: at", 9, "losses.2: at: student 'penultimate' (B, "),
     "batch": ("batch_size: 8", "batch_size: 800", 2, "data.batch_size: 800 is more than the 96 training images"),
     "size": ("test_vit, input_size: 160", "test_vit, input_size: 7", 4, "teacher: "),
     "mlp": ("test_vit, input_size: 160", "mlp/abc", 4, "teacher.model: 'abc' is no list of hidden sizes"),
