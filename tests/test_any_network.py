@@ -275,7 +275,9 @@ def test_a_run_with_such_a_student_goes_on_from_a_checkpoint(tmp_path):
 def test_such_a_student_has_no_moving_average(tmp_path):
     (tmp_path / "net.py").write_text(CHANGING.format(change=""))
     base = {**PLAIN, "student": PLAIN_NET, "teacher": {"model": "mlp/8"}, "train": {**PLAIN["train"], "ema": {"decay": 0.9}}}
-    with pytest.raises(kdkit.RunError, match=r"step 1: the student's '[\w.]+' has another shape than at the start, so that `train.ema` has"):
+    with pytest.raises(
+        kdkit.RunError, match=r"step 1: the student's '[\w.]+' has another shape than at the start, so that `train.ema` has"
+    ):
         train(tmp_path, base)
 
 
