@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -10,3 +12,9 @@ settings.load_profile("any machine")
 def one_thread():
     """The tensors of tests are small: threads would only wait for each other."""
     torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """Set aside what is in memory by now: Accelerate collects garbage after every stage, and would look at all of it each time."""
+    gc.collect()
+    gc.freeze()

@@ -46,6 +46,7 @@ def test_the_protocol_is_the_published_one(name):
     assert spec.student.pretrained and spec.data.dataset.download and spec.student.model.endswith(".tv_in1k")
 
 
+@pytest.mark.slow
 def test_the_small_study_from_the_backbones_to_the_report(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     folder = shutil.copytree(FOLDER, tmp_path / "recipes" / "hymenoptera")

@@ -43,7 +43,6 @@ STUDY = {"name": "s", "base": "base.yaml", "variants": {"alone": {}, "response":
 def carry_out(tmp_path, monkeypatch):
     """Carry a study out; its findings and the names of the folders that were trained."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("gc.collect", lambda *_: 0)  # accelerate's, after every stage: most of the time of runs as small as these
     monkeypatch.setattr("kdkit.study.measured.LATENCY_RUNS", 3)
     write(tmp_path, BASE, "base.yaml")
     write(tmp_path, TEACHER, "big.yaml")
