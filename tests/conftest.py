@@ -1,4 +1,5 @@
 import gc
+import sys
 
 import pytest
 import torch
@@ -14,7 +15,15 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-def pytest_collection_finish():
-    """Set aside what is in memory by now: Accelerate collects garbage after every stage, and would look at all of it each time."""
-    gc.collect()
-    gc.freeze()
+@pytest.fixture(autouse=True)
+def loaded_modules_stay():
+    """Set what is loaded aside: Accelerate collects garbage after every stage, and would look at all of it each time."""
+    yield
+    if len(sys.modules) > loaded[-1] + 20:
+        loaded.append(len(sys.modules))
+        gc.collect()
+        gc.freeze()
+
+
+loaded = [0]
+"""How many modules there were when they were last set aside."""
