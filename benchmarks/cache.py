@@ -29,10 +29,10 @@ import torch
 
 from kdkit.cache.opening import open_cache
 from kdkit.cache.teacher import TeacherCache
+from kdkit.contracts.records import Inputs, Outputs
 from kdkit.data import Data
 from kdkit.factory import ModelFactory
 from kdkit.recipe import Recipe
-from kdkit.records import Inputs, Outputs
 
 KINDS: dict[str, list[dict[str, Any]]] = {
     "logits": [{"use": "logit_kl", "temperature": 4}],

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import kdkit
 from kdkit import registry
-from kdkit.options import at_epoch
+from kdkit.contracts.options import at_epoch
 from kdkit.probes import random_outputs, readable
 from kdkit.study.step_memory import peak_memory
 

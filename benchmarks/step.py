@@ -23,9 +23,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from kdkit import data, recipe, runs
+from kdkit.contracts.records import Batch
 from kdkit.engine import build_accelerator
 from kdkit.factory import ModelFactory
-from kdkit.records import Batch
 
 SIZES = {"small": {"image_size": 16, "batch_size": 16}, "large": {"image_size": 32, "batch_size": 32}}
 STAGES = ["layer2", "layer3", "layer4"]

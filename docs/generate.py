@@ -24,10 +24,10 @@ from typer.models import ArgumentInfo
 import kdkit
 from kdkit import catalogue, registry, schema, testing
 from kdkit.cli import app
-from kdkit.dataset_source import DatasetOptions
-from kdkit.loss_options import LayerPair
-from kdkit.options import Options, Ramp
-from kdkit.providers import CacheOptions, ModelOptions, Normalize, RecipeTeacher, TeacherOptions
+from kdkit.contracts.dataset_source import DatasetOptions
+from kdkit.contracts.loss_options import LayerPair
+from kdkit.contracts.model_source import CacheOptions, ModelOptions, Normalize, RecipeTeacher, TeacherOptions
+from kdkit.contracts.options import Options, Ramp
 from kdkit.recipe_types import recipe_type
 
 ROOT = Path(__file__).resolve().parent.parent

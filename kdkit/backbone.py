@@ -6,7 +6,7 @@ import copy
 
 from torch import Tensor, nn
 
-from kdkit.layers import classifier_path, resolve
+from kdkit.contracts.layers import classifier_path, resolve
 from kdkit.observation import Keep, Store, register
 
 

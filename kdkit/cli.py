@@ -226,7 +226,7 @@ def profile(
 
     from kdkit import cost_table, devices
     from kdkit import profile as profiling
-    from kdkit.shapes import kind_of
+    from kdkit.contracts.inputs import kind_of
 
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     where = devices.chosen("cpu" if cpu else device or "auto") or accelerator or torch.device("cpu")

@@ -12,12 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from kdkit import registry
+from kdkit.contracts.inputs import Shape, as_image, is_text, kind_of, parse_shape
 from kdkit.errors import ModelError, RunError
 from kdkit.explain import explain
 from kdkit.models import build_model
 from kdkit.profile import Profile
 from kdkit.recipe_types import source_of
-from kdkit.shapes import Shape, as_image, is_text, kind_of, parse_shape
 from kdkit.tapping import TappedModel
 from kdkit.trained import TrainedRun
 

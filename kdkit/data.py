@@ -15,16 +15,16 @@ from torch import Tensor
 
 from kdkit import stream
 from kdkit.augment import permutation, subseed
-from kdkit.dataset_source import DataInfo, DatasetSource, InMemory, Split, Stream, Texts
+from kdkit.contracts.dataset_source import DataInfo, DatasetSource, InMemory, Split, Stream, Texts
+from kdkit.contracts.inputs import Shape, is_text
+from kdkit.contracts.options import SIDE
+from kdkit.contracts.records import Batch
+from kdkit.contracts.schedule import Arrange
 from kdkit.errors import DataError
 from kdkit.images import Finish, HeldImages, Images, Pictures, ReadImages, View
 from kdkit.labels import class_indices, split
-from kdkit.options import SIDE
-from kdkit.records import Batch
 from kdkit.schema import DataSpec
-from kdkit.shapes import Shape, is_text
 from kdkit.subsets import choose
-from kdkit.teaching import Arrange
 from kdkit.texts import HeldTexts
 from kdkit.transforms import Transform, for_measuring, for_training, resized
 

@@ -8,17 +8,17 @@ from pathlib import Path
 import torch
 
 from kdkit import objective
-from kdkit.contracts import Context, Loss
-from kdkit.dataset_source import DataInfo
+from kdkit.contracts.dataset_source import DataInfo
+from kdkit.contracts.inputs import Shape, random_inputs
+from kdkit.contracts.loss import Context, Loss
+from kdkit.contracts.model_source import ModelOptions
+from kdkit.contracts.records import Batch
 from kdkit.errors import KdkitError
 from kdkit.factory import ModelFactory, TrainedTeacher, options_of
 from kdkit.models import build_model, load_checkpoint
-from kdkit.providers import ModelOptions
 from kdkit.randomness import seeded
 from kdkit.recipe import Recipe
 from kdkit.recipe_types import source_of
-from kdkit.records import Batch
-from kdkit.shapes import Shape, random_inputs
 from kdkit.tapping import TappedModel
 
 PROBE = 4  # images, of which a schedule may compare only half

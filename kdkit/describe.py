@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from kdkit.dataset_source import DataInfo
+from kdkit.contracts.dataset_source import DataInfo
+from kdkit.contracts.inputs import is_text
 from kdkit.schema import LossEntry
-from kdkit.shapes import is_text
 from kdkit.step_cost import StepCost
 
 

@@ -14,16 +14,16 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast, gather_object, patch_environment
 from torch import Tensor, nn
 
+from kdkit.contracts.records import Batch
+from kdkit.contracts.schedule import Stage
 from kdkit.data import TrainLoader
 from kdkit.devices import chosen, trains_on_cpu
 from kdkit.errors import RunError
 from kdkit.objective import Objective, Value, sum_of
 from kdkit.optim import Updater
 from kdkit.randomness import reseed
-from kdkit.records import Batch
 from kdkit.schema import TrainSpec
 from kdkit.tapping import TappedModel
-from kdkit.teaching import Stage
 from kdkit.trainable import freeze_all_but, rest
 from kdkit.weight_files import adopt_shapes
 

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from kdkit.ensembles import combined
+from kdkit.contracts.ensembles import combined
+from kdkit.contracts.records import Batch
+from kdkit.contracts.schedule import Model
 from kdkit.errors import RunError
 from kdkit.finite import LOOK
-from kdkit.records import Batch
-from kdkit.teaching import Model
 from kdkit.turns import Turns, finish
 
 

@@ -8,9 +8,9 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from kdkit.contracts.model_source import RecipeTeacher
+from kdkit.contracts.options import IN_WORDS, Ramp, said
 from kdkit.errors import dotted, one_line, shown, suggest
-from kdkit.options import IN_WORDS, Ramp, said
-from kdkit.providers import RecipeTeacher
 from kdkit.reading import COMMAND_LINE
 from kdkit.recipe_types import TAUGHT
 from kdkit.source import Source

@@ -17,17 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from kdkit import __version__
-from kdkit.dataset_source import DataInfo
+from kdkit.contracts.dataset_source import DataInfo
+from kdkit.contracts.inputs import TOKENS, is_text, random_inputs
+from kdkit.contracts.layers import outputs_of
+from kdkit.contracts.model_source import FIRST_WEIGHTS, ModelOptions, ModelSource
+from kdkit.contracts.records import MASK
 from kdkit.deployment import deploying
 from kdkit.errors import ModelError, RunError
 from kdkit.files import sealed, write_atomically
 from kdkit.finite import to_json
-from kdkit.layers import outputs_of
 from kdkit.normalization import NormalizationAdapter
-from kdkit.providers import FIRST_WEIGHTS, ModelOptions, ModelSource
 from kdkit.recipe_types import DEFAULT_SOURCE
-from kdkit.records import MASK
-from kdkit.shapes import TOKENS, is_text, random_inputs
 from kdkit.standing import weights
 from kdkit.tapping import TappedModel
 from kdkit.trained import EXPORTED, WEIGHTS, TrainedRun

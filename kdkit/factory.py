@@ -16,17 +16,18 @@ import torch
 from torch import nn
 
 from kdkit.cache.given import has_answers_alone
-from kdkit.contracts import Loss
-from kdkit.dataset_source import DataInfo
+from kdkit.contracts.dataset_source import DataInfo
+from kdkit.contracts.layers import expand_pairs
+from kdkit.contracts.loss import Loss
+from kdkit.contracts.loss_options import LayerPair
+from kdkit.contracts.model_source import FIRST_WEIGHTS, ModelOptions, ModelSource, RecipeTeacher, StudentOptions, TeacherOptions
+from kdkit.contracts.schedule import Model, Stage
 from kdkit.devices import is_channels_last
 from kdkit.errors import CheckpointError, ModelError, RecipeError, RunError, TapError, suggest
 from kdkit.folding import fold_batchnorm, unfoldable
 from kdkit.given_answers import Reading
 from kdkit.inheritance import inherit
-from kdkit.layers import expand_pairs
-from kdkit.loss_options import LayerPair
 from kdkit.models import build_model, compare_checkpoint, random_weights
-from kdkit.providers import FIRST_WEIGHTS, ModelOptions, ModelSource, RecipeTeacher, StudentOptions, TeacherOptions
 from kdkit.randomness import seeded
 from kdkit.recipe import Recipe, code_in, content_of, models_in
 from kdkit.recipe_types import source_of
@@ -34,7 +35,6 @@ from kdkit.run_folder import Result, RunFolder
 from kdkit.schema import LossEntry
 from kdkit.sharing import Sharing
 from kdkit.tapping import TappedModel
-from kdkit.teaching import Model, Stage
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

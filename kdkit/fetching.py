@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from kdkit.dataset_source import DatasetSource
+from kdkit.contracts.dataset_source import DatasetSource
 from kdkit.errors import DataError
 from kdkit.recipe import Recipe
 

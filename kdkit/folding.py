@@ -15,10 +15,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kdkit.contracts.inputs import Shape, moved, random_inputs
+from kdkit.contracts.layers import resolve
+from kdkit.contracts.records import Inputs
 from kdkit.errors import ModelError
-from kdkit.layers import resolve
-from kdkit.records import Inputs
-from kdkit.shapes import Shape, moved, random_inputs
 from kdkit.tapping import TappedModel
 
 ModelT = TypeVar("ModelT", TappedModel, nn.Module)

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from kdkit.layers import outputs_of
+from kdkit.contracts.layers import outputs_of
 
 Answers = Literal["logits", "softmax", "sigmoid"]
 ROUNDING = 1e-3  # by which a row of probabilities may miss a sum of 1

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kdkit.augment import crop_flip, draw_crop_flip
-from kdkit.dataset_source import InMemory, Split
+from kdkit.contracts.dataset_source import InMemory, Split
+from kdkit.contracts.records import Batch
 from kdkit.errors import DataError
 from kdkit.launching import WORKER_ENDED, told_of_another
-from kdkit.records import Batch
 from kdkit.schema import BatchAugment
 from kdkit.signals import leave_to_parent
 from kdkit.transforms import MODES, Transform

@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from kdkit.dataset_source import DataInfo, DatasetSource, InMemory, Split, Stream, Texts
+from kdkit.contracts.dataset_source import DataInfo, DatasetSource, InMemory, Split, Stream, Texts
 from kdkit.errors import DataError, KdkitError, ShapeError
 
 Part = Split | InMemory | Texts | Stream

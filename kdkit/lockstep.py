@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 
 from kdkit import runs
-from kdkit.dataset_source import DataInfo
+from kdkit.contracts.dataset_source import DataInfo
 from kdkit.errors import Interrupted, KdkitError, RunError
 from kdkit.progress import Seldom
 from kdkit.recipe import Recipe, content_of

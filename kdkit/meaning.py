@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kdkit.dataset_source import DataInfo
+from kdkit.contracts.dataset_source import DataInfo
+from kdkit.contracts.model_source import Meaning, ModelOptions, ModelSource
 from kdkit.errors import ModelError
-from kdkit.providers import Meaning, ModelOptions, ModelSource
 
 
 def meaning_of(options: ModelOptions, source: ModelSource, module: Any) -> Meaning:

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from kdkit.contracts.records import Batch
+from kdkit.contracts.schedule import Arrange
 from kdkit.data import TrainLoader
 from kdkit.errors import RunError
 from kdkit.randomness import seeded
-from kdkit.records import Batch
 from kdkit.schema import MixupSpec
-from kdkit.teaching import Arrange
 
 
 class MixedLoader:

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from kdkit.contracts.inputs import Shape, is_text, kind_of
+from kdkit.contracts.layers import classifier_path
+from kdkit.contracts.model_source import ModelOptions, ModelSource, Normalize, TeacherOptions
 from kdkit.errors import CheckpointError, ModelError, TapError
 from kdkit.finite import faulty_weight
-from kdkit.layers import classifier_path
 from kdkit.normalization import InputAdapter, NormalizationAdapter
-from kdkit.providers import ModelOptions, ModelSource, Normalize, TeacherOptions
 from kdkit.randomness import seeded
-from kdkit.shapes import Shape, is_text, kind_of
 from kdkit.tapping import TappedModel
 from kdkit.weight_files import Misfit, Weights, adopt_shapes, fit_weights, read_weights, refuse_other_classes
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kdkit.contracts.records import Inputs
 from kdkit.errors import ModelError
-from kdkit.records import Inputs
 
 Values = float | Sequence[float]
 Interpolation = Literal["bilinear", "bicubic", "nearest", "area"]

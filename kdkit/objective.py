@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from kdkit.contracts import Context, Loss
-from kdkit.ensembles import with_logits
+from kdkit.contracts.ensembles import with_logits
+from kdkit.contracts.loss import Context, Loss
+from kdkit.contracts.loss_options import LayerPair
+from kdkit.contracts.options import at_epoch
+from kdkit.contracts.records import Batch, Outputs
+from kdkit.contracts.schedule import Lesson
 from kdkit.errors import PluginError, ShapeError, TapError
-from kdkit.loss_options import LayerPair
-from kdkit.options import at_epoch
 from kdkit.recipe import Recipe
-from kdkit.records import Batch, Outputs
 from kdkit.schema import LossEntry
-from kdkit.teaching import Lesson
 
 
 class NoTeacher(Outputs):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from kdkit.contracts.layers import Layer, output_of
 from kdkit.errors import TapError
-from kdkit.layers import Layer, output_of
 
 
 class Stop(Exception):

@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from kdkit.contracts import Loss
-from kdkit.records import Batch, Outputs
+from kdkit.contracts.loss import Loss
+from kdkit.contracts.records import Batch, Outputs
 
 ELSEWHERE = torch.device("cuda:0")  # of tensors that only know their shapes: no such device is needed
 DRAWN = {

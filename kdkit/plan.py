@@ -18,8 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kdkit import data, fetching
 from kdkit.cache import planning as cache_plan
-from kdkit.contracts import Context
-from kdkit.dataset_source import DataInfo, DatasetSource, Stream
+from kdkit.contracts.dataset_source import DataInfo, DatasetSource, Stream
+from kdkit.contracts.inputs import is_text, kind_of, random_inputs
+from kdkit.contracts.loss import Context
+from kdkit.contracts.model_source import AnswersOptions, Meaning, ModelOptions, TeacherOptions
+from kdkit.contracts.records import Batch, Inputs
+from kdkit.contracts.schedule import Lesson, Schedule, Stage
 from kdkit.describe import ModelPlan, Plan, StagePlan, adapters, formula
 from kdkit.devices import LEAST_CHANNELS, chosen, trains_on_cpu, unsafe_convolution
 from kdkit.errors import DataError, KdkitError, ModelError, RecipeError, RunError, ShapeError, TapError, suggest
@@ -28,17 +32,13 @@ from kdkit.labels import CALLED, NO_LABELS, class_indices, split
 from kdkit.meaning import meaning_of, other_class_names, refuse_other_meaning
 from kdkit.objective import Objective, build
 from kdkit.optim import build_optimizer
-from kdkit.providers import AnswersOptions, Meaning, ModelOptions, TeacherOptions
 from kdkit.randomness import seeded
 from kdkit.reach import names_of, reached
 from kdkit.recipe import Recipe, models_in, teacher_recipes
-from kdkit.records import Batch, Inputs
-from kdkit.shapes import is_text, kind_of, random_inputs
 from kdkit.stand_ins import batch_of, labels_of, on_random_numbers, shapes_of
 from kdkit.step_cost import step_cost
 from kdkit.subsets import images_per_epoch, samples
 from kdkit.tapping import TappedModel
-from kdkit.teaching import Lesson, Schedule, Stage
 from kdkit.trainable import freeze_all_but
 
 PROBE = 4  # images, of which a schedule may compare only half

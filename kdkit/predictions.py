@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from kdkit import spreadsheets
+from kdkit.contracts.inputs import is_text
 from kdkit.errors import DataError
 from kdkit.images import Finish, ReadImages
-from kdkit.shapes import is_text
 from kdkit.trained import TrainedRun
 from kdkit.transforms import for_measuring
 

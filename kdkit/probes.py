@@ -12,12 +12,12 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from kdkit.contracts import Context, Loss
+from kdkit.contracts.features import as_vectors, is_padded
+from kdkit.contracts.loss import Context, Loss
+from kdkit.contracts.loss_options import FeatureOptions
+from kdkit.contracts.records import Batch, Outputs
 from kdkit.errors import ShapeError
-from kdkit.forms import as_vectors, is_padded
-from kdkit.loss_options import FeatureOptions
 from kdkit.objective import NoTeacher
-from kdkit.records import Batch, Outputs
 
 Shape = tuple[int, ...]
 Change = Callable[[Tensor], Tensor]

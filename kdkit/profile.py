@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from kdkit.contracts.inputs import Shape, first_tensor, kind_of, random_inputs
+from kdkit.contracts.records import Inputs
+from kdkit.contracts.schedule import Model
 from kdkit.errors import ModelError
-from kdkit.records import Inputs
-from kdkit.shapes import Shape, first_tensor, kind_of, random_inputs
 from kdkit.standing import weights
-from kdkit.teaching import Model
 
 WARM_UP = 5  # calls before any is counted
 RUNS = 100

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from kdkit.contracts.records import Batch, Outputs, tensors
+from kdkit.contracts.schedule import Lesson
 from kdkit.objective import Objective
-from kdkit.records import Batch, Outputs, tensors
-from kdkit.teaching import Lesson
 
 
 def reached(objective: Objective, lesson: Lesson, pretended: Lesson, batch: Batch) -> set[int]:

@@ -11,8 +11,8 @@ from typing import Any, cast
 
 import yaml
 
+from kdkit.contracts.options import LARGEST_INT, Text
 from kdkit.errors import RecipeError, dotted, one_line, shorten, shown
-from kdkit.options import LARGEST_INT, Text
 
 COMMAND_LINE = "override"
 

@@ -17,11 +17,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from kdkit import consent, depends, registry
+from kdkit.contracts.model_source import ModelOptions, RecipeTeacher, StudentOptions, TeacherOptions
+from kdkit.contracts.options import LARGEST_INT, Text, path_of
 from kdkit.errors import ModelError, RecipeError, dotted, one_line, shown, suggest
 from kdkit.explain import Location, explain_source
 from kdkit.files import file_digest
-from kdkit.options import LARGEST_INT, Text, path_of
-from kdkit.providers import ModelOptions, RecipeTeacher, StudentOptions, TeacherOptions
 from kdkit.recipe_types import recipe_type, source_of
 from kdkit.registry import Registry
 from kdkit.schema import RecipeBase

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, Discriminator, Field, Tag, create_model
 
+from kdkit.contracts.model_source import ModelOptions, RecipeTeacher, StudentOptions, TeacherOptions
+from kdkit.contracts.options import Options
 from kdkit.errors import ModelError, suggest
-from kdkit.options import Options
-from kdkit.providers import ModelOptions, RecipeTeacher, StudentOptions, TeacherOptions
 from kdkit.registry import Registry
 from kdkit.schema import DatasetEntry, DataSpec, LossEntry, RecipeBase, ScheduleEntry
 

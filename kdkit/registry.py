@@ -18,14 +18,14 @@ from typing import Any
 
 import pluggy
 
-from kdkit import hookspecs
-from kdkit.contracts import Loss
-from kdkit.dataset_source import DatasetSource
+from kdkit.contracts import hooks
+from kdkit.contracts.dataset_source import DatasetSource
+from kdkit.contracts.loss import Loss
+from kdkit.contracts.model_source import ModelSource
+from kdkit.contracts.options import Options
+from kdkit.contracts.schedule import Schedule
 from kdkit.depends import beside
 from kdkit.errors import PluginError, suggest
-from kdkit.options import Options
-from kdkit.providers import ModelSource
-from kdkit.teaching import Schedule
 
 Plugin = type[Loss] | type[Schedule] | type[ModelSource] | type[DatasetSource]
 
@@ -78,7 +78,7 @@ def load(files: tuple[Path, ...] = (), *, installed: bool = True) -> Registry:
 def _load(files: tuple[tuple[Path, int, int], ...], installed: bool) -> Registry:
     """Plugins of these files as they are now: an edited file is read again."""
     manager = pluggy.PluginManager("kdkit")
-    manager.add_hookspecs(hookspecs)
+    manager.add_hookspecs(hooks)
     found = [*(_installed() if installed else ()), *((str(path), _import(path)) for path, _, _ in files)]
     for origin, module in found:
         try:

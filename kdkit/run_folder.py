@@ -18,7 +18,7 @@ from typing import Any
 from kdkit import consent, files
 from kdkit import recipe as recipes
 from kdkit.checkpoints import Checkpoints
-from kdkit.dataset_source import DataInfo
+from kdkit.contracts.dataset_source import DataInfo
 from kdkit.errors import BusyError, DamagedFile, RunError
 from kdkit.fairness import differences
 from kdkit.finite import with_nan

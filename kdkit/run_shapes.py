@@ -7,7 +7,7 @@ from typing import Any, Literal, NotRequired, cast
 from pydantic import ConfigDict, TypeAdapter
 from typing_extensions import TypedDict
 
-from kdkit.dataset_source import DataInfo
+from kdkit.contracts.dataset_source import DataInfo
 from kdkit.finite import Number
 
 

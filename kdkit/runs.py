@@ -18,7 +18,7 @@ from kdkit.agreement import agreed
 from kdkit.cache import opening as cache_opening
 from kdkit.cache.given import GivenAnswers
 from kdkit.cache.teacher import TeacherCache
-from kdkit.dataset_source import DataInfo
+from kdkit.contracts.dataset_source import DataInfo
 from kdkit.deployment import rebuilt, unreadable
 from kdkit.engine import build_accelerator
 from kdkit.errors import BusyError, DataError, RunError

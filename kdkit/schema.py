@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal, Self
 import torch
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from kdkit.dataset_source import DatasetOptions
-from kdkit.loss_options import LossOptions
-from kdkit.options import (
+from kdkit.contracts.dataset_source import DatasetOptions
+from kdkit.contracts.loss_options import LossOptions
+from kdkit.contracts.model_source import ModelOptions, RecipeTeacher
+from kdkit.contracts.options import (
     BOOKKEEPING,
     COUNT,
     LATER,
@@ -25,8 +26,7 @@ from kdkit.options import (
     Rampable,
     RecipePath,
 )
-from kdkit.providers import ModelOptions, RecipeTeacher
-from kdkit.teaching import ScheduleOptions
+from kdkit.contracts.schedule import ScheduleOptions
 
 
 class BatchAugment(Options):

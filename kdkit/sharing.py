@@ -14,13 +14,13 @@ from torch import nn
 
 from kdkit.cache.given import GivenAnswers
 from kdkit.cache.teacher import TeacherCache
+from kdkit.contracts.records import Batch, Inputs, Outputs, tensors
+from kdkit.contracts.schedule import Arrange
 from kdkit.data import Data, EvalLoader, TrainLoader
 from kdkit.errors import RunError
 from kdkit.evaluate import Predictions, predict_together
 from kdkit.observation import version
-from kdkit.records import Batch, Inputs, Outputs, tensors
 from kdkit.tapping import FeaturesOnly, TappedModel
-from kdkit.teaching import Arrange
 from kdkit.turns import Place, Stopwatch
 
 T = TypeVar("T", Batch, Outputs)

@@ -10,8 +10,8 @@ from typing import Any, cast
 import yaml
 
 from kdkit import reading
+from kdkit.contracts.options import Text, path_of
 from kdkit.errors import RecipeError, dotted, one_line, shorten, shown
-from kdkit.options import Text, path_of
 from kdkit.reading import COMMAND_LINE, place, seen_from_here
 
 LONGEST_CHAIN = 20

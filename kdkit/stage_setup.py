@@ -9,13 +9,13 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from kdkit import data, objective
-from kdkit.contracts import Context, Loss
+from kdkit.contracts.loss import Context, Loss
+from kdkit.contracts.schedule import Model, Stage
 from kdkit.engine import Trainer, batches
 from kdkit.errors import RunError
 from kdkit.factory import ModelFactory
 from kdkit.randomness import reseed
 from kdkit.recipe import Recipe
-from kdkit.teaching import Model, Stage
 from kdkit.weight_files import adopt_shapes
 
 Carried = dict[tuple[Model, int], dict[str, Loss]]  # of each student (and lesson beyond the students'), its losses so far by name

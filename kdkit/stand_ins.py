@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import torch
 
-from kdkit.dataset_source import DataInfo
+from kdkit.contracts.dataset_source import DataInfo
+from kdkit.contracts.inputs import first_tensor, is_text, random_inputs, rows
+from kdkit.contracts.records import Batch, Inputs, Outputs, tensors
+from kdkit.contracts.schedule import Lesson
 from kdkit.labels import NO_LABELS
-from kdkit.records import Batch, Inputs, Outputs, tensors
-from kdkit.shapes import first_tensor, is_text, random_inputs, rows
-from kdkit.teaching import Lesson
 
 
 def batch_of(images: Inputs, info: DataInfo, views: int, count: int) -> Batch:

@@ -10,12 +10,12 @@ from accelerate.utils import gather_object
 from safetensors.torch import save
 
 from kdkit.averaging import BestEpochs
+from kdkit.contracts.ensembles import combined
+from kdkit.contracts.schedule import Model
 from kdkit.engine import Trainer
-from kdkit.ensembles import combined
 from kdkit.evaluate import Predictions, metrics, predicting
 from kdkit.setting import Setting
 from kdkit.tapping import TappedModel
-from kdkit.teaching import Model
 from kdkit.turns import Turns
 
 Scores = dict[str, dict[str, float]]  # part of the data -> metrics

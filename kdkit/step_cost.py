@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdkit.records import Batch
+from kdkit.contracts.records import Batch
+from kdkit.contracts.schedule import Stage
 from kdkit.tapping import TappedModel
-from kdkit.teaching import Stage
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from kdkit.augment import sample_seed, subseed
-from kdkit.dataset_source import SharedStream, Stream
+from kdkit.contracts.dataset_source import SharedStream, Stream
+from kdkit.contracts.records import Batch
+from kdkit.contracts.schedule import Arrange
 from kdkit.errors import DataError
 from kdkit.images import Broken, Finish, intact, loaded, stack
 from kdkit.labels import class_index, class_indices
-from kdkit.records import Batch
 from kdkit.schema import DataSpec
 from kdkit.signals import leave_to_parent
-from kdkit.teaching import Arrange
 from kdkit.transforms import Transform
 
 Sample = tuple[Tensor | Broken, int, int]

@@ -12,12 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from kdkit.contracts.inputs import Shape, first_tensor
+from kdkit.contracts.layers import Layer, expand, outputs_of, resolve
+from kdkit.contracts.records import MASK, Inputs, Outputs
 from kdkit.errors import ModelError, RunError, TapError
 from kdkit.finite import FiniteAnswers
-from kdkit.layers import Layer, expand, outputs_of, resolve
 from kdkit.observation import Keep, Stop, Store, Watch, observed, overwriter, register, version
-from kdkit.records import MASK, Inputs, Outputs
-from kdkit.shapes import Shape, first_tensor
 from kdkit.weight_files import adopt_shapes
 
 BEFORE = ", or, for the values before it, its input ('...@input')"
@@ -31,7 +31,7 @@ class TappedModel:
 
     Args:
         module: the network; it stays usable without this.
-        layers: names as `kdkit.layers.resolve` takes them; they are the keys of `Outputs.features`.
+        layers: names as `kdkit.contracts.layers.resolve` takes them; they are the keys of `Outputs.features`.
         adapt: what brings a batch into the network's form (None: nothing).
         role: how messages call it, such as "teacher resnet18".
         num_classes: number of logits, which helps to find the classifier of a network that does not say.

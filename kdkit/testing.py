@@ -29,9 +29,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
-from kdkit.contracts import Loss
+from kdkit.contracts.loss import Loss
+from kdkit.contracts.loss_options import FeatureOptions
+from kdkit.contracts.records import Batch, Outputs
 from kdkit.errors import ShapeError
-from kdkit.loss_options import FeatureOptions
 from kdkit.operations import ConstantDraws, Operations, run_elsewhere
 from kdkit.probes import (
     CLASSES,
@@ -63,7 +64,6 @@ from kdkit.probes import (
 )  # fmt: skip
 from kdkit.probes import random_batch as random_batch
 from kdkit.probes import random_outputs as random_outputs
-from kdkit.records import Batch, Outputs
 
 Formula = Callable[[Any, Outputs, Outputs, Batch], Tensor]
 Check = Callable[..., list[str]]

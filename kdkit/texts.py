@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from kdkit.dataset_source import Texts
+from kdkit.contracts.dataset_source import Texts
+from kdkit.contracts.records import MASK, Batch
 from kdkit.images import View
-from kdkit.records import MASK, Batch
 
 
 class HeldTexts:

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
+from kdkit.contracts.layers import expand, resolve
 from kdkit.errors import RunError, TapError, suggest
-from kdkit.layers import expand, resolve
 
 STUDENT = "student"
 

@@ -14,7 +14,9 @@ from pydantic import ValidationError
 from typing_extensions import TypedDict
 
 from kdkit import consent, data, fetching, files, registry
-from kdkit.dataset_source import DataInfo, DatasetSource
+from kdkit.contracts.dataset_source import DataInfo, DatasetSource
+from kdkit.contracts.inputs import Shape
+from kdkit.contracts.model_source import ModelOptions, ModelSource, RecipeTeacher
 from kdkit.deployment import deployed, deploying, rebuilt
 from kdkit.devices import is_channels_last
 from kdkit.errors import ModelError, RecipeError, RunError
@@ -22,11 +24,9 @@ from kdkit.evaluate import metrics, predict, predict_together
 from kdkit.explain import explain
 from kdkit.factory import ModelFactory, TrainedTeacher, options_of
 from kdkit.models import build_model
-from kdkit.providers import ModelOptions, ModelSource, RecipeTeacher
 from kdkit.recipe import code_in
 from kdkit.recipe_types import source_of
 from kdkit.run_folder import ANEW, RunFolder
-from kdkit.shapes import Shape
 from kdkit.tapping import TappedModel
 
 EXPORTED = "config.json"  # of an exported student; its `kdkit` key says how to build the network

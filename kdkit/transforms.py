@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdkit.augment import sample_seed
+from kdkit.contracts.inputs import Shape
 from kdkit.errors import DataError
 from kdkit.schema import DataSpec, TimmAugment
-from kdkit.shapes import Shape
 
 Transform = Callable[[Any, int, int], Tensor]
 """(PIL image, view, sample index) -> uint8 (C, H, W)."""

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdkit.contracts.features import as_vectors
+from kdkit.contracts.inputs import Shape, is_text, random_inputs
+from kdkit.contracts.layers import Layer, output_of, resolve
+from kdkit.contracts.records import Inputs, Outputs
+from kdkit.contracts.schedule import Model
 from kdkit.errors import TapError
-from kdkit.forms import as_vectors
-from kdkit.layers import Layer, output_of, resolve
-from kdkit.records import Inputs, Outputs
-from kdkit.shapes import Shape, is_text, random_inputs
 from kdkit.tapping import TappedModel
-from kdkit.teaching import Model
 
 PROBE = 3  # images
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from kdkit.contracts.layers import classifier_path
 from kdkit.errors import CheckpointError, ModelError, TapError
-from kdkit.layers import classifier_path
 
 # Where training scripts keep weights within a file, the likeliest first.
 CONTAINERS = (

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from kdkit.augment import crop_flip, draw_crop_flip
+from kdkit.contracts.dataset_source import DataInfo, DatasetSource, InMemory
 from kdkit.data import Data, prepare
-from kdkit.dataset_source import DataInfo, DatasetSource, InMemory
 from kdkit.errors import DataError
 from kdkit.schema import BatchAugment, DataSpec, TimmAugment
 from kdkit.subsets import choose, stratified_order

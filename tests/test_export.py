@@ -13,7 +13,7 @@ from torch import nn
 import kdkit
 from kdkit import cli
 from kdkit import export as exporting
-from kdkit.dataset_source import DataInfo
+from kdkit.contracts.dataset_source import DataInfo
 from kdkit.export import export
 from kdkit.trained import TrainedRun
 

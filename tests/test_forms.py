@@ -3,7 +3,7 @@ import timm
 import torch
 
 import kdkit
-from kdkit.forms import as_map, as_tokens, as_vectors, pooled_alike, prefix_tokens, resized
+from kdkit.contracts.features import as_map, as_tokens, as_vectors, pooled_alike, prefix_tokens, resized
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kdkit import cli, plan, recipe, registry, runs
+from kdkit.contracts.model_source import CacheOptions, RecipeTeacher, StudentOptions, TeacherOptions
 from kdkit.errors import KdkitError
-from kdkit.providers import CacheOptions, RecipeTeacher, StudentOptions, TeacherOptions
 from kdkit.schema import BatchAugment, DataSpec, EmaSpec, LrScheduleSpec, MixupSpec, OptimizerSpec, RunSpec, TimmAugment, TrainSpec
 from kdkit.source import parse_overrides
 from kdkit.study import variants

@@ -5,7 +5,7 @@ import torchvision
 from torch import nn
 
 import kdkit
-from kdkit.layers import Layer, classifier_path, expand, expand_pairs, norm_path, resolve, stage_paths, tappable_layers
+from kdkit.contracts.layers import Layer, classifier_path, expand, expand_pairs, norm_path, resolve, stage_paths, tappable_layers
 
 
 def meta(name, **options):

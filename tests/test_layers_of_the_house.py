@@ -20,22 +20,23 @@ ORDER = """
     files
     depends
     turns
-    options
-    forms
-    records
-    shapes
-    parts
-    gathering
-    loss_options
-    layers
+    contracts.__init__
+    contracts.options
+    contracts.features
+    contracts.records
+    contracts.inputs
+    contracts.adapters
+    contracts.distributed
+    contracts.loss_options
+    contracts.layers
     given_answers
-    providers
-    dataset_source
-    contracts
-    teaching
-    peers
-    ensembles
-    hookspecs
+    contracts.model_source
+    contracts.dataset_source
+    contracts.loss
+    contracts.schedule
+    contracts.peers
+    contracts.ensembles
+    contracts.hooks
     registry
     reading
     source

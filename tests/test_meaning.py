@@ -14,10 +14,10 @@ from test_data import Held
 from test_data import data as held_data
 
 from kdkit import plan, recipe, runs
-from kdkit.dataset_source import DataInfo, InMemory
+from kdkit.contracts.dataset_source import DataInfo, InMemory
+from kdkit.contracts.model_source import Meaning
 from kdkit.errors import DataError, ModelError, RecipeError
 from kdkit.meaning import other_class_names, refuse_other_meaning
-from kdkit.providers import Meaning
 
 CATS = ("cat", "dog", "eel")
 

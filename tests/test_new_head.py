@@ -11,7 +11,7 @@ from training import PLAIN, merged, train, weights, write
 
 import kdkit
 from kdkit import plan, recipe, registry
-from kdkit.dataset_source import DataInfo
+from kdkit.contracts.dataset_source import DataInfo
 from kdkit.export import export
 from kdkit.factory import ModelFactory, options_of
 from kdkit.models import build_model

@@ -6,11 +6,11 @@ from training import PLAIN, write
 
 import kdkit
 from kdkit import recipe
-from kdkit.contracts import Context
+from kdkit.contracts.loss import Context
+from kdkit.contracts.records import Batch, Outputs
+from kdkit.contracts.schedule import Lesson
 from kdkit.errors import PluginError
 from kdkit.objective import NoTeacher, build, sum_of
-from kdkit.records import Batch, Outputs
-from kdkit.teaching import Lesson
 
 BATCH = Batch(torch.rand(5, 3, 8, 8), torch.tensor([0, 1, 2, 3, 4]), torch.arange(5))
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from pydantic import Field, TypeAdapter, ValidationError
 
 import kdkit
-from kdkit.options import Text, at_epoch
+from kdkit.contracts.options import Text, at_epoch
 
 SHAPES = ["linear", "cosine", "sigmoid", "exponential"]
 

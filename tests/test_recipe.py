@@ -7,8 +7,8 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from kdkit import recipe, recipe_types, registry
+from kdkit.contracts.options import Ramp
 from kdkit.errors import RecipeError
-from kdkit.options import Ramp
 
 GOOD = """\
 name: good

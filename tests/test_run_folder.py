@@ -8,7 +8,7 @@ import pytest
 from training import write
 
 from kdkit import recipe
-from kdkit.dataset_source import DataInfo
+from kdkit.contracts.dataset_source import DataInfo
 from kdkit.errors import RunError
 from kdkit.run_folder import Result, RunFolder
 

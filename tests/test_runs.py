@@ -12,7 +12,7 @@ from training import PLAIN, TINY, Command, assert_same_run, lines, merged, metri
 import kdkit
 from kdkit import recipe, runs, stage_setup
 from kdkit.checkpoints import Checkpoints
-from kdkit.dataset_source import DataInfo
+from kdkit.contracts.dataset_source import DataInfo
 from kdkit.run_folder import RunFolder
 
 INFO = DataInfo((1, 8, 8), num_classes=10, num_train=1000, num_test=797)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from kdkit.contracts.inputs import first_tensor, kind_of, moved, parse_shape, random_inputs, rows
 from kdkit.errors import ModelError
-from kdkit.shapes import first_tensor, kind_of, moved, parse_shape, random_inputs, rows
 
 
 def test_images_are_in_0_1_and_the_same_each_time():

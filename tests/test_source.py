@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kdkit.contracts.options import Text
 from kdkit.errors import RecipeError
-from kdkit.options import Text
 from kdkit.source import Source, override_words, parse_overrides
 
 

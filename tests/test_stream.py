@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 from test_data import CPU, CROPS, spec
 
+from kdkit.contracts.dataset_source import DataInfo, DatasetSource, SharedStream, Stream
 from kdkit.data import prepare
-from kdkit.dataset_source import DataInfo, DatasetSource, SharedStream, Stream
 from kdkit.errors import DataError
 
 

@@ -17,11 +17,11 @@ from kdkit.cache.filling import fill
 from kdkit.cache.folder import clear, stores
 from kdkit.cache.kept import KeptAnswers, Slots
 from kdkit.cache.opening import answering, open_cache
+from kdkit.contracts.model_source import CacheOptions
+from kdkit.contracts.records import Outputs
 from kdkit.engine import build_accelerator
 from kdkit.errors import RecipeError, RunError
 from kdkit.factory import ModelFactory
-from kdkit.providers import CacheOptions
-from kdkit.records import Outputs
 
 CPU = torch.device("cpu")
 ALL = {"views": "all"}

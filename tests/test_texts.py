@@ -15,11 +15,11 @@ from training import together, weights
 import kdkit
 from kdkit import cli, plan
 from kdkit import recipe as recipes
+from kdkit.contracts.dataset_source import DataInfo, Texts
+from kdkit.contracts.records import Outputs
 from kdkit.data import prepare
-from kdkit.dataset_source import DataInfo, Texts
 from kdkit.errors import DataError, RecipeError
 from kdkit.export import export
-from kdkit.records import Outputs
 from kdkit.report import output as report
 from kdkit.schema import DataSpec
 from kdkit.tapping import TappedModel

@@ -18,12 +18,12 @@ from kdkit.cache.kept import Slots
 from kdkit.cache.opening import open_cache, wanted
 from kdkit.cache.store import gigabytes
 from kdkit.cache.teacher import Forward, TeacherCache
+from kdkit.contracts.records import Inputs
 from kdkit.data import TrainLoader
 from kdkit.engine import build_accelerator
 from kdkit.factory import ModelFactory
 from kdkit.progress import Reporter
 from kdkit.recipe import Recipe
-from kdkit.records import Inputs
 
 BETWEEN_COMMITS = 10.0  # seconds
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from kdkit.cache.kept import KeptAnswers, Slots
-from kdkit.dataset_source import InMemory, Split, Texts
+from kdkit.contracts.dataset_source import InMemory, Split, Texts
 from kdkit.depends import code_digest
 from kdkit.files import file_digest
 from kdkit.recipe import Recipe, content_of

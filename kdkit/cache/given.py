@@ -10,15 +10,15 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from kdkit.cache.teacher import Forward
+from kdkit.contracts.inputs import first_tensor
+from kdkit.contracts.model_source import AnswersOptions, KnownAnswers
+from kdkit.contracts.records import Batch, Inputs, Outputs
+from kdkit.contracts.schedule import Arrange
 from kdkit.data import TrainLoader
 from kdkit.errors import ModelError, RunError
-from kdkit.providers import AnswersOptions, KnownAnswers
 from kdkit.recipe import Recipe
 from kdkit.recipe_types import source_of
-from kdkit.records import Batch, Inputs, Outputs
-from kdkit.shapes import first_tensor
 from kdkit.tapping import FeaturesOnly, TappedModel
-from kdkit.teaching import Arrange
 
 OTHER_IMAGES = "is shown other images than those of the batch (further views, changed ones), to which there are no answers"
 STREAM = "this dataset is read from start to end, so its images have no places that a row could belong to"

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from kdkit.augment import crop_flip_count, draw_crop_flip
 from kdkit.cache.store import Column
+from kdkit.contracts.model_source import CacheOptions
+from kdkit.contracts.records import Outputs
 from kdkit.errors import RunError
-from kdkit.providers import CacheOptions
-from kdkit.records import Outputs
 from kdkit.schema import DataSpec
 from kdkit.tapping import FeaturesOnly
 

@@ -18,13 +18,13 @@ from kdkit.cache.given import STREAM, GivenAnswers, has_answers_alone, read_answ
 from kdkit.cache.kept import KeptAnswers, Slots
 from kdkit.cache.store import SMALLER, AnswerStore, gigabytes
 from kdkit.cache.teacher import TeacherCache, autocast
+from kdkit.contracts.dataset_source import DataInfo, InMemory, Split, Stream, Texts
+from kdkit.contracts.inputs import random_inputs
+from kdkit.contracts.model_source import CacheOptions, RecipeTeacher, TeacherOptions
+from kdkit.contracts.records import Outputs, tensors
 from kdkit.data import Data, TrainLoader
-from kdkit.dataset_source import DataInfo, InMemory, Split, Stream, Texts
 from kdkit.errors import RecipeError, RunError
-from kdkit.providers import CacheOptions, RecipeTeacher, TeacherOptions
 from kdkit.recipe import Recipe
-from kdkit.records import Outputs, tensors
-from kdkit.shapes import random_inputs
 from kdkit.tapping import TappedModel
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -17,16 +17,16 @@ from kdkit.cache.kept import KeptAnswers, Slots
 from kdkit.cache.opening import wanted
 from kdkit.cache.store import SMALLER, gigabytes
 from kdkit.cache.teacher import OTHER_IMAGES
-from kdkit.dataset_source import DataInfo
+from kdkit.contracts.dataset_source import DataInfo
+from kdkit.contracts.inputs import first_tensor, is_text
+from kdkit.contracts.model_source import NETWORK_KEYS, CacheOptions, StudentOptions, TeacherOptions
+from kdkit.contracts.records import Batch, Inputs, Outputs
+from kdkit.contracts.schedule import Stage
 from kdkit.errors import RecipeError
 from kdkit.factory import ModelFactory
 from kdkit.given_answers import looks_like
-from kdkit.providers import NETWORK_KEYS, CacheOptions, StudentOptions, TeacherOptions
 from kdkit.recipe import Recipe, models_in
-from kdkit.records import Batch, Inputs, Outputs
-from kdkit.shapes import first_tensor, is_text
 from kdkit.tapping import TappedModel
-from kdkit.teaching import Stage
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -13,12 +13,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from kdkit.cache.kept import KeptAnswers, Slots
 from kdkit.cache.store import AnswerStore
+from kdkit.contracts.inputs import first_tensor
+from kdkit.contracts.records import Batch, Inputs, Outputs
+from kdkit.contracts.schedule import Arrange
 from kdkit.data import TrainLoader
 from kdkit.errors import RunError
 from kdkit.finite import FiniteAnswers
-from kdkit.records import Batch, Inputs, Outputs
-from kdkit.shapes import first_tensor
-from kdkit.teaching import Arrange
 
 # How far an answer may be from the kept one, in parts of its largest number, and still be this teacher's. In other batches a network
 # rounds otherwise: in fp32 by some 1e-6 on a processor and, with TF32, some 1e-3 on a GPU; in half precision by some 1e-3 (fp16) or 1e-2.

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from kdkit.consent import Unasked
+from kdkit.contracts.inputs import rows
+from kdkit.contracts.layers import stage_paths
+from kdkit.contracts.records import Batch
 from kdkit.devices import for_reading
 from kdkit.engine import build_accelerator
 from kdkit.errors import KdkitError, RecipeError, TapError
 from kdkit.evaluate import Predictions, predict, predict_together
-from kdkit.layers import stage_paths
-from kdkit.records import Batch
 from kdkit.report.cka import LayerSimilarity
-from kdkit.shapes import rows
 from kdkit.study.findings import Findings, Variant
 from kdkit.tapping import TappedModel
 from kdkit.trained import TrainedRun

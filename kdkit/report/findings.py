@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from kdkit import profile
+from kdkit.contracts.inputs import Shape
 from kdkit.errors import KdkitError, RunError
 from kdkit.profile import Profile
 from kdkit.run_folder import Result, RunFolder
-from kdkit.shapes import Shape
 from kdkit.show import brief
 from kdkit.study import intervals
 from kdkit.study.findings import Cost, Findings, Length, Teacher, Variant

@@ -14,12 +14,12 @@ from typing_extensions import TypedDict
 
 from kdkit import files, profile
 from kdkit import recipe as recipes
+from kdkit.contracts.model_source import ModelOptions, TeacherOptions
 from kdkit.engine import build_accelerator
 from kdkit.errors import RunError
 from kdkit.evaluate import Predictions, metrics, predict, predict_together
 from kdkit.finite import Number
 from kdkit.plan import has_random_weights
-from kdkit.providers import ModelOptions, TeacherOptions
 from kdkit.recipe import Recipe
 from kdkit.run_folder import RunFolder
 from kdkit.study.step_memory import step_memory

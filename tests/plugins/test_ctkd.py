@@ -5,7 +5,7 @@ import torch
 
 import kdkit
 from kdkit import registry
-from kdkit.options import at_epoch
+from kdkit.contracts.options import at_epoch
 from kdkit.testing import assert_agrees, check_loss, random_batch, random_outputs
 
 CTKD = registry.load().losses["ctkd"]

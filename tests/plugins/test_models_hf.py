@@ -68,7 +68,7 @@ def test_weights_of_another_network_are_refused(tmp_path, config):
 
 
 def test_a_folder_is_meant_from_its_file(tmp_path):
-    from kdkit.options import Text
+    from kdkit.contracts.options import Text
 
     options = SOURCES["hf"].Options(model=Text.of("hf/../saved", tmp_path / "recipes"))
     assert options.model == f"hf/{tmp_path / 'saved'}"

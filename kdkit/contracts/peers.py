@@ -7,8 +7,8 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from kdkit.providers import ModelOptions
-from kdkit.teaching import Model, Models, ScheduleOptions
+from kdkit.contracts.model_source import ModelOptions
+from kdkit.contracts.schedule import Model, Models, ScheduleOptions
 
 
 class PeerOptions(ScheduleOptions):

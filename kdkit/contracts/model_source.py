@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from kdkit.options import BOOKKEEPING, COUNT, LATER, LONGEST_NAME, SIDE, TERM_NAME, Options, RecipePath
+from kdkit.contracts.options import BOOKKEEPING, COUNT, LATER, LONGEST_NAME, SIDE, TERM_NAME, Options, RecipePath
 
 FIRST_WEIGHTS = frozenset({"checkpoint", "strip_prefix", "new_head", "init"})
 """Keys of a model that say what its weights begin with; once it is trained, they say nothing."""

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdkit.contracts.features import as_vectors
 from kdkit.errors import ShapeError
-from kdkit.forms import as_vectors
 
 M = TypeVar("M", bound=nn.Module)
 HEAD_TOLERANCE = 0.05  # of the largest logit: mixed precision stays far below, another head far above

@@ -11,9 +11,9 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from kdkit.contracts.inputs import Shape
+from kdkit.contracts.options import Options
 from kdkit.errors import DataError
-from kdkit.options import Options
-from kdkit.shapes import Shape
 
 
 class Split(Protocol):

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from kdkit.contracts.options import SIDE
+from kdkit.contracts.records import MASK, Inputs
 from kdkit.errors import ModelError, shown
-from kdkit.options import SIDE
-from kdkit.records import MASK, Inputs
 
 Shape = tuple[int, ...]
 """Of one sample: (C, H, W) of an image; (N,) of a text of at most N tokens."""

@@ -11,10 +11,10 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from kdkit.contracts.model_source import ModelOptions
+from kdkit.contracts.options import Options
+from kdkit.contracts.records import Batch, Inputs, Outputs
 from kdkit.errors import RunError, ShapeError
-from kdkit.options import Options
-from kdkit.providers import ModelOptions
-from kdkit.records import Batch, Inputs, Outputs
 
 
 @dataclass(frozen=True)

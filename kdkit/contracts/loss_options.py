@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pydantic import Field
 from torch import Tensor
 
+from kdkit.contracts.distributed import gather
+from kdkit.contracts.features import as_map, as_tokens, as_vectors, is_padded
+from kdkit.contracts.options import Options
+from kdkit.contracts.records import Outputs
 from kdkit.errors import ShapeError
-from kdkit.forms import as_map, as_tokens, as_vectors, is_padded
-from kdkit.gathering import gather
-from kdkit.options import Options
-from kdkit.records import Outputs
 
 Pairs = Iterator[tuple[Tensor, Tensor]]
 

@@ -9,11 +9,11 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from kdkit.contracts.adapters import frozen_copy
+from kdkit.contracts.layers import classifier_path, norm_path
+from kdkit.contracts.loss_options import LossOptions
+from kdkit.contracts.records import Batch, Outputs
 from kdkit.errors import TapError
-from kdkit.layers import classifier_path, norm_path
-from kdkit.loss_options import LossOptions
-from kdkit.parts import frozen_copy
-from kdkit.records import Batch, Outputs
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import pluggy
 
-from kdkit.contracts import Loss
-from kdkit.dataset_source import DatasetSource
-from kdkit.providers import ModelSource
-from kdkit.teaching import Schedule
+from kdkit.contracts.dataset_source import DatasetSource
+from kdkit.contracts.loss import Loss
+from kdkit.contracts.model_source import ModelSource
+from kdkit.contracts.schedule import Schedule
 
 hookspec = pluggy.HookspecMarker("kdkit")
 hookimpl = pluggy.HookimplMarker("kdkit")

@@ -19,10 +19,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from kdkit.contracts.inputs import Shape, kind_of, random_inputs
+from kdkit.contracts.loss_options import LayerPair
+from kdkit.contracts.records import Inputs
 from kdkit.errors import TapError
-from kdkit.loss_options import LayerPair
-from kdkit.records import Inputs
-from kdkit.shapes import Shape, kind_of, random_inputs
 
 INPUT = "@input"
 WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from kdkit.forms import as_vectors, is_padded
+from kdkit.contracts.features import as_vectors, is_padded
 
 Inputs = Tensor | Mapping[str, Tensor]
 MASK = "attention_mask"  # of a mapping, which tokens are real (1) and which padding (0)

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kdkit.records import Outputs
+from kdkit.contracts.records import Outputs
 
 Combination = Literal["logits", "probabilities"]
 
