@@ -22,13 +22,14 @@ from pydantic import BaseModel
 from typer.models import ArgumentInfo
 
 import kdkit
-from kdkit import catalogue, registry, schema, testing
+from kdkit import testing
 from kdkit.cli import app
 from kdkit.contracts.dataset_source import DatasetOptions
 from kdkit.contracts.loss_options import LayerPair
 from kdkit.contracts.model_source import CacheOptions, ModelOptions, Normalize, RecipeTeacher, TeacherOptions
 from kdkit.contracts.options import Options, Ramp
-from kdkit.recipe_types import recipe_type
+from kdkit.recipe import catalogue, registry, sections
+from kdkit.recipe.types import recipe_type
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "docs" / "reference"
@@ -37,27 +38,27 @@ NOTE = "<!-- Written by docs/generate.py; do not edit. -->"
 
 # Every section of a recipe: its key path, the record behind it, and what there is to say beside the record's own docstring.
 SECTIONS: list[tuple[str, type[Options], str]] = [
-    ("recipe", schema.RecipeBase, ""),
-    ("data", schema.DataSpec, ""),
-    ("data.dataset", schema.DatasetEntry, "Each dataset plugin adds [options of its own](plugins.md#datasets)."),
-    ("data.augment", schema.BatchAugment, ""),
-    ("data.timm_augment", schema.TimmAugment, ""),
+    ("recipe", sections.RecipeBase, ""),
+    ("data", sections.DataSpec, ""),
+    ("data.dataset", sections.DatasetEntry, "Each dataset plugin adds [options of its own](plugins.md#datasets)."),
+    ("data.augment", sections.BatchAugment, ""),
+    ("data.timm_augment", sections.TimmAugment, ""),
     ("student, teacher", ModelOptions, "Keys of every model. Each model source adds [options of its own](plugins.md#model-sources)."),
     ("student.normalize, teacher.normalize", Normalize, ""),
     ("teacher", TeacherOptions, "These keys stand beside those of every model."),
     ("teacher, trained by another recipe", RecipeTeacher, ""),
     ("teacher.cache", CacheOptions, ""),
-    ("schedule", schema.ScheduleEntry, "Each schedule plugin adds [options of its own](plugins.md#schedules)."),
-    ("losses", schema.LossEntry, "A list. Each loss plugin adds [options of its own](losses.md)."),
+    ("schedule", sections.ScheduleEntry, "Each schedule plugin adds [options of its own](plugins.md#schedules)."),
+    ("losses", sections.LossEntry, "A list. Each loss plugin adds [options of its own](losses.md)."),
     ("losses.N.layers", LayerPair, "A list, for losses that compare layers: most feature and relation losses."),
     ("a ramp", Ramp, "Stands in the place of a number where the type says `or a ramp`."),
-    ("train", schema.TrainSpec, ""),
-    ("train.optimizer", schema.OptimizerSpec, ""),
-    ("train.adapters", schema.AdapterSpec, ""),
-    ("train.lr_schedule", schema.LrScheduleSpec, ""),
-    ("train.ema", schema.EmaSpec, ""),
-    ("train.mixup", schema.MixupSpec, ""),
-    ("run", schema.RunSpec, "None of these keys changes what is learnt."),
+    ("train", sections.TrainSpec, ""),
+    ("train.optimizer", sections.OptimizerSpec, ""),
+    ("train.adapters", sections.AdapterSpec, ""),
+    ("train.lr_schedule", sections.LrScheduleSpec, ""),
+    ("train.ema", sections.EmaSpec, ""),
+    ("train.mixup", sections.MixupSpec, ""),
+    ("run", sections.RunSpec, "None of these keys changes what is learnt."),
 ]
 
 KNOWLEDGE = ["response", "feature", "relation", "labels"]
@@ -92,7 +93,7 @@ def pages() -> dict[Path, str]:
 
 def recipe_page() -> Iterator[str]:
     """Every key of a recipe, section by section."""
-    if missing := {cls.__name__ for cls in _nested(schema.RecipeBase)} - {cls.__name__ for _, cls, _ in SECTIONS}:
+    if missing := {cls.__name__ for cls in _nested(sections.RecipeBase)} - {cls.__name__ for _, cls, _ in SECTIONS}:
         raise SystemExit(f"docs/generate.py: SECTIONS lacks {', '.join(sorted(missing))}")
     yield from ("# Recipe keys", "", RECIPE_RULES)
     for path, cls, note in SECTIONS:
@@ -349,17 +350,17 @@ def _nested(cls: type[BaseModel]) -> Iterator[type[BaseModel]]:
 
 def _options(cls: type[Options]) -> Iterable[catalogue.Option]:
     """What the catalogue says of a record's fields; a field that is a section of its own is a link to it."""
-    plugin: Any = SimpleNamespace(Options=recipe_type(registry.load()) if cls is schema.RecipeBase else cls)
+    plugin: Any = SimpleNamespace(Options=recipe_type(registry.load()) if cls is sections.RecipeBase else cls)
     described = {option.name: option.description for option in catalogue.options(plugin)}
     plugin.Options = cls
     for option in catalogue.options(plugin):
         field = cls.model_fields[option.name]
-        sections = [(path, record) for path, record, _ in SECTIONS if record in _records(field.annotation) and record is not Ramp]
+        own = [(path, record) for path, record, _ in SECTIONS if record in _records(field.annotation) and record is not Ramp]
         kind, meaning, default = option.type, described[option.name], option.default
-        if sections:
-            links = " or ".join(f"[{path}](#{_slug(path)})" for path, _ in sections)
+        if own:
+            links = " or ".join(f"[{path}](#{_slug(path)})" for path, _ in own)
             kind = f"{'list of ' if kind.startswith('list of') else ''}{links}"
-            meaning = meaning or _first_paragraph(sections[0][1])
+            meaning = meaning or _first_paragraph(own[0][1])
             default = default if default in ("required", "none") else "its defaults"
         yield catalogue.Option(field.alias or option.name, kind, default, meaning)
 

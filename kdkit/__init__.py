@@ -103,7 +103,7 @@ _HOME = {
     "contracts.ensembles": "combined ensemble with_logits",
     "contracts.peers": "PeerOptions",
     "trunk": "Trunk channels",
-    "depends": "beside code_digest",
+    "recipe.dependencies": "beside code_digest",
     "errors": "DataError Interrupted KdkitError ModelError PluginError RecipeError RunError ShapeError TapError",
     "contracts.hooks": "hookimpl",
     "contracts.options": "BOOKKEEPING CODE Arguments NetworkArguments Options Ramp Rampable RecipePath",

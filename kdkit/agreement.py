@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kdkit.errors import BusyError, Interrupted, KdkitError, RunError
-from kdkit.fairness import differences
 from kdkit.launching import of_launch
+from kdkit.recipe.fairness import differences
 from kdkit.spreading import Crew, launch_store
 
 _said: list[Any] = []  # what this process has told the others

@@ -8,12 +8,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from kdkit import plan, recipe, registry, runs
+from kdkit import plan, recipe, runs
 from kdkit.contracts.loss import Loss
 from kdkit.contracts.options import Ramp
 from kdkit.describe import Plan
 from kdkit.errors import PluginError, suggest
-from kdkit.explain import explain
+from kdkit.recipe import registry
+from kdkit.recipe.explain import explain
 from kdkit.run_folder import Result
 from kdkit.study import comparison, variants
 from kdkit.study.findings import Findings

@@ -115,8 +115,8 @@ def evaluate(
     """Measure a run's student again, beside its teacher."""
     from kdkit import trained
     from kdkit.engine import build_accelerator
+    from kdkit.recipe.yaml_source import parse_overrides
     from kdkit.show import score_table
-    from kdkit.source import parse_overrides
 
     opened = trained.TrainedRun(run, parse_overrides(overrides or []), absolute(plugins))
     train = opened.recipe.spec.train
@@ -268,8 +268,8 @@ def plugins(
     plugins: Plugins = None,
 ) -> None:
     """List the plugins found, or show one."""
-    from kdkit import catalogue, registry
     from kdkit.errors import PluginError, suggest
+    from kdkit.recipe import catalogue, registry
 
     found = list(catalogue.entries(registry.load(absolute(plugins))))
     if name is None:
@@ -300,10 +300,10 @@ def schema(
     study: Annotated[bool, typer.Option("--study", help="That of study files, as `kdkit compare` reads them.")] = False,
 ) -> None:
     """Print the JSON Schema of recipes, for editors."""
-    from kdkit import recipe_types, registry
+    from kdkit.recipe import registry, types
     from kdkit.study import schema as study_schema
 
-    sys.stdout.write((study_schema if study else recipe_types).schema(registry.load(absolute(plugins))))
+    sys.stdout.write((study_schema if study else types).schema(registry.load(absolute(plugins))))
 
 
 def main() -> None:

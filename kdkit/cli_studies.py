@@ -49,7 +49,7 @@ def compare(
 
     Runs that are trained already are reused.
     """
-    from kdkit.source import parse_overrides
+    from kdkit.recipe.yaml_source import parse_overrides
     from kdkit.study import variants
 
     watch(plugins, no_plugins)
@@ -96,8 +96,8 @@ def report(
     plugins: RunPlugins = None,
 ) -> None:
     """Write the report of a study or of runs: a page, CSV and JSON."""
+    from kdkit.recipe.yaml_source import parse_overrides
     from kdkit.report import output as reports
-    from kdkit.source import parse_overrides
 
     overrides = parse_overrides(f"data.{word.removeprefix('data.')}" for word in data or [])
     with Terminal(stderr=True).status("reads the runs") as status:  # on a terminal only

@@ -52,15 +52,16 @@ def start_processes(wanted: int | None) -> None:
 
 def load(path: Path, overrides: list[str] | None, plugins: list[Path] | None) -> Recipe:
     """The recipe that a command line means."""
-    from kdkit import recipe, source
+    from kdkit import recipe
+    from kdkit.recipe import yaml_source
 
-    return recipe.load(path, source.parse_overrides(overrides or []), absolute(plugins))
+    return recipe.load(path, yaml_source.parse_overrides(overrides or []), absolute(plugins))
 
 
 def watch(plugins: list[Path] | None, no_plugins: bool) -> None:
     """From here on tell, on stderr, of each Python file that a recipe makes run; or let none run but those of --plugins."""
-    from kdkit import consent
     from kdkit.launching import is_first
+    from kdkit.recipe import consent
 
     def say(text: str) -> None:
         if is_first():

@@ -11,13 +11,13 @@ from pydantic import ValidationError
 from rich.table import Table
 from rich.text import Text
 
-from kdkit import registry
 from kdkit.contracts.inputs import Shape, as_image, is_text, kind_of, parse_shape
 from kdkit.errors import ModelError, RunError
-from kdkit.explain import explain
 from kdkit.models import build_model
 from kdkit.profile import Profile
-from kdkit.recipe_types import source_of
+from kdkit.recipe import registry
+from kdkit.recipe.explain import explain
+from kdkit.recipe.types import source_of
 from kdkit.tapping import TappedModel
 from kdkit.trained import TrainedRun
 

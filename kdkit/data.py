@@ -23,7 +23,7 @@ from kdkit.contracts.schedule import Arrange
 from kdkit.errors import DataError
 from kdkit.images import Finish, HeldImages, Images, Pictures, ReadImages, View
 from kdkit.labels import class_indices, split
-from kdkit.schema import DataSpec
+from kdkit.recipe.sections import DataSpec
 from kdkit.subsets import choose
 from kdkit.texts import HeldTexts
 from kdkit.transforms import Transform, for_measuring, for_training, resized

@@ -18,7 +18,7 @@ from kdkit.factory import ModelFactory, TrainedTeacher, options_of
 from kdkit.models import build_model, load_checkpoint
 from kdkit.randomness import seeded
 from kdkit.recipe import Recipe
-from kdkit.recipe_types import source_of
+from kdkit.recipe.types import source_of
 from kdkit.tapping import TappedModel
 
 PROBE = 4  # images, of which a schedule may compare only half

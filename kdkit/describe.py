@@ -9,7 +9,7 @@ from torch import nn
 
 from kdkit.contracts.dataset_source import DataInfo
 from kdkit.contracts.inputs import is_text
-from kdkit.schema import LossEntry
+from kdkit.recipe.sections import LossEntry
 from kdkit.step_cost import StepCost
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from kdkit.errors import RunError
-from kdkit.schema import TrainSpec
+from kdkit.recipe.sections import TrainSpec
 
 LEAST_CHANNELS = 16
 """Input channels from which on a strided 1 x 1 convolution is safe on the CPU with images that are channels-last.

@@ -22,7 +22,7 @@ from kdkit.errors import RunError
 from kdkit.objective import Objective, Value, sum_of
 from kdkit.optim import Updater
 from kdkit.randomness import reseed
-from kdkit.schema import TrainSpec
+from kdkit.recipe.sections import TrainSpec
 from kdkit.tapping import TappedModel
 from kdkit.trainable import freeze_all_but, rest
 from kdkit.weight_files import adopt_shapes

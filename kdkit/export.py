@@ -27,7 +27,7 @@ from kdkit.errors import ModelError, RunError
 from kdkit.files import sealed, write_atomically
 from kdkit.finite import to_json
 from kdkit.normalization import NormalizationAdapter
-from kdkit.recipe_types import DEFAULT_SOURCE
+from kdkit.recipe.types import DEFAULT_SOURCE
 from kdkit.standing import weights
 from kdkit.tapping import TappedModel
 from kdkit.trained import EXPORTED, WEIGHTS, TrainedRun

@@ -30,9 +30,9 @@ from kdkit.inheritance import inherit
 from kdkit.models import build_model, compare_checkpoint, random_weights
 from kdkit.randomness import seeded
 from kdkit.recipe import Recipe, code_in, content_of, models_in
-from kdkit.recipe_types import source_of
+from kdkit.recipe.sections import LossEntry
+from kdkit.recipe.types import source_of
 from kdkit.run_folder import Result, RunFolder
-from kdkit.schema import LossEntry
 from kdkit.sharing import Sharing
 from kdkit.tapping import TappedModel
 

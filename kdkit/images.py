@@ -15,7 +15,7 @@ from kdkit.contracts.dataset_source import InMemory, Split
 from kdkit.contracts.records import Batch
 from kdkit.errors import DataError
 from kdkit.launching import WORKER_ENDED, told_of_another
-from kdkit.schema import BatchAugment
+from kdkit.recipe.sections import BatchAugment
 from kdkit.signals import leave_to_parent
 from kdkit.transforms import MODES, Transform
 

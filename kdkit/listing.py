@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
-from kdkit import registry
 from kdkit.contracts.inputs import Shape, as_image, is_text, parse_shape
 from kdkit.contracts.layers import LayerRow, tappable_layers
 from kdkit.errors import ModelError
-from kdkit.explain import explain
-from kdkit.recipe_types import source_of
-from kdkit.source import nested, parse_overrides
+from kdkit.recipe import registry
+from kdkit.recipe.explain import explain
+from kdkit.recipe.types import source_of
+from kdkit.recipe.yaml_source import nested, parse_overrides
 
 TOKENS_SHOWN = 16  # where nobody says how long texts are
 

@@ -12,7 +12,7 @@ from kdkit.contracts.schedule import Arrange
 from kdkit.data import TrainLoader
 from kdkit.errors import RunError
 from kdkit.randomness import seeded
-from kdkit.schema import MixupSpec
+from kdkit.recipe.sections import MixupSpec
 
 
 class MixedLoader:

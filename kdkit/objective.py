@@ -16,7 +16,7 @@ from kdkit.contracts.records import Batch, Outputs
 from kdkit.contracts.schedule import Lesson
 from kdkit.errors import PluginError, ShapeError, TapError
 from kdkit.recipe import Recipe
-from kdkit.schema import LossEntry
+from kdkit.recipe.sections import LossEntry
 
 
 class NoTeacher(Outputs):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from kdkit.errors import RunError, suggest
-from kdkit.schema import LrScheduleSpec, TrainSpec
+from kdkit.recipe.sections import LrScheduleSpec, TrainSpec
 
 
 class Updater:

@@ -16,7 +16,7 @@ from accelerate.utils import LoggerType
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdkit import data, fetching
+from kdkit import data
 from kdkit.cache import planning as cache_plan
 from kdkit.contracts.dataset_source import DataInfo, DatasetSource, Stream
 from kdkit.contracts.inputs import is_text, kind_of, random_inputs
@@ -34,7 +34,7 @@ from kdkit.objective import Objective, build
 from kdkit.optim import build_optimizer
 from kdkit.randomness import seeded
 from kdkit.reach import names_of, reached
-from kdkit.recipe import Recipe, models_in, teacher_recipes
+from kdkit.recipe import Recipe, fetching, models_in, teacher_recipes
 from kdkit.stand_ins import batch_of, labels_of, on_random_numbers, shapes_of
 from kdkit.step_cost import step_cost
 from kdkit.subsets import images_per_epoch, samples

@@ -15,16 +15,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from kdkit import consent, files
+from kdkit import files
 from kdkit import recipe as recipes
 from kdkit.checkpoints import Checkpoints
 from kdkit.contracts.dataset_source import DataInfo
 from kdkit.errors import BusyError, DamagedFile, RunError
-from kdkit.fairness import differences
 from kdkit.finite import with_nan
-from kdkit.recipe import Recipe
+from kdkit.recipe import Recipe, consent
+from kdkit.recipe.fairness import differences
+from kdkit.recipe.yaml_source import Source
 from kdkit.run_shapes import LINE, RECIPE, Marker
-from kdkit.source import Source
 
 LOCK = ".lock"
 DATA_FILES = "data.files"  # in the content: no key of a recipe

@@ -17,7 +17,7 @@ from kdkit.contracts.schedule import Arrange
 from kdkit.errors import DataError
 from kdkit.images import Broken, Finish, intact, loaded, stack
 from kdkit.labels import class_index, class_indices
-from kdkit.schema import DataSpec
+from kdkit.recipe.sections import DataSpec
 from kdkit.signals import leave_to_parent
 from kdkit.transforms import Transform
 

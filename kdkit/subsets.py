@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kdkit.augment import bits, subseed
 from kdkit.errors import DataError
-from kdkit.schema import DataSpec
+from kdkit.recipe.sections import DataSpec
 
 
 def stratified_order(labels: Tensor, seed: int) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from pydantic import ValidationError
 from typing_extensions import TypedDict
 
-from kdkit import consent, data, fetching, files, registry
+from kdkit import data, files
 from kdkit.contracts.dataset_source import DataInfo, DatasetSource
 from kdkit.contracts.inputs import Shape
 from kdkit.contracts.model_source import ModelOptions, ModelSource, RecipeTeacher
@@ -21,11 +21,11 @@ from kdkit.deployment import deployed, deploying, rebuilt
 from kdkit.devices import is_channels_last
 from kdkit.errors import ModelError, RecipeError, RunError
 from kdkit.evaluate import metrics, predict, predict_together
-from kdkit.explain import explain
 from kdkit.factory import ModelFactory, TrainedTeacher, options_of
 from kdkit.models import build_model
-from kdkit.recipe import code_in
-from kdkit.recipe_types import source_of
+from kdkit.recipe import code_in, consent, fetching, registry
+from kdkit.recipe.explain import explain
+from kdkit.recipe.types import source_of
 from kdkit.run_folder import ANEW, RunFolder
 from kdkit.tapping import TappedModel
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from kdkit.augment import sample_seed
 from kdkit.contracts.inputs import Shape
 from kdkit.errors import DataError
-from kdkit.schema import DataSpec, TimmAugment
+from kdkit.recipe.sections import DataSpec, TimmAugment
 
 Transform = Callable[[Any, int, int], Tensor]
 """(PIL image, view, sample index) -> uint8 (C, H, W)."""

@@ -37,7 +37,7 @@ def _value_after(option: str, words: Sequence[str]) -> str:
 
 def _keys_called(option: str) -> Iterator[str]:
     """Every key of a recipe, of which the last part has the option's name."""
-    from kdkit.schema import RecipeBase  # imports torch
+    from kdkit.recipe.sections import RecipeBase  # imports torch
 
     name = option.lstrip("-").replace("-", "_")
     yield from (path for path in _paths(RecipeBase) if path.split(".")[-1] == name)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kdkit import registry
+from kdkit.recipe import registry
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 LOSSES = runpy.run_path(str(BENCHMARKS / "losses.py"))

@@ -9,7 +9,7 @@ import pytest
 
 import kdkit
 from kdkit import recipe
-from kdkit.schema import RecipeTeacher
+from kdkit.recipe.sections import RecipeTeacher
 
 FOLDER = Path(__file__).resolve().parent.parent / "recipes" / "cifar100"
 PAIRS = sorted(path.parent for path in FOLDER.glob("*-*/base.yaml"))

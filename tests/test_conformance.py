@@ -12,7 +12,8 @@ from pydantic import Field
 from torch import nn
 
 import kdkit
-from kdkit import registry, testing
+from kdkit import testing
+from kdkit.recipe import registry
 from kdkit.testing import LOSS_CHECKS, assert_agrees, check_loss, random_batch, random_outputs
 
 LOSSES = registry.load().losses

@@ -18,7 +18,7 @@ from kdkit.augment import crop_flip, draw_crop_flip
 from kdkit.contracts.dataset_source import DataInfo, DatasetSource, InMemory
 from kdkit.data import Data, prepare
 from kdkit.errors import DataError
-from kdkit.schema import BatchAugment, DataSpec, TimmAugment
+from kdkit.recipe.sections import BatchAugment, DataSpec, TimmAugment
 from kdkit.subsets import choose, stratified_order
 
 CPU = torch.device("cpu")

@@ -9,7 +9,8 @@ from PIL import Image
 from training import PLAIN, train, write
 
 import kdkit
-from kdkit import depends, recipe
+from kdkit import recipe
+from kdkit.recipe import dependencies
 from kdkit.run_folder import RunFolder
 
 MODULES = {
@@ -33,25 +34,25 @@ def tree(folder, files):
 
 
 def test_local_modules_are_found_by_whatever_way_they_are_imported(tmp_path):
-    found = depends.local_modules(tree(tmp_path, MODULES) / "net.py")
+    found = dependencies.local_modules(tree(tmp_path, MODULES) / "net.py")
     assert {str(path.relative_to(tmp_path)) for path in found} == set(MODULES) - {"net.py", "stranger.py"}
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_the_digest_of_code_covers_what_it_imports(tmp_path, name):
     file = tree(tmp_path, MODULES) / "net.py"
-    before = depends.code_digest(file)
+    before = dependencies.code_digest(file)
     shutil.copytree(tmp_path, tmp_path / "elsewhere")
-    assert depends.code_digest(tmp_path / "elsewhere" / "net.py") == before
+    assert dependencies.code_digest(tmp_path / "elsewhere" / "net.py") == before
     with (tmp_path / name).open("a") as stream:
         stream.write("\nchanged = 1\n")
-    assert (depends.code_digest(file) != before) == (name != "stranger.py")
+    assert (dependencies.code_digest(file) != before) == (name != "stranger.py")
 
 
 @pytest.mark.parametrize("text", ["", "def broken(", "\0", "import nowhere"])
 def test_without_local_modules_it_is_the_file_s_own(tmp_path, text):
     file = tree(tmp_path, {"net.py": text}) / "net.py"
-    assert depends.code_digest(file) == depends.file_digest(file)
+    assert dependencies.code_digest(file) == dependencies.file_digest(file)
 
 
 def images(folder, size=4):
@@ -86,31 +87,31 @@ def replaced(file):
 @pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
 def test_the_digest_of_data_files(tmp_path, monkeypatch, large, change, notices):
     if large:
-        monkeypatch.setattr(depends, "SMALL_FILES", 3)
+        monkeypatch.setattr(dependencies, "SMALL_FILES", 3)
     root = images(tmp_path / "images")
     folders = [root / "train", root / "test"]
-    before = depends.files_digest(folders)
+    before = dependencies.files_digest(folders)
     shutil.copytree(root, tmp_path / "elsewhere" / "images", copy_function=shutil.copy)  # with other times
-    assert depends.files_digest([tmp_path / "elsewhere" / "images" / part for part in ("train", "test")]) == before
+    assert dependencies.files_digest([tmp_path / "elsewhere" / "images" / part for part in ("train", "test")]) == before
     change(root)
-    depends._of_large_sets.clear()  # another process
-    assert (depends.files_digest(folders) != before) == notices
+    dependencies._of_large_sets.clear()  # another process
+    assert (dependencies.files_digest(folders) != before) == notices
 
 
 def test_a_large_set_is_read_in_part(tmp_path, monkeypatch):
     """What remains unseen: another content of the same size in a file that is not looked into."""
     root = images(tmp_path / "images")
     for name, value in (("SMALL_FILES", 3), ("SAMPLED", 2)):
-        monkeypatch.setattr(depends, name, value)
-    before = depends.files_digest([root])
+        monkeypatch.setattr(dependencies, name, value)
+    before = dependencies.files_digest([root])
     for name, seen in (("test/dog/1.png", False), ("test/cat/0.png", True)):  # the first of all is looked into
         replaced(root / name)
-        depends._of_large_sets.clear()
-        assert (depends.files_digest([root]) != before) == seen
+        dependencies._of_large_sets.clear()
+        assert (dependencies.files_digest([root]) != before) == seen
 
 
 def test_no_files_have_no_digest(tmp_path):
-    assert depends.files_digest([]) is None and depends.files_digest([tmp_path]) is None
+    assert dependencies.files_digest([]) is None and dependencies.files_digest([tmp_path]) is None
 
 
 FOLDER = {

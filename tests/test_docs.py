@@ -18,8 +18,9 @@ from kdkit_plugins.models.cifar import CifarSource
 from torch import nn
 
 import kdkit
-from kdkit import cli, recipe, recipe_types, registry
+from kdkit import cli, recipe
 from kdkit.errors import KdkitError
+from kdkit.recipe import registry, types
 from kdkit.report.maps import TEMPERATURES
 from kdkit.study import comparison as study
 from kdkit.study import variants as study_file
@@ -139,7 +140,7 @@ def test_generated_pages_do_not_depend_on_the_terminal_or_the_folder(folder, mon
 
 
 def test_the_recipe_schema_is_fresh():
-    assert (ROOT / "recipes" / "recipe.schema.json").read_text() == recipe_types.schema(registry.load()), "run `make docs`"
+    assert (ROOT / "recipes" / "recipe.schema.json").read_text() == types.schema(registry.load()), "run `make docs`"
 
 
 def test_every_plugin_has_an_entry():

@@ -7,9 +7,10 @@ import torch
 from training import TINY, train, write
 
 import kdkit
-from kdkit import plan, recipe, registry, runs
+from kdkit import plan, recipe, runs
 from kdkit.engine import build_accelerator
 from kdkit.factory import ModelFactory
+from kdkit.recipe import registry
 
 PLUGINS = registry.load()
 WIDER = {**TINY, "args": {**TINY["args"], "channels": [8, 8, 16, 16]}}

@@ -4,7 +4,7 @@ import pytest
 
 from kdkit import recipe
 from kdkit.errors import RecipeError
-from kdkit.fairness import Unequal, differences, refuse_unequal, unequal
+from kdkit.recipe.fairness import Unequal, differences, refuse_unequal, unequal
 from tests.training import PLAIN, write
 
 OTHER_KNOWLEDGE = {"teacher": None, "schedule": {"use": "supervised"}, "losses": [{"use": "cross_entropy"}], "seed": 4}

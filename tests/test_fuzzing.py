@@ -11,11 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kdkit import cli, plan, recipe, registry, runs
+from kdkit import cli, plan, recipe, runs
 from kdkit.contracts.model_source import CacheOptions, RecipeTeacher, StudentOptions, TeacherOptions
 from kdkit.errors import KdkitError
-from kdkit.schema import BatchAugment, DataSpec, EmaSpec, LrScheduleSpec, MixupSpec, OptimizerSpec, RunSpec, TimmAugment, TrainSpec
-from kdkit.source import parse_overrides
+from kdkit.recipe import registry
+from kdkit.recipe.sections import BatchAugment, DataSpec, EmaSpec, LrScheduleSpec, MixupSpec, OptimizerSpec, RunSpec, TimmAugment, TrainSpec
+from kdkit.recipe.yaml_source import parse_overrides
 from kdkit.study import variants
 
 SECONDS = 60  # of the processor, on a slow machine; nearly all need less than one

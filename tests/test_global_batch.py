@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from training import PATIENCE, PROCESSES
 
 import kdkit
-from kdkit import registry
+from kdkit.recipe import registry
 
 LOSSES = registry.load().losses
 ROWS, WORLD = 64, 2

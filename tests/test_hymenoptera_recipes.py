@@ -9,7 +9,8 @@ import timm
 import torch
 from recipe_files import RECIPES, backbone, lay_out, photographs
 
-from kdkit import cli, fairness, plan, recipe
+from kdkit import cli, plan, recipe
+from kdkit.recipe import fairness
 from kdkit.report import output as report
 from kdkit.run_folder import RunFolder
 from kdkit.study import variants as study_file

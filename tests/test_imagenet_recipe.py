@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from training import PATIENCE, Command, assert_same_run, lines, metrics, together, weights
 
 from kdkit import recipe
-from kdkit.fairness import differences
+from kdkit.recipe.fairness import differences
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "imagenet" / "resnet50_from_beit.yaml"
 BEIT = {"img_size": 32, "depth": 2, "embed_dim": 16, "num_heads": 2}

@@ -18,7 +18,7 @@ ORDER = """
     finite
     randomness
     files
-    depends
+    recipe.dependencies
     turns
     contracts.__init__
     contracts.options
@@ -37,22 +37,23 @@ ORDER = """
     contracts.peers
     contracts.ensembles
     contracts.hooks
-    registry
-    reading
-    source
-    schema
+    recipe.registry
+    recipe.reading
+    recipe.yaml_source
+    recipe.sections
     devices
-    recipe_types
-    explain
-    consent
-    recipe
-    fetching
-    fairness
+    recipe.types
+    recipe.explain
+    recipe.consent
+    recipe.loading
+    recipe.fetching
+    recipe.fairness
     agreement
     study.grid
     study.variants
     study.schema
-    catalogue
+    recipe.catalogue
+    recipe.__init__
     meaning
     normalization
     weight_files

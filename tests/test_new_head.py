@@ -10,11 +10,12 @@ from safetensors.torch import save_file
 from training import PLAIN, merged, train, weights, write
 
 import kdkit
-from kdkit import plan, recipe, registry
+from kdkit import plan, recipe
 from kdkit.contracts.dataset_source import DataInfo
 from kdkit.export import export
 from kdkit.factory import ModelFactory, options_of
 from kdkit.models import build_model
+from kdkit.recipe import registry
 from kdkit.trained import TrainedRun
 
 NET = """\

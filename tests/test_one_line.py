@@ -7,7 +7,7 @@ import pytest
 
 from kdkit import plan, recipe
 from kdkit.errors import KdkitError, RecipeError
-from kdkit.source import Source, parse_overrides
+from kdkit.recipe.yaml_source import Source, parse_overrides
 from kdkit.study import variants
 
 RECIPE = """\

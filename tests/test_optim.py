@@ -11,7 +11,7 @@ from training import train, write
 import kdkit
 from kdkit.errors import RunError
 from kdkit.optim import LrSchedule, build_optimizer
-from kdkit.schema import LrScheduleSpec, TrainSpec
+from kdkit.recipe.sections import LrScheduleSpec, TrainSpec
 
 SPE = 5  # steps per epoch
 

@@ -6,9 +6,10 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from kdkit import recipe, recipe_types, registry
+from kdkit import recipe
 from kdkit.contracts.options import Ramp
 from kdkit.errors import RecipeError
+from kdkit.recipe import registry, types
 
 GOOD = """\
 name: good
@@ -150,7 +151,7 @@ def test_the_same_loss_twice_gets_two_names(write):
 
 
 def test_the_schema_accepts_what_kdkit_accepts(write):
-    validator = Draft202012Validator(json.loads(recipe_types.schema(registry.load())))
+    validator = Draft202012Validator(json.loads(types.schema(registry.load())))
     assert not list(validator.iter_errors(yaml.safe_load(GOOD.replace("5e-2", "0.05"))))
     assert list(validator.iter_errors(yaml.safe_load(GOOD.replace("use: hint", "use: hnit"))))
     assert list(validator.iter_errors(yaml.safe_load(GOOD.replace("temperature: 4", "temprature: 4"))))

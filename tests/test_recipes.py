@@ -7,7 +7,8 @@ import jsonschema
 import pytest
 from recipe_files import RECIPES, lay_out
 
-from kdkit import plan, recipe, recipe_types, registry
+from kdkit import plan, recipe
+from kdkit.recipe import registry, types
 from kdkit.study import comparison
 from kdkit.study import variants as study_file
 
@@ -62,7 +63,7 @@ def test_it_says_what_it_shows_and_how_to_run_it(path):
 
 @pytest.fixture(scope="module")
 def validator():
-    return jsonschema.Draft202012Validator(json.loads(recipe_types.schema(registry.load())))
+    return jsonschema.Draft202012Validator(json.loads(types.schema(registry.load())))
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import kdkit
-from kdkit import catalogue, registry
 from kdkit.errors import PluginError
+from kdkit.recipe import catalogue, registry
 
 LOSS = '''
 """A loss of a stranger's.

@@ -10,7 +10,7 @@ from kdkit.augment import draw_crop_flip, permutation
 from kdkit.data import MOST_VIEWS
 from kdkit.engine import MOST_EPOCHS
 from kdkit.errors import DataError, RecipeError
-from kdkit.schema import DataSpec
+from kdkit.recipe.sections import DataSpec
 
 
 def sorted_rows(batches):

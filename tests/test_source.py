@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from kdkit.contracts.options import Text
 from kdkit.errors import RecipeError
-from kdkit.source import Source, override_words, parse_overrides
+from kdkit.recipe.yaml_source import Source, override_words, parse_overrides
 
 
 def write(path, text):

@@ -92,8 +92,8 @@ NARROW = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, 
 @pytest.mark.parametrize("pretrained", [False, True])
 def test_a_folder_with_python_of_its_own_runs_nothing(tmp_path, trap, kind, pretrained):
     pytest.importorskip("transformers")
-    from kdkit import registry
     from kdkit.models import build_model
+    from kdkit.recipe import registry
 
     folder = network_folder(tmp_path / "net", trap, model_type=kind, attn_implementation="owner/kernel", **NARROW)
     source = registry.load().models["hf"]
@@ -310,7 +310,7 @@ def test_a_check_needs_no_pretrained_weights(tmp_path, student, monkeypatch):
     ],
 )  # fmt: skip
 def test_where_files_are_fetched_to(tmp_path, root, place, allowed, monkeypatch):
-    from kdkit.fetching import refuse_elsewhere
+    from kdkit.recipe.fetching import refuse_elsewhere
 
     for name in ("recipes", "here", "elsewhere"):
         (tmp_path / name).mkdir()
@@ -527,7 +527,7 @@ def test_a_teacher_s_recipe_is_not_followed_from_a_run(home, trap):
 
 
 def test_a_hub_is_asked_for_what_a_run_names(tmp_path, monkeypatch):
-    from kdkit import registry
+    from kdkit.recipe import registry
 
     asked = []
 
@@ -635,7 +635,7 @@ def test_what_a_run_says_of_itself_is_not_proved(home, capsys):
 
 
 def test_a_run_fetches_data_when_it_is_asked_to(home, monkeypatch):
-    from kdkit import fetching
+    from kdkit.recipe import fetching
     from kdkit.trained import TrainedRun
 
     asked = []

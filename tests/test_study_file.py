@@ -7,9 +7,9 @@ import jsonschema
 import pytest
 import yaml
 
-from kdkit import registry
 from kdkit.errors import RecipeError
-from kdkit.source import Source
+from kdkit.recipe import registry
+from kdkit.recipe.yaml_source import Source
 from kdkit.study import schema as study_schema
 from kdkit.study import variants as study_file
 from tests.training import write as write_recipe

@@ -224,7 +224,7 @@ def test_a_slot_is_one_picture_of_an_image():
 
 
 def recipe_data(padding, flip):
-    from kdkit.schema import BatchAugment, DatasetEntry, DataSpec
+    from kdkit.recipe.sections import BatchAugment, DatasetEntry, DataSpec
 
     return DataSpec(dataset=DatasetEntry(use="synthetic"), augment=BatchAugment(crop_padding=padding, flip=flip))
 

@@ -20,8 +20,8 @@ from kdkit.contracts.records import Outputs
 from kdkit.data import prepare
 from kdkit.errors import DataError, RecipeError
 from kdkit.export import export
+from kdkit.recipe.sections import DataSpec
 from kdkit.report import output as report
-from kdkit.schema import DataSpec
 from kdkit.tapping import TappedModel
 from kdkit.trained import TrainedRun
 
@@ -194,7 +194,7 @@ EXTRA = {"transformers", "tokenizers", "datasets"}
 
 def test_only_plugins_for_texts_need_the_extra():
     """The core imports none of it, and no plugin before it is used: it need not be installed for images."""
-    code = "import sys, kdkit.registry, kdkit.plan, kdkit.runs; kdkit.registry.load(); print([*filter(sys.modules.__contains__, sys.argv[1:])])"
+    code = "import sys, kdkit.recipe.registry, kdkit.plan, kdkit.runs; kdkit.recipe.registry.load(); print([*filter(sys.modules.__contains__, sys.argv[1:])])"
     assert subprocess.run([sys.executable, "-c", code, *EXTRA], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     for file in Path(kdkit.__file__).parent.rglob("*.py"):
         assert not {module.split(".")[0] for module, _ in imports(file)} & EXTRA, file

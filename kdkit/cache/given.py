@@ -17,7 +17,7 @@ from kdkit.contracts.schedule import Arrange
 from kdkit.data import TrainLoader
 from kdkit.errors import ModelError, RunError
 from kdkit.recipe import Recipe
-from kdkit.recipe_types import source_of
+from kdkit.recipe.types import source_of
 from kdkit.tapping import FeaturesOnly, TappedModel
 
 OTHER_IMAGES = "is shown other images than those of the batch (further views, changed ones), to which there are no answers"

@@ -14,7 +14,7 @@ from kdkit.cache.store import Column
 from kdkit.contracts.model_source import CacheOptions
 from kdkit.contracts.records import Outputs
 from kdkit.errors import RunError
-from kdkit.schema import DataSpec
+from kdkit.recipe.sections import DataSpec
 from kdkit.tapping import FeaturesOnly
 
 TYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}

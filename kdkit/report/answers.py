@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kdkit.consent import Unasked
 from kdkit.contracts.inputs import rows
 from kdkit.contracts.layers import stage_paths
 from kdkit.contracts.records import Batch
@@ -19,6 +18,7 @@ from kdkit.devices import for_reading
 from kdkit.engine import build_accelerator
 from kdkit.errors import KdkitError, RecipeError, TapError
 from kdkit.evaluate import Predictions, predict, predict_together
+from kdkit.recipe.consent import Unasked
 from kdkit.report.cka import LayerSimilarity
 from kdkit.study.findings import Findings, Variant
 from kdkit.tapping import TappedModel

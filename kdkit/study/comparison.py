@@ -19,10 +19,10 @@ from kdkit.agreement import agreed
 from kdkit.checkpoints import write_atomically
 from kdkit.describe import formula
 from kdkit.errors import Interrupted, RecipeError, RunError
-from kdkit.fairness import refuse_unequal
 from kdkit.launching import is_first
 from kdkit.lockstep import Job, train_together
 from kdkit.recipe import Recipe, code_of_all
+from kdkit.recipe.fairness import refuse_unequal
 from kdkit.run_folder import Result, RunFolder, versions
 from kdkit.runs import folder_for
 from kdkit.signals import sigterm_raises

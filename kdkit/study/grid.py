@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from kdkit.errors import RecipeError, dotted
 from kdkit.recipe import Recipe
-from kdkit.source import Source
+from kdkit.recipe.yaml_source import Source
 
 
 class Grid:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from kdkit import plan
 from kdkit.errors import KdkitError, RecipeError
-from kdkit.fairness import advice
 from kdkit.recipe import Recipe
+from kdkit.recipe.fairness import advice
+from kdkit.recipe.sections import DataSpec
 from kdkit.run_folder import RunFolder
-from kdkit.schema import DataSpec
 from kdkit.study.findings import Length
 from kdkit.subsets import images_per_epoch, samples
 from kdkit.trained import TrainedRun

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from kdkit import recipe_types
-from kdkit.registry import Registry
+from kdkit.recipe import types
+from kdkit.recipe.registry import Registry
 from kdkit.study.variants import StudySpec
 
 
 def schema(plugins: Registry) -> str:
     """The schema: a study's own keys, with recipes in their places, of which a variant may have any part."""
-    recipe = json.loads(recipe_types.schema(plugins))
+    recipe = json.loads(types.schema(plugins))
     shared = recipe.pop("$defs")
     _require_nothing(shared)
     replaced = {"type": "string", "description": "Recipe file in the place of the base."}

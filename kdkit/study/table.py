@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from kdkit.fairness import unequal
 from kdkit.lockstep import passes
+from kdkit.recipe.fairness import unequal
 from kdkit.show import TITLES
 from kdkit.study.comparison import Training, about, after_search, check, trainings
 from kdkit.study.findings import Findings, Length, Teacher, Variant

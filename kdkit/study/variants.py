@@ -20,9 +20,9 @@ from pydantic import Field, ValidationError, field_validator
 from kdkit import recipe as recipes
 from kdkit.contracts.options import LONGEST_NAME, RUN_NAME, FolderPath, Options, RecipePath, Text, path_of
 from kdkit.errors import RecipeError, dotted, one_line, shorten, shown, suggest
-from kdkit.explain import explain_source
 from kdkit.recipe import Recipe
-from kdkit.source import Source, override_words
+from kdkit.recipe.explain import explain_source
+from kdkit.recipe.yaml_source import Source, override_words
 from kdkit.study.grid import Grid, has
 
 SEEDS = 3  # where nothing says how many

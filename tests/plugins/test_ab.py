@@ -3,7 +3,7 @@ import torch
 from naive_maps import convolved, normalised, resized
 
 import kdkit
-from kdkit import registry
+from kdkit.recipe import registry
 from kdkit.testing import assert_agrees, check_loss, random_batch, random_outputs
 
 AB = registry.load().losses["ab"]

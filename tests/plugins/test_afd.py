@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import kdkit
-from kdkit import registry
+from kdkit.recipe import registry
 from kdkit.testing import assert_agrees, check_adapters_learn, check_teaches_the_student, random_batch, random_outputs
 
 AFD = registry.load().losses["afd"]

@@ -6,11 +6,12 @@ import torch.nn.functional as F
 from training import PLAIN, TINY, Command, assert_same_run, lines, merged, metrics, together, train, weights, write
 
 import kdkit
-from kdkit import recipe, registry, runs
+from kdkit import recipe, runs
 from kdkit.checkpoints import Checkpoints
 from kdkit.engine import build_accelerator
 from kdkit.factory import ModelFactory
 from kdkit.randomness import reseed
+from kdkit.recipe import registry
 from kdkit.testing import random_batch, random_outputs
 
 Assistants = registry.load().schedules["assistants"]

@@ -5,7 +5,7 @@ from naive_maps import pooled_alike
 from promises import check_but
 
 import kdkit
-from kdkit import registry
+from kdkit.recipe import registry
 from kdkit.testing import assert_agrees, random_batch, random_outputs
 
 AT = registry.load().losses["at"]

@@ -10,8 +10,8 @@ from test_stage_run import interrupt_at
 from training import PLAIN, Command, assert_same_run, together, train, write
 
 import kdkit
-from kdkit import registry
 from kdkit.engine import batches
+from kdkit.recipe import registry
 from kdkit.testing import random_batch, random_outputs
 
 Bake = registry.load().schedules["bake"]

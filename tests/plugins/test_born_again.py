@@ -10,7 +10,8 @@ from torch import nn
 from training import PLAIN, Command, assert_same_run, metrics, together, train, weights, write
 
 import kdkit
-from kdkit import registry, runs
+from kdkit import runs
+from kdkit.recipe import registry
 
 BornAgain = registry.load().schedules["born_again"]
 RECIPE = {**PLAIN, "teacher": None, "schedule": {"use": "born_again", "generations": 2}}

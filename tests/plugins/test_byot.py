@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from training import PLAIN, TINY, train, weights
 
 import kdkit
-from kdkit import registry, runs
+from kdkit import runs
+from kdkit.recipe import registry
 from kdkit.testing import assert_agrees, check_loss, random_batch, random_outputs
 from kdkit.trained import TrainedRun
 

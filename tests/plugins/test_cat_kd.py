@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import kdkit
-from kdkit import registry
 from kdkit.probes import CLASSES, Network
+from kdkit.recipe import registry
 from kdkit.testing import assert_agrees, check_loss, random_batch, random_outputs
 
 CAT = registry.load().losses["cat_kd"]

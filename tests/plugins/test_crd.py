@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training import PROCESSES, train
 
 import kdkit
-from kdkit import registry
+from kdkit.recipe import registry
 from kdkit.testing import assert_agrees, random_batch, random_outputs
 
 CRD = registry.load().losses["crd"]

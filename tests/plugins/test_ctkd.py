@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import kdkit
-from kdkit import registry
 from kdkit.contracts.options import at_epoch
+from kdkit.recipe import registry
 from kdkit.testing import assert_agrees, check_loss, random_batch, random_outputs
 
 CTKD = registry.load().losses["ctkd"]

@@ -3,7 +3,7 @@ import torch
 from naive_maps import aligned, resized
 
 import kdkit
-from kdkit import registry
+from kdkit.recipe import registry
 from kdkit.testing import assert_agrees, check_loss, random_batch, random_outputs
 
 CWD = registry.load().losses["cwd"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kdkit
-from kdkit import registry
+from kdkit.recipe import registry
 from kdkit.testing import (
     LOSS_CHECKS,
     assert_agrees,

@@ -10,8 +10,8 @@ from test_stage_run import interrupt_at
 from training import PLAIN, Command, assert_same_run, metrics, together, train, write
 
 import kdkit
-from kdkit import registry
 from kdkit.engine import batches
+from kdkit.recipe import registry
 
 PAIR = [{"student": "stage2", "teacher": "stage2"}]
 RECIPE = {

@@ -11,7 +11,7 @@ from test_distributed import recipe as shared
 from test_engine import trainer_of
 from training import PLAIN, Command, merged, together
 
-from kdkit import registry
+from kdkit.recipe import registry
 
 RECIPE = merged(PLAIN, {"teacher": None, "schedule": {"use": "ensemble_peers", "size": 3}})
 lowest = sys.modules[registry.load().schedules["ensemble_peers"].__module__].lowest

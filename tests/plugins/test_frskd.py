@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from training import PLAIN, train, weights
 
 import kdkit
-from kdkit import registry
+from kdkit.recipe import registry
 from kdkit.testing import assert_agrees, check_loss, random_batch, random_outputs
 
 FRSKD = registry.load().losses["frskd"]

@@ -4,7 +4,7 @@ from naive_maps import convolved, pooled_alike
 from training import PLAIN, metrics, train
 
 import kdkit
-from kdkit import registry
+from kdkit.recipe import registry
 from kdkit.testing import assert_agrees, check_loss, random_batch, random_outputs
 
 FT = registry.load().losses["ft"]

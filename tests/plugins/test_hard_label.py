@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kdkit
-from kdkit import registry
+from kdkit.recipe import registry
 from kdkit.testing import assert_agrees, random_batch, random_outputs
 
 HardLabel = registry.load().losses["hard_label"]

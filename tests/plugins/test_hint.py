@@ -4,7 +4,7 @@ import torch
 from naive_maps import convolved, normalised, resized
 
 import kdkit
-from kdkit import registry
+from kdkit.recipe import registry
 from kdkit.testing import assert_agrees, check_loss, random_batch, random_outputs
 
 Hint = registry.load().losses["hint"]

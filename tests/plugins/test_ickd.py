@@ -3,7 +3,7 @@ import torch
 from naive_maps import aligned
 
 import kdkit
-from kdkit import registry
+from kdkit.recipe import registry
 from kdkit.testing import assert_agrees, random_batch, random_outputs
 
 ICKD = registry.load().losses["ickd"]

@@ -20,7 +20,7 @@ from PIL import Image
 from kdkit import plan, recipe
 from kdkit.data import prepare
 from kdkit.errors import DataError, RecipeError
-from kdkit.schema import DataSpec, TimmAugment
+from kdkit.recipe.sections import DataSpec, TimmAugment
 from tests.training import PLAIN
 from tests.training import write as write_recipe
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kdkit
-from kdkit import registry
+from kdkit.recipe import registry
 from kdkit.testing import assert_agrees, check_loss, random_batch, random_outputs
 
 JSD = registry.load().losses["jsd"]

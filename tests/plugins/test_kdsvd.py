@@ -5,7 +5,7 @@ import torch
 from pydantic import ValidationError
 
 import kdkit
-from kdkit import registry
+from kdkit.recipe import registry
 from kdkit.testing import assert_agrees, check_loss, random_batch, random_outputs
 
 KDSVD = registry.load().losses["kdsvd"]

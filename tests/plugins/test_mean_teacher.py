@@ -12,7 +12,7 @@ from torch import nn
 from training import PLAIN, Command, assert_same_run, lines, metrics, together, train, weights, write
 
 import kdkit
-from kdkit import registry
+from kdkit.recipe import registry
 
 MeanTeacher = registry.load().schedules["mean_teacher"]
 HINT = {"use": "hint", "weight": 0.1, "adapter": "linear", "layers": [{"student": "stage3", "teacher": "stage3"}]}

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from promises import check_but
 
 import kdkit
-from kdkit import registry
+from kdkit.recipe import registry
 from kdkit.testing import assert_agrees, random_batch, random_outputs
 
 MGD = registry.load().losses["mgd"]

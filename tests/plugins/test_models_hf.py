@@ -8,11 +8,11 @@ import torch
 from small_texts import BERT, NARROW
 
 import kdkit
-from kdkit import registry
 from kdkit.errors import ModelError
 from kdkit.inheritance import inherit
 from kdkit.models import build_model
-from kdkit.recipe_types import source_of
+from kdkit.recipe import registry
+from kdkit.recipe.types import source_of
 
 SOURCES = registry.load().models
 IDS = {"input_ids": torch.tensor([[2, 5, 6, 3], [2, 7, 3, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])}

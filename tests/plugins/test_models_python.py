@@ -2,8 +2,8 @@ import pytest
 import torch
 
 import kdkit
-from kdkit import registry
 from kdkit.models import build_model
+from kdkit.recipe import registry
 
 PYTHON = registry.load().models["python"]
 NET = """

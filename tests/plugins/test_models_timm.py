@@ -4,8 +4,8 @@ import torch
 from safetensors.torch import save_file
 
 import kdkit
-from kdkit import registry
 from kdkit.models import build_model
+from kdkit.recipe import registry
 
 TIMM = registry.load().models["timm"]
 PILOT = {"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 128], "zero_init_last": False}

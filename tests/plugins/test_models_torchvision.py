@@ -3,8 +3,8 @@ import torch
 import torchvision
 
 import kdkit
-from kdkit import registry
 from kdkit.models import build_model
+from kdkit.recipe import registry
 
 SOURCE = registry.load().models["torchvision"]
 

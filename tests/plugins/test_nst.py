@@ -3,7 +3,7 @@ import torch
 from naive_maps import pooled_alike
 
 import kdkit
-from kdkit import registry
+from kdkit.recipe import registry
 from kdkit.testing import assert_agrees, random_batch, random_outputs
 
 NST = registry.load().losses["nst"]

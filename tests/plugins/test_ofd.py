@@ -6,7 +6,7 @@ import torch
 from naive_maps import convolved, normalised, resized
 
 import kdkit
-from kdkit import registry
+from kdkit.recipe import registry
 from kdkit.testing import assert_agrees, random_batch, random_outputs
 
 OFD = registry.load().losses["ofd"]

@@ -9,8 +9,8 @@ from loss_examples import OPTIONS
 from training import PLAIN, TINY, Command, assert_same_run, lines, merged, metrics, together, train, weights, write
 
 import kdkit
-from kdkit import registry
 from kdkit.probes import probes
+from kdkit.recipe import registry
 from kdkit.testing import random_batch, random_outputs
 
 PLUGINS = registry.load()

@@ -4,7 +4,7 @@ import torch
 from naive_maps import aligned, resized
 
 import kdkit
-from kdkit import registry
+from kdkit.recipe import registry
 from kdkit.testing import assert_agrees, random_batch, random_outputs
 
 PKD = registry.load().losses["pkd"]

@@ -10,7 +10,7 @@ from torch import nn
 from training import PLAIN, Command, assert_same_run, metrics, together, train, write
 
 import kdkit
-from kdkit import registry
+from kdkit.recipe import registry
 
 PLUGINS = registry.load()
 ProgressiveSelf, SoftLabels = PLUGINS.schedules["ps_kd"], PLUGINS.losses["soft_labels"]

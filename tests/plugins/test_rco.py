@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 from training import PLAIN, Command, assert_same_run, lines, metrics, together, weights, write
 
 import kdkit
-from kdkit import recipe, registry, runs
+from kdkit import recipe, runs
 from kdkit.checkpoints import Checkpoints
 from kdkit.engine import build_accelerator
 from kdkit.factory import ModelFactory
+from kdkit.recipe import registry
 from kdkit.run_folder import RunFolder
 
 Rco = registry.load().schedules["rco"]

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 import kdkit
-from kdkit import registry
+from kdkit.recipe import registry
 from kdkit.testing import assert_agrees, check_adapters_learn, check_teaches_the_student, random_batch, random_outputs
 
 SemCKD = registry.load().losses["semckd"]

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from timm.models.resnet import BasicBlock, ResNet
 
 import kdkit
-from kdkit import registry
 from kdkit.probes import CLASSES, Network
+from kdkit.recipe import registry
 from kdkit.testing import assert_agrees, check_adapters_learn, random_batch, random_outputs
 
 SimKD = registry.load().losses["simkd"]

@@ -3,7 +3,7 @@ import torch
 from promises import check_but
 
 import kdkit
-from kdkit import registry
+from kdkit.recipe import registry
 from kdkit.testing import assert_agrees, random_batch, random_outputs
 
 LOSSES = registry.load().losses

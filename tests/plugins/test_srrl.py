@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import kdkit
-from kdkit import registry
 from kdkit.probes import CLASSES, Network
+from kdkit.recipe import registry
 from kdkit.testing import assert_agrees, random_batch, random_outputs
 
 SRRL = registry.load().losses["srrl"]

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from training import PROCESSES, train
 
 import kdkit
-from kdkit import registry
+from kdkit.recipe import registry
 from kdkit.testing import assert_agrees, check_loss, random_batch, random_outputs
 
 SSKD = registry.load().losses["sskd"]

@@ -1,4 +1,4 @@
-from kdkit import registry
+from kdkit.recipe import registry
 from kdkit.testing import random_batch, random_outputs
 
 Supervised = registry.load().schedules["supervised"]

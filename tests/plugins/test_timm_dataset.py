@@ -16,7 +16,7 @@ from training import lines, together, weights, write
 
 from kdkit.data import prepare
 from kdkit.errors import DataError
-from kdkit.schema import BatchAugment, DataSpec
+from kdkit.recipe.sections import BatchAugment, DataSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore:This DataLoader will create")
 CPU = torch.device("cpu")

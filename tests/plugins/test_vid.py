@@ -5,7 +5,7 @@ import torch
 from naive_maps import convolved, pooled_alike
 
 import kdkit
-from kdkit import registry
+from kdkit.recipe import registry
 from kdkit.testing import assert_agrees, check_loss, random_batch, random_outputs
 
 VID = registry.load().losses["vid"]

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import kdkit
-from kdkit import registry
+from kdkit.recipe import registry
 from kdkit.testing import assert_agrees, check_loss, random_batch, random_outputs
 
 LOSSES = registry.load().losses

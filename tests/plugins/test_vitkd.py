@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 import kdkit
-from kdkit import registry
+from kdkit.recipe import registry
 from kdkit.testing import assert_agrees, check_loss, random_batch, random_outputs
 
 ViTKD = registry.load().losses["vitkd"]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import kdkit
-from kdkit import registry
+from kdkit.recipe import registry
 from kdkit.testing import assert_agrees, check_loss, random_batch, random_outputs
 
 WKD = registry.load().losses["wkd_logit"]

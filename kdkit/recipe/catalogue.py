@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from kdkit.contracts.options import Options, Ramp
-from kdkit.registry import FROM_A_FILE, Plugin, Registry
+from kdkit.recipe.registry import FROM_A_FILE, Plugin, Registry
 
 KINDS = {"losses": "loss", "schedules": "schedule", "models": "model source", "datasets": "dataset"}
 

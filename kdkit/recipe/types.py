@@ -13,8 +13,8 @@ from pydantic import BaseModel, Discriminator, Field, Tag, create_model
 from kdkit.contracts.model_source import ModelOptions, RecipeTeacher, StudentOptions, TeacherOptions
 from kdkit.contracts.options import Options
 from kdkit.errors import ModelError, suggest
-from kdkit.registry import Registry
-from kdkit.schema import DatasetEntry, DataSpec, LossEntry, RecipeBase, ScheduleEntry
+from kdkit.recipe.registry import Registry
+from kdkit.recipe.sections import DatasetEntry, DataSpec, LossEntry, RecipeBase, ScheduleEntry
 
 DEFAULT_SOURCE = "timm"
 RECIPE = "recipe"  # key of a teacher that another recipe trains

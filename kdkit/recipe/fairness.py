@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdkit.errors import RecipeError
-from kdkit.recipe import Recipe
+from kdkit.recipe.loading import Recipe
 
 COMPARED = ("losses", "schedule", "teacher", "teachers", "plugins", "seed")
 """Keys of a recipe that say what is learnt from whom; a study's variants may differ in them. The seed differs by design."""

@@ -9,10 +9,10 @@ from typing import Any, cast
 
 import yaml
 
-from kdkit import reading
 from kdkit.contracts.options import Text, path_of
 from kdkit.errors import RecipeError, dotted, one_line, shorten, shown
-from kdkit.reading import COMMAND_LINE, place, seen_from_here
+from kdkit.recipe import reading
+from kdkit.recipe.reading import COMMAND_LINE, place, seen_from_here
 
 LONGEST_CHAIN = 20
 """Files that extend each other."""

@@ -11,9 +11,9 @@ from pydantic_core import ErrorDetails
 from kdkit.contracts.model_source import RecipeTeacher
 from kdkit.contracts.options import IN_WORDS, Ramp, said
 from kdkit.errors import dotted, one_line, shown, suggest
-from kdkit.reading import COMMAND_LINE
-from kdkit.recipe_types import TAUGHT
-from kdkit.source import Source
+from kdkit.recipe.reading import COMMAND_LINE
+from kdkit.recipe.types import TAUGHT
+from kdkit.recipe.yaml_source import Source
 
 Location = Sequence[str | int]
 

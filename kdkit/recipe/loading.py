@@ -16,16 +16,16 @@ from typing import Any, cast
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from kdkit import consent, depends, registry
 from kdkit.contracts.model_source import ModelOptions, RecipeTeacher, StudentOptions, TeacherOptions
 from kdkit.contracts.options import LARGEST_INT, Text, path_of
 from kdkit.errors import ModelError, RecipeError, dotted, one_line, shown, suggest
-from kdkit.explain import Location, explain_source
 from kdkit.files import file_digest
-from kdkit.recipe_types import recipe_type, source_of
-from kdkit.registry import Registry
-from kdkit.schema import RecipeBase
-from kdkit.source import Source
+from kdkit.recipe import consent, dependencies, registry
+from kdkit.recipe.explain import Location, explain_source
+from kdkit.recipe.registry import Registry
+from kdkit.recipe.sections import RecipeBase
+from kdkit.recipe.types import recipe_type, source_of
+from kdkit.recipe.yaml_source import Source
 
 MOST_RECIPES = 64
 """Recipes that train a teacher, its teachers, theirs, and so on."""
@@ -86,7 +86,7 @@ class Recipe:
 
     def _data_files(self) -> str | None:
         dataset = self.spec.data.dataset
-        return depends.files_digest(self.plugins.datasets[dataset.use](dataset).own_files())
+        return dependencies.files_digest(self.plugins.datasets[dataset.use](dataset).own_files())
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -370,4 +370,4 @@ def content_of(value: Any, *, older: bool = False) -> Any:
 
 
 def _digest(file: Path, older: bool) -> str:
-    return depends.code_digest(file) if file.suffix == ".py" and not older else file_digest(file)
+    return dependencies.code_digest(file) if file.suffix == ".py" and not older else file_digest(file)

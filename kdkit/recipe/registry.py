@@ -24,8 +24,8 @@ from kdkit.contracts.loss import Loss
 from kdkit.contracts.model_source import ModelSource
 from kdkit.contracts.options import Options
 from kdkit.contracts.schedule import Schedule
-from kdkit.depends import beside
 from kdkit.errors import PluginError, suggest
+from kdkit.recipe.dependencies import beside
 
 Plugin = type[Loss] | type[Schedule] | type[ModelSource] | type[DatasetSource]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from kdkit.contracts.dataset_source import DatasetSource
 from kdkit.errors import DataError
-from kdkit.recipe import Recipe
+from kdkit.recipe.loading import Recipe
 
 DATA_FOLDER = "KDKIT_DATA"  # environment variable
 _nothing: ContextVar[bool] = ContextVar("nothing is fetched", default=False)
