@@ -30,7 +30,7 @@ import torch
 from kdkit.cache.opening import open_cache
 from kdkit.cache.teacher import TeacherCache
 from kdkit.contracts.records import Inputs, Outputs
-from kdkit.data import Data
+from kdkit.data.loaders import Data
 from kdkit.factory import ModelFactory
 from kdkit.recipe import Recipe
 

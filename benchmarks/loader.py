@@ -20,8 +20,8 @@ import sides
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from kdkit import data
-from kdkit.data import TrainLoader
+from kdkit.data import loaders
+from kdkit.data.loaders import TrainLoader
 from kdkit.normalization import NormalizationAdapter
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     source = loaded.plugins.datasets["synthetic"](loaded.spec.data.dataset)
     held = source.split("train")
-    prepared = data.prepare(loaded.spec.data, source, seed=0, device=torch.device("cpu"))
+    prepared = loaders.prepare(loaded.spec.data, source, seed=0, device=torch.device("cpu"))
     turns = {f"PIL, {workers or 'no'} workers": by_torchvision(held.images, held.labels, options, workers) for workers in options.workers}
     found = sides.in_turns({**turns, "kdkit": by_kdkit(prepared.train)}, options.rounds)
     seen = len(prepared.train) * options.batch_size

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kdkit import recipe, runs
-from kdkit.data import Data
+from kdkit.data.loaders import Data
 from kdkit.engine import Trainer, build_accelerator
 from kdkit.factory import ModelFactory
 from kdkit.randomness import reseed

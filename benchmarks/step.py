@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from kdkit import data, recipe, runs
+from kdkit import recipe, runs
 from kdkit.contracts.records import Batch
+from kdkit.data import loaders
 from kdkit.engine import build_accelerator
 from kdkit.factory import ModelFactory
 
@@ -56,7 +57,7 @@ def engine(loss: str, size: str) -> tuple[Callable[[], None], Batch, nn.Module, 
         loaded = recipe.load(path)
     accelerator = build_accelerator(loaded.spec.train)
     source = loaded.plugins.datasets["synthetic"](loaded.spec.data.dataset)
-    prepared = data.prepare(loaded.spec.data, source, seed=0, device=accelerator.device)
+    prepared = loaders.prepare(loaded.spec.data, source, seed=0, device=accelerator.device)
     factory = ModelFactory(loaded, prepared.info, {}, device=accelerator.device)
     stage = next(iter(loaded.plugins.schedules["offline"](loaded.spec.schedule).stages(factory)))
     trainer = runs.build_trainer(loaded, prepared, factory, accelerator, 0, stage)

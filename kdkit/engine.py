@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kdkit.contracts.records import Batch
 from kdkit.contracts.schedule import Stage
-from kdkit.data import TrainLoader
+from kdkit.data.loaders import TrainLoader
 from kdkit.devices import chosen, trains_on_cpu
 from kdkit.errors import RunError
 from kdkit.objective import Objective, Value, sum_of

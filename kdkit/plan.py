@@ -16,7 +16,6 @@ from accelerate.utils import LoggerType
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdkit import data
 from kdkit.cache import planning as cache_plan
 from kdkit.contracts.dataset_source import DataInfo, DatasetSource, Stream
 from kdkit.contracts.inputs import is_text, kind_of, random_inputs
@@ -24,11 +23,13 @@ from kdkit.contracts.loss import Context
 from kdkit.contracts.model_source import AnswersOptions, Meaning, ModelOptions, TeacherOptions
 from kdkit.contracts.records import Batch, Inputs
 from kdkit.contracts.schedule import Lesson, Schedule, Stage
+from kdkit.data import loaders
+from kdkit.data.labels import CALLED, NO_LABELS, class_indices, split
+from kdkit.data.subsets import images_per_epoch, samples
 from kdkit.describe import ModelPlan, Plan, StagePlan, adapters, formula
 from kdkit.devices import LEAST_CHANNELS, chosen, trains_on_cpu, unsafe_convolution
 from kdkit.errors import DataError, KdkitError, ModelError, RecipeError, RunError, ShapeError, TapError, suggest
 from kdkit.factory import ModelFactory, TrainedTeacher
-from kdkit.labels import CALLED, NO_LABELS, class_indices, split
 from kdkit.meaning import meaning_of, other_class_names, refuse_other_meaning
 from kdkit.objective import Objective, build
 from kdkit.optim import build_optimizer
@@ -37,7 +38,6 @@ from kdkit.reach import names_of, reached
 from kdkit.recipe import Recipe, fetching, models_in, teacher_recipes
 from kdkit.stand_ins import batch_of, labels_of, on_random_numbers, shapes_of
 from kdkit.step_cost import step_cost
-from kdkit.subsets import images_per_epoch, samples
 from kdkit.tapping import TappedModel
 from kdkit.trainable import freeze_all_but
 
@@ -75,7 +75,7 @@ class _Planner:
             if info.num_classes < 2:
                 raise DataError(f"says {info.num_classes} class: there must be two to tell apart")
             with self._problems_at("data"):
-                info = replace(info, image_shape=data.image_shape(spec.data, info))
+                info = replace(info, image_shape=loaders.image_shape(spec.data, info))
                 num_train = samples(spec.data, info.num_train)
                 if num_train < spec.data.batch_size:
                     raise self.recipe.error(["data", "batch_size"], f"{spec.data.batch_size} is more than the {num_train} training images")

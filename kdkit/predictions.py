@@ -11,10 +11,10 @@ import torch
 
 from kdkit import spreadsheets
 from kdkit.contracts.inputs import is_text
+from kdkit.data.images import Finish, ReadImages
+from kdkit.data.transforms import for_measuring
 from kdkit.errors import DataError
-from kdkit.images import Finish, ReadImages
 from kdkit.trained import TrainedRun
-from kdkit.transforms import for_measuring
 
 COLUMNS = ("file", "class", "probability")
 

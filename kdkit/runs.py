@@ -13,12 +13,14 @@ from typing import Self, cast
 import torch
 from accelerate import Accelerator
 
-from kdkit import data, plan
+from kdkit import plan
 from kdkit.agreement import agreed
 from kdkit.cache import opening as cache_opening
 from kdkit.cache.given import GivenAnswers
 from kdkit.cache.teacher import TeacherCache
 from kdkit.contracts.dataset_source import DataInfo
+from kdkit.data import loaders
+from kdkit.data.mixing import MixedLoader
 from kdkit.deployment import rebuilt, unreadable
 from kdkit.engine import build_accelerator
 from kdkit.errors import BusyError, DataError, RunError
@@ -26,7 +28,6 @@ from kdkit.evaluate import metrics, predict_together
 from kdkit.factory import ModelFactory, TrainedTeacher, options_of
 from kdkit.given_answers import looks_like
 from kdkit.launching import is_first, of_launch
-from kdkit.mixing import MixedLoader
 from kdkit.progress import Reporter, Seldom
 from kdkit.randomness import reseed
 from kdkit.recipe import Recipe, teacher_recipes
@@ -184,7 +185,7 @@ def folder_for(recipe: Recipe, base: Path, name: str, taken: Path | None = None)
     return named if free or RunFolder(named).holds(recipe) else base / f"{name}-{recipe.fingerprint[:8]}"
 
 
-def open_data(recipe: Recipe, accelerator: Accelerator, sharing: Sharing | None = None) -> data.Data:
+def open_data(recipe: Recipe, accelerator: Accelerator, sharing: Sharing | None = None) -> loaders.Data:
     """The recipe's data, this process's share of it, mixed as it wants; those that are shared, where there are any."""
     opened = sharing.data if sharing else read_data(recipe, accelerator)
     if (spec := recipe.spec.train.mixup) is None:
@@ -196,7 +197,9 @@ def open_data(recipe: Recipe, accelerator: Accelerator, sharing: Sharing | None 
 
 
 @contextlib.contextmanager
-def _keeping(recipe: Recipe, factory: ModelFactory, opened: data.Data, sharing: Sharing | None, reporter: Reporter) -> Iterator[data.Data]:
+def _keeping(
+    recipe: Recipe, factory: ModelFactory, opened: loaders.Data, sharing: Sharing | None, reporter: Reporter
+) -> Iterator[loaders.Data]:
     """The data as teachers know them that keep their answers."""
     if sharing is None:
         with cache_opening.answering(recipe, factory.teachers(), opened, reporter.warn) as known:
@@ -210,14 +213,14 @@ def _keeping(recipe: Recipe, factory: ModelFactory, opened: data.Data, sharing: 
     yield opened if train is None else replace(opened, train=train)
 
 
-def read_data(recipe: Recipe, accelerator: Accelerator) -> data.Data:
+def read_data(recipe: Recipe, accelerator: Accelerator) -> loaders.Data:
     """The recipe's data as they are."""
     spec = recipe.spec
     source = recipe.plugins.datasets[spec.data.dataset.use](spec.data.dataset)
     rank, world = accelerator.process_index, accelerator.num_processes
     try:
         with accelerator.local_main_process_first():  # it may have to download
-            return data.prepare(spec.data, source, seed=spec.seed, device=accelerator.device, rank=rank, world=world)
+            return loaders.prepare(spec.data, source, seed=spec.seed, device=accelerator.device, rank=rank, world=world)
     except DataError as error:
         raise recipe.error(["data"], str(error)) from error
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from kdkit.data import Data
+from kdkit.data.loaders import Data
 from kdkit.evaluate import Predictions
 from kdkit.factory import ModelFactory
 from kdkit.progress import Reporter

@@ -16,7 +16,7 @@ from kdkit.cache.given import GivenAnswers
 from kdkit.cache.teacher import TeacherCache
 from kdkit.contracts.records import Batch, Inputs, Outputs, tensors
 from kdkit.contracts.schedule import Arrange
-from kdkit.data import Data, EvalLoader, TrainLoader
+from kdkit.data.loaders import Data, EvalLoader, TrainLoader
 from kdkit.errors import RunError
 from kdkit.evaluate import Predictions, predict_together
 from kdkit.observation import version

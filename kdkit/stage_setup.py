@@ -8,9 +8,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from kdkit import data, objective
+from kdkit import objective
 from kdkit.contracts.loss import Context, Loss
 from kdkit.contracts.schedule import Model, Stage
+from kdkit.data import loaders
 from kdkit.engine import Trainer, batches
 from kdkit.errors import RunError
 from kdkit.factory import ModelFactory
@@ -22,7 +23,7 @@ Carried = dict[tuple[Model, int], dict[str, Loss]]  # of each student (and lesso
 
 
 def build_trainer(
-    recipe: Recipe, prepared: data.Data, factory: ModelFactory, accelerator: Accelerator, number: int, stage: Stage,
+    recipe: Recipe, prepared: loaders.Data, factory: ModelFactory, accelerator: Accelerator, number: int, stage: Stage,
     carried: Carried | None = None,
 ) -> Trainer:  # fmt: skip
     """The trainer of the schedule's stage `number`, its losses set up by a probe batch.
@@ -79,7 +80,7 @@ def _refuse_together(recipe: Recipe, stage: Stage) -> None:
         raise RunError(f"stage '{stage.name}' trains apart, so it can only leave the first process's student")
 
 
-def _labels_by_index(loader: data.TrainLoader) -> Tensor:
+def _labels_by_index(loader: loaders.TrainLoader) -> Tensor:
     """Class by `Batch.index`, which counts images that are not trained on too: those have -1. Empty for a stream."""
     if not len(loader.indices):
         return loader.labels.cpu()

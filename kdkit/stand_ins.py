@@ -10,7 +10,7 @@ from kdkit.contracts.dataset_source import DataInfo
 from kdkit.contracts.inputs import first_tensor, is_text, random_inputs, rows
 from kdkit.contracts.records import Batch, Inputs, Outputs, tensors
 from kdkit.contracts.schedule import Lesson
-from kdkit.labels import NO_LABELS
+from kdkit.data.labels import NO_LABELS
 
 
 def batch_of(images: Inputs, info: DataInfo, views: int, count: int) -> Batch:

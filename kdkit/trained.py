@@ -13,10 +13,11 @@ import torch
 from pydantic import ValidationError
 from typing_extensions import TypedDict
 
-from kdkit import data, files
+from kdkit import files
 from kdkit.contracts.dataset_source import DataInfo, DatasetSource
 from kdkit.contracts.inputs import Shape
 from kdkit.contracts.model_source import ModelOptions, ModelSource, RecipeTeacher
+from kdkit.data import loaders
 from kdkit.deployment import deployed, deploying, rebuilt
 from kdkit.devices import is_channels_last
 from kdkit.errors import ModelError, RecipeError, RunError
@@ -127,12 +128,12 @@ class TrainedRun:
         """
         return [RunFolder(one.file.parent) for one in self._taught_by().values() if one.file]
 
-    def data(self, *, device: torch.device | None = None) -> data.Data:
+    def data(self, *, device: torch.device | None = None) -> loaders.Data:
         """The data, as one process sees it. Nothing is fetched unless an override asks for it: `data.dataset.download=true`."""
         spec, source = self.recipe.spec, self._dataset()
         if self._fetch:
             fetching.fetch(self.recipe, source, lambda text: print(text, file=sys.stderr))
-        return data.prepare(spec.data, source, seed=spec.seed, device=device or torch.device("cpu"))
+        return loaders.prepare(spec.data, source, seed=spec.seed, device=device or torch.device("cpu"))
 
     def _dataset(self) -> DatasetSource:
         entry = self.recipe.spec.data.dataset

@@ -41,12 +41,12 @@ def refused(folder, base=FILE, **changes):
 
 def answers_of(folder, teacher):
     """What the teacher of a recipe says of all training images."""
-    from kdkit import data
+    from kdkit.data import loaders
     from kdkit.factory import ModelFactory
 
     read = recipe.load(write(folder, {**BASE, "teacher": teacher}))
     source = read.plugins.datasets["synthetic"](read.spec.data.dataset)
-    opened = data.prepare(read.spec.data, source, seed=0, device=torch.device("cpu"))
+    opened = loaders.prepare(read.spec.data, source, seed=0, device=torch.device("cpu"))
     network = ModelFactory(read, opened.info, {}, device=torch.device("cpu")).teacher()
     rows = torch.empty(48, 6)
     for batch in opened.train.epoch(0):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdkit import augment
+from kdkit.data import augment
 
 NUMBERS = st.integers(0, 2**63 - 1)
 

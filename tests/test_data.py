@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from kdkit.augment import crop_flip, draw_crop_flip
 from kdkit.contracts.dataset_source import DataInfo, DatasetSource, InMemory
-from kdkit.data import Data, prepare
+from kdkit.data.augment import crop_flip, draw_crop_flip
+from kdkit.data.loaders import Data, prepare
+from kdkit.data.subsets import choose, stratified_order
 from kdkit.errors import DataError
 from kdkit.recipe.sections import BatchAugment, DataSpec, TimmAugment
-from kdkit.subsets import choose, stratified_order
 
 CPU = torch.device("cpu")
 SIZE, CLASSES = 12, 4
@@ -432,7 +432,7 @@ def test_erased_rectangles_hold_noise_inside_the_unit_interval():
 
 
 def test_importing_the_loaders_does_not_load_what_only_some_need():
-    code = "import sys, kdkit.data; print(*[m for m in ('timm', 'torchvision', 'PIL', 'sklearn') if m in sys.modules])"
+    code = "import sys, kdkit.data.loaders; print(*[m for m in ('timm', 'torchvision', 'PIL', 'sklearn') if m in sys.modules])"
     env = {**os.environ, "PYTHONWARNINGS": "ignore"}
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout.strip() == ""
 

@@ -7,8 +7,8 @@ from training import PLAIN, merged, train, write
 import kdkit
 from kdkit import plan
 from kdkit import recipe as recipes
+from kdkit.data.labels import class_index, class_indices
 from kdkit.errors import DataError
-from kdkit.labels import class_index, class_indices
 
 DATASET = '''
 import torch

@@ -65,16 +65,17 @@ ORDER = """
     inheritance
     folding
     listing
-    augment
+    data.__init__
+    data.augment
     signals
-    subsets
-    transforms
-    images
-    texts
-    labels
-    stream
-    data
-    mixing
+    data.subsets
+    data.transforms
+    data.images
+    data.texts
+    data.labels
+    data.streams
+    data.loaders
+    data.mixing
     objective
     reach
     meter

@@ -7,7 +7,8 @@ import torch
 from training import PLAIN, Command, assert_same_run, lines, merged, write
 
 import kdkit
-from kdkit import images, lockstep, progress, recipe, runs, tapping
+from kdkit import lockstep, progress, recipe, runs, tapping
+from kdkit.data import images
 from kdkit.lockstep import Job, train_together
 
 TAPS = {"layers": [{"student": "stage3", "teacher": "stage3"}]}

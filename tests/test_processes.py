@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from training import PLAIN, Command, lines, metrics, start, together, write
 
-from kdkit import images, launching
+from kdkit import launching
+from kdkit.data import images
 from kdkit.errors import DataError, RecipeError
 
 SUPERVISED = {**PLAIN, "teacher": None, "schedule": {"use": "supervised"}, "losses": [{"use": "cross_entropy"}]}

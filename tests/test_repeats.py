@@ -5,9 +5,10 @@ import torch
 from test_data import CROPS, KINDS, POLICY, Held, data, every_kind, same
 from training import PLAIN, Command, together, weights, write
 
-from kdkit import augment, plan, recipe
-from kdkit.augment import draw_crop_flip, permutation
-from kdkit.data import MOST_VIEWS
+from kdkit import plan, recipe
+from kdkit.data import augment
+from kdkit.data.augment import draw_crop_flip, permutation
+from kdkit.data.loaders import MOST_VIEWS
 from kdkit.engine import MOST_EPOCHS
 from kdkit.errors import DataError, RecipeError
 from kdkit.recipe.sections import DataSpec

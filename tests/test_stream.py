@@ -7,7 +7,7 @@ from PIL import Image
 from test_data import CPU, CROPS, spec
 
 from kdkit.contracts.dataset_source import DataInfo, DatasetSource, SharedStream, Stream
-from kdkit.data import prepare
+from kdkit.data.loaders import prepare
 from kdkit.errors import DataError
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from training import PATIENCE, PLAIN, PROCESSES, Command, merged, write
 
-from kdkit import augment, plan, recipe, runs
+from kdkit import plan, recipe, runs
 from kdkit.cache import store as answer_store
 from kdkit.cache.filling import fill
 from kdkit.cache.folder import clear, stores
@@ -19,6 +19,7 @@ from kdkit.cache.kept import KeptAnswers, Slots
 from kdkit.cache.opening import answering, open_cache
 from kdkit.contracts.model_source import CacheOptions
 from kdkit.contracts.records import Outputs
+from kdkit.data import augment
 from kdkit.engine import build_accelerator
 from kdkit.errors import RecipeError, RunError
 from kdkit.factory import ModelFactory

@@ -17,7 +17,7 @@ from kdkit import cli, plan
 from kdkit import recipe as recipes
 from kdkit.contracts.dataset_source import DataInfo, Texts
 from kdkit.contracts.records import Outputs
-from kdkit.data import prepare
+from kdkit.data.loaders import prepare
 from kdkit.errors import DataError, RecipeError
 from kdkit.export import export
 from kdkit.recipe.sections import DataSpec

@@ -11,15 +11,16 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from kdkit import data, plan, runs
-from kdkit.augment import crop_flip
+from kdkit import plan, runs
 from kdkit.cache.folder import Found, look
 from kdkit.cache.kept import Slots
 from kdkit.cache.opening import open_cache, wanted
 from kdkit.cache.store import gigabytes
 from kdkit.cache.teacher import Forward, TeacherCache
 from kdkit.contracts.records import Inputs
-from kdkit.data import TrainLoader
+from kdkit.data import loaders
+from kdkit.data.augment import crop_flip
+from kdkit.data.loaders import TrainLoader
 from kdkit.engine import build_accelerator
 from kdkit.factory import ModelFactory
 from kdkit.progress import Reporter
@@ -49,7 +50,7 @@ def fill(recipe: Recipe, *, quiet: bool = False) -> list[Found]:
     exact = Slots.of(next(iter(options.values())), spec.data, spec.seed).exact
     plain = {"augment": None} if exact else {}  # its outcomes are gone through in turn
     source = recipe.plugins.datasets[spec.data.dataset.use](spec.data.dataset)
-    prepared = data.prepare(spec.data.model_copy(update={"drop_last": False, **plain}), source, seed=spec.seed, device=device)
+    prepared = loaders.prepare(spec.data.model_copy(update={"drop_last": False, **plain}), source, seed=spec.seed, device=device)
     factory = ModelFactory(recipe, prepared.info, trained, device=device)
     filled = []
     for name in options:

@@ -14,7 +14,7 @@ from kdkit.contracts.inputs import first_tensor
 from kdkit.contracts.model_source import AnswersOptions, KnownAnswers
 from kdkit.contracts.records import Batch, Inputs, Outputs
 from kdkit.contracts.schedule import Arrange
-from kdkit.data import TrainLoader
+from kdkit.data.loaders import TrainLoader
 from kdkit.errors import ModelError, RunError
 from kdkit.recipe import Recipe
 from kdkit.recipe.types import source_of

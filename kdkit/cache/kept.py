@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdkit.augment import crop_flip_count, draw_crop_flip
 from kdkit.cache.store import Column
 from kdkit.contracts.model_source import CacheOptions
 from kdkit.contracts.records import Outputs
+from kdkit.data.augment import crop_flip_count, draw_crop_flip
 from kdkit.errors import RunError
 from kdkit.recipe.sections import DataSpec
 from kdkit.tapping import FeaturesOnly

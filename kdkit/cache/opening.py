@@ -22,7 +22,7 @@ from kdkit.contracts.dataset_source import DataInfo, InMemory, Split, Stream, Te
 from kdkit.contracts.inputs import random_inputs
 from kdkit.contracts.model_source import CacheOptions, RecipeTeacher, TeacherOptions
 from kdkit.contracts.records import Outputs, tensors
-from kdkit.data import Data, TrainLoader
+from kdkit.data.loaders import Data, TrainLoader
 from kdkit.errors import RecipeError, RunError
 from kdkit.recipe import Recipe
 from kdkit.tapping import TappedModel

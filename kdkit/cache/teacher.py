@@ -16,7 +16,7 @@ from kdkit.cache.store import AnswerStore
 from kdkit.contracts.inputs import first_tensor
 from kdkit.contracts.records import Batch, Inputs, Outputs
 from kdkit.contracts.schedule import Arrange
-from kdkit.data import TrainLoader
+from kdkit.data.loaders import TrainLoader
 from kdkit.errors import RunError
 from kdkit.finite import FiniteAnswers
 

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from kdkit import plan
+from kdkit.data.subsets import images_per_epoch, samples
 from kdkit.errors import KdkitError, RecipeError
 from kdkit.recipe import Recipe
 from kdkit.recipe.fairness import advice
 from kdkit.recipe.sections import DataSpec
 from kdkit.run_folder import RunFolder
 from kdkit.study.findings import Length
-from kdkit.subsets import images_per_epoch, samples
 from kdkit.trained import TrainedRun
 
 STEPS = "steps"  # among the keys that `allow` names, lets variants train longer than the baseline

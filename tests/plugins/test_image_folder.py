@@ -18,7 +18,7 @@ from kdkit_plugins.datasets.image_folder import ImageFolder, ImageFolderOptions
 from PIL import Image
 
 from kdkit import plan, recipe
-from kdkit.data import prepare
+from kdkit.data.loaders import prepare
 from kdkit.errors import DataError, RecipeError
 from kdkit.recipe.sections import DataSpec, TimmAugment
 from tests.training import PLAIN

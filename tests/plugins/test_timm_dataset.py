@@ -14,7 +14,7 @@ from kdkit_plugins.datasets.timm import Timm, TimmOptions
 from PIL import Image
 from training import lines, together, weights, write
 
-from kdkit.data import prepare
+from kdkit.data.loaders import prepare
 from kdkit.errors import DataError
 from kdkit.recipe.sections import BatchAugment, DataSpec
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from kdkit.contracts.dataset_source import Texts
 from kdkit.contracts.records import MASK, Batch
-from kdkit.images import View
+from kdkit.data.images import View
 
 
 class HeldTexts:
-    """Texts whose token ids lie one after the other in one tensor on the device; see `kdkit.images.Images`."""
+    """Texts whose token ids lie one after the other in one tensor on the device; see `kdkit.data.images.Images`."""
 
     def __init__(self, part: Texts, labels: Tensor, indices: Tensor, device: torch.device) -> None:
         self.labels, self.indices = labels[indices], indices

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdkit.augment import sample_seed
 from kdkit.contracts.inputs import Shape
+from kdkit.data.augment import sample_seed
 from kdkit.errors import DataError
 from kdkit.recipe.sections import DataSpec, TimmAugment
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdkit.contracts.records import Batch
 from kdkit.contracts.schedule import Arrange
-from kdkit.data import TrainLoader
+from kdkit.data.loaders import TrainLoader
 from kdkit.errors import RunError
 from kdkit.randomness import seeded
 from kdkit.recipe.sections import MixupSpec

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from kdkit.augment import sample_seed, subseed
 from kdkit.contracts.dataset_source import SharedStream, Stream
 from kdkit.contracts.records import Batch
 from kdkit.contracts.schedule import Arrange
+from kdkit.data.augment import sample_seed, subseed
+from kdkit.data.images import Broken, Finish, intact, loaded, stack
+from kdkit.data.labels import class_index, class_indices
+from kdkit.data.transforms import Transform
 from kdkit.errors import DataError
-from kdkit.images import Broken, Finish, intact, loaded, stack
-from kdkit.labels import class_index, class_indices
 from kdkit.recipe.sections import DataSpec
 from kdkit.signals import leave_to_parent
-from kdkit.transforms import Transform
 
 Sample = tuple[Tensor | Broken, int, int]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdkit.augment import bits, subseed
+from kdkit.data.augment import bits, subseed
 from kdkit.errors import DataError
 from kdkit.recipe.sections import DataSpec
 

@@ -13,20 +13,20 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kdkit import stream
-from kdkit.augment import permutation, subseed
 from kdkit.contracts.dataset_source import DataInfo, DatasetSource, InMemory, Split, Stream, Texts
 from kdkit.contracts.inputs import Shape, is_text
 from kdkit.contracts.options import SIDE
 from kdkit.contracts.records import Batch
 from kdkit.contracts.schedule import Arrange
+from kdkit.data import streams
+from kdkit.data.augment import permutation, subseed
+from kdkit.data.images import Finish, HeldImages, Images, Pictures, ReadImages, View
+from kdkit.data.labels import class_indices, split
+from kdkit.data.subsets import choose
+from kdkit.data.texts import HeldTexts
+from kdkit.data.transforms import Transform, for_measuring, for_training, resized
 from kdkit.errors import DataError
-from kdkit.images import Finish, HeldImages, Images, Pictures, ReadImages, View
-from kdkit.labels import class_indices, split
 from kdkit.recipe.sections import DataSpec
-from kdkit.subsets import choose
-from kdkit.texts import HeldTexts
-from kdkit.transforms import Transform, for_measuring, for_training, resized
 
 MOST_VIEWS = 1 << 40
 """The copies of a repeated image are views from multiples of this on: beyond those that a stage's further views have."""
@@ -243,11 +243,11 @@ class _Builder:
     def train(self, part: Split | InMemory | Texts | Stream) -> tuple[TrainLoader, EvalLoader | None]:
         finish = Finish(self.spec.augment, self.seed, self.device)
         if isinstance(part, Stream):
-            stream.refuse(self.spec, part, self.world)
+            streams.refuse(self.spec, part, self.world)
             self._refuse_large_batch(len(part))
             transform = for_training(self.spec, self.info.image_shape, self.seed)
             reader = self._reader(part, self.spec.batch_size // self.world, finish, transform)
-            return stream.StreamTrainLoader(reader, self.seed, self.spec.drop_last), None
+            return streams.StreamTrainLoader(reader, self.seed, self.spec.drop_last), None
         labels = self._labels(part, "training")
         chosen, aside = choose(self.spec, labels.clamp(min=0))
         self._refuse_large_batch(len(chosen))
@@ -257,14 +257,14 @@ class _Builder:
 
     def test(self, part: Split | InMemory | Texts | Stream) -> EvalLoader:
         if isinstance(part, Stream):
-            stream.refuse_processes(part, self.world)
+            streams.refuse_processes(part, self.world)
             transform = for_measuring(self.spec, self.info.image_shape)
-            return stream.StreamEvalLoader(self._reader(part, self.spec.eval_batch_size, Finish(None, self.seed, self.device), transform))
+            return streams.StreamEvalLoader(self._reader(part, self.spec.eval_batch_size, Finish(None, self.seed, self.device), transform))
         labels = self._labels(part, "test")
         return self._ordered(part, labels, torch.arange(len(labels)))
 
-    def _reader(self, part: Stream, batch_size: int, finish: Finish, transform: Transform) -> stream.StreamReader:
-        return stream.StreamReader(
+    def _reader(self, part: Stream, batch_size: int, finish: Finish, transform: Transform) -> streams.StreamReader:
+        return streams.StreamReader(
             part, batch_size, self.spec.workers, finish, transform, self.info.num_classes, rank=self.rank, world=self.world
         )
 

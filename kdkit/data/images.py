@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from kdkit.augment import crop_flip, draw_crop_flip
 from kdkit.contracts.dataset_source import InMemory, Split
 from kdkit.contracts.records import Batch
+from kdkit.data.augment import crop_flip, draw_crop_flip
+from kdkit.data.transforms import MODES, Transform
 from kdkit.errors import DataError
 from kdkit.launching import WORKER_ENDED, told_of_another
 from kdkit.recipe.sections import BatchAugment
 from kdkit.signals import leave_to_parent
-from kdkit.transforms import MODES, Transform
 
 View = int | Tensor
 """Which augmentation images show: a number for all of them, or one for each, (B,) int64."""
