@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from kdkit.data import loaders
 from kdkit.data.loaders import TrainLoader
-from kdkit.normalization import NormalizationAdapter
+from kdkit.models.normalization import NormalizationAdapter
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 

@@ -21,9 +21,9 @@ from kdkit import recipe, runs
 from kdkit.data.loaders import Data
 from kdkit.engine import Trainer, build_accelerator
 from kdkit.factory import ModelFactory
+from kdkit.models.tapped import TappedModel
 from kdkit.randomness import reseed
 from kdkit.recipe import Recipe
-from kdkit.tapping import TappedModel
 
 
 @dataclass(frozen=True)

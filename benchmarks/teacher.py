@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdkit.tapping import TappedModel
+from kdkit.models.tapped import TappedModel
 
 STAGES = ["layer1", "layer2", "layer3", "layer4"]
 PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from kdkit.api import check as check
     from kdkit.api import compare as compare
     from kdkit.api import train as train
-    from kdkit.backbone import Backbone as Backbone
     from kdkit.contracts.adapters import AnyBatchNorm as AnyBatchNorm
     from kdkit.contracts.adapters import aligned as aligned
     from kdkit.contracts.adapters import frozen_copy as frozen_copy
@@ -83,11 +82,12 @@ if TYPE_CHECKING:
     from kdkit.errors import RunError as RunError
     from kdkit.errors import ShapeError as ShapeError
     from kdkit.errors import TapError as TapError
-    from kdkit.normalization import NormalizationAdapter as NormalizationAdapter
-    from kdkit.tapping import taps as taps
+    from kdkit.models.backbone import Backbone as Backbone
+    from kdkit.models.normalization import NormalizationAdapter as NormalizationAdapter
+    from kdkit.models.tapped import taps as taps
+    from kdkit.models.trunk import Trunk as Trunk
+    from kdkit.models.trunk import channels as channels
     from kdkit.trained import load_student as load_student
-    from kdkit.trunk import Trunk as Trunk
-    from kdkit.trunk import channels as channels
 
 __version__ = "0.1.0"
 
@@ -95,22 +95,22 @@ _HOME = {
     "contracts.records": "Batch Outputs",
     "contracts.features": "as_map as_tokens as_vectors pooled_alike resized",
     "contracts.adapters": "AnyBatchNorm aligned frozen_copy pooled_head standardized",
-    "backbone": "Backbone",
+    "models.backbone": "Backbone",
     "contracts.distributed": "gather",
     "contracts.loss_options": "FeatureOptions LayerPair LossOptions MapOptions RelationOptions ResponseOptions TokenOptions VectorOptions",
     "contracts.loss": "Context Loss",
     "contracts.schedule": "Lesson Model Models Schedule ScheduleOptions Stage by_class see teach turned",
     "contracts.ensembles": "combined ensemble with_logits",
     "contracts.peers": "PeerOptions",
-    "trunk": "Trunk channels",
+    "models.trunk": "Trunk channels",
     "recipe.dependencies": "beside code_digest",
     "errors": "DataError Interrupted KdkitError ModelError PluginError RecipeError RunError ShapeError TapError",
     "contracts.hooks": "hookimpl",
     "contracts.options": "BOOKKEEPING CODE Arguments NetworkArguments Options Ramp Rampable RecipePath",
     "contracts.dataset_source": "DataInfo DatasetOptions DatasetSource InMemory Lacking SharedStream Split Stream Texts",
     "contracts.model_source": "AnswersOptions KnownAnswers Meaning ModelOptions ModelSource Normalize Portable",
-    "normalization": "NormalizationAdapter",
-    "tapping": "taps",
+    "models.normalization": "NormalizationAdapter",
+    "models.tapped": "taps",
     "trained": "load_student",
     "api": "build_loss check compare train",
 }

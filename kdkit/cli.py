@@ -224,9 +224,10 @@ def profile(
     """
     import torch
 
-    from kdkit import cost_table, devices
+    from kdkit import cost_table
     from kdkit import profile as profiling
     from kdkit.contracts.inputs import kind_of
+    from kdkit.models import devices
 
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     where = devices.chosen("cpu" if cpu else device or "auto") or accelerator or torch.device("cpu")

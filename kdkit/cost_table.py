@@ -13,12 +13,12 @@ from rich.text import Text
 
 from kdkit.contracts.inputs import Shape, as_image, is_text, kind_of, parse_shape
 from kdkit.errors import ModelError, RunError
-from kdkit.models import build_model
+from kdkit.models.build import build_model
+from kdkit.models.tapped import TappedModel
 from kdkit.profile import Profile
 from kdkit.recipe import registry
 from kdkit.recipe.explain import explain
 from kdkit.recipe.types import source_of
-from kdkit.tapping import TappedModel
 from kdkit.trained import TrainedRun
 
 DEFAULT_SHAPE: Shape = (3, 224, 224)

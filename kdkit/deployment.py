@@ -15,11 +15,11 @@ from kdkit.contracts.model_source import ModelOptions
 from kdkit.contracts.records import Batch
 from kdkit.errors import KdkitError
 from kdkit.factory import ModelFactory, TrainedTeacher, options_of
-from kdkit.models import build_model, load_checkpoint
+from kdkit.models.build import build_model, load_checkpoint
+from kdkit.models.tapped import TappedModel
 from kdkit.randomness import seeded
 from kdkit.recipe import Recipe
 from kdkit.recipe.types import source_of
-from kdkit.tapping import TappedModel
 
 PROBE = 4  # images, of which a schedule may compare only half
 SAME = 0.01  # of the largest logit: more is another network, not another order of sums

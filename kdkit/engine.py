@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from kdkit.contracts.records import Batch
 from kdkit.contracts.schedule import Stage
 from kdkit.data.loaders import TrainLoader
-from kdkit.devices import chosen, trains_on_cpu
 from kdkit.errors import RunError
+from kdkit.models.devices import chosen, trains_on_cpu
+from kdkit.models.freezing import freeze_all_but, rest
+from kdkit.models.tapped import TappedModel
+from kdkit.models.weight_files import adopt_shapes
 from kdkit.objective import Objective, Value, sum_of
 from kdkit.optim import Updater
 from kdkit.randomness import reseed
 from kdkit.recipe.sections import TrainSpec
-from kdkit.tapping import TappedModel
-from kdkit.trainable import freeze_all_but, rest
-from kdkit.weight_files import adopt_shapes
 
 State = dict[str, Any]
 MOST_EPOCHS = 1 << 20  # an epoch's further views are numbered from multiples of this on, so that none comes twice

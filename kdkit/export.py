@@ -26,10 +26,10 @@ from kdkit.deployment import deploying
 from kdkit.errors import ModelError, RunError
 from kdkit.files import sealed, write_atomically
 from kdkit.finite import to_json
-from kdkit.normalization import NormalizationAdapter
+from kdkit.models.normalization import NormalizationAdapter
+from kdkit.models.tapped import TappedModel
 from kdkit.recipe.types import DEFAULT_SOURCE
 from kdkit.standing import weights
-from kdkit.tapping import TappedModel
 from kdkit.trained import EXPORTED, WEIGHTS, TrainedRun
 
 Format = Literal["timm", "onnx"]

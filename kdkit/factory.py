@@ -22,19 +22,19 @@ from kdkit.contracts.loss import Loss
 from kdkit.contracts.loss_options import LayerPair
 from kdkit.contracts.model_source import FIRST_WEIGHTS, ModelOptions, ModelSource, RecipeTeacher, StudentOptions, TeacherOptions
 from kdkit.contracts.schedule import Model, Stage
-from kdkit.devices import is_channels_last
 from kdkit.errors import CheckpointError, ModelError, RecipeError, RunError, TapError, suggest
-from kdkit.folding import fold_batchnorm, unfoldable
-from kdkit.given_answers import Reading
-from kdkit.inheritance import inherit
-from kdkit.models import build_model, compare_checkpoint, random_weights
+from kdkit.models.build import build_model, compare_checkpoint, random_weights
+from kdkit.models.devices import is_channels_last
+from kdkit.models.folding import fold_batchnorm, unfoldable
+from kdkit.models.given_answers import Reading
+from kdkit.models.inheritance import inherit
+from kdkit.models.tapped import TappedModel
 from kdkit.randomness import seeded
 from kdkit.recipe import Recipe, code_in, content_of, models_in
 from kdkit.recipe.sections import LossEntry
 from kdkit.recipe.types import source_of
 from kdkit.run_folder import Result, RunFolder
 from kdkit.sharing import Sharing
-from kdkit.tapping import TappedModel
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

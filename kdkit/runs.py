@@ -26,8 +26,9 @@ from kdkit.engine import build_accelerator
 from kdkit.errors import BusyError, DataError, RunError
 from kdkit.evaluate import metrics, predict_together
 from kdkit.factory import ModelFactory, TrainedTeacher, options_of
-from kdkit.given_answers import looks_like
 from kdkit.launching import is_first, of_launch
+from kdkit.models.given_answers import looks_like
+from kdkit.models.tapped import TappedModel
 from kdkit.progress import Reporter, Seldom
 from kdkit.randomness import reseed
 from kdkit.recipe import Recipe, teacher_recipes
@@ -38,7 +39,6 @@ from kdkit.signals import StopRequest
 from kdkit.stage_run import StageRun
 from kdkit.stage_setup import Carried, build_trainer
 from kdkit.standing import weights
-from kdkit.tapping import TappedModel
 from kdkit.turns import BEGINNING, Stopwatch, Turns, finish
 
 MUCH = 10  # points of accuracy that a teacher loses on other data without a word

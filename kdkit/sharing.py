@@ -19,8 +19,8 @@ from kdkit.contracts.schedule import Arrange
 from kdkit.data.loaders import Data, EvalLoader, TrainLoader
 from kdkit.errors import RunError
 from kdkit.evaluate import Predictions, predict_together
-from kdkit.observation import version
-from kdkit.tapping import FeaturesOnly, TappedModel
+from kdkit.models.hooks import version
+from kdkit.models.tapped import FeaturesOnly, TappedModel
 from kdkit.turns import Place, Stopwatch
 
 T = TypeVar("T", Batch, Outputs)

@@ -15,9 +15,9 @@ from kdkit.data import loaders
 from kdkit.engine import Trainer, batches
 from kdkit.errors import RunError
 from kdkit.factory import ModelFactory
+from kdkit.models.weight_files import adopt_shapes
 from kdkit.randomness import reseed
 from kdkit.recipe import Recipe
-from kdkit.weight_files import adopt_shapes
 
 Carried = dict[tuple[Model, int], dict[str, Loss]]  # of each student (and lesson beyond the students'), its losses so far by name
 

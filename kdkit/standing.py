@@ -14,8 +14,8 @@ from kdkit.contracts.ensembles import combined
 from kdkit.contracts.schedule import Model
 from kdkit.engine import Trainer
 from kdkit.evaluate import Predictions, metrics, predicting
+from kdkit.models.tapped import TappedModel
 from kdkit.setting import Setting
-from kdkit.tapping import TappedModel
 from kdkit.turns import Turns
 
 Scores = dict[str, dict[str, float]]  # part of the data -> metrics

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kdkit.contracts.records import Batch
 from kdkit.contracts.schedule import Stage
-from kdkit.tapping import TappedModel
+from kdkit.models.tapped import TappedModel
 
 
 @dataclass(frozen=True)

@@ -19,16 +19,16 @@ from kdkit.contracts.inputs import Shape
 from kdkit.contracts.model_source import ModelOptions, ModelSource, RecipeTeacher
 from kdkit.data import loaders
 from kdkit.deployment import deployed, deploying, rebuilt
-from kdkit.devices import is_channels_last
 from kdkit.errors import ModelError, RecipeError, RunError
 from kdkit.evaluate import metrics, predict, predict_together
 from kdkit.factory import ModelFactory, TrainedTeacher, options_of
-from kdkit.models import build_model
+from kdkit.models.build import build_model
+from kdkit.models.devices import is_channels_last
+from kdkit.models.tapped import TappedModel
 from kdkit.recipe import code_in, consent, fetching, registry
 from kdkit.recipe.explain import explain
 from kdkit.recipe.types import source_of
 from kdkit.run_folder import ANEW, RunFolder
-from kdkit.tapping import TappedModel
 
 EXPORTED = "config.json"  # of an exported student; its `kdkit` key says how to build the network
 WEIGHTS = "model.safetensors"

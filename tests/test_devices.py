@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from kdkit import devices, recipe
+from kdkit import recipe
 from kdkit.engine import build_accelerator
 from kdkit.errors import RunError
+from kdkit.models import devices
 
 RECIPE = """\
 name: somewhere

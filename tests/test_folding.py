@@ -7,8 +7,8 @@ import torchvision
 from torch import nn
 
 import kdkit
-from kdkit.folding import fold_batchnorm
-from kdkit.tapping import TappedModel
+from kdkit.models.folding import fold_batchnorm
+from kdkit.models.tapped import TappedModel
 
 
 def settled(module, x):

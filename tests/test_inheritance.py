@@ -9,7 +9,7 @@ from training import PLAIN, TINY, train, weights, write
 import kdkit
 from kdkit import plan, recipe
 from kdkit.errors import ModelError, RecipeError
-from kdkit.inheritance import inherit
+from kdkit.models.inheritance import inherit
 from kdkit.trained import TrainedRun
 
 VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 8, "num_heads": 2, "num_classes": 6}

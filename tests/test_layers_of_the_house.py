@@ -29,7 +29,8 @@ ORDER = """
     contracts.distributed
     contracts.loss_options
     contracts.layers
-    given_answers
+    models.__init__
+    models.given_answers
     contracts.model_source
     contracts.dataset_source
     contracts.loss
@@ -41,7 +42,7 @@ ORDER = """
     recipe.reading
     recipe.yaml_source
     recipe.sections
-    devices
+    models.devices
     recipe.types
     recipe.explain
     recipe.consent
@@ -55,15 +56,15 @@ ORDER = """
     recipe.catalogue
     recipe.__init__
     meaning
-    normalization
-    weight_files
-    observation
-    backbone
-    tapping
-    trunk
-    models
-    inheritance
-    folding
+    models.normalization
+    models.weight_files
+    models.hooks
+    models.backbone
+    models.tapped
+    models.trunk
+    models.build
+    models.inheritance
+    models.folding
     listing
     data.__init__
     data.augment
@@ -80,7 +81,7 @@ ORDER = """
     reach
     meter
     optim
-    trainable
+    models.freezing
     engine
     evaluate
     operations

@@ -7,9 +7,10 @@ import torch
 from training import PLAIN, Command, assert_same_run, lines, merged, write
 
 import kdkit
-from kdkit import lockstep, progress, recipe, runs, tapping
+from kdkit import lockstep, progress, recipe, runs
 from kdkit.data import images
 from kdkit.lockstep import Job, train_together
+from kdkit.models import tapped
 
 TAPS = {"layers": [{"student": "stage3", "teacher": "stage3"}]}
 BASE = merged(
@@ -93,7 +94,7 @@ def count(monkeypatch, owner, name):
 
 def test_batches_are_made_once_and_answered_once(tmp_path, monkeypatch):
     found = jobs(tmp_path, variants={name: VARIANTS[name] for name in ("alone", "response", "feature", "relation", "average")})
-    made, answered = count(monkeypatch, images.Finish, "__call__"), count(monkeypatch, tapping.TappedModel, "forward")
+    made, answered = count(monkeypatch, images.Finish, "__call__"), count(monkeypatch, tapped.TappedModel, "forward")
     train_together(found[:1])
     once = len(made)
     made.clear()
@@ -111,7 +112,7 @@ def test_the_teacher_stops_behind_the_deepest_tap_of_all(tmp_path, monkeypatch):
 
     found = jobs(tmp_path, variants={layer: variant(layer) for layer in ("stage1", "stage2")})
     seen = []
-    plain = tapping.TappedModel.forward
+    plain = tapped.TappedModel.forward
 
     def forward(model, inputs):
         answer = plain(model, inputs)
@@ -119,7 +120,7 @@ def test_the_teacher_stops_behind_the_deepest_tap_of_all(tmp_path, monkeypatch):
             seen.append((type(answer).__name__, set(answer.features)))
         return answer
 
-    monkeypatch.setattr(tapping.TappedModel, "forward", forward)
+    monkeypatch.setattr(tapped.TappedModel, "forward", forward)
     train_together(found)
     assert seen and all(one == ("FeaturesOnly", {"stage1", "stage2"}) for one in seen)
 

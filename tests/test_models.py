@@ -6,8 +6,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import kdkit
-from kdkit.models import build_model, load_checkpoint
-from kdkit.weight_files import read_weights
+from kdkit.models.build import build_model, load_checkpoint
+from kdkit.models.weight_files import read_weights
 
 
 class Grid(nn.Module):

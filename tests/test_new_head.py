@@ -14,7 +14,7 @@ from kdkit import plan, recipe
 from kdkit.contracts.dataset_source import DataInfo
 from kdkit.export import export
 from kdkit.factory import ModelFactory, options_of
-from kdkit.models import build_model
+from kdkit.models.build import build_model
 from kdkit.recipe import registry
 from kdkit.trained import TrainedRun
 

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from torchvision.transforms import Normalize
 
 import kdkit
-from kdkit.normalization import InputAdapter, NormalizationAdapter
+from kdkit.models.normalization import InputAdapter, NormalizationAdapter
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 INCEPTION = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)

@@ -10,8 +10,8 @@ from torch import nn
 
 import kdkit
 from kdkit import cli, cost_table, profile
+from kdkit.models.tapped import TappedModel
 from kdkit.profile import Latency, Profile, measure, measure_together
-from kdkit.tapping import TappedModel
 
 
 def small():

@@ -92,7 +92,7 @@ NARROW = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, 
 @pytest.mark.parametrize("pretrained", [False, True])
 def test_a_folder_with_python_of_its_own_runs_nothing(tmp_path, trap, kind, pretrained):
     pytest.importorskip("transformers")
-    from kdkit.models import build_model
+    from kdkit.models.build import build_model
     from kdkit.recipe import registry
 
     folder = network_folder(tmp_path / "net", trap, model_type=kind, attn_implementation="owner/kernel", **NARROW)
@@ -200,7 +200,7 @@ def test_a_checkpoint_that_is_compressed(tmp_path):
 
 
 def test_a_checkpoint_of_shapes_alone_is_told_when_it_is_read(tmp_path):
-    from kdkit.weight_files import read_weights
+    from kdkit.models.weight_files import read_weights
 
     torch.save({"w": torch.zeros(1, device="meta")}, tmp_path / "w.pth")
     with pytest.raises(KdkitError, match="w.pth: holds no weights"):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import kdkit
-from kdkit.tapping import FeaturesOnly, TappedModel
+from kdkit.models.tapped import FeaturesOnly, TappedModel
 
 X = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

@@ -20,9 +20,9 @@ from kdkit.contracts.records import Outputs
 from kdkit.data.loaders import prepare
 from kdkit.errors import DataError, RecipeError
 from kdkit.export import export
+from kdkit.models.tapped import TappedModel
 from kdkit.recipe.sections import DataSpec
 from kdkit.report import output as report
-from kdkit.tapping import TappedModel
 from kdkit.trained import TrainedRun
 
 CPU = torch.device("cpu")

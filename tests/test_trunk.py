@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import kdkit
-from kdkit.tapping import TappedModel
+from kdkit.models.tapped import TappedModel
 
 FAMILIES = {
     "test_resnet": "stage2",

@@ -19,9 +19,9 @@ from torch import nn
 from kdkit.cache.kept import KeptAnswers, Slots
 from kdkit.contracts.dataset_source import InMemory, Split, Texts
 from kdkit.files import file_digest
+from kdkit.models.tapped import TappedModel
 from kdkit.recipe import Recipe, content_of
 from kdkit.recipe.dependencies import code_digest
-from kdkit.tapping import TappedModel
 
 FORMAT = 2  # of the files and of this key
 LOOKED_AT = 64  # images of those that are read one by one

@@ -16,9 +16,9 @@ from kdkit.contracts.records import Batch, Inputs, Outputs
 from kdkit.contracts.schedule import Arrange
 from kdkit.data.loaders import TrainLoader
 from kdkit.errors import ModelError, RunError
+from kdkit.models.tapped import FeaturesOnly, TappedModel
 from kdkit.recipe import Recipe
 from kdkit.recipe.types import source_of
-from kdkit.tapping import FeaturesOnly, TappedModel
 
 OTHER_IMAGES = "is shown other images than those of the batch (further views, changed ones), to which there are no answers"
 STREAM = "this dataset is read from start to end, so its images have no places that a row could belong to"

@@ -14,8 +14,8 @@ from kdkit.contracts.model_source import CacheOptions
 from kdkit.contracts.records import Outputs
 from kdkit.data.augment import crop_flip_count, draw_crop_flip
 from kdkit.errors import RunError
+from kdkit.models.tapped import FeaturesOnly
 from kdkit.recipe.sections import DataSpec
-from kdkit.tapping import FeaturesOnly
 
 TYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 VALUES, INDICES, REST, LOGITS = "logits.values", "logits.indices", "logits.rest", "logits"  # layers' columns begin with TAP

@@ -24,8 +24,8 @@ from kdkit.contracts.model_source import CacheOptions, RecipeTeacher, TeacherOpt
 from kdkit.contracts.records import Outputs, tensors
 from kdkit.data.loaders import Data, TrainLoader
 from kdkit.errors import RecipeError, RunError
+from kdkit.models.tapped import TappedModel
 from kdkit.recipe import Recipe
-from kdkit.tapping import TappedModel
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DIRECTORY = "teacher-cache"

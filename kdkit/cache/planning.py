@@ -24,9 +24,9 @@ from kdkit.contracts.records import Batch, Inputs, Outputs
 from kdkit.contracts.schedule import Stage
 from kdkit.errors import RecipeError
 from kdkit.factory import ModelFactory
-from kdkit.given_answers import looks_like
+from kdkit.models.given_answers import looks_like
+from kdkit.models.tapped import TappedModel
 from kdkit.recipe import Recipe, models_in
-from kdkit.tapping import TappedModel
 
 Shapes = Mapping[str, tuple[int, ...]]
 

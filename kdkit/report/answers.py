@@ -14,14 +14,14 @@ from torch import Tensor
 from kdkit.contracts.inputs import rows
 from kdkit.contracts.layers import stage_paths
 from kdkit.contracts.records import Batch
-from kdkit.devices import for_reading
 from kdkit.engine import build_accelerator
 from kdkit.errors import KdkitError, RecipeError, TapError
 from kdkit.evaluate import Predictions, predict, predict_together
+from kdkit.models.devices import for_reading
+from kdkit.models.tapped import TappedModel
 from kdkit.recipe.consent import Unasked
 from kdkit.report.cka import LayerSimilarity
 from kdkit.study.findings import Findings, Variant
-from kdkit.tapping import TappedModel
 from kdkit.trained import TrainedRun
 
 SEEDS = 3  # of each variant, the first ones, whose students answer again

@@ -15,13 +15,13 @@ from typing import Any
 from kdkit import profile
 from kdkit.contracts.inputs import Shape
 from kdkit.errors import KdkitError, RunError
+from kdkit.models.tapped import TappedModel
 from kdkit.profile import Profile
 from kdkit.run_folder import Result, RunFolder
 from kdkit.show import brief
 from kdkit.study import intervals
 from kdkit.study.findings import Cost, Findings, Length, Teacher, Variant
 from kdkit.study.lengths import mean_length, of_teachers
-from kdkit.tapping import TappedModel
 from kdkit.trained import TrainedRun
 
 TIMED = 0.5  # seconds for which a network answers single images

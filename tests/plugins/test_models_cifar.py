@@ -12,7 +12,7 @@ from kdkit_plugins.models.cifar import CifarSource
 from torch import nn
 
 import kdkit
-from kdkit.models import build_model
+from kdkit.models.build import build_model
 
 DATA = os.environ.get("KDKIT_DATA")
 WEIGHTS = Path(DATA or "") / "weights"

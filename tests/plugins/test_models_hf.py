@@ -9,8 +9,8 @@ from small_texts import BERT, NARROW
 
 import kdkit
 from kdkit.errors import ModelError
-from kdkit.inheritance import inherit
-from kdkit.models import build_model
+from kdkit.models.build import build_model
+from kdkit.models.inheritance import inherit
 from kdkit.recipe import registry
 from kdkit.recipe.types import source_of
 

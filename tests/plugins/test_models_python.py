@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import kdkit
-from kdkit.models import build_model
+from kdkit.models.build import build_model
 from kdkit.recipe import registry
 
 PYTHON = registry.load().models["python"]

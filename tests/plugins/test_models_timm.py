@@ -4,7 +4,7 @@ import torch
 from safetensors.torch import save_file
 
 import kdkit
-from kdkit.models import build_model
+from kdkit.models.build import build_model
 from kdkit.recipe import registry
 
 TIMM = registry.load().models["timm"]

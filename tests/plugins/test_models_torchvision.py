@@ -3,7 +3,7 @@ import torch
 import torchvision
 
 import kdkit
-from kdkit.models import build_model
+from kdkit.models.build import build_model
 from kdkit.recipe import registry
 
 SOURCE = registry.load().models["torchvision"]

@@ -19,7 +19,7 @@ from kdkit.contracts.inputs import Shape, moved, random_inputs
 from kdkit.contracts.layers import resolve
 from kdkit.contracts.records import Inputs
 from kdkit.errors import ModelError
-from kdkit.tapping import TappedModel
+from kdkit.models.tapped import TappedModel
 
 ModelT = TypeVar("ModelT", TappedModel, nn.Module)
 

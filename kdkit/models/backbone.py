@@ -7,7 +7,7 @@ import copy
 from torch import Tensor, nn
 
 from kdkit.contracts.layers import classifier_path, resolve
-from kdkit.observation import Keep, Store, register
+from kdkit.models.hooks import Keep, Store, register
 
 
 class Backbone(nn.Module):

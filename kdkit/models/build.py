@@ -15,10 +15,10 @@ from kdkit.contracts.layers import classifier_path
 from kdkit.contracts.model_source import ModelOptions, ModelSource, Normalize, TeacherOptions
 from kdkit.errors import CheckpointError, ModelError, TapError
 from kdkit.finite import faulty_weight
-from kdkit.normalization import InputAdapter, NormalizationAdapter
+from kdkit.models.normalization import InputAdapter, NormalizationAdapter
+from kdkit.models.tapped import TappedModel
+from kdkit.models.weight_files import Misfit, Weights, adopt_shapes, fit_weights, read_weights, refuse_other_classes
 from kdkit.randomness import seeded
-from kdkit.tapping import TappedModel
-from kdkit.weight_files import Misfit, Weights, adopt_shapes, fit_weights, read_weights, refuse_other_classes
 
 
 def build_model(
@@ -125,7 +125,7 @@ def load_checkpoint(
     path: Path, module: nn.Module, strip_prefix: str = "", num_classes: int | None = None, rename: Callable[[str], str] | None = None,
     *, new_head: bool = False, teaches: bool = False, own: bool = False, shapes_only: bool = False,
 ) -> tuple[str, ...]:  # fmt: skip
-    """Load a checkpoint's weights into a network; gives what there is to know about them, see `kdkit.weight_files.fit_weights`.
+    """Load a checkpoint's weights into a network; gives what there is to know about them, see `kdkit.models.weight_files.fit_weights`.
 
     Args:
         path: the file.

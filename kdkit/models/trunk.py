@@ -16,7 +16,7 @@ from kdkit.contracts.layers import Layer, output_of, resolve
 from kdkit.contracts.records import Inputs, Outputs
 from kdkit.contracts.schedule import Model
 from kdkit.errors import TapError
-from kdkit.tapping import TappedModel
+from kdkit.models.tapped import TappedModel
 
 PROBE = 3  # images
 

@@ -17,8 +17,8 @@ from kdkit.contracts.layers import Layer, expand, outputs_of, resolve
 from kdkit.contracts.records import MASK, Inputs, Outputs
 from kdkit.errors import ModelError, RunError, TapError
 from kdkit.finite import FiniteAnswers
-from kdkit.observation import Keep, Stop, Store, Watch, observed, overwriter, register, version
-from kdkit.weight_files import adopt_shapes
+from kdkit.models.hooks import Keep, Stop, Store, Watch, observed, overwriter, register, version
+from kdkit.models.weight_files import adopt_shapes
 
 BEFORE = ", or, for the values before it, its input ('...@input')"
 
