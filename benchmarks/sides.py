@@ -19,7 +19,7 @@ from rich.table import Table
 
 from kdkit import recipe, runs
 from kdkit.data.loaders import Data
-from kdkit.engine import Trainer, build_accelerator
+from kdkit.engine.trainer import Trainer, build_accelerator
 from kdkit.factory import ModelFactory
 from kdkit.models.tapped import TappedModel
 from kdkit.randomness import reseed

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from kdkit import recipe, runs
 from kdkit.contracts.records import Batch
 from kdkit.data import loaders
-from kdkit.engine import build_accelerator
+from kdkit.engine.trainer import build_accelerator
 from kdkit.factory import ModelFactory
 
 SIZES = {"small": {"image_size": 16, "batch_size": 16}, "large": {"image_size": 32, "batch_size": 32}}

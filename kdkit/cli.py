@@ -114,7 +114,7 @@ def evaluate(
 ) -> None:
     """Measure a run's student again, beside its teacher."""
     from kdkit import trained
-    from kdkit.engine import build_accelerator
+    from kdkit.engine.trainer import build_accelerator
     from kdkit.recipe.yaml_source import parse_overrides
     from kdkit.show import score_table
 
@@ -138,7 +138,7 @@ def predict(
     """Write the class that a run's student gives each image file, and its probability."""
     from kdkit import predictions, trained
     from kdkit.checkpoints import write_atomically
-    from kdkit.engine import build_accelerator
+    from kdkit.engine.trainer import build_accelerator
 
     opened, files = trained.TrainedRun(run, plugins=absolute(plugins)), predictions.find_images(images)
     device = build_accelerator(opened.recipe.spec.train).device

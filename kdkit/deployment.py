@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from kdkit import objective
 from kdkit.contracts.dataset_source import DataInfo
 from kdkit.contracts.inputs import Shape, random_inputs
 from kdkit.contracts.loss import Context, Loss
 from kdkit.contracts.model_source import ModelOptions
 from kdkit.contracts.records import Batch
+from kdkit.engine import objective
 from kdkit.errors import KdkitError
 from kdkit.factory import ModelFactory, TrainedTeacher, options_of
 from kdkit.models.build import build_model, load_checkpoint

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 
 from kdkit import runs
 from kdkit.contracts.dataset_source import DataInfo
+from kdkit.engine.turns import BEGINNING, Place, Stopwatch, Turns
 from kdkit.errors import Interrupted, KdkitError, RunError
 from kdkit.progress import Seldom
 from kdkit.recipe import Recipe, content_of
@@ -25,7 +26,6 @@ from kdkit.run_folder import Result, RunFolder
 from kdkit.sharing import Sharing
 from kdkit.signals import StopRequest
 from kdkit.spreading import Crew
-from kdkit.turns import BEGINNING, Place, Stopwatch, Turns
 
 FAILURES = (KdkitError, RuntimeError, OSError)  # torch tells that memory is out, and much else, by a RuntimeError
 

@@ -27,16 +27,16 @@ from kdkit.data import loaders
 from kdkit.data.labels import CALLED, NO_LABELS, class_indices, split
 from kdkit.data.subsets import images_per_epoch, samples
 from kdkit.describe import ModelPlan, Plan, StagePlan, adapters, formula
+from kdkit.engine.objective import Objective, build
+from kdkit.engine.optim import build_optimizer
+from kdkit.engine.reach import names_of, reached
 from kdkit.errors import DataError, KdkitError, ModelError, RecipeError, RunError, ShapeError, TapError, suggest
 from kdkit.factory import ModelFactory, TrainedTeacher
 from kdkit.meaning import meaning_of, other_class_names, refuse_other_meaning
 from kdkit.models.devices import LEAST_CHANNELS, chosen, trains_on_cpu, unsafe_convolution
 from kdkit.models.freezing import freeze_all_but
 from kdkit.models.tapped import TappedModel
-from kdkit.objective import Objective, build
-from kdkit.optim import build_optimizer
 from kdkit.randomness import seeded
-from kdkit.reach import names_of, reached
 from kdkit.recipe import Recipe, fetching, models_in, teacher_recipes
 from kdkit.stand_ins import batch_of, labels_of, on_random_numbers, shapes_of
 from kdkit.step_cost import step_cost

@@ -16,8 +16,8 @@ from kdkit.contracts.features import as_vectors, is_padded
 from kdkit.contracts.loss import Context, Loss
 from kdkit.contracts.loss_options import FeatureOptions
 from kdkit.contracts.records import Batch, Outputs
+from kdkit.engine.objective import NoTeacher
 from kdkit.errors import ShapeError
-from kdkit.objective import NoTeacher
 
 Shape = tuple[int, ...]
 Change = Callable[[Tensor], Tensor]

@@ -40,7 +40,7 @@ class Result:
     Attributes:
         folder: the run folder.
         name, seed: the recipe's.
-        test: metrics of the student (`kdkit.evaluate.metrics`): after the last epoch, or of the mean of its best epochs' weights.
+        test: metrics of the student (`kdkit.engine.evaluate.metrics`): after the last epoch, or of the mean of its best epochs' weights.
         validation: likewise on the validation split, if there is one.
         best: of the epoch with the best validation accuracy: `epoch`, `validation` and `test` metrics.
         averaged: the epochs over which `train.average_best` took the mean; none without it.

@@ -22,9 +22,11 @@ from kdkit.contracts.dataset_source import DataInfo
 from kdkit.data import loaders
 from kdkit.data.mixing import MixedLoader
 from kdkit.deployment import rebuilt, unreadable
-from kdkit.engine import build_accelerator
+from kdkit.engine.evaluate import metrics, predict_together
+from kdkit.engine.setup import Carried, build_trainer
+from kdkit.engine.trainer import build_accelerator
+from kdkit.engine.turns import BEGINNING, Stopwatch, Turns, finish
 from kdkit.errors import BusyError, DataError, RunError
-from kdkit.evaluate import metrics, predict_together
 from kdkit.factory import ModelFactory, TrainedTeacher, options_of
 from kdkit.launching import is_first, of_launch
 from kdkit.models.given_answers import looks_like
@@ -37,9 +39,7 @@ from kdkit.setting import Setting
 from kdkit.sharing import Sharing
 from kdkit.signals import StopRequest
 from kdkit.stage_run import StageRun
-from kdkit.stage_setup import Carried, build_trainer
 from kdkit.standing import weights
-from kdkit.turns import BEGINNING, Stopwatch, Turns, finish
 
 MUCH = 10  # points of accuracy that a teacher loses on other data without a word
 

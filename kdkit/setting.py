@@ -8,14 +8,14 @@ from typing import Any
 from accelerate import Accelerator
 
 from kdkit.data.loaders import Data
-from kdkit.evaluate import Predictions
+from kdkit.engine.evaluate import Predictions
+from kdkit.engine.turns import Stopwatch
 from kdkit.factory import ModelFactory
 from kdkit.progress import Reporter
 from kdkit.recipe import Recipe
 from kdkit.run_folder import RunFolder
 from kdkit.sharing import Sharing
 from kdkit.signals import StopRequest
-from kdkit.turns import Stopwatch
 
 
 @dataclass

@@ -17,11 +17,11 @@ from kdkit.cache.teacher import TeacherCache
 from kdkit.contracts.records import Batch, Inputs, Outputs, tensors
 from kdkit.contracts.schedule import Arrange
 from kdkit.data.loaders import Data, EvalLoader, TrainLoader
+from kdkit.engine.evaluate import Predictions, predict_together
+from kdkit.engine.turns import Place, Stopwatch
 from kdkit.errors import RunError
-from kdkit.evaluate import Predictions, predict_together
 from kdkit.models.hooks import version
 from kdkit.models.tapped import FeaturesOnly, TappedModel
-from kdkit.turns import Place, Stopwatch
 
 T = TypeVar("T", Batch, Outputs)
 

@@ -9,12 +9,12 @@ from typing import Any, cast
 import torch
 from accelerate.utils import gather_object, send_to_device
 
-from kdkit.engine import Trainer
+from kdkit.engine.meter import Meter
+from kdkit.engine.trainer import Trainer
+from kdkit.engine.turns import Place, Turns
 from kdkit.errors import Interrupted, RunError
-from kdkit.meter import Meter
 from kdkit.setting import Setting
 from kdkit.standing import Standing
-from kdkit.turns import Place, Turns
 
 STEPS_BETWEEN_QUESTIONS = 10
 

@@ -12,11 +12,11 @@ from safetensors.torch import save
 from kdkit.averaging import BestEpochs
 from kdkit.contracts.ensembles import combined
 from kdkit.contracts.schedule import Model
-from kdkit.engine import Trainer
-from kdkit.evaluate import Predictions, metrics, predicting
+from kdkit.engine.evaluate import Predictions, metrics, predicting
+from kdkit.engine.trainer import Trainer
+from kdkit.engine.turns import Turns
 from kdkit.models.tapped import TappedModel
 from kdkit.setting import Setting
-from kdkit.turns import Turns
 
 Scores = dict[str, dict[str, float]]  # part of the data -> metrics
 

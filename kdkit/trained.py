@@ -19,8 +19,8 @@ from kdkit.contracts.inputs import Shape
 from kdkit.contracts.model_source import ModelOptions, ModelSource, RecipeTeacher
 from kdkit.data import loaders
 from kdkit.deployment import deployed, deploying, rebuilt
+from kdkit.engine.evaluate import metrics, predict, predict_together
 from kdkit.errors import ModelError, RecipeError, RunError
-from kdkit.evaluate import metrics, predict, predict_together
 from kdkit.factory import ModelFactory, TrainedTeacher, options_of
 from kdkit.models.build import build_model
 from kdkit.models.devices import is_channels_last

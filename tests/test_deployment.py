@@ -9,7 +9,7 @@ from training import PLAIN, assert_same_run, merged, train, weights, write
 
 import kdkit
 from kdkit.deployment import deployed, deploying
-from kdkit.evaluate import metrics, predict
+from kdkit.engine.evaluate import metrics, predict
 from kdkit.export import export
 from kdkit.recipe import load
 from kdkit.trained import TrainedRun
@@ -76,7 +76,7 @@ def test_a_stopped_run_goes_on_to_the_same_network(run, tmp_path):
             raise Stop
         return original(self, *args, **named)
 
-    from kdkit.engine import Trainer
+    from kdkit.engine.trainer import Trainer
 
     original = Trainer.optimize
     with pytest.MonkeyPatch.context() as patch:

@@ -10,8 +10,8 @@ from training import PLAIN, metrics, train, weights, write
 
 import kdkit
 from kdkit import recipe, runs
-from kdkit.engine import build_accelerator
-from kdkit.evaluate import predict
+from kdkit.engine.evaluate import predict
+from kdkit.engine.trainer import build_accelerator
 from kdkit.factory import ModelFactory
 from kdkit.randomness import reseed
 

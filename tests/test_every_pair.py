@@ -8,7 +8,7 @@ from training import TINY, train, write
 
 import kdkit
 from kdkit import plan, recipe, runs
-from kdkit.engine import build_accelerator
+from kdkit.engine.trainer import build_accelerator
 from kdkit.factory import ModelFactory
 from kdkit.recipe import registry
 

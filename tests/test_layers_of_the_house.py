@@ -19,7 +19,8 @@ ORDER = """
     randomness
     files
     recipe.dependencies
-    turns
+    engine.__init__
+    engine.turns
     contracts.__init__
     contracts.options
     contracts.features
@@ -77,13 +78,13 @@ ORDER = """
     data.streams
     data.loaders
     data.mixing
-    objective
-    reach
-    meter
-    optim
+    engine.objective
+    engine.reach
+    engine.meter
+    engine.optim
     models.freezing
-    engine
-    evaluate
+    engine.trainer
+    engine.evaluate
     operations
     probes
     testing
@@ -117,7 +118,7 @@ ORDER = """
     profile
     export
     cost_table
-    stage_setup
+    engine.setup
     runs
     cache.filling
     lockstep

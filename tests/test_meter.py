@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from kdkit.engine.meter import Meter
+from kdkit.engine.objective import Value
 from kdkit.errors import RunError
-from kdkit.meter import Meter
-from kdkit.objective import Value
 
 
 def value(samples=4, weight=2.0, **terms):

@@ -9,8 +9,8 @@ from kdkit import recipe
 from kdkit.contracts.loss import Context
 from kdkit.contracts.records import Batch, Outputs
 from kdkit.contracts.schedule import Lesson
+from kdkit.engine.objective import NoTeacher, build, sum_of
 from kdkit.errors import PluginError
-from kdkit.objective import NoTeacher, build, sum_of
 
 BATCH = Batch(torch.rand(5, 3, 8, 8), torch.tensor([0, 1, 2, 3, 4]), torch.arange(5))
 

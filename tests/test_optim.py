@@ -9,8 +9,8 @@ from torch import nn
 from training import train, write
 
 import kdkit
+from kdkit.engine.optim import LrSchedule, build_optimizer
 from kdkit.errors import RunError
-from kdkit.optim import LrSchedule, build_optimizer
 from kdkit.recipe.sections import LrScheduleSpec, TrainSpec
 
 SPE = 5  # steps per epoch

@@ -9,7 +9,7 @@ from kdkit import plan, recipe
 from kdkit.data import augment
 from kdkit.data.augment import draw_crop_flip, permutation
 from kdkit.data.loaders import MOST_VIEWS
-from kdkit.engine import MOST_EPOCHS
+from kdkit.engine.trainer import MOST_EPOCHS
 from kdkit.errors import DataError, RecipeError
 from kdkit.recipe.sections import DataSpec
 

@@ -10,9 +10,10 @@ import torch
 from training import PLAIN, TINY, Command, assert_same_run, lines, merged, metrics, train, weights, write
 
 import kdkit
-from kdkit import recipe, runs, stage_setup
+from kdkit import recipe, runs
 from kdkit.checkpoints import Checkpoints
 from kdkit.contracts.dataset_source import DataInfo
+from kdkit.engine import setup
 from kdkit.run_folder import RunFolder
 
 INFO = DataInfo((1, 8, 8), num_classes=10, num_train=1000, num_test=797)
@@ -312,7 +313,7 @@ def test_stages_that_cannot_be_told_apart_or_learn_nothing_are_refused(tmp_path)
 def test_labels_are_found_by_the_index_of_a_batch(tmp_path):
     loaded = recipe.load(write(tmp_path, data={"train_samples": 24, "validation": 12}))
     prepared = runs.open_data(loaded, runs.build_accelerator(loaded.spec.train))
-    labels = stage_setup._labels_by_index(prepared.train)
+    labels = setup._labels_by_index(prepared.train)
     for batch in prepared.train.epoch(0):
         assert torch.equal(labels[batch.index], batch.labels)
     assert int((labels >= 0).sum()) == 24

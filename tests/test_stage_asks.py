@@ -8,7 +8,7 @@ from training import PLAIN, Command, assert_same_run, lines, metrics, train, wei
 
 import kdkit
 from kdkit import recipe, runs
-from kdkit.engine import batches, build_accelerator
+from kdkit.engine.trainer import batches, build_accelerator
 from kdkit.factory import ModelFactory
 
 ASKING = '''

@@ -126,7 +126,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, whole, number, code, gro
 
 def interrupt_at(monkeypatch, step):
     """Let a signal come once so many steps are done."""
-    from kdkit.engine import Trainer
+    from kdkit.engine.trainer import Trainer
     from kdkit.signals import StopRequest
 
     requests = []
@@ -225,7 +225,7 @@ def test_a_checkpoint_of_something_else_is_one_line(tmp_path):
 def test_warnings_survive_a_stop(tmp_path):
     silent = {"losses": [*PLAIN["losses"], {"use": "logit_mse", "name": "mse"}]}
     with pytest.MonkeyPatch.context() as patch:
-        from kdkit.objective import Objective
+        from kdkit.engine.objective import Objective
 
         forward = Objective.forward
 

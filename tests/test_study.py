@@ -13,8 +13,8 @@ import torch
 import yaml
 
 from kdkit import cli
+from kdkit.engine.evaluate import predict
 from kdkit.errors import Interrupted, RecipeError, RunError
-from kdkit.evaluate import predict
 from kdkit.factory import ModelFactory
 from kdkit.profile import measure
 from kdkit.run_folder import RunFolder

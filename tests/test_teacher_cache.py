@@ -20,7 +20,7 @@ from kdkit.cache.opening import answering, open_cache
 from kdkit.contracts.model_source import CacheOptions
 from kdkit.contracts.records import Outputs
 from kdkit.data import augment
-from kdkit.engine import build_accelerator
+from kdkit.engine.trainer import build_accelerator
 from kdkit.errors import RecipeError, RunError
 from kdkit.factory import ModelFactory
 

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from training import PLAIN, write
 
 import kdkit
-from kdkit import objective, recipe
+from kdkit import recipe
+from kdkit.engine import objective
 from kdkit.factory import ModelFactory
 from kdkit.testing import random_batch, random_outputs
 

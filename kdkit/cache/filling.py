@@ -21,7 +21,7 @@ from kdkit.contracts.records import Inputs
 from kdkit.data import loaders
 from kdkit.data.augment import crop_flip
 from kdkit.data.loaders import TrainLoader
-from kdkit.engine import build_accelerator
+from kdkit.engine.trainer import build_accelerator
 from kdkit.factory import ModelFactory
 from kdkit.progress import Reporter
 from kdkit.recipe import Recipe

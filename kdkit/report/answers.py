@@ -14,9 +14,9 @@ from torch import Tensor
 from kdkit.contracts.inputs import rows
 from kdkit.contracts.layers import stage_paths
 from kdkit.contracts.records import Batch
-from kdkit.engine import build_accelerator
+from kdkit.engine.evaluate import Predictions, predict, predict_together
+from kdkit.engine.trainer import build_accelerator
 from kdkit.errors import KdkitError, RecipeError, TapError
-from kdkit.evaluate import Predictions, predict, predict_together
 from kdkit.models.devices import for_reading
 from kdkit.models.tapped import TappedModel
 from kdkit.recipe.consent import Unasked

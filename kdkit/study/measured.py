@@ -15,9 +15,9 @@ from typing_extensions import TypedDict
 from kdkit import files, profile
 from kdkit import recipe as recipes
 from kdkit.contracts.model_source import ModelOptions, TeacherOptions
-from kdkit.engine import build_accelerator
+from kdkit.engine.evaluate import Predictions, metrics, predict, predict_together
+from kdkit.engine.trainer import build_accelerator
 from kdkit.errors import RunError
-from kdkit.evaluate import Predictions, metrics, predict, predict_together
 from kdkit.finite import Number
 from kdkit.plan import has_random_weights
 from kdkit.recipe import Recipe

@@ -13,11 +13,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from kdkit import runs
-from kdkit.engine import Trainer, build_accelerator
+from kdkit.engine.setup import build_trainer
+from kdkit.engine.trainer import Trainer, build_accelerator
 from kdkit.factory import ModelFactory
 from kdkit.randomness import reseed
 from kdkit.recipe import Recipe
-from kdkit.stage_setup import build_trainer
 
 MEASURED = "kdkit: measured"  # its place in the profiler's record
 

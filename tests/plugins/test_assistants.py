@@ -8,7 +8,7 @@ from training import PLAIN, TINY, Command, assert_same_run, lines, merged, metri
 import kdkit
 from kdkit import recipe, runs
 from kdkit.checkpoints import Checkpoints
-from kdkit.engine import build_accelerator
+from kdkit.engine.trainer import build_accelerator
 from kdkit.factory import ModelFactory
 from kdkit.randomness import reseed
 from kdkit.recipe import registry

@@ -10,7 +10,7 @@ from test_stage_run import interrupt_at
 from training import PLAIN, Command, assert_same_run, metrics, together, train, write
 
 import kdkit
-from kdkit.engine import batches
+from kdkit.engine.trainer import batches
 
 HINT = {"use": "hint", "weight": 0.1, "adapter": "linear", "layers": [{"student": "stage2", "teacher": "stage3"}]}
 RECIPE = {**PLAIN, "teacher": None, "schedule": {"use": "cs_kd"}}

@@ -10,7 +10,7 @@ from test_stage_run import interrupt_at
 from training import PLAIN, Command, assert_same_run, together, train, write
 
 import kdkit
-from kdkit.engine import batches
+from kdkit.engine.trainer import batches
 
 AUGMENT = {"augment": {"crop_padding": 2, "flip": 0.5}}
 RECIPE = {**PLAIN, "teacher": None, "schedule": {"use": "ddgsd"}, "data": {**PLAIN["data"], **AUGMENT}}

@@ -10,7 +10,7 @@ from test_stage_run import interrupt_at
 from training import PLAIN, Command, assert_same_run, metrics, together, train, write
 
 import kdkit
-from kdkit.engine import batches
+from kdkit.engine.trainer import batches
 from kdkit.recipe import registry
 
 PAIR = [{"student": "stage2", "teacher": "stage2"}]

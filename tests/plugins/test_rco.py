@@ -11,7 +11,7 @@ from training import PLAIN, Command, assert_same_run, lines, metrics, together, 
 import kdkit
 from kdkit import recipe, runs
 from kdkit.checkpoints import Checkpoints
-from kdkit.engine import build_accelerator
+from kdkit.engine.trainer import build_accelerator
 from kdkit.factory import ModelFactory
 from kdkit.recipe import registry
 from kdkit.run_folder import RunFolder

@@ -8,11 +8,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from kdkit import objective
 from kdkit.contracts.loss import Context, Loss
 from kdkit.contracts.schedule import Model, Stage
 from kdkit.data import loaders
-from kdkit.engine import Trainer, batches
+from kdkit.engine import objective
+from kdkit.engine.trainer import Trainer, batches
 from kdkit.errors import RunError
 from kdkit.factory import ModelFactory
 from kdkit.models.weight_files import adopt_shapes

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from kdkit.contracts.records import Batch
 from kdkit.contracts.schedule import Stage
 from kdkit.data.loaders import TrainLoader
+from kdkit.engine.objective import Objective, Value, sum_of
+from kdkit.engine.optim import Updater
 from kdkit.errors import RunError
 from kdkit.models.devices import chosen, trains_on_cpu
 from kdkit.models.freezing import freeze_all_but, rest
 from kdkit.models.tapped import TappedModel
 from kdkit.models.weight_files import adopt_shapes
-from kdkit.objective import Objective, Value, sum_of
-from kdkit.optim import Updater
 from kdkit.randomness import reseed
 from kdkit.recipe.sections import TrainSpec
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdkit.engine.objective import Value
 from kdkit.errors import RunError
-from kdkit.objective import Value
 
 Terms = dict[str, float]
 

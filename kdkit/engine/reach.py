@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kdkit.contracts.records import Batch, Outputs, tensors
 from kdkit.contracts.schedule import Lesson
-from kdkit.objective import Objective
+from kdkit.engine.objective import Objective
 
 
 def reached(objective: Objective, lesson: Lesson, pretended: Lesson, batch: Batch) -> set[int]:

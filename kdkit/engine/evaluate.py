@@ -14,9 +14,9 @@ from torch import Tensor
 from kdkit.contracts.ensembles import combined
 from kdkit.contracts.records import Batch
 from kdkit.contracts.schedule import Model
+from kdkit.engine.turns import Turns, finish
 from kdkit.errors import RunError
 from kdkit.finite import LOOK
-from kdkit.turns import Turns, finish
 
 
 @dataclass(frozen=True)

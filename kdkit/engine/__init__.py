@@ -1,0 +1,1 @@
+"""Trains one stage: answers, lessons, objective, step; measures by the task's scores."""
