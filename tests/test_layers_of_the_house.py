@@ -91,7 +91,7 @@ ORDER = """
     checkpoints
     cache.store
     cache.folder
-    cache.kept
+    cache.packing
     cache.fingerprint
     cache.teacher
     cache.given

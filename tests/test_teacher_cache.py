@@ -15,8 +15,8 @@ from kdkit import plan, recipe, runs
 from kdkit.cache import store as answer_store
 from kdkit.cache.filling import fill
 from kdkit.cache.folder import clear, stores
-from kdkit.cache.kept import KeptAnswers, Slots
 from kdkit.cache.opening import answering, open_cache
+from kdkit.cache.packing import KeptAnswers, Slots
 from kdkit.contracts.model_source import CacheOptions
 from kdkit.contracts.records import Outputs
 from kdkit.data import augment

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from kdkit import plan, runs
 from kdkit.cache.folder import Found, look
-from kdkit.cache.kept import Slots
 from kdkit.cache.opening import open_cache, wanted
+from kdkit.cache.packing import Slots
 from kdkit.cache.store import gigabytes
 from kdkit.cache.teacher import Forward, TeacherCache
 from kdkit.contracts.records import Inputs

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from kdkit.cache.kept import KeptAnswers, Slots
+from kdkit.cache.packing import KeptAnswers, Slots
 from kdkit.contracts.dataset_source import InMemory, Split, Texts
 from kdkit.files import file_digest
 from kdkit.models.tapped import TappedModel

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdkit.cache import fingerprint
 from kdkit.cache.given import STREAM, GivenAnswers, has_answers_alone, read_answers
-from kdkit.cache.kept import KeptAnswers, Slots
+from kdkit.cache.packing import KeptAnswers, Slots
 from kdkit.cache.store import SMALLER, AnswerStore, gigabytes
 from kdkit.cache.teacher import TeacherCache, autocast
 from kdkit.contracts.dataset_source import DataInfo, InMemory, Split, Stream, Texts

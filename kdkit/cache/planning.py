@@ -13,8 +13,8 @@ from kdkit.cache import given
 from kdkit.cache.given import STREAM as STREAM
 from kdkit.cache.given import has_answers_alone as has_answers_alone
 from kdkit.cache.given import read_answers as read_answers
-from kdkit.cache.kept import KeptAnswers, Slots
 from kdkit.cache.opening import wanted
+from kdkit.cache.packing import KeptAnswers, Slots
 from kdkit.cache.store import SMALLER, gigabytes
 from kdkit.cache.teacher import OTHER_IMAGES
 from kdkit.contracts.dataset_source import DataInfo

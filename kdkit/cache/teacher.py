@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from kdkit.cache.kept import KeptAnswers, Slots
+from kdkit.cache.packing import KeptAnswers, Slots
 from kdkit.cache.store import AnswerStore
 from kdkit.contracts.inputs import first_tensor
 from kdkit.contracts.records import Batch, Inputs, Outputs
