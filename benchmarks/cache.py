@@ -31,8 +31,8 @@ from kdkit.cache.opening import open_cache
 from kdkit.cache.teacher import TeacherCache
 from kdkit.contracts.records import Inputs, Outputs
 from kdkit.data.loaders import Data
-from kdkit.factory import ModelFactory
 from kdkit.recipe import Recipe
+from kdkit.runs.networks import ModelFactory
 
 KINDS: dict[str, list[dict[str, Any]]] = {
     "logits": [{"use": "logit_kl", "temperature": 4}],

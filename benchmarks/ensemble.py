@@ -13,8 +13,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kdkit import recipe, runs
-from kdkit.run_folder import Result
+from kdkit import recipe
+from kdkit.runs import training
+from kdkit.runs.folder import Result
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes" / "fashion_mnist"
 MEMBERS = range(100, 110)  # seeds, as in ensemble.yaml
@@ -23,7 +24,7 @@ MEMBERS = range(100, 110)  # seeds, as in ensemble.yaml
 def trained(name: str, overrides: Mapping[str, object]) -> Result:
     """What a recipe comes to, from the folder of its run where it was trained already."""
     loaded = recipe.load(RECIPES / name, overrides)
-    return runs.train(loaded, runs.folder_for(loaded, loaded.spec.run.folder, loaded.spec.name), quiet=True)
+    return training.train(loaded, training.folder_for(loaded, loaded.spec.run.folder, loaded.spec.name), quiet=True)
 
 
 def spread(values: Sequence[float]) -> str:

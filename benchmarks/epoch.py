@@ -26,11 +26,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from kdkit.engine.turns import Stopwatch
-from kdkit.progress import Reporter
-from kdkit.run_folder import RunFolder
-from kdkit.setting import Setting
-from kdkit.signals import StopRequest
-from kdkit.stage_run import StageRun
+from kdkit.runs.context import Setting
+from kdkit.runs.folder import RunFolder
+from kdkit.runs.interrupts import StopRequest
+from kdkit.runs.progress import Reporter
+from kdkit.runs.stage import StageRun
 
 PAIRS = {"resnet32x4-resnet8x4": 256, "resnet56-resnet20": 960}  # teacher, student: images of an epoch
 BATCH = 64

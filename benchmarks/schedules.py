@@ -16,8 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdkit import plan, recipe, runs
+from kdkit import recipe
 from kdkit.errors import RecipeError
+from kdkit.runs import checks, training
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes" / "digits"
 ADDED: dict[str, list[dict[str, Any]]] = {
@@ -40,8 +41,8 @@ def accuracies(path: Path, added: Sequence[dict[str, Any]], seeds: int, changes:
     for seed in range(seeds):
         loaded = recipe.load(path, {"losses": losses, "seed": seed, **(changes or {})})
         longer = f"-{loaded.spec.train.epochs}-epochs" if changes else ""
-        folder = runs.folder_for(loaded, loaded.spec.run.folder, f"{loaded.spec.name}-{len(losses)}{longer}-seed{seed}")
-        found.append(runs.train(loaded, folder, quiet=True).test["top1"])
+        folder = training.folder_for(loaded, loaded.spec.run.folder, f"{loaded.spec.name}-{len(losses)}{longer}-seed{seed}")
+        found.append(training.train(loaded, folder, quiet=True).test["top1"])
     return found
 
 
@@ -63,7 +64,7 @@ def spread(values: Sequence[float]) -> str:
 def alone_for(steps: int, seeds: int) -> str:
     """What the student alone reaches with so many optimizer steps, to the next whole epoch."""
     path = RECIPES / "alone.yaml"
-    [stage] = plan.make(recipe.load(path)).stages
+    [stage] = checks.make(recipe.load(path)).stages
     epochs = math.ceil(steps / (stage.steps // stage.epochs))
     return spread(accuracies(path, [], seeds, {"train.epochs": epochs} if epochs != stage.epochs else None))
 
@@ -81,7 +82,7 @@ def main() -> None:
     for path in paths:
         if path.stem == "base" or (chosen.only and path.stem not in chosen.only):
             continue
-        stages = plan.make(recipe.load(path)).stages
+        stages = checks.make(recipe.load(path)).stages
         cost, steps = "; ".join(dict.fromkeys(str(stage.cost) for stage in stages)), sum(stage.steps for stage in stages)
         cells = [cell(path, added, chosen.seeds, notes) for added in ADDED.values()]
         print(f"| {path.stem} | {cost} | {steps} | {alone_for(steps, chosen.seeds)} | {' | '.join(cells)} |", flush=True)

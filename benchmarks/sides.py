@@ -17,13 +17,14 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from kdkit import recipe, runs
+from kdkit import recipe
 from kdkit.data.loaders import Data
 from kdkit.engine.trainer import Trainer, build_accelerator
-from kdkit.factory import ModelFactory
 from kdkit.models.tapped import TappedModel
 from kdkit.randomness import reseed
 from kdkit.recipe import Recipe
+from kdkit.runs import training
+from kdkit.runs.networks import ModelFactory
 
 
 @dataclass(frozen=True)
@@ -149,9 +150,9 @@ def opened(content: Mapping[str, Any], arrange: Callable[[Recipe, Data, ModelFac
     """
     loaded = read(content)
     accelerator = build_accelerator(loaded.spec.train)
-    factory_data = runs.open_data(loaded, accelerator)
+    factory_data = training.open_data(loaded, accelerator)
     factory = ModelFactory(loaded, factory_data.info, {}, device=accelerator.device)
     data = arrange(loaded, factory_data, factory)
     reseed(loaded.spec.seed, "stage", 0)
     stage = next(iter(loaded.plugins.schedules[loaded.spec.schedule.use](loaded.spec.schedule).stages(factory)))
-    return Opened(loaded, runs.build_trainer(loaded, data, factory, accelerator, 0, stage), factory, data)
+    return Opened(loaded, training.build_trainer(loaded, data, factory, accelerator, 0, stage), factory, data)

@@ -22,11 +22,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from kdkit import recipe, runs
+from kdkit import recipe
 from kdkit.contracts.records import Batch
 from kdkit.data import loaders
 from kdkit.engine.trainer import build_accelerator
-from kdkit.factory import ModelFactory
+from kdkit.runs import training
+from kdkit.runs.networks import ModelFactory
 
 SIZES = {"small": {"image_size": 16, "batch_size": 16}, "large": {"image_size": 32, "batch_size": 32}}
 STAGES = ["layer2", "layer3", "layer4"]
@@ -60,10 +61,10 @@ def engine(loss: str, size: str) -> tuple[Callable[[], None], Batch, nn.Module, 
     prepared = loaders.prepare(loaded.spec.data, source, seed=0, device=accelerator.device)
     factory = ModelFactory(loaded, prepared.info, {}, device=accelerator.device)
     stage = next(iter(loaded.plugins.schedules["offline"](loaded.spec.schedule).stages(factory)))
-    trainer = runs.build_trainer(loaded, prepared, factory, accelerator, 0, stage)
+    trainer = training.build_trainer(loaded, prepared, factory, accelerator, 0, stage)
     trainer.learner.train()
     batch = next(iter(prepared.train.epoch(0)))
-    student = runs.ModelFactory(loaded, prepared.info, {}, device=accelerator.device).student().module
+    student = training.ModelFactory(loaded, prepared.info, {}, device=accelerator.device).student().module
     return lambda: void(trainer.optimize([batch])), batch, student, factory.teacher().module
 
 

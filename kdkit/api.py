@@ -8,14 +8,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from kdkit import plan, recipe, runs
+from kdkit import recipe
 from kdkit.contracts.loss import Loss
 from kdkit.contracts.options import Ramp
-from kdkit.describe import Plan
 from kdkit.errors import PluginError, suggest
 from kdkit.recipe import registry
 from kdkit.recipe.explain import explain
-from kdkit.run_folder import Result
+from kdkit.runs import checks, training
+from kdkit.runs.folder import Result
+from kdkit.runs.plan import Plan
 from kdkit.study import comparison, variants
 from kdkit.study.findings import Findings
 
@@ -40,7 +41,7 @@ def train(
         Interrupted: a signal stopped it; it is saved, and a further call goes on.
     """
     found = recipe.load(path, overrides, _paths(plugins))
-    return runs.train(found, Path(folder) if folder else None, restart=restart, quiet=quiet)
+    return training.train(found, Path(folder) if folder else None, restart=restart, quiet=quiet)
 
 
 def check(path: Path | str, *, overrides: Mapping[str, Any] | None = None, plugins: Sequence[Path | str] = ()) -> Plan:
@@ -49,7 +50,7 @@ def check(path: Path | str, *, overrides: Mapping[str, Any] | None = None, plugi
     Raises:
         RecipeError: what cannot work, one problem a line.
     """
-    return plan.make(recipe.load(path, overrides, _paths(plugins)))
+    return checks.make(recipe.load(path, overrides, _paths(plugins)))
 
 
 def compare(

@@ -86,9 +86,9 @@ def train(
     watch(plugins, no_plugins)
     loaded = load(recipe, overrides, plugins)
     start_processes(processes)
-    from kdkit import runs  # after the recipe: a mistake in it is told at once
+    from kdkit.runs import training  # after the recipe: a mistake in it is told at once
 
-    runs.train(loaded, run, restart=restart, quiet=quiet)
+    training.train(loaded, run, restart=restart, quiet=quiet)
 
 
 @app.command()
@@ -96,9 +96,9 @@ def check(recipe: RecipeFile, overrides: Overrides = None, plugins: Plugins = No
     """Say what a recipe would do, without data, weights or training."""
     watch(plugins, no_plugins)
     loaded = load(recipe, overrides, plugins)
-    from kdkit import plan
+    from kdkit.runs import checks
 
-    out.print(str(plan.make(loaded)), markup=False)
+    out.print(str(checks.make(loaded)), markup=False)
 
 
 @app.command()
@@ -137,8 +137,8 @@ def predict(
 ) -> None:
     """Write the class that a run's student gives each image file, and its probability."""
     from kdkit import predictions, trained
-    from kdkit.checkpoints import write_atomically
     from kdkit.engine.trainer import build_accelerator
+    from kdkit.runs.checkpoints import write_atomically
 
     opened, files = trained.TrainedRun(run, plugins=absolute(plugins)), predictions.find_images(images)
     device = build_accelerator(opened.recipe.spec.train).device
@@ -233,7 +233,7 @@ def profile(
     where = devices.chosen("cpu" if cpu else device or "auto") or accelerator or torch.device("cpu")
     with profiling.threads(threads):
         found = cost_table.subjects(models, size, classes, where, absolute(plugins))
-        measured = profiling.measure_together([(s.model, s.shape) for s in found], sorted({1, batch}), runs=runs)
+        measured = profiling.measure_together([(s.model, s.shape) for s in found], sorted({1, batch}), runs=training)
         shapes = " or ".join(dict.fromkeys(f"({', '.join(map(str, s.shape))})" for s in found))
         out.print(f"{kind_of(found[0].shape)} {shapes}, on {where}, {torch.get_num_threads()} threads", markup=False)
     out.print(cost_table.table([s.name for s in found], measured))
@@ -346,7 +346,7 @@ def main() -> None:
 def _tell_others(error: KdkitError) -> None:
     """Before this process leaves: the others of its launch may wait for it."""
     if launching.of_launch()[1] > 1:
-        from kdkit import agreement
+        from kdkit.runs import agreement
 
         agreement.refuse(error)
 

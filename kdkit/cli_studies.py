@@ -126,17 +126,17 @@ def cache(
         raise RecipeError("give --list or --clear, not both")
     watch(plugins, no_plugins=False)
     wanted = None if clear or listed or recipe is None else load(Path(recipe), overrides, plugins)
-    from kdkit.cache import filling  # after the recipe: a mistake in it is told at once
     from kdkit.cache import folder as store_folder
     from kdkit.cache.store import gigabytes
+    from kdkit.runs import fill_caches  # after the recipe: a mistake in it is told at once
 
     if clear:
         for gone in store_folder.clear(folder, recipe):
             out.print(f"removed {gone.path} ({gigabytes(gone.bytes)})", markup=False)
     elif listed:
-        out.print(filling.table([found for found in store_folder.stores(folder) if recipe in (None, found.path.name)]))
+        out.print(fill_caches.table([found for found in store_folder.stores(folder) if recipe in (None, found.path.name)]))
     elif wanted is None:
         raise RecipeError("name a recipe whose teacher caches are to be filled, or give --list or --clear")
     else:
-        for made in filling.fill(wanted, quiet=quiet):
+        for made in fill_caches.fill(wanted, quiet=quiet):
             out.print(f"{made.path}: {made.filled:,} answers, {gigabytes(made.bytes)}", markup=False)

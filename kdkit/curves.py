@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdkit.files import write_atomically
-from kdkit.run_folder import RunFolder
+from kdkit.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -22,14 +22,14 @@ from kdkit.contracts.inputs import TOKENS, is_text, random_inputs
 from kdkit.contracts.layers import outputs_of
 from kdkit.contracts.model_source import FIRST_WEIGHTS, ModelOptions, ModelSource
 from kdkit.contracts.records import MASK
-from kdkit.deployment import deploying
 from kdkit.errors import ModelError, RunError
 from kdkit.files import sealed, write_atomically
 from kdkit.finite import to_json
 from kdkit.models.normalization import NormalizationAdapter
 from kdkit.models.tapped import TappedModel
 from kdkit.recipe.types import DEFAULT_SOURCE
-from kdkit.standing import weights
+from kdkit.runs.deployment import deploying
+from kdkit.runs.scoring import weights
 from kdkit.trained import EXPORTED, WEIGHTS, TrainedRun
 
 Format = Literal["timm", "onnx"]

@@ -16,16 +16,16 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from kdkit import runs
 from kdkit.contracts.dataset_source import DataInfo
 from kdkit.engine.turns import BEGINNING, Place, Stopwatch, Turns
 from kdkit.errors import Interrupted, KdkitError, RunError
-from kdkit.progress import Seldom
 from kdkit.recipe import Recipe, content_of
-from kdkit.run_folder import Result, RunFolder
+from kdkit.runs import training
+from kdkit.runs.folder import Result, RunFolder
+from kdkit.runs.interrupts import StopRequest
+from kdkit.runs.progress import Seldom
+from kdkit.runs.spreading import Crew
 from kdkit.sharing import Sharing
-from kdkit.signals import StopRequest
-from kdkit.spreading import Crew
 
 FAILURES = (KdkitError, RuntimeError, OSError)  # torch tells that memory is out, and much else, by a RuntimeError
 
@@ -86,13 +86,13 @@ def train_together(
     passes = list(_passes({i: _kind(jobs[i].recipe) for i in left}, max_parallel))
     mine = [still for part in (crew.share(passes) if crew else passes) if (still := [i for i in part if i not in outcomes])]
 
-    def prepare() -> dict[int, runs.Prepared | Outcome]:
+    def prepare() -> dict[int, training.Prepared | Outcome]:
         sound: dict[str, DataInfo] = {}
         return {i: _prepared(jobs[i], sound, say) for i in itertools.chain(*mine)}
 
     prepared = crew.in_turn(prepare) if crew else prepare()  # or two processes would train one teacher
     for number, group in enumerate(mine, 1):
-        ready = [(i, run) for i in group if isinstance(run := prepared[i], runs.Prepared)]
+        ready = [(i, run) for i in group if isinstance(run := prepared[i], training.Prepared)]
         outcomes |= {i: run for i in group if isinstance(run := prepared[i], Outcome)}
         say(f"pass {number} of {len(mine)}: {len(ready)} run{'s' * (len(ready) > 1)} side by side, seed {jobs[group[0]].recipe.spec.seed}")
         trained = _train_group([(jobs[i], run) for i, run in ready], say, f"pass {number} of {len(mine)}")
@@ -108,11 +108,11 @@ def _result(job: Job) -> Result | None:
     return RunFolder(job.folder).finished(job.recipe)
 
 
-def _prepared(job: Job, sound: dict[str, DataInfo], say: Callable[[str], None]) -> runs.Prepared | Outcome:
+def _prepared(job: Job, sound: dict[str, DataInfo], say: Callable[[str], None]) -> training.Prepared | Outcome:
     """What can begin; `sound` are recipes whose plan another seed has shown to be sound."""
     but_for_the_seed = json.dumps({**job.recipe.content(), "seed": None}, sort_keys=True)
     try:
-        prepared = runs.Prepared.make(job.recipe, RunFolder(job.folder), info=sound.get(but_for_the_seed), quiet=True, say=say)
+        prepared = training.Prepared.make(job.recipe, RunFolder(job.folder), info=sound.get(but_for_the_seed), quiet=True, say=say)
         sound[but_for_the_seed] = prepared.info
         return prepared
     except Interrupted:
@@ -144,13 +144,13 @@ def _passes(kinds: dict[int, str], size: int | None) -> Iterator[list[int]]:
             yield part
 
 
-def _train_group(group: Sequence[tuple[Job, runs.Prepared]], say: Callable[[str], None], name: str) -> list[Outcome]:
+def _train_group(group: Sequence[tuple[Job, training.Prepared]], say: Callable[[str], None], name: str) -> list[Outcome]:
     if not group:
         return []
     first = group[0][0]
     try:
-        accelerator = runs.accelerator_for(first.recipe, RunFolder(first.folder))
-        sharing = Sharing(runs.read_data(first.recipe, accelerator), accelerator.num_processes)
+        accelerator = training.accelerator_for(first.recipe, RunFolder(first.folder))
+        sharing = Sharing(training.read_data(first.recipe, accelerator), accelerator.num_processes)
     except FAILURES as error:
         return [_failed(job, error, say) for job, _ in group]
     with StopRequest() as stop:
@@ -166,7 +166,7 @@ def _train_group(group: Sequence[tuple[Job, runs.Prepared]], say: Callable[[str]
     return [run.outcome for run in going if run.outcome is not None]
 
 
-def _start(job: Job, prepared: runs.Prepared, accelerator: Accelerator, stop: StopRequest, sharing: Sharing) -> _Run:
+def _start(job: Job, prepared: training.Prepared, accelerator: Accelerator, stop: StopRequest, sharing: Sharing) -> _Run:
     clock = Stopwatch()
     return _Run(job, prepared.turns(accelerator, stop, clock, sharing), clock)
 

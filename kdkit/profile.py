@@ -15,7 +15,7 @@ from kdkit.contracts.inputs import Shape, first_tensor, kind_of, random_inputs
 from kdkit.contracts.records import Inputs
 from kdkit.contracts.schedule import Model
 from kdkit.errors import ModelError
-from kdkit.standing import weights
+from kdkit.runs.scoring import weights
 
 WARM_UP = 5  # calls before any is counted
 RUNS = 100

@@ -13,7 +13,7 @@ from rich.text import Text
 from kdkit import curves
 from kdkit.curves import Curve, Curves
 from kdkit.errors import RunError
-from kdkit.run_folder import Result, RunFolder
+from kdkit.runs.folder import Result, RunFolder
 from kdkit.terminal import printable
 
 WIDTH = 48  # characters of a curve

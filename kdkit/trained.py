@@ -18,17 +18,17 @@ from kdkit.contracts.dataset_source import DataInfo, DatasetSource
 from kdkit.contracts.inputs import Shape
 from kdkit.contracts.model_source import ModelOptions, ModelSource, RecipeTeacher
 from kdkit.data import loaders
-from kdkit.deployment import deployed, deploying, rebuilt
 from kdkit.engine.evaluate import metrics, predict, predict_together
 from kdkit.errors import ModelError, RecipeError, RunError
-from kdkit.factory import ModelFactory, TrainedTeacher, options_of
 from kdkit.models.build import build_model
 from kdkit.models.devices import is_channels_last
 from kdkit.models.tapped import TappedModel
 from kdkit.recipe import code_in, consent, fetching, registry
 from kdkit.recipe.explain import explain
 from kdkit.recipe.types import source_of
-from kdkit.run_folder import ANEW, RunFolder
+from kdkit.runs.deployment import deployed, deploying, rebuilt
+from kdkit.runs.folder import ANEW, RunFolder
+from kdkit.runs.networks import ModelFactory, TrainedTeacher, options_of
 
 EXPORTED = "config.json"  # of an exported student; its `kdkit` key says how to build the network
 WEIGHTS = "model.safetensors"

@@ -8,9 +8,10 @@ from test_lockstep import STREAMS
 from training import PLAIN, assert_same_run, merged, train, write
 
 import kdkit
-from kdkit import plan, recipe
+from kdkit import recipe
 from kdkit.errors import RecipeError
 from kdkit.lockstep import Job, train_together
+from kdkit.runs import checks
 
 NETWORK = {"model": "mlp/8"}
 BASE = {**PLAIN, "student": {"model": "mlp/4"}, "train": {"epochs": 1, "optimizer": {"lr": 0.05}}}
@@ -34,7 +35,7 @@ def kdkit_schedules():
 
 def refused(folder, base=FILE, **changes):
     with pytest.raises(RecipeError) as caught:
-        plan.make(recipe.load(write(folder, base, **changes)))
+        checks.make(recipe.load(write(folder, base, **changes)))
     (line,) = str(caught.value).splitlines()
     return line.replace(f"{folder}/", "")
 
@@ -42,7 +43,7 @@ def refused(folder, base=FILE, **changes):
 def answers_of(folder, teacher):
     """What the teacher of a recipe says of all training images."""
     from kdkit.data import loaders
-    from kdkit.factory import ModelFactory
+    from kdkit.runs.networks import ModelFactory
 
     read = recipe.load(write(folder, {**BASE, "teacher": teacher}))
     source = read.plugins.datasets["synthetic"](read.spec.data.dataset)
@@ -131,7 +132,7 @@ def test_a_damaged_file_is_one_line(left, name, tmp_path):
 
 def test_probabilities_are_noted_and_classes_can_be_chosen(tmp_path):
     numpy.savez(tmp_path / "teacher.npz", logits=torch.from_numpy(ROWS).softmax(1).numpy())
-    told = plan.make(recipe.load(write(tmp_path, FILE)))
+    told = checks.make(recipe.load(write(tmp_path, FILE)))
     assert any("say `answers: softmax`" in note for note in told.notes) and not any("random" in note for note in told.notes)
     numpy.savez(tmp_path / "teacher.npz", logits=numpy.concatenate([ROWS, ROWS[:, :1]], 1))
     train(tmp_path, merged(FILE, {"teacher": {"num_classes": 7, "classes": [0, 1, 2, 3, 4, 6]}}))

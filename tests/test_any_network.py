@@ -9,9 +9,10 @@ from safetensors.torch import load_file, save_file
 from training import PLAIN, merged, train, write
 
 import kdkit
-from kdkit import plan, recipe
+from kdkit import recipe
 from kdkit.errors import RecipeError
 from kdkit.export import export
+from kdkit.runs import checks
 from kdkit.trained import TrainedRun, evaluate
 
 CPU = torch.device("cpu")
@@ -29,7 +30,7 @@ def checked(folder, base=OWN, **changes):
     """What `kdkit check` says of a recipe beside a `net.py`."""
     if not (folder / "net.py").exists():
         (folder / "net.py").write_text(NET)
-    return plan.make(recipe.load(write(folder, base, **changes)))
+    return checks.make(recipe.load(write(folder, base, **changes)))
 
 
 def refused(folder, base=OWN, **changes):

@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save
 from test_stage_run import kill_often, twice
 from training import EVERYTHING, PLAIN, Command, assert_same_run, lines, metrics, together, train, weights, write
 
-from kdkit import cli, lockstep, plan, recipe
-from kdkit.averaging import BestEpochs
+from kdkit import cli, lockstep, recipe
 from kdkit.errors import RecipeError, RunError
+from kdkit.runs import checks
+from kdkit.runs.best_epochs import BestEpochs
 
 CHANGES = {"data": {"validation": 16, "augment": {"flip": 0.5}}, "train": {"epochs": 5, "average_best": 2}}
 AVERAGED = {**EVERYTHING, "train": {**EVERYTHING["train"], "epochs": 4, "average_best": 2}}
@@ -179,7 +180,7 @@ def test_two_processes_stop_and_go_on(tmp_path):
 
 def test_validation_data_are_needed(tmp_path):
     with pytest.raises(RecipeError, match=r"recipe.yaml:\d+: train.average_best: .* set `data.validation`") as raised:
-        plan.make(recipe.load(write(tmp_path, train={"average_best": 3})))
+        checks.make(recipe.load(write(tmp_path, train={"average_best": 3})))
     assert "\n" not in str(raised.value)
 
 

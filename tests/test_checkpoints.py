@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from kdkit.checkpoints import Checkpoints, write_atomically
+from kdkit.runs.checkpoints import Checkpoints, write_atomically
 
 
 def names(folder):

@@ -23,7 +23,7 @@ from training import PLAIN
 
 import kdkit
 from kdkit import cli
-from kdkit.standing import Standing
+from kdkit.runs.scoring import Standing
 
 MLP = {"student": {"model": "mlp/6"}, "losses": [{"use": "cross_entropy"}]}
 DATA = {**PLAIN["data"], "validation": 8}

@@ -11,7 +11,7 @@ from training import PLAIN, train, write
 import kdkit
 from kdkit import recipe
 from kdkit.recipe import dependencies
-from kdkit.run_folder import RunFolder
+from kdkit.runs.folder import RunFolder
 
 MODULES = {
     "net.py": "import blocks\nfrom pkg.deep import layer\nimport torch\n",

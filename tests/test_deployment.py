@@ -8,10 +8,10 @@ import torch
 from training import PLAIN, assert_same_run, merged, train, weights, write
 
 import kdkit
-from kdkit.deployment import deployed, deploying
 from kdkit.engine.evaluate import metrics, predict
 from kdkit.export import export
 from kdkit.recipe import load
+from kdkit.runs.deployment import deployed, deploying
 from kdkit.trained import TrainedRun
 
 LAYERS = [{"student": "stage4", "teacher": "stage4"}]

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from training import PLAIN, metrics, train, weights, write
 
 import kdkit
-from kdkit import recipe, runs
+from kdkit import recipe
 from kdkit.engine.evaluate import predict
 from kdkit.engine.trainer import build_accelerator
-from kdkit.factory import ModelFactory
 from kdkit.randomness import reseed
+from kdkit.runs import training
+from kdkit.runs.networks import ModelFactory
 
 NO_NORM = {"model": "mlp/16-8"}
 CPU = torch.device("cpu")
@@ -23,10 +24,10 @@ def trainer_of(folder, base=PLAIN, **changes):
     """The first stage's trainer, and the teacher."""
     loaded = recipe.load(write(folder, base, **changes))
     accelerator = build_accelerator(loaded.spec.train)
-    prepared = runs.open_data(loaded, accelerator)
+    prepared = training.open_data(loaded, accelerator)
     factory = ModelFactory(loaded, prepared.info, {}, device=CPU)
     stage = next(iter(loaded.plugins.schedules[loaded.spec.schedule.use](loaded.spec.schedule).stages(factory)))
-    return runs.build_trainer(loaded, prepared, factory, accelerator, 0, stage), factory
+    return training.build_trainer(loaded, prepared, factory, accelerator, 0, stage), factory
 
 
 def epoch(trainer):

@@ -7,10 +7,11 @@ import torch
 from training import TINY, train, write
 
 import kdkit
-from kdkit import plan, recipe, runs
+from kdkit import recipe
 from kdkit.engine.trainer import build_accelerator
-from kdkit.factory import ModelFactory
 from kdkit.recipe import registry
+from kdkit.runs import checks, training
+from kdkit.runs.networks import ModelFactory
 
 PLUGINS = registry.load()
 WIDER = {**TINY, "args": {**TINY["args"], "channels": [8, 8, 16, 16]}}
@@ -82,15 +83,15 @@ def teacher(tmp_path_factory):
 def two_steps(path):
     """The first two steps of every stage; the values of their terms."""
     loaded = recipe.load(path)
-    plan.make(loaded)
+    checks.make(loaded)
     accelerator = build_accelerator(loaded.spec.train)
-    prepared = runs.open_data(loaded, accelerator)
-    teachers = runs.trained_teachers(loaded, path.parent / "run", quiet=True)
+    prepared = training.open_data(loaded, accelerator)
+    teachers = training.trained_teachers(loaded, path.parent / "run", quiet=True)
     factory = ModelFactory(loaded, prepared.info, teachers, device=torch.device("cpu"))
     carried, found = {}, []
     schedule = loaded.plugins.schedules[loaded.spec.schedule.use](loaded.spec.schedule)
     for number, stage in enumerate(schedule.stages(factory)):
-        trainer = runs.build_trainer(loaded, prepared, factory, accelerator, number, stage, carried)
+        trainer = training.build_trainer(loaded, prepared, factory, accelerator, number, stage, carried)
         found += itertools.chain(*itertools.islice(trainer.train_epoch(), 2))
         trainer.refuse_non_finite()
         trainer.close()

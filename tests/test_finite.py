@@ -9,10 +9,10 @@ from safetensors.torch import save_file
 from training import PLAIN, merged, train
 
 import kdkit
-from kdkit import standing
-from kdkit.factory import ModelFactory
 from kdkit.finite import FiniteAnswers, faulty_weight, metrics_with_nan, to_json
-from kdkit.run_folder import RunFolder
+from kdkit.runs import scoring
+from kdkit.runs.folder import RunFolder
+from kdkit.runs.networks import ModelFactory
 
 NETWORK = '''
 import torch
@@ -76,7 +76,7 @@ def test_a_teacher_whose_answers_to_test_data_are_not_finite_is_refused_by_name(
 
 @pytest.mark.parametrize("cache", [None, {"dir": "kept", "views": 1}], ids=["asked", "cached"])
 def test_a_teacher_that_fails_on_training_images_is_refused_by_name(tmp_path, monkeypatch, cache):
-    monkeypatch.setattr("kdkit.runs._measure_teacher", lambda setting: setattr(setting, "teacher", None))
+    monkeypatch.setattr("kdkit.runs.training._measure_teacher", lambda setting: setattr(setting, "teacher", None))
     recipe = taught_by(tmp_path, pole=0.5, reach=9.0)
     recipe["teacher"] |= {"cache": cache} if cache else {}
     says = refused(tmp_path, recipe)
@@ -84,9 +84,9 @@ def test_a_teacher_that_fails_on_training_images_is_refused_by_name(tmp_path, mo
 
 
 def test_a_teacher_that_fails_on_a_later_batch_is_refused_by_name(tmp_path, monkeypatch):
-    monkeypatch.setattr("kdkit.runs._measure_teacher", lambda setting: setattr(setting, "teacher", None))
+    monkeypatch.setattr("kdkit.runs.training._measure_teacher", lambda setting: setattr(setting, "teacher", None))
     recipe = taught_by(tmp_path, pole=0.5, reach=9.0)
-    monkeypatch.setattr("kdkit.factory.ModelFactory.verify_finite", after_the_first(ModelFactory.verify_finite))
+    monkeypatch.setattr("kdkit.runs.networks.ModelFactory.verify_finite", after_the_first(ModelFactory.verify_finite))
     says = refused(tmp_path, recipe)
     assert "stage 'distill', teacher: its answers hold NaN" in says and "last good checkpoint" in says
 
@@ -123,8 +123,8 @@ def test_json_has_null_for_what_is_no_number():
 
 
 def test_a_metric_that_is_no_number_is_null_in_the_files_and_told(tmp_path, monkeypatch):
-    measure = standing.metrics
-    monkeypatch.setattr(standing, "metrics", lambda *answers: {**measure(*answers), "nll": math.nan})
+    measure = scoring.metrics
+    monkeypatch.setattr(scoring, "metrics", lambda *answers: {**measure(*answers), "nll": math.nan})
     result = train(tmp_path)
     assert "nll of the student on test data is not finite; the files have null for it" in result.warnings
     text = (tmp_path / "run" / "result.json").read_text()

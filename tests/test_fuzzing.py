@@ -11,12 +11,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kdkit import cli, plan, recipe, runs
+from kdkit import cli, recipe
 from kdkit.contracts.model_source import CacheOptions, RecipeTeacher, StudentOptions, TeacherOptions
 from kdkit.errors import KdkitError
 from kdkit.recipe import registry
 from kdkit.recipe.sections import BatchAugment, DataSpec, EmaSpec, LrScheduleSpec, MixupSpec, OptimizerSpec, RunSpec, TimmAugment, TrainSpec
 from kdkit.recipe.yaml_source import parse_overrides
+from kdkit.runs import checks, training
 from kdkit.study import variants
 
 SECONDS = 60  # of the processor, on a slow machine; nearly all need less than one
@@ -274,7 +275,7 @@ def holds(call):
 
 
 def check(path, overrides=()):
-    holds(lambda: plan.make(recipe.load(path, parse_overrides(overrides))))
+    holds(lambda: checks.make(recipe.load(path, parse_overrides(overrides))))
 
 
 def a_recipe(folder, text):
@@ -317,7 +318,7 @@ def a_command(folder, line):
     (folder / "s.yaml").write_text(at_top(pairs(STUDY)))
     if not (folder / "runs" / "kept").exists():
         (folder / "kept.yaml").write_text(at_top(pairs(RUN)))
-        runs.train(recipe.load(folder / "kept.yaml"), quiet=True)
+        training.train(recipe.load(folder / "kept.yaml"), quiet=True)
     begin, told, old = time.process_time(), io.StringIO(), sys.argv
     sys.argv = ["kdkit", *line]
     try:

@@ -9,10 +9,11 @@ import timm
 import torch
 from recipe_files import RECIPES, backbone, lay_out, photographs
 
-from kdkit import cli, plan, recipe
+from kdkit import cli, recipe
 from kdkit.recipe import fairness
 from kdkit.report import output as report
-from kdkit.run_folder import RunFolder
+from kdkit.runs import checks
+from kdkit.runs.folder import RunFolder
 from kdkit.study import variants as study_file
 from kdkit.study.findings import Findings
 
@@ -30,7 +31,7 @@ def test_it_compares_fairly_networks_of_the_published_sizes(folder, name):
     study = study_file.load([folder / f"{name}.yaml"])
     fairness.refuse_unequal(study.variants, study.baseline, study.allow)
     assert list(study.variants) == ["alpha_0", "alpha_0.5", "alpha_1"] and study.seeds == (0, 1, 2, 3)
-    made = plan.make(study.variants["alpha_0.5"])
+    made = checks.make(study.variants["alpha_0.5"])
     assert (made.student.parameters, made.teachers[0].parameters) == (11_177_538, 23_512_130)
     assert (made.num_train, made.info.num_test, made.info.class_names) == (244, 153, ("ants", "bees"))
     assert [(stage.epochs, stage.steps) for stage in made.stages] == [(25, 8 * 25)]

@@ -7,9 +7,10 @@ from torch import nn
 from training import PLAIN, TINY, train, weights, write
 
 import kdkit
-from kdkit import plan, recipe
+from kdkit import recipe
 from kdkit.errors import ModelError, RecipeError
 from kdkit.models.inheritance import inherit
+from kdkit.runs import checks
 from kdkit.trained import TrainedRun
 
 VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 8, "num_heads": 2, "num_classes": 6}
@@ -111,4 +112,4 @@ FROM_TEACHER = {**TINY, "init": {"from": "teacher"}}
 )
 def test_a_recipe_that_cannot_be_is_told(tmp_path, changed, says):
     with pytest.raises(RecipeError, match=says):
-        plan.make(recipe.load(write(tmp_path, changed)))
+        checks.make(recipe.load(write(tmp_path, changed)))

@@ -5,10 +5,10 @@ import torch
 from training import PLAIN, merged, train, write
 
 import kdkit
-from kdkit import plan
 from kdkit import recipe as recipes
 from kdkit.data.labels import class_index, class_indices
 from kdkit.errors import DataError
+from kdkit.runs import checks
 
 DATASET = '''
 import torch
@@ -62,7 +62,7 @@ def said(function, *arguments):
 
 
 def checked(folder, recipe):
-    return plan.make(recipes.load(write(folder, recipe)))
+    return checks.make(recipes.load(write(folder, recipe)))
 
 
 WRONG = {

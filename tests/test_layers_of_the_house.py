@@ -14,7 +14,8 @@ ORDER = """
     terminal
     spreadsheets
     launching
-    spreading
+    runs.__init__
+    runs.spreading
     finite
     randomness
     files
@@ -50,13 +51,13 @@ ORDER = """
     recipe.loading
     recipe.fetching
     recipe.fairness
-    agreement
+    runs.agreement
     study.grid
     study.variants
     study.schema
     recipe.catalogue
     recipe.__init__
-    meaning
+    runs.meaning
     models.normalization
     models.weight_files
     models.hooks
@@ -69,7 +70,7 @@ ORDER = """
     listing
     data.__init__
     data.augment
-    signals
+    runs.interrupts
     data.subsets
     data.transforms
     data.images
@@ -88,7 +89,7 @@ ORDER = """
     operations
     probes
     testing
-    checkpoints
+    runs.checkpoints
     cache.store
     cache.folder
     cache.packing
@@ -97,30 +98,30 @@ ORDER = """
     cache.given
     sharing
     cache.opening
-    run_shapes
-    run_folder
-    progress
-    factory
-    cache.planning
-    deployment
-    step_cost
-    stand_ins
-    describe
-    plan
+    runs.file_shapes
+    runs.folder
+    runs.progress
+    runs.networks
+    runs.check_caches
+    runs.deployment
+    runs.step_cost
+    runs.random_batches
+    runs.plan
+    runs.checks
     trained
     predictions
     curves
     show
-    setting
-    averaging
-    standing
-    stage_run
+    runs.context
+    runs.best_epochs
+    runs.scoring
+    runs.stage
     profile
     export
     cost_table
     engine.setup
-    runs
-    cache.filling
+    runs.training
+    runs.fill_caches
     lockstep
     study.findings
     study.intervals

@@ -7,10 +7,11 @@ import torch
 from training import PLAIN, Command, assert_same_run, lines, merged, write
 
 import kdkit
-from kdkit import lockstep, progress, recipe, runs
+from kdkit import lockstep, recipe
 from kdkit.data import images
 from kdkit.lockstep import Job, train_together
 from kdkit.models import tapped
+from kdkit.runs import progress, training
 
 TAPS = {"layers": [{"student": "stage3", "teacher": "stage3"}]}
 BASE = merged(
@@ -137,21 +138,21 @@ def test_one_that_fails_does_not_stop_the_others(tmp_path):
 
 def test_out_of_memory_is_one_runs_own(tmp_path, monkeypatch):
     found = jobs(tmp_path, variants={"response": {}, "adam": VARIANTS["adam"]})
-    plain = runs.build_trainer
+    plain = training.build_trainer
 
     def build(recipe, *given):
         if recipe.spec.name == "adam":
             raise torch.OutOfMemoryError("no more")
         return plain(recipe, *given)
 
-    monkeypatch.setattr(runs, "build_trainer", build)
+    monkeypatch.setattr(training, "build_trainer", build)
     outcomes = train_together(found)
     assert outcomes[0].result is not None and "max-parallel" in outcomes[1].reason
 
 
 def test_a_plugins_mistake_is_no_reason_to_be_silent(tmp_path, monkeypatch):
     found = jobs(tmp_path, variants={"response": {}})
-    monkeypatch.setattr(runs, "build_trainer", lambda *_: 1 / 0)
+    monkeypatch.setattr(training, "build_trainer", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train_together(found)
 
@@ -188,7 +189,7 @@ def test_seeds_and_images_go_apart(tmp_path):
 def test_finished_runs_are_taken_as_they_are(tmp_path, monkeypatch):
     found = jobs(tmp_path, variants={"response": {}, "adam": VARIANTS["adam"]})
     first = train_together(found[:1])
-    steps = count(monkeypatch, runs.Prepared, "turns")
+    steps = count(monkeypatch, training.Prepared, "turns")
     both = train_together(found)
     assert len(steps) == 1 and both[0].result == first[0].result
 

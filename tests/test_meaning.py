@@ -13,11 +13,12 @@ from small_texts import write as write_texts
 from test_data import Held
 from test_data import data as held_data
 
-from kdkit import plan, recipe, runs
+from kdkit import recipe
 from kdkit.contracts.dataset_source import DataInfo, InMemory
 from kdkit.contracts.model_source import Meaning
 from kdkit.errors import DataError, ModelError, RecipeError
-from kdkit.meaning import other_class_names, refuse_other_meaning
+from kdkit.runs import checks, training
+from kdkit.runs.meaning import other_class_names, refuse_other_meaning
 
 CATS = ("cat", "dog", "eel")
 
@@ -76,7 +77,7 @@ def test_a_teacher_of_a_recipe_with_other_classes(tmp_path):
     with pytest.raises(
         RecipeError, match=r"student.yaml:1: teacher: the teacher of teacher.yaml has the classes in another order"
     ) as raised:
-        plan.make(recipe.load(student))
+        checks.make(recipe.load(student))
     assert "\n" not in str(raised.value)
 
 
@@ -88,7 +89,7 @@ def test_a_checkpoint_in_a_run_or_an_export_with_other_classes(tmp_path, file, k
     teacher = {"model": "mlp/8", "checkpoint": str(tmp_path / "model.safetensors")}
     path = write(tmp_path, folders(tmp_path / "ours", CATS), "student", teacher=teacher, **TAUGHT)
     with pytest.raises(RecipeError, match="teacher has the classes in another order: class 0 is 'dog' there"):
-        plan.make(recipe.load(path))
+        checks.make(recipe.load(path))
 
 
 @pytest.fixture
@@ -128,19 +129,19 @@ def test_a_teacher_with_another_tokenizer(texts, where):
     losses = [{"use": "logit_kl"}]
     path = write_texts(texts, student={"model": "hf/bert", "pretrained": False, "config": BERT}, teacher=teacher, losses=losses)
     with pytest.raises(RecipeError, match="teacher.* has another tokenizer than the data: the same words are other token ids there"):
-        plan.make(recipe.load(path))
+        checks.make(recipe.load(path))
 
 
 def test_a_tokenizer_with_more_ids_than_the_network_knows(texts):
     path = supervised(texts, "recipe.yaml")
     with pytest.raises(RecipeError, match="student: student knows 43 tokens, and the data's tokenizer has 44"):
-        plan.make(recipe.load(path, {"student.config.vocab_size": 43}))
+        checks.make(recipe.load(path, {"student.config.vocab_size": 43}))
 
 
 def test_a_dataset_of_one_class(tmp_path):
     path = write(tmp_path, folders(tmp_path / "ours", ("cat",)), "alone")
     with pytest.raises(RecipeError, match=r"alone.yaml:1: data.dataset: says 1 class: there must be two to tell apart"):
-        plan.make(recipe.load(path))
+        checks.make(recipe.load(path))
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
@@ -150,7 +151,7 @@ def test_pixels_of_more_than_8_bits_are_refused(tmp_path, mode, augment):
     for path in (tmp_path / "ours").rglob("*.png"):
         Image.new(mode, (8, 8), 1000).save(path if mode == "I;16" else path.with_suffix(".tiff"))
     with pytest.raises(DataError, match="its pixels are not of 8 bits"):
-        runs.train(recipe.load(write(tmp_path, data, "wide")), quiet=True)
+        training.train(recipe.load(write(tmp_path, data, "wide")), quiet=True)
 
 
 def test_pixels_from_0_to_1_are_refused():
@@ -172,5 +173,5 @@ def test_a_teacher_that_is_worse_here_than_on_its_own_test_data(tmp_path, capsys
         (tmp_path / "ours" / part / "cat").rename(tmp_path / "ours" / part / "x")
         (tmp_path / "ours" / part / "eel").rename(tmp_path / "ours" / part / "cat")
         (tmp_path / "ours" / part / "x").rename(tmp_path / "ours" / part / "eel")
-    runs.train(recipe.load(write(tmp_path, ours, "student", teacher={"recipe": "teacher.yaml"}, **TAUGHT)))
+    training.train(recipe.load(write(tmp_path, ours, "student", teacher={"recipe": "teacher.yaml"}, **TAUGHT)))
     assert "% of its own: do both mean the same by their classes" in " ".join(capsys.readouterr().out.split())

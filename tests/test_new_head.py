@@ -10,12 +10,13 @@ from safetensors.torch import save_file
 from training import PLAIN, merged, train, weights, write
 
 import kdkit
-from kdkit import plan, recipe
+from kdkit import recipe
 from kdkit.contracts.dataset_source import DataInfo
 from kdkit.export import export
-from kdkit.factory import ModelFactory, options_of
 from kdkit.models.build import build_model
 from kdkit.recipe import registry
+from kdkit.runs import checks
+from kdkit.runs.networks import ModelFactory, options_of
 from kdkit.trained import TrainedRun
 
 NET = """\
@@ -124,4 +125,4 @@ def test_runs_without_it_are_what_they_were(tmp_path):
     teacher = {"model": "test_resnet", "checkpoint": str(tmp_path / "w.safetensors"), "new_head": True}
     found = recipe.load(write(tmp_path, {**PLAIN, "teacher": teacher}))
     assert found.content()["teacher"]["new_head"] is True
-    assert any("the classifier of teacher is random (`new_head`)" in note for note in plan.make(found).notes)
+    assert any("the classifier of teacher is random (`new_head`)" in note for note in checks.make(found).notes)

@@ -5,9 +5,10 @@ import time
 
 import pytest
 
-from kdkit import plan, recipe
+from kdkit import recipe
 from kdkit.errors import KdkitError, RecipeError
 from kdkit.recipe.yaml_source import Source, parse_overrides
+from kdkit.runs import checks
 from kdkit.study import variants
 
 RECIPE = """\
@@ -97,7 +98,7 @@ def test_an_override(write, case):
     path = write(RECIPE)
 
     def load():
-        return plan.make(recipe.load(path, parse_overrides([f"{key}={value}"])))
+        return checks.make(recipe.load(path, parse_overrides([f"{key}={value}"])))
 
     if says is None:
         recipe.load(path, parse_overrides([f"{key}={value}"]))
@@ -120,7 +121,7 @@ def test_in_a_file(write, case):
     if says is None:
         recipe.load(path)
     else:
-        told = refused(lambda: plan.make(recipe.load(path)))
+        told = refused(lambda: checks.make(recipe.load(path)))
         assert any(line.startswith((f"{path}:2: ", f"{path}: ")) and says in line for line in told), told
 
 
@@ -190,7 +191,7 @@ def test_a_few_teachers_of_teachers_are_fine(write):
             RECIPE.replace("teacher: {model: mlp/8}", f"teachers: [{{recipe: r{i + 1}.yaml}}, {{recipe: r{i + 1}.yaml, seed: 7}}]"),
             f"r{i}.yaml",
         )
-    assert len(plan.make(recipe.load(write("extends: r0.yaml\n"))).teachers) == 2
+    assert len(checks.make(recipe.load(write("extends: r0.yaml\n"))).teachers) == 2
 
 
 STUDIES = {

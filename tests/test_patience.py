@@ -3,8 +3,9 @@
 import pytest
 from training import assert_same_run, metrics, write
 
-from kdkit import plan, recipe, runs
+from kdkit import recipe
 from kdkit.errors import RecipeError
+from kdkit.runs import checks, training
 
 # A learning rate that moves nothing: validation is best in the first epoch, and equal ever after.
 STILL = {"data": {"validation": 16}, "train": {"epochs": 9, "patience": 3, "optimizer": {"name": "sgd", "lr": 1e-12}}}
@@ -20,7 +21,7 @@ def epochs(run):
     ids=["patience", "not reached", "none", "only after a measurement", "measured each epoch"],
 )
 def test_a_stage_ends_when_validation_no_longer_rises(tmp_path, capsys, changes, last):
-    result = runs.train(recipe.load(write(tmp_path, **{**STILL, "train": STILL["train"] | changes})), tmp_path / "run")
+    result = training.train(recipe.load(write(tmp_path, **{**STILL, "train": STILL["train"] | changes})), tmp_path / "run")
     assert result.epochs == last and epochs(tmp_path / "run") == list(range(1, last + 1))
     says = f"stage 'distill' ends after epoch {last}: validation top-1 was best in epoch {result.best['epoch']} (train.patience)"
     assert (says in capsys.readouterr().out) == (last < 9)
@@ -28,16 +29,16 @@ def test_a_stage_ends_when_validation_no_longer_rises(tmp_path, capsys, changes,
 
 def test_a_run_that_was_stopped_ends_where_it_would_have(tmp_path):
     whole = write(tmp_path, **STILL)
-    runs.train(recipe.load(whole), tmp_path / "whole", quiet=True)
+    training.train(recipe.load(whole), tmp_path / "whole", quiet=True)
     run = tmp_path / "again"
-    runs.train(recipe.load(whole), run, quiet=True)
+    training.train(recipe.load(whole), run, quiet=True)
     (run / "result.json").unlink()
     (run / "student.safetensors").unlink()
-    runs.train(recipe.load(whole), run, quiet=True)
+    training.train(recipe.load(whole), run, quiet=True)
     assert_same_run(run, tmp_path / "whole")
     assert epochs(run) == [1, 2, 3, 4]
 
 
 def test_it_needs_validation_data(tmp_path):
     with pytest.raises(RecipeError, match=r"train\.patience: the epochs are chosen on validation data"):
-        plan.make(recipe.load(write(tmp_path, train={"patience": 2})))
+        checks.make(recipe.load(write(tmp_path, train={"patience": 2})))

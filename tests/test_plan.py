@@ -2,8 +2,9 @@
 
 import pytest
 
-from kdkit import plan, recipe
+from kdkit import recipe
 from kdkit.errors import RecipeError
+from kdkit.runs import checks
 
 GOOD = """\
 name: good
@@ -23,7 +24,7 @@ train: {epochs: 3, accumulate: 5, optimizer: {lr: 0.1}}
 def made(tmp_path, text, **overrides):
     path = tmp_path / "r.yaml"
     path.write_text(text)
-    return plan.make(recipe.load(path, overrides))
+    return checks.make(recipe.load(path, overrides))
 
 
 def test_what_a_recipe_would_do(tmp_path):

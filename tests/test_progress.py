@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from kdkit import progress
-from kdkit.progress import Reporter, Seldom
+from kdkit.runs import progress
+from kdkit.runs.progress import Reporter, Seldom
 
 TERMS = {"loss": 1.5, "kl": 0.5, "kl.weighted": 1.0, "cross_entropy": 1.0, "cross_entropy.weighted": 0.5}
 

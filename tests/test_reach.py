@@ -2,7 +2,8 @@
 
 import pytest
 
-from kdkit import plan, recipe
+from kdkit import recipe
+from kdkit.runs import checks
 
 RECIPE = """\
 name: reached
@@ -20,7 +21,7 @@ FIRST = "{use: hint, layers: [{student: layer1, teacher: layer1}]}"
 def notes(tmp_path, losses, schedule=OFFLINE):
     path = tmp_path / "r.yaml"
     path.write_text(RECIPE.format(losses=losses, schedule=schedule))
-    return [note for note in plan.make(recipe.load(path)).notes if "random" not in note]
+    return [note for note in checks.make(recipe.load(path)).notes if "random" not in note]
 
 
 @pytest.mark.parametrize(

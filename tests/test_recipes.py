@@ -7,8 +7,9 @@ import jsonschema
 import pytest
 from recipe_files import RECIPES, lay_out
 
-from kdkit import plan, recipe
+from kdkit import recipe
 from kdkit.recipe import registry, types
+from kdkit.runs import checks
 from kdkit.study import comparison
 from kdkit.study import variants as study_file
 
@@ -47,7 +48,7 @@ def test_a_study_compares_fairly_what_can_be_carried_out(path, folder):
 
 @pytest.mark.parametrize("path", [planned(path) for path in FILES])
 def test_it_can_be_carried_out(path, folder):
-    made = plan.make(recipe.load(folder / path.relative_to(RECIPES)))
+    made = checks.make(recipe.load(folder / path.relative_to(RECIPES)))
     assert made.student.parameters > 0
     assert all(stage.steps > 0 for stage in made.stages)
 
@@ -83,5 +84,5 @@ def test_it_may_be_tried_for_two_epochs(path, folder):
 
 @pytest.mark.parametrize("name", ["assistants", "born_again", "rco"])
 def test_schedules_of_several_stages_can_be_carried_out_in_two_epochs(name, folder):
-    made = plan.make(recipe.load(folder / "digits" / "schedules" / f"{name}.yaml", {"train.epochs": 2}))
+    made = checks.make(recipe.load(folder / "digits" / "schedules" / f"{name}.yaml", {"train.epochs": 2}))
     assert len(made.stages) > 1 and all(stage.steps > 0 for stage in made.stages)

@@ -5,13 +5,14 @@ import torch
 from test_data import CROPS, KINDS, POLICY, Held, data, every_kind, same
 from training import PLAIN, Command, together, weights, write
 
-from kdkit import plan, recipe
+from kdkit import recipe
 from kdkit.data import augment
 from kdkit.data.augment import draw_crop_flip, permutation
 from kdkit.data.loaders import MOST_VIEWS
 from kdkit.engine.trainer import MOST_EPOCHS
 from kdkit.errors import DataError, RecipeError
 from kdkit.recipe.sections import DataSpec
+from kdkit.runs import checks
 
 
 def sorted_rows(batches):
@@ -142,7 +143,7 @@ REFUSED = [
 def test_what_cannot_go_together_is_one_line(tmp_path, changes, says):
     path = write(tmp_path, **{**changes, "data": {"repeats": 2, "augment": {"flip": 0.5}} | changes.get("data", {})})
     with pytest.raises(RecipeError, match=says) as raised:
-        plan.make(recipe.load(path))
+        checks.make(recipe.load(path))
     assert "\n" not in str(raised.value)
 
 

@@ -10,7 +10,7 @@ from training import write
 from kdkit import recipe
 from kdkit.contracts.dataset_source import DataInfo
 from kdkit.errors import RunError
-from kdkit.run_folder import Result, RunFolder
+from kdkit.runs.folder import Result, RunFolder
 
 INFO = DataInfo((1, 8, 8), num_classes=10, num_train=1000, num_test=797)
 

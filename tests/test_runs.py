@@ -10,11 +10,12 @@ import torch
 from training import PLAIN, TINY, Command, assert_same_run, lines, merged, metrics, train, weights, write
 
 import kdkit
-from kdkit import recipe, runs
-from kdkit.checkpoints import Checkpoints
+from kdkit import recipe
 from kdkit.contracts.dataset_source import DataInfo
 from kdkit.engine import setup
-from kdkit.run_folder import RunFolder
+from kdkit.runs import training
+from kdkit.runs.checkpoints import Checkpoints
+from kdkit.runs.folder import RunFolder
 
 INFO = DataInfo((1, 8, 8), num_classes=10, num_train=1000, num_test=797)
 
@@ -249,7 +250,7 @@ def test_a_term_that_is_always_zero_is_told(tmp_path):
 
 def teacher_of(patch):
     """Collects every factory's teacher."""
-    from kdkit.factory import ModelFactory
+    from kdkit.runs.networks import ModelFactory
 
     found = []
     teacher = ModelFactory.teacher
@@ -312,7 +313,7 @@ def test_stages_that_cannot_be_told_apart_or_learn_nothing_are_refused(tmp_path)
 
 def test_labels_are_found_by_the_index_of_a_batch(tmp_path):
     loaded = recipe.load(write(tmp_path, data={"train_samples": 24, "validation": 12}))
-    prepared = runs.open_data(loaded, runs.build_accelerator(loaded.spec.train))
+    prepared = training.open_data(loaded, training.build_accelerator(loaded.spec.train))
     labels = setup._labels_by_index(prepared.train)
     for batch in prepared.train.epoch(0):
         assert torch.equal(labels[batch.index], batch.labels)
@@ -320,7 +321,7 @@ def test_labels_are_found_by_the_index_of_a_batch(tmp_path):
 
 
 def test_bf16_on_a_slow_processor_is_told_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "_multiplies_bf16", lambda: False)
+    monkeypatch.setattr(training, "_multiplies_bf16", lambda: False)
     result = train(tmp_path, train={"precision": "bf16", "epochs": 1, "device": "cpu"})
     assert [warning for warning in result.warnings if "bf16" in warning] == [
         "train.precision bf16 is slower than fp32 on this processor, which has no AMX"

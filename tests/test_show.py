@@ -11,7 +11,7 @@ from matplotlib import image
 import kdkit
 from kdkit import cli, curves
 from kdkit.curves import Curve
-from kdkit.run_folder import RunFolder
+from kdkit.runs.folder import RunFolder
 from kdkit.show import Story, brief
 
 

@@ -8,7 +8,7 @@ import time
 import pytest
 from training import PATIENCE, PROCESSES
 
-from kdkit.signals import StopRequest, leave_to_parent
+from kdkit.runs.interrupts import StopRequest, leave_to_parent
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

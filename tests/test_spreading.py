@@ -8,7 +8,7 @@ from test_lockstep import BASE, VARIANTS
 from training import PATIENCE, assert_same_run, free_port, merged, together, write
 
 import kdkit
-from kdkit.spreading import Crew
+from kdkit.runs.spreading import Crew
 
 FORK = multiprocessing.get_context("fork")
 

@@ -7,9 +7,10 @@ import torch
 from training import PLAIN, Command, assert_same_run, lines, metrics, train, weights, write
 
 import kdkit
-from kdkit import recipe, runs
+from kdkit import recipe
 from kdkit.engine.trainer import batches, build_accelerator
-from kdkit.factory import ModelFactory
+from kdkit.runs import training
+from kdkit.runs.networks import ModelFactory
 
 ASKING = '''
 import kdkit
@@ -79,10 +80,10 @@ def folder(tmp_path):
 def first_stage(folder):
     loaded = recipe.load(write(folder, RECIPE))
     accelerator = build_accelerator(loaded.spec.train)
-    prepared = runs.open_data(loaded, accelerator)
+    prepared = training.open_data(loaded, accelerator)
     factory = ModelFactory(loaded, prepared.info, {}, device=torch.device("cpu"))
     stage = next(iter(loaded.plugins.schedules["asking"](loaded.spec.schedule).stages(factory)))
-    return runs.build_trainer(loaded, prepared, factory, accelerator, 0, stage), prepared
+    return training.build_trainer(loaded, prepared, factory, accelerator, 0, stage), prepared
 
 
 def test_images_come_together_as_arranged(folder):

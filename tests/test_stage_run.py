@@ -10,7 +10,7 @@ import torch
 from training import EVERYTHING, PLAIN, Command, assert_same_run, lines, metrics, train, write
 
 import kdkit
-from kdkit.checkpoints import Checkpoints
+from kdkit.runs.checkpoints import Checkpoints
 
 BORN_TWICE = '''
 import kdkit
@@ -127,7 +127,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, whole, number, code, gro
 def interrupt_at(monkeypatch, step):
     """Let a signal come once so many steps are done."""
     from kdkit.engine.trainer import Trainer
-    from kdkit.signals import StopRequest
+    from kdkit.runs.interrupts import StopRequest
 
     requests = []
     enter, optimize = StopRequest.__enter__, Trainer.optimize

@@ -10,8 +10,9 @@ import torch
 import yaml
 from training import PLAIN, write
 
-from kdkit import plan, recipe
+from kdkit import recipe
 from kdkit.errors import KdkitError
+from kdkit.runs import checks
 
 SUPERVISED = {"teacher": None, "schedule": {"use": "supervised"}, "losses": [{"use": "cross_entropy"}]}
 
@@ -41,7 +42,7 @@ def trap(tmp_path):
 def refused(path, *says, overrides=None):
     """`kdkit check` ends in one line that says so."""
     with pytest.raises(KdkitError) as caught:
-        plan.make(recipe.load(path, overrides))
+        checks.make(recipe.load(path, overrides))
     assert "\n" not in str(caught.value)
     for part in says:
         assert part in str(caught.value)
@@ -270,7 +271,7 @@ def test_a_check_connects_to_nothing(tmp_path, server):
     refused(file, "a check connects to no other machine>; a check fetches nothing, `kdkit train` does")
     assert not server.asked
     with pytest.raises(KdkitError):  # the same when it is to be trained, and may be fetched
-        plan.make(recipe.load(file), print)
+        checks.make(recipe.load(file), print)
     assert server.asked
 
 
@@ -294,7 +295,7 @@ def test_a_check_needs_no_pretrained_weights(tmp_path, student, monkeypatch):
     monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: pytest.fail("a connection was wanted"))
     data = {"data": {**PLAIN["data"], "dataset": {**PLAIN["data"]["dataset"], "image_size": 32}}}
     file = write(tmp_path, {**PLAIN, **SUPERVISED, **data, "student": {**student, "pretrained": True}})
-    assert plan.make(recipe.load(file)).student.parameters > 10**6
+    assert checks.make(recipe.load(file)).student.parameters > 10**6
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ import yaml
 from kdkit import cli
 from kdkit.engine.evaluate import predict
 from kdkit.errors import Interrupted, RecipeError, RunError
-from kdkit.factory import ModelFactory
 from kdkit.profile import measure
-from kdkit.run_folder import RunFolder
+from kdkit.runs.folder import RunFolder
+from kdkit.runs.networks import ModelFactory
 from kdkit.study import comparison as study
 from kdkit.study import table as study_table
 from kdkit.study import variants as study_file

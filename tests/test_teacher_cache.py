@@ -11,9 +11,8 @@ import pytest
 import torch
 from training import PATIENCE, PLAIN, PROCESSES, Command, merged, write
 
-from kdkit import plan, recipe, runs
+from kdkit import recipe
 from kdkit.cache import store as answer_store
-from kdkit.cache.filling import fill
 from kdkit.cache.folder import clear, stores
 from kdkit.cache.opening import answering, open_cache
 from kdkit.cache.packing import KeptAnswers, Slots
@@ -22,7 +21,9 @@ from kdkit.contracts.records import Outputs
 from kdkit.data import augment
 from kdkit.engine.trainer import build_accelerator
 from kdkit.errors import RecipeError, RunError
-from kdkit.factory import ModelFactory
+from kdkit.runs import checks, training
+from kdkit.runs.fill_caches import fill
+from kdkit.runs.networks import ModelFactory
 
 CPU = torch.device("cpu")
 ALL = {"views": "all"}
@@ -72,7 +73,7 @@ def wired(folder, base=PLAIN, touch=lambda teacher: None, tell=lambda text: None
     """The first stage of a recipe, with the cache between its loader and its teacher."""
     loaded = recipe.load(write(folder, base, **{"run": {"folder": str(folder / "runs")}, **changes}))
     accelerator = build_accelerator(loaded.spec.train)
-    opened = runs.open_data(loaded, accelerator)
+    opened = training.open_data(loaded, accelerator)
     factory = ModelFactory(loaded, opened.info, {}, device=CPU)
     teacher = factory.teacher()
     touch(teacher)
@@ -81,7 +82,7 @@ def wired(folder, base=PLAIN, touch=lambda teacher: None, tell=lambda text: None
         opened = dataclasses.replace(opened, train=cache.loader(opened.train))
         teacher.answers = functools.partial(cache.answer, forward=asked)
     stage = next(iter(loaded.plugins.schedules[loaded.spec.schedule.use](loaded.spec.schedule).stages(factory)))
-    return Wired(runs.build_trainer(loaded, opened, factory, accelerator, 0, stage), teacher, cache, asked, loaded, opened)
+    return Wired(training.build_trainer(loaded, opened, factory, accelerator, 0, stage), teacher, cache, asked, loaded, opened)
 
 
 def close(ours, theirs, tolerance):
@@ -475,14 +476,14 @@ REFUSED = {
 def test_what_cannot_be_kept_is_refused_with_its_place(tmp_path, changes, says):
     path = write(tmp_path, merged(PLAIN, {"teacher": {"cache": ALL}}), **changes)
     with pytest.raises(RecipeError, match=r"recipe.yaml:\d+: " + says):
-        plan.make(recipe.load(path))
+        checks.make(recipe.load(path))
 
 
 def test_teachers_see_the_same_views(tmp_path):
     one = {**PLAIN["teacher"], "cache": {"views": 2}}
     path = write(tmp_path, {**PLAIN, "teacher": None, "teachers": [one, {**one, "cache": {"views": 3}}]}, data=SHIFTS)
     with pytest.raises(RecipeError, match=r"teachers.1.cache.views: all teachers see the same images"):
-        plan.make(recipe.load(path))
+        checks.make(recipe.load(path))
 
 
 def test_a_random_teacher_is_refused(tmp_path):
@@ -518,7 +519,7 @@ def test_other_images_than_those_of_a_batch_are_refused(tmp_path):
 )
 def test_schedules_that_show_the_teacher_the_batch_are_fine(tmp_path, schedule):
     path = write(tmp_path, schedule=schedule, teacher={"cache": ALL})
-    assert any("are kept" in note for note in plan.make(recipe.load(path)).notes)
+    assert any("are kept" in note for note in checks.make(recipe.load(path)).notes)
 
 
 def test_only_what_changes_numbers_is_in_a_runs_fingerprint(tmp_path):
@@ -537,7 +538,7 @@ def test_a_cache_lies_where_the_recipe_says(tmp_path):
 def test_check_says_how_large_it_may_grow(tmp_path):
     path = write(tmp_path, data=SHIFTS, teacher={"cache": ALL})
     assert "note: the answers of teacher are kept, up to 10.4 kB (18 views of 48 images, 12 bytes each)" in str(
-        plan.make(recipe.load(path))
+        checks.make(recipe.load(path))
     )
 
 
@@ -550,9 +551,9 @@ def test_a_store_that_would_outgrow_its_bound_is_refused_before_it_is_written(tm
 def test_several_teachers_have_a_cache_each(tmp_path):
     teachers = [{**PLAIN["teacher"], "cache": {"views": 2}}, {"model": "mlp/16", "cache": {"views": 2}}, {"model": "mlp/8"}]
     loaded = recipe.load(write(tmp_path, {**PLAIN, "teacher": None, "teachers": teachers}, data=SHIFTS, run={"folder": str(tmp_path)}))
-    plan.make(loaded)
+    checks.make(loaded)
     accelerator = build_accelerator(loaded.spec.train)
-    opened = runs.open_data(loaded, accelerator)
+    opened = training.open_data(loaded, accelerator)
     teachers = ModelFactory(loaded, opened.info, {}, device=CPU).teachers()
     for _ in range(2):
         with answering(loaded, teachers, opened) as kept:

@@ -8,7 +8,7 @@ from training import PLAIN, write
 import kdkit
 from kdkit import recipe
 from kdkit.engine import objective
-from kdkit.factory import ModelFactory
+from kdkit.runs.networks import ModelFactory
 from kdkit.testing import random_batch, random_outputs
 
 

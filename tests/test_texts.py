@@ -13,7 +13,7 @@ from test_layers_of_the_house import imports
 from training import together, weights
 
 import kdkit
-from kdkit import cli, plan
+from kdkit import cli
 from kdkit import recipe as recipes
 from kdkit.contracts.dataset_source import DataInfo, Texts
 from kdkit.contracts.records import Outputs
@@ -23,6 +23,7 @@ from kdkit.export import export
 from kdkit.models.tapped import TappedModel
 from kdkit.recipe.sections import DataSpec
 from kdkit.report import output as report
+from kdkit.runs import checks
 from kdkit.trained import TrainedRun
 
 CPU = torch.device("cpu")
@@ -80,7 +81,7 @@ def folder(tmp_path_factory):
 
 
 def test_check_tells_what_it_is(folder):
-    told = str(plan.make(recipes.load(write(folder))))
+    told = str(checks.make(recipes.load(write(folder))))
     assert "160 training and 304 test texts of up to 12 tokens, 151 classes" in told
     assert "multiply-accumulates per text" in told
     assert "the student begins with 41 of its 41 tensors from a teacher" in told
@@ -97,13 +98,13 @@ def test_check_tells_what_it_is(folder):
 )
 def test_check_refuses_what_cannot_be(folder, changes, says):
     with pytest.raises(RecipeError, match=says):
-        plan.make(recipes.load(write(folder, **changes)))
+        checks.make(recipes.load(write(folder, **changes)))
 
 
 def test_keeping_hidden_states_is_refused(folder):
     teacher = {**recipe(folder)["teacher"], "cache": {"views": "all", "what": "taps"}}
     with pytest.raises(RecipeError, match="as long as the longest text of a batch"):
-        plan.make(recipes.load(write(folder, teacher=teacher)))
+        checks.make(recipes.load(write(folder, teacher=teacher)))
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +195,7 @@ EXTRA = {"transformers", "tokenizers", "datasets"}
 
 def test_only_plugins_for_texts_need_the_extra():
     """The core imports none of it, and no plugin before it is used: it need not be installed for images."""
-    code = "import sys, kdkit.recipe.registry, kdkit.plan, kdkit.runs; kdkit.recipe.registry.load(); print([*filter(sys.modules.__contains__, sys.argv[1:])])"
+    code = "import sys, kdkit.recipe.registry, kdkit.runs.checks, kdkit.runs.training; kdkit.recipe.registry.load(); print([*filter(sys.modules.__contains__, sys.argv[1:])])"
     assert subprocess.run([sys.executable, "-c", code, *EXTRA], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     for file in Path(kdkit.__file__).parent.rglob("*.py"):
         assert not {module.split(".")[0] for module, _ in imports(file)} & EXTRA, file
@@ -254,7 +255,7 @@ def test_no_schedule_reads_padding(tmp_path_factory, schedule, losses):
 def test_what_images_have_and_texts_have_not(folder, changes, says):
     student = {"model": "hf/bert", "pretrained": False, "config": BERT}
     with pytest.raises(RecipeError, match=says):
-        plan.make(recipes.load(write(folder, student=student, losses=[{"use": "cross_entropy"}, {"use": "logit_kl"}], **changes)))
+        checks.make(recipes.load(write(folder, student=student, losses=[{"use": "cross_entropy"}, {"use": "logit_kl"}], **changes)))
 
 
 def test_tokens_that_a_network_has_not_are_told(folder):

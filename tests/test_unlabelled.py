@@ -7,8 +7,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from kdkit import plan, recipe, runs
+from kdkit import recipe
 from kdkit.errors import RecipeError
+from kdkit.runs import checks, training
 
 NAMES = ("cat", "dog", "eel")
 
@@ -42,9 +43,9 @@ def load(folder, **changes):
 
 
 def test_a_student_learns_from_the_teacher_alone(folder):
-    result = runs.train(load(folder, data={"train_samples": 8}), folder / "run", quiet=True)
+    result = training.train(load(folder, data={"train_samples": 8}), folder / "run", quiet=True)
     assert result.test.keys() >= {"top1", "agreement"} and result.parameters
-    assert runs.RunFolder(folder / "run").info().class_names == NAMES
+    assert training.RunFolder(folder / "run").info().class_names == NAMES
 
 
 LABELS = "reads the labels of training images, and they have none"
@@ -63,6 +64,6 @@ REFUSED = {
 def test_what_reads_labels_is_one_line(folder, place):
     changes, says = REFUSED[place]
     with pytest.raises(RecipeError) as raised:
-        plan.make(load(folder, **changes))
+        checks.make(load(folder, **changes))
     assert f"recipe.yaml:1: {place.split()[0]}: " in str(raised.value) and says in str(raised.value)
     assert "\n" not in str(raised.value)

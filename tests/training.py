@@ -19,7 +19,16 @@ PATIENCE = 3000
 """Seconds that a test waits for another process: what takes longer on any machine hangs."""
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
-    ["kdkit.cli", "kdkit.runs", "timm", "timm.data", "timm.optim", "timm.scheduler", "timm.utils", "torchmetrics.functional.classification"]
+    [
+        "kdkit.cli",
+        "kdkit.runs.training",
+        "timm",
+        "timm.data",
+        "timm.optim",
+        "timm.scheduler",
+        "timm.utils",
+        "torchmetrics.functional.classification",
+    ]
 )
 TIMES = ("seconds", "images_per_second", "crc")  # what differs between two runs of one recipe, and the check sum of it
 

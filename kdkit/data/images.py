@@ -17,7 +17,7 @@ from kdkit.data.transforms import MODES, Transform
 from kdkit.errors import DataError
 from kdkit.launching import WORKER_ENDED, told_of_another
 from kdkit.recipe.sections import BatchAugment
-from kdkit.signals import leave_to_parent
+from kdkit.runs.interrupts import leave_to_parent
 
 View = int | Tensor
 """Which augmentation images show: a number for all of them, or one for each, (B,) int64."""

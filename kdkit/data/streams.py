@@ -19,7 +19,7 @@ from kdkit.data.labels import class_index, class_indices
 from kdkit.data.transforms import Transform
 from kdkit.errors import DataError
 from kdkit.recipe.sections import DataSpec
-from kdkit.signals import leave_to_parent
+from kdkit.runs.interrupts import leave_to_parent
 
 Sample = tuple[Tensor | Broken, int, int]
 

@@ -14,10 +14,10 @@ from kdkit.data import loaders
 from kdkit.engine import objective
 from kdkit.engine.trainer import Trainer, batches
 from kdkit.errors import RunError
-from kdkit.factory import ModelFactory
 from kdkit.models.weight_files import adopt_shapes
 from kdkit.randomness import reseed
 from kdkit.recipe import Recipe
+from kdkit.runs.networks import ModelFactory
 
 Carried = dict[tuple[Model, int], dict[str, Loss]]  # of each student (and lesson beyond the students'), its losses so far by name
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kdkit import curves
 from kdkit.curves import Curve, Curves
-from kdkit.run_folder import RunFolder
+from kdkit.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)

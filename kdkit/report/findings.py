@@ -17,7 +17,7 @@ from kdkit.contracts.inputs import Shape
 from kdkit.errors import KdkitError, RunError
 from kdkit.models.tapped import TappedModel
 from kdkit.profile import Profile
-from kdkit.run_folder import Result, RunFolder
+from kdkit.runs.folder import Result, RunFolder
 from kdkit.show import brief
 from kdkit.study import intervals
 from kdkit.study.findings import Cost, Findings, Length, Teacher, Variant

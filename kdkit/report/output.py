@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from kdkit.checkpoints import write_atomically
 from kdkit.errors import RunError
 from kdkit.finite import to_json, without_nan
 from kdkit.report import answers, courses, page, sections
 from kdkit.report.findings import of_runs
 from kdkit.report.sections import Material
-from kdkit.run_folder import RunFolder
+from kdkit.runs.checkpoints import write_atomically
+from kdkit.runs.folder import RunFolder
 from kdkit.spreadsheets import as_csv
 from kdkit.study import intervals
 from kdkit.study.findings import Findings, Variant

@@ -15,18 +15,18 @@ from pathlib import Path
 
 import torch
 
-from kdkit.agreement import agreed
-from kdkit.checkpoints import write_atomically
-from kdkit.describe import formula
 from kdkit.errors import Interrupted, RecipeError, RunError
 from kdkit.launching import is_first
 from kdkit.lockstep import Job, train_together
 from kdkit.recipe import Recipe, code_of_all
 from kdkit.recipe.fairness import refuse_unequal
-from kdkit.run_folder import Result, RunFolder, versions
-from kdkit.runs import folder_for
-from kdkit.signals import sigterm_raises
-from kdkit.spreading import Crew, part
+from kdkit.runs.agreement import agreed
+from kdkit.runs.checkpoints import write_atomically
+from kdkit.runs.folder import Result, RunFolder, versions
+from kdkit.runs.interrupts import sigterm_raises
+from kdkit.runs.plan import formula
+from kdkit.runs.spreading import Crew, part
+from kdkit.runs.training import folder_for
 from kdkit.study import search
 from kdkit.study.findings import Cost, Findings, Length, Search, Teacher, Tuned, Variant
 from kdkit.study.grid import has

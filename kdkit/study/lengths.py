@@ -6,13 +6,13 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from kdkit import plan
 from kdkit.data.subsets import images_per_epoch, samples
 from kdkit.errors import KdkitError, RecipeError
 from kdkit.recipe import Recipe
 from kdkit.recipe.fairness import advice
 from kdkit.recipe.sections import DataSpec
-from kdkit.run_folder import RunFolder
+from kdkit.runs import checks
+from kdkit.runs.folder import RunFolder
 from kdkit.study.findings import Length
 from kdkit.trained import TrainedRun
 
@@ -26,7 +26,7 @@ def of_plan(recipe: Recipe, fetch: Callable[[str], None] | None) -> Length:
     Raises:
         RecipeError: the recipe cannot work.
     """
-    made = plan.make(recipe, fetch)
+    made = checks.make(recipe, fetch)
     epochs, steps = (sum(counts) for counts in zip(*((s.epochs, s.steps) for s in made.stages), strict=True))
     return Length(made.num_train, epochs, steps, epochs * images_per_epoch(recipe.spec.data, made.num_train))
 

@@ -19,9 +19,9 @@ from kdkit.engine.evaluate import Predictions, metrics, predict, predict_togethe
 from kdkit.engine.trainer import build_accelerator
 from kdkit.errors import RunError
 from kdkit.finite import Number
-from kdkit.plan import has_random_weights
 from kdkit.recipe import Recipe
-from kdkit.run_folder import RunFolder
+from kdkit.runs.checks import has_random_weights
+from kdkit.runs.folder import RunFolder
 from kdkit.study.step_memory import step_memory
 from kdkit.trained import TrainedRun
 

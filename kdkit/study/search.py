@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from kdkit.errors import RunError
-from kdkit.run_folder import Result
+from kdkit.runs.folder import Result
 from kdkit.study.findings import Search, Tuned
 from kdkit.study.variants import Point, Study, point_name
 

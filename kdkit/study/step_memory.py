@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from kdkit import runs
 from kdkit.engine.setup import build_trainer
 from kdkit.engine.trainer import Trainer, build_accelerator
-from kdkit.factory import ModelFactory
 from kdkit.randomness import reseed
 from kdkit.recipe import Recipe
+from kdkit.runs import training
+from kdkit.runs.networks import ModelFactory
 
 MEASURED = "kdkit: measured"  # its place in the profiler's record
 
@@ -79,8 +79,8 @@ def _on_cpu(run: Callable[[], object], warm_up: bool) -> int:
 def _trainer(recipe: Recipe, folder: Path) -> Trainer:
     """The trainer of the first stage, as a run makes it."""
     accelerator = build_accelerator(recipe.spec.train)
-    prepared = runs.open_data(recipe, accelerator)
-    factory = ModelFactory(recipe, prepared.info, runs.trained_teachers(recipe, folder, quiet=True), device=accelerator.device)
+    prepared = training.open_data(recipe, accelerator)
+    factory = ModelFactory(recipe, prepared.info, training.trained_teachers(recipe, folder, quiet=True), device=accelerator.device)
     schedule = recipe.plugins.schedules[recipe.spec.schedule.use](recipe.spec.schedule)
     reseed(recipe.spec.seed, "stage", 0)
     stage = next(iter(schedule.stages(factory)))

@@ -6,12 +6,13 @@ import torch.nn.functional as F
 from training import PLAIN, TINY, Command, assert_same_run, lines, merged, metrics, together, train, weights, write
 
 import kdkit
-from kdkit import recipe, runs
-from kdkit.checkpoints import Checkpoints
+from kdkit import recipe
 from kdkit.engine.trainer import build_accelerator
-from kdkit.factory import ModelFactory
 from kdkit.randomness import reseed
 from kdkit.recipe import registry
+from kdkit.runs import training
+from kdkit.runs.checkpoints import Checkpoints
+from kdkit.runs.networks import ModelFactory
 from kdkit.testing import random_batch, random_outputs
 
 Assistants = registry.load().schedules["assistants"]
@@ -93,7 +94,7 @@ def test_the_chain_is_plain_torch_code_in_a_row(tmp_path, options):
     path = write(tmp_path, MLPS, schedule={**MLPS["schedule"], **options})
     kdkit.train(path, folder=tmp_path / "run", quiet=True)
     loaded = recipe.load(path)
-    prepared = runs.open_data(loaded, build_accelerator(loaded.spec.train))
+    prepared = training.open_data(loaded, build_accelerator(loaded.spec.train))
     factory = ModelFactory(loaded, prepared.info, {}, device=torch.device("cpu"))
     student, *earlier = factory.student(), factory.teacher()
     chain = [factory.student(assistant) for assistant in loaded.spec.schedule.assistants]

@@ -10,8 +10,8 @@ from torch import nn
 from training import PLAIN, Command, assert_same_run, metrics, together, train, weights, write
 
 import kdkit
-from kdkit import runs
 from kdkit.recipe import registry
+from kdkit.runs import training
 
 BornAgain = registry.load().schedules["born_again"]
 RECIPE = {**PLAIN, "teacher": None, "schedule": {"use": "born_again", "generations": 2}}
@@ -137,13 +137,13 @@ def test_losses_may_look_into_the_generation_before(tmp_path, use):
 
 
 def test_with_moving_averages_a_generation_teaches_as_it_was_measured(tmp_path, monkeypatch):
-    trainers, build = [], runs.build_trainer
+    trainers, build = [], training.build_trainer
 
     def building(*args):
         trainers.append(build(*args))
         return trainers[-1]
 
-    monkeypatch.setattr(runs, "build_trainer", building)
+    monkeypatch.setattr(training, "build_trainer", building)
     train(tmp_path, RECIPE, train={"ema": {"decay": 0.9}})
     first, second = trainers
     taught = second.stage.company[0].module.state_dict()

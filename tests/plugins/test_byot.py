@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from training import PLAIN, TINY, train, weights
 
 import kdkit
-from kdkit import runs
 from kdkit.recipe import registry
+from kdkit.runs import training
 from kdkit.testing import assert_agrees, check_loss, random_batch, random_outputs
 from kdkit.trained import TrainedRun
 
@@ -104,7 +104,7 @@ def test_trains_without_a_teacher_and_leaves_the_exits_behind(tmp_path):
 
 
 def test_everything_moves(tmp_path, monkeypatch):
-    trainers, build = [], runs.build_trainer
+    trainers, build = [], training.build_trainer
     begin = []
 
     def building(*args):
@@ -112,7 +112,7 @@ def test_everything_moves(tmp_path, monkeypatch):
         begin.append(copy.deepcopy(dict(trainers[-1].learner.named_parameters())))
         return trainers[-1]
 
-    monkeypatch.setattr(runs, "build_trainer", building)
+    monkeypatch.setattr(training, "build_trainer", building)
     train(tmp_path, RECIPE)
     still = [name for name, value in trainers[0].learner.named_parameters() if torch.equal(value, begin[0][name])]
     assert still == []

@@ -17,10 +17,11 @@ from kdkit_plugins.datasets import _archive
 from kdkit_plugins.datasets.image_folder import ImageFolder, ImageFolderOptions
 from PIL import Image
 
-from kdkit import plan, recipe
+from kdkit import recipe
 from kdkit.data.loaders import prepare
 from kdkit.errors import DataError, RecipeError
 from kdkit.recipe.sections import DataSpec, TimmAugment
+from kdkit.runs import checks
 from tests.training import PLAIN
 from tests.training import write as write_recipe
 
@@ -173,7 +174,7 @@ def test_several_want_the_same_archive(archive, served, tmp_path):
     path = write_recipe(tmp_path, recipe_of(tmp_path, url=f"{served.address}/insects.zip", download=True))
     loaded, said = recipe.load(path), []
     with ThreadPoolExecutor(4) as pool:  # locks part threads that open the folder as they part processes
-        found = list(pool.map(lambda _: plan.make(loaded, said.append), range(4)))
+        found = list(pool.map(lambda _: checks.make(loaded, said.append), range(4)))
     assert [made.num_train for made in found] == [8] * 4 and len(served.asked) == 1
     assert said == [f"fetches {served.address}/insects.zip to {tmp_path / 'insects'}"]
 
@@ -181,7 +182,7 @@ def test_several_want_the_same_archive(archive, served, tmp_path):
 def test_a_check_fetches_nothing(archive, served, tmp_path):
     path = write_recipe(tmp_path, recipe_of(tmp_path, url=f"{served.address}/insects.zip", download=True))
     with pytest.raises(RecipeError, match=r"data.dataset: is not there yet, .*; training first fetches http.*insects.zip to ") as raised:
-        plan.make(recipe.load(path))
+        checks.make(recipe.load(path))
     assert "\n" not in str(raised.value) and not served.asked and not (tmp_path / "insects").exists()
 
 

@@ -101,7 +101,7 @@ def test_stopped_anywhere_it_goes_on_as_if_it_had_not(tmp_path, name):
 
 
 def test_peers_of_other_backbones_and_the_best_one_is_exported(tmp_path, monkeypatch):
-    from kdkit.standing import Standing
+    from kdkit.runs.scoring import Standing
 
     monkeypatch.setattr(Standing, "chosen", property(lambda self: 1))
     peers = [{"model": "mlp/16", "activation": "tanh"}]

@@ -9,12 +9,13 @@ from safetensors.torch import load_file
 from training import PLAIN, Command, assert_same_run, lines, metrics, together, weights, write
 
 import kdkit
-from kdkit import recipe, runs
-from kdkit.checkpoints import Checkpoints
+from kdkit import recipe
 from kdkit.engine.trainer import build_accelerator
-from kdkit.factory import ModelFactory
 from kdkit.recipe import registry
-from kdkit.run_folder import RunFolder
+from kdkit.runs import training
+from kdkit.runs.checkpoints import Checkpoints
+from kdkit.runs.folder import RunFolder
+from kdkit.runs.networks import ModelFactory
 
 Rco = registry.load().schedules["rco"]
 TRAIN = {"epochs": 4, "optimizer": {"name": "momentum", "lr": 0.1}, "lr_schedule": {"name": "constant"}}
@@ -84,8 +85,8 @@ def test_the_route_is_plain_torch_code_in_a_row(tmp_path, monkeypatch):
     kdkit.train(path, quiet=True)
     made = tmp_path / "runs" / "taught"
     loaded = recipe.load(path)
-    prepared = runs.open_data(loaded, build_accelerator(loaded.spec.train))
-    trained = runs.trained_teachers(loaded, tmp_path / "runs" / "pupil", quiet=True)
+    prepared = training.open_data(loaded, build_accelerator(loaded.spec.train))
+    trained = training.trained_teachers(loaded, tmp_path / "runs" / "pupil", quiet=True)
     factory = ModelFactory(loaded, prepared.info, trained, device=torch.device("cpu"))
     student, teacher = factory.student(), factory.teacher()
     stages = [("snapshots/train/epoch-0002", 1), ("snapshots/train/epoch-0004", 1), ("student", 2)]

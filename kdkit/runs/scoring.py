@@ -9,14 +9,14 @@ import torch
 from accelerate.utils import gather_object
 from safetensors.torch import save
 
-from kdkit.averaging import BestEpochs
 from kdkit.contracts.ensembles import combined
 from kdkit.contracts.schedule import Model
 from kdkit.engine.evaluate import Predictions, metrics, predicting
 from kdkit.engine.trainer import Trainer
 from kdkit.engine.turns import Turns
 from kdkit.models.tapped import TappedModel
-from kdkit.setting import Setting
+from kdkit.runs.best_epochs import BestEpochs
+from kdkit.runs.context import Setting
 
 Scores = dict[str, dict[str, float]]  # part of the data -> metrics
 

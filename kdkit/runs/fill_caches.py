@@ -11,7 +11,6 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from kdkit import plan, runs
 from kdkit.cache.folder import Found, look
 from kdkit.cache.opening import open_cache, wanted
 from kdkit.cache.packing import Slots
@@ -22,9 +21,10 @@ from kdkit.data import loaders
 from kdkit.data.augment import crop_flip
 from kdkit.data.loaders import TrainLoader
 from kdkit.engine.trainer import build_accelerator
-from kdkit.factory import ModelFactory
-from kdkit.progress import Reporter
 from kdkit.recipe import Recipe
+from kdkit.runs import checks, training
+from kdkit.runs.networks import ModelFactory
+from kdkit.runs.progress import Reporter
 
 BETWEEN_COMMITS = 10.0  # seconds
 
@@ -44,8 +44,8 @@ def fill(recipe: Recipe, *, quiet: bool = False) -> list[Found]:
         raise recipe.error(
             ["teacher"] if spec.teacher is not None or not spec.teachers else ["teachers"], "has no `cache:` that could be filled"
         )
-    plan.make(recipe, Reporter(quiet=quiet).say)
-    trained = runs.trained_teachers(recipe, spec.run.folder / spec.name, quiet=quiet)
+    checks.make(recipe, Reporter(quiet=quiet).say)
+    trained = training.trained_teachers(recipe, spec.run.folder / spec.name, quiet=quiet)
     device = build_accelerator(spec.train).device
     exact = Slots.of(next(iter(options.values())), spec.data, spec.seed).exact
     plain = {"augment": None} if exact else {}  # its outcomes are gone through in turn

@@ -16,7 +16,6 @@ from accelerate.utils import LoggerType
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdkit.cache import planning as cache_plan
 from kdkit.contracts.dataset_source import DataInfo, DatasetSource, Stream
 from kdkit.contracts.inputs import is_text, kind_of, random_inputs
 from kdkit.contracts.loss import Context
@@ -26,20 +25,21 @@ from kdkit.contracts.schedule import Lesson, Schedule, Stage
 from kdkit.data import loaders
 from kdkit.data.labels import CALLED, NO_LABELS, class_indices, split
 from kdkit.data.subsets import images_per_epoch, samples
-from kdkit.describe import ModelPlan, Plan, StagePlan, adapters, formula
 from kdkit.engine.objective import Objective, build
 from kdkit.engine.optim import build_optimizer
 from kdkit.engine.reach import names_of, reached
 from kdkit.errors import DataError, KdkitError, ModelError, RecipeError, RunError, ShapeError, TapError, suggest
-from kdkit.factory import ModelFactory, TrainedTeacher
-from kdkit.meaning import meaning_of, other_class_names, refuse_other_meaning
 from kdkit.models.devices import LEAST_CHANNELS, chosen, trains_on_cpu, unsafe_convolution
 from kdkit.models.freezing import freeze_all_but
 from kdkit.models.tapped import TappedModel
 from kdkit.randomness import seeded
 from kdkit.recipe import Recipe, fetching, models_in, teacher_recipes
-from kdkit.stand_ins import batch_of, labels_of, on_random_numbers, shapes_of
-from kdkit.step_cost import step_cost
+from kdkit.runs import check_caches as cache_plan
+from kdkit.runs.meaning import meaning_of, other_class_names, refuse_other_meaning
+from kdkit.runs.networks import ModelFactory, TrainedTeacher
+from kdkit.runs.plan import ModelPlan, Plan, StagePlan, adapters, formula
+from kdkit.runs.random_batches import batch_of, labels_of, on_random_numbers, shapes_of
+from kdkit.runs.step_cost import step_cost
 
 PROBE = 4  # images, of which a schedule may compare only half
 

@@ -13,33 +13,33 @@ from typing import Self, cast
 import torch
 from accelerate import Accelerator
 
-from kdkit import plan
-from kdkit.agreement import agreed
 from kdkit.cache import opening as cache_opening
 from kdkit.cache.given import GivenAnswers
 from kdkit.cache.teacher import TeacherCache
 from kdkit.contracts.dataset_source import DataInfo
 from kdkit.data import loaders
 from kdkit.data.mixing import MixedLoader
-from kdkit.deployment import rebuilt, unreadable
 from kdkit.engine.evaluate import metrics, predict_together
 from kdkit.engine.setup import Carried, build_trainer
 from kdkit.engine.trainer import build_accelerator
 from kdkit.engine.turns import BEGINNING, Stopwatch, Turns, finish
 from kdkit.errors import BusyError, DataError, RunError
-from kdkit.factory import ModelFactory, TrainedTeacher, options_of
 from kdkit.launching import is_first, of_launch
 from kdkit.models.given_answers import looks_like
 from kdkit.models.tapped import TappedModel
-from kdkit.progress import Reporter, Seldom
 from kdkit.randomness import reseed
 from kdkit.recipe import Recipe, teacher_recipes
-from kdkit.run_folder import Result, RunFolder
-from kdkit.setting import Setting
+from kdkit.runs import checks
+from kdkit.runs.agreement import agreed
+from kdkit.runs.context import Setting
+from kdkit.runs.deployment import rebuilt, unreadable
+from kdkit.runs.folder import Result, RunFolder
+from kdkit.runs.interrupts import StopRequest
+from kdkit.runs.networks import ModelFactory, TrainedTeacher, options_of
+from kdkit.runs.progress import Reporter, Seldom
+from kdkit.runs.scoring import weights
+from kdkit.runs.stage import StageRun
 from kdkit.sharing import Sharing
-from kdkit.signals import StopRequest
-from kdkit.stage_run import StageRun
-from kdkit.standing import weights
 
 MUCH = 10  # points of accuracy that a teacher loses on other data without a word
 
@@ -103,7 +103,7 @@ class Prepared:
         """
         _, world = of_launch()
         with agreed():
-            info = info or plan.make(recipe, say or Reporter(quiet=quiet).say).info
+            info = info or checks.make(recipe, say or Reporter(quiet=quiet).say).info
             if (size := recipe.spec.data.batch_size) % world:
                 raise recipe.error(["data", "batch_size"], f"{size} images cannot be shared equally by {world} processes")
             folder.check(recipe, restart=restart)

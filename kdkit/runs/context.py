@@ -10,12 +10,12 @@ from accelerate import Accelerator
 from kdkit.data.loaders import Data
 from kdkit.engine.evaluate import Predictions
 from kdkit.engine.turns import Stopwatch
-from kdkit.factory import ModelFactory
-from kdkit.progress import Reporter
 from kdkit.recipe import Recipe
-from kdkit.run_folder import RunFolder
+from kdkit.runs.folder import RunFolder
+from kdkit.runs.interrupts import StopRequest
+from kdkit.runs.networks import ModelFactory
+from kdkit.runs.progress import Reporter
 from kdkit.sharing import Sharing
-from kdkit.signals import StopRequest
 
 
 @dataclass

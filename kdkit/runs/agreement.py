@@ -10,7 +10,7 @@ from typing import Any
 from kdkit.errors import BusyError, Interrupted, KdkitError, RunError
 from kdkit.launching import of_launch
 from kdkit.recipe.fairness import differences
-from kdkit.spreading import Crew, launch_store
+from kdkit.runs.spreading import Crew, launch_store
 
 _said: list[Any] = []  # what this process has told the others
 

@@ -17,14 +17,14 @@ from typing import Any
 
 from kdkit import files
 from kdkit import recipe as recipes
-from kdkit.checkpoints import Checkpoints
 from kdkit.contracts.dataset_source import DataInfo
 from kdkit.errors import BusyError, DamagedFile, RunError
 from kdkit.finite import with_nan
 from kdkit.recipe import Recipe, consent
 from kdkit.recipe.fairness import differences
 from kdkit.recipe.yaml_source import Source
-from kdkit.run_shapes import LINE, RECIPE, Marker
+from kdkit.runs.checkpoints import Checkpoints
+from kdkit.runs.file_shapes import LINE, RECIPE, Marker
 
 LOCK = ".lock"
 DATA_FILES = "data.files"  # in the content: no key of a recipe

@@ -23,10 +23,10 @@ from kdkit.contracts.model_source import NETWORK_KEYS, CacheOptions, StudentOpti
 from kdkit.contracts.records import Batch, Inputs, Outputs
 from kdkit.contracts.schedule import Stage
 from kdkit.errors import RecipeError
-from kdkit.factory import ModelFactory
 from kdkit.models.given_answers import looks_like
 from kdkit.models.tapped import TappedModel
 from kdkit.recipe import Recipe, models_in
+from kdkit.runs.networks import ModelFactory
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -33,7 +33,7 @@ from kdkit.randomness import seeded
 from kdkit.recipe import Recipe, code_in, content_of, models_in
 from kdkit.recipe.sections import LossEntry
 from kdkit.recipe.types import source_of
-from kdkit.run_folder import Result, RunFolder
+from kdkit.runs.folder import Result, RunFolder
 from kdkit.sharing import Sharing
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

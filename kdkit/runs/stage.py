@@ -13,8 +13,8 @@ from kdkit.engine.meter import Meter
 from kdkit.engine.trainer import Trainer
 from kdkit.engine.turns import Place, Turns
 from kdkit.errors import Interrupted, RunError
-from kdkit.setting import Setting
-from kdkit.standing import Standing
+from kdkit.runs.context import Setting
+from kdkit.runs.scoring import Standing
 
 STEPS_BETWEEN_QUESTIONS = 10
 

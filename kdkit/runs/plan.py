@@ -10,7 +10,7 @@ from torch import nn
 from kdkit.contracts.dataset_source import DataInfo
 from kdkit.contracts.inputs import is_text
 from kdkit.recipe.sections import LossEntry
-from kdkit.step_cost import StepCost
+from kdkit.runs.step_cost import StepCost
 
 
 @dataclass(frozen=True)

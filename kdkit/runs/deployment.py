@@ -14,12 +14,12 @@ from kdkit.contracts.model_source import ModelOptions
 from kdkit.contracts.records import Batch
 from kdkit.engine import objective
 from kdkit.errors import KdkitError
-from kdkit.factory import ModelFactory, TrainedTeacher, options_of
 from kdkit.models.build import build_model, load_checkpoint
 from kdkit.models.tapped import TappedModel
 from kdkit.randomness import seeded
 from kdkit.recipe import Recipe
 from kdkit.recipe.types import source_of
+from kdkit.runs.networks import ModelFactory, TrainedTeacher, options_of
 
 PROBE = 4  # images, of which a schedule may compare only half
 SAME = 0.01  # of the largest logit: more is another network, not another order of sums
