@@ -87,7 +87,7 @@ if TYPE_CHECKING:
     from kdkit.models.tapped import taps as taps
     from kdkit.models.trunk import Trunk as Trunk
     from kdkit.models.trunk import channels as channels
-    from kdkit.trained import load_student as load_student
+    from kdkit.students.loaded import load_student as load_student
 
 __version__ = "0.1.0"
 
@@ -111,7 +111,7 @@ _HOME = {
     "contracts.model_source": "AnswersOptions KnownAnswers Meaning ModelOptions ModelSource Normalize Portable",
     "models.normalization": "NormalizationAdapter",
     "models.tapped": "taps",
-    "trained": "load_student",
+    "students.loaded": "load_student",
     "api": "build_loss check compare train",
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names.split()}

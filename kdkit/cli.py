@@ -113,15 +113,15 @@ def evaluate(
     plugins: RunPlugins = None,
 ) -> None:
     """Measure a run's student again, beside its teacher."""
-    from kdkit import trained
     from kdkit.engine.trainer import build_accelerator
     from kdkit.recipe.yaml_source import parse_overrides
-    from kdkit.show import score_table
+    from kdkit.students import loaded
+    from kdkit.students.show import score_table
 
-    opened = trained.TrainedRun(run, parse_overrides(overrides or []), absolute(plugins))
+    opened = loaded.TrainedRun(run, parse_overrides(overrides or []), absolute(plugins))
     train = opened.recipe.spec.train
     accelerator = build_accelerator(train.model_copy(update={"device": device}) if device else train)
-    scores = trained.evaluate(opened, best=best, device=accelerator.device)
+    scores = loaded.evaluate(opened, best=best, device=accelerator.device)
     out.print(score_table((f"{score.role}, {score.part}", score.metrics) for score in scores))
 
 
@@ -136,11 +136,11 @@ def predict(
     plugins: RunPlugins = None,
 ) -> None:
     """Write the class that a run's student gives each image file, and its probability."""
-    from kdkit import predictions, trained
     from kdkit.engine.trainer import build_accelerator
     from kdkit.runs.checkpoints import write_atomically
+    from kdkit.students import loaded, predictions
 
-    opened, files = trained.TrainedRun(run, plugins=absolute(plugins)), predictions.find_images(images)
+    opened, files = loaded.TrainedRun(run, plugins=absolute(plugins)), predictions.find_images(images)
     device = build_accelerator(opened.recipe.spec.train).device
     table = predictions.as_csv(list(predictions.predict_files(opened, files, best=best, device=device)), images)
     if output is None:
@@ -158,7 +158,7 @@ def show(
     ] = None,
 ) -> None:
     """Show a run, finished or not: its recipe, result and curves."""
-    from kdkit.show import Story
+    from kdkit.students.show import Story
 
     story = Story(run)
     out.print(story.report(), markup=False)
@@ -175,10 +175,10 @@ def export(
     plugins: RunPlugins = None,
 ) -> None:
     """Write a run's student so that timm or ONNX Runtime loads it."""
-    from kdkit import trained
-    from kdkit.export import export as write
+    from kdkit.students import loaded
+    from kdkit.students.export import export as write
 
-    made = write(trained.TrainedRun(run, plugins=absolute(plugins)), "onnx" if form is ExportFormat.onnx else "timm", output, best=best)
+    made = write(loaded.TrainedRun(run, plugins=absolute(plugins)), "onnx" if form is ExportFormat.onnx else "timm", output, best=best)
     for file in made.files:
         out.print(f"{file} ({file.stat().st_size:,} bytes)", markup=False)
     for note in made.notes:
@@ -224,10 +224,10 @@ def profile(
     """
     import torch
 
-    from kdkit import cost_table
-    from kdkit import profile as profiling
     from kdkit.contracts.inputs import kind_of
     from kdkit.models import devices
+    from kdkit.students import cost_table
+    from kdkit.students import profile as profiling
 
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     where = devices.chosen("cpu" if cpu else device or "auto") or accelerator or torch.device("cpu")

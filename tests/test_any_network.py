@@ -11,9 +11,9 @@ from training import PLAIN, merged, train, write
 import kdkit
 from kdkit import recipe
 from kdkit.errors import RecipeError
-from kdkit.export import export
 from kdkit.runs import checks
-from kdkit.trained import TrainedRun, evaluate
+from kdkit.students.export import export
+from kdkit.students.loaded import TrainedRun, evaluate
 
 CPU = torch.device("cpu")
 

@@ -9,10 +9,10 @@ from training import PLAIN, assert_same_run, merged, train, weights, write
 
 import kdkit
 from kdkit.engine.evaluate import metrics, predict
-from kdkit.export import export
 from kdkit.recipe import load
 from kdkit.runs.deployment import deployed, deploying
-from kdkit.trained import TrainedRun
+from kdkit.students.export import export
+from kdkit.students.loaded import TrainedRun
 
 LAYERS = [{"student": "stage4", "teacher": "stage4"}]
 SIMKD = merged(

@@ -11,7 +11,7 @@ import torch
 import kdkit
 from kdkit import cli
 from kdkit.engine.evaluate import Predictions, metrics
-from kdkit.trained import TrainedRun, evaluate
+from kdkit.students.loaded import TrainedRun, evaluate
 
 MLP = {"name": "net", "data": {"dataset": {"use": "digits"}, "batch_size": 50, "train_samples": 200, "validation": 100}}
 CPU = torch.device("cpu")

@@ -12,10 +12,10 @@ from torch import nn
 
 import kdkit
 from kdkit import cli
-from kdkit import export as exporting
 from kdkit.contracts.dataset_source import DataInfo
-from kdkit.export import export
-from kdkit.trained import TrainedRun
+from kdkit.students import export as exporting
+from kdkit.students.export import export
+from kdkit.students.loaded import TrainedRun
 
 NET = """
 from torch import nn

@@ -11,7 +11,7 @@ from kdkit import recipe
 from kdkit.errors import ModelError, RecipeError
 from kdkit.models.inheritance import inherit
 from kdkit.runs import checks
-from kdkit.trained import TrainedRun
+from kdkit.students.loaded import TrainedRun
 
 VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 8, "num_heads": 2, "num_classes": 6}
 

@@ -108,17 +108,18 @@ ORDER = """
     runs.random_batches
     runs.plan
     runs.checks
-    trained
-    predictions
-    curves
-    show
+    students.__init__
+    students.loaded
+    students.predictions
+    students.curves
+    students.show
     runs.context
     runs.best_epochs
     runs.scoring
     runs.stage
-    profile
-    export
-    cost_table
+    students.profile
+    students.export
+    students.cost_table
     engine.setup
     runs.training
     runs.fill_caches

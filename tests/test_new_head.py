@@ -12,12 +12,12 @@ from training import PLAIN, merged, train, weights, write
 import kdkit
 from kdkit import recipe
 from kdkit.contracts.dataset_source import DataInfo
-from kdkit.export import export
 from kdkit.models.build import build_model
 from kdkit.recipe import registry
 from kdkit.runs import checks
 from kdkit.runs.networks import ModelFactory, options_of
-from kdkit.trained import TrainedRun
+from kdkit.students.export import export
+from kdkit.students.loaded import TrainedRun
 
 NET = """\
 from torch import nn

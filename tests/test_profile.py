@@ -9,9 +9,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 import kdkit
-from kdkit import cli, cost_table, profile
+from kdkit import cli
 from kdkit.models.tapped import TappedModel
-from kdkit.profile import Latency, Profile, measure, measure_together
+from kdkit.students import cost_table, profile
+from kdkit.students.profile import Latency, Profile, measure, measure_together
 
 
 def small():

@@ -19,8 +19,8 @@ import kdkit
 from kdkit.cli import app
 from kdkit.errors import RecipeError, RunError
 from kdkit.report import output as report
+from kdkit.students.loaded import TrainedRun
 from kdkit.study.findings import Findings
-from kdkit.trained import TrainedRun
 
 ALONE = {"teacher": None, "schedule": {"use": "supervised"}, "losses": [{"use": "cross_entropy"}]}
 SHORT = {"data": {"dataset": {"test": 60}}, "train": {"epochs": 3}}

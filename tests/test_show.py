@@ -9,10 +9,11 @@ import yaml
 from matplotlib import image
 
 import kdkit
-from kdkit import cli, curves
-from kdkit.curves import Curve
+from kdkit import cli
 from kdkit.runs.folder import RunFolder
-from kdkit.show import Story, brief
+from kdkit.students import curves
+from kdkit.students.curves import Curve
+from kdkit.students.show import Story, brief
 
 
 @pytest.fixture(scope="module")

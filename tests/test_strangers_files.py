@@ -637,7 +637,7 @@ def test_what_a_run_says_of_itself_is_not_proved(home, capsys):
 
 def test_a_run_fetches_data_when_it_is_asked_to(home, monkeypatch):
     from kdkit.recipe import fetching
-    from kdkit.trained import TrainedRun
+    from kdkit.students.loaded import TrainedRun
 
     asked = []
     monkeypatch.setattr(fetching, "fetch", lambda recipe, source, say: asked.append(source.name))

@@ -15,15 +15,15 @@ import yaml
 from kdkit import cli
 from kdkit.engine.evaluate import predict
 from kdkit.errors import Interrupted, RecipeError, RunError
-from kdkit.profile import measure
 from kdkit.runs.folder import RunFolder
 from kdkit.runs.networks import ModelFactory
+from kdkit.students.loaded import TrainedRun
+from kdkit.students.profile import measure
 from kdkit.study import comparison as study
 from kdkit.study import table as study_table
 from kdkit.study import variants as study_file
 from kdkit.study.findings import Findings, Length
 from kdkit.study.measured import FinishedRun
-from kdkit.trained import TrainedRun
 from tests.training import merged, write
 
 BASE = {

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kdkit import curves
-from kdkit.curves import Curve, Curves
 from kdkit.runs.folder import RunFolder
+from kdkit.students import curves
+from kdkit.students.curves import Curve, Curves
 
 
 @dataclass(frozen=True)

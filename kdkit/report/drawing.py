@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kdkit.curves import COLORS, DASHES, INK, MARKERS
+from kdkit.students.curves import COLORS, DASHES, INK, MARKERS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdkit import profile
 from kdkit.contracts.inputs import Shape
 from kdkit.errors import KdkitError, RunError
 from kdkit.models.tapped import TappedModel
-from kdkit.profile import Profile
 from kdkit.runs.folder import Result, RunFolder
-from kdkit.show import brief
+from kdkit.students import profile
+from kdkit.students.loaded import TrainedRun
+from kdkit.students.profile import Profile
+from kdkit.students.show import brief
 from kdkit.study import intervals
 from kdkit.study.findings import Cost, Findings, Length, Teacher, Variant
 from kdkit.study.lengths import mean_length, of_teachers
-from kdkit.trained import TrainedRun
 
 TIMED = 0.5  # seconds for which a network answers single images
 

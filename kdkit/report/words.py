@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kdkit.report.blocks import Figures
-from kdkit.show import brief
+from kdkit.students.show import brief
 from kdkit.study import intervals, sentences
 from kdkit.study.findings import SIGNIFICANT, Cost, Difference, Findings, Teacher, Variant
 

@@ -13,8 +13,8 @@ from kdkit.recipe.fairness import advice
 from kdkit.recipe.sections import DataSpec
 from kdkit.runs import checks
 from kdkit.runs.folder import RunFolder
+from kdkit.students.loaded import TrainedRun
 from kdkit.study.findings import Length
-from kdkit.trained import TrainedRun
 
 STEPS = "steps"  # among the keys that `allow` names, lets variants train longer than the baseline
 EPOCHS = "train.epochs"  # whoever lets variants differ in these lets them train longer

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from typing_extensions import TypedDict
 
-from kdkit import files, profile
+from kdkit import files
 from kdkit import recipe as recipes
 from kdkit.contracts.model_source import ModelOptions, TeacherOptions
 from kdkit.engine.evaluate import Predictions, metrics, predict, predict_together
@@ -22,8 +22,9 @@ from kdkit.finite import Number
 from kdkit.recipe import Recipe
 from kdkit.runs.checks import has_random_weights
 from kdkit.runs.folder import RunFolder
+from kdkit.students import profile
+from kdkit.students.loaded import TrainedRun
 from kdkit.study.step_memory import step_memory
-from kdkit.trained import TrainedRun
 
 COMPARED_WITH_TEACHER = ("agreement", "kl_to_teacher", "logit_difference")
 LATENCY_RUNS = 300

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from kdkit.lockstep import passes
 from kdkit.recipe.fairness import unequal
-from kdkit.show import TITLES
+from kdkit.students.show import TITLES
 from kdkit.study.comparison import Training, about, after_search, check, trainings
 from kdkit.study.findings import Findings, Length, Teacher, Variant
 from kdkit.study.intervals import at_best, p_value_shown, shown, spread

@@ -8,8 +8,8 @@ from training import PLAIN, TINY, train, weights
 import kdkit
 from kdkit.recipe import registry
 from kdkit.runs import training
+from kdkit.students.loaded import TrainedRun
 from kdkit.testing import assert_agrees, check_loss, random_batch, random_outputs
-from kdkit.trained import TrainedRun
 
 BYOT = registry.load().losses["byot"]
 SHAPES = {"shallow": (3, 8, 8), "middle": (5, 4, 4), "deep": (8, 2, 2)}

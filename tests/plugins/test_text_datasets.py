@@ -11,7 +11,7 @@ from small_texts import BERT, lay_out, write
 
 import kdkit
 from kdkit.errors import DataError
-from kdkit.trained import TrainedRun
+from kdkit.students.loaded import TrainedRun
 
 
 @pytest.fixture(scope="module")

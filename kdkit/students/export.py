@@ -30,7 +30,7 @@ from kdkit.models.tapped import TappedModel
 from kdkit.recipe.types import DEFAULT_SOURCE
 from kdkit.runs.deployment import deploying
 from kdkit.runs.scoring import weights
-from kdkit.trained import EXPORTED, WEIGHTS, TrainedRun
+from kdkit.students.loaded import EXPORTED, WEIGHTS, TrainedRun
 
 Format = Literal["timm", "onnx"]
 ONNX_FILE = "model.onnx"

@@ -10,10 +10,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from kdkit import curves
-from kdkit.curves import Curve, Curves
 from kdkit.errors import RunError
 from kdkit.runs.folder import Result, RunFolder
+from kdkit.students import curves
+from kdkit.students.curves import Curve, Curves
 from kdkit.terminal import printable
 
 WIDTH = 48  # characters of a curve

@@ -14,7 +14,7 @@ from kdkit.contracts.inputs import is_text
 from kdkit.data.images import Finish, ReadImages
 from kdkit.data.transforms import for_measuring
 from kdkit.errors import DataError
-from kdkit.trained import TrainedRun
+from kdkit.students.loaded import TrainedRun
 
 COLUMNS = ("file", "class", "probability")
 

@@ -15,11 +15,11 @@ from kdkit.contracts.inputs import Shape, as_image, is_text, kind_of, parse_shap
 from kdkit.errors import ModelError, RunError
 from kdkit.models.build import build_model
 from kdkit.models.tapped import TappedModel
-from kdkit.profile import Profile
 from kdkit.recipe import registry
 from kdkit.recipe.explain import explain
 from kdkit.recipe.types import source_of
-from kdkit.trained import TrainedRun
+from kdkit.students.loaded import TrainedRun
+from kdkit.students.profile import Profile
 
 DEFAULT_SHAPE: Shape = (3, 224, 224)
 DEFAULT_TEXT: Shape = (16,)

@@ -1,0 +1,1 @@
+"""What a run leaves: loads it, measures it, exports it, shows it."""
