@@ -97,7 +97,7 @@ def report(
 ) -> None:
     """Write the report of a study or of runs: a page, CSV and JSON."""
     from kdkit.recipe.yaml_source import parse_overrides
-    from kdkit.report import output as reports
+    from kdkit.study.report import output as reports
 
     overrides = parse_overrides(f"data.{word.removeprefix('data.')}" for word in data or [])
     with Terminal(stderr=True).status("reads the runs") as status:  # on a terminal only

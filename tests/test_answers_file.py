@@ -10,8 +10,8 @@ from training import PLAIN, assert_same_run, merged, train, write
 import kdkit
 from kdkit import recipe
 from kdkit.errors import RecipeError
-from kdkit.lockstep import Job, train_together
 from kdkit.runs import checks
+from kdkit.study.lockstep import Job, train_together
 
 NETWORK = {"model": "mlp/8"}
 BASE = {**PLAIN, "student": {"model": "mlp/4"}, "train": {"epochs": 1, "optimizer": {"lr": 0.05}}}

@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save
 from test_stage_run import kill_often, twice
 from training import EVERYTHING, PLAIN, Command, assert_same_run, lines, metrics, together, train, weights, write
 
-from kdkit import cli, lockstep, recipe
+from kdkit import cli, recipe
 from kdkit.errors import RecipeError, RunError
 from kdkit.runs import checks
 from kdkit.runs.best_epochs import BestEpochs
+from kdkit.study import lockstep
 
 CHANGES = {"data": {"validation": 16, "augment": {"flip": 0.5}}, "train": {"epochs": 5, "average_best": 2}}
 AVERAGED = {**EVERYTHING, "train": {**EVERYTHING["train"], "epochs": 4, "average_best": 2}}

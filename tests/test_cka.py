@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from kdkit.report.cka import LayerSimilarity, linear_cka
+from kdkit.study.report.cka import LayerSimilarity, linear_cka
 
 
 def features(seed, n=12, d=5):

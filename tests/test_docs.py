@@ -21,9 +21,9 @@ import kdkit
 from kdkit import cli, recipe
 from kdkit.errors import KdkitError
 from kdkit.recipe import registry, types
-from kdkit.report.maps import TEMPERATURES
 from kdkit.study import comparison as study
 from kdkit.study import variants as study_file
+from kdkit.study.report.heatmaps import TEMPERATURES
 from kdkit.testing import check_loss
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,11 +11,11 @@ from recipe_files import RECIPES, backbone, lay_out, photographs
 
 from kdkit import cli, recipe
 from kdkit.recipe import fairness
-from kdkit.report import output as report
 from kdkit.runs import checks
 from kdkit.runs.folder import RunFolder
 from kdkit.study import variants as study_file
 from kdkit.study.findings import Findings
+from kdkit.study.report import output as report
 
 FOLDER = RECIPES / "hymenoptera"
 STUDIES = ["alpha", "alpha_small"]
@@ -59,7 +59,7 @@ def test_the_small_study_from_the_backbones_to_the_report(tmp_path, monkeypatch,
         text = re.sub(r"model: resnet\d+(?!\.)", "model: test_resnet", path.read_text())
         path.write_text(text.replace("image_size: 64", "image_size: 32").replace("epochs: 25", "epochs: 3"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("kdkit.study.measured.LATENCY_RUNS", 3)
+    monkeypatch.setattr("kdkit.study.measurements.LATENCY_RUNS", 3)
     assert cli.app(["compare", "recipes/hymenoptera/alpha_small.yaml", "--seeds", "2", "data.workers=0"], standalone_mode=False) is None
     said = capsys.readouterr().out
     results = next(part for part in said.split("\n\n") if "top-1 %" in part).splitlines()

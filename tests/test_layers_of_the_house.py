@@ -96,7 +96,7 @@ ORDER = """
     cache.fingerprint
     cache.teacher
     cache.given
-    sharing
+    study.shared
     cache.opening
     runs.file_shapes
     runs.folder
@@ -123,32 +123,32 @@ ORDER = """
     engine.setup
     runs.training
     runs.fill_caches
-    lockstep
+    study.lockstep
     study.findings
     study.intervals
     study.lengths
     study.search
     study.step_memory
-    study.measured
+    study.measurements
     study.comparison
     study.sentences
     study.table
-    report.cka
-    report.blocks
-    report.drawing
-    report.courses
-    report.lines
-    report.maps
-    report.answers
-    report.words
-    report.sections
-    report.page
-    report.findings
-    report.output
+    study.report.cka
+    study.report.document
+    study.report.drawing
+    study.report.mean_curves
+    study.report.plots
+    study.report.heatmaps
+    study.report.predictions
+    study.report.words
+    study.report.sections
+    study.report.page
+    study.report.from_runs
+    study.report.output
     api
     cache.__init__
     study.__init__
-    report.__init__
+    study.report.__init__
     console
     usage
     cli_studies

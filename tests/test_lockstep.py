@@ -7,11 +7,12 @@ import torch
 from training import PLAIN, Command, assert_same_run, lines, merged, write
 
 import kdkit
-from kdkit import lockstep, recipe
+from kdkit import recipe
 from kdkit.data import images
-from kdkit.lockstep import Job, train_together
 from kdkit.models import tapped
 from kdkit.runs import progress, training
+from kdkit.study import lockstep
+from kdkit.study.lockstep import Job, train_together
 
 TAPS = {"layers": [{"student": "stage3", "teacher": "stage3"}]}
 BASE = merged(

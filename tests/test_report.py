@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 import kdkit
 from kdkit.cli import app
 from kdkit.errors import RecipeError, RunError
-from kdkit.report import output as report
 from kdkit.students.loaded import TrainedRun
 from kdkit.study.findings import Findings
+from kdkit.study.report import output as report
 
 ALONE = {"teacher": None, "schedule": {"use": "supervised"}, "losses": [{"use": "cross_entropy"}]}
 SHORT = {"data": {"dataset": {"test": 60}}, "train": {"epochs": 3}}

@@ -4,9 +4,9 @@ import io
 
 from test_report import Reader
 
-from kdkit.report.blocks import Document, Facts, Figures, Listing, Picture, Pictures, Section, Words
-from kdkit.report.drawing import blank, png, titled
-from kdkit.report.page import html, markdown, width
+from kdkit.study.report.document import Document, Facts, Figures, Listing, Picture, Pictures, Section, Words
+from kdkit.study.report.drawing import blank, png, titled
+from kdkit.study.report.page import html, markdown, width
 
 EVIL = '<script>alert("1")</script> & <b>'
 

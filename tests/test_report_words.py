@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from kdkit.report import words as report_words
-from kdkit.report.drawing import LETTERS, groups, labels, looks
-from kdkit.report.lines import spaced
 from kdkit.study import intervals
 from kdkit.study.findings import Cost, Difference, Findings, Interval, Length, Search, Teacher, Tuned, Variant
+from kdkit.study.report import words as report_words
+from kdkit.study.report.drawing import LETTERS, groups, labels, looks
+from kdkit.study.report.plots import spaced
 
 COST = Cost(seconds=3, cpu_seconds=4, memory=2**20, images_per_second=1000, parameters=1234, macs=5_000_000, bytes=2048, latency=0.001)
 TEACHER = Teacher("big", {"top1": 99.25, "nll": 0.1}, 99, 10_000_000, 4096, 0.004)

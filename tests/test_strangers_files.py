@@ -566,8 +566,8 @@ def test_show_runs_no_python(home, trap, capsys):
 
 
 def test_a_report_escapes_what_strangers_write(home):
-    from kdkit.report import page
-    from kdkit.report.blocks import Document
+    from kdkit.study.report import page
+    from kdkit.study.report.document import Document
 
     evil = "<script>alert(1)</script>![x](javascript:alert(1))"
     document = Document(title=evil, question=evil, answer=[evil], sections=[])
@@ -617,7 +617,7 @@ def test_an_export_replaces_nothing_of_others(home, name):
 
 
 def test_a_report_replaces_nothing_of_others(home, monkeypatch):
-    from kdkit.report import output
+    from kdkit.study.report import output
 
     monkeypatch.setattr(output, "gather", lambda *_: (None, home))
     (home / "report.md").write_text("mine")

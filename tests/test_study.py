@@ -23,7 +23,7 @@ from kdkit.study import comparison as study
 from kdkit.study import table as study_table
 from kdkit.study import variants as study_file
 from kdkit.study.findings import Findings, Length
-from kdkit.study.measured import FinishedRun
+from kdkit.study.measurements import FinishedRun
 from tests.training import merged, write
 
 BASE = {
@@ -43,7 +43,7 @@ STUDY = {"name": "s", "base": "base.yaml", "variants": {"alone": {}, "response":
 def carry_out(tmp_path, monkeypatch):
     """Carry a study out; its findings and the names of the folders that were trained."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("kdkit.study.measured.LATENCY_RUNS", 3)
+    monkeypatch.setattr("kdkit.study.measurements.LATENCY_RUNS", 3)
     write(tmp_path, BASE, "base.yaml")
     write(tmp_path, TEACHER, "big.yaml")
     train_together = study.train_together

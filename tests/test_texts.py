@@ -21,10 +21,10 @@ from kdkit.data.loaders import prepare
 from kdkit.errors import DataError, RecipeError
 from kdkit.models.tapped import TappedModel
 from kdkit.recipe.sections import DataSpec
-from kdkit.report import output as report
 from kdkit.runs import checks
 from kdkit.students.export import export
 from kdkit.students.loaded import TrainedRun
+from kdkit.study.report import output as report
 
 CPU = torch.device("cpu")
 IDS = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14], [15, 16], [17]]

@@ -15,7 +15,7 @@ from kdkit.runs.folder import RunFolder
 from kdkit.runs.interrupts import StopRequest
 from kdkit.runs.networks import ModelFactory
 from kdkit.runs.progress import Reporter
-from kdkit.sharing import Sharing
+from kdkit.study.shared import Sharing
 
 
 @dataclass

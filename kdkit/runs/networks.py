@@ -34,7 +34,7 @@ from kdkit.recipe import Recipe, code_in, content_of, models_in
 from kdkit.recipe.sections import LossEntry
 from kdkit.recipe.types import source_of
 from kdkit.runs.folder import Result, RunFolder
-from kdkit.sharing import Sharing
+from kdkit.study.shared import Sharing
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -39,7 +39,7 @@ from kdkit.runs.networks import ModelFactory, TrainedTeacher, options_of
 from kdkit.runs.progress import Reporter, Seldom
 from kdkit.runs.scoring import weights
 from kdkit.runs.stage import StageRun
-from kdkit.sharing import Sharing
+from kdkit.study.shared import Sharing
 
 MUCH = 10  # points of accuracy that a teacher loses on other data without a word
 

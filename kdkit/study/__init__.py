@@ -1,1 +1,1 @@
-"""Studies: many recipes on one benchmark."""
+"""Many recipes and seeds on one benchmark, side by side; `report/` writes the page."""

@@ -17,7 +17,6 @@ import torch
 
 from kdkit.errors import Interrupted, RecipeError, RunError
 from kdkit.launching import is_first
-from kdkit.lockstep import Job, train_together
 from kdkit.recipe import Recipe, code_of_all
 from kdkit.recipe.fairness import refuse_unequal
 from kdkit.runs.agreement import agreed
@@ -32,7 +31,8 @@ from kdkit.study.findings import Cost, Findings, Length, Search, Teacher, Tuned,
 from kdkit.study.grid import has
 from kdkit.study.intervals import corrected, paired
 from kdkit.study.lengths import STEPS, mean_length, of_plan, of_run, of_teachers, refuse_longer
-from kdkit.study.measured import COMPARED_WITH_TEACHER, FinishedRun, Measured, Network, common_teacher
+from kdkit.study.lockstep import Job, train_together
+from kdkit.study.measurements import COMPARED_WITH_TEACHER, FinishedRun, Measured, Network, common_teacher
 from kdkit.study.variants import Study, point_name
 
 FINDINGS = "study.json"

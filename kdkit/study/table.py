@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from kdkit.lockstep import passes
 from kdkit.recipe.fairness import unequal
 from kdkit.students.show import TITLES
 from kdkit.study.comparison import Training, about, after_search, check, trainings
 from kdkit.study.findings import Findings, Length, Teacher, Variant
 from kdkit.study.intervals import at_best, p_value_shown, shown, spread
+from kdkit.study.lockstep import passes
 from kdkit.study.sentences import search, teacher_trained, trained, training_data, verdicts
 from kdkit.study.variants import Study
 

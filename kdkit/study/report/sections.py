@@ -9,12 +9,12 @@ from typing import Any
 import torch
 import yaml
 
-from kdkit.report import lines, maps, words
-from kdkit.report.answers import COMPARED, SEEDS, Answers, confusion
-from kdkit.report.blocks import Block, Document, Facts, Listing, Pictures, Section, Words
-from kdkit.report.courses import Courses
-from kdkit.report.lines import Priced
 from kdkit.study.findings import Findings, Variant
+from kdkit.study.report import heatmaps, plots, words
+from kdkit.study.report.document import Block, Document, Facts, Listing, Pictures, Section, Words
+from kdkit.study.report.mean_curves import Courses
+from kdkit.study.report.plots import Priced
+from kdkit.study.report.predictions import COMPARED, SEEDS, Answers, confusion
 
 LINES = 12  # of a command that is shown unasked
 MANY = 20  # classes: of more, those that differ most are drawn
@@ -97,7 +97,7 @@ def _cost(material: Material) -> Iterator[Block]:
     points = [Priced(v.name, v.last["top1"], v.cost.cpu_seconds if measured else v.cost.seconds) for v in shown if v.cost]
     if len(points) > 1:
         teacher = findings.teacher.last.get("top1") if findings.teacher else None
-        yield Pictures([lines.against_cost(points, findings.baseline, "CPU seconds" if measured else "seconds", teacher)])
+        yield Pictures([plots.against_cost(points, findings.baseline, "CPU seconds" if measured else "seconds", teacher)])
 
 
 def _all_in_all(together: Mapping[str, float]) -> str:
@@ -109,23 +109,23 @@ def _all_in_all(together: Mapping[str, float]) -> str:
 def _learning(material: Material) -> Iterator[Block]:
     findings, courses = material.findings, material.courses
     teacher = findings.teacher.last.get("top1") if findings.teacher else None
-    curves = list(lines.learning_curves(courses, findings.baseline, teacher))
+    curves = list(plots.learning_curves(courses, findings.baseline, teacher))
     if not curves:
         yield Words("The runs are not there any more, so there are no curves.")
         return
     bands = any(one.seeds > 1 for one in courses.values())
     yield Words("Means over the seeds; the bands are one standard deviation to each side." if bands else "One seed each, so no bands.")
     yield Pictures(curves)
-    if totals := list(lines.training_loss(courses, findings.baseline)):
+    if totals := list(plots.training_loss(courses, findings.baseline)):
         yield Words("The training loss: the whole objective of each variant. Different objectives have different scales.")
         yield Pictures(totals)
-    if losses := list(lines.loss_terms(courses)):
+    if losses := list(plots.loss_terms(courses)):
         yield Words("The training loss of each variant and its terms, weighted as they count in the total.")
         yield Pictures(losses)
 
 
 def _agreement(material: Material) -> Iterator[Block]:
-    drawn = list(lines.to_teacher(material.courses, material.findings.baseline))
+    drawn = list(plots.to_teacher(material.courses, material.findings.baseline))
     if not drawn:
         yield Words("No run was measured against a teacher while it was trained.")
         return
@@ -150,7 +150,7 @@ def _classes(material: Material) -> Iterator[Block]:
     rows = names
     if answers.teacher is not None:
         rows, accuracy = [*names, "(teacher)"], torch.cat([accuracy, confusion(answers.teacher).diag()[None]])
-    yield Pictures([maps.class_accuracy(rows, [answers.classes[i] for i in chosen], accuracy[:, chosen])])
+    yield Pictures([heatmaps.class_accuracy(rows, [answers.classes[i] for i in chosen], accuracy[:, chosen])])
     leader = _leader(findings, names)
     if leader is not None and findings.baseline in names:
         change = answers.confusion_change(leader, findings.baseline)
@@ -158,7 +158,7 @@ def _classes(material: Material) -> Iterator[Block]:
             f"Confusions of {leader} less those of {findings.baseline}: of the images of a class, how many more percent are taken for each "
             "class. On the diagonal, more is better; elsewhere, less."
         )
-        draw = maps.confusion_pairs if len(answers.classes) > MANY else maps.confusion_change
+        draw = heatmaps.confusion_pairs if len(answers.classes) > MANY else heatmaps.confusion_change
         yield Pictures([draw(leader, findings.baseline, answers.classes, change)])
 
 
@@ -188,9 +188,9 @@ def _softened(material: Material) -> Iterator[Block]:
         "Test images that the teacher gets right: first those to which it gives the most probable second class, then ordinary ones, of "
         "which it is as sure as of half of their class; of each kind, at most one of a class. Its probabilities softmax(z / T), and above "
         "them that of its second choice: a higher temperature T shows what else the image resembles. The light bar is the label."
-        + (f" Of {len(classes)} classes, the {maps.BARS} most probable." if len(classes) > maps.BARS else "")
+        + (f" Of {len(classes)} classes, the {heatmaps.BARS} most probable." if len(classes) > heatmaps.BARS else "")
     )
-    yield Pictures([maps.softened(i, one.image, one.label, one.logits, classes) for i, one in enumerate(examples, 1)])
+    yield Pictures([heatmaps.softened(i, one.image, one.label, one.logits, classes) for i, one in enumerate(examples, 1)])
 
 
 def _layers(material: Material) -> Iterator[Block]:
@@ -208,7 +208,7 @@ def _layers(material: Material) -> Iterator[Block]:
         f"test images: 1 says that one is a rotation and rescaling of the other, 0 that they have nothing in common. The first seed "
         f"of each variant.{only}"
     )
-    yield Pictures([maps.similar_layers(i, name, one.rows, one.columns, one.values) for i, (name, one) in enumerate(found.items(), 1)])
+    yield Pictures([heatmaps.similar_layers(i, name, one.rows, one.columns, one.values) for i, (name, one) in enumerate(found.items(), 1)])
 
 
 def _repeat(material: Material) -> Iterator[Block]:

@@ -10,14 +10,14 @@ from typing import Any, cast
 
 from kdkit.errors import RunError
 from kdkit.finite import to_json, without_nan
-from kdkit.report import answers, courses, page, sections
-from kdkit.report.findings import of_runs
-from kdkit.report.sections import Material
 from kdkit.runs.checkpoints import write_atomically
 from kdkit.runs.folder import RunFolder
 from kdkit.spreadsheets import as_csv
 from kdkit.study import intervals
 from kdkit.study.findings import Findings, Variant
+from kdkit.study.report import mean_curves, page, predictions, sections
+from kdkit.study.report.from_runs import of_runs
+from kdkit.study.report.sections import Material
 
 STUDY = "study.json"
 PICTURES = "report"  # folder
@@ -127,9 +127,9 @@ def read(
 ) -> Material:
     """All that the report tells, from the run folders as far as they are there."""
     there = {v.name: [folder for folder in v.folders if (folder / "run.json").is_file()] for v in findings.variants}
-    followed = {name: courses.read(folders) for name, folders in there.items()}
+    followed = {name: mean_curves.read(folders) for name, folders in there.items()}
     recipes = {name: _recipe(folders[0]) for name, folders in there.items() if folders}
-    return Material(findings, followed, recipes, answers.ask(findings, overrides, plugins, say))
+    return Material(findings, followed, recipes, predictions.ask(findings, overrides, plugins, say))
 
 
 def _recipe(folder: Path) -> dict[str, Any]:
@@ -192,7 +192,7 @@ def figures(material: Material) -> dict[str, Any]:
         "classes": said.classes,
         "class_accuracy": {name: said.class_accuracy(name).tolist() for name in said.students},
         "confusion": {
-            name: {seed: answers.confusion(found).tolist() for seed, found in seeds.items()}
+            name: {seed: predictions.confusion(found).tolist() for seed, found in seeds.items()}
             for name, seeds in said.students.items()
         },
         "examples": [{"index": one.index, "label": one.label, "logits": one.logits.tolist()} for one in said.examples],

@@ -20,9 +20,9 @@ from kdkit.errors import KdkitError, RecipeError, TapError
 from kdkit.models.devices import for_reading
 from kdkit.models.tapped import TappedModel
 from kdkit.recipe.consent import Unasked
-from kdkit.report.cka import LayerSimilarity
 from kdkit.students.loaded import TrainedRun
 from kdkit.study.findings import Findings, Variant
+from kdkit.study.report.cka import LayerSimilarity
 
 SEEDS = 3  # of each variant, the first ones, whose students answer again
 COMPARED = 6  # variants whose layers are compared with the teacher's

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kdkit.report.blocks import Picture
-from kdkit.report.courses import Course, Courses
-from kdkit.report.drawing import HEIGHT, WIDTH, Look, blank, groups, keyed, labels, looks, plain, png, titled
 from kdkit.students.curves import COLORS, DASHES, INK, MARKERS, TALL, broken, furnish, over_epochs
+from kdkit.study.report.document import Picture
+from kdkit.study.report.drawing import HEIGHT, WIDTH, Look, blank, groups, keyed, labels, looks, plain, png, titled
+from kdkit.study.report.mean_curves import Course, Courses
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -25,7 +25,7 @@ from kdkit.runs.folder import Result, RunFolder
 from kdkit.runs.interrupts import StopRequest
 from kdkit.runs.progress import Seldom
 from kdkit.runs.spreading import Crew
-from kdkit.sharing import Sharing
+from kdkit.study.shared import Sharing
 
 FAILURES = (KdkitError, RuntimeError, OSError)  # torch tells that memory is out, and much else, by a RuntimeError
 

@@ -7,8 +7,8 @@ import re
 import struct
 from collections.abc import Iterator
 
-from kdkit.report.blocks import Block, Document, Facts, Figures, Pictures, Words
-from kdkit.report.drawing import DPI
+from kdkit.study.report.document import Block, Document, Facts, Figures, Pictures, Words
+from kdkit.study.report.drawing import DPI
 
 TEMPLATE = "page.html.jinja"
 PIXELS = 104  # of a screen for an inch of a picture
@@ -20,7 +20,7 @@ def html(document: Document) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("kdkit", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("kdkit.study", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"base64": lambda png: base64.b64encode(png).decode(), "width": width}
     return environment.get_template(TEMPLATE).render(document=document)

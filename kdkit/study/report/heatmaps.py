@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kdkit.report.blocks import Picture
-from kdkit.report.drawing import WIDTH, blank, labels, plain, png, titled
 from kdkit.students.curves import COLORS, INK
+from kdkit.study.report.document import Picture
+from kdkit.study.report.drawing import WIDTH, blank, labels, plain, png, titled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kdkit.report.blocks import Figures
 from kdkit.students.show import brief
 from kdkit.study import intervals, sentences
 from kdkit.study.findings import SIGNIFICANT, Cost, Difference, Findings, Teacher, Variant
+from kdkit.study.report.document import Figures
 
 NONE = "–"
 Column = tuple[str, Callable[[Variant], str], str]  # title, what a variant has there, the metric that the teacher has there
