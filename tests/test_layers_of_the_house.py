@@ -67,7 +67,7 @@ ORDER = """
     models.build
     models.inheritance
     models.folding
-    listing
+    cli.listing
     data.__init__
     data.augment
     runs.interrupts
@@ -149,11 +149,12 @@ ORDER = """
     cache.__init__
     study.__init__
     study.report.__init__
-    console
-    usage
-    cli_studies
+    cli.console
+    cli.usage
+    cli.studies
     __init__
-    cli
+    cli.commands
+    cli.__init__
     __main__
 """.split()  # noqa: SIM905
 

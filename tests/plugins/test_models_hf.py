@@ -150,7 +150,7 @@ except Exception as error:
 
 
 def test_layers_are_listed():
-    from kdkit.listing import layers
+    from kdkit.cli.listing import layers
 
     words = [
         "pretrained=false",

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kdkit.console import NoPlugins, Overrides, Plugins, Processes, RunPlugins, absolute, load, out, start_processes, watch
+from kdkit.cli.console import NoPlugins, Overrides, Plugins, Processes, RunPlugins, absolute, load, out, start_processes, watch
 from kdkit.terminal import Terminal
 
 app = typer.Typer()

@@ -14,8 +14,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from kdkit import __version__, cli_studies, launching, usage
-from kdkit.console import (
+from kdkit import __version__, launching
+from kdkit.cli import studies, usage
+from kdkit.cli.console import (
     DEBUG,
     NoPlugins,
     Overrides,
@@ -38,7 +39,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Knowledge distillation from recipes: any loss plugin under any schedule plugin.",
 )
-app.add_typer(cli_studies.app)
+app.add_typer(studies.app)
 RunPath = Annotated[Path, typer.Argument(help="Run folder.", show_default=False)]
 Best = Annotated[bool, typer.Option("--best", help="The epoch with the best validation accuracy, not the last.")]
 
@@ -233,7 +234,7 @@ def profile(
     where = devices.chosen("cpu" if cpu else device or "auto") or accelerator or torch.device("cpu")
     with profiling.threads(threads):
         found = cost_table.subjects(models, size, classes, where, absolute(plugins))
-        measured = profiling.measure_together([(s.model, s.shape) for s in found], sorted({1, batch}), runs=training)
+        measured = profiling.measure_together([(s.model, s.shape) for s in found], sorted({1, batch}), runs=runs)
         shapes = " or ".join(dict.fromkeys(f"({', '.join(map(str, s.shape))})" for s in found))
         out.print(f"{kind_of(found[0].shape)} {shapes}, on {where}, {torch.get_num_threads()} threads", markup=False)
     out.print(cost_table.table([s.name for s in found], measured))
@@ -254,7 +255,7 @@ def layers(
     plugins: Plugins = None,
 ) -> None:
     """List the layers of a model that a recipe can name, with shapes."""
-    from kdkit import listing
+    from kdkit.cli import listing
 
     rows = listing.layers(model, options or [], classes, size, absolute(plugins))
     table = Table("layer", "type", "output", "alias", box=None, pad_edge=False)
