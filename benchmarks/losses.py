@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 import kdkit
 from kdkit.contracts.options import at_epoch
-from kdkit.probes import random_outputs, readable
 from kdkit.recipe import registry
 from kdkit.study.step_memory import peak_memory
+from kdkit.testing.probes import random_outputs, readable
 
 Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]  # by layer: the student's and the teacher's, without the batch
 Run = Callable[[], Tensor]

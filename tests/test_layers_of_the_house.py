@@ -86,9 +86,10 @@ ORDER = """
     models.freezing
     engine.trainer
     engine.evaluate
-    operations
-    probes
-    testing
+    testing.__init__
+    testing.operations
+    testing.probes
+    testing.losses
     runs.checkpoints
     cache.store
     cache.folder

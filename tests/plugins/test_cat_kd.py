@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import kdkit
-from kdkit.probes import CLASSES, Network
 from kdkit.recipe import registry
 from kdkit.testing import assert_agrees, check_loss, random_batch, random_outputs
+from kdkit.testing.probes import CLASSES, Network
 
 CAT = registry.load().losses["cat_kd"]
 PAIR = [{"student": "a", "teacher": "b"}]

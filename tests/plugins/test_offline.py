@@ -9,9 +9,9 @@ from loss_examples import OPTIONS
 from training import PLAIN, TINY, Command, assert_same_run, lines, merged, metrics, together, train, weights, write
 
 import kdkit
-from kdkit.probes import probes
 from kdkit.recipe import registry
 from kdkit.testing import random_batch, random_outputs
+from kdkit.testing.probes import probes
 
 PLUGINS = registry.load()
 Offline = PLUGINS.schedules["offline"]

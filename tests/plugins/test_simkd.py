@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from timm.models.resnet import BasicBlock, ResNet
 
 import kdkit
-from kdkit.probes import CLASSES, Network
 from kdkit.recipe import registry
 from kdkit.testing import assert_agrees, check_adapters_learn, random_batch, random_outputs
+from kdkit.testing.probes import CLASSES, Network
 
 SimKD = registry.load().losses["simkd"]
 PAIR = [{"student": "a", "teacher": "b"}]

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 import kdkit
-from kdkit.probes import CLASSES, Network
 from kdkit.recipe import registry
 from kdkit.testing import assert_agrees, random_batch, random_outputs
+from kdkit.testing.probes import CLASSES, Network
 
 SRRL = registry.load().losses["srrl"]
 PAIR = [{"student": "a", "teacher": "b"}]

@@ -1,16 +1,4 @@
-"""Checks of what every loss promises, for anyone's plugin.
-
-    from kdkit.testing import check_loss
-    check_loss(MyLoss, temperature=2.0)                      # everything at once; options where there are some
-
-    from kdkit.testing import LOSS_CHECKS                    # or, under pytest, a test per promise
-    @pytest.mark.parametrize("check", LOSS_CHECKS, ids=lambda check: check.__name__)
-    def test_my_loss(check):
-        check(MyLoss, temperature=2.0)
-
-A loss that compares layers is tried on maps, tokens and vectors; it may refuse some of them by a ShapeError in `setup`. A failure is an
-AssertionError that says which promise is broken, and on what. `assert_agrees` compares a loss with a second derivation of its formula.
-"""
+"""The promises that every loss keeps, as functions that check them."""
 
 from __future__ import annotations
 
@@ -33,8 +21,8 @@ from kdkit.contracts.loss import Loss
 from kdkit.contracts.loss_options import FeatureOptions
 from kdkit.contracts.records import Batch, Outputs
 from kdkit.errors import ShapeError
-from kdkit.operations import ConstantDraws, Operations, run_elsewhere
-from kdkit.probes import (
+from kdkit.testing.operations import ConstantDraws, Operations, run_elsewhere
+from kdkit.testing.probes import (  # fmt: skip
     CLASSES,
     DEGENERATE,
     FORMS,
@@ -61,9 +49,7 @@ from kdkit.probes import (
     with_impossible,
     with_noise,
     with_other_padding,
-)  # fmt: skip
-from kdkit.probes import random_batch as random_batch
-from kdkit.probes import random_outputs as random_outputs
+)
 
 Formula = Callable[[Any, Outputs, Outputs, Batch], Tensor]
 Check = Callable[..., list[str]]
