@@ -2,8 +2,8 @@
 
     python benchmarks/study.py [--only memory files] [--rounds 3] [--images 1024]
 
-Both sides carry out whole recipes, run folders, checkpoints and the measurement after the last epoch included: `kdkit.study.lockstep` all at
-once, `kdkit.train` one by one. The variants have one student, one frozen teacher with random weights and one seed, and differ in their
+Both sides carry out whole recipes, run folders, checkpoints and the measurement after the last epoch included: `kdkit.study.lockstep` all
+at once, `kdkit.train` one by one. The variants have one student, one frozen teacher with random weights and one seed, and differ in their
 response loss. The networks are such that the teacher's forward costs about 0.7 of the student's own step (forward, cross-entropy, backward,
 optimizer), which is measured first. Without savings, eight runs cost 8 x 1.7 steps; with one teacher's forward for all, 8 + 0.7: 0.64.
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from small_texts import BERT, LAYER, lay_out, recipe, write
-from test_layers_of_the_house import imports
+from test_imports import imports
 from training import together, weights
 
 import kdkit

@@ -14,10 +14,10 @@ from kdkit.contracts.dataset_source import InMemory, Split
 from kdkit.contracts.records import Batch
 from kdkit.data.augment import crop_flip, draw_crop_flip
 from kdkit.data.transforms import MODES, Transform
+from kdkit.data.workers import leave_to_parent
 from kdkit.errors import DataError
 from kdkit.launching import WORKER_ENDED, told_of_another
 from kdkit.recipe.sections import BatchAugment
-from kdkit.runs.interrupts import leave_to_parent
 
 View = int | Tensor
 """Which augmentation images show: a number for all of them, or one for each, (B,) int64."""

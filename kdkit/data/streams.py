@@ -17,9 +17,9 @@ from kdkit.data.augment import sample_seed, subseed
 from kdkit.data.images import Broken, Finish, intact, loaded, stack
 from kdkit.data.labels import class_index, class_indices
 from kdkit.data.transforms import Transform
+from kdkit.data.workers import leave_to_parent
 from kdkit.errors import DataError
 from kdkit.recipe.sections import DataSpec
-from kdkit.runs.interrupts import leave_to_parent
 
 Sample = tuple[Tensor | Broken, int, int]
 

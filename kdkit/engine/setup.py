@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdkit.contracts.loss import Context, Loss
+from kdkit.contracts.loss_options import LayerPair
 from kdkit.contracts.schedule import Model, Stage
 from kdkit.data import loaders
 from kdkit.engine import objective
@@ -17,13 +20,29 @@ from kdkit.errors import RunError
 from kdkit.models.weight_files import adopt_shapes
 from kdkit.randomness import reseed
 from kdkit.recipe import Recipe
-from kdkit.runs.networks import ModelFactory
+
+
+class Networks(Protocol):
+    """What the set-up of a stage asks of the recipe's networks."""
+
+    def verify_finite(self) -> None:
+        """Refuse a teacher whose answers so far are not finite."""
+
+    def teacher_modules(self) -> Mapping[str, nn.Module]:
+        """The teachers' networks by name, where they have one."""
+
+    def teaching(self, stage: Stage, number: int = 0) -> nn.Module | None:
+        """The network that teaches the stage's student of that number."""
+
+    def expand(self, pairs: Sequence[LayerPair], teacher: str | None = None, own: bool = False) -> list[LayerPair]:
+        """The pairs of layers with globs written out."""
+
 
 Carried = dict[tuple[Model, int], dict[str, Loss]]  # of each student (and lesson beyond the students'), its losses so far by name
 
 
 def build_trainer(
-    recipe: Recipe, prepared: loaders.Data, factory: ModelFactory, accelerator: Accelerator, number: int, stage: Stage,
+    recipe: Recipe, prepared: loaders.Data, networks: Networks, accelerator: Accelerator, number: int, stage: Stage,
     carried: Carried | None = None,
 ) -> Trainer:  # fmt: skip
     """The trainer of the schedule's stage `number`, its losses set up by a probe batch.
@@ -38,17 +57,17 @@ def build_trainer(
     with torch.no_grad():
         lessons = stage.step(next(batches(prepared.train, stage, 0)))
     parts.load_state_dict(remembered)
-    factory.verify_finite()
+    networks.verify_finite()
     labels = _labels_by_index(prepared.train)
     if len(lessons) < len(stage.students):
         raise RunError(f"stage '{stage.name}' gives {len(lessons)} lessons for {len(stage.students)} students")
     if stage.apart and accelerator.num_processes > 1:
         _refuse_together(recipe, stage)
-    objectives, teachers, last = [], factory.teacher_modules(), len(stage.students) - 1
+    objectives, teachers, last = [], networks.teacher_modules(), len(stage.students) - 1
     for i, lesson in enumerate(lessons):
         student = stage.students[i if i <= last else 0]
-        built = objective.build(recipe, stage.losses, factory.expand, layers=i <= last)
-        context = Context(student.module, factory.teaching(stage, min(i, last)), prepared.info.num_classes, len(labels), labels)
+        built = objective.build(recipe, stage.losses, networks.expand, layers=i <= last)
+        context = Context(student.module, networks.teaching(stage, min(i, last)), prepared.info.num_classes, len(labels), labels)
         built.setup(lesson, context, teachers)
         before = (carried if carried is not None else {}).setdefault((student, max(0, i - last)), {})
         for name, loss in built.parts().items():

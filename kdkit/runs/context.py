@@ -15,7 +15,7 @@ from kdkit.runs.folder import RunFolder
 from kdkit.runs.interrupts import StopRequest
 from kdkit.runs.networks import ModelFactory
 from kdkit.runs.progress import Reporter
-from kdkit.study.shared import Sharing
+from kdkit.runs.shared import Shared
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Setting:
     data: Data
     factory: ModelFactory
     clock: Stopwatch  # over all attempts
-    sharing: Sharing | None = None  # with runs beside this one
+    shared: Shared  # with runs beside this one
     teacher: Predictions | None = None  # on the test data
     best: dict[str, Any] | None = None  # of the epoch with the best validation accuracy
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -12,20 +10,6 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
-
-
-def leave_to_parent(worker: int) -> None:
-    """In a process that loads data: take no notice of what a terminal or a launcher sends to all; only its parent may end it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    while (said := signal.sigwaitinfo({signal.SIGTERM})) and parent is not None and said.si_pid != parent.pid:
-        pass
-    os._exit(0)
 
 
 class Terminated(KeyboardInterrupt):

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, cast
@@ -34,7 +34,7 @@ from kdkit.recipe import Recipe, code_in, content_of, models_in
 from kdkit.recipe.sections import LossEntry
 from kdkit.recipe.types import source_of
 from kdkit.runs.folder import Result, RunFolder
-from kdkit.study.shared import Sharing
+from kdkit.runs.shared import Alone, Demand, Shared
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -81,12 +81,12 @@ class ModelFactory:
         trained: teachers by name, where other recipes train them.
         device: where they live; on the meta device they have shapes, but no weights.
         rehearsal: weights are random and nothing is read, downloaded or folded: only shapes and structure count.
-        sharing: what other runs beside this one share with it (None: it is alone).
+        shared: where frozen teachers come from (default: built for this run alone).
     """
 
     def __init__(
         self, recipe: Recipe, info: DataInfo, trained: Mapping[str, TrainedTeacher], *, device: torch.device, rehearsal: bool = False,
-        sharing: Sharing | None = None,
+        shared: Shared | None = None,
     ) -> None:  # fmt: skip
         self.recipe, self.info, self.trained, self.device, self.rehearsal = recipe, info, trained, device, rehearsal
         self._digests: weakref.WeakKeyDictionary[TappedModel, str] = weakref.WeakKeyDictionary()  # of what must not change
@@ -96,10 +96,12 @@ class ModelFactory:
         self._past: list[weakref.ref[TappedModel]] = []  # teachers as they were
         self._skeletons: dict[str, nn.Module] = {}
         self.inherited: list[str] = []  # tensors that the last student has of a teacher
-        self._sharing = sharing
-        if sharing is not None:
-            for number, name in enumerate(recipe.spec.all_teachers()):
-                sharing.expect(self._sort_of_teacher(name, number), self.teacher_layers(name), needs_logits=self._needs_logits(name))
+        self._shared = shared or Alone()
+
+    def demands(self) -> Iterator[Demand]:
+        """What the losses read of each teacher."""
+        for number, name in enumerate(self.recipe.spec.all_teachers()):
+            yield Demand(self._sort_of_teacher(name, number), self.teacher_layers(name), self._needs_logits(name))
 
     def student_layers(self) -> list[str]:
         """Layers that the losses read of a student: those of teachers too, where students teach."""
@@ -294,11 +296,8 @@ class ModelFactory:
             return self._frozen_teacher(name, number, file, layers, needs_logits)
 
         layers, needs_logits = self.teacher_layers(name), self._needs_logits(name)
-        if self._sharing is None:
-            model = build(layers, needs_logits)
-        else:
-            sort = self._sort_of_teacher(name, number)
-            model = self._sharing.teacher(sort, str(file), layers, needs_logits=needs_logits, build=build)
+        key = functools.partial(self._sort_of_teacher, name, number)
+        model = self._shared.teacher(key, str(file), layers, needs_logits=needs_logits, build=build)
         if self._real:
             self._digests[model] = _digest(model.module)
         return model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self, cast
@@ -13,13 +13,10 @@ from typing import Self, cast
 import torch
 from accelerate import Accelerator
 
-from kdkit.cache import opening as cache_opening
-from kdkit.cache.given import GivenAnswers
-from kdkit.cache.teacher import TeacherCache
 from kdkit.contracts.dataset_source import DataInfo
 from kdkit.data import loaders
 from kdkit.data.mixing import MixedLoader
-from kdkit.engine.evaluate import metrics, predict_together
+from kdkit.engine.evaluate import metrics
 from kdkit.engine.setup import Carried, build_trainer
 from kdkit.engine.trainer import build_accelerator
 from kdkit.engine.turns import BEGINNING, Stopwatch, Turns, finish
@@ -38,8 +35,8 @@ from kdkit.runs.interrupts import StopRequest
 from kdkit.runs.networks import ModelFactory, TrainedTeacher, options_of
 from kdkit.runs.progress import Reporter, Seldom
 from kdkit.runs.scoring import weights
+from kdkit.runs.shared import Alone, Shared
 from kdkit.runs.stage import StageRun
-from kdkit.study.shared import Sharing
 
 MUCH = 10  # points of accuracy that a teacher loses on other data without a word
 
@@ -110,16 +107,16 @@ class Prepared:
         accelerator_for(recipe, folder)  # refuses what this machine cannot do before a teacher is trained for it
         return cls(recipe, folder, info, trained_teachers(recipe, folder.path, quiet=quiet, say=say), restart, quiet, instead)
 
-    def turns(self, accelerator: Accelerator, stop: StopRequest, clock: Stopwatch, sharing: Sharing | None = None) -> Turns[Result]:
+    def turns(self, accelerator: Accelerator, stop: StopRequest, clock: Stopwatch, shared: Shared | None = None) -> Turns[Result]:
         """Carry the run out.
 
         Args:
             accelerator: of the recipe's device and precision.
             stop: whether a signal wants it to end.
             clock: runs in its turns.
-            sharing: with other runs; it has this one's data then.
+            shared: where its data and teachers come from (default: its own).
         """
-        recipe = self.recipe
+        recipe, shared = self.recipe, shared or Alone()
         reporter = Reporter(quiet=self.quiet or not accelerator.is_main_process, instead=self.instead)
         if recipe.spec.train.precision == "bf16" and accelerator.device.type == "cpu" and not _multiplies_bf16():
             reporter.warn("train.precision bf16 is slower than fp32 on this processor, which has no AMX")
@@ -128,11 +125,12 @@ class Prepared:
             with agreed():
                 if accelerator.is_main_process:
                     while_training.enter_context(claimed)
-            opened = open_data(recipe, accelerator, sharing)
-            factory = ModelFactory(recipe, opened.info, self.teachers, device=accelerator.device, sharing=sharing)
+            opened = open_data(recipe, accelerator, shared)
+            factory = ModelFactory(recipe, opened.info, self.teachers, device=accelerator.device, shared=shared)
+            shared.expect(factory.demands())
             yield BEGINNING  # until every run that shares with this one has said what it wants
-            with _keeping(recipe, factory, opened, sharing, reporter) as opened:
-                setting = Setting(recipe, self.folder, reporter, stop, accelerator, opened, factory, clock, sharing)
+            with shared.answering(recipe, factory.teachers(), opened, reporter.warn) as known:
+                setting = Setting(recipe, self.folder, reporter, stop, accelerator, known, factory, clock, shared)
                 return (yield from _carry_out(setting))
 
 
@@ -185,32 +183,16 @@ def folder_for(recipe: Recipe, base: Path, name: str, taken: Path | None = None)
     return named if free or RunFolder(named).holds(recipe) else base / f"{name}-{recipe.fingerprint[:8]}"
 
 
-def open_data(recipe: Recipe, accelerator: Accelerator, sharing: Sharing | None = None) -> loaders.Data:
-    """The recipe's data, this process's share of it, mixed as it wants; those that are shared, where there are any."""
-    opened = sharing.data if sharing else read_data(recipe, accelerator)
+def open_data(recipe: Recipe, accelerator: Accelerator, shared: Shared | None = None) -> loaders.Data:
+    """The recipe's data, this process's share of it, mixed as it wants."""
+    shared = shared or Alone()
+    opened = shared.opened(functools.partial(read_data, recipe, accelerator))
     if (spec := recipe.spec.train.mixup) is None:
         return opened
     mixed = functools.partial(
         MixedLoader, spec=spec, num_classes=opened.info.num_classes, seed=recipe.spec.seed, rank=accelerator.process_index
     )
-    return replace(opened, train=sharing.loader(f"mixed {spec!r}", mixed) if sharing else mixed(opened.train))
-
-
-@contextlib.contextmanager
-def _keeping(
-    recipe: Recipe, factory: ModelFactory, opened: loaders.Data, sharing: Sharing | None, reporter: Reporter
-) -> Iterator[loaders.Data]:
-    """The data as teachers know them that keep their answers."""
-    if sharing is None:
-        with cache_opening.answering(recipe, factory.teachers(), opened, reporter.warn) as known:
-            yield known
-        return
-
-    def open_answers(name: str, teacher: TappedModel) -> TeacherCache | GivenAnswers | None:
-        return cache_opening.open_answers(recipe, name, teacher, opened.info, opened.train, reporter.warn)
-
-    train = sharing.kept(factory.teachers(), open_answers)
-    yield opened if train is None else replace(opened, train=train)
+    return replace(opened, train=shared.changed(f"mixed {spec!r}", opened.train, mixed))
 
 
 def read_data(recipe: Recipe, accelerator: Accelerator) -> loaders.Data:
@@ -254,10 +236,7 @@ def _carry_out(setting: Setting) -> Turns[Result]:
 
 def _measure_teacher(setting: Setting) -> None:
     teachers, classes = setting.factory.whole_teachers(answering=True), setting.data.info.num_classes
-    if setting.sharing:
-        setting.teacher = setting.sharing.predictions(teachers)
-    else:
-        setting.teacher = predict_together(teachers, setting.data.test, world=setting.accelerator.num_processes)
+    setting.teacher = setting.shared.predictions(teachers, setting.data, world=setting.accelerator.num_processes)
     if setting.teacher is None:
         return
     found = metrics(setting.teacher)

@@ -7,11 +7,12 @@ import functools
 import itertools
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TypeVar, cast
 
 from torch import nn
 
+from kdkit.cache import opening
 from kdkit.cache.given import GivenAnswers
 from kdkit.cache.teacher import TeacherCache
 from kdkit.contracts.records import Batch, Inputs, Outputs, tensors
@@ -22,6 +23,8 @@ from kdkit.engine.turns import Place, Stopwatch
 from kdkit.errors import RunError
 from kdkit.models.hooks import version
 from kdkit.models.tapped import FeaturesOnly, TappedModel
+from kdkit.recipe import Recipe
+from kdkit.runs.shared import BuildTeacher, Demand
 
 T = TypeVar("T", Batch, Outputs)
 
@@ -142,14 +145,6 @@ class SharedEvalLoader:
             raise
 
 
-@dataclass
-class _Demand:
-    """What all runs together want of one teacher."""
-
-    layers: dict[str, None] = field(default_factory=dict)
-    needs_logits: bool = False
-
-
 class Sharing:
     """The data and the frozen teachers of runs that share seed and images.
 
@@ -166,7 +161,7 @@ class Sharing:
             validation = SharedEvalLoader(data.validation, self.memo) if data.validation is not None else None
             self.data = replace(self.data, validation=validation, test=SharedEvalLoader(data.test, self.memo))
         self._loaders: dict[str, TrainLoader] = {}
-        self._demands: dict[str, _Demand] = {}
+        self._demands: dict[str, Demand] = {}  # of all runs together
         self._teachers: weakref.WeakValueDictionary[tuple[str, str], TappedModel] = weakref.WeakValueDictionary()  # while a run has a view
         self._wholes: weakref.WeakKeyDictionary[TappedModel, TappedModel] = weakref.WeakKeyDictionary()  # of each run's view
         self._caches: dict[TappedModel, TeacherCache | GivenAnswers | None] = {}
@@ -177,68 +172,55 @@ class Sharing:
         for cache in [one for one in self._caches.values() if one is not None]:
             cache.close()
 
-    def loader(self, key: str, make: Callable[[TrainLoader], TrainLoader]) -> TrainLoader:
-        """The training batches, changed in a way that the key names (mixed, fewer views)."""
+    def opened(self, read: Callable[[], Data]) -> Data:
+        return self.data
+
+    def changed(self, key: str, train: TrainLoader, change: Callable[[TrainLoader], TrainLoader]) -> TrainLoader:
         if key not in self._loaders:
-            self._loaders[key] = SharedTrainLoader(make(self.data.train), self.memo)
+            self._loaders[key] = SharedTrainLoader(change(train), self.memo)
         return self._loaders[key]
 
-    def expect(self, key: str, layers: Iterable[str], *, needs_logits: bool) -> None:
-        """Say before any teacher is built what a run will want of this one."""
-        demand = self._demands.setdefault(key, _Demand())
-        demand.layers |= dict.fromkeys(layers)
-        demand.needs_logits |= needs_logits
+    def expect(self, demands: Iterable[Demand]) -> None:
+        for demand in demands:
+            known = self._demands.get(demand.key, Demand(demand.key, [], False))
+            layers = list(dict.fromkeys([*known.layers, *demand.layers]))
+            self._demands[demand.key] = Demand(demand.key, layers, known.needs_logits or demand.needs_logits)
 
-    def teacher(
-        self, key: str, state: str, layers: Sequence[str], *, needs_logits: bool, build: Callable[[list[str], bool], TappedModel]
-    ) -> TappedModel:
-        """A run's view of a teacher that answers for all.
-
-        Args:
-            key: teachers of one key answer every batch alike; the run was expected under it.
-            state: which weights, where there are several.
-            layers: taps of this run.
-            needs_logits: of this run.
-            build: makes the teacher with all taps that anyone wants.
-        """
-        whole = self._teachers.get((key, state))
+    def teacher(self, key: Callable[[], str], state: str, layers: Sequence[str], *, needs_logits: bool, build: BuildTeacher) -> TappedModel:
+        """A run's view of a teacher that answers for all, and has the taps that any of them wants."""
+        demand = self._demands[key()]
+        whole = self._teachers.get((demand.key, state))
         if whole is None:
-            demand = self._demands[key]
-            self._teachers[key, state] = whole = build(list(demand.layers), demand.needs_logits)
+            self._teachers[demand.key, state] = whole = build(demand.layers, demand.needs_logits)
         answers = functools.partial(self._answer, whole, list(layers), needs_logits)
         view = whole.view(layers, needs_logits=needs_logits, answers=answers)
         self._wholes[view] = whole
         return view
 
-    def kept(
-        self, teachers: Mapping[str, TappedModel], open_cache: Callable[[str, TappedModel], TeacherCache | GivenAnswers | None]
-    ) -> TrainLoader | None:
-        """The training batches in the views that the caches of a run's teachers keep; None where they keep nothing.
-
-        Args:
-            teachers: this run's views, by name.
-            open_cache: opens the cache of that name for the teacher behind the view.
-        """
+    @contextlib.contextmanager
+    def answering(self, recipe: Recipe, teachers: Mapping[str, TappedModel], data: Data, warn: Callable[[str], None]) -> Iterator[Data]:
+        """The caches stay open until all runs have ended."""
         caches = []
         for name, view in teachers.items():
             whole = self._wholes[view]
             if whole not in self._caches:
-                self._caches[whole] = cache = open_cache(name, whole)
+                cache = opening.open_answers(recipe, name, whole, data.info, data.train, warn)
+                self._caches[whole] = cache
                 whole.answers = functools.partial(cache.answer, forward=whole.forward) if cache else None
             caches.append(self._caches[whole])
         found = [cache for cache in caches if cache is not None]
 
-        def shown(_: TrainLoader) -> TrainLoader:
+        def in_kept_views(_: TrainLoader) -> TrainLoader:
             return functools.reduce(lambda train, cache: cache.loader(train), found, self._alone.train)
 
-        return self.loader(f"kept {[id(cache) for cache in found]}", shown) if found else None
+        key = f"kept {[id(cache) for cache in found]}"
+        yield replace(data, train=self.changed(key, data.train, in_kept_views)) if found else data
 
-    def predictions(self, teachers: Sequence[TappedModel]) -> Predictions | None:
-        """What teachers say of the test data, together."""
+    def predictions(self, teachers: Sequence[TappedModel], data: Data, *, world: int) -> Predictions | None:
         key, clock = tuple(teacher.module for teacher in teachers), self.memo.clock
         if key not in self._predictions:
             wall, cpu = clock.wall, clock.cpu
-            found = predict_together(teachers, self._alone.test, world=self.world)
+            found = predict_together(teachers, self._alone.test, world=world)
             self._predictions[key] = found, clock.wall - wall, clock.cpu - cpu
             return found
         found, wall, cpu = self._predictions[key]
