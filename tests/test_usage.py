@@ -59,7 +59,7 @@ def test_a_wrong_command_line_is_one_line_and_code_2(kdkit, words, line):
 
 
 def test_completion_needs_a_shell(kdkit, monkeypatch):
-    monkeypatch.setattr(cli, "_in_a_shell", lambda: False)
+    monkeypatch.setattr("kdkit.cli.commands._in_a_shell", lambda: False)
     code, printed, error = kdkit("--install-completion")
     assert "this process was started by none of them" in str(code) and not printed and not error
 
