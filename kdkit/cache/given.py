@@ -16,7 +16,7 @@ from kdkit.contracts.records import Batch, Inputs, Outputs
 from kdkit.contracts.schedule import Arrange
 from kdkit.data.loaders import TrainLoader
 from kdkit.errors import ModelError, RunError
-from kdkit.models.tapped import FeaturesOnly, TappedModel
+from kdkit.models.tapped import TappedModel, features_only
 from kdkit.recipe import Recipe
 from kdkit.recipe.types import source_of
 
@@ -95,7 +95,7 @@ class GivenAnswers:
         with torch.no_grad():
             logits: Tensor = self._teacher.module(self._rows[places].float())
         features = dict.fromkeys(self._teacher.layers, logits)  # `logits` is the only layer
-        return Outputs(logits, features) if self._teacher.needs_logits else FeaturesOnly(features, self._teacher.role)
+        return Outputs(logits, features) if self._teacher.needs_logits else features_only(features, self._teacher.role)
 
     def close(self) -> None:
         """Nothing is open."""

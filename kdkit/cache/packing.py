@@ -14,7 +14,7 @@ from kdkit.contracts.model_source import CacheOptions
 from kdkit.contracts.records import Outputs
 from kdkit.data.augment import crop_flip_count, draw_crop_flip
 from kdkit.errors import RunError
-from kdkit.models.tapped import FeaturesOnly
+from kdkit.models.tapped import features_only
 from kdkit.recipe.sections import DataSpec
 
 TYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
@@ -125,7 +125,7 @@ class KeptAnswers:
         features = {name: values[TAP + name].float() for name in self.taps}
         features |= {name: features[name].permute(0, 3, 1, 2) for name in self.channels_last}
         if not self.logits:
-            return FeaturesOnly(features, role)
+            return features_only(features, role)
         logits = values[LOGITS].float() if self.options.top_k is None else self._spread(values)
         return Outputs(logits, {**features, **dict.fromkeys(self.aliases, logits)})
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from kdkit.contracts.features import as_vectors, is_padded
+from kdkit.errors import KdkitError
 
 Inputs = Tensor | Mapping[str, Tensor]
 MASK = "attention_mask"  # of a mapping, which tokens are real (1) and which padding (0)
@@ -40,7 +42,7 @@ class Batch:
         return Batch(inputs, change(self.labels), change(self.index), tuple(views))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Outputs:
     """One model's answer to one batch.
 
@@ -54,21 +56,46 @@ class Outputs:
     logits: Tensor
     features: Mapping[str, Tensor] = field(default_factory=dict)
     views: Mapping[str, Outputs] = field(default_factory=dict)
-    mask: Tensor | None = None
+    mask: Tensor | None = field(default_factory=lambda: None)  # no plain default, which an answer that lacks it would have
+
+    @classmethod
+    def lacking(cls, reason: KdkitError, **present: Any) -> Outputs:
+        """An answer of which only these attributes are there; reading another one raises `reason`."""
+        made = object.__new__(cls)
+        vars(made).update(present, reason=reason)
+        return made
+
+    def __getattr__(self, name: str) -> Any:  # called for attributes that are not there
+        if name in self.__dataclass_fields__ and "reason" in vars(self):
+            raise vars(self)["reason"]
+        raise AttributeError(f"'Outputs' has no attribute '{name}'")
+
+    def __repr__(self) -> str:
+        return f"Outputs({', '.join(f'{name}={value!r}' for name, value in vars(self).items() if name != 'reason')})"
+
+    def _with(self, **changed: Any) -> Outputs:
+        made = object.__new__(type(self))
+        vars(made).update(vars(self) | changed)
+        return made
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Outputs:
         """The same record with every tensor but the mask changed; a layer that is the logits stays one tensor with them."""
-        logits = change(self.logits)
-        features = {name: logits if value is self.logits else change(value) for name, value in self.features.items()}
-        return Outputs(logits, features, {name: view.map(change) for name, view in self.views.items()}, self.mask)
+        present, changed = vars(self), dict[str, Any]()
+        if (logits := present.get("logits")) is not None:
+            changed["logits"] = change(logits)
+        if "features" in present:
+            changed["features"] = {name: changed["logits"] if f is logits else change(f) for name, f in self.features.items()}
+        if "views" in present:
+            changed["views"] = {name: view.map(change) for name, view in self.views.items()}
+        return self._with(**changed)
 
     def seen_beside(self, views: Mapping[str, Outputs]) -> Outputs:
         """The same answer, with those to other views."""
-        return replace(self, views=views)
+        return self._with(views=views)
 
     def masked(self, mask: Tensor | None) -> Outputs:
         """The same answer, of texts of which those tokens are real."""
-        return replace(self, mask=mask)
+        return self._with(mask=mask)
 
     def pooled(self) -> Outputs:
         """The same answer with a vector for each text, the mean over its real tokens, in the place of its hidden states.
@@ -78,7 +105,7 @@ class Outputs:
         if self.mask is None:
             return self
         features = {name: as_vectors(f, self.mask) if is_padded(f, self.mask) else f for name, f in self.features.items()}
-        return Outputs(self.logits, features, self.views)
+        return self._with(features=features, mask=None)
 
     def detach(self) -> Outputs:
         """The same values as constants."""

@@ -19,23 +19,9 @@ from kdkit.recipe import Recipe
 from kdkit.recipe.sections import LossEntry
 
 
-class NoTeacher(Outputs):
-    """Stands where a loss on labels has no teacher, and says so when read."""
-
-    def __init__(self) -> None:
-        pass
-
-    def __getattribute__(self, name: str) -> object:
-        if name in ("logits", "features", "views", "mask"):
-            raise PluginError("a loss with knowledge 'labels' has no teacher to read")
-        return super().__getattribute__(name)
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> NoTeacher:
-        """There is nothing to change."""
-        return self
-
-    def __repr__(self) -> str:
-        return "NoTeacher()"
+def no_teacher() -> Outputs:
+    """Stands where a loss on labels has no teacher."""
+    return Outputs.lacking(PluginError("a loss with knowledge 'labels' has no teacher to read"))
 
 
 @dataclass(frozen=True)
@@ -130,7 +116,7 @@ class Objective(nn.Module):
         """The answers that a loss looks at."""
         wanted = self.entries[name].teacher
         if self.losses[name].knowledge == "labels":
-            return [NoTeacher()]
+            return [no_teacher()]
         if wanted is None:
             return lesson.teachers
         return [lesson.named[wanted]] if wanted in lesson.named else []

@@ -83,7 +83,7 @@ class TappedModel:
             TapError: a tapped layer did not run, returned something else than one tensor, or was overwritten in place.
         """
         if not self.needs_logits and not self.layers:
-            return FeaturesOnly({}, self.role, mask=_mask(inputs))
+            return features_only({}, self.role, _mask(inputs))
         answer = self.forward(inputs) if self.answers is None else self.answers(inputs)
         if self.frozen and not self._is_view:
             logits = {"logits": answer.logits} if self.needs_logits else {}
@@ -109,7 +109,7 @@ class TappedModel:
             logits = logits.float() if logits is not None else None
             features = {name: value.float() for name, value in features.items()}
         mask = _mask(inputs)
-        return FeaturesOnly(features, self.role, mask=mask) if logits is None else Outputs(logits, features, mask=mask)
+        return features_only(features, self.role, mask) if logits is None else Outputs(logits, features, mask=mask)
 
     def settle(self, network: nn.Module) -> None:
         """Say what a finished stage has made of it: itself, the average of its weights, or a network in which it is a part."""
@@ -264,41 +264,13 @@ def _has_channels_last(f: Tensor, inputs: Inputs, module: nn.Module) -> bool:
     return square and f.shape[1] == f.shape[2] != f.shape[3]
 
 
-class FeaturesOnly(Outputs):
-    """An answer whose forward stopped behind the deepest tapped layer: features, but no logits."""
-
-    def __init__(
-        self, features: Mapping[str, Tensor], role: str, views: Mapping[str, Outputs] | None = None, mask: Tensor | None = None
-    ) -> None:
-        for name, value in (("features", features), ("role", role), ("views", views or {}), ("mask", mask)):
-            object.__setattr__(self, name, value)  # the record is frozen
-
-    @property
-    def logits(self) -> Tensor:
-        """Never there.
-
-        Raises:
-            TapError: always; says what a loss must declare.
-        """
-        raise TapError(f"{vars(self)['role']}: stops at its deepest tapped layer, no loss having asked for its logits; "
-                       "a loss that reads them sets `needs_teacher_logits = True` "
-                       "(a teacher without the data's classes has none)")  # fmt: skip
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> FeaturesOnly:
-        """The same record with every tensor changed."""
-        views = {name: view.map(change) for name, view in self.views.items()}
-        return FeaturesOnly({name: change(value) for name, value in self.features.items()}, vars(self)["role"], views, self.mask)
-
-    def seen_beside(self, views: Mapping[str, Outputs]) -> FeaturesOnly:
-        """The same answer, with those to other views."""
-        return FeaturesOnly(self.features, vars(self)["role"], views, self.mask)
-
-    def masked(self, mask: Tensor | None) -> FeaturesOnly:
-        """The same answer, of texts of which those tokens are real."""
-        return FeaturesOnly(self.features, vars(self)["role"], self.views, mask)
-
-    def __repr__(self) -> str:
-        return f"FeaturesOnly({dict(self.features)!r})"
+def features_only(features: Mapping[str, Tensor], role: str, mask: Tensor | None = None) -> Outputs:
+    """An answer whose forward stopped behind the deepest tapped layer: reading its logits raises a TapError."""
+    says = (
+        f"{role}: stops at its deepest tapped layer, no loss having asked for its logits; a loss that reads them sets "
+        "`needs_teacher_logits = True` (a teacher without the data's classes has none)"
+    )
+    return Outputs.lacking(TapError(says), features=features, views={}, mask=mask)
 
 
 def taps(model: nn.Module, layers: Iterable[str]) -> TappedModel:

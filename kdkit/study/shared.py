@@ -22,7 +22,7 @@ from kdkit.engine.evaluate import Predictions, predict_together
 from kdkit.engine.turns import Place, Stopwatch
 from kdkit.errors import RunError
 from kdkit.models.hooks import version
-from kdkit.models.tapped import FeaturesOnly, TappedModel
+from kdkit.models.tapped import TappedModel, features_only
 from kdkit.recipe import Recipe
 from kdkit.runs.shared import BuildTeacher, Demand
 
@@ -232,4 +232,4 @@ class Sharing:
         answer = self.memo.once((id(whole), id(inputs)), lambda: whole(inputs)) if common else whole(inputs)
         features = {name: answer.features[name] for name in layers}
         mask = answer.mask
-        return Outputs(answer.logits, features, mask=mask) if needs_logits else FeaturesOnly(features, whole.role, mask=mask)
+        return Outputs(answer.logits, features, mask=mask) if needs_logits else features_only(features, whole.role, mask)

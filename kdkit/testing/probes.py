@@ -16,7 +16,7 @@ from kdkit.contracts.features import as_vectors, is_padded
 from kdkit.contracts.loss import Context, Loss
 from kdkit.contracts.loss_options import FeatureOptions
 from kdkit.contracts.records import Batch, Outputs
-from kdkit.engine.objective import NoTeacher
+from kdkit.engine.objective import no_teacher
 from kdkit.errors import ShapeError
 
 Shape = tuple[int, ...]
@@ -182,7 +182,7 @@ def width(shape: Shape) -> int:
 
 def readable(loss: Loss, teacher: Outputs) -> Outputs:
     """What the loss may read of the teacher: nothing, if it is on labels."""
-    return NoTeacher() if loss.knowledge == "labels" else teacher
+    return no_teacher() if loss.knowledge == "labels" else teacher
 
 
 def random_outputs(
