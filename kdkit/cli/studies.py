@@ -38,7 +38,7 @@ def compare(
         typer.Option("--max-parallel", min=1, metavar="N", help="Runs in memory at once (default: all that share data and seed)."),
     ] = None,
     spread: Annotated[
-        bool, typer.Option("--spread", help="In several processes, train other seeds and groups in each, not each run in all.")
+        bool, typer.Option("--spread", help="Give each process its own runs, instead of training every run in all processes.")
     ] = False,
     dry: Annotated[bool, typer.Option("--dry", help="Only list the variants, how long they train, and what is trained already.")] = False,
     plugins: Plugins = None,

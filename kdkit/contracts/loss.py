@@ -34,7 +34,7 @@ class Context:
     labels: Tensor
 
     def student_classifier(self) -> nn.Module:
-        """The student's layer from embedding to logits itself: it learns. Keep it in a tuple, as it is the student's part, not the loss's.
+        """The student's layer from embedding to logits: the live module. Store it in a tuple, so that `nn.Module` does not register it.
 
         Raises:
             TapError: it has none, or several.

@@ -201,4 +201,4 @@ CODE: dict[str, JsonValue] = {"code": True}
 """Likewise for the path of a Python file that is run. kdkit tells of it, and does not let it run unasked where a run folder names it."""
 
 LATER: dict[str, JsonValue] = {"later": True}
-"""Likewise for an option that is newer than runs which are to go on: at its default it is no part of what a run is known by."""
+"""Option added after a release: left out of the fingerprint at its default, so that older runs still resume."""

@@ -37,7 +37,7 @@ def predicting(
 ) -> Turns[list[Predictions]]:
     """Every model's answers, as `predict` gives them, in one pass over the batches.
 
-    Gives way before each batch at (*`place`, its number); not in several processes, whose shares can differ by one batch.
+    Yields (*`place`, batch) before each batch; not in several processes, whose shares can differ by one batch.
     """
     training = [part for model in models for part in model.module.modules() if part.training]  # a teacher may have only some of them so
     for model in models:

@@ -72,7 +72,9 @@ def build_trainer(
         before = (carried if carried is not None else {}).setdefault((student, max(0, i - last)), {})
         for name, loss in built.parts().items():
             if name in before:
-                copied = {key: p.detach() for key, p in loss.named_parameters() if not p.requires_grad}  # of whom this stage's teacher is
+                copied = {
+                    key: p.detach() for key, p in loss.named_parameters() if not p.requires_grad
+                }  # they come from this stage's teacher
                 learnt = {**before[name].state_dict(), **copied}
                 adopt_shapes(loss, learnt)
                 loss.load_state_dict(learnt)

@@ -28,7 +28,7 @@ from kdkit.randomness import reseed
 from kdkit.recipe.sections import TrainSpec
 
 State = dict[str, Any]
-MOST_EPOCHS = 1 << 20  # an epoch's further views are numbered from multiples of this on, so that none comes twice
+MOST_EPOCHS = 1 << 20  # view id = epoch + view * 2^20
 
 
 class Learner(nn.Module):
@@ -79,7 +79,7 @@ class Trainer:
         if stage.lr is not None:
             spec = spec.model_copy(update={"optimizer": spec.optimizer.model_copy(update={"lr": stage.lr})})
         self.updaters: list[Updater] = []
-        shared = nn.ModuleList([self.learner.parts, *objectives[len(stage.students) :]])  # learns beside the first student
+        shared = nn.ModuleList([self.learner.parts, *objectives[len(stage.students) :]])  # optimised by the first student's optimizer
         for student, objective in zip(self.learner.students, self.learner.objectives, strict=False):
             adapters = objective if self.updaters else nn.ModuleList([objective, shared])
             taken = [p for updater in self.updaters for p in updater.parameters]

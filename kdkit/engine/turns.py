@@ -1,4 +1,4 @@
-"""Work that goes on in turns, so that several runs can be trained side by side: it gives way before each batch."""
+"""Cooperative scheduling: generators that yield before each batch, so that several runs can be trained side by side."""
 
 from __future__ import annotations
 

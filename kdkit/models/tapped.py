@@ -112,7 +112,7 @@ class TappedModel:
         return features_only(features, self.role, mask) if logits is None else Outputs(logits, features, mask=mask)
 
     def settle(self, network: nn.Module) -> None:
-        """Say what a finished stage has made of it: itself, the average of its weights, or a network in which it is a part."""
+        """Set the network that replaces this one after its stage: itself, the average of its weights, or one of which it is a part."""
         self._settled = None if network is self.module else network
 
     def freeze(self, mode: Literal["eval", "train"] = "eval") -> TappedModel:

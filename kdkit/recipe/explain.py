@@ -54,7 +54,7 @@ def _is_echo(error: ErrorDetails) -> bool:
 
 
 def _is_surpassed(number: int, errors: Sequence[ErrorDetails], places: Sequence[list[str | int]]) -> bool:
-    """Whether another type that may stand here comes nearer to what is written: it is only out of range, or wrong in one part."""
+    """Hide a union member's errors when another member is a closer match: only out of range, or wrong in one part."""
 
     def distance(error: ErrorDetails) -> int:
         return 2 if error["type"].endswith(("_type", "_parsing")) else int(error["type"] == "literal_error")

@@ -64,7 +64,7 @@ class Source:
         return list(node.value) if isinstance(node, yaml.SequenceNode) else []
 
     def over(self, base: Source) -> Source:
-        """Its keys over those of another source."""
+        """Merge with another source; this one's values win."""
         return Source(self.path, root=_merge(base._root, self._root))
 
     def changed(self, overrides: Mapping[str, Any]) -> Source:

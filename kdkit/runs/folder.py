@@ -329,7 +329,7 @@ class RunFolder:
             stream.write(files.log_line(line, self.owner or ""))
 
     def forget(self, stage: str, epochs: int, steps: int) -> list[str]:
-        """Leave out of metrics.jsonl what a stage will write again: all after so many finished epochs and optimizer steps.
+        """Drop the rows of metrics.jsonl after a checkpoint: all after so many finished epochs and optimizer steps.
 
         Returns:
             What was lost, a sentence each: damaged lines, which are left out too, and epochs that are not there.

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish that training grants between two steps."""
+"""Ctrl-C and SIGTERM as a stop request, which training checks between two steps."""
 
 from __future__ import annotations
 

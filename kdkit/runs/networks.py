@@ -243,7 +243,10 @@ class ModelFactory:
         return stage.teachers[number].module if stage.teachers else next(iter(self.teacher_modules().values()), None)
 
     def watch(self, but: Sequence[Model] = ()) -> None:
-        """From here on, hold the students that are frozen by now to what they are, apart from those that a stage changes itself."""
+        """Record digests of the students that are frozen by now; `verify_frozen` raises if one changes.
+
+        Not those that a stage changes itself (`but`).
+        """
         for model in filter(None, (student() for student in self._students)):
             if model.frozen and model not in self._digests:
                 self._digests[model] = _digest(model.module)
@@ -330,7 +333,7 @@ class ModelFactory:
         return wanted and not any(loss.needs_networks for loss in self._looking_losses(name))
 
     def _sort_of_teacher(self, name: str, number: int) -> str:
-        """A key of all that a teacher's answers depend on, down to their rounding, but for its weights' file and the layers tapped."""
+        """Key of a teacher's outputs, down to their rounding; leaves out the file of its weights and its taps."""
         spec, layers = self.recipe.spec.all_teachers()[name], self.teacher_layers(name)
         options = self._teacher_options(name)
         assert options is not None

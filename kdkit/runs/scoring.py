@@ -40,7 +40,7 @@ class Standing:
         self.best_epochs = BestEpochs(setting.folder.best_epochs(number), count) if count else None
 
     def line(self) -> dict[str, Any]:
-        """What metrics.jsonl says of it."""
+        """Row for metrics.jsonl."""
         told: dict[str, Any] = dict(self.scores[0])
         if len(self.scores) > 1:
             told["peers"] = self.scores[1:]

@@ -1,4 +1,4 @@
-"""Processes of one launch that share out work which each of them does alone, as if it were the only one."""
+"""Distribute independent runs over the processes of a launch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OF_A_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_A
 
 
 def part() -> None:
-    """End what processes that have trained together share: from here on, torch and Accelerate take this one for the only one."""
+    """Leave the process group: from here on, torch and Accelerate take this process for the only one."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     PartialState._reset_state()

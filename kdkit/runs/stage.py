@@ -137,7 +137,7 @@ class StageRun:
         return images / max(self.setting.clock.wall - self._clock, 1e-9)
 
     def _read(self, *, together: bool = False) -> dict[str, float]:
-        """The last step's terms: this process's, or `together` the mean over all. What one process finds wrong, all are told."""
+        """The last step's terms: this process's, or `together` the mean over all. Any process's error is raised in all."""
         terms, told = {}, ""
         try:
             self.setting.factory.verify_finite()  # first, as losses of such answers may be finite, and else say less

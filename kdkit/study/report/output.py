@@ -39,7 +39,7 @@ def write(
     plugins: Sequence[Path] = (),
     say: Callable[[str], None] = lambda _: None,
 ) -> Report:
-    """Tell a study as `report.html`, `report.md` with pictures in `report/`, `report.csv` (a row a run) and `report.json` (all figures).
+    """Write a study's report: `report.html`, `report.md` with its pictures, `report.csv` (a row a run) and `report.json` (all figures).
 
     Args:
         paths: a study's folder or its `study.json`; or run folders, or folders that hold some: the recipe of the first is the baseline.

@@ -1,4 +1,4 @@
-"""What the networks of a study answer to the test data: classes, confusions, the teacher's second thoughts, alike layers."""
+"""Predictions of a study's networks on the test data: classes, confusions, the teacher's soft targets, CKA of layers."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Answers:
         classes: names of the classes, their numbers where they have none.
         students: predictions of each variant's first seeds, by seed.
         teacher: its own, of all teachers together.
-        examples: test images, for the teacher's second thoughts.
+        examples: test images, for the teacher's soft targets.
         alike: layers, by variant, of its first seed.
         missing: what is not there and why, a phrase each.
     """
