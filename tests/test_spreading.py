@@ -58,6 +58,28 @@ def test_a_study_in_two_processes(tmp_path, words):
             assert_same_run(tmp_path / f"alone{seed}", tmp_path / "runs" / "s" / f"plain-seed{seed}")
 
 
+def wait_for_the_other(rank, port, told):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    crew = Crew.of_launch()
+    crew.gather(rank)
+    if rank == 1:
+        os._exit(9)
+    try:
+        crew.gather(rank)
+    except kdkit.RunError as error:
+        told.put(str(error))
+
+
+def test_one_that_dies_is_noticed_without_a_launcher():
+    told, port = FORK.Queue(), free_port()
+    crew = [FORK.Process(target=wait_for_the_other, args=(rank, port, told)) for rank in (0, 1)]
+    for process in crew:
+        process.start()
+    assert told.get(timeout=PATIENCE) == "another process of this launch has ended, so this one ends too; the same command goes on"
+    for process in crew:
+        process.join(PATIENCE)
+
+
 def test_a_run_that_fails_in_both_processes_does_not_stop_the_other(tmp_path):
     write(tmp_path, {**merged(BASE, VARIANTS["response"]), "name": "plain"}, "response.yaml")
     wild = "{train: {optimizer: {lr: 1.0e+30}}}"

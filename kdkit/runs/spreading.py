@@ -6,10 +6,12 @@ import contextlib
 import itertools
 import json
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed
 from accelerate.state import PartialState
@@ -21,6 +23,8 @@ from kdkit.launching import of_launch
 T = TypeVar("T")
 
 LONGEST = timedelta(days=365)
+BETWEEN_LOOKS = timedelta(seconds=2)  # for a process that has ended, where no launcher watches
+GONE = "another process of this launch has ended, so this one ends too; the same command goes on"
 OF_A_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -52,6 +56,8 @@ class Crew:
     def __init__(self, rank: int, world: int, store: Any, name: str = "crew") -> None:
         self.rank, self.world, self._store = rank, world, store
         self._times = (f"{name} {number}" for number in itertools.count())
+        self._process = f"{name} process "
+        store.set(f"{self._process}{rank}", json.dumps([socket.gethostname(), os.getpid(), psutil.Process().create_time()]))
 
     @classmethod
     def of_launch(cls) -> Crew | None:
@@ -73,7 +79,7 @@ class Crew:
         time = next(self._times)
         if self.rank:
             with _others_there():
-                self._store.wait([f"{time} over {self.rank - 1}"], LONGEST)
+                self._wait(f"{time} over ", self.rank - 1)
         try:
             return do()
         finally:
@@ -84,11 +90,36 @@ class Crew:
         time, everyone = next(self._times), range(self.world)
         with _others_there():
             self._store.set(f"{time} told {self.rank}", json.dumps(mine))
-            found = [json.loads(self._store.get(f"{time} told {rank}")) for rank in everyone]
+            found = [json.loads(self._wait(f"{time} told ", rank)) for rank in everyone]
             self._store.set(f"{time} read {self.rank}", "")
             if self.rank == 0:
-                self._store.wait([f"{time} read {rank}" for rank in everyone], LONGEST)
+                for rank in everyone:
+                    self._wait(f"{time} read ", rank)
         return found
+
+    def _wait(self, key: str, rank: int) -> Any:
+        """What process `rank` writes under `key` and its number; ends if that process has ended without, as far as this machine knows."""
+        while True:
+            ended = self._has_ended(rank)  # before the last look: it may write and then end
+            try:
+                self._store.wait([f"{key}{rank}"], BETWEEN_LOOKS)
+            except torch.distributed.DistStoreError:
+                if ended:
+                    raise RunError(GONE) from None
+            else:
+                return self._store.get(f"{key}{rank}")
+
+    def _has_ended(self, rank: int) -> bool:
+        if not self._store.check([f"{self._process}{rank}"]):
+            return False  # it is not there yet
+        host, pid, born = json.loads(self._store.get(f"{self._process}{rank}"))
+        if host != socket.gethostname():
+            return False
+        try:
+            process = psutil.Process(pid)
+            return process.create_time() != born or process.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
 
 
 @contextlib.contextmanager
@@ -97,4 +128,4 @@ def _others_there() -> Iterator[None]:
     try:
         yield
     except torch.distributed.DistError:
-        raise RunError("another process of this launch has ended, so this one ends too; the same command goes on") from None
+        raise RunError(GONE) from None
