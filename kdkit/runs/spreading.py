@@ -117,7 +117,7 @@ class Crew:
             return False
         try:
             process = psutil.Process(pid)
-            return process.create_time() != born or process.status() == psutil.STATUS_ZOMBIE
+            return bool(process.create_time() != born or process.status() == psutil.STATUS_ZOMBIE)
         except psutil.NoSuchProcess:
             return True
 
