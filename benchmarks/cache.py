@@ -1,17 +1,20 @@
-"""An epoch that reads the teacher's answers from a cache, against training the student without any teacher.
+"""An epoch that reads the teacher's answers from a cache, against training the student without
+any teacher.
 
     python benchmarks/cache.py [--rounds 3]
 
-All sides train equal students on the same images with crops and flips, through kdkit's engine. The figures are for whole epochs; start-up,
-logs and checkpoints are left out.
+All sides train equal students on the same images with crops and flips, through kdkit's engine. The
+figures are for whole epochs; start-up, logs and checkpoints are left out.
 
     alone    cross-entropy only, no teacher
     live     the teacher answers every batch
-    written  the first epoch of a cache (`views: 1`): asks the teacher and keeps what it says; every timed one begins with an empty cache
-    read     an epoch from a full cache
-    free     the same losses on one answer that lies in memory: what they cost themselves; read / free is what reading costs
+    written  the first epoch of a cache (`views: 1`): asks the teacher and keeps what it says; every
+    timed one begins with an empty cache read     an epoch from a full cache free     the same
+    losses on one answer that lies in memory: what they cost themselves; read / free is what reading
+    costs
 
-logits: cross-entropy + `logit_kl`. logits + maps: also `at` on two stages; the cache then keeps both maps.
+logits: cross-entropy + `logit_kl`. logits + maps: also `at` on two stages; the cache then keeps
+both maps.
 """
 
 from __future__ import annotations
@@ -38,23 +41,41 @@ KINDS: dict[str, list[dict[str, Any]]] = {
     "logits": [{"use": "logit_kl", "temperature": 4}],
     "logits + maps": [
         {"use": "logit_kl", "temperature": 4},
-        {"use": "at", "weight": 1000, "layers": [{"student": name, "teacher": name} for name in ("layer2", "layer3")]},
+        {
+            "use": "at",
+            "weight": 1000,
+            "layers": [{"student": name, "teacher": name} for name in ("layer2", "layer3")],
+        },
     ],
 }
 
 
 def network(*channels: int, blocks: int) -> dict[str, Any]:
-    return {"model": "resnet18", "stem": "small", "args": {"layers": [blocks] * 4, "channels": list(channels), "in_chans": 3}}
+    return {
+        "model": "resnet18",
+        "stem": "small",
+        "args": {"layers": [blocks] * 4, "channels": list(channels), "in_chans": 3},
+    }
 
 
-def content(kind: str | None, options: argparse.Namespace, cache: Path | None = None) -> dict[str, Any]:
-    """The recipe of the student alone, or with a teacher; with a cache where there is a folder for it."""
+def content(
+    kind: str | None, options: argparse.Namespace, cache: Path | None = None
+) -> dict[str, Any]:
+    """The recipe of the student alone, or with a teacher; with a cache where there is a folder
+    for it.
+    """
     teaches = {"teacher": network(32, 64, 128, 256, blocks=2), "schedule": {"use": "offline"}}
     if cache:
         teaches["teacher"]["cache"] = {"views": 1, "what": "taps", "dir": str(cache)}
     return {
         "data": {
-            "dataset": {"use": "synthetic", "train": options.images, "test": 16, "image_size": options.image_size, "num_classes": 100},
+            "dataset": {
+                "use": "synthetic",
+                "train": options.images,
+                "test": 16,
+                "image_size": options.image_size,
+                "num_classes": 100,
+            },
             "batch_size": options.batch_size,
             "augment": {"crop_padding": 4, "flip": 0.5},
         },
@@ -65,7 +86,9 @@ def content(kind: str | None, options: argparse.Namespace, cache: Path | None = 
     }
 
 
-def cached(kind: str, options: argparse.Namespace, folder: Path) -> tuple[sides.Opened, TeacherCache]:
+def cached(
+    kind: str, options: argparse.Namespace, folder: Path
+) -> tuple[sides.Opened, TeacherCache]:
     """The recipe with its teacher's cache, empty."""
     found: list[TeacherCache] = []
 
@@ -111,7 +134,9 @@ def written(kind: str, options: argparse.Namespace, folder: Path, rounds: int) -
     return epoch
 
 
-def rows(kind: str, options: argparse.Namespace, folder: Path) -> tuple[list[str], list[str], list[str]]:
+def rows(
+    kind: str, options: argparse.Namespace, folder: Path
+) -> tuple[list[str], list[str], list[str]]:
     read, cache = cached(kind, options, folder / "read")
     read.epoch()  # which fills it
     turns: dict[str, sides.Side] = {
@@ -135,16 +160,28 @@ def rows(kind: str, options: argparse.Namespace, folder: Path) -> tuple[list[str
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--images", type=int, default=768)
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch; CPU time is steadiest with one")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="threads of torch; CPU time is steadiest with one"
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    table = sides.table("one epoch", "student alone", "teacher live", "cache written", "cache read", "answers free", "read / free")
+    table = sides.table(
+        "one epoch",
+        "student alone",
+        "teacher live",
+        "cache written",
+        "cache read",
+        "answers free",
+        "read / free",
+    )
     for kind in options.kinds:
         with tempfile.TemporaryDirectory() as folder:
             for row in rows(kind, options, Path(folder)):

@@ -1,4 +1,6 @@
-"""A plugin for benchmarks/study.py: the dataset `counted_folder`, which is `image_folder` and counts the images that are read."""
+"""A plugin for benchmarks/study.py: the dataset `counted_folder`, which is `image_folder` and
+counts the images that are read.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,12 @@ import kdkit
 class CountedOptions(ImageFolderOptions):
     """Where the images are, and where it is noted that one was read."""
 
-    log: kdkit.RecipePath = Field(description="File that grows by one byte for each training image that is read, by whichever process.")
+    log: kdkit.RecipePath = Field(
+        description=(
+            "File that grows by one byte for each training image that is read, by whichever"
+            " process."
+        )
+    )
 
 
 class CountedFiles(Files):

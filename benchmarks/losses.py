@@ -1,14 +1,18 @@
-"""Every loss of the registry by itself: CPU time and peak memory of forward and backward, beside its naive form where there is one.
+"""Every loss of the registry by itself: CPU time and peak memory of forward and backward, beside
+its naive form where there is one.
 
     python benchmarks/losses.py [--losses crd,rkd_angle] [--size cifar|small] [--steps 7]
 
-A loss stands on random answers of the shapes of CIFAR-100: batches of 64, 100 classes, a student's maps of 64 x 8 x 8 and a teacher's of
-256 x 8 x 8, embeddings of 64 and 256. It gets the first of the layers in LAYERS that it accepts; CASES has further sizes.
+A loss stands on random answers of the shapes of CIFAR-100: batches of 64, 100 classes, a student's
+maps of 64 x 8 x 8 and a teacher's of 256 x 8 x 8, embeddings of 64 and 256. It gets the first of
+the layers in LAYERS that it accepts; CASES has further sizes.
 
-Time is the process's CPU time, the median of runs that alternate with the naive form's. Peak memory is what forward and backward together
-allocate beyond what was there before, gradients included: the largest running sum over the allocator's own events, which torch's profiler
-records in one further run. So temporaries inside an operation count; the libraries' scratch memory that bypasses the allocator does not.
-The naive forms write the formula down as the papers' code does. Both must give one value, or the script ends with an error.
+Time is the process's CPU time, the median of runs that alternate with the naive form's. Peak memory
+is what forward and backward together allocate beyond what was there before, gradients included: the
+largest running sum over the allocator's own events, which torch's profiler records in one further
+run. So temporaries inside an operation count; the libraries' scratch memory that bypasses the
+allocator does not. The naive forms write the formula down as the papers' code does. Both must give
+one value, or the script ends with an error.
 """
 
 from __future__ import annotations
@@ -33,7 +37,8 @@ from kdkit.recipe import registry
 from kdkit.study.step_memory import peak_memory
 from kdkit.testing.probes import random_outputs, readable
 
-Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]  # by layer: the student's and the teacher's, without the batch
+# by layer: the student's and the teacher's, without the batch
+Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
 Run = Callable[[], Tensor]
 
 
@@ -50,15 +55,27 @@ class Size:
 
     def layers(self) -> dict[str, Shapes]:
         """What a loss may be put on."""
-        s, t, side = self.student, self.teacher, self.side
-        early, late = ((s // 2, 2 * side, 2 * side), (t // 2, 2 * side, 2 * side)), ((s, side, side), (t, side, side))
+        s = self.student
+        t = self.teacher
+        side = self.side
+        early, late = (
+            ((s // 2, 2 * side, 2 * side), (t // 2, 2 * side, 2 * side)),
+            (
+                (s, side, side),
+                (t, side, side),
+            ),
+        )
         return {
             "map": {"late": late},
             "embedding": {"embedding": ((s,), (t,))},
             "two maps": {"early": early, "late": late},
-            "two maps, as wide": {name: (shapes[0], shapes[0]) for name, shapes in (("early", early), ("late", late))},
+            "two maps, as wide": {
+                name: (shapes[0], shapes[0]) for name, shapes in (("early", early), ("late", late))
+            },
             "tokens": {"late": ((side**2 + 1, s), (side**2 + 1, t))},
-            "tokens of two layers": {name: ((side**2 + 1, s), (side**2 + 1, t)) for name in ("early", "late")},
+            "tokens of two layers": {
+                name: ((side**2 + 1, s), (side**2 + 1, t)) for name in ("early", "late")
+            },
         }
 
 
@@ -67,14 +84,20 @@ LAYERS = ["map", "embedding", "two maps", "two maps, as wide", "tokens", "tokens
 RELATION_LAYERS = ["embedding", "two maps", "two maps, as wide"]
 # More sizes, by loss: batch and width of both embeddings.
 CASES: Mapping[str, Mapping[str, Sequence[tuple[int, int]]]] = {
-    "cifar": {"rkd_angle": [(256, 512), (1024, 512)], "rkd_distance": [(256, 512)], "cc": [(256, 512)]},
+    "cifar": {
+        "rkd_angle": [(256, 512), (1024, 512)],
+        "rkd_distance": [(256, 512)],
+        "cc": [(256, 512)],
+    },
     "small": {"rkd_angle": [(16, 8)]},
 }
 NAIVE_UP_TO = 2**30  # bytes of N^2 D differences and N^3 products
 
 
 class Network(nn.Module):
-    """Stands for a network: a batch norm called like each layer, and a classifier of the last one."""
+    """Stands for a network: a batch norm called like each layer, and a classifier of the last
+    one.
+    """
 
     def __init__(self, widths: Mapping[str, int], classes: int) -> None:
         super().__init__()
@@ -89,7 +112,13 @@ class Network(nn.Module):
     def answer(self, outputs: kdkit.Outputs) -> kdkit.Outputs:
         """Outputs whose logits are what the classifier makes of the last layer."""
         with torch.no_grad():
-            return replace(outputs, logits=self.classifier(kdkit.as_vectors(outputs.features[self.last]))) if self.last else outputs
+            return (
+                replace(
+                    outputs, logits=self.classifier(kdkit.as_vectors(outputs.features[self.last]))
+                )
+                if self.last
+                else outputs
+            )
 
 
 @dataclass
@@ -110,7 +139,11 @@ class Subject:
 
         def step() -> Tensor:
             torch.manual_seed(0)
-            value = form(loss, student, teacher, self.batch) if form else loss(student, teacher, self.batch)
+            value = (
+                form(loss, student, teacher, self.batch)
+                if form
+                else loss(student, teacher, self.batch)
+            )
             value.backward()
             student.map(forget)
             loss.zero_grad()
@@ -124,7 +157,9 @@ def forget(x: Tensor) -> Tensor:
     return x
 
 
-def subjects(cls: type[kdkit.Loss], size: Size, more: Sequence[tuple[int, int]]) -> Iterator[Subject]:
+def subjects(
+    cls: type[kdkit.Loss], size: Size, more: Sequence[tuple[int, int]]
+) -> Iterator[Subject]:
     """The loss on the first layers that it accepts, and on further embeddings.
 
     Raises:
@@ -145,21 +180,40 @@ def subjects(cls: type[kdkit.Loss], size: Size, more: Sequence[tuple[int, int]])
 
 
 def subject(cls: type[kdkit.Loss], place: str, shapes: Shapes, size: Size, batch: int) -> Subject:
-    reads_layers = "layers" in cls.Options.model_fields and cls.Options.model_fields["layers"].is_required()
-    options = {"layers": [{"student": name, "teacher": name} for name in shapes]} if reads_layers else {}
+    reads_layers = (
+        "layers" in cls.Options.model_fields and cls.Options.model_fields["layers"].is_required()
+    )
+    options = (
+        {"layers": [{"student": name, "teacher": name} for name in shapes]} if reads_layers else {}
+    )
     torch.manual_seed(0)
     loss = cls(at_epoch(cls.Options(**options), 1000.0))  # behind every ramp
     sides = [{name: pair[side] for name, pair in shapes.items()} for side in (0, 1)]
     student, teacher = (
-        random_outputs(side, size=batch, classes=size.classes, seed=seed, views=cls.needs_views) for seed, side in enumerate(sides)
+        random_outputs(side, size=batch, classes=size.classes, seed=seed, views=cls.needs_views)
+        for seed, side in enumerate(sides)
     )
-    networks = [Network({name: shape[-1] if len(shape) == 2 else shape[0] for name, shape in side.items()}, size.classes) for side in sides]
+    networks = [
+        Network(
+            {name: shape[-1] if len(shape) == 2 else shape[0] for name, shape in side.items()},
+            size.classes,
+        )
+        for side in sides
+    ]
     student, teacher = networks[0].answer(student), networks[1].answer(teacher)
     labels = torch.arange(size.images) % size.classes
     loss.setup(
-        student, readable(loss, teacher), kdkit.Context(networks[0], networks[1].requires_grad_(False), size.classes, len(labels), labels)
+        student,
+        readable(loss, teacher),
+        kdkit.Context(
+            networks[0], networks[1].requires_grad_(False), size.classes, len(labels), labels
+        ),
     )
-    index = torch.randperm(len(labels))[:batch] if batch <= len(labels) else torch.arange(batch) % len(labels)
+    index = (
+        torch.randperm(len(labels))[:batch]
+        if batch <= len(labels)
+        else torch.arange(batch) % len(labels)
+    )
     found = kdkit.Batch(torch.rand(batch, 3, 32, 32), labels[index], index)
     shown = place if reads_layers else "logits"
     loss(student, readable(loss, teacher), found)  # what setup let pass must be computable
@@ -172,21 +226,32 @@ def cpu_time(run: Run) -> float:
     return time.process_time() - began
 
 
-def crd(loss: kdkit.Loss, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
-    """As the authors write it: K + 1 rows of a memory for each image, multiplied by its embedding."""
+def crd(
+    loss: kdkit.Loss, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch
+) -> Tensor:
+    """As the authors write it: K + 1 rows of a memory for each image, multiplied by its
+    embedding.
+    """
     own, (part,) = loss.rows[batch.index], loss.parts
     chosen = torch.cat([own[:, None], loss.draw(own)], 1)
     ((f_s, f_t),) = loss.options.pairs(student, teacher)
     v_s, v_t = F.normalize(part.student(f_s)), F.normalize(part.teacher(f_t))
     noise = loss.options.negatives / len(part.student_memory)
     total = v_s.new_zeros(())
-    for v, memory, known in ((v_s, part.teacher_memory, part.partition[:1]), (v_t, part.student_memory, part.partition[1:])):
+    for v, memory, known in (
+        (v_s, part.teacher_memory, part.partition[:1]),
+        (v_t, part.student_memory, part.partition[1:]),
+    ):
         rows = memory.index_select(0, chosen.flatten()).view(*chosen.shape, -1)
         scores = (torch.bmm(rows, v[:, :, None])[..., 0] / loss.options.temperature).exp()
         if not known.any():
             known.copy_(scores.detach().mean().log())
         p = scores / (known.exp() * len(memory))
-        total = total - (p[:, 0] / (p[:, 0] + noise)).log().sum() - (noise / (p[:, 1:] + noise)).log().sum()
+        total = (
+            total
+            - (p[:, 0] / (p[:, 0] + noise)).log().sum()
+            - (noise / (p[:, 1:] + noise)).log().sum()
+        )
     with torch.no_grad():
         for v, memory in ((v_s, part.student_memory), (v_t, part.teacher_memory)):
             momentum = loss.options.momentum
@@ -194,7 +259,9 @@ def crd(loss: kdkit.Loss, student: kdkit.Outputs, teacher: kdkit.Outputs, batch:
     return total / len(own)
 
 
-def rkd_angle(loss: kdkit.Loss, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
+def rkd_angle(
+    loss: kdkit.Loss, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch
+) -> Tensor:
     """As the authors write it: all N^2 differences of D numbers."""
     return F.smooth_l1_loss(*(angles(e) for e in embeddings(loss, student, teacher)))
 
@@ -204,7 +271,9 @@ def angles(e: Tensor) -> Tensor:
     return torch.bmm(sides, sides.transpose(1, 2)).flatten()
 
 
-def rkd_distance(loss: kdkit.Loss, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
+def rkd_distance(
+    loss: kdkit.Loss, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch
+) -> Tensor:
     """From all N^2 differences of D numbers."""
     return F.smooth_l1_loss(*(distances(e) for e in embeddings(loss, student, teacher)))
 
@@ -215,26 +284,41 @@ def distances(e: Tensor) -> Tensor:
     return d / d[d > 0].mean()
 
 
-def cc(loss: kdkit.Loss, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
+def cc(
+    loss: kdkit.Loss, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch
+) -> Tensor:
     """Row by row."""
-    rows = [torch.stack([correlations(loss, e, i) for i in range(len(e))]) for e in embeddings(loss, student, teacher)]
+    rows = [
+        torch.stack([correlations(loss, e, i) for i in range(len(e))])
+        for e in embeddings(loss, student, teacher)
+    ]
     return F.mse_loss(*rows)
 
 
 def correlations(loss: kdkit.Loss, e: Tensor, i: int) -> Tensor:
     e, width = F.normalize(e), 2 * loss.options.gamma
-    powers = (width**p / torch.tensor(float(p)).add(1).lgamma().exp() * (e[i] * e).sum(1) ** p for p in range(loss.options.order + 1))
+    powers = (
+        width**p / torch.tensor(float(p)).add(1).lgamma().exp() * (e[i] * e).sum(1) ** p
+        for p in range(loss.options.order + 1)
+    )
     return sum(powers) * torch.tensor(-width).exp()
 
 
-def nst(loss: kdkit.Loss, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
+def nst(
+    loss: kdkit.Loss, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch
+) -> Tensor:
     """With the products of all pairs of channels at every position."""
     x, y = (F.normalize(f.flatten(2), dim=2) for f in embeddings(loss, student, teacher))
-    pairs = [((one[:, :, None] * other[:, None]).sum(3).square()).mean() for one, other in ((x, x), (y, y), (x, y))]
+    pairs = [
+        ((one[:, :, None] * other[:, None]).sum(3).square()).mean()
+        for one, other in ((x, x), (y, y), (x, y))
+    ]
     return pairs[0] + pairs[1] - 2 * pairs[2]
 
 
-def fsp(loss: kdkit.Loss, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
+def fsp(
+    loss: kdkit.Loss, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch
+) -> Tensor:
     """With the products of all pairs of channels at every position."""
     (f_s, f_t), (g_s, g_t) = loss.options.pairs(student, teacher)
     flows = []
@@ -244,16 +328,22 @@ def fsp(loss: kdkit.Loss, student: kdkit.Outputs, teacher: kdkit.Outputs, batch:
     return F.mse_loss(*flows)
 
 
-def ickd(loss: kdkit.Loss, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
+def ickd(
+    loss: kdkit.Loss, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch
+) -> Tensor:
     """Image by image."""
     f_s, f_t = embeddings(loss, student, teacher)
     errors = []
     for one, other in zip(loss.adapters[0](f_s).flatten(2), f_t.flatten(2), strict=True):
-        errors.append((F.normalize(one @ one.T) - F.normalize(other @ other.T)).square().sum() / len(other))
+        errors.append(
+            (F.normalize(one @ one.T) - F.normalize(other @ other.T)).square().sum() / len(other)
+        )
     return torch.stack(errors).mean()
 
 
-def embeddings(loss: kdkit.Loss, student: kdkit.Outputs, teacher: kdkit.Outputs) -> tuple[Tensor, Tensor]:
+def embeddings(
+    loss: kdkit.Loss, student: kdkit.Outputs, teacher: kdkit.Outputs
+) -> tuple[Tensor, Tensor]:
     ((e_s, e_t),) = loss.options.pairs(student, teacher)
     return e_s, e_t
 
@@ -264,41 +354,80 @@ GROWS = {"rkd_angle", "rkd_distance"}  # with N^2 * D
 
 def compare(found: Subject, steps: int) -> tuple[list[float], list[float], int, int]:
     """Times and peak memory of the loss, and of its naive form where that fits."""
-    ours, form, name = found.run(), NAIVE.get(found.loss.name), found.loss.name
-    n, widest = len(found.batch.index), max((x[0].numel() for x in found.student.features.values()), default=0)
-    naive = found.run(form) if form and (name not in GROWS or 4 * n**2 * (n + widest) <= NAIVE_UP_TO) else None
+    ours = found.run()
+    form = NAIVE.get(found.loss.name)
+    name = found.loss.name
+    n, widest = (
+        len(found.batch.index),
+        max((x[0].numel() for x in found.student.features.values()), default=0),
+    )
+    naive = (
+        found.run(form)
+        if form and (name not in GROWS or 4 * n**2 * (n + widest) <= NAIVE_UP_TO)
+        else None
+    )
     one, other = ours(), naive() if naive else None
     if other is not None:
-        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-5, msg=lambda text: f"{name}'s naive form gives another value: {text}")
+        torch.testing.assert_close(
+            other,
+            one,
+            rtol=1e-3,
+            atol=1e-5,
+            msg=lambda text: f"{name}'s naive form gives another value: {text}",
+        )
     times = [(cpu_time(ours), cpu_time(naive) if naive else 0.0) for _ in range(steps)]
-    return *map(list, zip(*times, strict=True)), peak_memory(ours), peak_memory(naive) if naive else 0
+    return (
+        *map(list, zip(*times, strict=True)),
+        peak_memory(ours),
+        peak_memory(naive) if naive else 0,
+    )
 
 
 def row(found: Subject, steps: int) -> list[str]:
     ours, naive, peak, naive_peak = compare(found, steps)
     fast, slow = 1000 * statistics.median(ours), 1000 * statistics.median(naive)
-    shown = [found.loss.name, found.place, str(len(found.batch.index)), f"{fast:.2f}", f"{peak / 2**20:.2f}"]
+    shown = [
+        found.loss.name,
+        found.place,
+        str(len(found.batch.index)),
+        f"{fast:.2f}",
+        f"{peak / 2**20:.2f}",
+    ]
     if not naive_peak:
         return shown
-    return [*shown, f"{slow:.1f}", f"{naive_peak / 2**20:.1f}", f"{slow / fast:.1f}x", f"{naive_peak / peak:.1f}x"]
+    return [
+        *shown,
+        f"{slow:.1f}",
+        f"{naive_peak / 2**20:.1f}",
+        f"{slow / fast:.1f}x",
+        f"{naive_peak / peak:.1f}x",
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--losses", default="", help="names, separated by commas; all by default")
     parser.add_argument("--size", choices=SIZES, default="cifar")
     parser.add_argument("--steps", type=int, default=7, help="timed runs of each form")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch; CPU time is steadiest with one")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="threads of torch; CPU time is steadiest with one"
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     known = registry.load().losses
-    table = Table("loss", "on", "batch", "ms", "MiB", "naive, ms", "naive, MiB", "time", "memory", box=None)
+    table = Table(
+        "loss", "on", "batch", "ms", "MiB", "naive, ms", "naive, MiB", "time", "memory", box=None
+    )
     for column in table.columns[2:]:
         column.justify = "right"
     refused: list[str] = []
     for name in options.losses.split(",") if options.losses else sorted(known):
         try:
-            for found in subjects(known[name], SIZES[options.size], CASES[options.size].get(name, ())):
+            for found in subjects(
+                known[name], SIZES[options.size], CASES[options.size].get(name, ())
+            ):
                 table.add_row(*row(found, options.steps))
         except kdkit.ShapeError as error:
             refused.append(str(error))

@@ -1,4 +1,6 @@
-"""What the speed benchmarks share: sides that are timed in turns in one process, and a recipe's trainer without its run."""
+"""What the speed benchmarks share: sides that are timed in turns in one process, and a recipe's
+trainer without its run.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,10 @@ def spent() -> Cost:
         except psutil.NoSuchProcess:
             continue
         living += times.user + times.system
-    return Cost(time.process_time() + ended.children_user + ended.children_system + living, time.perf_counter())
+    return Cost(
+        time.process_time() + ended.children_user + ended.children_system + living,
+        time.perf_counter(),
+    )
 
 
 def cost(side: Side) -> Cost:
@@ -79,7 +84,9 @@ def in_turns(sides: Mapping[str, Side], rounds: int, *, warm_up: int = 1) -> dic
 
 
 def median(costs: Sequence[Cost]) -> Cost:
-    return Cost(statistics.median(one.cpu for one in costs), statistics.median(one.wall for one in costs))
+    return Cost(
+        statistics.median(one.cpu for one in costs), statistics.median(one.wall for one in costs)
+    )
 
 
 def ratio(ours: Sequence[Cost], theirs: Sequence[Cost]) -> Cost:
@@ -108,7 +115,10 @@ def show(*parts: Table | str) -> None:
     console = Console(width=130, highlight=False)
     for part in parts:
         console.print(part)
-    console.print(f"{torch.get_num_threads()} thread(s) of torch; load of the machine {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores\n")
+    console.print(
+        f"{torch.get_num_threads()} thread(s) of torch; load of the machine"
+        f" {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores\n"
+    )
 
 
 def write(content: Mapping[str, Any], folder: Path, name: str = "recipe") -> Path:
@@ -141,7 +151,10 @@ def read(content: Mapping[str, Any]) -> Recipe:
         return recipe.load(write(content, Path(folder)))
 
 
-def opened(content: Mapping[str, Any], arrange: Callable[[Recipe, Data, ModelFactory], Data] = lambda _, data, __: data) -> Opened:
+def opened(
+    content: Mapping[str, Any],
+    arrange: Callable[[Recipe, Data, ModelFactory], Data] = lambda _, data, __: data,
+) -> Opened:
     """The recipe, ready to train.
 
     Args:
@@ -154,5 +167,11 @@ def opened(content: Mapping[str, Any], arrange: Callable[[Recipe, Data, ModelFac
     factory = ModelFactory(loaded, factory_data.info, {}, device=accelerator.device)
     data = arrange(loaded, factory_data, factory)
     reseed(loaded.spec.seed, "stage", 0)
-    stage = next(iter(loaded.plugins.schedules[loaded.spec.schedule.use](loaded.spec.schedule).stages(factory)))
-    return Opened(loaded, training.build_trainer(loaded, data, factory, accelerator, 0, stage), factory, data)
+    stage = next(
+        iter(
+            loaded.plugins.schedules[loaded.spec.schedule.use](loaded.spec.schedule).stages(factory)
+        )
+    )
+    return Opened(
+        loaded, training.build_trainer(loaded, data, factory, accelerator, 0, stage), factory, data
+    )

@@ -1,10 +1,12 @@
-"""A step of kdkit's engine against the same step written by hand in plain torch: CPU time, interleaved in one process.
+"""A step of kdkit's engine against the same step written by hand in plain torch: CPU time,
+interleaved in one process.
 
     python benchmarks/step.py [--steps 60] [--size small|large|both]
 
-Both sides train the same networks on the same batch from memory, in the same memory format, with the same optimizer. The
-hand-written side keeps hooks registered all the time, checks nothing, logs nothing and has no switches. Ratios below 1 are
-work that kdkit does not do: it stops the teacher behind its deepest tap, and normalises once where two adapters agree.
+Both sides train the same networks on the same batch from memory, in the same memory format, with
+the same optimizer. The hand-written side keeps hooks registered all the time, checks nothing, logs
+nothing and has no switches. Ratios below 1 are work that kdkit does not do: it stops the teacher
+behind its deepest tap, and normalises once where two adapters agree.
 """
 
 from __future__ import annotations
@@ -29,14 +31,19 @@ from kdkit.engine.trainer import build_accelerator
 from kdkit.runs import training
 from kdkit.runs.networks import ModelFactory
 
-SIZES = {"small": {"image_size": 16, "batch_size": 16}, "large": {"image_size": 32, "batch_size": 32}}
+SIZES = {
+    "small": {"image_size": 16, "batch_size": 16},
+    "large": {"image_size": 32, "batch_size": 32},
+}
 STAGES = ["layer2", "layer3", "layer4"]
 LOSSES = {
     "logit_kl": "{use: logit_kl, weight: 0.9, temperature: 4}",
     "hint": "{use: hint, weight: 100, layers: [{student: 'layer[234]', teacher: 'layer[234]'}]}",
     "at": "{use: at, weight: 1000, layers: [{student: 'layer[234]', teacher: 'layer[234]'}]}",
-    "rkd": "{use: rkd_distance, weight: 25, layers: [{student: global_pool, teacher: global_pool}]}, "
-    "{use: rkd_angle, weight: 50, layers: [{student: global_pool, teacher: global_pool}]}",
+    "rkd": (
+        "{use: rkd_distance, weight: 25, layers: [{student: global_pool, teacher: global_pool}]}, "
+        "{use: rkd_angle, weight: 50, layers: [{student: global_pool, teacher: global_pool}]}"
+    ),
     "sp": "{use: sp, weight: 3000, layers: [{student: layer4, teacher: layer4}]}",
 }
 RECIPE = """
@@ -47,7 +54,7 @@ teacher: {{model: resnet18, stem: small, args: {{layers: [2, 2, 2, 2], channels:
 schedule: {{use: offline}}
 losses: [{{use: cross_entropy}}, {losses}]
 train: {{epochs: 1, optimizer: {{name: momentum, lr: 1e-3, weight_decay: 5e-4, decay_norm_and_bias: true}}}}
-"""
+"""  # noqa: E501
 
 
 def engine(loss: str, size: str) -> tuple[Callable[[], None], Batch, nn.Module, nn.Module]:
@@ -64,7 +71,9 @@ def engine(loss: str, size: str) -> tuple[Callable[[], None], Batch, nn.Module, 
     trainer = training.build_trainer(loaded, prepared, factory, accelerator, 0, stage)
     trainer.learner.train()
     batch = next(iter(prepared.train.epoch(0)))
-    student = training.ModelFactory(loaded, prepared.info, {}, device=accelerator.device).student().module
+    student = (
+        training.ModelFactory(loaded, prepared.info, {}, device=accelerator.device).student().module
+    )
     return lambda: void(trainer.optimize([batch])), batch, student, factory.teacher().module
 
 
@@ -78,29 +87,50 @@ def by_hand(loss: str, batch: Batch, student: nn.Module, teacher: nn.Module) -> 
     names = {"hint": STAGES, "at": STAGES, "rkd": ["global_pool"], "sp": ["layer4"]}.get(loss, [])
     for number, network in enumerate((student, teacher)):
         for name in names:
-            network.get_submodule(name).register_forward_hook(lambda _, __, output, key=(number, name): seen.__setitem__(key, output))
+            network.get_submodule(name).register_forward_hook(
+                lambda _, __, output, key=(number, name): seen.__setitem__(key, output)
+            )
     widths = {"layer2": (32, 64), "layer3": (64, 128), "layer4": (128, 256)}
     regress = nn.ModuleDict(
         {
-            name: nn.Sequential(nn.Conv2d(*widths[name], 1, bias=False), nn.BatchNorm2d(widths[name][1]), nn.ReLU())
+            name: nn.Sequential(
+                nn.Conv2d(*widths[name], 1, bias=False), nn.BatchNorm2d(widths[name][1]), nn.ReLU()
+            )
             for name in names
             if loss == "hint"
         }
     )
-    optimizer = torch.optim.SGD([*student.parameters(), *regress.parameters()], lr=1e-3, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(
+        [*student.parameters(), *regress.parameters()], lr=1e-3, momentum=0.9, weight_decay=5e-4
+    )
 
     def knowledge(z_s: Tensor, z_t: Tensor) -> Tensor:
         pairs = [(seen[0, name], seen[1, name]) for name in names]
         if loss == "logit_kl":
-            return 0.9 * 16 * F.kl_div(F.log_softmax(z_s / 4, 1), F.log_softmax(z_t / 4, 1), reduction="batchmean", log_target=True)
+            return (
+                0.9
+                * 16
+                * F.kl_div(
+                    F.log_softmax(z_s / 4, 1),
+                    F.log_softmax(z_t / 4, 1),
+                    reduction="batchmean",
+                    log_target=True,
+                )
+            )
         if loss == "hint":
-            return 100 * sum(F.mse_loss(regress[name](seen[0, name]), seen[1, name]) for name in names) / len(names)
+            return (
+                100
+                * sum(F.mse_loss(regress[name](seen[0, name]), seen[1, name]) for name in names)
+                / len(names)
+            )
         if loss == "at":
             return 1000 * sum(F.mse_loss(attention(s), attention(t)) for s, t in pairs) / len(pairs)
         if loss == "sp":
             return 3000 * F.mse_loss(similarity(*pairs[0][:1]), similarity(pairs[0][1]))
         ((s, t),) = pairs
-        return 25 * F.smooth_l1_loss(distances(s), distances(t)) + 50 * F.smooth_l1_loss(angles(s), angles(t))
+        return 25 * F.smooth_l1_loss(distances(s), distances(t)) + 50 * F.smooth_l1_loss(
+            angles(s), angles(t)
+        )
 
     def step() -> None:
         optimizer.zero_grad()
@@ -148,13 +178,19 @@ def cpu_time(step: Callable[[], None]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=60, help="timed steps of each side")
     parser.add_argument("--size", choices=[*SIZES, "both"], default="both")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch; CPU time is steadiest with one")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="threads of torch; CPU time is steadiest with one"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    table = Table("size", "loss", "by hand, ms", "kdkit, ms", "ratio", "quartiles of the ratio", box=None)
+    table = Table(
+        "size", "loss", "by hand, ms", "kdkit, ms", "ratio", "quartiles of the ratio", box=None
+    )
     for size in SIZES if arguments.size == "both" else [arguments.size]:
         for loss in LOSSES:
             ours, batch, student, teacher = engine(loss, size)
@@ -164,7 +200,14 @@ def main() -> None:
             pairs = [(cpu_time(theirs), cpu_time(ours)) for _ in range(arguments.steps)]
             hand, kdkit = (statistics.median(column) for column in zip(*pairs, strict=True))
             low, _, high = statistics.quantiles((k / h for h, k in pairs), n=4)
-            table.add_row(size, loss, f"{1000 * hand:.1f}", f"{1000 * kdkit:.1f}", f"{kdkit / hand:.3f}", f"{low:.3f} - {high:.3f}")
+            table.add_row(
+                size,
+                loss,
+                f"{1000 * hand:.1f}",
+                f"{1000 * kdkit:.1f}",
+                f"{kdkit / hand:.3f}",
+                f"{low:.3f} - {high:.3f}",
+            )
     Console(width=100).print(table)
 
 

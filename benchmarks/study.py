@@ -1,16 +1,21 @@
-"""Eight variants of one distillation trained side by side, against the same eight trained one after another.
+"""Eight variants of one distillation trained side by side, against the same eight trained one
+after another.
 
     python benchmarks/study.py [--only memory files] [--rounds 3] [--images 1024]
 
-Both sides carry out whole recipes, run folders, checkpoints and the measurement after the last epoch included: `kdkit.study.lockstep` all
-at once, `kdkit.train` one by one. The variants have one student, one frozen teacher with random weights and one seed, and differ in their
-response loss. The networks are such that the teacher's forward costs about 0.7 of the student's own step (forward, cross-entropy, backward,
-optimizer), which is measured first. Without savings, eight runs cost 8 x 1.7 steps; with one teacher's forward for all, 8 + 0.7: 0.64.
+Both sides carry out whole recipes, run folders, checkpoints and the measurement after the last
+epoch included: `kdkit.study.lockstep` all at once, `kdkit.train` one by one. The variants have one
+student, one frozen teacher with random weights and one seed, and differ in their response loss. The
+networks are such that the teacher's forward costs about 0.7 of the student's own step (forward,
+cross-entropy, backward, optimizer), which is measured first. Without savings, eight runs cost 8 x
+1.7 steps; with one teacher's forward for all, 8 + 0.7: 0.64.
 
-memory: the largest resident set of a process that trains one variant, and of one that trains eight side by side; what each further run adds
-is held against what a student has of its own: parameters, gradients, the optimizer's momentum, and the activations of a step.
+memory: the largest resident set of a process that trains one variant, and of one that trains eight
+side by side; what each further run adds is held against what a student has of its own: parameters,
+gradients, the optimizer's momentum, and the activations of a step.
 
-files: the same with images read from JPEG files by two workers, which augment them one by one; every image that is read is counted.
+files: the same with images read from JPEG files by two workers, which augment them one by one;
+every image that is read is counted.
 """
 
 from __future__ import annotations
@@ -47,12 +52,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def network(*channels: int, blocks: int) -> dict[str, Any]:
-    return {"model": "resnet18", "stem": "small", "args": {"layers": [blocks] * 4, "channels": list(channels), "in_chans": 3}}
+    return {
+        "model": "resnet18",
+        "stem": "small",
+        "args": {"layers": [blocks] * 4, "channels": list(channels), "in_chans": 3},
+    }
 
 
-def content(options: argparse.Namespace, loss: Mapping[str, Any] | None, **changes: Any) -> dict[str, Any]:
+def content(
+    options: argparse.Namespace, loss: Mapping[str, Any] | None, **changes: Any
+) -> dict[str, Any]:
     """The recipe of a variant, or of the student alone."""
-    synthetic = {"use": "synthetic", "train": options.images, "test": 64, "image_size": options.image_size, "num_classes": 10}
+    synthetic = {
+        "use": "synthetic",
+        "train": options.images,
+        "test": 64,
+        "image_size": options.image_size,
+        "num_classes": 10,
+    }
     made = {
         "data": {"dataset": synthetic, "batch_size": options.batch_size},
         "student": network(16, 32, 64, 128, blocks=1),
@@ -84,7 +101,9 @@ def unsaid() -> contextlib.AbstractContextManager[object]:
 def together(paths: Sequence[Path]) -> None:
     """All at once."""
     with tempfile.TemporaryDirectory() as folder, unsaid():
-        outcomes = train_together([Job(recipe.load(path), Path(folder) / path.stem) for path in paths])
+        outcomes = train_together(
+            [Job(recipe.load(path), Path(folder) / path.stem) for path in paths]
+        )
     if failed := [outcome.reason for outcome in outcomes if outcome.result is None]:
         raise SystemExit("\n".join(map(str, failed)))
 
@@ -107,7 +126,11 @@ def teacher_share(options: argparse.Namespace) -> float:
         with torch.no_grad():
             teacher(batch.inputs)
 
-    found = sides.in_turns({"teacher": ask, "student": lambda: len(alone.trainer.optimize([batch]))}, options.steps, warm_up=3)
+    found = sides.in_turns(
+        {"teacher": ask, "student": lambda: len(alone.trainer.optimize([batch]))},
+        options.steps,
+        warm_up=3,
+    )
     return sides.ratio(found["teacher"], found["student"]).cpu
 
 
@@ -115,10 +138,17 @@ def time_(options: argparse.Namespace) -> None:
     share = teacher_share(options)
     with tempfile.TemporaryDirectory() as folder:
         paths = variants(options, Path(folder))
-        found = sides.in_turns({"alone": lambda: one_by_one(paths), "together": lambda: together(paths)}, options.rounds, warm_up=0)
+        found = sides.in_turns(
+            {"alone": lambda: one_by_one(paths), "together": lambda: together(paths)},
+            options.rounds,
+            warm_up=0,
+        )
     show_times("images in memory", found, options.runs)
     bound = (options.runs + share) / (options.runs * (1 + share))
-    sides.show(f"teacher's forward: {share:.2f} of the student's step; with nothing but the teacher shared the ratio would be {bound:.3f}")
+    sides.show(
+        f"teacher's forward: {share:.2f} of the student's step; with nothing but the teacher shared"
+        f" the ratio would be {bound:.3f}"
+    )
 
 
 def show_times(title: str, found: Mapping[str, Sequence[sides.Cost]], runs: int) -> None:
@@ -127,7 +157,11 @@ def show_times(title: str, found: Mapping[str, Sequence[sides.Cost]], runs: int)
         cost = sides.median(found[name])
         table.add_row(f"{runs} runs {words}", f"{cost.cpu:.1f}", f"{cost.wall:.1f}")
     ratio = sides.ratio(found["together"], found["alone"])
-    table.add_row(f"ratio (rounds: {sides.quartiles(found['together'], found['alone'])})", f"{ratio.cpu:.3f}", f"{ratio.wall:.3f}")
+    table.add_row(
+        f"ratio (rounds: {sides.quartiles(found['together'], found['alone'])})",
+        f"{ratio.cpu:.3f}",
+        f"{ratio.wall:.3f}",
+    )
     sides.show(table)
 
 
@@ -141,7 +175,11 @@ def write_images(folder: Path, count: int, side: int) -> None:
             path = folder / part / str(i % 10) / f"{i}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             coarse = torch.rand((1, 3, 8, 8), generator=random)
-            pixels = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bilinear")[0].mul(255).to(torch.uint8)
+            pixels = (
+                torch.nn.functional.interpolate(coarse, size=(side, side), mode="bilinear")[0]
+                .mul(255)
+                .to(torch.uint8)
+            )
             Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(path, quality=90)
 
 
@@ -156,7 +194,9 @@ def files(options: argparse.Namespace) -> None:
             "batch_size": options.batch_size,
             "workers": 2,
         }
-        paths = variants(options, Path(folder), data=data, plugins=[str(HERE.with_name("counted_folder.py"))])
+        paths = variants(
+            options, Path(folder), data=data, plugins=[str(HERE.with_name("counted_folder.py"))]
+        )
         read: dict[str, list[int]] = {"alone": [], "together": []}
 
         def counted(name: str, side: Callable[[Sequence[Path]], None]) -> None:
@@ -164,35 +204,61 @@ def files(options: argparse.Namespace) -> None:
             side(paths)
             read[name].append(log.stat().st_size)
 
-        turns = {"alone": lambda: counted("alone", one_by_one), "together": lambda: counted("together", together)}
+        turns = {
+            "alone": lambda: counted("alone", one_by_one),
+            "together": lambda: counted("together", together),
+        }
         found = sides.in_turns(turns, max(1, options.rounds // 2), warm_up=0)
     show_times("JPEG files, 2 workers", found, options.runs)
     one, other = max(read["alone"]), max(read["together"])
-    sides.show(f"images read for training: one by one {one:,}, side by side {other:,}, {one / other:.1f} times fewer")
+    sides.show(
+        f"images read for training: one by one {one:,}, side by side {other:,}, {one / other:.1f}"
+        " times fewer"
+    )
 
 
 def resident(options: argparse.Namespace, runs: int) -> float:
     """The largest resident set of a process that trains so many variants side by side, in bytes."""
-    words = [f"--{name}={getattr(options, name)}" for name in ("images", "epochs", "batch_size", "image_size", "threads")]
-    command = [sys.executable, str(HERE), *(word.replace("_", "-") for word in words), "--resident", str(runs)]
-    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1]) * 1024
+    words = [
+        f"--{name}={getattr(options, name)}"
+        for name in ("images", "epochs", "batch_size", "image_size", "threads")
+    ]
+    command = [
+        sys.executable,
+        str(HERE),
+        *(word.replace("_", "-") for word in words),
+        "--resident",
+        str(runs),
+    ]
+    return (
+        float(
+            subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[
+                -1
+            ]
+        )
+        * 1024
+    )
 
 
 def print_resident(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         together(variants(options, Path(folder)))
     status = Path("/proc/self/status").read_text().splitlines()
-    print(next(line for line in status if line.startswith("VmHWM")).split()[1])  # kB; rusage would begin with the parent's
+    # kB; rusage would begin with the parent's
+    print(next(line for line in status if line.startswith("VmHWM")).split()[1])
 
 
 def own_state(options: argparse.Namespace) -> tuple[int, int]:
-    """Bytes of a student's parameters, buffers and momentum, and those that its step allocates at most, gradients included."""
+    """Bytes of a student's parameters, buffers and momentum, and those that its step allocates
+    at most, gradients included.
+    """
     alone = sides.opened(content(options, None))
     trainer, batch = alone.trainer, next(iter(alone.data.train.epoch(0)))
     trainer.learner.train()
     activations = peak_memory(lambda: len(trainer.optimize([batch])), warm_up=True)
     parameters = [p for p in trainer.learner.parameters() if p.requires_grad]
-    stays = [*trainer.learner.parameters(), *trainer.learner.buffers(), *parameters]  # the momentum is as large as the parameters
+    # the momentum is as large as the parameters
+    stays = [*trainer.learner.parameters(), *trainer.learner.buffers(), *parameters]
     return sum(tensor.nbytes for tensor in stays), activations
 
 
@@ -212,18 +278,26 @@ def memory(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parts = {"time": time_, "memory": memory, "files": files}
     parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
-    parser.add_argument("--runs", type=int, choices=range(2, len(VARIANTS) + 1), metavar="N", default=len(VARIANTS))
+    parser.add_argument(
+        "--runs", type=int, choices=range(2, len(VARIANTS) + 1), metavar="N", default=len(VARIANTS)
+    )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--images", type=int, default=2048)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--image-size", type=int, default=16)
     parser.add_argument("--file-size", type=int, default=96, help="side of the images in the files")
-    parser.add_argument("--steps", type=int, default=30, help="timed steps of student and teacher by themselves")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch; CPU time is steadiest with one")
+    parser.add_argument(
+        "--steps", type=int, default=30, help="timed steps of student and teacher by themselves"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=1, help="threads of torch; CPU time is steadiest with one"
+    )
     parser.add_argument("--resident", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)

@@ -97,18 +97,32 @@ _HOME = {
     "contracts.adapters": "AnyBatchNorm aligned frozen_copy pooled_head standardized",
     "models.backbone": "Backbone",
     "contracts.distributed": "gather",
-    "contracts.loss_options": "FeatureOptions LayerPair LossOptions MapOptions RelationOptions ResponseOptions TokenOptions VectorOptions",
+    "contracts.loss_options": (
+        "FeatureOptions LayerPair LossOptions MapOptions RelationOptions ResponseOptions"
+        " TokenOptions VectorOptions"
+    ),
     "contracts.loss": "Context Loss",
-    "contracts.schedule": "Lesson Model Models Schedule ScheduleOptions Stage by_class see teach turned",
+    "contracts.schedule": (
+        "Lesson Model Models Schedule ScheduleOptions Stage by_class see teach turned"
+    ),
     "contracts.ensembles": "combined ensemble with_logits",
     "contracts.peers": "PeerOptions",
     "models.trunk": "Trunk channels",
     "recipe.dependencies": "beside code_digest",
-    "errors": "DataError Interrupted KdkitError ModelError PluginError RecipeError RunError ShapeError TapError",
+    "errors": (
+        "DataError Interrupted KdkitError ModelError PluginError RecipeError RunError ShapeError"
+        " TapError"
+    ),
     "contracts.hooks": "hookimpl",
-    "contracts.options": "BOOKKEEPING CODE Arguments NetworkArguments Options Ramp Rampable RecipePath",
-    "contracts.dataset_source": "DataInfo DatasetOptions DatasetSource InMemory Lacking SharedStream Split Stream Texts",
-    "contracts.model_source": "AnswersOptions KnownAnswers Meaning ModelOptions ModelSource Normalize Portable",
+    "contracts.options": (
+        "BOOKKEEPING CODE Arguments NetworkArguments Options Ramp Rampable RecipePath"
+    ),
+    "contracts.dataset_source": (
+        "DataInfo DatasetOptions DatasetSource InMemory Lacking SharedStream Split Stream Texts"
+    ),
+    "contracts.model_source": (
+        "AnswersOptions KnownAnswers Meaning ModelOptions ModelSource Normalize Portable"
+    ),
     "models.normalization": "NormalizationAdapter",
     "models.tapped": "taps",
     "students.loaded": "load_student",

@@ -22,9 +22,14 @@ from kdkit.study.findings import Findings
 
 
 def train(
-    path: Path | str, *, overrides: Mapping[str, Any] | None = None, plugins: Sequence[Path | str] = (), folder: Path | str | None = None,
-    restart: bool = False, quiet: bool = False,
-) -> Result:  # fmt: skip
+    path: Path | str,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    plugins: Sequence[Path | str] = (),
+    folder: Path | str | None = None,
+    restart: bool = False,
+    quiet: bool = False,
+) -> Result:
     """Carry out a recipe file, or what is left of it.
 
     Args:
@@ -44,7 +49,12 @@ def train(
     return training.train(found, Path(folder) if folder else None, restart=restart, quiet=quiet)
 
 
-def check(path: Path | str, *, overrides: Mapping[str, Any] | None = None, plugins: Sequence[Path | str] = ()) -> Plan:
+def check(
+    path: Path | str,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    plugins: Sequence[Path | str] = (),
+) -> Plan:
     """What a recipe would do, without doing it.
 
     Raises:
@@ -54,10 +64,15 @@ def check(path: Path | str, *, overrides: Mapping[str, Any] | None = None, plugi
 
 
 def compare(
-    *paths: Path | str, seeds: int | None = None, allow: Sequence[str] = (), overrides: Mapping[str, Any] | None = None,
-    plugins: Sequence[Path | str] = (), max_parallel: int | None = None,
-) -> Findings | None:  # fmt: skip
-    """Carry out a study, or what is left of it: train every variant with every seed, and measure all alike.
+    *paths: Path | str,
+    seeds: int | None = None,
+    allow: Sequence[str] = (),
+    overrides: Mapping[str, Any] | None = None,
+    plugins: Sequence[Path | str] = (),
+    max_parallel: int | None = None,
+) -> Findings | None:
+    """Carry out a study, or what is left of it: train every variant with every seed, and measure
+    all alike.
 
     Args:
         *paths: a study file, or recipes (the first is the baseline).
@@ -71,15 +86,19 @@ def compare(
         What was found; None in processes of a launch that are not its first.
 
     Raises:
-        RecipeError: the study or a recipe is wrong, or the comparison would not be fair; all problems, one a line.
+        RecipeError: the study or a recipe is wrong, or the comparison would not be fair; all
+            problems, one a line.
         Interrupted: a signal stopped it; all is saved, and a further call goes on.
     """
-    loaded = variants.load([Path(path) for path in paths], overrides, _paths(plugins), seeds=seeds, allow=allow)
+    loaded = variants.load(
+        [Path(path) for path in paths], overrides, _paths(plugins), seeds=seeds, allow=allow
+    )
     return comparison.compare(loaded, max_parallel=max_parallel)
 
 
 def build_loss(name: str, *, plugins: Sequence[Path | str] = (), **options: Any) -> Loss:
-    """A loss for a loop of your own: call `setup(student, teacher)` once, then `loss(student, teacher, batch)`.
+    """A loss for a loop of your own: call `setup(student, teacher)` once, then `loss(student,
+    teacher, batch)`.
 
     Args:
         name: as `kdkit plugins` lists it.
@@ -98,7 +117,9 @@ def build_loss(name: str, *, plugins: Sequence[Path | str] = (), **options: Any)
     except ValidationError as error:
         raise PluginError(explain(error, kind, options, lambda _: name)) from None
     if ramps := [key for key, value in chosen if isinstance(value, Ramp)]:
-        raise PluginError(f"{name}: {ramps[0]}: a ramp needs the engine, which knows the epoch; give a number")
+        raise PluginError(
+            f"{name}: {ramps[0]}: a ramp needs the engine, which knows the epoch; give a number"
+        )
     return losses[name](chosen)
 
 

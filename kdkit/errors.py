@@ -9,9 +9,9 @@ KdkitError
   ModelError    a model cannot be built
     CheckpointError  its weights cannot be read, or do not fit
   RunError      a run cannot go on: foreign folder, non-finite loss, broken checkpoint
-    DamagedFile   a file of a run, study, cache or export is not what was written; `path` is the file
-    Interrupted   stopped by a signal after saving; the message says how to go on
-    BusyError     another process is at work in the folder
+    DamagedFile   a file of a run, study, cache or export is not what was written; `path` is the
+    file Interrupted   stopped by a signal after saving; the message says how to go on BusyError
+    another process is at work in the folder
 """
 
 import difflib
@@ -25,7 +25,8 @@ LONGEST_LINE = 2000
 class KdkitError(Exception):
     """Base of every error kdkit raises on purpose.
 
-    Its text is safe to print: what a terminal would act on is spelt out, and a line is never longer than `LONGEST_LINE`.
+    Its text is safe to print: what a terminal would act on is spelt out, and a line is never longer
+    than `LONGEST_LINE`.
     """
 
     def __str__(self) -> str:
@@ -65,7 +66,9 @@ class RunError(KdkitError):
 
 
 class DamagedFile(RunError):
-    """A file that is not what was written: cut short, changed, another's; `path` is where it lies."""
+    """A file that is not what was written: cut short, changed, another's; `path` is where it
+    lies.
+    """
 
     def __init__(self, path: Path, what: str, way_out: str) -> None:
         super().__init__(f"{path}: is damaged: {what}; {way_out}")
@@ -85,7 +88,9 @@ class BusyError(RunError):
 
 
 def one_line(text: str) -> str:
-    """A text as one line that is safe to print: line ends, control characters and the like as escapes, such as `\\n`."""
+    """A text as one line that is safe to print: line ends, control characters and the like as
+    escapes, such as `\\n`.
+    """
     plain = text if text.isprintable() else "".join(map(_escaped, text))
     return shorten(plain, LONGEST_LINE)
 
@@ -111,13 +116,18 @@ def dotted(location: Iterable[object]) -> str:
 def suggest(word: str, allowed: Iterable[str], limit: int = 20, meant: Sequence[str] = ()) -> str:
     """Say which name was probably meant and which exist: `did you mean 'x'? allowed: x, y`.
 
-    Names that begin with the word come before those that are spelt like it. Of more than `limit` names those are listed that are most
-    like the word. What the caller knows to be `meant` comes before both.
+    Names that begin with the word come before those that are spelt like it. Of more than `limit`
+    names those are listed that are most like the word. What the caller knows to be `meant` comes
+    before both.
     """
     names, said = sorted(set(allowed)), word[:100].lower()
     if not names:
         return "there is none"
-    near = sorted(names, key=lambda name: difflib.SequenceMatcher(None, said, name.lower()).ratio(), reverse=True)
+    near = sorted(
+        names,
+        key=lambda name: difflib.SequenceMatcher(None, said, name.lower()).ratio(),
+        reverse=True,
+    )
     begin = [name for name in names if len(said) > 1 and name.lower().startswith(said)]
     close = meant or begin[:4] or difflib.get_close_matches(said, names, n=1, cutoff=0.5)
     hint = f"did you mean {either(close)}? " if close else ""

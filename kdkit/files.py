@@ -76,7 +76,9 @@ def sealed(content: Mapping[str, Any], owner: str = "") -> dict[str, Any]:
     return {**plain, SEAL: _content_digest(plain, owner)}
 
 
-def read_json(path: Path, kind: type[T] | TypeAdapter[T], way_out: str, owner: str | None = "") -> T:
+def read_json(
+    path: Path, kind: type[T] | TypeAdapter[T], way_out: str, owner: str | None = ""
+) -> T:
     """Read a JSON file.
 
     Args:
@@ -88,7 +90,12 @@ def read_json(path: Path, kind: type[T] | TypeAdapter[T], way_out: str, owner: s
     Raises:
         DamagedFile: the file is damaged, or holds something else.
     """
-    return fitting(path, unsealed(path, _parsed(path, read_text(path, way_out), way_out), way_out, owner), kind, way_out)
+    return fitting(
+        path,
+        unsealed(path, _parsed(path, read_text(path, way_out), way_out), way_out, owner),
+        kind,
+        way_out,
+    )
 
 
 def unsealed(path: Path, content: Any, way_out: str, owner: str | None = "") -> Any:
@@ -101,7 +108,9 @@ def unsealed(path: Path, content: Any, way_out: str, owner: str | None = "") -> 
         return content
     plain = {key: value for key, value in content.items() if key != SEAL}
     if owner is not None and content[SEAL] != _content_digest(plain, owner):
-        raise DamagedFile(path, f"its content does not match its `{SEAL}`{_or_foreign(owner)}", way_out)
+        raise DamagedFile(
+            path, f"its content does not match its `{SEAL}`{_or_foreign(owner)}", way_out
+        )
     return plain
 
 
@@ -113,7 +122,9 @@ def fitting(path: Path, content: Any, kind: type[T] | TypeAdapter[T], way_out: s
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise DamagedFile(path, f"{place}: {first['msg']}" if place else first["msg"], way_out) from None
+        raise DamagedFile(
+            path, f"{place}: {first['msg']}" if place else first["msg"], way_out
+        ) from None
 
 
 def read_text(path: Path, way_out: str) -> str:
@@ -140,7 +151,8 @@ def write_sealed_text(path: Path, text: str, owner: str = "") -> None:
 
 
 def read_sealed_text(path: Path, way_out: str, owner: str | None = "") -> str:
-    """Read a YAML file; the first line's digest, if there is one, is compared. For `owner` see `read_json`.
+    """Read a YAML file; the first line's digest, if there is one, is compared. For `owner` see
+    `read_json`.
 
     Raises:
         RunError: the file is missing or damaged.
@@ -150,11 +162,17 @@ def read_sealed_text(path: Path, way_out: str, owner: str | None = "") -> str:
     digest = hashlib.sha256(((owner or "") + rest).encode()).hexdigest()
     if owner is not None and "sha256" in first and first != SEAL_LINE + digest:
         hint = f"{way_out}; if you have changed it yourself, delete its first line"
-        raise DamagedFile(path, f"its content does not match the digest in its first line{_or_foreign(owner)}", hint)
+        raise DamagedFile(
+            path,
+            f"its content does not match the digest in its first line{_or_foreign(owner)}",
+            hint,
+        )
     return text
 
 
-def read_yaml(path: Path, kind: type[T] | TypeAdapter[T], way_out: str, owner: str | None = "") -> T:
+def read_yaml(
+    path: Path, kind: type[T] | TypeAdapter[T], way_out: str, owner: str | None = ""
+) -> T:
     """Read a YAML file that kdkit has written; see `read_json`.
 
     Raises:
@@ -164,7 +182,9 @@ def read_yaml(path: Path, kind: type[T] | TypeAdapter[T], way_out: str, owner: s
     try:
         content = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise DamagedFile(path, f"it is not YAML ({shorten(one_line(str(error)), 200)})", way_out) from None
+        raise DamagedFile(
+            path, f"it is not YAML ({shorten(one_line(str(error)), 200)})", way_out
+        ) from None
     return fitting(path, content, kind, way_out)
 
 
@@ -174,7 +194,9 @@ def log_line(content: Mapping[str, Any], owner: str = "") -> str:
     return json.dumps({**plain, CRC: _crc(plain, owner)}) + "\n"
 
 
-def read_log(path: Path, kind: TypeAdapter[Line], way_out: str, owner: str | None = "") -> Iterator[Line | RunError]:
+def read_log(
+    path: Path, kind: TypeAdapter[Line], way_out: str, owner: str | None = ""
+) -> Iterator[Line | RunError]:
     """Read a log line by line; instead of a damaged line, the error that tells it.
 
     A last line without its end is left out: the process was killed while it wrote it.
@@ -191,7 +213,9 @@ def read_log(path: Path, kind: TypeAdapter[Line], way_out: str, owner: str | Non
                 yield error
 
 
-def _log_content(place: Path, line: bytes, kind: TypeAdapter[Line], way_out: str, owner: str | None) -> Line:
+def _log_content(
+    place: Path, line: bytes, kind: TypeAdapter[Line], way_out: str, owner: str | None
+) -> Line:
     try:
         text = line.decode()
     except UnicodeDecodeError:
@@ -199,7 +223,9 @@ def _log_content(place: Path, line: bytes, kind: TypeAdapter[Line], way_out: str
     content = _parsed(place, text, way_out)
     check = content.pop(CRC, None) if isinstance(content, dict) else None
     if owner is not None and check not in (None, _crc(content, owner)):
-        raise DamagedFile(place, f"its content does not match its `{CRC}`{_or_foreign(owner)}", way_out)
+        raise DamagedFile(
+            place, f"its content does not match its `{CRC}`{_or_foreign(owner)}", way_out
+        )
     return fitting(place, content, kind, way_out)
 
 
@@ -222,7 +248,11 @@ def refuse_other(path: Path, digest: str | None, record: Path, way_out: str) -> 
     except OSError as error:
         raise RunError(f"{path}: {error.strerror}; {way_out}") from None
     if found != digest:
-        what = "it is empty" if not path.stat().st_size else f"its SHA-256 is not the one in {record.name}"
+        what = (
+            "it is empty"
+            if not path.stat().st_size
+            else f"its SHA-256 is not the one in {record.name}"
+        )
         raise DamagedFile(path, what, way_out)
 
 
@@ -230,7 +260,9 @@ def _parsed(path: Path, text: str, way_out: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DamagedFile(path, f"it is not JSON ({shorten(one_line(str(error)), 200)})", way_out) from None
+        raise DamagedFile(
+            path, f"it is not JSON ({shorten(one_line(str(error)), 200)})", way_out
+        ) from None
 
 
 def _content_digest(plain: Mapping[str, Any], owner: str) -> str:

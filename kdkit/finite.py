@@ -1,4 +1,6 @@
-"""Numbers that are NaN or infinite: found in networks and in their answers, and kept out of JSON files."""
+"""Numbers that are NaN or infinite: found in networks and in their answers, and kept out of JSON
+files.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ def faulty_weight(module: nn.Module) -> str | None:
 
 
 class FiniteAnswers:
-    """Notes on the device whether a network's answers are finite, so that nothing waits until someone asks.
+    """Notes on the device whether a network's answers are finite, so that nothing waits until
+    someone asks.
 
     Args:
         role: how messages call the network.
@@ -62,7 +65,10 @@ class FiniteAnswers:
             return
         names, found = list(self._finite), torch.stack(list(self._finite.values())).tolist()
         if faulty := [name for name, finite in zip(names, found, strict=True) if not finite]:
-            raise RunError(f"{self.role}: its answers hold NaN or infinite numbers ({', '.join(faulty)}); {LOOK}")
+            raise RunError(
+                f"{self.role}: its answers hold NaN or infinite numbers ({', '.join(faulty)});"
+                f" {LOOK}"
+            )
 
 
 def to_json(content: Any, *, indent: int | None = None) -> str:
@@ -94,7 +100,9 @@ def with_nan(content: Any) -> Any:
 
 
 def metrics_with_nan(found: dict[str, Any]) -> dict[str, Any]:
-    """For `json.loads(object_hook=...)`: of what was measured, a number that is null is NaN again."""
+    """For `json.loads(object_hook=...)`: of what was measured, a number that is null is NaN
+    again.
+    """
     for part in MEASURED & found.keys():
         if isinstance(found[part], dict):
             found[part] = {name: or_nan(value) for name, value in found[part].items()}

@@ -1,4 +1,6 @@
-"""Starts a command in several processes of this machine, and says in one line what became of them."""
+"""Starts a command in several processes of this machine, and says in one line what became of
+them.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,22 @@ from collections.abc import Mapping, Sequence
 from kdkit.errors import RecipeError
 
 ENDED_WITH_ANOTHER = 1  # exit code of a process that ends because another one has
-FOLLOWING = (ENDED_WITH_ANOTHER, -signal.SIGTERM, 128 + signal.SIGTERM)  # exit codes of those that end, or are ended, after the first
+# exit codes of those that end, or are ended, after the first
+FOLLOWING = (ENDED_WITH_ANOTHER, -signal.SIGTERM, 128 + signal.SIGTERM)
 GOES_ON = "the same command goes on from the last checkpoint"
-WORKER_ENDED = f"a process that loads data has ended unexpectedly (killed, or out of memory?); {GOES_ON}"
-LOST = ("gloo/transport", "remote process exit", "Connection reset by peer", "Broken pipe", "failed to recv")
-"""What torch's errors say, in one backend or another, when a process waits for one that is not there any more."""
+WORKER_ENDED = (
+    f"a process that loads data has ended unexpectedly (killed, or out of memory?); {GOES_ON}"
+)
+LOST = (
+    "gloo/transport",
+    "remote process exit",
+    "Connection reset by peer",
+    "Broken pipe",
+    "failed to recv",
+)
+"""What torch's errors say, in one backend or another, when a process waits for one that is not
+there any more.
+"""
 
 
 def of_launch() -> tuple[int, int]:
@@ -40,14 +53,19 @@ def must_launch(processes: int) -> bool:
     if processes == world:
         return False
     if world > 1:
-        raise RecipeError(f"--processes {processes}: a launcher has started {world} processes already; leave `--processes` out")
+        raise RecipeError(
+            f"--processes {processes}: a launcher has started {world} processes already; leave"
+            " `--processes` out"
+        )
     return True
 
 
 def launch(processes: int, arguments: Sequence[str]) -> int:
-    """Carry out `kdkit ARGUMENTS` in so many processes that train together; the exit code, once all have ended.
+    """Carry out `kdkit ARGUMENTS` in so many processes that train together; the exit code, once
+    all have ended.
 
-    Where one fails, the others are ended. A process says itself why it fails; of one that dies by a signal, it is said here.
+    Where one fails, the others are ended. A process says itself why it fails; of one that dies by a
+    signal, it is said here.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -57,22 +75,33 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     with tempfile.TemporaryDirectory() as logs:
         config = LaunchConfig(
-            min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, max_restarts=0, monitor_interval=0.1,
-            rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost", logs_specs=DefaultLogsSpecs(log_dir=logs),
-        )  # fmt: skip
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
+            run_id=uuid.uuid4().hex,
+            max_restarts=0,
+            monitor_interval=0.1,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            logs_specs=DefaultLogsSpecs(log_dir=logs),
+        )
         try:
             elastic_launch(config, sys.executable)("-P", "-m", "kdkit", *arguments)
         except SignalException as error:
             return 128 + error.sigval
         except ChildFailedError as error:
-            says, code = first_failure({rank: (one.pid, one.exitcode) for rank, one in error.failures.items()}, processes)
+            says, code = first_failure(
+                {rank: (one.pid, one.exitcode) for rank, one in error.failures.items()}, processes
+            )
             print(says, end="", file=sys.stderr)
             return code
     return 0
 
 
 def first_failure(failures: Mapping[int, tuple[int, int]], processes: int) -> tuple[str, int]:
-    """What is to be said of the process that failed before the others, and its exit code as a shell gives it.
+    """What is to be said of the process that failed before the others, and its exit code as a
+    shell gives it.
 
     Args:
         failures: by the process's number: its pid and exit code, which is below 0 for a signal.
@@ -83,17 +112,25 @@ def first_failure(failures: Mapping[int, tuple[int, int]], processes: int) -> tu
     if code >= 0:
         return "", code
     named = {one.value: one.name for one in signal.Signals}.get(-code, f"signal {-code}")
-    says = f"process {rank + 1} of {processes} (rank {rank}, pid {pid}) was killed by {named}; the others were ended; {GOES_ON}\n"
+    says = (
+        f"process {rank + 1} of {processes} (rank {rank}, pid {pid}) was killed by {named}; the"
+        f" others were ended; {GOES_ON}\n"
+    )
     return says, 128 - code
 
 
 def told_of_another(error: BaseException) -> str | None:
-    """The line in place of an error that says no more than that another process has ended; None: it says something else."""
+    """The line in place of an error that says no more than that another process has ended; None:
+    it says something else.
+    """
     if not isinstance(error, RuntimeError):
         return None
     rank, world = of_launch()
     if "DataLoader worker (pid" in str(error):
         return WORKER_ENDED
     if world > 1 and any(sign in str(error) for sign in LOST):
-        return f"process {rank + 1} of {world} (rank {rank}): another process has ended, so this one ends too; {GOES_ON}"
+        return (
+            f"process {rank + 1} of {world} (rank {rank}): another process has ended, so this one"
+            f" ends too; {GOES_ON}"
+        )
     return None

@@ -1,7 +1,8 @@
 """Random numbers as a function of where training is, never of how it got there.
 
-Every model draws its initial weights from (seed, its number), every optimizer step from (seed, stage, step, rank). So
-resuming needs no random state, and a run gives the same numbers whatever else runs beside it.
+Every model draws its initial weights from (seed, its number), every optimizer step from (seed,
+stage, step, rank). So resuming needs no random state, and a run gives the same numbers whatever
+else runs beside it.
 """
 
 from __future__ import annotations
@@ -27,14 +28,17 @@ def reseed(*parts: int | str) -> None:
     seed = derived(*parts)
     random.seed(seed)
     np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed asks for every backend there could be, at each step anew
+    # torch.manual_seed asks for every backend there could be, at each step anew
+    torch.default_generator.manual_seed(seed)
     if (accelerator := _accelerator()) is not None:
         accelerator.manual_seed_all(seed)
 
 
 @functools.cache
 def _accelerator() -> Any:
-    """The module of the kind of accelerator that this machine has: torch.cuda or a relative of it."""
+    """The module of the kind of accelerator that this machine has: torch.cuda or a relative of
+    it.
+    """
     return torch.get_device_module() if torch.accelerator.is_available() else None
 
 

@@ -6,11 +6,14 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a cell begins that spreadsheet programs take for a formula
+# how a cell begins that spreadsheet programs take for a formula
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def as_csv(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Columns and rows as CSV. Texts that a spreadsheet would take for formulas get an apostrophe before them; numbers stay numbers."""
+    """Columns and rows as CSV. Texts that a spreadsheet would take for formulas get an
+    apostrophe before them; numbers stay numbers.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerows([_plain(cell) for cell in row] for row in (columns, *rows))

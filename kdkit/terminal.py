@@ -1,4 +1,6 @@
-"""A console for text that may be a stranger's: nothing in it moves the cursor, sets a title or is taken for markup."""
+"""A console for text that may be a stranger's: nothing in it moves the cursor, sets a title or
+is taken for markup.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,15 @@ class Terminal(Console):
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(printable(text), **options)
 
-    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
 
 
 def printable(text: str) -> str:
     """A text, of any number of lines, that is safe to print."""
-    return "".join(sign if sign == "\n" or sign.isprintable() else ascii(sign)[1:-1] for sign in text)
+    return "".join(
+        sign if sign == "\n" or sign.isprintable() else ascii(sign)[1:-1] for sign in text
+    )

@@ -1,1 +1,3 @@
-"""The standard plugins: one algorithm a file. kdkit finds them through the entry point `standard`, like anyone else's."""
+"""The standard plugins: one algorithm a file. kdkit finds them through the entry point
+`standard`, like anyone else's.
+"""

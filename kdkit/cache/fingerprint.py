@@ -27,8 +27,16 @@ FORMAT = 2  # of the files and of this key
 LOOKED_AT = 64  # images of those that are read one by one
 
 
-def key(recipe: Recipe, name: str, teacher: TappedModel, kept: KeptAnswers, slots: Slots, part: Split | InMemory | Texts) -> dict[str, Any]:
-    """All that the answers follow from; what changes nothing in them (the training subset, the batch size, the student) is left out.
+def key(
+    recipe: Recipe,
+    name: str,
+    teacher: TappedModel,
+    kept: KeptAnswers,
+    slots: Slots,
+    part: Split | InMemory | Texts,
+) -> dict[str, Any]:
+    """All that the answers follow from; what changes nothing in them (the training subset, the
+    batch size, the student) is left out.
 
     Args:
         recipe: of the run.
@@ -38,18 +46,35 @@ def key(recipe: Recipe, name: str, teacher: TappedModel, kept: KeptAnswers, slot
         slots: in which views.
         part: the dataset's training part.
     """
-    options, spec, adapter = content_of(recipe.spec.all_teachers()[name]), recipe.spec, vars(teacher.adapt)
+    options = content_of(recipe.spec.all_teachers()[name])
+    spec = recipe.spec
+    adapter = vars(teacher.adapt)
     precision = str(teacher.precision or spec.train.precision).removeprefix("torch.")
     autocast = precision not in ("fp32", "float32")
     return {
         "format": FORMAT,
         "torch": torch.__version__,
-        "teacher": {**{k: value for k, value in options.items() if k not in ("cache", "name")}, "weights": weights_digest(teacher.module)},
+        "teacher": {
+            **{k: value for k, value in options.items() if k not in ("cache", "name")},
+            "weights": weights_digest(teacher.module),
+        },
         "network": _network_digest(teacher.module),
-        "adapter": [_network_digest(teacher.adapt), weights_digest(teacher.adapt), adapter.get("size"), adapter.get("interpolation")],
+        "adapter": [
+            _network_digest(teacher.adapt),
+            weights_digest(teacher.adapt),
+            adapter.get("size"),
+            adapter.get("interpolation"),
+        ],
         "channels_last": teacher.channels_last,
-        "precision": [precision, next(teacher.module.parameters()).device.type if autocast else None],  # devices autocast other operations
-        "kept": {"columns": [str(column) for column in kept.columns()], "channels_last": sorted(kept.channels_last)},
+        # devices autocast other operations
+        "precision": [
+            precision,
+            next(teacher.module.parameters()).device.type if autocast else None,
+        ],
+        "kept": {
+            "columns": [str(column) for column in kept.columns()],
+            "channels_last": sorted(kept.channels_last),
+        },
         "layers": {layer: str(teacher.layers[layer]) for layer in sorted(teacher.layers)},
         "data": _data(recipe, slots),
         "images": _images_digest(part),
@@ -64,25 +89,31 @@ def fingerprint(values: Mapping[str, Any]) -> str:
 def weights_digest(module: nn.Module) -> str:
     """SHA-256 of all parameters and buffers, with their names and types."""
     digest = hashlib.sha256()
-    for name, value in itertools.chain(module.named_parameters(), module.named_buffers()):  # state_dict leaves some buffers out
+    # state_dict leaves some buffers out
+    for name, value in itertools.chain(module.named_parameters(), module.named_buffers()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def _network_digest(module: nn.Module) -> str:
-    """SHA-256 of what the network is made of: its modules, what they say of themselves, and the files of their classes."""
+    """SHA-256 of what the network is made of: its modules, what they say of themselves, and the
+    files of their classes.
+    """
     digest = hashlib.sha256()
     for path, part in module.named_modules():
         kind = type(part)
         digest.update(
-            f"{path} {kind.__qualname__} {part.extra_repr()} {part.training} {_source_digest(kind.__module__, _file(kind))}\n".encode()
+            f"{path} {kind.__qualname__} {part.extra_repr()} {part.training}"
+            f" {_source_digest(kind.__module__, _file(kind))}\n".encode()
         )
     return digest.hexdigest()
 
 
 def _file(kind: type[nn.Module]) -> str:
-    """Where a class is defined; nothing for torch's own, whose version is in the key, and for those made in an interactive session."""
+    """Where a class is defined; nothing for torch's own, whose version is in the key, and for
+    those made in an interactive session.
+    """
     try:
         return "" if kind.__module__.startswith("torch.") else inspect.getfile(kind)
     except (OSError, TypeError):
@@ -100,16 +131,29 @@ def _source_digest(module: str, file: str) -> str:
 def _data(recipe: Recipe, slots: Slots) -> dict[str, Any]:
     """What gives an image its pixels."""
     spec = recipe.spec.data
-    found = {"dataset": content_of(spec.dataset), "image_size": spec.image_size, "interpolation": spec.interpolation, "slots": slots.count}
+    found = {
+        "dataset": content_of(spec.dataset),
+        "image_size": spec.image_size,
+        "interpolation": spec.interpolation,
+        "slots": slots.count,
+    }
     if slots.exact:  # what is drawn depends on the seed, but not what an outcome looks like
-        return {**found, "padding": slots.padding, "flipped": [slots.outcome(slot) % 2 for slot in range(min(2, slots.count))]}
+        return {
+            **found,
+            "padding": slots.padding,
+            "flipped": [slots.outcome(slot) % 2 for slot in range(min(2, slots.count))],
+        }
     augment = {"augment": content_of(spec.augment), "timm_augment": content_of(spec.timm_augment)}
-    versions = [version(package) for package in ("timm", "torchvision")] if spec.timm_augment else []
+    versions = (
+        [version(package) for package in ("timm", "torchvision")] if spec.timm_augment else []
+    )
     return {**found, **augment, "versions": versions, "seed": slots.seed}
 
 
 def _images_digest(part: Split | InMemory | Texts) -> str:
-    """SHA-256 of the labels and of the images: of all that are in memory, or of some that are read."""
+    """SHA-256 of the labels and of the images: of all that are in memory, or of some that are
+    read.
+    """
     digest = hashlib.sha256(np.asarray(part.labels, dtype=np.int64).tobytes())
     for path in getattr(part, "paths", ()):  # of image files
         about = Path(path).stat()

@@ -10,7 +10,17 @@ from pathlib import Path
 
 import numpy as np
 
-from kdkit.cache.store import CHECKS, LOCK, MARKER, STATES, WRITING, About, allocated, locks, read_about
+from kdkit.cache.store import (
+    CHECKS,
+    LOCK,
+    MARKER,
+    STATES,
+    WRITING,
+    About,
+    allocated,
+    locks,
+    read_about,
+)
 from kdkit.errors import RunError, suggest
 
 NAME, COLUMN = re.compile(r".+-[0-9a-f]{16}"), re.compile(r"column-\d+\.bin")
@@ -39,14 +49,20 @@ class Found:
 
 def stores(folder: Path) -> list[Found]:
     """All stores in a folder, by name."""
-    markers = [marker for marker in sorted(folder.glob(f"*/{MARKER}")) if NAME.fullmatch(marker.parent.name)]
-    return [look(marker.parent) for marker in markers if (marker.parent / LOCK).is_file()]  # which another program's folder has not
+    markers = [
+        marker
+        for marker in sorted(folder.glob(f"*/{MARKER}"))
+        if NAME.fullmatch(marker.parent.name)
+    ]
+    # which another program's folder has not
+    return [look(marker.parent) for marker in markers if (marker.parent / LOCK).is_file()]
 
 
 def look(path: Path) -> Found:
     """What a store's files say."""
     marks = path / STATES
-    states = np.fromfile(marks, dtype=np.uint8) if marks.is_file() else np.zeros(0, dtype=np.uint8)  # damaged: nothing is there
+    # damaged: nothing is there
+    states = np.fromfile(marks, dtype=np.uint8) if marks.is_file() else np.zeros(0, dtype=np.uint8)
     written = max(file.stat().st_mtime for file in path.iterdir())
     size, filled = allocated(path), int(np.count_nonzero(states))
     try:
@@ -64,7 +80,10 @@ def clear(folder: Path, name: str | None = None) -> list[Found]:
     """
     there = [found for found in stores(folder) if name in (None, found.path.name)]
     if name is not None and not there:
-        raise RunError(f"no cache in {folder} is called '{name}'; {suggest(name, (found.path.name for found in stores(folder)))}")
+        raise RunError(
+            f"no cache in {folder} is called '{name}';"
+            f" {suggest(name, (found.path.name for found in stores(folder)))}"
+        )
     with contextlib.ExitStack() as stack:
         for found in there:
             handle = stack.enter_context((found.path / LOCK).open("a"))
@@ -82,7 +101,11 @@ def _remove(store: Path) -> None:
         return
     (store / MARKER).unlink()  # first, so that half a store is none
     for file in store.iterdir():
-        if file.name in (LOCK, WRITING, STATES, CHECKS) or COLUMN.fullmatch(file.name) or file.suffix == ".part":
+        if (
+            file.name in (LOCK, WRITING, STATES, CHECKS)
+            or COLUMN.fullmatch(file.name)
+            or file.suffix == ".part"
+        ):
             file.unlink()
     with contextlib.suppress(OSError):  # there is more in it
         store.rmdir()

@@ -1,4 +1,6 @@
-"""A teacher whose answers to the training images are there already: it gives them in the place of a network."""
+"""A teacher whose answers to the training images are there already: it gives them in the place
+of a network.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,14 @@ from kdkit.models.tapped import TappedModel, features_only
 from kdkit.recipe import Recipe
 from kdkit.recipe.types import source_of
 
-OTHER_IMAGES = "is shown other images than those of the batch (further views, changed ones), to which there are no answers"
-STREAM = "this dataset is read from start to end, so its images have no places that a row could belong to"
+OTHER_IMAGES = (
+    "is shown other images than those of the batch (further views, changed ones), to which there"
+    " are no answers"
+)
+STREAM = (
+    "this dataset is read from start to end, so its images have no places that a row could"
+    " belong to"
+)
 
 
 def has_answers_alone(recipe: Recipe, name: str) -> bool:
@@ -47,15 +55,27 @@ def read_answers(recipe: Recipe, name: str, images: int, classes: int) -> Tensor
     try:
         shape = source.shape()
         if len(shape) != 2:
-            raise ModelError(f"'{called}' is {_listed(shape)}, not (N, K): a row of logits for each training image")
+            raise ModelError(
+                f"'{called}' is {_listed(shape)}, not (N, K): a row of logits for each training"
+                " image"
+            )
         if shape[0] != images:
-            raise ModelError(f"'{called}' has {shape[0]:,} rows, and the dataset's whole training part {images:,} images")
+            raise ModelError(
+                f"'{called}' has {shape[0]:,} rows, and the dataset's whole training part"
+                f" {images:,} images"
+            )
         if shape[1] != classes:
-            says = f"'{called}' has {shape[1]:,} columns, for {classes:,} classes (`num_classes` and `classes` say what they are)"
+            says = (
+                f"'{called}' has {shape[1]:,} columns, for {classes:,} classes (`num_classes` and"
+                " `classes` say what they are)"
+            )
             raise ModelError(says)
         rows = source.read()
         if wrong := [row for row in (~rows.isfinite().all(1)).nonzero().flatten()[:1].tolist()]:
-            raise ModelError(f"'{called}' has numbers that are not finite, first in row {wrong[0]} (counted from 0)")
+            raise ModelError(
+                f"'{called}' has numbers that are not finite, first in row {wrong[0]} (counted"
+                " from 0)"
+            )
     except ModelError as error:
         raise recipe.error([*recipe.spec.place_of(name), "model"], str(error)) from None
     return rows
@@ -82,7 +102,8 @@ class GivenAnswers:
         self._places[first_tensor(batch.inputs)] = batch.index
 
     def answer(self, inputs: Inputs, forward: Forward) -> Outputs:
-        """The answers to a batch's images, in fp32; there is no network whose `forward` could be asked.
+        """The answers to a batch's images, in fp32; there is no network whose `forward` could be
+        asked.
 
         Raises:
             RunError: the images are not those of a batch.
@@ -95,7 +116,11 @@ class GivenAnswers:
         with torch.no_grad():
             logits: Tensor = self._teacher.module(self._rows[places].float())
         features = dict.fromkeys(self._teacher.layers, logits)  # `logits` is the only layer
-        return Outputs(logits, features) if self._teacher.needs_logits else features_only(features, self._teacher.role)
+        return (
+            Outputs(logits, features)
+            if self._teacher.needs_logits
+            else features_only(features, self._teacher.role)
+        )
 
     def close(self) -> None:
         """Nothing is open."""
@@ -105,13 +130,18 @@ class _KnownImages:
     """Training batches that are noted before anyone sees them."""
 
     def __init__(self, loader: TrainLoader, answers: GivenAnswers) -> None:
-        self.labels, self.indices, self.num_samples, self.indexed = loader.labels, loader.indices, loader.num_samples, loader.indexed
+        self.labels = loader.labels
+        self.indices = loader.indices
+        self.num_samples = loader.num_samples
+        self.indexed = loader.indexed
         self._loader, self._answers = loader, answers
 
     def __len__(self) -> int:
         return len(self._loader)
 
-    def epoch(self, number: int, start: int = 0, view: int | None = None, arrange: Arrange | None = None) -> Iterator[Batch]:
+    def epoch(
+        self, number: int, start: int = 0, view: int | None = None, arrange: Arrange | None = None
+    ) -> Iterator[Batch]:
         for batch in self._loader.epoch(number, start, view, arrange):
             self._answers.note(batch)
             yield batch

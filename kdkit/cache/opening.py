@@ -1,4 +1,6 @@
-"""Opens the caches that a recipe wants: what its teachers say, how large that may grow, under which name it lies."""
+"""Opens the caches that a recipe wants: what its teachers say, how large that may grow, under
+which name it lies.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,12 @@ def directory(recipe: Recipe, options: CacheOptions) -> Path:
 
 
 def open_cache(
-    recipe: Recipe, name: str, teacher: TappedModel, info: DataInfo, train: TrainLoader, tell: Callable[[str], None] = lambda _: None
+    recipe: Recipe,
+    name: str,
+    teacher: TappedModel,
+    info: DataInfo,
+    train: TrainLoader,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> TeacherCache | None:
     """The cache of one of the recipe's teachers; None where it wants none.
 
@@ -57,14 +64,21 @@ def open_cache(
         tell: told of damage that is made good.
 
     Raises:
-        RecipeError: the answers cannot be kept (a stream of images, a random teacher), or they would take too much room.
+        RecipeError: the answers cannot be kept (a stream of images, a random teacher), or they
+            would take too much room.
     """
     if (options := wanted(recipe, name)) is None:
         return None
     place = [*recipe.spec.place_of(name), "cache"]
-    part = recipe.plugins.datasets[recipe.spec.data.dataset.use](recipe.spec.data.dataset).split("train")
+    part = recipe.plugins.datasets[recipe.spec.data.dataset.use](recipe.spec.data.dataset).split(
+        "train"
+    )
     if not train.indexed or isinstance(part, Stream):
-        raise recipe.error(place, "this dataset can only be read from start to end, so its images have no names to keep answers under")
+        raise recipe.error(
+            place,
+            "this dataset can only be read from start to end, so its images have no names to keep"
+            " answers under",
+        )
     slots = Slots.of(options, recipe.spec.data, recipe.spec.seed)
     try:
         kept = _look(recipe, options, teacher, info)
@@ -74,13 +88,21 @@ def open_cache(
         raise
     except RunError as error:
         raise recipe.error(place, str(error)) from None
-    return TeacherCache(store, kept, slots, len(part), AUTOCAST.get(recipe.spec.train.precision), teacher.role, tell)
+    return TeacherCache(
+        store, kept, slots, len(part), AUTOCAST.get(recipe.spec.train.precision), teacher.role, tell
+    )
 
 
 def open_answers(
-    recipe: Recipe, name: str, teacher: TappedModel, info: DataInfo, train: TrainLoader, tell: Callable[[str], None] = lambda _: None
+    recipe: Recipe,
+    name: str,
+    teacher: TappedModel,
+    info: DataInfo,
+    train: TrainLoader,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> TeacherCache | GivenAnswers | None:
-    """What answers in the place of one of the recipe's teachers: its cache, or answers that were there already; None: it answers itself.
+    """What answers in the place of one of the recipe's teachers: its cache, or answers that were
+    there already; None: it answers itself.
 
     Raises:
         RecipeError: see `open_cache` and `read_answers`.
@@ -89,14 +111,21 @@ def open_answers(
         return open_cache(recipe, name, teacher, info, train, tell)
     if not train.indexed:
         raise recipe.error([*recipe.spec.place_of(name), "model"], STREAM)
-    return GivenAnswers(read_answers(recipe, name, info.num_train, int(cast("Any", teacher.module).num_classes)), teacher)
+    return GivenAnswers(
+        read_answers(recipe, name, info.num_train, int(cast("Any", teacher.module).num_classes)),
+        teacher,
+    )
 
 
 @contextlib.contextmanager
 def answering(
-    recipe: Recipe, teachers: Mapping[str, TappedModel], opened: Data, tell: Callable[[str], None] = lambda _: None
+    recipe: Recipe,
+    teachers: Mapping[str, TappedModel],
+    opened: Data,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Data]:
-    """Let the teachers whose recipe wants it answer from their caches, inside the `with` block; gives the data whose images these know.
+    """Let the teachers whose recipe wants it answer from their caches, inside the `with` block;
+    gives the data whose images these know.
 
     `tell` is told of damage that is made good.
 
@@ -106,7 +135,9 @@ def answering(
     train = opened.train
     with contextlib.ExitStack() as stack:
         for name, teacher in teachers.items():
-            if (cache := open_answers(recipe, name, teacher, opened.info, opened.train, tell)) is not None:
+            if (
+                cache := open_answers(recipe, name, teacher, opened.info, opened.train, tell)
+            ) is not None:
                 stack.callback(cache.close)
                 stack.callback(setattr, teacher, "answers", teacher.answers)
                 train = cache.loader(train)
@@ -114,20 +145,37 @@ def answering(
         yield replace(opened, train=train)
 
 
-def _look(recipe: Recipe, options: CacheOptions, teacher: TappedModel, info: DataInfo) -> KeptAnswers:
+def _look(
+    recipe: Recipe, options: CacheOptions, teacher: TappedModel, info: DataInfo
+) -> KeptAnswers:
     """Ask the teacher twice about some noise, to see what it says and that it says it again."""
     plain = TappedModel(
-        teacher.module, teacher.layers, adapt=teacher.adapt, role=teacher.role, num_classes=info.num_classes,
-        needs_logits=teacher.needs_logits, channels_last=teacher.channels_last, precision=teacher.precision,
-    )  # fmt: skip
+        teacher.module,
+        teacher.layers,
+        adapt=teacher.adapt,
+        role=teacher.role,
+        num_classes=info.num_classes,
+        needs_logits=teacher.needs_logits,
+        channels_last=teacher.channels_last,
+        precision=teacher.precision,
+    )
     device = next(teacher.module.parameters()).device
     noise = random_inputs(info.image_shape, PROBE, device)
     with torch.no_grad(), autocast(device, AUTOCAST.get(recipe.spec.train.precision)):
         said, again = plain.forward(noise), plain.forward(noise)
     if not _same(said, again, exactly=device.type == "cpu"):
-        raise RunError(f"{teacher.role} answers the same images twice in different ways, so that its answers cannot be kept")
-    aliases = [name for name, layer in teacher.layers.items() if teacher.needs_logits and not layer.path and layer.side == "output"]
-    shapes = {name: tuple(value.shape[1:]) for name, value in said.features.items() if name not in aliases}
+        raise RunError(
+            f"{teacher.role} answers the same images twice in different ways, so that its answers"
+            " cannot be kept"
+        )
+    aliases = [
+        name
+        for name, layer in teacher.layers.items()
+        if teacher.needs_logits and not layer.path and layer.side == "output"
+    ]
+    shapes = {
+        name: tuple(value.shape[1:]) for name, value in said.features.items() if name not in aliases
+    }
     last = [name for name in shapes if _is_channels_last(said.features[name])]
     if not shapes and not teacher.needs_logits:
         raise RunError(f"no loss reads anything that {teacher.role} says; leave `cache` out")
@@ -135,20 +183,41 @@ def _look(recipe: Recipe, options: CacheOptions, teacher: TappedModel, info: Dat
 
 
 def _open_store(
-    recipe: Recipe, name: str, options: CacheOptions, kept: KeptAnswers, slots: Slots, part: Split | InMemory | Texts, key: dict[str, Any],
+    recipe: Recipe,
+    name: str,
+    options: CacheOptions,
+    kept: KeptAnswers,
+    slots: Slots,
+    part: Split | InMemory | Texts,
+    key: dict[str, Any],
     train: TrainLoader,
-) -> AnswerStore:  # fmt: skip
+) -> AnswerStore:
     spec, called = recipe.spec, _called(recipe, name)
-    about = {"teacher": called, "data": spec.data.dataset.use, "views": slots.count, "images": len(part), "made": time.time(), "key": key}
+    about = {
+        "teacher": called,
+        "data": spec.data.dataset.use,
+        "views": slots.count,
+        "images": len(part),
+        "made": time.time(),
+        "key": key,
+    }
     label = "".join(sign if sign.isalnum() or sign in "-_." else "-" for sign in called)
     path = directory(recipe, options) / f"{label}-{fingerprint.fingerprint(key)[:16]}"
     store = AnswerStore(path, kept.columns(), slots.count * len(part), about)
     indices = train.indices.cpu()
-    grown = store.allocated() + sum(store.missing_bytes(slot * len(part) + indices) for slot in range(slots.count))
+    grown = store.allocated() + sum(
+        store.missing_bytes(slot * len(part) + indices) for slot in range(slots.count)
+    )
     if grown > options.max_gb * 1e9:
         store.close()
-        says = f"may take {gigabytes(grown)} ({slots.count} views of {train.num_samples:,} images, {kept.bytes:,} bytes each)"
-        raise recipe.error([*spec.place_of(name), "cache", "max_gb"], f"the cache {says}, `max_gb` is {options.max_gb:g}; {SMALLER}")
+        says = (
+            f"may take {gigabytes(grown)} ({slots.count} views of {train.num_samples:,} images,"
+            f" {kept.bytes:,} bytes each)"
+        )
+        raise recipe.error(
+            [*spec.place_of(name), "cache", "max_gb"],
+            f"the cache {says}, `max_gb` is {options.max_gb:g}; {SMALLER}",
+        )
     return store
 
 
@@ -159,7 +228,11 @@ def _called(recipe: Recipe, name: str) -> str:
 
 
 def _is_channels_last(value: Tensor) -> bool:
-    return value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last) and not value.is_contiguous()
+    return (
+        value.ndim == 4
+        and value.is_contiguous(memory_format=torch.channels_last)
+        and not value.is_contiguous()
+    )
 
 
 def _same(one: Outputs, other: Outputs, *, exactly: bool) -> bool:
@@ -167,4 +240,7 @@ def _same(one: Outputs, other: Outputs, *, exactly: bool) -> bool:
     pairs = list(zip(tensors(one), tensors(other), strict=True))
     if exactly:
         return all(torch.equal(a, b) for a, b in pairs)
-    return all(torch.allclose(a, b, rtol=0, atol=1e-3 * float(a.abs().max()), equal_nan=True) for a, b in pairs)
+    return all(
+        torch.allclose(a, b, rtol=0, atol=1e-3 * float(a.abs().max()), equal_nan=True)
+        for a, b in pairs
+    )

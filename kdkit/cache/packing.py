@@ -1,4 +1,6 @@
-"""Which tensors of a teacher's answer are kept, in what form, and how they become an answer again; and in which views images are shown."""
+"""Which tensors of a teacher's answer are kept, in what form, and how they become an answer
+again; and in which views images are shown.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,11 @@ from kdkit.models.tapped import features_only
 from kdkit.recipe.sections import DataSpec
 
 TYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
-VALUES, INDICES, REST, LOGITS = "logits.values", "logits.indices", "logits.rest", "logits"  # layers' columns begin with TAP
+# layers' columns begin with TAP
+VALUES = "logits.values"
+INDICES = "logits.indices"
+REST = "logits.rest"
+LOGITS = "logits"
 TAP = "tap "
 
 
@@ -28,7 +34,8 @@ class Slots:
 
     Attributes:
         count: how many.
-        exact: whether a slot is one outcome of the crop and flip; else it is one view, as the loader numbers them.
+        exact: whether a slot is one outcome of the crop and flip; else it is one view, as the
+            loader numbers them.
         padding, flip: of `data.augment`.
         seed: of the augmentation.
     """
@@ -41,11 +48,19 @@ class Slots:
 
     @classmethod
     def of(cls, options: CacheOptions, data: DataSpec, seed: int) -> Slots:
-        """Those of a recipe: with images that always look the same there is one slot, however many views are asked for."""
+        """Those of a recipe: with images that always look the same there is one slot, however
+        many views are asked for.
+        """
         padding, flip = (data.augment.crop_padding, data.augment.flip) if data.augment else (0, 0.0)
         outcomes = crop_flip_count(padding) // (1 if 0 < flip < 1 else 2)
         exact = options.views == "all" or (outcomes == 1 and not data.timm_augment)
-        return cls(outcomes if options.views == "all" or exact else options.views, exact, padding, flip, seed)
+        return cls(
+            outcomes if options.views == "all" or exact else options.views,
+            exact,
+            padding,
+            flip,
+            seed,
+        )
 
     def view(self, number: int) -> int:
         """The view that is shown in the place of view `number`."""
@@ -73,7 +88,8 @@ class KeptAnswers:
         logits: whether the answer has any.
         taps: shape of each tapped layer's output by name, without the batch.
         aliases: tapped layers that are the logits.
-        channels_last: layers whose maps are (B, C, H, W) with channels last in memory, and are kept so.
+        channels_last: layers whose maps are (B, C, H, W) with channels last in memory, and are kept
+            so.
     """
 
     options: CacheOptions
@@ -91,9 +107,19 @@ class KeptAnswers:
             found.append(Column(LOGITS, (self.classes,), dtype))
         elif self.logits and k is not None:
             short = "int16" if self.classes <= torch.iinfo(torch.int16).max else "int32"
-            found += [Column(VALUES, (k,), dtype), Column(INDICES, (k,), short), Column(REST, (1,), "float32")]
+            found += [
+                Column(VALUES, (k,), dtype),
+                Column(INDICES, (k,), short),
+                Column(REST, (1,), "float32"),
+            ]
         for name, shape in self.taps.items():
-            found.append(Column(TAP + name, (*shape[1:], shape[0]) if name in self.channels_last else shape, dtype))
+            found.append(
+                Column(
+                    TAP + name,
+                    (*shape[1:], shape[0]) if name in self.channels_last else shape,
+                    dtype,
+                )
+            )
         return found
 
     @property
@@ -115,7 +141,10 @@ class KeptAnswers:
         for name in self.taps:
             value = outputs.features[name]
             plain[TAP + name] = value.permute(0, 2, 3, 1) if name in self.channels_last else value
-        packed = {column.name: plain[column.name].detach().to(column.type).contiguous() for column in self.columns()}
+        packed = {
+            column.name: plain[column.name].detach().to(column.type).contiguous()
+            for column in self.columns()
+        }
         if self.options.dtype == "fp16":
             self._refuse_overflow(plain, packed)
         return packed
@@ -134,14 +163,23 @@ class KeptAnswers:
         return logits.scatter_(1, values[INDICES].long(), values[VALUES].float())
 
     def _refuse_overflow(self, plain: Mapping[str, Tensor], packed: Mapping[str, Tensor]) -> None:
-        lost = torch.stack([packed[name].isinf().any() & ~plain[name].isinf().any() for name in packed])
+        lost = torch.stack(
+            [packed[name].isinf().any() & ~plain[name].isinf().any() for name in packed]
+        )
         if lost.any():
             name = [*packed][int(lost.int().argmax())].removeprefix(TAP)
-            raise RunError(f"the teacher's '{name}' has numbers above 65,504, which `dtype: fp16` cannot hold; set `cache.dtype: bf16`")
+            raise RunError(
+                f"the teacher's '{name}' has numbers above 65,504, which `dtype: fp16` cannot hold;"
+                " set `cache.dtype: bf16`"
+            )
 
 
 def _largest(logits: Tensor, k: int) -> dict[str, Tensor]:
-    """The k largest logits of (B, K), their classes, and the one logit that gives the other classes all the rest, (B, 1)."""
+    """The k largest logits of (B, K), their classes, and the one logit that gives the other
+    classes all the rest, (B, 1).
+    """
     values, indices = logits.topk(k, dim=1)
-    rest = logits.scatter(1, indices, -torch.inf).logsumexp(1, keepdim=True) - math.log(logits.shape[1] - k)
+    rest = logits.scatter(1, indices, -torch.inf).logsumexp(1, keepdim=True) - math.log(
+        logits.shape[1] - k
+    )
     return {VALUES: values, INDICES: indices, REST: rest}

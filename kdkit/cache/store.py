@@ -1,13 +1,14 @@
-"""Rows of tensors in memory-mapped files: each is written once, and read by many processes, runs and studies.
+"""Rows of tensors in memory-mapped files: each is written once, and read by many processes, runs
+and studies.
 
-A store is a folder: `cache.json` says what is in it, each column is one sparse file, `checks.bin` has
-a check sum of each row, and `states.bin` a byte. A row is marked WRITTEN when its values are in all
-columns, and ON_DISK when they have also reached the disk. Whoever opens a store that nobody else uses
-takes WRITTEN rows for empty ones: the machine may have failed before they were on disk. So a crash can
-cost rows, and never leaves a wrong one. Rows are written under a lock and do not change afterwards, so
-that readers need none. Only a damaged row is written again; who reads it meanwhile sees by its check sum
-that it is damaged. The files of one store belong on a disk of one machine: other machines would not see
-each other's marks.
+A store is a folder: `cache.json` says what is in it, each column is one sparse file, `checks.bin`
+has a check sum of each row, and `states.bin` a byte. A row is marked WRITTEN when its values are in
+all columns, and ON_DISK when they have also reached the disk. Whoever opens a store that nobody
+else uses takes WRITTEN rows for empty ones: the machine may have failed before they were on disk.
+So a crash can cost rows, and never leaves a wrong one. Rows are written under a lock and do not
+change afterwards, so that readers need none. Only a damaged row is written again; who reads it
+meanwhile sees by its check sum that it is damaged. The files of one store belong on a disk of one
+machine: other machines would not see each other's marks.
 """
 
 from __future__ import annotations
@@ -33,11 +34,18 @@ from typing_extensions import TypedDict
 from kdkit import files
 from kdkit.errors import DamagedFile, RunError
 
-MARKER, LOCK, WRITING, STATES, CHECKS = "cache.json", ".lock", ".writing", "states.bin", "checks.bin"
-EMPTY, WRITTEN, ON_DISK = 0, 1, 2
+MARKER = "cache.json"
+LOCK = ".lock"
+WRITING = ".writing"
+STATES = "states.bin"
+CHECKS = "checks.bin"
+EMPTY = 0
+WRITTEN = 1
+ON_DISK = 2
 PAGE = 4096
 READ_AT_ONCE = 1024  # rows that are looked at, of many
-RESERVE = 256 << 20  # bytes of the disk that writing leaves free: a full disk would end the process without a word
+# bytes of the disk that writing leaves free: a full disk would end the process without a word
+RESERVE = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -97,12 +105,25 @@ class AnswerStore:
         RunError: the files are damaged.
     """
 
-    def __init__(self, path: Path, columns: Sequence[Column], count: int, about: Mapping[str, Any]) -> None:
-        self.path, self.columns, self.count = path, tuple(columns), count
-        self._lock = self._enter({**about, "name": path.name, "columns": [asdict(column) for column in columns], "count": count})
+    def __init__(
+        self, path: Path, columns: Sequence[Column], count: int, about: Mapping[str, Any]
+    ) -> None:
+        self.path = path
+        self.columns = tuple(columns)
+        self.count = count
+        self._lock = self._enter(
+            {
+                **about,
+                "name": path.name,
+                "columns": [asdict(column) for column in columns],
+                "count": count,
+            }
+        )
         self._refuse_damaged()
         self._pages: list[mmap.mmap] = []
-        self._values = {column.name: self._mapped(number, column) for number, column in enumerate(self.columns)}
+        self._values = {
+            column.name: self._mapped(number, column) for number, column in enumerate(self.columns)
+        }
         self._marks, self._states = _map(path / STATES, torch.uint8)
         pages, self._checks = _map(path / CHECKS, torch.int64)
         self._pages.append(pages)
@@ -116,7 +137,9 @@ class AnswerStore:
         return self._states[rows] != EMPTY
 
     def read(self, rows: Tensor, *, pinned: bool = False) -> dict[str, Tensor]:
-        """The values of rows that are there, (N, ...) by column; in page-locked memory for a quick way to a GPU."""
+        """The values of rows that are there, (N, ...) by column; in page-locked memory for a
+        quick way to a GPU.
+        """
         found = {}
         for column in self.columns:
             out = torch.empty((len(rows), *column.shape), dtype=column.type, pin_memory=pinned)
@@ -137,7 +160,8 @@ class AnswerStore:
         return found
 
     def write(self, rows: Tensor, values: Mapping[str, Tensor]) -> None:
-        """Add rows (N,) with their values (N, ...) by column; a row that is there already, and not damaged, stays as it is.
+        """Add rows (N,) with their values (N, ...) by column; a row that is there already, and
+        not damaged, stays as it is.
 
         Raises:
             RunError: the disk is nearly full.
@@ -151,7 +175,9 @@ class AnswerStore:
                 return
             self._refuse_full_disk(len(places))
             self._states[places] = EMPTY
-            added = {column.name: values[column.name][chosen].to(column.type) for column in self.columns}
+            added = {
+                column.name: values[column.name][chosen].to(column.type) for column in self.columns
+            }
             for name, value in added.items():
                 self._values[name][places] = value
             self._checks[places] = self._check_sum(places, added)
@@ -179,12 +205,16 @@ class AnswerStore:
         return allocated(self.path)
 
     def missing_bytes(self, rows: Tensor) -> int:
-        """Bytes that the disk would give to those of the rows, ascending, that are not there, about: files are given whole pages."""
+        """Bytes that the disk would give to those of the rows, ascending, that are not there,
+        about: files are given whole pages.
+        """
         absent = rows[~self.known(rows)]
         return sum(_span(absent, column.bytes) for column in self.columns)
 
     def _enter(self, about: Mapping[str, Any]) -> TextIO:
-        """The store's lock, held together with its other users; the store is made first, or mended, if there are none."""
+        """The store's lock, held together with its other users; the store is made first, or
+        mended, if there are none.
+        """
         while True:
             self.path.mkdir(parents=True, exist_ok=True)
             try:
@@ -228,14 +258,18 @@ class AnswerStore:
     def _refuse_damaged(self) -> None:
         for name, size in self._sizes().items():
             file = self.path / name
-            if file.is_symlink() or not file.is_file() or file.stat().st_size != size:  # a link would be written through
+            # a link would be written through
+            if file.is_symlink() or not file.is_file() or file.stat().st_size != size:
                 raise RunError(
-                    f"{file} is damaged or missing; `kdkit cache --clear {self.path.name} --dir {self.path.parent}` removes the cache"
+                    f"{file} is damaged or missing; `kdkit cache --clear {self.path.name} --dir"
+                    f" {self.path.parent}` removes the cache"
                 )
 
     def _sizes(self) -> dict[str, int]:
         """Bytes of the files, by name."""
-        columns = {_file(number): self.count * column.bytes for number, column in enumerate(self.columns)}
+        columns = {
+            _file(number): self.count * column.bytes for number, column in enumerate(self.columns)
+        }
         return {**columns, CHECKS: self.count * 8, STATES: self.count}
 
     def _mapped(self, number: int, column: Column) -> Tensor:
@@ -255,14 +289,18 @@ class AnswerStore:
         wanted = sum(rows * (column.bytes // PAGE + 2) * PAGE for column in self.columns)
         free = shutil.disk_usage(self.path).free
         if free - wanted < RESERVE:
-            raise RunError(f"{self.path}: the disk has {gigabytes(free)} left, too little to keep more answers; {SMALLER}")
+            raise RunError(
+                f"{self.path}: the disk has {gigabytes(free)} left, too little to keep more"
+                f" answers; {SMALLER}"
+            )
 
 
 class CheckSum:
     """A number that changes with any bit of a row, with its place, and from store to store.
 
-    The 8-byte words w_i of a row r give sum_i a_i w_i + a_0 (r + 1) modulo 2^64, with odd a_i that follow from the store's name: an odd
-    factor keeps every changed bit in the sum. One product of a matrix and a vector, several times as fast as a CRC.
+    The 8-byte words w_i of a row r give sum_i a_i w_i + a_0 (r + 1) modulo 2^64, with odd a_i that
+    follow from the store's name: an odd factor keeps every changed bit in the sum. One product of a
+    matrix and a vector, several times as fast as a CRC.
 
     Args:
         name: of the store.
@@ -280,18 +318,28 @@ class CheckSum:
         """Of rows (N,) with their values (N, ...) by column: (N,) int64."""
         found = (rows.numpy().astype(np.uint64) + np.uint64(1)) * self._of_row
         for column, factors in zip(self._columns, self._of_columns, strict=True):
-            plain = values[column.name].reshape(len(rows), math.prod(column.shape)).contiguous().view(torch.uint8)
+            plain = (
+                values[column.name]
+                .reshape(len(rows), math.prod(column.shape))
+                .contiguous()
+                .view(torch.uint8)
+            )
             full = functional.pad(plain, (0, -column.bytes % 8)) if column.bytes % 8 else plain
             found += full.numpy().view(np.uint64) @ factors
         return torch.from_numpy(found.view(np.int64))
 
 
-SMALLER = "keep less (`what: logits`, `top_k`, `dtype: fp16`, fewer `views`), choose another `dir`, or make room with `kdkit cache --clear`"
+SMALLER = (
+    "keep less (`what: logits`, `top_k`, `dtype: fp16`, fewer `views`), choose another `dir`, or"
+    " make room with `kdkit cache --clear`"
+)
 
 
 def gigabytes(count: int) -> str:
     """`1.62 GB`; small sizes in smaller units."""
-    unit, name = next(((size, name) for size, name in ((1e9, "GB"), (1e6, "MB")) if count >= size), (1e3, "kB"))
+    unit, name = next(
+        ((size, name) for size, name in ((1e9, "GB"), (1e6, "MB")) if count >= size), (1e3, "kB")
+    )
     return f"{count / unit:,.3g} {name}" if count < 1000 * unit else f"{count / unit:,.0f} {name}"
 
 
@@ -312,11 +360,17 @@ def _map(file: Path, dtype: torch.dtype) -> tuple[mmap.mmap, Tensor]:
 
 def _span(rows: Tensor, size: int) -> int:
     """Bytes of the pages that ascending rows (N,) of that size lie in."""
-    return len(rows) * size if size >= PAGE else PAGE * len(torch.unique_consecutive(rows * size // PAGE))
+    return (
+        len(rows) * size
+        if size >= PAGE
+        else PAGE * len(torch.unique_consecutive(rows * size // PAGE))
+    )
 
 
 def locks(handle: TextIO, how: int) -> bool:
-    """Take a lock (`fcntl.LOCK_...`) on an open file; False where others hold it and it was not to wait."""
+    """Take a lock (`fcntl.LOCK_...`) on an open file; False where others hold it and it was not
+    to wait.
+    """
     try:
         fcntl.flock(handle, how)
     except BlockingIOError:

@@ -1,4 +1,6 @@
-"""A frozen teacher's answers on disk: the first epoch that shows an image writes, later epochs and other runs read."""
+"""A frozen teacher's answers on disk: the first epoch that shows an image writes, later epochs
+and other runs read.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,16 @@ from kdkit.data.loaders import TrainLoader
 from kdkit.errors import RunError
 from kdkit.finite import FiniteAnswers
 
-# How far an answer may be from the kept one, in parts of its largest number, and still be this teacher's. In other batches a network
-# rounds otherwise: in fp32 by some 1e-6 on a processor and, with TF32, some 1e-3 on a GPU; in half precision by some 1e-3 (fp16) or 1e-2.
+# How far an answer may be from the kept one, in parts of its largest number, and still be this
+# teacher's. In other batches a network rounds otherwise: in fp32 by some 1e-6 on a processor and,
+# with TF32, some 1e-3 on a GPU; in half precision by some 1e-3 (fp16) or 1e-2.
 FAR = {None: 5e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 FAR_ON_CPU = 1e-4  # in fp32
-ROUNDED = {torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float32: 0.0}  # and by this because it is kept in fewer digits
+# and by this because it is kept in fewer digits
+ROUNDED = {torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float32: 0.0}
 OTHER_IMAGES = (
-    "is shown other images than those of the batch (further views, changed ones), whose answers cannot be kept; leave `cache` out"
+    "is shown other images than those of the batch (further views, changed ones), whose answers"
+    " cannot be kept; leave `cache` out"
 )
 
 Forward = Callable[[Inputs], Outputs]
@@ -46,10 +51,12 @@ class _Rows:
 
 
 class TeacherCache:
-    """One teacher's answers. Ask it in the teacher's place: `teacher.answers = functools.partial(cache.answer, forward=teacher.forward)`.
+    """One teacher's answers. Ask it in the teacher's place: `teacher.answers =
+    functools.partial(cache.answer, forward=teacher.forward)`.
 
-    Whatever it writes it reads again, so that training comes to the same numbers from an empty cache, a full one, and one in between. The
-    first answer that was there before is compared with the teacher's own. A damaged one is asked for again.
+    Whatever it writes it reads again, so that training comes to the same numbers from an empty
+    cache, a full one, and one in between. The first answer that was there before is compared with
+    the teacher's own. A damaged one is asked for again.
 
     Args:
         store: open.
@@ -62,11 +69,22 @@ class TeacherCache:
     """
 
     def __init__(
-        self, store: AnswerStore, kept: KeptAnswers, slots: Slots, images: int, precision: torch.dtype | None, role: str,
+        self,
+        store: AnswerStore,
+        kept: KeptAnswers,
+        slots: Slots,
+        images: int,
+        precision: torch.dtype | None,
+        role: str,
         tell: Callable[[str], None] = lambda _: None,
-    ) -> None:  # fmt: skip
-        self.store, self.kept, self.slots, self.images = store, kept, slots, images
-        self._precision, self._role, self._tell = precision, role, tell
+    ) -> None:
+        self.store = store
+        self.kept = kept
+        self.slots = slots
+        self.images = images
+        self._precision = precision
+        self._role = role
+        self._tell = tell
         self._shown: Any = WeakIdKeyDictionary()  # the images of a batch -> _Rows
         self._compared = False
 
@@ -79,10 +97,12 @@ class TeacherCache:
         self.store.close()
 
     def answer(self, inputs: Inputs, forward: Forward) -> Outputs:
-        """What the teacher says of a batch's images, in fp32: from the disk if all of them are there, else by a forward that is kept.
+        """What the teacher says of a batch's images, in fp32: from the disk if all of them are
+        there, else by a forward that is kept.
 
         Raises:
-            RunError: the images are not those of a batch; the disk is nearly full; the cache is not this teacher's.
+            RunError: the images are not those of a batch; the disk is nearly full; the cache is not
+                this teacher's.
         """
         shown = first_tensor(inputs)
         if shown not in self._shown:
@@ -95,7 +115,10 @@ class TeacherCache:
             self.tell_of_damage()
             self.keep(rows, inputs, forward)
             values = self.store.read(rows, pinned=shown.device.type == "cuda")
-        return self.kept.unpack({name: value.to(shown.device, non_blocking=True) for name, value in values.items()}, self._role)
+        return self.kept.unpack(
+            {name: value.to(shown.device, non_blocking=True) for name, value in values.items()},
+            self._role,
+        )
 
     def keep(self, rows: Tensor, inputs: Inputs, forward: Forward) -> None:
         """Ask the teacher, and write what it says of images whose rows are not there yet.
@@ -114,10 +137,15 @@ class TeacherCache:
 
     def tell_of_damage(self) -> None:
         """Say that answers are damaged."""
-        self._tell(f"{self.store.path}: answers of {self._role} are damaged, and it is asked for them again")
+        self._tell(
+            f"{self.store.path}: answers of {self._role} are damaged, and it is asked for them"
+            " again"
+        )
 
     def rows(self, slot: Tensor | int, index: Tensor) -> Tensor:
-        """Where the answers about images of those indices (N,) are, in their slots; on their device."""
+        """Where the answers about images of those indices (N,) are, in their slots; on their
+        device.
+        """
         return slot * self.images + index
 
     def note(self, inputs: Inputs, view: int, index: Tensor) -> None:
@@ -125,7 +153,9 @@ class TeacherCache:
         shown = first_tensor(inputs)
         rows = self.rows(self.slots.shown(view, index), index)
         if rows.is_cuda:
-            host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows, non_blocking=True)
+            host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(
+                rows, non_blocking=True
+            )
             arrived = torch.Event(rows.device)
             arrived.record()
             self._shown[shown] = _Rows(host, arrived)
@@ -133,7 +163,8 @@ class TeacherCache:
             self._shown[shown] = _Rows(rows.cpu())
 
     def _compare(self, rows: Tensor, packed: dict[str, Tensor], device: torch.device) -> None:
-        """Hold what is there against what the teacher says; the fingerprint in the folder's name cannot know everything.
+        """Hold what is there against what the teacher says; the fingerprint in the folder's name
+        cannot know everything.
 
         Raises:
             RunError: it is something else.
@@ -144,9 +175,14 @@ class TeacherCache:
         for name, there in self.store.read(rows[whole]).items():
             own = packed[name][whole].float()
             far = self._far(there.dtype, device) * float(own.abs().max()) + 1e-6
-            if there.is_floating_point() and not torch.allclose(own, there.float(), rtol=0, atol=far, equal_nan=True):
+            if there.is_floating_point() and not torch.allclose(
+                own, there.float(), rtol=0, atol=far, equal_nan=True
+            ):
                 clear = f"kdkit cache --clear {self.store.path.name} --dir {self.store.path.parent}"
-                raise RunError(f"{self.store.path} does not hold what {self._role} says; remove it with `{clear}`")
+                raise RunError(
+                    f"{self.store.path} does not hold what {self._role} says; remove it with"
+                    f" `{clear}`"
+                )
         self._compared = True
 
     def _far(self, kept: torch.dtype, device: torch.device) -> float:
@@ -158,20 +194,26 @@ class _KeptViews:
     """Training batches in the views that a cache keeps."""
 
     def __init__(self, loader: TrainLoader, cache: TeacherCache) -> None:
-        self.labels, self.indices, self.num_samples, self.indexed = loader.labels, loader.indices, loader.num_samples, loader.indexed
+        self.labels = loader.labels
+        self.indices = loader.indices
+        self.num_samples = loader.num_samples
+        self.indexed = loader.indexed
         self._loader, self._cache = loader, cache
 
     def __len__(self) -> int:
         return len(self._loader)
 
-    def epoch(self, number: int, start: int = 0, view: int | None = None, arrange: Arrange | None = None) -> Iterator[Batch]:
+    def epoch(
+        self, number: int, start: int = 0, view: int | None = None, arrange: Arrange | None = None
+    ) -> Iterator[Batch]:
         shown = self._cache.slots.view(number if view is None else view)
         waiting: collections.deque[Batch] = collections.deque()
         try:
             for batch in self._loader.epoch(number, start, shown, arrange):
                 self._cache.note(batch.inputs, shown, batch.index)
                 waiting.append(batch)
-                if len(waiting) > batch.index.is_cuda:  # one ahead: by its turn, a GPU has said which images are in it
+                # one ahead: by its turn, a GPU has said which images are in it
+                if len(waiting) > batch.index.is_cuda:
                     yield waiting.popleft()
             yield from waiting
         finally:
@@ -179,5 +221,7 @@ class _KeptViews:
 
 
 def autocast(device: torch.device, precision: torch.dtype | None) -> torch.autocast:
-    """The precision of training, wherever a teacher is asked: schedules also ask before it begins."""
+    """The precision of training, wherever a teacher is asked: schedules also ask before it
+    begins.
+    """
     return torch.autocast(device.type, dtype=precision, enabled=precision is not None)

@@ -41,10 +41,17 @@ app = typer.Typer(
 )
 app.add_typer(studies.app)
 RunPath = Annotated[Path, typer.Argument(help="Run folder.", show_default=False)]
-Best = Annotated[bool, typer.Option("--best", help="The epoch with the best validation accuracy, not the last.")]
+Best = Annotated[
+    bool, typer.Option("--best", help="The epoch with the best validation accuracy, not the last.")
+]
 
 
-Device = Annotated[str | None, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps...", show_default=False)]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps...", show_default=False
+    ),
+]
 
 
 class ExportFormat(StrEnum):
@@ -56,7 +63,9 @@ class ExportFormat(StrEnum):
 
 def _versions(wanted: bool) -> None:
     if wanted:
-        libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "timm"))
+        libraries = ", ".join(
+            f"{name} {version(name)}" for name in ("torch", "torchvision", "timm")
+        )
         out.print(f"kdkit {__version__} (Python {platform.python_version()}, {libraries})")
         raise typer.Exit
 
@@ -64,7 +73,12 @@ def _versions(wanted: bool) -> None:
 @app.callback(invoke_without_command=True)
 def kdkit(
     context: typer.Context,
-    versions: Annotated[bool, typer.Option("--version", help="Print the versions of kdkit and its libraries.", callback=_versions)] = False,
+    versions: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the versions of kdkit and its libraries.", callback=_versions
+        ),
+    ] = False,
 ) -> None:
     """Knowledge distillation from recipes: any loss plugin under any schedule plugin."""
     if context.invoked_subcommand is None:
@@ -77,8 +91,13 @@ def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
     plugins: Plugins = None,
-    run: Annotated[Path | None, typer.Option("--run", help="Run folder (default: run.folder/name).", show_default=False)] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Throw away the run that is there, and begin anew.")] = False,
+    run: Annotated[
+        Path | None,
+        typer.Option("--run", help="Run folder (default: run.folder/name).", show_default=False),
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away the run that is there, and begin anew.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print warnings only.")] = False,
     processes: Processes = None,
     no_plugins: NoPlugins = False,
@@ -93,7 +112,12 @@ def train(
 
 
 @app.command()
-def check(recipe: RecipeFile, overrides: Overrides = None, plugins: Plugins = None, no_plugins: NoPlugins = False) -> None:
+def check(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    plugins: Plugins = None,
+    no_plugins: NoPlugins = False,
+) -> None:
     """Say what a recipe would do, without data, weights or training."""
     watch(plugins, no_plugins)
     loaded = load(recipe, overrides, plugins)
@@ -107,7 +131,11 @@ def evaluate(
     run: RunPath,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Other data: data.key=value, such as data.dataset.root=/images.", show_default=False),
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Other data: data.key=value, such as data.dataset.root=/images.",
+            show_default=False,
+        ),
     ] = None,
     best: Best = False,
     device: Device = None,
@@ -121,7 +149,9 @@ def evaluate(
 
     opened = loaded.TrainedRun(run, parse_overrides(overrides or []), absolute(plugins))
     train = opened.recipe.spec.train
-    accelerator = build_accelerator(train.model_copy(update={"device": device}) if device else train)
+    accelerator = build_accelerator(
+        train.model_copy(update={"device": device}) if device else train
+    )
     scores = loaded.evaluate(opened, best=best, device=accelerator.device)
     out.print(score_table((f"{score.role}, {score.part}", score.metrics) for score in scores))
 
@@ -129,9 +159,14 @@ def evaluate(
 @app.command()
 def predict(
     run: RunPath,
-    images: Annotated[Path, typer.Argument(help="A folder of image files, or one of them.", show_default=False)],
+    images: Annotated[
+        Path, typer.Argument(help="A folder of image files, or one of them.", show_default=False)
+    ],
     output: Annotated[
-        Path | None, typer.Option("--output", help="CSV file to write (default: print the table).", show_default=False)
+        Path | None,
+        typer.Option(
+            "--output", help="CSV file to write (default: print the table).", show_default=False
+        ),
     ] = None,
     best: Best = False,
     plugins: RunPlugins = None,
@@ -141,9 +176,14 @@ def predict(
     from kdkit.runs.checkpoints import write_atomically
     from kdkit.students import loaded, predictions
 
-    opened, files = loaded.TrainedRun(run, plugins=absolute(plugins)), predictions.find_images(images)
+    opened, files = (
+        loaded.TrainedRun(run, plugins=absolute(plugins)),
+        predictions.find_images(images),
+    )
     device = build_accelerator(opened.recipe.spec.train).device
-    table = predictions.as_csv(list(predictions.predict_files(opened, files, best=best, device=device)), images)
+    table = predictions.as_csv(
+        list(predictions.predict_files(opened, files, best=best, device=device)), images
+    )
     if output is None:
         sys.stdout.write(table)
         return
@@ -155,7 +195,12 @@ def predict(
 def show(
     run: RunPath,
     png: Annotated[
-        Path | None, typer.Option("--png", help="Picture of the curves (default: curves.png in the run folder).", show_default=False)
+        Path | None,
+        typer.Option(
+            "--png",
+            help="Picture of the curves (default: curves.png in the run folder).",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
     """Show a run, finished or not: its recipe, result and curves."""
@@ -170,8 +215,16 @@ def show(
 @app.command()
 def export(
     run: RunPath,
-    form: Annotated[ExportFormat, typer.Option("--format", help="timm: weights and config.json; onnx: one network.")] = ExportFormat.timm,
-    output: Annotated[Path | None, typer.Option("--output", help="Folder (default: export in the run folder).", show_default=False)] = None,
+    form: Annotated[
+        ExportFormat,
+        typer.Option("--format", help="timm: weights and config.json; onnx: one network."),
+    ] = ExportFormat.timm,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", help="Folder (default: export in the run folder).", show_default=False
+        ),
+    ] = None,
     best: Best = False,
     plugins: RunPlugins = None,
 ) -> None:
@@ -179,7 +232,12 @@ def export(
     from kdkit.students import loaded
     from kdkit.students.export import export as write
 
-    made = write(loaded.TrainedRun(run, plugins=absolute(plugins)), "onnx" if form is ExportFormat.onnx else "timm", output, best=best)
+    made = write(
+        loaded.TrainedRun(run, plugins=absolute(plugins)),
+        "onnx" if form is ExportFormat.onnx else "timm",
+        output,
+        best=best,
+    )
     for file in made.files:
         out.print(f"{file} ({file.stat().st_size:,} bytes)", markup=False)
     for note in made.notes:
@@ -190,32 +248,62 @@ def export(
 def profile(
     models: Annotated[
         list[str],
-        typer.Argument(metavar="RUN|MODEL", help="Run folders (teacher and student), and names of models.", show_default=False),
+        typer.Argument(
+            metavar="RUN|MODEL",
+            help="Run folders (teacher and student), and names of models.",
+            show_default=False,
+        ),
     ],
-    batch: Annotated[int, typer.Option("--batch", min=1, max=65_536, metavar="N", help="Images per answer, beside single ones.")] = 32,
+    batch: Annotated[
+        int,
+        typer.Option(
+            "--batch", min=1, max=65_536, metavar="N", help="Images per answer, beside single ones."
+        ),
+    ] = 32,
     size: Annotated[
         str | None,
         typer.Option(
             "--size",
-            help="Image shape C,H,W or side (224: 3,224,224), or tokens of a text (default: the run's, or 224).",
+            help=(
+                "Image shape C,H,W or side (224: 3,224,224), or tokens of a text (default: the"
+                " run's, or 224)."
+            ),
             show_default=False,
         ),
     ] = None,
     classes: Annotated[
         int | None,
         typer.Option(
-            "--classes", min=1, max=1_000_000, metavar="N", help="Logits of named models (default: the run's, or 1000).", show_default=False
+            "--classes",
+            min=1,
+            max=1_000_000,
+            metavar="N",
+            help="Logits of named models (default: the run's, or 1000).",
+            show_default=False,
         ),
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option("--threads", min=1, max=1024, metavar="N", help="Processor threads (default: torch's).", show_default=False),
+        typer.Option(
+            "--threads",
+            min=1,
+            max=1024,
+            metavar="N",
+            help="Processor threads (default: torch's).",
+            show_default=False,
+        ),
     ] = None,
     device: Device = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="The same as --device cpu.")] = False,
     runs: Annotated[
         int,
-        typer.Option("--runs", min=1, max=1_000_000, metavar="N", help="Answers timed of each model and batch size, within five seconds."),
+        typer.Option(
+            "--runs",
+            min=1,
+            max=1_000_000,
+            metavar="N",
+            help="Answers timed of each model and batch size, within five seconds.",
+        ),
     ] = 100,
     plugins: Plugins = None,
 ) -> None:
@@ -230,13 +318,20 @@ def profile(
     from kdkit.students import cost_table
     from kdkit.students import profile as profiling
 
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    accelerator = (
+        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    )
     where = devices.chosen("cpu" if cpu else device or "auto") or accelerator or torch.device("cpu")
     with profiling.threads(threads):
         found = cost_table.subjects(models, size, classes, where, absolute(plugins))
-        measured = profiling.measure_together([(s.model, s.shape) for s in found], sorted({1, batch}), runs=runs)
+        measured = profiling.measure_together(
+            [(s.model, s.shape) for s in found], sorted({1, batch}), runs=runs
+        )
         shapes = " or ".join(dict.fromkeys(f"({', '.join(map(str, s.shape))})" for s in found))
-        out.print(f"{kind_of(found[0].shape)} {shapes}, on {where}, {torch.get_num_threads()} threads", markup=False)
+        out.print(
+            f"{kind_of(found[0].shape)} {shapes}, on {where}, {torch.get_num_threads()} threads",
+            markup=False,
+        )
     out.print(cost_table.table([s.name for s in found], measured))
 
 
@@ -245,13 +340,27 @@ def layers(
     model: Annotated[str, typer.Argument(help="SOURCE/NAME; a bare NAME is timm's.")],
     options: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Options of the model: key=value, such as stem=small.", show_default=False),
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Options of the model: key=value, such as stem=small.",
+            show_default=False,
+        ),
     ] = None,
-    classes: Annotated[int, typer.Option(min=1, max=1_000_000, metavar="N", help="Number of classes.")] = 10,
+    classes: Annotated[
+        int, typer.Option(min=1, max=1_000_000, metavar="N", help="Number of classes.")
+    ] = 10,
     size: Annotated[
-        str, typer.Option(help="Image shape C,H,W or side (224: 3,224,224); for networks that read texts, N tokens.")
+        str,
+        typer.Option(
+            help=(
+                "Image shape C,H,W or side (224: 3,224,224); for networks that read texts, N"
+                " tokens."
+            )
+        ),
     ] = "3,224,224",
-    stages: Annotated[bool, typer.Option("--stages", help="Only the layers that have an alias.")] = False,
+    stages: Annotated[
+        bool, typer.Option("--stages", help="Only the layers that have an alias.")
+    ] = False,
     plugins: Plugins = None,
 ) -> None:
     """List the layers of a model that a recipe can name, with shapes."""
@@ -260,13 +369,21 @@ def layers(
     rows = listing.layers(model, options or [], classes, size, absolute(plugins))
     table = Table("layer", "type", "output", "alias", box=None, pad_edge=False)
     for row in (row for row in rows if row.aliases or not stages):
-        table.add_row(row.name or "(the network)", row.type, f"(B, {', '.join(map(str, row.shape[1:]))})", ", ".join(row.aliases))
+        table.add_row(
+            row.name or "(the network)",
+            row.type,
+            f"(B, {', '.join(map(str, row.shape[1:]))})",
+            ", ".join(row.aliases),
+        )
     out.print(table)
 
 
 @app.command()
 def plugins(
-    name: Annotated[str | None, typer.Argument(help="Show this one's options, formula and paper.", show_default=False)] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="Show this one's options, formula and paper.", show_default=False),
+    ] = None,
     plugins: Plugins = None,
 ) -> None:
     """List the plugins found, or show one."""
@@ -275,16 +392,24 @@ def plugins(
 
     found = list(catalogue.entries(registry.load(absolute(plugins))))
     if name is None:
-        table = Table("name", "kind", "knowledge/scheme", "what it is", "from", box=None, pad_edge=False)
+        table = Table(
+            "name", "kind", "knowledge/scheme", "what it is", "from", box=None, pad_edge=False
+        )
         for entry in found:
             table.add_row(entry.name, entry.kind, entry.group, entry.summary, entry.source)
         out.print(table)
         return
     chosen = [entry for entry in found if entry.name == name]
     if not chosen:
-        raise PluginError(f"no plugin is called '{name}'; {suggest(name, (entry.name for entry in found))}")
+        raise PluginError(
+            f"no plugin is called '{name}'; {suggest(name, (entry.name for entry in found))}"
+        )
     for entry in chosen:
-        out.print(f"{entry.name}: {entry.group} {entry.kind}\n{entry.summary}\n\n{entry.details}".rstrip(), markup=False)
+        out.print(
+            f"{entry.name}: {entry.group} {entry.kind}\n{entry.summary}\n\n"
+            f"{entry.details}".rstrip(),
+            markup=False,
+        )
         if entry.paper:
             out.print(f"\n{entry.paper}", markup=False)
         table = Table("option", "type", "default", "meaning", box=None, pad_edge=False)
@@ -299,7 +424,9 @@ def plugins(
 @app.command()
 def schema(
     plugins: Plugins = None,
-    study: Annotated[bool, typer.Option("--study", help="That of study files, as `kdkit compare` reads them.")] = False,
+    study: Annotated[
+        bool, typer.Option("--study", help="That of study files, as `kdkit compare` reads them.")
+    ] = False,
 ) -> None:
     """Print the JSON Schema of recipes, for editors."""
     from kdkit.recipe import registry, types
@@ -309,11 +436,17 @@ def schema(
 
 
 def main() -> None:
-    """Run the command line: a mistake of the user's is one line and exit code 2; a stop by a signal is 128 plus its number; 70: a fault."""
+    """Run the command line: a mistake of the user's is one line and exit code 2; a stop by a
+    signal is 128 plus its number; 70: a fault.
+    """
     if {"--install-completion", "--show-completion"} & set(sys.argv) and not _in_a_shell():
-        sys.exit("kdkit: completion is for bash, zsh, fish and PowerShell; this process was started by none of them")
+        sys.exit(
+            "kdkit: completion is for bash, zsh, fish and PowerShell; this process was started by"
+            " none of them"
+        )
     try:
-        code = copy_context().run(app, prog_name="kdkit", standalone_mode=False)  # what a command watches ends with it
+        # what a command watches ends with it
+        code = copy_context().run(app, prog_name="kdkit", standalone_mode=False)
     except typer.Abort:
         print("stopped", file=sys.stderr)
         sys.exit(130)
@@ -333,7 +466,8 @@ def main() -> None:
         if lost := launching.told_of_another(error):
             print(lost, file=sys.stderr)
             sys.exit(2 if lost == launching.WORKER_ENDED else launching.ENDED_WITH_ANOTHER)
-        if hasattr(error, "format_message"):  # as typer's have; where their base is, depends on its version
+        # as typer's have; where their base is, depends on its version
+        if hasattr(error, "format_message"):
             print(usage.told(error, sys.argv[1:]), file=sys.stderr)
             sys.exit(2)
         if os.environ.get(DEBUG):

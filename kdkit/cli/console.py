@@ -22,20 +22,46 @@ out = Terminal(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 RecipeFile = Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Values that replace the file's: key.path=value, such as train.epochs=3.", show_default=False),
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Values that replace the file's: key.path=value, such as train.epochs=3.",
+        show_default=False,
+    ),
 ]
 Plugins = Annotated[
-    list[Path] | None, typer.Option("--plugins", metavar="FILE", help="Further plugin file or folder; may be repeated.", show_default=False)
+    list[Path] | None,
+    typer.Option(
+        "--plugins",
+        metavar="FILE",
+        help="Further plugin file or folder; may be repeated.",
+        show_default=False,
+    ),
 ]
 Processes = Annotated[
     int | None,
-    typer.Option("--processes", min=1, metavar="N", help="Train in so many processes of this machine.", show_default=False),
+    typer.Option(
+        "--processes",
+        min=1,
+        metavar="N",
+        help="Train in so many processes of this machine.",
+        show_default=False,
+    ),
 ]
 
-NoPlugins = Annotated[bool, typer.Option("--no-plugins", help="Run no Python file that a recipe names, only those of --plugins.")]
+NoPlugins = Annotated[
+    bool,
+    typer.Option(
+        "--no-plugins", help="Run no Python file that a recipe names, only those of --plugins."
+    ),
+]
 RunPlugins = Annotated[
     list[Path] | None,
-    typer.Option("--plugins", metavar="FILE", help="Python file or folder of the run that may run; may be repeated.", show_default=False),
+    typer.Option(
+        "--plugins",
+        metavar="FILE",
+        help="Python file or folder of the run that may run; may be repeated.",
+        show_default=False,
+    ),
 ]
 
 DEBUG = "KDKIT_DEBUG"
@@ -59,7 +85,9 @@ def load(path: Path, overrides: list[str] | None, plugins: list[Path] | None) ->
 
 
 def watch(plugins: list[Path] | None, no_plugins: bool) -> None:
-    """From here on tell, on stderr, of each Python file that a recipe makes run; or let none run but those of --plugins."""
+    """From here on tell, on stderr, of each Python file that a recipe makes run; or let none run
+    but those of --plugins.
+    """
     from kdkit.launching import is_first
     from kdkit.recipe import consent
 
@@ -76,23 +104,50 @@ def absolute(plugins: list[Path] | None) -> tuple[Path, ...]:
 
 
 def unexpected(error: Exception) -> tuple[str, int]:
-    """One line on an error that nobody meant to raise, and the exit code; its traceback is written to a file.
+    """One line on an error that nobody meant to raise, and the exit code; its traceback is
+    written to a file.
 
     Too little memory is nobody's fault, and torch says it in several ways.
     """
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
-        return one_line(f"not enough memory; smaller images, batches or networks need less ({' '.join(str(error).split())})"), 2
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    ):
+        return (
+            one_line(
+                "not enough memory; smaller images, batches or networks need less"
+                f" ({' '.join(str(error).split())})"
+            ),
+            2,
+        )
     frames = traceback.extract_tb(error.__traceback__)
-    modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
-    own = [(module, frame) for module, frame in zip(modules, frames, strict=True) if module.partition(".")[0].startswith("kdkit")]
+    modules = [
+        str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
+    own = [
+        (module, frame)
+        for module, frame in zip(modules, frames, strict=True)
+        if module.partition(".")[0].startswith("kdkit")
+    ]
     module, last = own[-1] if own else ("kdkit", frames[-1])
-    is_plugin = module.startswith("kdkit_plugin_")  # of a file; those that come with kdkit are `kdkit_plugins`
-    whose = "a fault of this plugin" if is_plugin else "a fault of kdkit, not of what it was given: please report it"
+    # of a file; those that come with kdkit are `kdkit_plugins`
+    is_plugin = module.startswith("kdkit_plugin_")
+    whose = (
+        "a fault of this plugin"
+        if is_plugin
+        else "a fault of kdkit, not of what it was given: please report it"
+    )
     try:
-        with tempfile.NamedTemporaryFile("w", prefix="kdkit-", suffix=".txt", delete=False, encoding="utf-8", errors="replace") as file:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="kdkit-", suffix=".txt", delete=False, encoding="utf-8", errors="replace"
+        ) as file:
             file.write("".join(traceback.format_exception(error)))
         where = f"traceback in {file.name}, or here with {DEBUG}=1"
     except OSError:
         where = f"traceback with {DEBUG}=1"
-    says = f"{last.filename}:{last.lineno}: {type(error).__name__}: {' '.join(str(error).split())}; {whose} ({where})"
+    says = (
+        f"{last.filename}:{last.lineno}: {type(error).__name__}: {' '.join(str(error).split())};"
+        f" {whose} ({where})"
+    )
     return one_line(says), UNEXPECTED

@@ -19,8 +19,11 @@ from kdkit.recipe.yaml_source import nested, parse_overrides
 TOKENS_SHOWN = 16  # where nobody says how long texts are
 
 
-def layers(model: str, words: Sequence[str], num_classes: int, size: str, plugins: tuple[Path, ...] = ()) -> list[LayerRow]:
-    """The layers of `model`, built on the meta device with `key=value` options for images or texts of `size`, as `parse_shape` reads it.
+def layers(
+    model: str, words: Sequence[str], num_classes: int, size: str, plugins: tuple[Path, ...] = ()
+) -> list[LayerRow]:
+    """The layers of `model`, built on the meta device with `key=value` options for images or
+    texts of `size`, as `parse_shape` reads it.
 
     Raises:
         ModelError: no such model, or it does not take such images or options.

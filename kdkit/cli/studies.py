@@ -1,4 +1,6 @@
-"""The commands for several runs: compare, report, cache. Everything heavy is imported in the command that needs it."""
+"""The commands for several runs: compare, report, cache. Everything heavy is imported in the
+command that needs it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,18 @@ from typing import Annotated
 
 import typer
 
-from kdkit.cli.console import NoPlugins, Overrides, Plugins, Processes, RunPlugins, absolute, load, out, start_processes, watch
+from kdkit.cli.console import (
+    NoPlugins,
+    Overrides,
+    Plugins,
+    Processes,
+    RunPlugins,
+    absolute,
+    load,
+    out,
+    start_processes,
+    watch,
+)
 from kdkit.terminal import Terminal
 
 app = typer.Typer()
@@ -19,28 +32,54 @@ def compare(
         list[str],
         typer.Argument(
             metavar="STUDY|RECIPE|KEY=VALUE",
-            help="A study file, or recipes (the first is the baseline); key.path=value replaces a value in all of them.",
+            help=(
+                "A study file, or recipes (the first is the baseline); key.path=value replaces a"
+                " value in all of them."
+            ),
             show_default=False,
         ),
     ],
     seeds: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="N", help="Runs per variant, with the seeds 0, 1, 2... (default: the study's, or 3).", show_default=False
+            min=1,
+            metavar="N",
+            help="Runs per variant, with the seeds 0, 1, 2... (default: the study's, or 3).",
+            show_default=False,
         ),
     ] = None,
     allow: Annotated[
         list[str] | None,
-        typer.Option("--allow", metavar="KEY", help="Key in which variants may differ; may be repeated.", show_default=False),
+        typer.Option(
+            "--allow",
+            metavar="KEY",
+            help="Key in which variants may differ; may be repeated.",
+            show_default=False,
+        ),
     ] = None,
     max_parallel: Annotated[
         int | None,
-        typer.Option("--max-parallel", min=1, metavar="N", help="Runs in memory at once (default: all that share data and seed)."),
+        typer.Option(
+            "--max-parallel",
+            min=1,
+            metavar="N",
+            help="Runs in memory at once (default: all that share data and seed).",
+        ),
     ] = None,
     spread: Annotated[
-        bool, typer.Option("--spread", help="Give each process its own runs, instead of training every run in all processes.")
+        bool,
+        typer.Option(
+            "--spread",
+            help="Give each process its own runs, instead of training every run in all processes.",
+        ),
     ] = False,
-    dry: Annotated[bool, typer.Option("--dry", help="Only list the variants, how long they train, and what is trained already.")] = False,
+    dry: Annotated[
+        bool,
+        typer.Option(
+            "--dry",
+            help="Only list the variants, how long they train, and what is trained already.",
+        ),
+    ] = False,
     plugins: Plugins = None,
     processes: Processes = None,
     no_plugins: NoPlugins = False,
@@ -55,7 +94,9 @@ def compare(
     watch(plugins, no_plugins)
     changes = [word for word in words if "=" in word and not Path(word).exists()]
     paths = [Path(word) for word in words if word not in changes]
-    loaded = variants.load(paths, parse_overrides(changes), absolute(plugins), seeds=seeds, allow=allow or ())
+    loaded = variants.load(
+        paths, parse_overrides(changes), absolute(plugins), seeds=seeds, allow=allow or ()
+    )
     from kdkit import launching
     from kdkit.study import comparison, table
 
@@ -66,7 +107,10 @@ def compare(
     start_processes(processes)
     telling = spread or launching.is_first()
     found = comparison.compare(
-        loaded, max_parallel=max_parallel, spread=spread, say=lambda text: out.print(text, markup=False) if telling else None
+        loaded,
+        max_parallel=max_parallel,
+        spread=spread,
+        say=lambda text: out.print(text, markup=False) if telling else None,
     )
     if found is None:
         return
@@ -82,8 +126,18 @@ def compare(
 
 @app.command()
 def report(
-    paths: Annotated[list[Path], typer.Argument(metavar="STUDY|RUN", help="A study's folder, or run folders.", show_default=False)],
-    output: Annotated[Path | None, typer.Option("--output", help="Folder of the files (default: the study's).", show_default=False)] = None,
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="STUDY|RUN", help="A study's folder, or run folders.", show_default=False
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", help="Folder of the files (default: the study's).", show_default=False
+        ),
+    ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -101,7 +155,9 @@ def report(
 
     overrides = parse_overrides(f"data.{word.removeprefix('data.')}" for word in data or [])
     with Terminal(stderr=True).status("reads the runs") as status:  # on a terminal only
-        written = reports.write(paths, output, overrides, absolute(plugins), say=lambda text: status.update(text))
+        written = reports.write(
+            paths, output, overrides, absolute(plugins), say=lambda text: status.update(text)
+        )
     for what in written.missing:
         out.print(f"left out: {what}", markup=False)
     out.print(str(written.page), markup=False)
@@ -110,13 +166,25 @@ def report(
 @app.command()
 def cache(
     recipe: Annotated[
-        str | None, typer.Argument(metavar="[RECIPE|NAME]", help="Recipe file; a cache's name for --list, --clear.", show_default=False)
+        str | None,
+        typer.Argument(
+            metavar="[RECIPE|NAME]",
+            help="Recipe file; a cache's name for --list, --clear.",
+            show_default=False,
+        ),
     ] = None,
     overrides: Overrides = None,
     plugins: Plugins = None,
-    listed: Annotated[bool, typer.Option("--list", help="List the caches that there are, or the one of that name.")] = False,
-    clear: Annotated[bool, typer.Option("--clear", help="Remove all caches, or the one of that name.")] = False,
-    folder: Annotated[Path, typer.Option("--dir", help="Where caches are listed or removed.")] = Path("runs/teacher-cache"),
+    listed: Annotated[
+        bool,
+        typer.Option("--list", help="List the caches that there are, or the one of that name."),
+    ] = False,
+    clear: Annotated[
+        bool, typer.Option("--clear", help="Remove all caches, or the one of that name.")
+    ] = False,
+    folder: Annotated[
+        Path, typer.Option("--dir", help="Where caches are listed or removed.")
+    ] = Path("runs/teacher-cache"),
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
     """Fill the teacher caches of a recipe; list or remove caches."""
@@ -134,9 +202,21 @@ def cache(
         for gone in store_folder.clear(folder, recipe):
             out.print(f"removed {gone.path} ({gigabytes(gone.bytes)})", markup=False)
     elif listed:
-        out.print(fill_caches.table([found for found in store_folder.stores(folder) if recipe in (None, found.path.name)]))
+        out.print(
+            fill_caches.table(
+                [
+                    found
+                    for found in store_folder.stores(folder)
+                    if recipe in (None, found.path.name)
+                ]
+            )
+        )
     elif wanted is None:
-        raise RecipeError("name a recipe whose teacher caches are to be filled, or give --list or --clear")
+        raise RecipeError(
+            "name a recipe whose teacher caches are to be filled, or give --list or --clear"
+        )
     else:
         for made in fill_caches.fill(wanted, quiet=quiet):
-            out.print(f"{made.path}: {made.filled:,} answers, {gigabytes(made.bytes)}", markup=False)
+            out.print(
+                f"{made.path}: {made.filled:,} answers, {gigabytes(made.bytes)}", markup=False
+            )

@@ -19,7 +19,10 @@ def told(error: Any, words: Sequence[str]) -> str:
     takes_overrides = context and any(param.name == "overrides" for param in context.command.params)
     if option and takes_overrides and (keys := list(_keys_called(option))):
         value = _value_after(option, words)
-        says = f"No such option: {option}; a recipe's value is given as {' or '.join(f'{key}={value}' for key in keys)}"
+        says = (
+            f"No such option: {option}; a recipe's value is given as"
+            f" {' or '.join(f'{key}={value}' for key in keys)}"
+        )
     elif option or "Missing" in says:
         says += f"; `{command} -h` shows what there is"
     return one_line(f"{command}: {says[0].lower()}{says[1:]}")

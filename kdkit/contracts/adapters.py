@@ -1,4 +1,6 @@
-"""Small parts that losses are built of: adapters between widths, frozen copies, logits of one scale."""
+"""Small parts that losses are built of: adapters between widths, frozen copies, logits of one
+scale.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +15,27 @@ from kdkit.contracts.features import as_vectors
 from kdkit.errors import ShapeError
 
 M = TypeVar("M", bound=nn.Module)
-HEAD_TOLERANCE = 0.05  # of the largest logit: mixed precision stays far below, another head far above
+# of the largest logit: mixed precision stays far below, another head far above
+HEAD_TOLERANCE = 0.05
 
 
 class AnyBatchNorm(nn.BatchNorm2d):
-    """Batch normalisation that falls back on its running statistics for a single value per channel, where torch raises."""
+    """Batch normalisation that falls back on its running statistics for a single value per
+    channel, where torch raises.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         if self.training and input.numel() == input.shape[1]:
-            return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+            return F.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
         return super().forward(input)
 
 
 def aligned(f_s: Tensor, f_t: Tensor, *, bias: bool = True) -> nn.Module:
-    """From the student's channels to the teacher's: a 1x1 convolution of maps where they differ, nothing where they agree."""
+    """From the student's channels to the teacher's: a 1x1 convolution of maps where they differ,
+    nothing where they agree.
+    """
     same = f_s.shape[1] == f_t.shape[1]
     return nn.Identity() if same else nn.Conv2d(f_s.shape[1], f_t.shape[1], 1, bias=bias)
 
@@ -37,7 +46,8 @@ def frozen_copy(module: M) -> M:
 
 
 def pooled_head(classifier: nn.Module, f: Tensor, logits: Tensor, whose: str) -> nn.Linear:
-    """A network's classifier, once it is seen to be a linear layer of the mean over a layer's positions.
+    """A network's classifier, once it is seen to be a linear layer of the mean over a layer's
+    positions.
 
     Args:
         classifier: the layer that gives the logits.
@@ -49,22 +59,29 @@ def pooled_head(classifier: nn.Module, f: Tensor, logits: Tensor, whose: str) ->
         ShapeError: the logits come about in another way.
     """
     v = as_vectors(f)
-    if isinstance(classifier, nn.Linear) and classifier.in_features == v.shape[1] and classifier.out_features == logits.shape[1]:
+    if (
+        isinstance(classifier, nn.Linear)
+        and classifier.in_features == v.shape[1]
+        and classifier.out_features == logits.shape[1]
+    ):
         with torch.no_grad():
             gap = (classifier(v.to(classifier.weight.dtype)) - logits).abs().max()
         if gap <= HEAD_TOLERANCE * logits.abs().max():
             return classifier
     raise ShapeError(
-        f"{whose} {tuple(f.shape)} does not give the logits {tuple(logits.shape)} by pooling and a linear classifier: its head is more "
-        "than that behind the tapped layer; tap the last layer before the pooling, norm and activation included (`kdkit layers`), or, "
-        "where a vector will do, 'penultimate'"
+        f"{whose} {tuple(f.shape)} does not give the logits {tuple(logits.shape)} by pooling and a"
+        " linear classifier: its head is more than that behind the tapped layer; tap the last"
+        " layer before the pooling, norm and activation included (`kdkit layers`), or, where a"
+        " vector will do, 'penultimate'"
     )
 
 
 def standardized(z: Tensor) -> Tensor:
-    """Logits (B, K) with mean 0 and (unbiased) deviation 1 in each row; rows whose deviation is below 1e-5 become zeros without gradient.
+    """Logits (B, K) with mean 0 and (unbiased) deviation 1 in each row; rows whose deviation is
+    below 1e-5 become zeros without gradient.
 
-    Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024, arXiv:2403.01427, algorithm 1.
+    Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024, arXiv:2403.01427,
+    algorithm 1.
     """
     centred = z - z.mean(1, keepdim=True)
     variance = centred.square().sum(1, keepdim=True) / max(z.shape[1] - 1, 1)

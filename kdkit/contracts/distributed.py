@@ -10,12 +10,14 @@ from torch import Tensor
 
 
 def gather(x: Tensor) -> Tensor:
-    """Every process's rows, (B, ...) to (world * B, ...), in the processes' order; with one process, `x` itself.
+    """Every process's rows, (B, ...) to (world * B, ...), in the processes' order; with one
+    process, `x` itself.
 
     All processes must call it, with as many rows each.
 
-    The gradient of a process's rows is summed over all processes' losses. A data-parallel trainer then averages the parameters' gradients,
-    so that a loss which each process computes on all rows has the gradient it has in a single process.
+    The gradient of a process's rows is summed over all processes' losses. A data-parallel trainer
+    then averages the parameters' gradients, so that a loss which each process computes on all rows
+    has the gradient it has in a single process.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return x
@@ -27,7 +29,10 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.size = len(x)
-        everyone = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+        everyone = [
+            torch.empty_like(x, memory_format=torch.contiguous_format)
+            for _ in range(dist.get_world_size())
+        ]
         dist.all_gather(everyone, x.contiguous())
         return torch.cat(everyone)
 

@@ -1,7 +1,9 @@
-"""Features of one form from features of another: maps (B, C, H, W), tokens (B, N, D), vectors (B, D).
+"""Features of one form from features of another: maps (B, C, H, W), tokens (B, N, D), vectors
+(B, D).
 
-A vision transformer's tokens become a map by leaving out what precedes the patches (class, distillation and register tokens) and folding
-the rest to the square grid it came from; a map's positions become tokens, row by row.
+A vision transformer's tokens become a map by leaving out what precedes the patches (class,
+distillation and register tokens) and folding the rest to the square grid it came from; a map's
+positions become tokens, row by row.
 """
 
 from __future__ import annotations
@@ -18,12 +20,23 @@ MOST_PREFIX_TOKENS = 5  # a class token and four registers
 
 
 def prefix_tokens(count: int) -> int | None:
-    """How many of a sequence's tokens come before its patches: the fewest that leave a square; None where no number does."""
-    return next((p for p in range(MOST_PREFIX_TOKENS + 1) if p < count and math.isqrt(count - p) ** 2 == count - p), None)
+    """How many of a sequence's tokens come before its patches: the fewest that leave a square;
+    None where no number does.
+    """
+    return next(
+        (
+            p
+            for p in range(MOST_PREFIX_TOKENS + 1)
+            if p < count and math.isqrt(count - p) ** 2 == count - p
+        ),
+        None,
+    )
 
 
 def is_padded(f: Tensor, mask: Tensor | None) -> bool:
-    """Whether those are hidden states (B, N, D) of texts, whose real tokens the mask (B, N) tells."""
+    """Whether those are hidden states (B, N, D) of texts, whose real tokens the mask (B, N)
+    tells.
+    """
     return mask is not None and f.ndim == 3 and f.shape[:2] == mask.shape
 
 
@@ -60,7 +73,8 @@ def as_tokens(f: Tensor) -> Tensor:
 
 
 def as_vectors(f: Tensor, mask: Tensor | None = None) -> Tensor:
-    """One vector per sample (B, D): a map's mean over its positions, the mean over all tokens, a vector as it is.
+    """One vector per sample (B, D): a map's mean over its positions, the mean over all tokens, a
+    vector as it is.
 
     Args:
         f: a map, tokens or a vector of each sample.
@@ -81,11 +95,17 @@ def as_vectors(f: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def resized(f: Tensor, size: Sequence[int]) -> Tensor:
     """Maps (B, C, H, W) at another size, by bilinear interpolation."""
-    return f if tuple(f.shape[2:]) == tuple(size) else F.interpolate(f, size=tuple(size), mode="bilinear", align_corners=False)
+    return (
+        f
+        if tuple(f.shape[2:]) == tuple(size)
+        else F.interpolate(f, size=tuple(size), mode="bilinear", align_corners=False)
+    )
 
 
 def pooled_alike(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
     """Two maps at the smaller one's height and width: the larger is average-pooled."""
     size = min(f_s.shape[2], f_t.shape[2]), min(f_s.shape[3], f_t.shape[3])
-    one, other = (f if tuple(f.shape[2:]) == size else F.adaptive_avg_pool2d(f, size) for f in (f_s, f_t))
+    one, other = (
+        f if tuple(f.shape[2:]) == size else F.adaptive_avg_pool2d(f, size) for f in (f_s, f_t)
+    )
     return one, other

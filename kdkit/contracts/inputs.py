@@ -29,7 +29,9 @@ def kind_of(shape: Shape) -> str:
     return "texts" if is_text(shape) else "images"
 
 
-def random_inputs(shape: Shape, count: int, device: torch.device | str | None = None, seed: int = 0) -> Inputs:
+def random_inputs(
+    shape: Shape, count: int, device: torch.device | str | None = None, seed: int = 0
+) -> Inputs:
     """Images in [0, 1], or texts of full length; the same ones for a seed, whatever else is drawn.
 
     On the meta device texts have no mask: networks look what is in it, and there is nothing.
@@ -43,16 +45,26 @@ def random_inputs(shape: Shape, count: int, device: torch.device | str | None = 
 
 def moved(inputs: Inputs, device: torch.device) -> Inputs:
     """The same inputs on another device."""
-    return inputs.to(device) if isinstance(inputs, Tensor) else {name: value.to(device) for name, value in inputs.items()}
+    return (
+        inputs.to(device)
+        if isinstance(inputs, Tensor)
+        else {name: value.to(device) for name, value in inputs.items()}
+    )
 
 
 def rows(inputs: Inputs, index: Tensor) -> Inputs:
     """Some of the samples, in that order."""
-    return inputs[index] if isinstance(inputs, Tensor) else {name: value[index] for name, value in inputs.items()}
+    return (
+        inputs[index]
+        if isinstance(inputs, Tensor)
+        else {name: value[index] for name, value in inputs.items()}
+    )
 
 
 def first_tensor(inputs: Inputs) -> Tensor:
-    """The images, or one of the tensors of a mapping: it says on which device they are, and how many."""
+    """The images, or one of the tensors of a mapping: it says on which device they are, and how
+    many.
+    """
     return next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs
 
 
@@ -72,6 +84,6 @@ def parse_shape(size: str) -> Shape:
         if len(shape) in (1, 3) and min(shape) > 0 and max(shape) <= SIDE:
             return shape
     raise ModelError(
-        f"--size: {shown(size)} is not of the form C,H,W, such as 3,224,224, nor a whole number, the side of square images or tokens of a "
-        f"text; each is {SIDE} at most"
+        f"--size: {shown(size)} is not of the form C,H,W, such as 3,224,224, nor a whole number,"
+        f" the side of square images or tokens of a text; each is {SIDE} at most"
     )

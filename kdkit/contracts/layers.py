@@ -1,8 +1,9 @@
 """Names of layers: what a recipe writes, and which module of a network that is.
 
-A layer is a `named_modules()` path, a glob over such paths (`blocks.*.attn`; a star stays within one step of the path), or an
-alias: `stage1`..`stageN`, `penultimate` (the classifier's input), `logits` (the network's output). With `@input` behind it, it is what
-the layer takes, not what it gives: `layer1.0.act2@input` is a block's sum before its activation.
+A layer is a `named_modules()` path, a glob over such paths (`blocks.*.attn`; a star stays within
+one step of the path), or an alias: `stage1`..`stageN`, `penultimate` (the classifier's input),
+`logits` (the network's output). With `@input` behind it, it is what the layer takes, not what it
+gives: `layer1.0.act2@input` is a block's sum before its activation.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 @dataclass(frozen=True)
 class Layer:
-    """One place to observe: what the module at `path` returns, or its first argument. The path "" is the network itself.
+    """One place to observe: what the module at `path` returns, or its first argument. The path
+    "" is the network itself.
 
-    `embedding` says that it is one vector per sample, whatever dimensions of size 1 surround it. `output`: of a network that gives several
-    outputs, which of them, see `outputs_of`.
+    `embedding` says that it is one vector per sample, whatever dimensions of size 1 surround it.
+    `output`: of a network that gives several outputs, which of them, see `outputs_of`.
     """
 
     path: str
@@ -45,7 +47,9 @@ class Layer:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One line of `kdkit layers`: a layer's path, its class, the shape of what it returns and the aliases it has."""
+    """One line of `kdkit layers`: a layer's path, its class, the shape of what it returns and
+    the aliases it has.
+    """
 
     name: str
     type: str
@@ -54,13 +58,21 @@ class LayerRow:
 
 
 def outputs_of(returned: object) -> list[Tensor]:
-    """The tensors that a network returns, its logits first; none where it returns something else.
+    """The tensors that a network returns, its logits first; none where it returns something
+    else.
 
-    It returns one tensor, a mapping or a named tuple with `logits`, or a tuple that begins with them.
+    It returns one tensor, a mapping or a named tuple with `logits`, or a tuple that begins with
+    them.
     """
     if isinstance(returned, Tensor):
         return [returned]
-    named = returned if isinstance(returned, Mapping) else returned._asdict() if hasattr(returned, "_asdict") else {}
+    named = (
+        returned
+        if isinstance(returned, Mapping)
+        else returned._asdict()
+        if hasattr(returned, "_asdict")
+        else {}
+    )
     if "logits" in named:
         values = [named["logits"], *(value for key, value in named.items() if key != "logits")]
     else:
@@ -70,14 +82,17 @@ def outputs_of(returned: object) -> list[Tensor]:
 
 
 def output_of(returned: object, number: int) -> object:
-    """The output of that number; the only one, where there are no others (networks average theirs once they are trained).
+    """The output of that number; the only one, where there are no others (networks average
+    theirs once they are trained).
 
     Raises:
         TapError: there are others, but not this one.
     """
     outputs = outputs_of(returned)
     if len(outputs) > 1 and number >= len(outputs):
-        raise TapError(f"'output{number}': the network gives {len(outputs)} outputs, counted from 0")
+        raise TapError(
+            f"'output{number}': the network gives {len(outputs)} outputs, counted from 0"
+        )
     return outputs[min(number, len(outputs) - 1)] if outputs else returned
 
 
@@ -89,7 +104,9 @@ def resolve(name: str, module: nn.Module, num_classes: int | None = None) -> Lay
     """
     if name == "logits":
         return Layer("")
-    if (numbered := re.fullmatch(r"output(\d+)", name)) and name not in dict(module.named_children()):
+    if (numbered := re.fullmatch(r"output(\d+)", name)) and name not in dict(
+        module.named_children()
+    ):
         return Layer("", output=int(numbered[1]))
     if name == "penultimate":
         return Layer(classifier_path(module, num_classes), "input", embedding=True)
@@ -102,16 +119,23 @@ def resolve(name: str, module: nn.Module, num_classes: int | None = None) -> Lay
     if re.fullmatch(r"stage\d+", name):
         position = int(name.removeprefix("stage"))
         if not stages:
-            raise TapError(f"'{name}': this network does not say what its stages are; name a layer: {_top(module)}")
+            raise TapError(
+                f"'{name}': this network does not say what its stages are; name a layer:"
+                f" {_top(module)}"
+            )
         if 1 <= position <= len(stages) and stages[position - 1] in paths:
             return Layer(stages[position - 1])
     close = difflib.get_close_matches(name, [*paths, *_aliases(stages)], n=1, cutoff=0.5)
     hint = f"did you mean '{close[0]}'? " if close else ""
-    raise TapError(f"there is no layer '{name}'; {hint}allowed: {', '.join(_aliases(stages))}, or a path that begins with {_top(module)}")
+    raise TapError(
+        f"there is no layer '{name}'; {hint}allowed: {', '.join(_aliases(stages))}, or a path that"
+        f" begins with {_top(module)}"
+    )
 
 
 def expand(name: str, module: nn.Module) -> list[str]:
-    """The layers that a name or glob means, in the network's order; a plain name is returned as it is.
+    """The layers that a name or glob means, in the network's order; a plain name is returned as
+    it is.
 
     Raises:
         TapError: nothing matches.
@@ -124,25 +148,32 @@ def expand(name: str, module: nn.Module) -> list[str]:
     parts = name.split(".")
     aliases = [f"stage{i}" for i in range(1, len(stage_paths(module)) + 1)]
     found = [alias for alias in aliases if fnmatchcase(alias, name)]
-    found = found or [path for path, _ in module.named_modules() if path and _matches(path.split("."), parts)]
+    found = found or [
+        path for path, _ in module.named_modules() if path and _matches(path.split("."), parts)
+    ]
     if not found:
         raise TapError(f"no layer matches '{name}'; paths begin with {_top(module)}")
     return found
 
 
-def expand_pairs(pairs: Iterable[LayerPair], student: nn.Module, teacher: nn.Module) -> list[LayerPair]:
-    """The pairs with their globs written out: the student's first match goes with the teacher's first, and so on.
+def expand_pairs(
+    pairs: Iterable[LayerPair], student: nn.Module, teacher: nn.Module
+) -> list[LayerPair]:
+    """The pairs with their globs written out: the student's first match goes with the teacher's
+    first, and so on.
 
     Raises:
-        TapError: a name matches nothing, or the two sides of a pair match different numbers of layers.
+        TapError: a name matches nothing, or the two sides of a pair match different numbers of
+            layers.
     """
     written: list[LayerPair] = []
     for pair in pairs:
         ours, theirs = expand(pair.student, student), expand(pair.teacher, teacher)
         if len(ours) != len(theirs):
             raise TapError(
-                f"'{pair.student}' is {len(ours)} student layers ({', '.join(ours)}), "
-                f"'{pair.teacher}' is {len(theirs)} teacher layers ({', '.join(theirs)}); they must be as many"
+                f"'{pair.student}' is {len(ours)} student layers ({', '.join(ours)}),"
+                f" '{pair.teacher}' is {len(theirs)} teacher layers ({', '.join(theirs)}); they"
+                " must be as many"
             )
         written += [LayerPair(student=s, teacher=t) for s, t in zip(ours, theirs, strict=True)]
     return written
@@ -151,20 +182,24 @@ def expand_pairs(pairs: Iterable[LayerPair], student: nn.Module, teacher: nn.Mod
 def stage_paths(module: nn.Module) -> list[str]:
     """Paths of a network's stages, from `stage1` on: timm's `feature_info` without the stem.
 
-    Without `feature_info`, top-level blocks numbered from 1 (`layer1`, `layer2`, ...), if there is one such row.
+    Without `feature_info`, top-level blocks numbered from 1 (`layer1`, `layer2`, ...), if there is
+    one such row.
     """
     info = getattr(module, "feature_info", None)
-    entries = getattr(info, "info", info)  # timm keeps a list of mappings, or an object that holds one
+    # timm keeps a list of mappings, or an object that holds one
+    entries = getattr(info, "info", info)
     if not isinstance(entries, Sequence) or not entries:
         return _numbered_blocks(module)
     paths = [str(entry["module"]) for entry in entries if entry.get("module")]
     known = dict(module.named_modules())
-    start = next((i for i, path in enumerate(paths) if not _is_stem(path, known)), 0)  # 0: a plain row of layers, as VGG's
+    # 0: a plain row of layers, as VGG's
+    start = next((i for i, path in enumerate(paths) if not _is_stem(path, known)), 0)
     return paths[start:]
 
 
 def classifier_path(module: nn.Module, num_classes: int | None = None) -> str:
-    """Path of the layer that turns the embedding into logits: timm's `get_classifier()`, else the last fitting Linear.
+    """Path of the layer that turns the embedding into logits: timm's `get_classifier()`, else
+    the last fitting Linear.
 
     Raises:
         TapError: there is none, or several.
@@ -176,7 +211,11 @@ def classifier_path(module: nn.Module, num_classes: int | None = None) -> str:
     prefix = next((path for path, part in module.named_modules() if part is found), "")
     if found is not module and not list(found.children()):
         return prefix
-    inner = [path for path, part in found.named_modules() if isinstance(part, nn.Linear) and num_classes in (None, part.out_features)]
+    inner = [
+        path
+        for path, part in found.named_modules()
+        if isinstance(part, nn.Linear) and num_classes in (None, part.out_features)
+    ]
     if not inner:
         raise TapError("'penultimate': this network has no linear classifier; name a layer instead")
     return ".".join(part for part in (prefix, inner[-1]) if part)
@@ -185,25 +224,42 @@ def classifier_path(module: nn.Module, num_classes: int | None = None) -> str:
 def norm_path(layer: str, module: nn.Module) -> str:
     """Path of the batch normalisation that a layer's values come from.
 
-    That is the layer itself, or, of an activation's input, the last one registered before it in the same block or around it.
+    That is the layer itself, or, of an activation's input, the last one registered before it in the
+    same block or around it.
 
     Raises:
-        TapError: the layer is something else, there is none, or an activation that runs several times leaves open which it is.
+        TapError: the layer is something else, there is none, or an activation that runs several
+            times leaves open which it is.
     """
     found = resolve(layer, module)
     part = module.get_submodule(found.path)
     if found.side == "output" and isinstance(part, BATCH_NORM):
-        if activation := next((name for name, child in part.named_children() if not isinstance(child, nn.Identity)), None):
-            raise TapError(f"'{layer}' gives values behind its activation; take '{found.path}.{activation}{INPUT}'")
+        if activation := next(
+            (name for name, child in part.named_children() if not isinstance(child, nn.Identity)),
+            None,
+        ):
+            raise TapError(
+                f"'{layer}' gives values behind its activation; take"
+                f" '{found.path}.{activation}{INPUT}'"
+            )
         return found.path
-    norm = _norm_before(found.path, module) if found.side == "input" and not any(True for _ in part.parameters()) else None
+    norm = (
+        _norm_before(found.path, module)
+        if found.side == "input" and not any(True for _ in part.parameters())
+        else None
+    )
     if norm is None:
-        raise TapError(f"no batch norm is known to give '{layer}'; name one, or the input of the activation behind it ('...act2{INPUT}')")
+        raise TapError(
+            f"no batch norm is known to give '{layer}'; name one, or the input of the activation"
+            f" behind it ('...act2{INPUT}')"
+        )
     return norm
 
 
 def _norm_before(path: str, module: nn.Module) -> str | None:
-    """The batch norm in front of an activation, with no convolution or linear layer between them."""
+    """The batch norm in front of an activation, with no convolution or linear layer between
+    them.
+    """
     block, _, name = path.rpartition(".")
     around = module.get_submodule(block)
     if isinstance(around, BATCH_NORM):
@@ -211,19 +267,29 @@ def _norm_before(path: str, module: nn.Module) -> str | None:
     names, parts = zip(*around.named_children(), strict=True)
     here = names.index(name)
     norms = [i for i, part in enumerate(parts) if isinstance(part, BATCH_NORM)]
-    before = [i for i in norms if i < here and not any(isinstance(part, WEIGHTED) for part in parts[i:here])]
+    before = [
+        i
+        for i in norms
+        if i < here and not any(isinstance(part, WEIGHTED) for part in parts[i:here])
+    ]
     if not before:
         return None
-    if norms[-1] > here and not isinstance(around, nn.Sequential) and not any(type(p) is type(parts[here]) for p in parts[norms[-1] :]):
+    if (
+        norms[-1] > here
+        and not isinstance(around, nn.Sequential)
+        and not any(type(p) is type(parts[here]) for p in parts[norms[-1] :])
+    ):
         given = ", ".join(f"'{block}.{names[i]}'" for i in norms)
         raise TapError(
-            f"'{path}' may run several times, of which the last is seen; name the batch norm in front of that one (`norms`): {given}"
+            f"'{path}' may run several times, of which the last is seen; name the batch norm in"
+            f" front of that one (`norms`): {given}"
         )
     return ".".join(step for step in (block, names[before[-1]]) if step)
 
 
 def tappable_layers(module: nn.Module, shape: Shape) -> list[LayerRow]:
-    """Every layer that returns one tensor, with its output's shape for two images (C, H, W) or texts (N,), in the network's order.
+    """Every layer that returns one tensor, with its output's shape for two images (C, H, W) or
+    texts (N,), in the network's order.
 
     Runs a copy of the network without data (meta device); one that needs data is run on zeros.
 
@@ -239,7 +305,10 @@ def tappable_layers(module: nn.Module, shape: Shape) -> list[LayerRow]:
     for number, path in enumerate(stage_paths(module), 1):
         aliases.setdefault(path, []).append(f"stage{number}")
     modules = dict(module.named_modules())
-    rows = [LayerRow(path, type(modules[path]).__name__, size, tuple(aliases.get(path, ()))) for path, size in shapes.items()]
+    rows = [
+        LayerRow(path, type(modules[path]).__name__, size, tuple(aliases.get(path, ())))
+        for path, size in shapes.items()
+    ]
     return [*rows, *_embedding(module, modules)]
 
 
@@ -248,7 +317,9 @@ def _embedding(module: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[
     with contextlib.suppress(TapError):
         path = classifier_path(module)
         if (width := getattr(modules[path], "in_features", None)) is not None:
-            yield LayerRow(f"{path}{INPUT}", "input of the classifier", (2, width), ("penultimate",))
+            yield LayerRow(
+                f"{path}{INPUT}", "input of the classifier", (2, width), ("penultimate",)
+            )
 
 
 def _shapes(module: nn.Module, inputs: Inputs) -> dict[str, tuple[int, ...]]:
@@ -275,11 +346,15 @@ def _shapes_on_zeros(module: nn.Module, shape: Shape) -> dict[str, tuple[int, ..
     try:
         return _shapes(real, random_inputs(shape, 2))
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise TapError(f"the network does not take {kind_of(shape)} of {shape}: {' '.join(str(error).split())}") from error
+        raise TapError(
+            f"the network does not take {kind_of(shape)} of {shape}: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _is_stem(path: str, known: Mapping[str, nn.Module]) -> bool:
-    """Whether what precedes the stages: named so, or a single layer that is no member of a row of layers."""
+    """Whether what precedes the stages: named so, or a single layer that is no member of a row
+    of layers.
+    """
     steps = path.split(".")
     if any("stem" in step for step in steps):
         return True
@@ -298,7 +373,9 @@ def _numbered_blocks(module: nn.Module) -> list[str]:
 
 
 def _matches(path: Sequence[str], pattern: Sequence[str]) -> bool:
-    return len(path) == len(pattern) and all(fnmatchcase(step, part) for step, part in zip(path, pattern, strict=True))
+    return len(path) == len(pattern) and all(
+        fnmatchcase(step, part) for step, part in zip(path, pattern, strict=True)
+    )
 
 
 def _aliases(stages: Sequence[str]) -> Iterator[str]:

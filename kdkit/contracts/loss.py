@@ -34,7 +34,8 @@ class Context:
     labels: Tensor
 
     def student_classifier(self) -> nn.Module:
-        """The student's layer from embedding to logits: the live module. Store it in a tuple, so that `nn.Module` does not register it.
+        """The student's layer from embedding to logits: the live module. Store it in a tuple, so
+        that `nn.Module` does not register it.
 
         Raises:
             TapError: it has none, or several.
@@ -47,13 +48,19 @@ class Context:
         Raises:
             TapError: it has none, or several, or one of other classes than the data's.
         """
-        classifier = self._teacher().get_submodule(classifier_path(self._teacher(), self.num_classes))
+        classifier = self._teacher().get_submodule(
+            classifier_path(self._teacher(), self.num_classes)
+        )
         if (own := getattr(classifier, "out_features", self.num_classes)) != self.num_classes:
-            raise TapError(f"the teacher's classifier has {own} classes and the data {self.num_classes}, so that it cannot be read")
+            raise TapError(
+                f"the teacher's classifier has {own} classes and the data {self.num_classes}, so"
+                " that it cannot be read"
+            )
         return frozen_copy(classifier)
 
     def teacher_norm(self, layer: str) -> nn.Module:
-        """The teacher's batch normalisation that a layer's values come from: the layer itself, or the last one in or before it.
+        """The teacher's batch normalisation that a layer's values come from: the layer itself,
+        or the last one in or before it.
 
         Raises:
             TapError: there is none.
@@ -69,19 +76,28 @@ class Context:
 class Loss(nn.Module, abc.ABC):
     """One term of the objective, unweighted: the recipe's `weight` multiplies it.
 
-    Tensors arrive in fp32 (or fp64) with autocast off, the teacher's without gradient. A `Rampable` option is a plain float here.
+    Tensors arrive in fp32 (or fp64) with autocast off, the teacher's without gradient. A `Rampable`
+    option is a plain float here.
     """
 
     name: ClassVar[str]
     knowledge: ClassVar[Literal["labels", "response", "feature", "relation"]]
     needs_teacher_logits: ClassVar[bool] = False
-    """Whether a feature or relation loss also reads `teacher.logits` (response losses always may)."""
+    """Whether a feature or relation loss also reads `teacher.logits` (response losses always
+    may).
+    """
     needs_networks: ClassVar[bool] = False
-    """Whether `setup` reads the networks of its context. `kdkit check` then runs real ones; batch norms are not folded away."""
+    """Whether `setup` reads the networks of its context. `kdkit check` then runs real ones;
+    batch norms are not folded away.
+    """
     needs_views: ClassVar[Mapping[str, int]] = {}
-    """The views it reads in `Outputs.views`, with how many copies of each image they hold; `setup` refuses outputs without them."""
+    """The views it reads in `Outputs.views`, with how many copies of each image they hold;
+    `setup` refuses outputs without them.
+    """
     exceptions: ClassVar[Mapping[str, str]] = {}
-    """Checks of `kdkit.testing` that the loss fails on purpose, by name, each with the reason. The report of `check_loss` shows them."""
+    """Checks of `kdkit.testing` that the loss fails on purpose, by name, each with the reason.
+    The report of `check_loss` shows them.
+    """
     Options: ClassVar[type[LossOptions]] = LossOptions
 
     def __init__(self, options: LossOptions) -> None:
@@ -93,10 +109,14 @@ class Loss(nn.Module, abc.ABC):
         try:
             return super().__getattr__(name)
         except AttributeError as error:
-            raise AttributeError(f"{error}; if `setup` builds it, call `setup(student, teacher)` once before the loss") from None
+            raise AttributeError(
+                f"{error}; if `setup` builds it, call `setup(student, teacher)` once before the"
+                " loss"
+            ) from None
 
     def setup(self, student: Outputs, teacher: Outputs, context: Context | None = None) -> None:
-        """Build learnable parts, sized by a probe batch's outputs. Called once, before the optimizer exists.
+        """Build learnable parts, sized by a probe batch's outputs. Called once, before the
+        optimizer exists.
 
         By itself it builds nothing, and looks whether the options can compare the two.
 
@@ -110,5 +130,7 @@ class Loss(nn.Module, abc.ABC):
         """The scalar loss."""
 
     def deploy(self, student: nn.Module) -> nn.Module:
-        """The network that is measured and exported in the student's place: the student itself, unless the loss adds a part to it."""
+        """The network that is measured and exported in the student's place: the student itself,
+        unless the loss adds a part to it.
+        """
         return student

@@ -19,7 +19,11 @@ Pairs = Iterator[tuple[Tensor, Tensor]]
 class LayerPair(Options):
     """Which student layer learns from which teacher layer."""
 
-    student: str = Field(description="Student layer: a `named_modules()` path, a glob, stage1..N, penultimate or logits.")
+    student: str = Field(
+        description=(
+            "Student layer: a `named_modules()` path, a glob, stage1..N, penultimate or logits."
+        )
+    )
     teacher: str = Field(description="Teacher layer, named in the same ways.")
 
 
@@ -50,18 +54,23 @@ class ResponseOptions(LossOptions):
         z_s, z_t = student.logits, teacher.logits
         if z_s.ndim != 2 or z_t.ndim != 2 or z_s.shape[1] != z_t.shape[1]:
             raise ShapeError(
-                f"student logits {tuple(z_s.shape)} and teacher logits {tuple(z_t.shape)} must both be (B, K) over the same K classes; "
-                "train both on one class set, or compare features instead"
+                f"student logits {tuple(z_s.shape)} and teacher logits {tuple(z_t.shape)} must both"
+                " be (B, K) over the same K classes; train both on one class set, or compare"
+                " features instead"
             )
 
 
 class FeatureOptions(LossOptions):
-    """Options of a loss that compares layers of any form: two maps, equally many tokens or two vectors.
+    """Options of a loss that compares layers of any form: two maps, equally many tokens or two
+    vectors.
 
-    A map and tokens, or unequally many tokens, come as maps. The hidden states of texts come as vectors, one for each real token.
+    A map and tokens, or unequally many tokens, come as maps. The hidden states of texts come as
+    vectors, one for each real token.
     """
 
-    layers: tuple[LayerPair, ...] = Field(min_length=1, description="Student/teacher layer pairs to compare.")
+    layers: tuple[LayerPair, ...] = Field(
+        min_length=1, description="Student/teacher layer pairs to compare."
+    )
 
     def taps(self) -> Sequence[LayerPair]:
         return self.layers
@@ -72,26 +81,42 @@ class FeatureOptions(LossOptions):
         Raises:
             ShapeError: they do not have that form.
         """
-        wanted = "two maps, tokens or vectors: a vector has no positions; name 'penultimate' on both sides"
+        wanted = (
+            "two maps, tokens or vectors: a vector has no positions; name 'penultimate' on both"
+            " sides"
+        )
         return self._each(student, teacher, _alike, wanted)
 
     def check(self, student: Outputs, teacher: Outputs) -> None:
         tuple(self.pairs(student, teacher))
 
-    def _each(self, student: Outputs, teacher: Outputs, form: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], wanted: str) -> Pairs:
+    def _each(
+        self,
+        student: Outputs,
+        teacher: Outputs,
+        form: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        wanted: str,
+    ) -> Pairs:
         for pair in self.layers:
             if pair.student not in student.features:
-                raise ShapeError(f"the student's answer has no layer '{pair.student}'; tapped are: {', '.join(student.features) or 'none'}")
+                raise ShapeError(
+                    f"the student's answer has no layer '{pair.student}'; tapped are:"
+                    f" {', '.join(student.features) or 'none'}"
+                )
             f_s, f_t = student.features[pair.student], _shown(teacher, pair.teacher)
             try:
                 yield form(*self._without_padding(f_s, f_t, student.mask, teacher.mask))
             except ShapeError:
                 raise ShapeError(
-                    f"student '{pair.student}' {tuple(f_s.shape)} and teacher '{pair.teacher}' {tuple(f_t.shape)} must be {wanted}"
+                    f"student '{pair.student}' {tuple(f_s.shape)} and teacher '{pair.teacher}'"
+                    f" {tuple(f_t.shape)} must be {wanted}"
                 ) from None
 
-    def _without_padding(self, f_s: Tensor, f_t: Tensor, mask: Tensor | None, others: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Hidden states (B, N, D) of texts in the form that is compared: here a vector for each real token of the batch, (T, D).
+    def _without_padding(
+        self, f_s: Tensor, f_t: Tensor, mask: Tensor | None, others: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states (B, N, D) of texts in the form that is compared: here a vector for each
+        real token of the batch, (T, D).
 
         Raises:
             ShapeError: only one side has tokens.
@@ -105,47 +130,75 @@ class FeatureOptions(LossOptions):
 
 
 class MapOptions(FeatureOptions):
-    """Options of a loss that compares maps (B, C, H, W); tokens of a square grid are folded to maps."""
+    """Options of a loss that compares maps (B, C, H, W); tokens of a square grid are folded to
+    maps.
+    """
 
     def pairs(self, student: Outputs, teacher: Outputs) -> Pairs:
-        wanted = "maps (B, C, H, W), or tokens (B, N, D) of a square grid; name layers before the pooling, such as 'stage3'"
+        wanted = (
+            "maps (B, C, H, W), or tokens (B, N, D) of a square grid; name layers before the"
+            " pooling, such as 'stage3'"
+        )
         return self._each(student, teacher, lambda s, t: (as_map(s), as_map(t)), wanted)
 
 
 class TokenOptions(FeatureOptions):
-    """Options of a loss that compares tokens (B, N, D); a map's positions are taken as tokens where the other side has as many."""
+    """Options of a loss that compares tokens (B, N, D); a map's positions are taken as tokens
+    where the other side has as many.
+    """
 
     def pairs(self, student: Outputs, teacher: Outputs) -> Pairs:
-        return self._each(student, teacher, _tokens, "equally many tokens (B, N, D), or maps (B, C, H, W) of as many positions")
+        return self._each(
+            student,
+            teacher,
+            _tokens,
+            "equally many tokens (B, N, D), or maps (B, C, H, W) of as many positions",
+        )
 
 
 class VectorOptions(FeatureOptions):
-    """Options of a loss that compares one vector per sample, (B, D); maps are averaged over positions, sequences over (real) tokens."""
+    """Options of a loss that compares one vector per sample, (B, D); maps are averaged over
+    positions, sequences over (real) tokens.
+    """
 
     def pairs(self, student: Outputs, teacher: Outputs) -> Pairs:
         wanted = "vectors (B, D), maps (B, C, H, W) or tokens (B, N, D)"
         return self._each(student, teacher, lambda s, t: (as_vectors(s), as_vectors(t)), wanted)
 
-    def _without_padding(self, f_s: Tensor, f_t: Tensor, mask: Tensor | None, others: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _without_padding(
+        self, f_s: Tensor, f_t: Tensor, mask: Tensor | None, others: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         return _pooled(f_s, mask), _pooled(f_t, mask if others is None else others)
 
 
 class RelationOptions(FeatureOptions):
-    """Options of a loss that compares how the samples of a batch relate to each other: it reads one embedding a sample, (N, D)."""
+    """Options of a loss that compares how the samples of a batch relate to each other: it reads
+    one embedding a sample, (N, D).
+    """
 
-    gather: bool = Field(default=False, description="In several processes, relate the samples of all of them, not each process's own.")
+    gather: bool = Field(
+        default=False,
+        description=(
+            "In several processes, relate the samples of all of them, not each process's own."
+        ),
+    )
 
     def pairs(self, student: Outputs, teacher: Outputs) -> Pairs:
-        """The embeddings of each pair, (N, D_s) and (N, D_t); larger features are flattened to that, texts averaged over real tokens.
+        """The embeddings of each pair, (N, D_s) and (N, D_t); larger features are flattened to
+        that, texts averaged over real tokens.
 
         Raises:
             ShapeError: a layer does not give something for each sample.
         """
-        wanted = "of something for each sample of the batch, (B, ...); any stage or 'penultimate' does"
+        wanted = (
+            "of something for each sample of the batch, (B, ...); any stage or 'penultimate' does"
+        )
         for e_s, e_t in self._each(student, teacher, _embeddings, wanted):
             yield (gather(e_s), gather(e_t)) if self.gather else (e_s, e_t)
 
-    def _without_padding(self, f_s: Tensor, f_t: Tensor, mask: Tensor | None, others: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _without_padding(
+        self, f_s: Tensor, f_t: Tensor, mask: Tensor | None, others: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         return _pooled(f_s, mask), _pooled(f_t, mask if others is None else others)
 
 
@@ -156,8 +209,9 @@ def _pooled(f: Tensor, mask: Tensor | None) -> Tensor:
 def _shown(teacher: Outputs, layer: str) -> Tensor:
     if layer not in teacher.features:
         raise ShapeError(
-            f"the answer that teaches has no layer '{layer}'; tapped are: {', '.join(teacher.features) or 'none'}; where several "
-            "teachers' answers are combined into one, say which of them this loss looks at: `teacher: NAME`"
+            f"the answer that teaches has no layer '{layer}'; tapped are:"
+            f" {', '.join(teacher.features) or 'none'}; where several teachers' answers are"
+            " combined into one, say which of them this loss looks at: `teacher: NAME`"
         )
     return teacher.features[layer]
 
@@ -171,7 +225,8 @@ def _alike(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
 def _tokens(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
     if f_s.ndim == f_t.ndim == 3 and f_s.shape[1] == f_t.shape[1]:
         return f_s, f_t
-    one, other = (as_tokens(as_map(f)) for f in (f_s, f_t))  # without prefix tokens, which a map has none of
+    # without prefix tokens, which a map has none of
+    one, other = (as_tokens(as_map(f)) for f in (f_s, f_t))
     if one.shape[1] != other.shape[1]:
         raise ShapeError("unequally many tokens")
     return one, other

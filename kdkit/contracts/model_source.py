@@ -1,4 +1,6 @@
-"""What the author of a model source implements: where networks come from, and what a recipe may say of them."""
+"""What the author of a model source implements: where networks come from, and what a recipe may
+say of them.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,16 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from kdkit.contracts.options import BOOKKEEPING, COUNT, LATER, LONGEST_NAME, SIDE, TERM_NAME, Options, RecipePath
+from kdkit.contracts.options import (
+    BOOKKEEPING,
+    COUNT,
+    LATER,
+    LONGEST_NAME,
+    SIDE,
+    TERM_NAME,
+    Options,
+    RecipePath,
+)
 
 FIRST_WEIGHTS = frozenset({"checkpoint", "strip_prefix", "new_head", "init"})
 """Keys of a model that say what its weights begin with; once it is trained, they say nothing."""
@@ -20,35 +31,58 @@ FIRST_WEIGHTS = frozenset({"checkpoint", "strip_prefix", "new_head", "init"})
 class Normalize(Options):
     """Mean and standard deviation per channel of inputs in [0, 1]."""
 
-    mean: tuple[float, ...] = Field(min_length=1, description="Mean per channel, of values in [0, 1].")
-    std: tuple[float, ...] = Field(min_length=1, description="Standard deviation per channel, of values in [0, 1].")
+    mean: tuple[float, ...] = Field(
+        min_length=1, description="Mean per channel, of values in [0, 1]."
+    )
+    std: tuple[float, ...] = Field(
+        min_length=1, description="Standard deviation per channel, of values in [0, 1]."
+    )
 
 
 class ModelOptions(Options):
     """What a recipe may say of any model; a source's `Options` adds to it."""
 
-    model: str = Field(description="SOURCE/NAME; a bare NAME is timm's. `kdkit plugins` lists the sources.")
-    checkpoint: RecipePath | None = Field(default=None, description="Weights: a safetensors file, or one that torch loads weights-only.")
+    model: str = Field(
+        description="SOURCE/NAME; a bare NAME is timm's. `kdkit plugins` lists the sources."
+    )
+    checkpoint: RecipePath | None = Field(
+        default=None,
+        description="Weights: a safetensors file, or one that torch loads weights-only.",
+    )
     strip_prefix: str = Field(
         default="",
-        description="Prefix to drop from the checkpoint's keys, such as `teacher.`; also the key under which its weights lie "
-        "(`net.`). A prefix that all keys have is dropped in any case.",
+        description=(
+            "Prefix to drop from the checkpoint's keys, such as `teacher.`; also the key under"
+            " which its weights lie (`net.`). A prefix that all keys have is dropped in any case."
+        ),
     )
     new_head: bool = Field(
         default=False,
-        description="Leave out the checkpoint's classifier, which may be of other classes; the network's own, with random weights, stays.",
+        description=(
+            "Leave out the checkpoint's classifier, which may be of other classes; the network's"
+            " own, with random weights, stays."
+        ),
         json_schema_extra=LATER,
     )
-    normalize: Normalize | None = Field(default=None, description="What the network expects (default: the source's own values).")
-    input_size: int | None = Field(
-        default=None, gt=0, le=SIDE, description="Side of the square images this model sees; others are resized."
+    normalize: Normalize | None = Field(
+        default=None, description="What the network expects (default: the source's own values)."
     )
-    interpolation: Literal["bilinear", "bicubic", "nearest", "area"] = Field(default="bilinear", description="How images are resized.")
+    input_size: int | None = Field(
+        default=None,
+        gt=0,
+        le=SIDE,
+        description="Side of the square images this model sees; others are resized.",
+    )
+    interpolation: Literal["bilinear", "bicubic", "nearest", "area"] = Field(
+        default="bilinear", description="How images are resized."
+    )
 
     @model_validator(mode="after")
     def _a_head_to_leave_out(self) -> Self:
         if self.new_head and self.checkpoint is None:
-            raise ValueError("new_head leaves a checkpoint's classifier out, but there is no `checkpoint`")
+            raise ValueError(
+                "new_head leaves a checkpoint's classifier out, but there is no `checkpoint`"
+            )
         return self
 
 
@@ -59,8 +93,11 @@ class InitOptions(Options):
     layers: tuple[int, ...] | None = Field(
         default=None,
         min_length=1,
-        description="Of a network that is a row of repeated blocks (a transformer's layers), the teacher's blocks that become the "
-        "student's, numbered from 0: [0, 2, 4]; none: those of the same numbers.",
+        description=(
+            "Of a network that is a row of repeated blocks (a transformer's layers), the teacher's"
+            " blocks that become the student's, numbered from 0: [0, 2, 4]; none: those of the same"
+            " numbers."
+        ),
     )
 
 
@@ -68,32 +105,53 @@ class StudentOptions(Options):
     """What a recipe may say of a student beyond what it says of any model."""
 
     init: InitOptions | None = Field(
-        default=None, description="Begin with a teacher's weights, as far as they fit.", json_schema_extra=LATER
+        default=None,
+        description="Begin with a teacher's weights, as far as they fit.",
+        json_schema_extra=LATER,
     )
 
 
 class CacheOptions(Options):
-    """Keeps on disk what a frozen teacher says of each image and view, for later epochs and for other runs with this teacher and data."""
+    """Keeps on disk what a frozen teacher says of each image and view, for later epochs and for
+    other runs with this teacher and data.
+    """
 
     views: Annotated[int, Field(ge=1, le=COUNT)] | Literal["all"] = Field(
-        description="K: how many augmentations of each image are shown and kept; after them the first comes again. `all`: every crop and "
-        "flip of `data.augment`, which are finitely many, so that training sees what it would see without a cache."
+        description=(
+            "K: how many augmentations of each image are shown and kept; after them the first comes"
+            " again. `all`: every crop and flip of `data.augment`, which are finitely many, so that"
+            " training sees what it would see without a cache."
+        )
     )
     what: Literal["logits", "taps"] = Field(
-        default="logits", description="taps: also the layers that losses look at, which are large; logits: the predictions alone."
+        default="logits",
+        description=(
+            "taps: also the layers that losses look at, which are large; logits: the predictions"
+            " alone."
+        ),
     )
     top_k: int | None = Field(
         default=None,
         ge=1,
-        description="Keep the k largest logits only; the rest of the probability is spread evenly over the other classes. At temperature 1 "
-        "the k largest probabilities stay exact; at higher ones the other classes together get more than they have (none: all logits).",
+        description=(
+            "Keep the k largest logits only; the rest of the probability is spread evenly over the"
+            " other classes. At temperature 1 the k largest probabilities stay exact; at higher"
+            " ones the other classes together get more than they have (none: all logits)."
+        ),
     )
-    dtype: Literal["fp16", "bf16", "fp32"] = Field(default="fp16", description="In which numbers answers are kept; losses get fp32.")
+    dtype: Literal["fp16", "bf16", "fp32"] = Field(
+        default="fp16", description="In which numbers answers are kept; losses get fp32."
+    )
     dir: RecipePath | None = Field(
-        default=None, description="Folder of the caches (default: `teacher-cache` in `run.folder`).", json_schema_extra=BOOKKEEPING
+        default=None,
+        description="Folder of the caches (default: `teacher-cache` in `run.folder`).",
+        json_schema_extra=BOOKKEEPING,
     )
     max_gb: float = Field(
-        default=20.0, gt=0, description="Largest size that the cache may grow to, in 10^9 bytes.", json_schema_extra=BOOKKEEPING
+        default=20.0,
+        gt=0,
+        description="Largest size that the cache may grow to, in 10^9 bytes.",
+        json_schema_extra=BOOKKEEPING,
     )
 
 
@@ -107,38 +165,60 @@ class TeacherOptions(Options):
         description="What losses call it, of several (default: teacher1, teacher2...).",
     )
     precision: Literal["fp32", "bf16", "fp16"] | None = Field(
-        default=None, description="The teacher's own precision (default: that of `train.precision`)."
+        default=None,
+        description="The teacher's own precision (default: that of `train.precision`).",
     )
     mode: Literal["eval", "train"] = Field(
-        default="eval", description="train: batch statistics in its BatchNorm layers (its buffers stay as they are)."
+        default="eval",
+        description=(
+            "train: batch statistics in its BatchNorm layers (its buffers stay as they are)."
+        ),
     )
     fold_batchnorm: bool = Field(
-        default=False, description="Merge BatchNorm layers into the convolutions before them: faster, equal up to rounding."
+        default=False,
+        description=(
+            "Merge BatchNorm layers into the convolutions before them: faster, equal up to"
+            " rounding."
+        ),
     )
     num_classes: int | None = Field(
         default=None,
         ge=0,
-        description="How many classes the network has, where they are not those of the data; 0: it has none (an encoder), "
-        "so that only losses on layers can look at it.",
+        description=(
+            "How many classes the network has, where they are not those of the data; 0: it has none"
+            " (an encoder), so that only losses on layers can look at it."
+        ),
         json_schema_extra=LATER,
     )
-    classes: tuple[Annotated[int, Field(ge=0)], ...] | dict[str, Annotated[int, Field(ge=0)]] | None = Field(
+    classes: (
+        tuple[Annotated[int, Field(ge=0)], ...] | dict[str, Annotated[int, Field(ge=0)]] | None
+    ) = Field(
         default=None,
         min_length=1,
-        description="Which of its classes, counted from 0, are those of the data: a list in the data's order, or a number for "
-        "each name of a class. The others are left out wherever its answers are read.",
+        description=(
+            "Which of its classes, counted from 0, are those of the data: a list in the data's"
+            " order, or a number for each name of a class. The others are left out wherever its"
+            " answers are read."
+        ),
         json_schema_extra=LATER,
     )
     answers: Literal["logits", "softmax", "sigmoid"] = Field(
         default="logits",
-        description="The network's last operation: probabilities by `softmax` or `sigmoid` are turned into logits again.",
+        description=(
+            "The network's last operation: probabilities by `softmax` or `sigmoid` are turned into"
+            " logits again."
+        ),
         json_schema_extra=LATER,
     )
-    cache: CacheOptions | None = Field(default=None, description="Keep the teacher's answers on disk and read them from there.")
+    cache: CacheOptions | None = Field(
+        default=None, description="Keep the teacher's answers on disk and read them from there."
+    )
 
 
 class RecipeTeacher(TeacherOptions):
-    """A teacher that another recipe trains: its run is made when it is not there yet, and reused when it is."""
+    """A teacher that another recipe trains: its run is made when it is not there yet, and reused
+    when it is.
+    """
 
     recipe: RecipePath = Field(description="Recipe file whose student is this teacher.")
     seed: int | None = Field(default=None, ge=0, description="Seed in place of that recipe's own.")
@@ -155,7 +235,8 @@ class Portable:
     """How an exported network lives where its recipe is not.
 
     Attributes:
-        options: what builds it from nothing else, in the place of the recipe's options, which may name files or what is fetched.
+        options: what builds it from nothing else, in the place of the recipe's options, which may
+            name files or what is fetched.
         config: what its source's library reads in `config.json` beside the weights.
         how: says how that library loads it; `{folder}` stands for where it is.
     """
@@ -171,7 +252,8 @@ class Meaning:
 
     Attributes:
         class_names: of its logits, in order; none where nobody knows.
-        tokenizer: digest of the tokenizer that it was trained with (`DataInfo.tokenizer`); empty where nobody knows.
+        tokenizer: digest of the tokenizer that it was trained with (`DataInfo.tokenizer`); empty
+            where nobody knows.
         num_tokens: of its embedding; 0 where nobody knows.
     """
 
@@ -181,7 +263,9 @@ class Meaning:
 
 
 class ModelSource(abc.ABC):
-    """Builds networks by name. `model: mlp/small` reaches the source called `mlp` with `model_name` "small"."""
+    """Builds networks by name. `model: mlp/small` reaches the source called `mlp` with
+    `model_name` "small".
+    """
 
     name: ClassVar[str]
     takes: ClassVar[Literal["images", "texts", "any"]] = "images"
@@ -193,17 +277,22 @@ class ModelSource(abc.ABC):
 
     @abc.abstractmethod
     def build(self, num_classes: int, image_shape: Any) -> nn.Module:
-        """A network for images (C, H, W), or for texts of at most N tokens (N,), with `num_classes` logits. May run on the meta device.
+        """A network for images (C, H, W), or for texts of at most N tokens (N,), with
+        `num_classes` logits. May run on the meta device.
 
         Raises:
             ModelError: no such model, or it cannot be built so.
         """
 
     def load(self, module: nn.Module) -> None:  # noqa: B027 -- most sources have no weights of their own
-        """Load the weights that a model has of itself (`pretrained`), in place; `checkpoint` is loaded by kdkit."""
+        """Load the weights that a model has of itself (`pretrained`), in place; `checkpoint` is
+        loaded by kdkit.
+        """
 
     def rename(self, key: str, module: nn.Module) -> str:
-        """The network's own name of what a `checkpoint` calls `key`, where other code bases name its layers otherwise."""
+        """The network's own name of what a `checkpoint` calls `key`, where other code bases name
+        its layers otherwise.
+        """
         return key
 
     def normalization(self, module: nn.Module) -> Normalize | None:
@@ -211,11 +300,15 @@ class ModelSource(abc.ABC):
         return None
 
     def meaning(self, module: nn.Module) -> Meaning:
-        """What its numbers stand for, if the source knows: `kdkit check` compares it with the data."""
+        """What its numbers stand for, if the source knows: `kdkit check` compares it with the
+        data.
+        """
         return Meaning()
 
     def portable(self, module: nn.Module) -> Portable | None:
-        """How the source's own library loads an exported network; None: it has no way of its own."""
+        """How the source's own library loads an exported network; None: it has no way of its
+        own.
+        """
         return None
 
     def in_channels(self, image_channels: int) -> int:
@@ -224,7 +317,9 @@ class ModelSource(abc.ABC):
 
 
 class AnswersOptions(ModelOptions):
-    """What a recipe may say of answers that are there already; keys that say something of a network are refused."""
+    """What a recipe may say of answers that are there already; keys that say something of a
+    network are refused.
+    """
 
 
 NETWORK_KEYS = (
@@ -237,7 +332,8 @@ NETWORK_KEYS = (
 class KnownAnswers(ModelSource):
     """A source that has a teacher's answers to the training images, and no network.
 
-    Such a teacher is asked for the images of the training part as they are, and for nothing else: it is not measured.
+    Such a teacher is asked for the images of the training part as they are, and for nothing else:
+    it is not measured.
     """
 
     takes: ClassVar[Literal["images", "texts", "any"]] = "any"
@@ -265,7 +361,9 @@ class KnownAnswers(ModelSource):
 
 
 class _PassedOn(nn.Module):
-    """Gives answers (B, K) as they come. Anything else is a batch that a check tries: it gives random numbers of that shape."""
+    """Gives answers (B, K) as they come. Anything else is a batch that a check tries: it gives
+    random numbers of that shape.
+    """
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()

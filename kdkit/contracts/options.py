@@ -8,7 +8,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, JsonValue, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    JsonValue,
+    ValidationError,
+)
 from pydantic_core import CoreSchema, SchemaValidator, core_schema
 
 from kdkit.errors import shorten, shown
@@ -26,11 +35,15 @@ class Ramp(Options):
     from_: float = Field(alias="from", description="Value until `start`.")
     to: float = Field(description="Value from `start + epochs` on.")
     epochs: float = Field(gt=0, description="Length of the way, in epochs of the stage.")
-    start: float = Field(default=0.0, ge=0, description="Epoch of the stage at which it begins to move.")
+    start: float = Field(
+        default=0.0, ge=0, description="Epoch of the stage at which it begins to move."
+    )
     shape: Literal["linear", "cosine", "sigmoid", "exponential"] = Field(
         default="linear",
-        description="linear; cosine: half a cosine wave; sigmoid: exp(-5 (1 - x)^2), as Laine & Aila 2017, from exp(-5) on; "
-        "exponential: a constant factor per epoch (both ends > 0).",
+        description=(
+            "linear; cosine: half a cosine wave; sigmoid: exp(-5 (1 - x)^2), as Laine & Aila 2017,"
+            " from exp(-5) on; exponential: a constant factor per epoch (both ends > 0)."
+        ),
     )
 
     def at(self, epoch: float) -> float:
@@ -58,9 +71,13 @@ _PROGRESS: dict[str, Callable[[float], float]] = {
 
 
 class _NumberOrRamp:
-    """Lets a float field hold a Ramp until `at_epoch` puts the number of the moment in its place."""
+    """Lets a float field hold a Ramp until `at_epoch` puts the number of the moment in its
+    place.
+    """
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
         number = handler(source)
         ends = SchemaValidator(number)
 
@@ -69,10 +86,14 @@ class _NumberOrRamp:
                 try:
                     ends.validate_python(value)
                 except ValidationError as error:
-                    raise ValueError(f"{key}: {said(error.errors()[0]['msg'])}, got {shown(value)}") from None
+                    raise ValueError(
+                        f"{key}: {said(error.errors()[0]['msg'])}, got {shown(value)}"
+                    ) from None
             return ramp
 
-        ramp = core_schema.no_info_after_validator_function(check_ends, handler.generate_schema(Ramp))
+        ramp = core_schema.no_info_after_validator_function(
+            check_ends, handler.generate_schema(Ramp)
+        )
         return core_schema.tagged_union_schema(
             {"ramp": ramp, "number": number},
             discriminator=lambda value: "ramp" if isinstance(value, (Mapping, Ramp)) else "number",
@@ -80,7 +101,9 @@ class _NumberOrRamp:
 
 
 Rampable = Annotated[float, _NumberOrRamp()]
-"""A float option that a recipe may also write as `{from, to, epochs, start, shape}`; a plugin only ever sees the float."""
+"""A float option that a recipe may also write as `{from, to, epochs, start, shape}`; a plugin
+only ever sees the float.
+"""
 
 
 def said(message: str) -> str:
@@ -120,36 +143,85 @@ def _without_origin(value: Any) -> Any:
 Arguments = Annotated[dict[str, Any], AfterValidator(_without_origin)]
 """Arguments that are passed on as they are written, in plain types."""
 
-LOADER_KEYS = frozenset({
-    # transformers and datasets
-    "trust_remote_code", "code_revision", "revision", "auto_map", "token", "use_auth_token", "cache_dir", "force_download",
-    "resume_download", "local_files_only", "proxies", "subfolder", "mirror", "use_safetensors", "weights_only", "state_dict", "from_tf",
-    "from_flax", "gguf_file", "variant", "adapter_name", "adapter_kwargs", "device_map", "max_memory", "offload_folder",
-    "low_cpu_mem_usage", "attn_implementation", "experts_implementation", "allow_all_kernels", "use_kernels", "kernel_config",
-    "quantization_config", "name_or_path",
-    # timm
-    "pretrained", "pretrained_cfg", "checkpoint_path", "scriptable", "exportable", "no_jit", "pretrained_strict",
-    "pretrained_filter_fn", "pretrained_model_args", "kwargs_filter", "model_cfg", "feature_cfg",
-    # torchvision
-    "weights", "weights_backbone", "progress",
-    # what the data say
-    "num_classes", "num_labels",
-})  # fmt: skip
+LOADER_KEYS = frozenset(
+    {
+        # transformers and datasets
+        "trust_remote_code",
+        "code_revision",
+        "revision",
+        "auto_map",
+        "token",
+        "use_auth_token",
+        "cache_dir",
+        "force_download",
+        "resume_download",
+        "local_files_only",
+        "proxies",
+        "subfolder",
+        "mirror",
+        "use_safetensors",
+        "weights_only",
+        "state_dict",
+        "from_tf",
+        "from_flax",
+        "gguf_file",
+        "variant",
+        "adapter_name",
+        "adapter_kwargs",
+        "device_map",
+        "max_memory",
+        "offload_folder",
+        "low_cpu_mem_usage",
+        "attn_implementation",
+        "experts_implementation",
+        "allow_all_kernels",
+        "use_kernels",
+        "kernel_config",
+        "quantization_config",
+        "name_or_path",
+        # timm
+        "pretrained",
+        "pretrained_cfg",
+        "checkpoint_path",
+        "scriptable",
+        "exportable",
+        "no_jit",
+        "pretrained_strict",
+        "pretrained_filter_fn",
+        "pretrained_model_args",
+        "kwargs_filter",
+        "model_cfg",
+        "feature_cfg",
+        # torchvision
+        "weights",
+        "weights_backbone",
+        "progress",
+        # what the data say
+        "num_classes",
+        "num_labels",
+    }
+)
 """What tells a library how to load a network, or what the data say; never what the network is."""
 
 
 def _without_loader_keys(arguments: dict[str, Any]) -> dict[str, Any]:
     if wrong := [key for key in arguments if key in LOADER_KEYS]:
-        raise ValueError(f"'{wrong[0]}' is no part of the network: it tells the library how to load it, which a recipe does not")
+        raise ValueError(
+            f"'{wrong[0]}' is no part of the network: it tells the library how to load it, which a"
+            " recipe does not"
+        )
     return arguments
 
 
 NetworkArguments = Annotated[Arguments, AfterValidator(_without_loader_keys)]
-"""Arguments for a library that builds a network. Those that tell it how to load one, such as `trust_remote_code`, are refused."""
+"""Arguments for a library that builds a network. Those that tell it how to load one, such as
+`trust_remote_code`, are refused.
+"""
 
 
 def path_of(text: str) -> Path:
-    """What a text means as a path: relative to the file in which it is written, or else to the current folder.
+    """What a text means as a path: relative to the file in which it is written, or else to the
+    current folder.
 
     Raises:
         ValueError: nothing can be called so.
@@ -165,14 +237,21 @@ def path_of(text: str) -> Path:
 def _fitting(path: Path) -> Path:
     longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
     if longest > LONGEST_FILE_NAME or len(os.fsencode(path)) > LONGEST_PATH:
-        raise ValueError(f"the name of a file has {LONGEST_FILE_NAME} bytes at most, here one has {longest:,}: {shorten(str(path))}")
+        raise ValueError(
+            f"the name of a file has {LONGEST_FILE_NAME} bytes at most, here one has {longest:,}:"
+            f" {shorten(str(path))}"
+        )
     return path
 
 
 LONGEST_FILE_NAME, LONGEST_PATH = 255, 4000
 
-RecipePath = Annotated[Path, BeforeValidator(lambda value: path_of(value) if isinstance(value, str) else value)]
-"""A path that is relative to the recipe file in which it is written (on the command line: to the current folder)."""
+RecipePath = Annotated[
+    Path, BeforeValidator(lambda value: path_of(value) if isinstance(value, str) else value)
+]
+"""A path that is relative to the recipe file in which it is written (on the command line: to the
+current folder).
+"""
 
 FolderPath = Annotated[Path, AfterValidator(_fitting)]
 """A folder that is relative to the current one."""
@@ -181,7 +260,9 @@ LARGEST_INT = 2**63 - 1
 """Beyond it a whole number is a mistake."""
 
 SIDE, COUNT = 4_096, 1_000_000
-"""Bounds of options: pixels of an image's side; how many of something that is made or done one by one."""
+"""Bounds of options: pixels of an image's side; how many of something that is made or done one
+by one.
+"""
 
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 TERM_NAME = r"^[a-z][a-z0-9_]*$"
@@ -195,10 +276,16 @@ IN_WORDS = {
 """What patterns ask for."""
 
 BOOKKEEPING: dict[str, JsonValue] = {"bookkeeping": True}
-"""`Field(json_schema_extra=BOOKKEEPING)`: an option that changes no result, such as where files lie; a run may change it and go on."""
+"""`Field(json_schema_extra=BOOKKEEPING)`: an option that changes no result, such as where files
+lie; a run may change it and go on.
+"""
 
 CODE: dict[str, JsonValue] = {"code": True}
-"""Likewise for the path of a Python file that is run. kdkit tells of it, and does not let it run unasked where a run folder names it."""
+"""Likewise for the path of a Python file that is run. kdkit tells of it, and does not let it run
+unasked where a run folder names it.
+"""
 
 LATER: dict[str, JsonValue] = {"later": True}
-"""Option added after a release: left out of the fingerprint at its default, so that older runs still resume."""
+"""Option added after a release: left out of the fingerprint at its default, so that older runs
+still resume.
+"""

@@ -12,24 +12,41 @@ from kdkit.contracts.schedule import Model, Models, ScheduleOptions
 
 
 class PeerOptions(ScheduleOptions):
-    """Options of a schedule that trains several students together; subclass it as `Options` in the schedule."""
+    """Options of a schedule that trains several students together; subclass it as `Options` in
+    the schedule.
+    """
 
     size: int = Field(
-        default=2, ge=2, le=64,
-        description="How many students train together, each the recipe's `student` with initial weights of its own. (With a `checkpoint` "
-        "or `pretrained` they begin alike but for what the weights leave out.)",
-    )  # fmt: skip
+        default=2,
+        ge=2,
+        le=64,
+        description=(
+            "How many students train together, each the recipe's `student` with initial weights of"
+            " its own. (With a `checkpoint` or `pretrained` they begin alike but for what the"
+            " weights leave out.)"
+        ),
+    )
     peers: tuple[ModelOptions, ...] = Field(
-        default=(), description="Networks that train beside the recipe's `student`, in place of `size` equal ones."
+        default=(),
+        description=(
+            "Networks that train beside the recipe's `student`, in place of `size` equal ones."
+        ),
     )
     result: Literal["first", "best"] = Field(
-        default="first", description="Which student is exported: the recipe's `student`, or the best on `data.validation` at the end."
+        default="first",
+        description=(
+            "Which student is exported: the recipe's `student`, or the best on `data.validation` at"
+            " the end."
+        ),
     )
 
     @model_validator(mode="after")
     def _counted_once(self) -> Self:
         if self.peers and "size" in self.model_fields_set and self.size != len(self.peers) + 1:
-            raise ValueError(f"`peers` makes {len(self.peers) + 1} students, `size` says {self.size}; leave `size` out")
+            raise ValueError(
+                f"`peers` makes {len(self.peers) + 1} students, `size` says {self.size}; leave"
+                " `size` out"
+            )
         return self
 
     @property
@@ -38,6 +55,8 @@ class PeerOptions(ScheduleOptions):
         return len(self.peers) + 1 if self.peers else self.size
 
     def students(self, models: Models, taps: Sequence[str] = ()) -> list[Model]:
-        """Fresh students, the recipe's own first; `taps` are layers that the schedule itself reads."""
+        """Fresh students, the recipe's own first; `taps` are layers that the schedule itself
+        reads.
+        """
         others: Sequence[ModelOptions | None] = self.peers or (None,) * (self.size - 1)
         return [models.student(options, taps) for options in (None, *others)]

@@ -22,7 +22,8 @@ class Batch:
     Attributes:
         inputs: images (B, C, H, W) in [0, 1], or a mapping of tensors (text).
         labels: class indices (B,), or shares of the classes (B, K) when inputs are mixed.
-        index: the samples' places in the dataset's whole training part (B,), whatever subset is trained on.
+        index: the samples' places in the dataset's whole training part (B,), whatever subset is
+            trained on.
         views: the same images in further augmentations, where the stage asks for some.
     """
 
@@ -38,7 +39,10 @@ class Batch:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The same record with every tensor changed."""
-        inputs, *views = (change(x) if isinstance(x, Tensor) else {k: change(v) for k, v in x.items()} for x in (self.inputs, *self.views))
+        inputs, *views = (
+            change(x) if isinstance(x, Tensor) else {k: change(v) for k, v in x.items()}
+            for x in (self.inputs, *self.views)
+        )
         return Batch(inputs, change(self.labels), change(self.index), tuple(views))
 
 
@@ -50,17 +54,21 @@ class Outputs:
         logits: scores before softmax, (B, K).
         features: what the tapped layers gave, by the layer names of the recipe.
         views: its answers to other views of the same images, where the schedule shows it any.
-        mask: which tokens of a text are real, not padding, (B, N); None where samples are not padded.
+        mask: which tokens of a text are real, not padding, (B, N); None where samples are not
+            padded.
     """
 
     logits: Tensor
     features: Mapping[str, Tensor] = field(default_factory=dict)
     views: Mapping[str, Outputs] = field(default_factory=dict)
-    mask: Tensor | None = field(default_factory=lambda: None)  # no plain default, which an answer that lacks it would have
+    # no plain default, which an answer that lacks it would have
+    mask: Tensor | None = field(default_factory=lambda: None)
 
     @classmethod
     def lacking(cls, reason: KdkitError, **present: Any) -> Outputs:
-        """An answer of which only these attributes are there; reading another one raises `reason`."""
+        """An answer of which only these attributes are there; reading another one raises
+        `reason`.
+        """
         made = object.__new__(cls)
         vars(made).update(present, reason=reason)
         return made
@@ -71,7 +79,8 @@ class Outputs:
         raise AttributeError(f"'Outputs' has no attribute '{name}'")
 
     def __repr__(self) -> str:
-        return f"Outputs({', '.join(f'{name}={value!r}' for name, value in vars(self).items() if name != 'reason')})"
+        present = {name: value for name, value in vars(self).items() if name != "reason"}
+        return f"Outputs({', '.join(f'{name}={value!r}' for name, value in present.items())})"
 
     def _with(self, **changed: Any) -> Outputs:
         made = object.__new__(type(self))
@@ -79,12 +88,17 @@ class Outputs:
         return made
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Outputs:
-        """The same record with every tensor but the mask changed; a layer that is the logits stays one tensor with them."""
+        """The same record with every tensor but the mask changed; a layer that is the logits
+        stays one tensor with them.
+        """
         present, changed = vars(self), dict[str, Any]()
         if (logits := present.get("logits")) is not None:
             changed["logits"] = change(logits)
         if "features" in present:
-            changed["features"] = {name: changed["logits"] if f is logits else change(f) for name, f in self.features.items()}
+            changed["features"] = {
+                name: changed["logits"] if f is logits else change(f)
+                for name, f in self.features.items()
+            }
         if "views" in present:
             changed["views"] = {name: view.map(change) for name, view in self.views.items()}
         return self._with(**changed)
@@ -98,13 +112,17 @@ class Outputs:
         return self._with(mask=mask)
 
     def pooled(self) -> Outputs:
-        """The same answer with a vector for each text, the mean over its real tokens, in the place of its hidden states.
+        """The same answer with a vector for each text, the mean over its real tokens, in the
+        place of its hidden states.
 
         For schedules that let a sample learn from another one, whose tokens are others.
         """
         if self.mask is None:
             return self
-        features = {name: as_vectors(f, self.mask) if is_padded(f, self.mask) else f for name, f in self.features.items()}
+        features = {
+            name: as_vectors(f, self.mask) if is_padded(f, self.mask) else f
+            for name, f in self.features.items()
+        }
         return self._with(features=features, mask=None)
 
     def detach(self) -> Outputs:

@@ -1,4 +1,6 @@
-"""What the author of a schedule implements and receives: Schedule, Stage, Lesson, and the usual step."""
+"""What the author of a schedule implements and receives: Schedule, Stage, Lesson, and the usual
+step.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,11 @@ class Lesson:
         student: what learns.
         teachers: what it learns from; a loss is averaged over them.
         weights: shares of the teachers in that average (None: equal ones).
-        named: answers that a loss of the recipe may ask for by its `teacher:`, instead of the above.
+        named: answers that a loss of the recipe may ask for by its `teacher:`, instead of the
+            above.
         batch: the images of these answers, row by row (None: the whole batch).
-        supervised: the lesson that losses on labels get instead of this one, where not every image has a teacher.
+        supervised: the lesson that losses on labels get instead of this one, where not every image
+            has a teacher.
     """
 
     student: Outputs
@@ -55,12 +59,15 @@ class Models(Protocol):
     def student(self, options: ModelOptions | None = None, taps: Sequence[str] = ()) -> Model:
         """A fresh, independent student: the recipe's, or one of the schedule's own options.
 
-        `taps` are layers that the schedule itself reads in `Outputs.features`, beside those of the losses.
+        `taps` are layers that the schedule itself reads in `Outputs.features`, beside those of the
+        losses.
         """
         ...
 
     def teacher(self, name: str | None = None, epoch: int | None = None) -> Model:
-        """A frozen teacher: the recipe's only one, or the one of that name; as it was after an epoch of its own training."""
+        """A frozen teacher: the recipe's only one, or the one of that name; as it was after an
+        epoch of its own training.
+        """
         ...
 
     def teachers(self) -> Mapping[str, Model]:
@@ -69,9 +76,12 @@ class Models(Protocol):
 
 
 Arrange = Callable[[Tensor, Tensor, int], Tensor]
-"""From an epoch's images in random order (N,), their classes (N,) and the batch size to another order (N,), some perhaps repeated.
+"""From an epoch's images in random order (N,), their classes (N,) and the batch size to another
+order (N,), some perhaps repeated.
 
-Each process gets a contiguous share of every batch, so images that belong together must stand side by side."""
+Each process gets a contiguous share of every batch, so images that belong together must stand side
+by side.
+"""
 
 
 @dataclass(frozen=True)
@@ -81,24 +91,32 @@ class Stage:
     Attributes:
         name: unique within the schedule, snake_case.
         students: the models that learn.
-        step: who teaches whom on a batch; one lesson per student, in their order, then any of answers that only `parts` and several
-            students make together: in those, losses that read layers do not count.
+        step: who teaches whom on a batch; one lesson per student, in their order, then any of
+            answers that only `parts` and several students make together: in those, losses that read
+            layers do not count.
         after_step: called after each optimizer step.
-        losses: names of the recipe's losses that count here (None: all); a mapping gives them other weights than the recipe's.
+        losses: names of the recipe's losses that count here (None: all); a mapping gives them other
+            weights than the recipe's.
         epochs: how long (None: the recipe's `train.epochs`).
         lr: learning rate before its schedule (None: the recipe's `train.optimizer.lr`).
-        train: what learns (None: everything): `student`, a layer of it (`student.layer1`, `student.stage2`), a loss's learnable parts by
-            its name (`hint`), or one of them (`ft.paraphrasers`). All else is frozen for the stage, its batch norms included.
-        buffers: frozen models that `after_step` or `after_epoch` changes (moving averages): saved and restored with the stage.
+        train: what learns (None: everything): `student`, a layer of it (`student.layer1`,
+            `student.stage2`), a loss's learnable parts by its name (`hint`), or one of them
+            (`ft.paraphrasers`). All else is frozen for the stage, its batch norms included.
+        buffers: frozen models that `after_step` or `after_epoch` changes (moving averages): saved
+            and restored with the stage.
         after_epoch: called after the last step of each epoch.
-        parts: what the schedule itself learns or remembers: its parameters learn beside the first student's, its buffers are saved.
+        parts: what the schedule itself learns or remembers: its parameters learn beside the first
+            student's, its buffers are saved.
         arrange: which images of an epoch come together (None: chance alone).
         views: augmentations of each image in a batch; those beyond the first are in `Batch.views`.
         company: models that are measured as an ensemble together with the students.
-        teachers: for each student, whose network its losses may look into (none: the recipe's first teacher's).
-        result: which student the stage leaves: the first, or the best by accuracy on validation after the last epoch.
-        apart: in several processes, each trains students of its own on its share of every batch: no gradients are averaged, no statistics
-            made equal. All are measured, each on the whole data; the first process's are exported. It goes on in as many processes only.
+        teachers: for each student, whose network its losses may look into (none: the recipe's first
+            teacher's).
+        result: which student the stage leaves: the first, or the best by accuracy on validation
+            after the last epoch.
+        apart: in several processes, each trains students of its own on its share of every batch: no
+            gradients are averaged, no statistics made equal. All are measured, each on the whole
+            data; the first process's are exported. It goes on in as many processes only.
     """
 
     name: str
@@ -131,7 +149,9 @@ class Schedule(abc.ABC):
     scheme: ClassVar[Literal["none", "offline", "online", "self"]]
     needs_teacher: ClassVar[bool]
     students_teach: ClassVar[bool] = False
-    """Whether students teach each other or later ones, so that losses read them at the teacher's layers too."""
+    """Whether students teach each other or later ones, so that losses read them at the teacher's
+    layers too.
+    """
     Options: ClassVar[type[ScheduleOptions]] = ScheduleOptions
 
     def __init__(self, options: ScheduleOptions) -> None:
@@ -139,7 +159,8 @@ class Schedule(abc.ABC):
 
     @abc.abstractmethod
     def stages(self, models: Models) -> Iterator[Stage]:
-        """Yield the stages in order. Code after a `yield` runs once that stage is trained (or restored).
+        """Yield the stages in order. Code after a `yield` runs once that stage is trained (or
+        restored).
 
         What the last stage leaves is the run's result.
         """
@@ -148,14 +169,17 @@ class Schedule(abc.ABC):
 View = Callable[[Batch], Tensor]
 
 
-def teach(student: Model, by: Sequence[Model] = (), views: Mapping[str, View] | None = None) -> Callable[[Batch], Sequence[Lesson]]:
+def teach(
+    student: Model, by: Sequence[Model] = (), views: Mapping[str, View] | None = None
+) -> Callable[[Batch], Sequence[Lesson]]:
     """The usual step: one student, fixed teachers.
 
     Args:
         student: who learns.
         by: its teachers.
-        views: further views of a batch's images, which all models answer together with the images themselves; what a model says of them
-            is in `Outputs.views` under the same names. A view may hold several copies of each image.
+        views: further views of a batch's images, which all models answer together with the images
+            themselves; what a model says of them is in `Outputs.views` under the same names. A view
+            may hold several copies of each image.
     """
 
     def step(batch: Batch) -> Sequence[Lesson]:
@@ -175,7 +199,9 @@ def see(model: Model, inputs: Inputs, views: Mapping[str, Inputs]) -> Outputs:
     if len(shown) <= len(views):
         raise ShapeError("texts have no further views")
     answer, sizes = model(torch.cat(shown)), [len(images) for images in shown]
-    own, *others = (answer.map(functools.partial(_rows, sizes=sizes, part=i)) for i in range(len(sizes)))
+    own, *others = (
+        answer.map(functools.partial(_rows, sizes=sizes, part=i)) for i in range(len(sizes))
+    )
     return own.seen_beside(dict(zip(views, others, strict=True)))
 
 
@@ -184,7 +210,9 @@ def _rows(x: Tensor, sizes: Sequence[int], part: int) -> Tensor:
 
 
 def turned(batch: Batch) -> Tensor:
-    """Each image turned by 90, 180 and 270 degrees: (B, C, H, W) to (3B, C, H, W), all images at one angle, then at the next."""
+    """Each image turned by 90, 180 and 270 degrees: (B, C, H, W) to (3B, C, H, W), all images at
+    one angle, then at the next.
+    """
     images = batch.inputs
     if not isinstance(images, Tensor):
         raise ShapeError("only images can be turned")
@@ -192,23 +220,32 @@ def turned(batch: Batch) -> Tensor:
 
 
 def by_class(size: int) -> Arrange:
-    """An arrangement that puts images of one class side by side in groups of `size`, the groups in random order.
+    """An arrangement that puts images of one class side by side in groups of `size`, the groups
+    in random order.
 
-    An epoch has each image once, but for classes whose number of images the size does not divide: their last group is filled up with
-    images of other groups, and as many groups are left out as that makes too many.
+    An epoch has each image once, but for classes whose number of images the size does not divide:
+    their last group is filled up with images of other groups, and as many groups are left out as
+    that makes too many.
     """
 
     def arrange(order: Tensor, classes: Tensor, batch_size: int) -> Tensor:
         if batch_size % size or len(order) % size:
             raise RunError(
-                f"images come in groups of {size}, which must divide `data.batch_size` ({batch_size}) and what an epoch has "
-                f"({len(order)} images; `data.drop_last: true` leaves out what is over)"
+                f"images come in groups of {size}, which must divide `data.batch_size`"
+                f" ({batch_size}) and what an epoch has ({len(order)} images; `data.drop_last:"
+                " true` leaves out what is over)"
             )
         sorted_places = classes.argsort(stable=True)
         counts = classes.bincount()[classes[sorted_places]]
-        nth = torch.arange(len(order), device=order.device) - torch.searchsorted(classes[sorted_places], classes[sorted_places])
+        nth = torch.arange(len(order), device=order.device) - torch.searchsorted(
+            classes[sorted_places], classes[sorted_places]
+        )
         heads = (nth % size == 0).nonzero()  # (groups, 1)
-        members = heads - nth[heads] + (nth[heads] + torch.arange(size, device=order.device)) % counts[heads]
+        members = (
+            heads
+            - nth[heads]
+            + (nth[heads] + torch.arange(size, device=order.device)) % counts[heads]
+        )
         groups = sorted_places[members]
         return order[groups[groups[:, 0].argsort()][: len(order) // size].flatten()]
 

@@ -1,7 +1,9 @@
-"""Random numbers that are a function of (seed, view, sample index), and crops and flips of whole batches drawn from them.
+"""Random numbers that are a function of (seed, view, sample index), and crops and flips of whole
+batches drawn from them.
 
-Nothing here keeps a state, so an image looks the same whoever augments it, in whatever order, on whatever device. The hash is
-the finaliser of SplitMix64 (Steele, Lea & Flood, OOPSLA 2014), chained over the numbers it depends on.
+Nothing here keeps a state, so an image looks the same whoever augments it, in whatever order, on
+whatever device. The hash is the finaliser of SplitMix64 (Steele, Lea & Flood, OOPSLA 2014), chained
+over the numbers it depends on.
 """
 
 from __future__ import annotations
@@ -28,8 +30,11 @@ def _shifted(x: Tensor, places: int) -> Tensor:
 
 
 def _hash(state: Tensor | int, value: Tensor) -> Tensor:
-    """A new state that depends on the old one and on one more number; both int64, broadcast against each other."""
-    x = (value + 1) * _signed(_WEYL) + state  # int64 arithmetic wraps around, which is what is wanted
+    """A new state that depends on the old one and on one more number; both int64, broadcast
+    against each other.
+    """
+    # int64 arithmetic wraps around, which is what is wanted
+    x = (value + 1) * _signed(_WEYL) + state
     x = (x ^ _shifted(x, 30)) * _signed(_MIX_1)
     x = (x ^ _shifted(x, 27)) * _signed(_MIX_2)
     return x ^ _shifted(x, 31)
@@ -44,7 +49,9 @@ def _hash_number(state: int, value: int) -> int:
 
 
 def sample_seed(seed: int, view: int, index: int) -> int:
-    """One sample's own seed, 0 to 2^64 - 1: what `uniform` draws from, for generators that want a seed."""
+    """One sample's own seed, 0 to 2^64 - 1: what `uniform` draws from, for generators that want
+    a seed.
+    """
     return _hash_number(_hash_number(_hash_number(0, seed), view), index)
 
 
@@ -54,19 +61,28 @@ def subseed(seed: int, purpose: str) -> int:
 
 
 def bits(seed: int, view: int | Tensor, index: Tensor, draws: int) -> Tensor:
-    """64 random bits per draw, (B, draws) int64, for sample indices (B,) in one view, or each in its own (B,)."""
+    """64 random bits per draw, (B, draws) int64, for sample indices (B,) in one view, or each in
+    its own (B,).
+    """
     first = _hash_number(0, seed)
-    state = _hash(_signed(first), view) if isinstance(view, Tensor) else _signed(_hash_number(first, view))
+    state = (
+        _hash(_signed(first), view)
+        if isinstance(view, Tensor)
+        else _signed(_hash_number(first, view))
+    )
     per_sample = _hash(state, index.to(torch.int64))
     return _hash(per_sample[:, None], torch.arange(draws, device=index.device))
 
 
 def uniform(seed: int, view: int | Tensor, index: Tensor, draws: int) -> Tensor:
-    """Numbers in [0, 1), (B, draws) float32, that depend on seed, view, sample index (B,) and the draw's place alone.
+    """Numbers in [0, 1), (B, draws) float32, that depend on seed, view, sample index (B,) and
+    the draw's place alone.
 
     The values are multiples of 2^-24 and the same on every device.
     """
-    return _shifted(bits(seed, view, index, draws), 64 - _MANTISSA).to(torch.float32) * 2.0**-_MANTISSA
+    return (
+        _shifted(bits(seed, view, index, draws), 64 - _MANTISSA).to(torch.float32) * 2.0**-_MANTISSA
+    )
 
 
 def permutation(seed: int, number: int, length: int) -> Tensor:
@@ -76,11 +92,15 @@ def permutation(seed: int, number: int, length: int) -> Tensor:
 
 
 def crop_flip_count(padding: int) -> int:
-    """How many different pictures `crop_flip` makes of one image: (2p + 1)^2 places, mirrored or not."""
+    """How many different pictures `crop_flip` makes of one image: (2p + 1)^2 places, mirrored or
+    not.
+    """
     return (2 * padding + 1) ** 2 * 2
 
 
-def draw_crop_flip(seed: int, view: int | Tensor, index: Tensor, padding: int, flip: float) -> Tensor:
+def draw_crop_flip(
+    seed: int, view: int | Tensor, index: Tensor, padding: int, flip: float
+) -> Tensor:
     """Which of the `crop_flip_count(padding)` pictures each sample shows in its view, (B,) int64.
 
     Args:
@@ -95,7 +115,8 @@ def draw_crop_flip(seed: int, view: int | Tensor, index: Tensor, padding: int, f
     """
     places = 2 * padding + 1
     drawn = uniform(seed, view, index, 3)
-    top_left = (drawn[:, :2] * places).to(torch.int64)  # below `places`: a float32 product never rounds up to it here
+    # below `places`: a float32 product never rounds up to it here
+    top_left = (drawn[:, :2] * places).to(torch.int64)
     return (top_left[:, 0] * places + top_left[:, 1]) * 2 + (drawn[:, 2] < flip)
 
 
@@ -104,7 +125,8 @@ def crop_flip(images: Tensor, outcome: Tensor, padding: int) -> Tensor:
 
     Args:
         images: (B, C, H, W), of any type.
-        outcome: (B,) int64 as `draw_crop_flip` numbers them; `padding, padding, not mirrored` leaves an image as it is.
+        outcome: (B,) int64 as `draw_crop_flip` numbers them; `padding, padding, not mirrored`
+            leaves an image as it is.
         padding: pixels of padding p on each side.
 
     Returns:
@@ -116,9 +138,12 @@ def crop_flip(images: Tensor, outcome: Tensor, padding: int) -> Tensor:
     numbers = torch.arange(max(count, channels, height), device=images.device)
     if padding:
         padded = F.pad(images, (padding,) * 4)
-        pieces = padded.reshape(-1).unfold(0, width, 1)  # a view: what begins at each pixel, as long as a row
+        # a view: what begins at each pixel, as long as a row
+        pieces = padded.reshape(-1).unfold(0, width, 1)
         plane = numbers[:count, None, None] * channels + numbers[:channels, None]  # (B, C, 1)
-        row = plane * padded.shape[2] + (place // places)[:, None, None] + numbers[:height]  # (B, C, H)
+        # (B, C, H)
+        row = plane * padded.shape[2] + (place // places)[:, None, None] + numbers[:height]
         begins = row * padded.shape[3] + (place % places)[:, None, None]
-        images = pieces.index_select(0, begins.flatten()).view(images.shape)  # row by row, which pixel by pixel would take twice as long
+        # row by row, which pixel by pixel would take twice as long
+        images = pieces.index_select(0, begins.flatten()).view(images.shape)
     return torch.cat([images, images.flip(-1)]).index_select(0, numbers[:count] + count * mirrored)

@@ -1,4 +1,6 @@
-"""Batches of images whose places are known: from one tensor on the device, or read one by one by worker processes."""
+"""Batches of images whose places are known: from one tensor on the device, or read one by one by
+worker processes.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ View = int | Tensor
 
 @dataclass(frozen=True)
 class Finish:
-    """The last step of a batch, on the device: `data.augment` where a view is given, then floats in [0, 1]."""
+    """The last step of a batch, on the device: `data.augment` where a view is given, then floats
+    in [0, 1].
+    """
 
     augment: BatchAugment | None
     seed: int
@@ -33,10 +37,14 @@ class Finish:
 
     def __call__(self, pixels: Tensor, labels: Tensor, index: Tensor, view: View | None) -> Batch:
         """A batch of uint8 pixels (B, C, H, W), labels (B,) and sample indices (B,)."""
-        pixels, labels, index = (tensor.to(self.device, non_blocking=True) for tensor in (pixels, labels, index))
+        pixels, labels, index = (
+            tensor.to(self.device, non_blocking=True) for tensor in (pixels, labels, index)
+        )
         if self.augment and view is not None:
             view = view.to(self.device) if isinstance(view, Tensor) else view
-            outcome = draw_crop_flip(self.seed, view, index, self.augment.crop_padding, self.augment.flip)
+            outcome = draw_crop_flip(
+                self.seed, view, index, self.augment.crop_padding, self.augment.flip
+            )
             pixels = crop_flip(pixels, outcome, self.augment.crop_padding)
         return Batch(pixels.to(torch.float32).div_(255), labels, index)
 
@@ -53,7 +61,9 @@ class Images(Protocol):
     indices: Tensor
 
     def batches(self, plan: Sequence[Tensor], views: Sequence[View | None]) -> Iterator[Batch]:
-        """One batch per tensor of image numbers, on the device; augmented for the view that goes with it, or not at all."""
+        """One batch per tensor of image numbers, on the device; augmented for the view that goes
+        with it, or not at all.
+        """
         ...
 
 
@@ -62,15 +72,24 @@ class HeldImages:
 
     def __init__(self, pixels: Tensor, labels: Tensor, indices: Tensor, finish: Finish) -> None:
         self.labels, self.indices = labels, indices
-        self._pixels, self._labels, self._indices = (tensor.to(finish.device) for tensor in (pixels, labels, indices))
+        self._pixels, self._labels, self._indices = (
+            tensor.to(finish.device) for tensor in (pixels, labels, indices)
+        )
         self._finish = finish
 
     def batches(self, plan: Sequence[Tensor], views: Sequence[View | None]) -> Iterator[Batch]:
         if not plan:
             return
         numbers = torch.cat(list(plan)).to(self._pixels.device)  # one copy per epoch
-        for chosen, view in zip(torch.split(numbers, [len(part) for part in plan]), views, strict=True):
-            yield self._finish(self._pixels.index_select(0, chosen), self._labels[chosen], self._indices[chosen], view)
+        for chosen, view in zip(
+            torch.split(numbers, [len(part) for part in plan]), views, strict=True
+        ):
+            yield self._finish(
+                self._pixels.index_select(0, chosen),
+                self._labels[chosen],
+                self._indices[chosen],
+                view,
+            )
 
 
 class ReadImages:
@@ -91,14 +110,19 @@ class ReadImages:
     ) -> None:
         self.labels, self.indices = labels[indices], indices
         self._finish = finish
-        self._reader, self._workers, self._keep_workers = _Reader(part, transform), workers, keep_workers and workers > 0
+        self._reader = _Reader(part, transform)
+        self._workers = workers
+        self._keep_workers = keep_workers and workers > 0
         self._keys = _Keys()
         self._kept: DataLoader[Any] | None = None
         self._in_use = False
 
     def batches(self, plan: Sequence[Tensor], views: Sequence[View | None]) -> Iterator[Batch]:
         pairs = zip(plan, views, strict=True)
-        keys = [list(zip(_each(view, len(numbers)), self.indices[numbers].tolist(), strict=True)) for numbers, view in pairs]
+        keys = [
+            list(zip(_each(view, len(numbers)), self.indices[numbers].tolist(), strict=True))
+            for numbers, view in pairs
+        ]
         for numbers, view, pixels in zip(plan, views, self._read(keys), strict=True):
             yield self._finish(pixels, self.labels[numbers], self.indices[numbers], view)
 
@@ -147,7 +171,11 @@ def loaded(loader: DataLoader[Any]) -> Iterator[Any]:
 
 def _each(view: View | None, count: int) -> list[int]:
     """The view of each of so many images."""
-    return [int(number) for number in view.tolist()] if isinstance(view, Tensor) else [view or 0] * count
+    return (
+        [int(number) for number in view.tolist()]
+        if isinstance(view, Tensor)
+        else [view or 0] * count
+    )
 
 
 class _Keys:
@@ -165,7 +193,9 @@ class _Keys:
 
 @dataclass(frozen=True)
 class Broken:
-    """What a worker sends in place of an image that it could not read; an exception would arrive as a page of traceback."""
+    """What a worker sends in place of an image that it could not read; an exception would arrive
+    as a page of traceback.
+    """
 
     message: str
 
@@ -212,7 +242,10 @@ class Pictures:
 
     def __init__(self, part: InMemory) -> None:
         if part.images.shape[1] not in MODES:
-            raise DataError(f"data.timm_augment takes images of 1 or 3 channels, these have {part.images.shape[1]}")
+            raise DataError(
+                "data.timm_augment takes images of 1 or 3 channels, these have"
+                f" {part.images.shape[1]}"
+            )
         self.part = part
         self.labels: list[int] = part.labels.tolist()
 

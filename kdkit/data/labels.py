@@ -1,4 +1,6 @@
-"""What a dataset says of its samples, held against what it gives: how many there are, and a class index for each."""
+"""What a dataset says of its samples, held against what it gives: how many there are, and a
+class index for each.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ CALLED = {"train": "training", "test": "test"}
 
 
 def split(source: DatasetSource, name: Literal["train", "test"], info: DataInfo) -> Part:
-    """A part of a dataset, as long as the dataset says; what goes wrong in the plugin is told in one line.
+    """A part of a dataset, as long as the dataset says; what goes wrong in the plugin is told in
+    one line.
 
     Raises:
         DataError: it cannot be read, or has another number of samples.
@@ -31,12 +34,17 @@ def split(source: DatasetSource, name: Literal["train", "test"], info: DataInfo)
         raise DataError(f"dataset '{source.name}': split('{name}') fails: {reason}") from error
     said = info.num_train if name == "train" else info.num_test
     if count != said:
-        raise DataError(f"dataset '{source.name}' says that it has {said:,} {CALLED[name]} samples, and gives {count:,}")
+        raise DataError(
+            f"dataset '{source.name}' says that it has {said:,} {CALLED[name]} samples, and gives"
+            f" {count:,}"
+        )
     return part
 
 
 class NoLabels:
-    """Stands where labels would be, while a recipe is checked for images without labels: whoever reads them is told so."""
+    """Stands where labels would be, while a recipe is checked for images without labels: whoever
+    reads them is told so.
+    """
 
     def __len__(self) -> int:
         return 0
@@ -75,13 +83,22 @@ def class_indices(labels: Any, classes: int, whose: str) -> Tensor:
         raise DataError(f"{whose} are no numbers: {' '.join(str(error).split())}") from None
     supported = f"a label is one whole number from 0 to {classes - 1}, the class of a sample"
     if found.ndim != 1:
-        raise DataError(f"{whose} have the shape {tuple(found.shape)}; {supported}: several tags or numbers of a sample are not supported")
+        raise DataError(
+            f"{whose} have the shape {tuple(found.shape)}; {supported}: several tags or numbers of"
+            " a sample are not supported"
+        )
     if found.is_floating_point() or found.is_complex():
         first = found.flatten()[:3].tolist()
-        raise DataError(f"{whose} are {found.dtype} ({', '.join(map(str, first))}...); {supported}: regression is not supported")
+        raise DataError(
+            f"{whose} are {found.dtype} ({', '.join(map(str, first))}...); {supported}: regression"
+            " is not supported"
+        )
     found = found.to(torch.int64)
     if len(found) and not 0 <= int(found.min()) <= int(found.max()) < classes:
-        raise DataError(f"{whose} go from {int(found.min())} to {int(found.max())}, but there are {classes} classes")
+        raise DataError(
+            f"{whose} go from {int(found.min())} to {int(found.max())}, but there are {classes}"
+            " classes"
+        )
     return found
 
 
@@ -94,4 +111,6 @@ def class_index(label: Any) -> int:
     try:
         return operator.index(label)
     except TypeError:
-        raise DataError(f"label {label!r} is no whole number, the class of a sample; nothing else is supported") from None
+        raise DataError(
+            f"label {label!r} is no whole number, the class of a sample; nothing else is supported"
+        ) from None

@@ -1,7 +1,7 @@
 """The batches of a run: which images, in which order, augmented how.
 
-All of it follows from the recipe, the seed and the epoch's number, so any batch of any epoch can be made again, on any number
-of processes and workers.
+All of it follows from the recipe, the seed and the epoch's number, so any batch of any epoch can be
+made again, on any number of processes and workers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from kdkit.errors import DataError
 from kdkit.recipe.sections import DataSpec
 
 MOST_VIEWS = 1 << 40
-"""The copies of a repeated image are views from multiples of this on: beyond those that a stage's further views have."""
+"""The copies of a repeated image are views from multiples of this on: beyond those that a
+stage's further views have.
+"""
 
 LARGEST_IMAGE = 4 * SIDE**2
 """Values of one image."""
@@ -40,8 +42,9 @@ FOR_IMAGES = ("image_size", "augment", "timm_augment")
 class TrainLoader(Protocol):
     """Training batches by epoch number.
 
-    `Batch.index` is a sample's place in the dataset's whole training part: the same for the same image whatever
-    `train_samples` and `validation` leave out, so a cache may be keyed on it. It can be larger than `num_samples`.
+    `Batch.index` is a sample's place in the dataset's whole training part: the same for the same
+    image whatever `train_samples` and `validation` leave out, so a cache may be keyed on it. It can
+    be larger than `num_samples`.
 
     Attributes:
         labels: class indices of the chosen images, (N,); empty for a stream.
@@ -59,13 +62,17 @@ class TrainLoader(Protocol):
         """Batches per epoch."""
         ...
 
-    def epoch(self, number: int, start: int = 0, view: int | None = None, arrange: Arrange | None = None) -> Iterator[Batch]:
-        """This process's share of the batches of one epoch, from batch `start` on, without loading those before it.
+    def epoch(
+        self, number: int, start: int = 0, view: int | None = None, arrange: Arrange | None = None
+    ) -> Iterator[Batch]:
+        """This process's share of the batches of one epoch, from batch `start` on, without
+        loading those before it.
 
         Args:
             number: of the epoch; it gives the order.
             start: batches to skip.
-            view: number of the augmentation, `number` by default; smaller ones come again where a cache keeps few views.
+            view: number of the augmentation, `number` by default; smaller ones come again where a
+                cache keeps few views.
             arrange: changes the order.
 
         Raises:
@@ -107,25 +114,40 @@ class Data:
 class _ShuffledLoader:
     """Epochs over images whose places are known.
 
-    With `data.repeats` R, position p of an epoch shows image p // R of its order, as copy p % R, each in a view of its own (Hoffer et al.
-    2020; timm's RepeatAugSampler): an epoch keeps its length, and shows an R-th of the images. With `data.sampling: balanced`, the
-    classes come equally often, and the copies of an image are views of their own too.
+    With `data.repeats` R, position p of an epoch shows image p // R of its order, as copy p % R,
+    each in a view of its own (Hoffer et al. 2020; timm's RepeatAugSampler): an epoch keeps its
+    length, and shows an R-th of the images. With `data.sampling: balanced`, the classes come
+    equally often, and the copies of an image are views of their own too.
     """
 
     indexed = True
 
     def __init__(self, images: Images, spec: DataSpec, seed: int, rank: int, world: int) -> None:
-        self.labels, self.indices, self.num_samples = images.labels, images.indices, len(images.labels)
-        self._images, self._seed, self._rank, self._world = images, seed, rank, world
-        self._batch_size, self._repeats, self._repeating = spec.batch_size, spec.repeats, spec.repeating
-        self._used = self.num_samples - self.num_samples % (spec.batch_size if spec.drop_last else world)
+        self.labels = images.labels
+        self.indices = images.indices
+        self.num_samples = len(images.labels)
+        self._images = images
+        self._seed = seed
+        self._rank = rank
+        self._world = world
+        self._batch_size = spec.batch_size
+        self._repeats = spec.repeats
+        self._repeating = spec.repeating
+        self._used = self.num_samples - self.num_samples % (
+            spec.batch_size if spec.drop_last else world
+        )
 
     def __len__(self) -> int:
         return -(-self._used // self._batch_size)
 
-    def epoch(self, number: int, start: int = 0, view: int | None = None, arrange: Arrange | None = None) -> Iterator[Batch]:
+    def epoch(
+        self, number: int, start: int = 0, view: int | None = None, arrange: Arrange | None = None
+    ) -> Iterator[Batch]:
         if arrange is not None and self._repeating:
-            raise DataError(f"data.{self._repeating}: the schedule chooses which images come together; leave {self._repeating} out")
+            raise DataError(
+                f"data.{self._repeating}: the schedule chooses which images come together; leave"
+                f" {self._repeating} out"
+            )
         view = number if view is None else view
         order, copies = self._draw(number)
         if arrange is not None:
@@ -142,23 +164,31 @@ class _ShuffledLoader:
         shuffled = permutation(self._seed, number, self.num_samples)
         if self._repeating == "sampling":
             order, copies = balanced(shuffled, self.labels.to(shuffled.device))
-            mixed = permutation(subseed(self._seed, "balanced"), number, self.num_samples)[: self._used]
+            mixed = permutation(subseed(self._seed, "balanced"), number, self.num_samples)[
+                : self._used
+            ]
             return order[mixed], copies[mixed]
         places = torch.arange(self._used)
         return shuffled[places // self._repeats], places % self._repeats
 
     def _shares(self, whole: Tensor, start: int) -> list[Tensor]:
-        """This process's part of every batch: side by side, but of the copies of one image each process gets others, as timm has it."""
+        """This process's part of every batch: side by side, but of the copies of one image each
+        process gets others, as timm has it.
+        """
         world, rank = self._world, self._rank
         parts = torch.split(whole, self._batch_size)[start:]
-        return [part[rank::world] if self._repeats > 1 else part.chunk(world)[rank] for part in parts]
+        return [
+            part[rank::world] if self._repeats > 1 else part.chunk(world)[rank] for part in parts
+        ]
 
 
 def balanced(shuffled: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """As many images, of the classes in turn: their numbers and which copy of it each is, both (N,).
+    """As many images, of the classes in turn: their numbers and which copy of it each is, both
+    (N,).
 
     Args:
-        shuffled: the images' numbers in random order, (N,): the first ones of each class are taken, all of them before one comes again.
+        shuffled: the images' numbers in random order, (N,): the first ones of each class are taken,
+            all of them before one comes again.
         labels: class of each image, (N,).
     """
     classes, label, sizes = torch.unique(labels[shuffled], return_inverse=True, return_counts=True)
@@ -191,24 +221,39 @@ def image_shape(spec: DataSpec, info: DataInfo) -> Shape:
     """Shape (C, H, W) of the images in a batch; of texts, the most tokens that one has (N,).
 
     Raises:
-        DataError: the dataset's images have many sizes and `data.image_size` is not set, or are too large; texts are to be changed as
-            images are.
+        DataError: the dataset's images have many sizes and `data.image_size` is not set, or are too
+            large; texts are to be changed as images are.
     """
     if is_text(info.image_shape):
         if asked := [key for key in FOR_IMAGES if getattr(spec, key) is not None]:
-            raise DataError(f"data.{asked[0]}: is for images, and dataset '{spec.dataset.use}' has texts")
+            raise DataError(
+                f"data.{asked[0]}: is for images, and dataset '{spec.dataset.use}' has texts"
+            )
         return info.image_shape
     channels, height, width = info.image_shape
     if spec.image_size is not None:
         height = width = spec.image_size
     if not height or not width:
-        raise DataError(f"data.image_size: dataset '{spec.dataset.use}' has images of many sizes, so it must be set")
+        raise DataError(
+            f"data.image_size: dataset '{spec.dataset.use}' has images of many sizes, so it must"
+            " be set"
+        )
     if channels * height * width > LARGEST_IMAGE:
-        raise DataError(f"images {(channels, height, width)} have more than {LARGEST_IMAGE:,} values")
+        raise DataError(
+            f"images {(channels, height, width)} have more than {LARGEST_IMAGE:,} values"
+        )
     return channels, height, width
 
 
-def prepare(spec: DataSpec, source: DatasetSource, *, seed: int, device: torch.device, rank: int = 0, world: int = 1) -> Data:
+def prepare(
+    spec: DataSpec,
+    source: DatasetSource,
+    *,
+    seed: int,
+    device: torch.device,
+    rank: int = 0,
+    world: int = 1,
+) -> Data:
     """Read the dataset and set up its loaders.
 
     Args:
@@ -225,7 +270,10 @@ def prepare(spec: DataSpec, source: DatasetSource, *, seed: int, device: torch.d
     info = source.info()
     shape = image_shape(spec, info)
     if spec.batch_size % world:
-        raise DataError(f"data.batch_size: {spec.batch_size} images cannot be shared equally by {world} processes")
+        raise DataError(
+            f"data.batch_size: {spec.batch_size} images cannot be shared equally by {world}"
+            " processes"
+        )
     build = _Builder(spec, replace(info, image_shape=shape), seed, device, rank, world)
     train, validation = build.train(split(source, "train", info))
     return Data(build.info, train, validation, build.test(split(source, "test", info)))
@@ -240,7 +288,9 @@ class _Builder:
     rank: int
     world: int
 
-    def train(self, part: Split | InMemory | Texts | Stream) -> tuple[TrainLoader, EvalLoader | None]:
+    def train(
+        self, part: Split | InMemory | Texts | Stream
+    ) -> tuple[TrainLoader, EvalLoader | None]:
         finish = Finish(self.spec.augment, self.seed, self.device)
         if isinstance(part, Stream):
             streams.refuse(self.spec, part, self.world)
@@ -259,20 +309,44 @@ class _Builder:
         if isinstance(part, Stream):
             streams.refuse_processes(part, self.world)
             transform = for_measuring(self.spec, self.info.image_shape)
-            return streams.StreamEvalLoader(self._reader(part, self.spec.eval_batch_size, Finish(None, self.seed, self.device), transform))
+            return streams.StreamEvalLoader(
+                self._reader(
+                    part, self.spec.eval_batch_size, Finish(None, self.seed, self.device), transform
+                )
+            )
         labels = self._labels(part, "test")
         return self._ordered(part, labels, torch.arange(len(labels)))
 
-    def _reader(self, part: Stream, batch_size: int, finish: Finish, transform: Transform) -> streams.StreamReader:
+    def _reader(
+        self, part: Stream, batch_size: int, finish: Finish, transform: Transform
+    ) -> streams.StreamReader:
         return streams.StreamReader(
-            part, batch_size, self.spec.workers, finish, transform, self.info.num_classes, rank=self.rank, world=self.world
+            part,
+            batch_size,
+            self.spec.workers,
+            finish,
+            transform,
+            self.info.num_classes,
+            rank=self.rank,
+            world=self.world,
         )
 
-    def _ordered(self, part: Split | InMemory | Texts, labels: Tensor, indices: Tensor) -> EvalLoader:
-        images = self._images(part, labels, indices, Finish(None, self.seed, self.device), training=False)
+    def _ordered(
+        self, part: Split | InMemory | Texts, labels: Tensor, indices: Tensor
+    ) -> EvalLoader:
+        images = self._images(
+            part, labels, indices, Finish(None, self.seed, self.device), training=False
+        )
         return _OrderedLoader(images, self.spec.eval_batch_size, self.rank, self.world)
 
-    def _images(self, part: Split | InMemory | Texts, labels: Tensor, indices: Tensor, finish: Finish, training: bool) -> Images:
+    def _images(
+        self,
+        part: Split | InMemory | Texts,
+        labels: Tensor,
+        indices: Tensor,
+        finish: Finish,
+        training: bool,
+    ) -> Images:
         if isinstance(part, Texts):
             return HeldTexts(part, labels, indices, self.device)
         if isinstance(part, InMemory) and not (training and self.spec.timm_augment):
@@ -282,23 +356,42 @@ class _Builder:
             return HeldImages(pixels, labels[indices], indices, finish)
         files = Pictures(part) if isinstance(part, InMemory) else part
         shape = self.info.image_shape
-        transform = for_training(self.spec, shape, self.seed) if training else for_measuring(self.spec, shape)
-        return ReadImages(files, labels, indices, finish, transform, self.spec.workers, keep_workers=training)
+        transform = (
+            for_training(self.spec, shape, self.seed)
+            if training
+            else for_measuring(self.spec, shape)
+        )
+        return ReadImages(
+            files, labels, indices, finish, transform, self.spec.workers, keep_workers=training
+        )
 
     def _labels(self, part: Split | InMemory | Texts, name: str) -> Tensor:
         if not len(part):
             raise DataError(f"dataset '{self.spec.dataset.use}' has no {name} images")
         if name == "training" and not self.info.labelled:
             return torch.full((len(part),), -1)
-        return class_indices(part.labels, self.info.num_classes, f"dataset '{self.spec.dataset.use}': {name} labels")
+        return class_indices(
+            part.labels, self.info.num_classes, f"dataset '{self.spec.dataset.use}': {name} labels"
+        )
 
     def _refuse_large_batch(self, count: int) -> None:
         if self.spec.batch_size > count:
-            raise DataError(f"data.batch_size: {self.spec.batch_size} is more than the {count} training images")
+            raise DataError(
+                f"data.batch_size: {self.spec.batch_size} is more than the {count} training images"
+            )
 
     def _refuse_other_pixels(self, pixels: Tensor) -> None:
         if int(pixels.amax()) == 1:
-            raise DataError(f"dataset '{self.spec.dataset.use}': no pixel is above 1, but they are taken as 0 to 255; multiply by 255")
+            raise DataError(
+                f"dataset '{self.spec.dataset.use}': no pixel is above 1, but they are taken as 0"
+                " to 255; multiply by 255"
+            )
         if tuple(pixels.shape[1:]) != self.info.image_shape:
-            found, said = " x ".join(map(str, pixels.shape[1:])), " x ".join(map(str, self.info.image_shape))
-            raise DataError(f"dataset '{self.spec.dataset.use}' says that its images are {said}, but they are {found}")
+            found, said = (
+                " x ".join(map(str, pixels.shape[1:])),
+                " x ".join(map(str, self.info.image_shape)),
+            )
+            raise DataError(
+                f"dataset '{self.spec.dataset.use}' says that its images are {said}, but they are"
+                f" {found}"
+            )

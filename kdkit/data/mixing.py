@@ -1,4 +1,6 @@
-"""timm's mixup and cutmix, as a step of the loader: what an image is mixed with follows from (seed, epoch, batch, process) alone."""
+"""timm's mixup and cutmix, as a step of the loader: what an image is mixed with follows from
+(seed, epoch, batch, process) alone.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +20,25 @@ from kdkit.recipe.sections import MixupSpec
 class MixedLoader:
     """Training batches whose images and labels are mixed; labels become shares (B, K)."""
 
-    def __init__(self, loader: TrainLoader, spec: MixupSpec, *, num_classes: int, seed: int, rank: int = 0) -> None:
-        self.labels, self.indices, self.num_samples, self.indexed = loader.labels, loader.indices, loader.num_samples, loader.indexed
-        self._loader, self._spec, self._seed, self._rank = loader, spec, seed, rank
+    def __init__(
+        self, loader: TrainLoader, spec: MixupSpec, *, num_classes: int, seed: int, rank: int = 0
+    ) -> None:
+        self.labels = loader.labels
+        self.indices = loader.indices
+        self.num_samples = loader.num_samples
+        self.indexed = loader.indexed
+        self._loader = loader
+        self._spec = spec
+        self._seed = seed
+        self._rank = rank
         self._mix = _timm(spec, num_classes)
 
     def __len__(self) -> int:
         return len(self._loader)
 
-    def epoch(self, number: int, start: int = 0, view: int | None = None, arrange: Arrange | None = None) -> Iterator[Batch]:
+    def epoch(
+        self, number: int, start: int = 0, view: int | None = None, arrange: Arrange | None = None
+    ) -> Iterator[Batch]:
         for place, batch in enumerate(self._loader.epoch(number, start, view, arrange), start):
             if 0 < self._spec.off_epoch <= number:
                 yield batch
@@ -37,7 +49,10 @@ class MixedLoader:
 
     def _mixed(self, batch: Batch) -> Batch:
         if not isinstance(batch.inputs, Tensor) or len(batch.labels) % 2:
-            raise RunError(f"train.mixup mixes an even number of images per batch and process, not {len(batch.labels)}")
+            raise RunError(
+                "train.mixup mixes an even number of images per batch and process, not"
+                f" {len(batch.labels)}"
+            )
         inputs, labels = self._mix(batch.inputs.clone(), batch.labels)  # timm mixes in place
         return replace(batch, inputs=inputs, labels=labels)
 

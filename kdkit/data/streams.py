@@ -36,24 +36,54 @@ class StreamReader:
     """
 
     def __init__(
-        self, part: Stream, batch_size: int, workers: int, finish: Finish, transform: Transform, classes: int, *,
-        rank: int = 0, world: int = 1,
-    ) -> None:  # fmt: skip
-        self.part, self.batch_size, self.rank, self.world = part, batch_size, rank, world
-        self._workers, self._finish, self._transform, self._classes = workers, finish, transform, classes
+        self,
+        part: Stream,
+        batch_size: int,
+        workers: int,
+        finish: Finish,
+        transform: Transform,
+        classes: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.part = part
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world = world
+        self._workers = workers
+        self._finish = finish
+        self._transform = transform
+        self._classes = classes
 
     def whole(self) -> StreamReader:
         """A reader of all of it in this process."""
-        return StreamReader(self.part, self.batch_size, self._workers, self._finish, self._transform, self._classes)
+        return StreamReader(
+            self.part, self.batch_size, self._workers, self._finish, self._transform, self._classes
+        )
 
     def batches(self, seed: int | None, view: int | None) -> Iterator[Batch]:
-        """Batches of one epoch in the order that `seed` (and the number of workers) gives; None: the order of the files.
+        """Batches of one epoch in the order that `seed` (and the number of workers) gives; None:
+        the order of the files.
 
         `Batch.index` numbers the images of this epoch; it is no place in the dataset.
         """
-        part = self.part.share(self.rank, self.world) if isinstance(self.part, SharedStream) else self.part
+        part = (
+            self.part.share(self.rank, self.world)
+            if isinstance(self.part, SharedStream)
+            else self.part
+        )
         loader: DataLoader[Any] = DataLoader(
-            _Share(part, seed, self._workers, self.batch_size, self._transform, view or 0, self.rank, self.world),
+            _Share(
+                part,
+                seed,
+                self._workers,
+                self.batch_size,
+                self._transform,
+                view or 0,
+                self.rank,
+                self.world,
+            ),
             batch_size=self.batch_size,
             num_workers=self._workers,
             collate_fn=_collate,
@@ -62,20 +92,41 @@ class StreamReader:
             generator=torch.Generator().manual_seed(seed or 0),  # a worker's own seed comes from it
         )
         for pixels, labels, index in loaded(loader):
-            yield self._finish(intact(pixels), class_indices(labels, self._classes, "the stream's labels"), index, view)
+            yield self._finish(
+                intact(pixels),
+                class_indices(labels, self._classes, "the stream's labels"),
+                index,
+                view,
+            )
 
 
 class _Share(IterableDataset[Sample]):
     def __init__(
-        self, part: Stream, seed: int | None, workers: int, batch_size: int, transform: Transform, view: int, rank: int, world: int
+        self,
+        part: Stream,
+        seed: int | None,
+        workers: int,
+        batch_size: int,
+        transform: Transform,
+        view: int,
+        rank: int,
+        world: int,
     ) -> None:
-        self.part, self.seed, self.workers, self.batch_size = part, seed, workers, batch_size
-        self.transform, self.view, self.rank, self.world = transform, view, rank, world
+        self.part = part
+        self.seed = seed
+        self.workers = workers
+        self.batch_size = batch_size
+        self.transform = transform
+        self.view = view
+        self.rank = rank
+        self.world = world
 
     def __iter__(self) -> Iterator[Sample]:
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        for place, (image, label) in enumerate(self.part.read(self.seed, self.workers, self.batch_size)):
+        for place, (image, label) in enumerate(
+            self.part.read(self.seed, self.workers, self.batch_size)
+        ):
             index = (first + place * step) * self.world + self.rank  # no other process's
             try:
                 yield self.transform(image, self.view, index), class_index(label), index
@@ -91,8 +142,9 @@ def _collate(samples: list[Sample]) -> tuple[Tensor | Broken, Tensor, Tensor]:
 class StreamTrainLoader:
     """Epochs of a stream. `labels` is empty: they are not known before they are read.
 
-    An epoch has as many full batches as the stream's length allows; `drop_last: false` adds one more, filled up by the source
-    with images of the next round. `start` reads the skipped batches and throws them away.
+    An epoch has as many full batches as the stream's length allows; `drop_last: false` adds one
+    more, filled up by the source with images of the next round. `start` reads the skipped batches
+    and throws them away.
     """
 
     indexed = False
@@ -100,27 +152,46 @@ class StreamTrainLoader:
     def __init__(self, reader: StreamReader, seed: int, drop_last: bool) -> None:
         self.labels = self.indices = torch.empty(0, dtype=torch.int64)
         self.num_samples = len(reader.part)
-        self._reader, self._seed, self._drop_last = reader, subseed(seed, "stream"), drop_last
+        self._reader = reader
+        self._seed = subseed(seed, "stream")
+        self._drop_last = drop_last
 
     def __len__(self) -> int:
         full, rest = divmod(self.num_samples, self._reader.batch_size * self._reader.world)
         return full + (rest > 0 and not self._drop_last)
 
-    def epoch(self, number: int, start: int = 0, view: int | None = None, arrange: Arrange | None = None) -> Iterator[Batch]:
+    def epoch(
+        self, number: int, start: int = 0, view: int | None = None, arrange: Arrange | None = None
+    ) -> Iterator[Batch]:
         if arrange is not None:
-            raise DataError("this dataset can only be read from start to end, but the schedule chooses which images come together")
-        seed = sample_seed(self._seed, number, 0) >> 33  # 31 bits: readers hand it to NumPy and TensorFlow
+            raise DataError(
+                "this dataset can only be read from start to end, but the schedule chooses which"
+                " images come together"
+            )
+        # 31 bits: readers hand it to NumPy and TensorFlow
+        seed = sample_seed(self._seed, number, 0) >> 33
         given = start
-        for batch in islice(self._reader.batches(seed, number if view is None else view), start, len(self)):
+        for batch in islice(
+            self._reader.batches(seed, number if view is None else view), start, len(self)
+        ):
             given += 1
             yield batch
         if given < len(self):
-            processes = f"data.workers x {self._reader.world} processes" if self._reader.world > 1 else "data.workers has processes"
-            raise DataError(f"the stream ended after {given} of {len(self)} batches: has it fewer files than {processes}?")
+            processes = (
+                f"data.workers x {self._reader.world} processes"
+                if self._reader.world > 1
+                else "data.workers has processes"
+            )
+            raise DataError(
+                f"the stream ended after {given} of {len(self)} batches: has it fewer files than"
+                f" {processes}?"
+            )
 
 
 class StreamEvalLoader:
-    """All images of a stream, once; of several processes each has its share, which may be larger than another's."""
+    """All images of a stream, once; of several processes each has its share, which may be larger
+    than another's.
+    """
 
     def __init__(self, reader: StreamReader) -> None:
         self.num_samples = len(reader.part)
@@ -144,9 +215,15 @@ def refuse(spec: DataSpec, part: Stream, world: int) -> None:
     """
     for key in ("train_samples", "train_fraction", "validation"):
         if getattr(spec, key) is not None:
-            raise DataError(f"data.{key}: this dataset can only be read from start to end, so no part of it can be chosen")
+            raise DataError(
+                f"data.{key}: this dataset can only be read from start to end, so no part of it can"
+                " be chosen"
+            )
     if spec.repeating:
-        raise DataError(f"data.{spec.repeating}: this dataset can only be read from start to end, so no image can come repeatedly")
+        raise DataError(
+            f"data.{spec.repeating}: this dataset can only be read from start to end, so no image"
+            " can come repeatedly"
+        )
     refuse_processes(part, world)
 
 
@@ -157,4 +234,7 @@ def refuse_processes(part: Stream, world: int) -> None:
         DataError: they cannot.
     """
     if world > 1 and not isinstance(part, SharedStream):
-        raise DataError(f"this dataset can only be read from start to end, which {world} training processes cannot share; use one")
+        raise DataError(
+            f"this dataset can only be read from start to end, which {world} training processes"
+            " cannot share; use one"
+        )

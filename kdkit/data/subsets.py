@@ -1,4 +1,6 @@
-"""Which training images are trained on and which are set aside for validation: by class shares, by seed, nested."""
+"""Which training images are trained on and which are set aside for validation: by class shares,
+by seed, nested.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,11 @@ from kdkit.recipe.sections import DataSpec
 
 
 def stratified_order(labels: Tensor, seed: int) -> Tensor:
-    """An order (N,) of the images in which each beginning holds the classes in about their shares.
+    """An order (N,) of the images in which each beginning holds the classes in about their
+    shares.
 
-    The first K images are one of each of the K classes that occur; after them a class with n images puts its j-th one at
-    (j + 1/2) / n of the way. A shorter subset is part of every longer one.
+    The first K images are one of each of the K classes that occur; after them a class with n images
+    puts its j-th one at (j + 1/2) / n of the way. A shorter subset is part of every longer one.
     """
     count = len(labels)
     if not count:
@@ -34,7 +37,8 @@ def stratified_order(labels: Tensor, seed: int) -> Tensor:
 def choose(spec: DataSpec, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Indices of the training images and of the validation images, ascending and disjoint.
 
-    The validation images depend on `data.validation` and `data.seed` alone, so subsets of several sizes share them.
+    The validation images depend on `data.validation` and `data.seed` alone, so subsets of several
+    sizes share them.
 
     Raises:
         DataError: there are not so many images, or none would be left.
@@ -50,7 +54,10 @@ def choose(spec: DataSpec, labels: Tensor) -> tuple[Tensor, Tensor]:
         wanted = max(1, round(spec.train_fraction * len(rest)))
     if wanted > len(rest):
         besides = f" beside {aside} for validation" if aside else ""
-        raise DataError(f"data.train_samples: {wanted} asked for, but the training part has {len(rest)} images{besides}")
+        raise DataError(
+            f"data.train_samples: {wanted} asked for, but the training part has {len(rest)}"
+            f" images{besides}"
+        )
     chosen = rest[stratified_order(labels[rest], subseed(spec.seed, "train"))[:wanted]]
     return chosen.sort().values, validation
 
@@ -61,7 +68,9 @@ def samples(spec: DataSpec, total: int) -> int:
 
 
 def images_per_epoch(spec: DataSpec, count: int) -> int:
-    """How many images an epoch shows of so many that are trained on; those that come repeatedly count each time."""
+    """How many images an epoch shows of so many that are trained on; those that come repeatedly
+    count each time.
+    """
     return count - count % spec.batch_size if spec.drop_last else count
 
 
@@ -70,8 +79,13 @@ def _validation_count(spec: DataSpec, total: int) -> int:
         return 0
     asked = spec.validation
     if asked >= 1 and asked != int(asked):
-        raise DataError(f"data.validation: {asked} is neither a share below 1 nor a number of images")
+        raise DataError(
+            f"data.validation: {asked} is neither a share below 1 nor a number of images"
+        )
     count = max(1, round(asked * total)) if asked < 1 else int(asked)
     if count >= total:
-        raise DataError(f"data.validation: {count} images asked for, but the training part has {total} and some must be left")
+        raise DataError(
+            f"data.validation: {count} images asked for, but the training part has {total} and some"
+            " must be left"
+        )
     return count

@@ -14,17 +14,23 @@ from kdkit.data.images import View
 
 
 class HeldTexts:
-    """Texts whose token ids lie one after the other in one tensor on the device; see `kdkit.data.images.Images`."""
+    """Texts whose token ids lie one after the other in one tensor on the device; see
+    `kdkit.data.images.Images`.
+    """
 
     def __init__(self, part: Texts, labels: Tensor, indices: Tensor, device: torch.device) -> None:
         self.labels, self.indices = labels[indices], indices
         self._labels, self._indices = self.labels.to(device), indices.to(device)
         lengths = torch.tensor(part.lengths)
         starts = lengths.cumsum(0) - lengths
-        self._longest = lengths[indices]  # on the host, so that no batch waits for the device to say how long it is
+        # on the host, so that no batch waits for the device to say how long it is
+        self._longest = lengths[indices]
         self._lengths, self._starts = lengths[indices].to(device), starts[indices].to(device)
         self._padding = {name: part.padding.get(name, 0) for name in part.tokens}
-        self._tokens = {name: torch.tensor([*itertools.chain(*ids)], device=device) for name, ids in part.tokens.items()}
+        self._tokens = {
+            name: torch.tensor([*itertools.chain(*ids)], device=device)
+            for name, ids in part.tokens.items()
+        }
 
     def batches(self, plan: Sequence[Tensor], views: Sequence[View | None]) -> Iterator[Batch]:
         """A text has one view: every view of it is that one."""
@@ -34,5 +40,8 @@ class HeldTexts:
             places = torch.arange(int(self._longest[numbers.cpu()].max()), device=lengths.device)
             real = places < lengths
             at = self._starts[chosen, None] + places * real
-            padded = {name: torch.where(real, ids[at], self._padding[name]) for name, ids in self._tokens.items()}
+            padded = {
+                name: torch.where(real, ids[at], self._padding[name])
+                for name, ids in self._tokens.items()
+            }
             yield Batch({**padded, MASK: real.long()}, self._labels[chosen], self._indices[chosen])

@@ -1,4 +1,6 @@
-"""From a PIL image to the uint8 tensor that batches are made of: the size, the channels, timm's augmentations."""
+"""From a PIL image to the uint8 tensor that batches are made of: the size, the channels, timm's
+augmentations.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +22,20 @@ Transform = Callable[[Any, int, int], Tensor]
 """(PIL image, view, sample index) -> uint8 (C, H, W)."""
 
 MODES = {1: "L", 3: "RGB"}
-WIDE = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # PIL's modes of more than 8 bits, which `convert` cuts off
+# PIL's modes of more than 8 bits, which `convert` cuts off
+WIDE = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed Python's, NumPy's and torch's CPU generators for a while, and then put them back as they were."""
+    """Seed Python's, NumPy's and torch's CPU generators for a while, and then put them back as
+    they were.
+    """
     import numpy as np
 
-    python, numpy, generator = random.getstate(), np.random.get_state(), torch.default_generator
+    python = random.getstate()
+    numpy = np.random.get_state()
+    generator = torch.default_generator
     torch_state = generator.get_state()
     random.seed(seed)
     np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
@@ -42,14 +49,21 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class Plain:
-    """Centre crop of an image whose shorter side was resized; the image as it is if no size is asked for."""
+    """Centre crop of an image whose shorter side was resized; the image as it is if no size is
+    asked for.
+    """
 
     def __init__(self, spec: DataSpec, shape: Shape, crop_pct: float) -> None:
         from timm.data.transforms_factory import create_transform
 
         self.shape = shape
         self.resizes = spec.image_size is not None
-        self.resize = create_transform((shape[1], shape[2]), crop_pct=crop_pct, interpolation=spec.interpolation, normalize=False)
+        self.resize = create_transform(
+            (shape[1], shape[2]),
+            crop_pct=crop_pct,
+            interpolation=spec.interpolation,
+            normalize=False,
+        )
 
     def __call__(self, image: Any, view: int, index: int) -> Tensor:
         from torchvision.transforms.functional import pil_to_tensor
@@ -59,7 +73,10 @@ class Plain:
             result: Tensor = self.resize(image)
             return result
         if (image.height, image.width) != self.shape[1:]:
-            raise DataError(f"an image is {image.height} x {image.width}, others {self.shape[1]} x {self.shape[2]}: set data.image_size")
+            raise DataError(
+                f"an image is {image.height} x {image.width}, others {self.shape[1]} x"
+                f" {self.shape[2]}: set data.image_size"
+            )
         tensor: Tensor = pil_to_tensor(image)
         return tensor
 
@@ -90,15 +107,19 @@ class Augmented:
                 mean=IMAGENET_DEFAULT_MEAN,
                 std=IMAGENET_DEFAULT_STD,
             )
-        except (AssertionError, KeyError, ValueError, IndexError) as error:  # what timm's policy parser raises
+        # what timm's policy parser raises
+        except (AssertionError, KeyError, ValueError, IndexError) as error:
             raise DataError(
-                f"data.timm_augment: timm does not accept {options.auto_augment!r} ({type(error).__name__}: {error})"
+                f"data.timm_augment: timm does not accept {options.auto_augment!r}"
+                f" ({type(error).__name__}: {error})"
             ) from error
 
     def __call__(self, image: Any, view: int, index: int) -> Tensor:
         with seeded(sample_seed(self.seed, view, index)):
-            normalised: Tensor = self.transform(with_channels(image, 3))  # timm's policies fill with three channels
-        pixels = (normalised * self.std + self.mean).mul_(255).round_().clamp_(0, 255)  # undone: batches are in [0, 1]
+            # timm's policies fill with three channels
+            normalised: Tensor = self.transform(with_channels(image, 3))
+        # undone: batches are in [0, 1]
+        pixels = (normalised * self.std + self.mean).mul_(255).round_().clamp_(0, 255)
         return pixels.to(torch.uint8)[: self.channels]
 
 
@@ -108,14 +129,21 @@ def with_channels(image: Any, channels: int) -> Any:
         raise DataError(f"PIL images have 1 or 3 channels, the dataset says {channels}")
     if image.mode in WIDE:
         raise DataError(
-            f"its pixels are not of 8 bits (PIL's mode {image.mode}), and would be cut off at 255; scale them to 0 to 255 first"
+            f"its pixels are not of 8 bits (PIL's mode {image.mode}), and would be cut off at 255;"
+            " scale them to 0 to 255 first"
         )
     return image.convert(MODES[channels])
 
 
 def for_training(spec: DataSpec, shape: Shape, seed: int) -> Transform:
-    """What is done to each training image that is read one by one; `data.augment` comes after it, on whole batches."""
-    return Augmented(spec.timm_augment, shape, seed) if spec.timm_augment else Plain(spec, shape, crop_pct=1.0)
+    """What is done to each training image that is read one by one; `data.augment` comes after
+    it, on whole batches.
+    """
+    return (
+        Augmented(spec.timm_augment, shape, seed)
+        if spec.timm_augment
+        else Plain(spec, shape, crop_pct=1.0)
+    )
 
 
 def for_measuring(spec: DataSpec, shape: Shape) -> Transform:
@@ -124,13 +152,18 @@ def for_measuring(spec: DataSpec, shape: Shape) -> Transform:
 
 
 def resized(images: Tensor, size: int | None, interpolation: str) -> Tensor:
-    """uint8 images (N, C, H, W) with the shorter side resized to `size` (antialiased), then the centre: (N, C, size, size)."""
+    """uint8 images (N, C, H, W) with the shorter side resized to `size` (antialiased), then the
+    centre: (N, C, size, size).
+    """
     if size is None or images.shape[-2:] == (size, size):
         return images
     height, width = images.shape[-2:]
     scale = size / min(height, width)
     target = [max(size, round(height * scale)), max(size, round(width * scale))]
-    chunks = [F.interpolate(part.float(), target, mode=interpolation, antialias=True) for part in torch.split(images, 1024)]
+    chunks = [
+        F.interpolate(part.float(), target, mode=interpolation, antialias=True)
+        for part in torch.split(images, 1024)
+    ]
     top, left = (target[0] - size) // 2, (target[1] - size) // 2
     whole = torch.cat([chunk.round_().clamp_(0, 255).to(torch.uint8) for chunk in chunks])
     return whole[..., top : top + size, left : left + size].contiguous()

@@ -9,7 +9,9 @@ import threading
 
 
 def leave_to_parent(worker: int) -> None:
-    """In a process that loads data: take no notice of what a terminal or a launcher sends to all; only its parent may end it."""
+    """In a process that loads data: take no notice of what a terminal or a launcher sends to
+    all; only its parent may end it.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -17,6 +19,10 @@ def leave_to_parent(worker: int) -> None:
 
 def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
-    while (said := signal.sigwaitinfo({signal.SIGTERM})) and parent is not None and said.si_pid != parent.pid:
+    while (
+        (said := signal.sigwaitinfo({signal.SIGTERM}))
+        and parent is not None
+        and said.si_pid != parent.pid
+    ):
         pass
     os._exit(0)

@@ -21,25 +21,35 @@ from kdkit.finite import LOOK
 
 @dataclass(frozen=True)
 class Predictions:
-    """A model's logits (N, K) for a dataset of N samples, in its order, with the class indices (N,), on the CPU."""
+    """A model's logits (N, K) for a dataset of N samples, in its order, with the class indices
+    (N,), on the CPU.
+    """
 
     logits: Tensor
     labels: Tensor
 
 
 def predict(model: Model, batches: Iterable[Batch], *, world: int = 1) -> Predictions:
-    """Answer every batch in eval mode; with several processes, every process gets the answers of all."""
+    """Answer every batch in eval mode; with several processes, every process gets the answers of
+    all.
+    """
     return finish(predicting([model], batches, world=world))[0]
 
 
 def predicting(
-    models: Sequence[Model], batches: Iterable[Batch], *, world: int = 1, place: tuple[int, int] = (0, -1)
+    models: Sequence[Model],
+    batches: Iterable[Batch],
+    *,
+    world: int = 1,
+    place: tuple[int, int] = (0, -1),
 ) -> Turns[list[Predictions]]:
     """Every model's answers, as `predict` gives them, in one pass over the batches.
 
-    Yields (*`place`, batch) before each batch; not in several processes, whose shares can differ by one batch.
+    Yields (*`place`, batch) before each batch; not in several processes, whose shares can differ by
+    one batch.
     """
-    training = [part for model in models for part in model.module.modules() if part.training]  # a teacher may have only some of them so
+    # a teacher may have only some of them so
+    training = [part for model in models for part in model.module.modules() if part.training]
     for model in models:
         model.module.eval()
     found: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in models]
@@ -52,7 +62,13 @@ def predicting(
                 break
             with torch.no_grad():
                 for parts, model in zip(found, models, strict=True):
-                    parts.append((batch.index.cpu(), model(batch.inputs).logits.float().cpu(), batch.labels.cpu()))
+                    parts.append(
+                        (
+                            batch.index.cpu(),
+                            model(batch.inputs).logits.float().cpu(),
+                            batch.labels.cpu(),
+                        )
+                    )
     finally:
         for part in training:
             part.training = True
@@ -65,8 +81,11 @@ def _in_order(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Predictions:
     return Predictions(logits[order], labels[order])
 
 
-def predict_together(models: Sequence[Model], batches: Iterable[Batch], *, world: int = 1) -> Predictions | None:
-    """The answer of an ensemble, the mean of its models' probabilities; of one model, its own; of none, none.
+def predict_together(
+    models: Sequence[Model], batches: Iterable[Batch], *, world: int = 1
+) -> Predictions | None:
+    """The answer of an ensemble, the mean of its models' probabilities; of one model, its own;
+    of none, none.
 
     Raises:
         RunError: an answer is not finite; names the model.
@@ -77,8 +96,9 @@ def predict_together(models: Sequence[Model], batches: Iterable[Batch], *, world
         if count := int(faulty.sum()):
             role = getattr(model, "role", type(model.module).__name__)
             raise RunError(
-                f"{role}: its logits are NaN or infinite for {count:,} of the {len(faulty):,} samples that are "
-                f"measured, the first of them number {int(faulty.nonzero()[0])}; {LOOK}"
+                f"{role}: its logits are NaN or infinite for {count:,} of the {len(faulty):,}"
+                f" samples that are measured, the first of them number {int(faulty.nonzero()[0])};"
+                f" {LOOK}"
             )
     if len(found) < 2:
         return found[0] if found else None
@@ -90,8 +110,10 @@ def metrics(own: Predictions, teacher: Predictions | None = None) -> dict[str, f
 
     Returns:
         top1, top5: accuracies in percent (top5 only for more than five classes).
-        balanced_accuracy: mean over the classes in the labels of the share that is found (recall), in percent.
-        macro_f1: mean of the classes' F1 scores, in percent; a class that is neither labelled nor predicted is left out.
+        balanced_accuracy: mean over the classes in the labels of the share that is found (recall),
+            in percent.
+        macro_f1: mean of the classes' F1 scores, in percent; a class that is neither labelled nor
+            predicted is left out.
         nll: cross-entropy on the labels, nats per sample.
         ece: expected calibration error in percent, 15 bins (Guo et al. 2017).
         agreement: share of samples whose most likely class is the teacher's too, in percent.
@@ -107,16 +129,30 @@ def metrics(own: Predictions, teacher: Predictions | None = None) -> dict[str, f
 
     logits, labels = own.logits, own.labels
     classes = logits.shape[1]
-    accuracy = {f"top{k}": multiclass_accuracy(logits, labels, classes, average="micro", top_k=k) for k in (1, 5) if k == 1 or classes > 5}
+    accuracy = {
+        f"top{k}": multiclass_accuracy(logits, labels, classes, average="micro", top_k=k)
+        for k in (1, 5)
+        if k == 1 or classes > 5
+    }
     found = {
         **{name: 100 * value for name, value in accuracy.items()},
-        "balanced_accuracy": 100 * multiclass_recall(logits, labels, classes, average="none")[torch.unique(labels)].mean(),
+        "balanced_accuracy": (
+            100
+            * multiclass_recall(logits, labels, classes, average="none")[
+                torch.unique(labels)
+            ].mean()
+        ),
         "macro_f1": 100 * multiclass_f1_score(logits, labels, classes, average="macro"),
         "nll": F.cross_entropy(logits, labels),
         "ece": 100 * multiclass_calibration_error(logits.softmax(1), labels, classes, n_bins=15),
     }
     if teacher is not None:
         found["agreement"] = 100 * (logits.argmax(1) == teacher.logits.argmax(1)).float().mean()
-        found["kl_to_teacher"] = F.kl_div(logits.log_softmax(1), teacher.logits.log_softmax(1), reduction="batchmean", log_target=True)
+        found["kl_to_teacher"] = F.kl_div(
+            logits.log_softmax(1),
+            teacher.logits.log_softmax(1),
+            reduction="batchmean",
+            log_target=True,
+        )
         found["logit_difference"] = (logits - teacher.logits).abs().mean()
     return {name: float(value) for name, value in found.items()}

@@ -1,4 +1,6 @@
-"""Keeps the values of every loss term, reads them off the device in bulk, and notices what is wrong with them."""
+"""Keeps the values of every loss term, reads them off the device in bulk, and notices what is
+wrong with them.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ Terms = dict[str, float]
 
 
 class Meter:
-    """Terms per optimizer step: `loss` (the total), NAME unweighted, NAME.weighted; with several students, NAME@1, NAME@2..."""
+    """Terms per optimizer step: `loss` (the total), NAME unweighted, NAME.weighted; with several
+    students, NAME@1, NAME@2...
+    """
 
     def __init__(self) -> None:
         self._sums: Terms = {}
@@ -25,16 +29,24 @@ class Meter:
         self._waiting: list[tuple[int, dict[str, Tensor]]] = []
 
     def add(self, step: int, values: Sequence[Value], students: int) -> None:
-        """Take the values of one optimizer step (one per student and accumulated batch, batch by batch); nothing is read yet."""
+        """Take the values of one optimizer step (one per student and accumulated batch, batch by
+        batch); nothing is read yet.
+        """
         by_student = [values[i::students] for i in range(students)]
-        totals = [_mean([(value.total.detach(), value.samples) for value in mine]) for mine in by_student]
+        totals = [
+            _mean([(value.total.detach(), value.samples) for value in mine]) for mine in by_student
+        ]
         terms: dict[str, Tensor] = {"loss": torch.stack(totals).sum()}
         for i, mine in enumerate(by_student):
             suffix = f"@{i + 1}" if students > 1 else ""
             for name in dict.fromkeys(name for value in mine for name in value.terms):
                 having = [value for value in mine if name in value.terms]
-                terms[name + suffix] = _mean([(value.terms[name], value.samples) for value in having])
-                terms[f"{name}{suffix}.weighted"] = _mean([(value.weighted[name], value.samples) for value in having])
+                terms[name + suffix] = _mean(
+                    [(value.terms[name], value.samples) for value in having]
+                )
+                terms[f"{name}{suffix}.weighted"] = _mean(
+                    [(value.weighted[name], value.samples) for value in having]
+                )
         self._waiting.append((step, terms))
 
     def read(self) -> Terms:
@@ -46,7 +58,11 @@ class Meter:
         found: Terms = {}
         if not self._waiting:
             return found
-        numbers = iter(torch.stack([value.float() for _, terms in self._waiting for value in terms.values()]).tolist())
+        numbers = iter(
+            torch.stack(
+                [value.float() for _, terms in self._waiting for value in terms.values()]
+            ).tolist()
+        )
         waiting, self._waiting = self._waiting, []
         for step, terms in waiting:
             found = dict(zip(terms, numbers, strict=False))
@@ -63,13 +79,19 @@ class Meter:
 
     def silent(self) -> list[str]:
         """Terms that were exactly zero at every step: nothing is learnt from them."""
-        return [name for name in self._sums if name not in self._moving and not name.endswith(".weighted")]
+        return [
+            name
+            for name in self._sums
+            if name not in self._moving and not name.endswith(".weighted")
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         return {"sums": self._sums, "counts": self._counts, "moving": sorted(self._moving)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._sums, self._counts, self._moving = dict(state["sums"]), dict(state["counts"]), set(state["moving"])
+        self._sums = dict(state["sums"])
+        self._counts = dict(state["counts"])
+        self._moving = set(state["moving"])
 
 
 def _mean(values: Sequence[tuple[Tensor, int]]) -> Tensor:
@@ -81,6 +103,12 @@ def _mean(values: Sequence[tuple[Tensor, int]]) -> Tensor:
 
 
 def _refuse_non_finite(step: int, terms: Mapping[str, float]) -> None:
-    bad: Iterable[str] = (name for name in sorted(terms, key=lambda name: name == "loss") if not math.isfinite(terms[name]))
+    bad: Iterable[str] = (
+        name
+        for name in sorted(terms, key=lambda name: name == "loss")
+        if not math.isfinite(terms[name])
+    )
     if (name := next(iter(bad), None)) is not None:
-        raise RunError(f"step {step}: {'the sum of the losses' if name == 'loss' else name} is {terms[name]}")
+        raise RunError(
+            f"step {step}: {'the sum of the losses' if name == 'loss' else name} is {terms[name]}"
+        )

@@ -26,7 +26,9 @@ def no_teacher() -> Outputs:
 
 @dataclass(frozen=True)
 class Value:
-    """What the losses of one lesson came to: the weighted total (with gradient), and each term unweighted and weighted (without)."""
+    """What the losses of one lesson came to: the weighted total (with gradient), and each term
+    unweighted and weighted (without).
+    """
 
     total: Tensor
     terms: Mapping[str, Tensor]
@@ -49,7 +51,9 @@ class Objective(nn.Module):
         self.losses = _ByName({name: loss for name, (_, loss) in losses.items()})
         self.entries = {name: entry for name, (entry, _) in losses.items()}
 
-    def setup(self, probe: Lesson, context: Context, teachers: Mapping[str, nn.Module] | None = None) -> None:
+    def setup(
+        self, probe: Lesson, context: Context, teachers: Mapping[str, nn.Module] | None = None
+    ) -> None:
         """Let each loss build its learnable parts.
 
         Args:
@@ -59,34 +63,52 @@ class Objective(nn.Module):
 
         Raises:
             ShapeError, TapError: a loss cannot compare the two; begins with its name.
-            PluginError: a loss took a network for one of its parts, which would train it (and save it) twice, or train the teacher.
+            PluginError: a loss took a network for one of its parts, which would train it (and save
+                it) twice, or train the teacher.
         """
         probe = self._in_full_precision(probe)
         for name, loss in self.active(probe).items():
             student = self._read(name, probe).student
             network = (teachers or {}).get(self.entries[name].teacher or "", context.teacher)
-            networks = {id(p) for part in (context.student, network) if part is not None for p in part.parameters()}
+            networks = {
+                id(p)
+                for part in (context.student, network)
+                if part is not None
+                for p in part.parameters()
+            }
             try:
-                loss.setup(student, self._teachers(name, probe)[0], replace(context, teacher=network))
+                loss.setup(
+                    student, self._teachers(name, probe)[0], replace(context, teacher=network)
+                )
                 self._compare_teachers(name, loss, probe)
             except (ShapeError, TapError) as error:
                 raise type(error)(f"{name}: {error}") from None
             if any(id(p) in networks for p in loss.parameters()):
-                raise PluginError(f"{name}: holds a network of its context as its own part; keep a copy of what it needs instead")
+                raise PluginError(
+                    f"{name}: holds a network of its context as its own part; keep a copy of what"
+                    " it needs instead"
+                )
 
     def _compare_teachers(self, name: str, loss: Loss, probe: Lesson) -> None:
-        """See that a loss can be averaged over the teachers: what it learns or remembers has the size of the first one's layers.
+        """See that a loss can be averaged over the teachers: what it learns or remembers has the
+        size of the first one's layers.
 
         Raises:
             ShapeError: layers of one name have several shapes.
         """
-        teachers = self._teachers(name, probe) if loss.knowledge != "labels" and loss.state_dict() else []
+        teachers = (
+            self._teachers(name, probe) if loss.knowledge != "labels" and loss.state_dict() else []
+        )
         for layer in dict.fromkeys(pair.teacher for pair in loss.options.taps()):
-            shapes = dict.fromkeys(tuple(teacher.features[layer].shape[1:]) for teacher in teachers if layer in teacher.features)
+            shapes = dict.fromkeys(
+                tuple(teacher.features[layer].shape[1:])
+                for teacher in teachers
+                if layer in teacher.features
+            )
             if len(shapes) > 1:
                 raise ShapeError(
-                    f"teacher layer '{layer}' is {' in one teacher, '.join(map(str, shapes))} in another; say which of them this loss "
-                    "looks at: `teacher: NAME`"
+                    f"teacher layer '{layer}' is {' in one teacher, '.join(map(str, shapes))} in"
+                    " another; say which of them this loss looks at: `teacher: NAME`"
                 )
 
     def parts(self) -> dict[str, Loss]:
@@ -100,11 +122,15 @@ class Objective(nn.Module):
         return student
 
     def active(self, lesson: Lesson) -> dict[str, Loss]:
-        """The losses that count for a lesson: those on labels, and those that have a teacher there."""
+        """The losses that count for a lesson: those on labels, and those that have a teacher
+        there.
+        """
         return {name: loss for name, loss in self.parts().items() if self._teachers(name, lesson)}
 
     def _read(self, name: str, lesson: Lesson) -> Lesson:
-        """The lesson that a loss gets, with the output of the student that it reads in the place of the logits."""
+        """The lesson that a loss gets, with the output of the student that it reads in the place
+        of the logits.
+        """
         read = lesson.supervised or lesson if self.losses[name].knowledge == "labels" else lesson
         if not (number := self.entries[name].output):
             return read
@@ -122,13 +148,19 @@ class Objective(nn.Module):
         return [lesson.named[wanted]] if wanted in lesson.named else []
 
     def _in_full_precision(self, lesson: Lesson) -> Lesson:
-        """The lesson as losses get it, every answer converted once for all of them; of those by name, the ones that are asked for."""
+        """The lesson as losses get it, every answer converted once for all of them; of those by
+        name, the ones that are asked for.
+        """
         asked = {entry.teacher for entry in self.entries.values()}
         return replace(
             lesson,
             student=in_full_precision(lesson.student),
             teachers=[in_full_precision(teacher) for teacher in lesson.teachers],
-            named={name: in_full_precision(teacher) for name, teacher in lesson.named.items() if name in asked},
+            named={
+                name: in_full_precision(teacher)
+                for name, teacher in lesson.named.items()
+                if name in asked
+            },
             supervised=self._in_full_precision(lesson.supervised) if lesson.supervised else None,
         )
 
@@ -142,22 +174,36 @@ class Objective(nn.Module):
                 entry = at_epoch(self.entries[name], epoch)
                 loss.options = entry
                 read = self._read(name, lesson)
-                values = [loss(read.student, teacher, read.batch or batch) for teacher in self._teachers(name, lesson)]
+                values = [
+                    loss(read.student, teacher, read.batch or batch)
+                    for teacher in self._teachers(name, lesson)
+                ]
                 terms[name] = values[0] if len(values) == 1 else mean_of(values, lesson.weights)
                 weighted[name] = terms[name] * entry.weight
         total = sum_of(weighted.values(), like=lesson.student.logits)
-        return Value(total, {n: v.detach() for n, v in terms.items()}, {n: v.detach() for n, v in weighted.items()}, len(batch.labels))
+        return Value(
+            total,
+            {n: v.detach() for n, v in terms.items()},
+            {n: v.detach() for n, v in weighted.items()},
+            len(batch.labels),
+        )
 
 
 def in_full_precision(outputs: Outputs) -> Outputs:
     """Half-precision tensors in fp32; fp32 and fp64 as they are."""
-    return outputs.map(lambda value: value.float() if value.dtype in (torch.float16, torch.bfloat16) else value)
+    return outputs.map(
+        lambda value: value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+    )
 
 
 def mean_of(values: Sequence[Tensor], weights: Sequence[float] | None) -> Tensor:
     """Their mean, by shares where there are some."""
     stacked = torch.stack(list(values))
-    return stacked.mean() if weights is None else (stacked * stacked.new_tensor(list(weights))).sum() / sum(weights)
+    return (
+        stacked.mean()
+        if weights is None
+        else (stacked * stacked.new_tensor(list(weights))).sum() / sum(weights)
+    )
 
 
 def sum_of(values: Iterable[Tensor], like: Tensor) -> Tensor:
@@ -173,9 +219,14 @@ def _as_written(pairs: Sequence[LayerPair], teacher: str | None, own: bool) -> S
 
 
 def build(
-    recipe: Recipe, only: Sequence[str] | Mapping[str, float] | None = None, expand: Expand = _as_written, *, layers: bool = True
+    recipe: Recipe,
+    only: Sequence[str] | Mapping[str, float] | None = None,
+    expand: Expand = _as_written,
+    *,
+    layers: bool = True,
 ) -> Objective:
-    """The recipe's objective, or that of the losses called `only`, with its weights where it has any.
+    """The recipe's objective, or that of the losses called `only`, with its weights where it has
+    any.
 
     Args:
         recipe: whose losses.
@@ -195,4 +246,8 @@ def build(
 
 
 def _expanded(entry: LossEntry, expand: Expand, own: bool) -> LossEntry:
-    return entry.model_copy(update={"layers": tuple(expand(entry.taps(), entry.teacher, own))}) if entry.taps() else entry
+    return (
+        entry.model_copy(update={"layers": tuple(expand(entry.taps(), entry.teacher, own))})
+        if entry.taps()
+        else entry
+    )

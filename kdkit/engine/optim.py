@@ -1,4 +1,6 @@
-"""timm's optimizer and learning-rate schedule, with a group of their own for the losses' adapters."""
+"""timm's optimizer and learning-rate schedule, with a group of their own for the losses'
+adapters.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from kdkit.recipe.sections import LrScheduleSpec, TrainSpec
 
 
 class Updater:
-    """What changes one student and the learnable parts of its losses: an optimizer, its learning-rate schedule, clipping.
+    """What changes one student and the learnable parts of its losses: an optimizer, its
+    learning-rate schedule, clipping.
 
     Args:
         spec: the recipe's `train` section.
@@ -25,9 +28,16 @@ class Updater:
     """
 
     def __init__(
-        self, spec: TrainSpec, student: nn.Module, adapters: nn.Module, taken: Collection[nn.Parameter] = (), *,
-        epochs: int, steps_per_epoch: int, maximize: bool,
-    ) -> None:  # fmt: skip
+        self,
+        spec: TrainSpec,
+        student: nn.Module,
+        adapters: nn.Module,
+        taken: Collection[nn.Parameter] = (),
+        *,
+        epochs: int,
+        steps_per_epoch: int,
+        maximize: bool,
+    ) -> None:
         self.optimizer = build_optimizer(spec, student, adapters, taken)
         self.schedule = LrSchedule(spec, self.optimizer, epochs, steps_per_epoch, maximize=maximize)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -57,7 +67,11 @@ class Updater:
         self.schedule.after_step(steps)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(), "lr": self.lr}
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "lr": self.lr,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
@@ -82,34 +96,62 @@ def build_optimizer(
     import timm.optim
 
     want = spec.optimizer
-    groups = _groups(student, spec, want.weight_decay) if any(p.requires_grad for p in student.parameters()) else []
+    groups = (
+        _groups(student, spec, want.weight_decay)
+        if any(p.requires_grad for p in student.parameters())
+        else []
+    )
     if any(True for _ in adapters.parameters()):
-        decay = want.weight_decay if spec.adapters.weight_decay is None else spec.adapters.weight_decay
+        decay = (
+            want.weight_decay if spec.adapters.weight_decay is None else spec.adapters.weight_decay
+        )
         own = {"lr": spec.adapters.lr} if spec.adapters.lr else {}
         groups += [{**group, **own} for group in _groups(adapters, spec, decay, layers=False)]
     left_out = {id(p) for p in taken}
-    groups = [{**group, "params": [p for p in group["params"] if id(p) not in left_out]} for group in groups]
+    groups = [
+        {**group, "params": [p for p in group["params"] if id(p) not in left_out]}
+        for group in groups
+    ]
     groups = [group for group in groups if group["params"]]
     names = [str(name) for name in timm.optim.list_optimizers()]
     if want.name not in names:
         raise RunError(f"timm has no optimizer '{want.name}'; {suggest(want.name, names)}")
     try:
         optimizer = timm.optim.create_optimizer_v2(
-            groups, want.name, lr=want.lr, weight_decay=want.weight_decay, momentum=want.momentum, **want.args
+            groups,
+            want.name,
+            lr=want.lr,
+            weight_decay=want.weight_decay,
+            momentum=want.momentum,
+            **want.args,
         )
     except Exception as error:  # each optimizer refuses in its own way
-        raise RunError(f"optimizer '{want.name}' cannot be made: {' '.join(str(error).split())}") from None
+        raise RunError(
+            f"optimizer '{want.name}' cannot be made: {' '.join(str(error).split())}"
+        ) from None
     return optimizer
 
 
-def _groups(module: nn.Module, spec: TrainSpec, weight_decay: float, *, layers: bool = True) -> list[dict[str, Any]]:
+def _groups(
+    module: nn.Module, spec: TrainSpec, weight_decay: float, *, layers: bool = True
+) -> list[dict[str, Any]]:
     from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
     exempt: Callable[[], set[str]] = getattr(module, "no_weight_decay", set)
     if layers and spec.optimizer.layer_decay:
-        found = param_groups_layer_decay(module, weight_decay, no_weight_decay_list=exempt(), layer_decay=spec.optimizer.layer_decay)
+        found = param_groups_layer_decay(
+            module,
+            weight_decay,
+            no_weight_decay_list=exempt(),
+            layer_decay=spec.optimizer.layer_decay,
+        )
     elif spec.optimizer.decay_norm_and_bias:
-        found = [{"params": [p for p in module.parameters() if p.requires_grad], "weight_decay": weight_decay}]
+        found = [
+            {
+                "params": [p for p in module.parameters() if p.requires_grad],
+                "weight_decay": weight_decay,
+            }
+        ]
     else:
         found = param_groups_weight_decay(module, weight_decay, no_weight_decay_list=exempt())
     return [group for group in found if group["params"]]
@@ -121,13 +163,27 @@ class LrSchedule:
     The rate is a function of the step, so resuming needs no state but plateau's.
     """
 
-    def __init__(self, spec: TrainSpec, optimizer: torch.optim.Optimizer, epochs: int, steps_per_epoch: int, *, maximize: bool) -> None:
+    def __init__(
+        self,
+        spec: TrainSpec,
+        optimizer: torch.optim.Optimizer,
+        epochs: int,
+        steps_per_epoch: int,
+        *,
+        maximize: bool,
+    ) -> None:
         want = spec.lr_schedule.within(epochs)
         self.by_epoch = want.name == "plateau"
-        self._scheduler = _scheduler(want, optimizer, max(1, epochs - want.cooldown_epochs), steps_per_epoch)
+        self._scheduler = _scheduler(
+            want, optimizer, max(1, epochs - want.cooldown_epochs), steps_per_epoch
+        )
         self._plateau = _plateau(want, optimizer, maximize) if self.by_epoch else None
-        self._warmup, self._per_epoch, self._min_lr = want.warmup_epochs, steps_per_epoch, want.min_lr
-        self._cooldown = (epochs - want.cooldown_epochs) * steps_per_epoch if want.cooldown_epochs else None
+        self._warmup = want.warmup_epochs
+        self._per_epoch = steps_per_epoch
+        self._min_lr = want.min_lr
+        self._cooldown = (
+            (epochs - want.cooldown_epochs) * steps_per_epoch if want.cooldown_epochs else None
+        )
         self.after_step(0)
 
     def after_step(self, steps: int) -> None:
@@ -139,21 +195,36 @@ class LrSchedule:
 
     def after_epoch(self, epochs: int, metric: float) -> None:
         """Tell plateau how good the epoch was."""
-        if self._plateau is not None and epochs > self._warmup and (self._cooldown is None or epochs * self._per_epoch < self._cooldown):
+        if (
+            self._plateau is not None
+            and epochs > self._warmup
+            and (self._cooldown is None or epochs * self._per_epoch < self._cooldown)
+        ):
             self._plateau.step(metric)
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self._plateau is None else {k: v for k, v in self._plateau.state_dict().items() if isinstance(v, int | float | list)}
+        return (
+            {}
+            if self._plateau is None
+            else {
+                k: v
+                for k, v in self._plateau.state_dict().items()
+                if isinstance(v, int | float | list)
+            }
+        )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self._plateau is not None:
             self._plateau.load_state_dict(state)
 
 
-def _scheduler(want: LrScheduleSpec, optimizer: torch.optim.Optimizer, epochs: int, steps_per_epoch: int) -> Any:
+def _scheduler(
+    want: LrScheduleSpec, optimizer: torch.optim.Optimizer, epochs: int, steps_per_epoch: int
+) -> Any:
     from timm.scheduler import create_scheduler_v2
 
-    steady = want.name in ("constant", "plateau")  # a step schedule that never steps, for its warm-up
+    # a step schedule that never steps, for its warm-up
+    steady = want.name in ("constant", "plateau")
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched="step" if steady else want.name,
@@ -168,10 +239,21 @@ def _scheduler(want: LrScheduleSpec, optimizer: torch.optim.Optimizer, epochs: i
         updates_per_epoch=steps_per_epoch,
     )
     if want.name == "multistep":
-        scheduler.decay_t = [milestone * steps_per_epoch + 1 for milestone in sorted(want.milestones)]  # timm decays one step too early
+        # timm decays one step too early
+        scheduler.decay_t = [
+            milestone * steps_per_epoch + 1 for milestone in sorted(want.milestones)
+        ]
     return scheduler
 
 
-def _plateau(want: LrScheduleSpec, optimizer: torch.optim.Optimizer, maximize: bool) -> ReduceLROnPlateau:
+def _plateau(
+    want: LrScheduleSpec, optimizer: torch.optim.Optimizer, maximize: bool
+) -> ReduceLROnPlateau:
     """torch's own: timm's wrapper around it keeps no state."""
-    return ReduceLROnPlateau(optimizer, "max" if maximize else "min", factor=want.decay_rate, patience=want.patience, min_lr=want.min_lr)
+    return ReduceLROnPlateau(
+        optimizer,
+        "max" if maximize else "min",
+        factor=want.decay_rate,
+        patience=want.patience,
+        min_lr=want.min_lr,
+    )

@@ -1,4 +1,6 @@
-"""Which parameters of a student the losses of a stage reach, read off the graph that a backward would walk."""
+"""Which parameters of a student the losses of a stage reach, read off the graph that a backward
+would walk.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ def reached(objective: Objective, lesson: Lesson, pretended: Lesson, batch: Batc
 
     Args:
         objective: set up.
-        lesson: what the networks said, with its graph. It may be on the meta device, where no loss can be computed.
+        lesson: what the networks said, with its graph. It may be on the meta device, where no loss
+            can be computed.
         pretended: a lesson of the same shapes, for which losses can be computed.
         batch: the batch of `pretended`.
     """
@@ -45,7 +48,11 @@ def _on_leaves(lesson: Lesson) -> Lesson:
         return outputs.map(lambda value: value.detach().requires_grad_(value.is_floating_point()))
 
     own = lesson.supervised
-    return replace(lesson, student=leaf(lesson.student), supervised=replace(own, student=leaf(own.student)) if own else None)
+    return replace(
+        lesson,
+        student=leaf(lesson.student),
+        supervised=replace(own, student=leaf(own.student)) if own else None,
+    )
 
 
 def _student_says(lesson: Lesson) -> list[Tensor]:

@@ -34,20 +34,29 @@ class Networks(Protocol):
     def teaching(self, stage: Stage, number: int = 0) -> nn.Module | None:
         """The network that teaches the stage's student of that number."""
 
-    def expand(self, pairs: Sequence[LayerPair], teacher: str | None = None, own: bool = False) -> list[LayerPair]:
+    def expand(
+        self, pairs: Sequence[LayerPair], teacher: str | None = None, own: bool = False
+    ) -> list[LayerPair]:
         """The pairs of layers with globs written out."""
 
 
-Carried = dict[tuple[Model, int], dict[str, Loss]]  # of each student (and lesson beyond the students'), its losses so far by name
+# of each student (and lesson beyond the students'), its losses so far by name
+Carried = dict[tuple[Model, int], dict[str, Loss]]
 
 
 def build_trainer(
-    recipe: Recipe, prepared: loaders.Data, networks: Networks, accelerator: Accelerator, number: int, stage: Stage,
+    recipe: Recipe,
+    prepared: loaders.Data,
+    networks: Networks,
+    accelerator: Accelerator,
+    number: int,
+    stage: Stage,
     carried: Carried | None = None,
-) -> Trainer:  # fmt: skip
+) -> Trainer:
     """The trainer of the schedule's stage `number`, its losses set up by a probe batch.
 
-    A loss that a student already had in an earlier stage goes on with what it has learnt: `carried` keeps them.
+    A loss that a student already had in an earlier stage goes on with what it has learnt: `carried`
+    keeps them.
     """
     reseed(recipe.spec.seed, "setup", number)
     for student in stage.students:
@@ -60,16 +69,28 @@ def build_trainer(
     networks.verify_finite()
     labels = _labels_by_index(prepared.train)
     if len(lessons) < len(stage.students):
-        raise RunError(f"stage '{stage.name}' gives {len(lessons)} lessons for {len(stage.students)} students")
+        raise RunError(
+            f"stage '{stage.name}' gives {len(lessons)} lessons for {len(stage.students)} students"
+        )
     if stage.apart and accelerator.num_processes > 1:
         _refuse_together(recipe, stage)
-    objectives, teachers, last = [], networks.teacher_modules(), len(stage.students) - 1
+    objectives = []
+    teachers = networks.teacher_modules()
+    last = len(stage.students) - 1
     for i, lesson in enumerate(lessons):
         student = stage.students[i if i <= last else 0]
         built = objective.build(recipe, stage.losses, networks.expand, layers=i <= last)
-        context = Context(student.module, networks.teaching(stage, min(i, last)), prepared.info.num_classes, len(labels), labels)
+        context = Context(
+            student.module,
+            networks.teaching(stage, min(i, last)),
+            prepared.info.num_classes,
+            len(labels),
+            labels,
+        )
         built.setup(lesson, context, teachers)
-        before = (carried if carried is not None else {}).setdefault((student, max(0, i - last)), {})
+        before = (carried if carried is not None else {}).setdefault(
+            (student, max(0, i - last)), {}
+        )
         for name, loss in built.parts().items():
             if name in before:
                 copied = {
@@ -81,9 +102,14 @@ def build_trainer(
         before |= built.parts()
         objectives.append(built)
     return Trainer(
-        stage, objectives, recipe.spec.train, prepared.train, accelerator,
-        seed=recipe.spec.seed, maximize=prepared.validation is not None,
-    )  # fmt: skip
+        stage,
+        objectives,
+        recipe.spec.train,
+        prepared.train,
+        accelerator,
+        seed=recipe.spec.seed,
+        maximize=prepared.validation is not None,
+    )
 
 
 def _refuse_together(recipe: Recipe, stage: Stage) -> None:
@@ -95,14 +121,21 @@ def _refuse_together(recipe: Recipe, stage: Stage) -> None:
     """
     for i, entry in enumerate(recipe.spec.losses):
         if getattr(entry, "gather", False):
-            says = f"in stage '{stage.name}' each process trains a student of its own, whose answers are not to be gathered into one batch"
+            says = (
+                f"in stage '{stage.name}' each process trains a student of its own, whose answers"
+                " are not to be gathered into one batch"
+            )
             raise recipe.error(["losses", i, "gather"], says)
     if stage.result != "first":
-        raise RunError(f"stage '{stage.name}' trains apart, so it can only leave the first process's student")
+        raise RunError(
+            f"stage '{stage.name}' trains apart, so it can only leave the first process's student"
+        )
 
 
 def _labels_by_index(loader: loaders.TrainLoader) -> Tensor:
-    """Class by `Batch.index`, which counts images that are not trained on too: those have -1. Empty for a stream."""
+    """Class by `Batch.index`, which counts images that are not trained on too: those have -1.
+    Empty for a stream.
+    """
     if not len(loader.indices):
         return loader.labels.cpu()
     labels = torch.full((int(loader.indices.max()) + 1,), -1)

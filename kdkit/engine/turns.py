@@ -1,4 +1,6 @@
-"""Cooperative scheduling: generators that yield before each batch, so that several runs can be trained side by side."""
+"""Cooperative scheduling: generators that yield before each batch, so that several runs can be
+trained side by side.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from typing import Self, TypeVar
 T = TypeVar("T")
 
 Place = tuple[int, int, int]
-"""Where a run is: finished epochs of its stage, part of the data (below 0: measuring, 0: training), batch that it asks for next."""
+"""Where a run is: finished epochs of its stage, part of the data (below 0: measuring, 0:
+training), batch that it asks for next.
+"""
 
 BEGINNING: Place = (-1, 0, 0)
 
@@ -28,7 +32,9 @@ def finish(turns: Turns[T]) -> T:
 
 
 class Stopwatch:
-    """Wall and CPU seconds spent on one run. It stands still while another run has its turn: enter it for a turn."""
+    """Wall and CPU seconds spent on one run. It stands still while another run has its turn:
+    enter it for a turn.
+    """
 
     def __init__(self) -> None:
         self.set(0.0, 0.0)
@@ -39,8 +45,15 @@ class Stopwatch:
         self._running = True
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._wall, self._cpu, self._running = self.wall, self.cpu, False
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._wall = self.wall
+        self._cpu = self.cpu
+        self._running = False
 
     def set(self, wall: float, cpu: float) -> None:
         """Say what was spent up to now."""

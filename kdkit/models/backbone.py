@@ -11,14 +11,17 @@ from kdkit.models.hooks import Keep, Store, register
 
 
 class Backbone(nn.Module):
-    """What a layer of a network gives, from what the network takes. Its parameters and buffers are the network's own, not copies.
+    """What a layer of a network gives, from what the network takes. Its parameters and buffers
+    are the network's own, not copies.
 
-    The modules around them are: `train`, `eval` and hooks of the one do not reach the other. The classifier is left out.
+    The modules around them are: `train`, `eval` and hooks of the one do not reach the other. The
+    classifier is left out.
 
     Args:
         network: stays as it is.
         layer: named in any of the ways of a recipe.
-        num_classes: number of logits, which helps to find the classifier of a network that does not say.
+        num_classes: number of logits, which helps to find the classifier of a network that does not
+            say.
 
     Raises:
         TapError: there is no such layer, or no single classifier.
@@ -27,7 +30,9 @@ class Backbone(nn.Module):
     def __init__(self, network: nn.Module, layer: str, num_classes: int | None = None) -> None:
         super().__init__()
         place, head = resolve(layer, network, num_classes), classifier_path(network, num_classes)
-        self.network = copy.deepcopy(network, {id(value): value for value in (*network.parameters(), *network.buffers())})
+        self.network = copy.deepcopy(
+            network, {id(value): value for value in (*network.parameters(), *network.buffers())}
+        )
         self.network.set_submodule(head, nn.Identity())
         # an object, as is the hook that it fills: a copy of this module must not write here
         self._store = Store()

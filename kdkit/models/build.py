@@ -17,7 +17,14 @@ from kdkit.errors import CheckpointError, ModelError, TapError
 from kdkit.finite import faulty_weight
 from kdkit.models.normalization import InputAdapter, NormalizationAdapter
 from kdkit.models.tapped import TappedModel
-from kdkit.models.weight_files import Misfit, Weights, adopt_shapes, fit_weights, read_weights, refuse_other_classes
+from kdkit.models.weight_files import (
+    Misfit,
+    Weights,
+    adopt_shapes,
+    fit_weights,
+    read_weights,
+    refuse_other_classes,
+)
 from kdkit.randomness import seeded
 
 
@@ -37,7 +44,8 @@ def build_model(
     channels_last: bool = False,
     precision: torch.dtype | None = None,
 ) -> TappedModel:
-    """The network with its weights, adapted to the batches and observed at `layers`. Random weights are drawn from the current stream.
+    """The network with its weights, adapted to the batches and observed at `layers`. Random
+    weights are drawn from the current stream.
 
     Args:
         options: the recipe's section.
@@ -91,25 +99,39 @@ def build_model(
 
 def _built(source: ModelSource, num_classes: int, shape: Shape, weights: bool) -> nn.Module:
     try:
-        return source.build(num_classes, shape) if weights else _without_numbers(source, num_classes, shape)
-    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # of the network's own code
+        return (
+            source.build(num_classes, shape)
+            if weights
+            else _without_numbers(source, num_classes, shape)
+        )
+    # of the network's own code
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         says = (str(error).strip() or "no reason given").splitlines()[0]
-        raise ModelError(f"'{source.name}/{source.model_name}' cannot be built: {type(error).__name__}: {says}") from error
+        raise ModelError(
+            f"'{source.name}/{source.model_name}' cannot be built: {type(error).__name__}: {says}"
+        ) from error
 
 
 def _without_numbers(source: ModelSource, num_classes: int, shape: Shape) -> nn.Module:
-    """The network on the meta device; with numbers, if it needs some while it is built (it reads weights of its own, say)."""
+    """The network on the meta device; with numbers, if it needs some while it is built (it reads
+    weights of its own, say).
+    """
     try:
         with torch.device("meta"):
             return source.build(num_classes, shape)
     except ModelError:
-        return source.build(num_classes, shape)  # which tells once more what is wrong, if it is something else
+        # which tells once more what is wrong, if it is something else
+        return source.build(num_classes, shape)
 
 
-def random_weights(source: ModelSource, num_classes: int, image_shape: Shape) -> tuple[list[str], bool]:
-    """Names of the tensors that a fresh network draws at random, and whether it reads others from somewhere as it is built.
+def random_weights(
+    source: ModelSource, num_classes: int, image_shape: Shape
+) -> tuple[list[str], bool]:
+    """Names of the tensors that a fresh network draws at random, and whether it reads others
+    from somewhere as it is built.
 
-    Two networks of different seeds differ in what is drawn. Tensors of one value only (zeros, ones) tell nothing.
+    Two networks of different seeds differ in what is drawn. Tensors of one value only (zeros, ones)
+    tell nothing.
     """
     shape = _own_shape(source.options, source, image_shape)
     builds = []
@@ -117,15 +139,27 @@ def random_weights(source: ModelSource, num_classes: int, image_shape: Shape) ->
         with seeded("drawn weights", seed):
             builds.append(source.build(num_classes, shape).state_dict())
     drawn = [name for name, value in builds[0].items() if not torch.equal(value, builds[1][name])]
-    read = any(name not in drawn and value.numel() and bool((value != value.flatten()[0]).any()) for name, value in builds[0].items())
+    read = any(
+        name not in drawn and value.numel() and bool((value != value.flatten()[0]).any())
+        for name, value in builds[0].items()
+    )
     return drawn, read
 
 
 def load_checkpoint(
-    path: Path, module: nn.Module, strip_prefix: str = "", num_classes: int | None = None, rename: Callable[[str], str] | None = None,
-    *, new_head: bool = False, teaches: bool = False, own: bool = False, shapes_only: bool = False,
-) -> tuple[str, ...]:  # fmt: skip
-    """Load a checkpoint's weights into a network; gives what there is to know about them, see `kdkit.models.weight_files.fit_weights`.
+    path: Path,
+    module: nn.Module,
+    strip_prefix: str = "",
+    num_classes: int | None = None,
+    rename: Callable[[str], str] | None = None,
+    *,
+    new_head: bool = False,
+    teaches: bool = False,
+    own: bool = False,
+    shapes_only: bool = False,
+) -> tuple[str, ...]:
+    """Load a checkpoint's weights into a network; gives what there is to know about them, see
+    `kdkit.models.weight_files.fit_weights`.
 
     Args:
         path: the file.
@@ -135,11 +169,14 @@ def load_checkpoint(
         rename: the network's own name of a key, once the prefix is dropped (None: the same).
         new_head: leave the file's classifier out; the network's own stays as it is.
         teaches: whether it is a teacher's, which a random classifier would not help.
-        own: whether such a network had them once: it then takes their shapes, but for the number of classes.
-        shapes_only: compare names and shapes only; the network may be on the meta device, and stays as it is.
+        own: whether such a network had them once: it then takes their shapes, but for the number of
+            classes.
+        shapes_only: compare names and shapes only; the network may be on the meta device, and stays
+            as it is.
 
     Raises:
-        CheckpointError: the file is missing, holds more than tensors, or does not fit; the network is then unchanged.
+        CheckpointError: the file is missing, holds more than tensors, or does not fit; the network
+            is then unchanged.
     """
     head = _head(module, num_classes) if new_head else None
     if own:
@@ -150,19 +187,32 @@ def load_checkpoint(
         refuse_other_classes(error, path, module, num_classes, teaches=teaches)
         raise
     if not shapes_only:
-        module.load_state_dict(found.weights, strict=False)  # checked above; old files lack BatchNorm's counters
+        # checked above; old files lack BatchNorm's counters
+        module.load_state_dict(found.weights, strict=False)
     return found.notes
 
 
 def _take_shapes(module: nn.Module, weights: Weights, num_classes: int | None) -> None:
     with contextlib.suppress(TapError):
         head = classifier_path(module, num_classes)
-        classes = {key: value for key, value in module.state_dict().items() if key.startswith(f"{head}.")}
-        weights = {key: value for key, value in weights.items() if key not in classes or value.shape[:1] == classes[key].shape[:1]}
+        classes = {
+            key: value for key, value in module.state_dict().items() if key.startswith(f"{head}.")
+        }
+        weights = {
+            key: value
+            for key, value in weights.items()
+            if key not in classes or value.shape[:1] == classes[key].shape[:1]
+        }
     adopt_shapes(module, weights)
 
 
-def _load(options: ModelOptions, source: ModelSource, module: nn.Module, num_classes: int, file: Path | None) -> None:
+def _load(
+    options: ModelOptions,
+    source: ModelSource,
+    module: nn.Module,
+    num_classes: int,
+    file: Path | None,
+) -> None:
     if file:
         load_checkpoint(file, module, num_classes=num_classes, own=True)
     elif options.checkpoint:
@@ -172,27 +222,44 @@ def _load(options: ModelOptions, source: ModelSource, module: nn.Module, num_cla
 
 
 def compare_checkpoint(
-    options: ModelOptions, source: ModelSource, module: nn.Module, num_classes: int, *, shapes_only: bool = True
+    options: ModelOptions,
+    source: ModelSource,
+    module: nn.Module,
+    num_classes: int,
+    *,
+    shapes_only: bool = True,
 ) -> tuple[str, ...]:
-    """See whether the recipe's checkpoint fits the network, by names and shapes alone; see `load_checkpoint`."""
+    """See whether the recipe's checkpoint fits the network, by names and shapes alone; see
+    `load_checkpoint`.
+    """
     assert options.checkpoint is not None
     return load_checkpoint(
-        options.checkpoint, module, options.strip_prefix, num_classes, functools.partial(source.rename, module=module),
-        new_head=options.new_head, teaches=isinstance(options, TeacherOptions), shapes_only=shapes_only,
-    )  # fmt: skip
+        options.checkpoint,
+        module,
+        options.strip_prefix,
+        num_classes,
+        functools.partial(source.rename, module=module),
+        new_head=options.new_head,
+        teaches=isinstance(options, TeacherOptions),
+        shapes_only=shapes_only,
+    )
 
 
 def _own_shape(options: ModelOptions, source: ModelSource, shape: Shape) -> Shape:
     """What the network itself takes."""
     if source.takes not in ("any", kind_of(shape)):
-        raise ModelError(f"'{source.name}' builds networks for {source.takes}, and the data are {kind_of(shape)}")
+        raise ModelError(
+            f"'{source.name}' builds networks for {source.takes}, and the data are {kind_of(shape)}"
+        )
     if is_text(shape):
         return shape
     channels, side = source.in_channels(shape[0]), options.input_size
     return (channels, side, side) if side else (channels, *shape[1:])
 
 
-def _adapter(options: ModelOptions, source: ModelSource, module: nn.Module, shape: Shape, own: Shape) -> nn.Module:
+def _adapter(
+    options: ModelOptions, source: ModelSource, module: nn.Module, shape: Shape, own: Shape
+) -> nn.Module:
     """From batches to what the network takes; texts are given as they are."""
     if not is_text(shape):
         return _input_adapter(options, source.normalization(module), shape[0], own[0])
@@ -201,20 +268,30 @@ def _adapter(options: ModelOptions, source: ModelSource, module: nn.Module, shap
     return nn.Identity()
 
 
-def _input_adapter(options: ModelOptions, own: Normalize | None, image_channels: int, channels: int) -> InputAdapter:
+def _input_adapter(
+    options: ModelOptions, own: Normalize | None, image_channels: int, channels: int
+) -> InputAdapter:
     if options.normalize:
         wanted = options.normalize
         if {len(wanted.mean), len(wanted.std)} - {1, channels}:
-            raise ModelError(f"normalize has {len(wanted.mean)} means and {len(wanted.std)} deviations for {channels} channels")
+            raise ModelError(
+                f"normalize has {len(wanted.mean)} means and {len(wanted.std)} deviations for"
+                f" {channels} channels"
+            )
     else:
         wanted = own or Normalize(mean=(0.0,), std=(1.0,))
-    adapter = NormalizationAdapter(0.0, 1.0, _fit(wanted.mean, channels), _fit(wanted.std, channels))
-    adapter(torch.empty(1, image_channels, 1, 1, device=adapter.scale.device))  # raises where the channels cannot be adapted
+    adapter = NormalizationAdapter(
+        0.0, 1.0, _fit(wanted.mean, channels), _fit(wanted.std, channels)
+    )
+    # raises where the channels cannot be adapted
+    adapter(torch.empty(1, image_channels, 1, 1, device=adapter.scale.device))
     return InputAdapter(adapter, options.input_size, options.interpolation)
 
 
 def _fit(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    """One value per channel; colour values become their mean where the network takes another number of channels."""
+    """One value per channel; colour values become their mean where the network takes another
+    number of channels.
+    """
     return values if len(values) == channels else (sum(values) / len(values),) * channels
 
 
@@ -227,4 +304,7 @@ def _head(module: nn.Module, num_classes: int | None) -> str:
     try:
         return classifier_path(module, num_classes)
     except TapError:
-        raise ModelError("new_head: this network has no single linear classifier, so none can be left out of its checkpoint") from None
+        raise ModelError(
+            "new_head: this network has no single linear classifier, so none can be left out of its"
+            " checkpoint"
+        ) from None

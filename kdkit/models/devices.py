@@ -11,10 +11,13 @@ from kdkit.errors import RunError
 from kdkit.recipe.sections import TrainSpec
 
 LEAST_CHANNELS = 16
-"""Input channels from which on a strided 1 x 1 convolution is safe on the CPU with images that are channels-last.
+"""Input channels from which on a strided 1 x 1 convolution is safe on the CPU with images that
+are channels-last.
 
-oneDNN computes with vectors of 8 numbers (AVX2) or 16 (AVX-512). With fewer channels than that, the backward pass of such a
-convolution writes a whole vector, beyond the end of a buffer (seen in torch 2.14 and 2.15; with AVX-512 at 64 x 64 pixels)."""
+oneDNN computes with vectors of 8 numbers (AVX2) or 16 (AVX-512). With fewer channels than that, the
+backward pass of such a convolution writes a whole vector, beyond the end of a buffer (seen in torch
+2.14 and 2.15; with AVX-512 at 64 x 64 pixels).
+"""
 
 
 def present() -> list[str]:
@@ -28,7 +31,8 @@ def chosen(name: str) -> torch.device | None:
     """The device of that name; None for `auto`.
 
     Raises:
-        RunError: this machine has no such device, or each of several processes must take another one.
+        RunError: this machine has no such device, or each of several processes must take another
+            one.
     """
     if name == "auto":
         return None
@@ -37,12 +41,17 @@ def chosen(name: str) -> torch.device | None:
         raise RunError(f"this machine has no '{name}'; it has {', '.join(found)}")
     device = torch.device(name)
     if device.index is not None and (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise RunError(f"'{name}' is one device, and each of the {processes} processes takes its own: say '{device.type}'")
+        raise RunError(
+            f"'{name}' is one device, and each of the {processes} processes takes its own: say"
+            f" '{device.type}'"
+        )
     return device
 
 
 def for_reading(train: TrainSpec) -> TrainSpec:
-    """The section for a look at a finished run: on its own device where this machine has it, else on the one there is."""
+    """The section for a look at a finished run: on its own device where this machine has it,
+    else on the one there is.
+    """
     try:
         chosen(train.device)
     except RunError:
@@ -51,17 +60,23 @@ def for_reading(train: TrainSpec) -> TrainSpec:
 
 
 def trains_on_cpu(train: TrainSpec) -> bool:
-    """Whether the processor carries the recipe out, because it says so or because there is no accelerator."""
+    """Whether the processor carries the recipe out, because it says so or because there is no
+    accelerator.
+    """
     return train.device == "cpu" or not torch.accelerator.is_available()
 
 
 def is_channels_last(train: TrainSpec, device: torch.device) -> bool:
-    """Whether networks on that device, and the images that they see, are channels-last in memory."""
+    """Whether networks on that device, and the images that they see, are channels-last in
+    memory.
+    """
     return device.type != "cpu" if train.channels_last == "auto" else train.channels_last
 
 
 def unsafe_convolution(network: nn.Module) -> str | None:
-    """The name of a convolution that corrupts memory on the CPU where the images are channels-last; None: there is none."""
+    """The name of a convolution that corrupts memory on the CPU where the images are
+    channels-last; None: there is none.
+    """
     for name, part in network.named_modules():
         if not isinstance(part, nn.Conv2d) or part.groups > 1 or part.in_channels >= LEAST_CHANNELS:
             continue

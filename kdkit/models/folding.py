@@ -1,4 +1,6 @@
-"""Merges BatchNorm layers of a frozen network into the convolutions before them: equal up to rounding, and faster."""
+"""Merges BatchNorm layers of a frozen network into the convolutions before them: equal up to
+rounding, and faster.
+"""
 
 from __future__ import annotations
 
@@ -27,28 +29,42 @@ BATCH_NORM = nn.modules.batchnorm._BatchNorm
 TOLERANCE = 1e-4  # of the largest output: some hundred roundings of fp32
 
 
-def fold_batchnorm(model: ModelT, probe: Inputs | Shape, keep: Iterable[str] = (), *, in_place: bool = False) -> ModelT:
-    """The model with every BatchNorm folded whose input is one convolution's output and goes nowhere else.
+def fold_batchnorm(
+    model: ModelT, probe: Inputs | Shape, keep: Iterable[str] = (), *, in_place: bool = False
+) -> ModelT:
+    """The model with every BatchNorm folded whose input is one convolution's output and goes
+    nowhere else.
 
-    Pairs are found by watching one forward on the probe, so names and registration order do not matter. The module tree stays: an
-    Identity (or what timm's BatchNormAct2d does after normalising) stands where the BatchNorm was.
+    Pairs are found by watching one forward on the probe, so names and registration order do not
+    matter. The module tree stays: an Identity (or what timm's BatchNormAct2d does after
+    normalising) stands where the BatchNorm was.
 
     Args:
-        model: a network, or a tapped one, whose own taps are kept too; the result is in eval mode and without gradients.
-        probe: a batch (B, C, H, W) or mapping that the model takes, or the shape of one, to be drawn at random.
+        model: a network, or a tapped one, whose own taps are kept too; the result is in eval mode
+            and without gradients.
+        probe: a batch (B, C, H, W) or mapping that the model takes, or the shape of one, to be
+            drawn at random.
         keep: layers that are observed; a pair that holds one of them is left alone.
         in_place: change the model itself; otherwise the result shares no tensor with it.
 
     Raises:
-        ModelError: the network normalises by batch statistics, or the folded one answers differently.
+        ModelError: the network normalises by batch statistics, or the folded one answers
+            differently.
     """
     model = model if in_place else copy.deepcopy(model)
     module = model.module if isinstance(model, TappedModel) else model
-    if any(isinstance(part, BATCH_NORM) and part.training and not part.track_running_stats for part in module.modules()):
+    if any(
+        isinstance(part, BATCH_NORM) and part.training and not part.track_running_stats
+        for part in module.modules()
+    ):
         raise ModelError("BatchNorm that uses batch statistics (`mode: train`) cannot be folded")
     module.eval().requires_grad_(False)
     kept = {resolve(name, module).path for name in keep}
-    batch = probe if isinstance(probe, Tensor | Mapping) else moved(random_inputs(probe, 2), _device(module))
+    batch = (
+        probe
+        if isinstance(probe, Tensor | Mapping)
+        else moved(random_inputs(probe, 2), _device(module))
+    )
     if isinstance(model, TappedModel):
         kept |= {layer.path for layer in model.layers.values()}
         batch = model.adapt(batch)
@@ -61,17 +77,26 @@ def fold_batchnorm(model: ModelT, probe: Inputs | Shape, keep: Iterable[str] = (
     return model
 
 
-def unfoldable(network: nn.Module, layers: Iterable[str], num_classes: int | None = None) -> list[str]:
-    """Those of the observed layers whose observation keeps a pair from being folded: convolutions and BatchNorms themselves."""
+def unfoldable(
+    network: nn.Module, layers: Iterable[str], num_classes: int | None = None
+) -> list[str]:
+    """Those of the observed layers whose observation keeps a pair from being folded:
+    convolutions and BatchNorms themselves.
+    """
     paths = {resolve(layer, network, num_classes).path for layer in layers}
-    return sorted(path for path in paths if isinstance(network.get_submodule(path), nn.modules.conv._ConvNd | BATCH_NORM))
+    return sorted(
+        path
+        for path in paths
+        if isinstance(network.get_submodule(path), nn.modules.conv._ConvNd | BATCH_NORM)
+    )
 
 
 @dataclass
 class _Sighting:
     """What one probe forward shows of convolutions and BatchNorm layers."""
 
-    outputs: dict[int, tuple[str, Tensor]] = field(default_factory=dict)  # by id; the tensor is held, or its id could be reused
+    # by id; the tensor is held, or its id could be reused
+    outputs: dict[int, tuple[str, Tensor]] = field(default_factory=dict)
     fed: list[tuple[str, str]] = field(default_factory=list)
     runs: Counter[str] = field(default_factory=Counter)
     readers: Counter[int] = field(default_factory=Counter)
@@ -95,7 +120,9 @@ class _Readers(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _probe(module: nn.Module, probe: Inputs) -> tuple[list[Tensor], list[tuple[str, str]]]:
-    """The answer to the probe, and the (convolution, BatchNorm) pairs that it shows to be foldable."""
+    """The answer to the probe, and the (convolution, BatchNorm) pairs that it shows to be
+    foldable.
+    """
     seen = _Sighting()
     names = {part: path for path, part in module.named_modules()}
     owners = Counter(id(value) for part in names for value in part.parameters(recurse=False))
@@ -123,12 +150,17 @@ def _probe(module: nn.Module, probe: Inputs) -> tuple[list[Tensor], list[tuple[s
         for handle in handles:
             handle.remove()
     shared = {name for key, (name, _) in seen.outputs.items() if seen.readers[key] != 1}
-    pairs = [p for p in seen.fed if seen.runs[p[0]] == seen.runs[p[1]] == 1 and not seen.unfit & {*p} and p[0] not in shared]
+    pairs = [
+        p
+        for p in seen.fed
+        if seen.runs[p[0]] == seen.runs[p[1]] == 1 and not seen.unfit & {*p} and p[0] not in shared
+    ]
     return answer, pairs
 
 
 def _is_linear_in_its_weight(conv: Any, args: tuple[Tensor, ...], output: Tensor) -> bool:
-    """Whether twice the weight gives twice the output: not so where weights are standardised or parametrised.
+    """Whether twice the weight gives twice the output: not so where weights are standardised or
+    parametrised.
 
     Transposed convolutions are left out: their weights are laid out otherwise.
     """
@@ -139,14 +171,25 @@ def _is_linear_in_its_weight(conv: Any, args: tuple[Tensor, ...], output: Tensor
     weight.mul_(2)  # doubling and halving are exact
     doubled = type(conv).forward(conv, *args)
     weight.div_(2)
-    return bool(torch.allclose(doubled - offset, 2 * (output - offset), rtol=1e-4, atol=1e-5 * float(output.abs().max())))
+    return bool(
+        torch.allclose(
+            doubled - offset,
+            2 * (output - offset),
+            rtol=1e-4,
+            atol=1e-5 * float(output.abs().max()),
+        )
+    )
 
 
 def _is_normalisation(norm: Any, features: Tensor, output: Tensor) -> bool:
-    """Whether the layer is its running statistics' multiply-add, followed by its children (timm's drop and act)."""
+    """Whether the layer is its running statistics' multiply-add, followed by its children
+    (timm's drop and act).
+    """
     if norm.running_mean is None:
         return False
-    plain = F.batch_norm(features, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+    plain = F.batch_norm(
+        features, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps
+    )
     return bool(torch.allclose(_rest(norm)(plain), output, rtol=1e-4, atol=1e-5))
 
 
@@ -161,10 +204,14 @@ def _rest(norm: nn.Module) -> nn.Module:
 def _fold(module: nn.Module, conv_path: str, norm_path: str) -> None:
     conv: Any = module.get_submodule(conv_path)
     norm: Any = module.get_submodule(norm_path)
-    statistics = [None if value is None else value.double() for value in (norm.running_mean, norm.running_var)]
+    statistics = [
+        None if value is None else value.double() for value in (norm.running_mean, norm.running_var)
+    ]
     affine = [None if value is None else value.double() for value in (norm.weight, norm.bias)]
     bias = None if conv.bias is None else conv.bias.double()
-    fused = fuse_conv_bn_weights(conv.weight.double(), bias, statistics[0], statistics[1], norm.eps, affine[0], affine[1])  # type: ignore[arg-type]
+    fused = fuse_conv_bn_weights(
+        conv.weight.double(), bias, statistics[0], statistics[1], norm.eps, affine[0], affine[1]
+    )  # type: ignore[arg-type]
     kind = conv.weight.dtype
     conv.weight, conv.bias = (nn.Parameter(value.to(kind), requires_grad=False) for value in fused)
     parent, _, name = norm_path.rpartition(".")
@@ -188,4 +235,7 @@ def _compare(before: list[Tensor], after: list[Tensor]) -> None:
         largest = float(old.abs().max())
         error = float((new - old).abs().max())
         if not error <= TOLERANCE * max(largest, 1e-3):
-            raise ModelError(f"folding BatchNorm changes this network's answer by {error:.2g} (largest {largest:.2g}): leave it unfolded")
+            raise ModelError(
+                f"folding BatchNorm changes this network's answer by {error:.2g} (largest"
+                f" {largest:.2g}): leave it unfolded"
+            )

@@ -12,26 +12,43 @@ from kdkit.errors import RunError, TapError, suggest
 STUDENT = "student"
 
 
-def freeze_all_but(wanted: Sequence[str], student: nn.Module, losses: Mapping[str, nn.Module]) -> list[nn.Parameter]:
-    """Take the gradient from everything that is not named, and put what learns nothing into eval mode; gives what was frozen.
+def freeze_all_but(
+    wanted: Sequence[str], student: nn.Module, losses: Mapping[str, nn.Module]
+) -> list[nn.Parameter]:
+    """Take the gradient from everything that is not named, and put what learns nothing into eval
+    mode; gives what was frozen.
 
     Args:
-        wanted: `student`, a layer of it (`student.stage1`), a loss by name, or a learnable part of one (`ft.paraphrasers`).
+        wanted: `student`, a layer of it (`student.stage1`), a loss by name, or a learnable part of
+            one (`ft.paraphrasers`).
         student: the network that learns.
         losses: its losses by name.
 
     Raises:
         RunError: a name means nothing, or nothing that learns.
     """
-    learning = {id(p) for name in wanted for part in _parts(name, student, losses) for p in part.parameters() if p.requires_grad}
-    frozen = [p for part in (student, *losses.values()) for p in part.parameters() if p.requires_grad and id(p) not in learning]
+    learning = {
+        id(p)
+        for name in wanted
+        for part in _parts(name, student, losses)
+        for p in part.parameters()
+        if p.requires_grad
+    }
+    frozen = [
+        p
+        for part in (student, *losses.values())
+        for p in part.parameters()
+        if p.requires_grad and id(p) not in learning
+    ]
     for parameter in frozen:
         parameter.requires_grad_(False)
     return frozen
 
 
 def rest(network: nn.Module) -> None:
-    """Put those layers of a student or loss into eval mode whose parameters are all frozen, so that no statistics move."""
+    """Put those layers of a student or loss into eval mode whose parameters are all frozen, so
+    that no statistics move.
+    """
     for part in network.modules():
         parameters = list(part.parameters())
         if parameters and not any(p.requires_grad for p in parameters):
@@ -44,7 +61,11 @@ def _parts(name: str, student: nn.Module, losses: Mapping[str, nn.Module]) -> It
         raise RunError(f"train: {suggest(name, [STUDENT, *losses])}")
     network = student if root == STUDENT else losses[root]
     try:
-        found = [network.get_submodule(_path(layer, network)) for layer in expand(path, network)] if path else [network]
+        found = (
+            [network.get_submodule(_path(layer, network)) for layer in expand(path, network)]
+            if path
+            else [network]
+        )
     except TapError as error:
         raise RunError(f"train: {name}: {error}") from None
     if not any(p.requires_grad for part in found for p in part.parameters()):

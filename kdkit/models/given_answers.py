@@ -17,11 +17,13 @@ ROUNDING = 1e-3  # by which a row of probabilities may miss a sum of 1
 class Reading:
     """A forward hook of a network: from what it returns to logits of the data's classes.
 
-    Probabilities p become logits again, up to a constant that no softmax sees: log p after a softmax, log(p / (1 - p)) after a sigmoid.
+    Probabilities p become logits again, up to a constant that no softmax sees: log p after a
+    softmax, log(p / (1 - p)) after a sigmoid.
 
     Args:
         answers: what the network's last operation gives.
-        classes: which of its answers are those of the data's classes, in the data's order (None: all).
+        classes: which of its answers are those of the data's classes, in the data's order (None:
+            all).
     """
 
     def __init__(self, answers: Answers, classes: Sequence[int] | None) -> None:
@@ -34,7 +36,10 @@ class Reading:
         if self.answers != "logits":
             logits = logits.float()
             least = torch.finfo(logits.dtype).tiny
-            own, rest = logits.clamp_min(least), (1 - logits).clamp_min(torch.finfo(logits.dtype).eps)
+            own, rest = (
+                logits.clamp_min(least),
+                (1 - logits).clamp_min(torch.finfo(logits.dtype).eps),
+            )
             logits = own.log() if self.answers == "softmax" else own.log() - rest.log()
         return logits if self.classes is None else logits[:, self.classes]
 

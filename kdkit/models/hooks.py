@@ -23,7 +23,8 @@ class Watch:
 
     Args:
         role: how messages call the model.
-        enough: how often each layer runs in a whole forward; once they have, `Stop` is raised (None: never).
+        enough: how often each layer runs in a whole forward; once they have, `Stop` is raised
+            (None: never).
     """
 
     def __init__(self, role: str, enough: Counter[str] | None) -> None:
@@ -39,7 +40,10 @@ class Watch:
             TapError: it is not one tensor.
         """
         if not isinstance(output, Tensor):
-            raise TapError(f"{self.role}: layer '{name}' gives {type(output).__name__}, not one tensor; tap a layer inside or behind it")
+            raise TapError(
+                f"{self.role}: layer '{name}' gives {type(output).__name__}, not one tensor; tap a"
+                " layer inside or behind it"
+            )
         self.kept[name], self.versions[name] = output, version(output)
         self.calls[name] += 1
         if self.calls == self.enough:
@@ -47,7 +51,9 @@ class Watch:
 
 
 class Store:
-    """Where the hooks of a compiled network write while it is open; closed, they let every tensor go."""
+    """Where the hooks of a compiled network write while it is open; closed, they let every
+    tensor go.
+    """
 
     def __init__(self) -> None:
         self.open = False
@@ -55,7 +61,9 @@ class Store:
 
 
 class Keep:
-    """A hook that stays on a network which is compiled; an object, so that a copied network writes into a copied store."""
+    """A hook that stays on a network which is compiled; an object, so that a copied network
+    writes into a copied store.
+    """
 
     def __init__(self, name: str, store: Store) -> None:
         self.name, self.store = name, store
@@ -75,18 +83,32 @@ class Picked:
         self.hook(module, args, output_of(output, self.number))
 
 
-def register(module: nn.Module, layers: Mapping[str, Layer], hook: Callable[[str], Callable[..., None]]) -> list[RemovableHandle]:
-    """Put `hook(name)` on each layer; it is called with (module, arguments) and, on the output side, the output."""
+def register(
+    module: nn.Module, layers: Mapping[str, Layer], hook: Callable[[str], Callable[..., None]]
+) -> list[RemovableHandle]:
+    """Put `hook(name)` on each layer; it is called with (module, arguments) and, on the output
+    side, the output.
+    """
     handles = []
     for name, layer in layers.items():
         part = module.get_submodule(layer.path)
-        call = hook(name) if layer.path or layer.side == "input" else Picked(hook(name), layer.output)
-        handles.append((part.register_forward_pre_hook if layer.side == "input" else part.register_forward_hook)(call))
+        call = (
+            hook(name) if layer.path or layer.side == "input" else Picked(hook(name), layer.output)
+        )
+        handles.append(
+            (
+                part.register_forward_pre_hook
+                if layer.side == "input"
+                else part.register_forward_hook
+            )(call)
+        )
     return handles
 
 
 @contextlib.contextmanager
-def observed(module: nn.Module, layers: Mapping[str, Layer], keep: Callable[[str, object], None]) -> Iterator[None]:
+def observed(
+    module: nn.Module, layers: Mapping[str, Layer], keep: Callable[[str, object], None]
+) -> Iterator[None]:
     """Call `keep(name, tensor)` whenever a layer runs, inside the `with` block only."""
 
     def hook(name: str) -> Callable[..., None]:
@@ -104,9 +126,15 @@ def observed(module: nn.Module, layers: Mapping[str, Layer], keep: Callable[[str
 
 
 def seen(part: nn.Module, args: tuple[object, ...], output: tuple[object, ...]) -> object:
-    """What a hook keeps: the output, or of a hook before the forward the first argument, copied where the module would overwrite it."""
+    """What a hook keeps: the output, or of a hook before the forward the first argument, copied
+    where the module would overwrite it.
+    """
     value = (*output, *args, None)[0]
-    return value.clone() if not output and isinstance(value, Tensor) and getattr(part, "inplace", False) else value
+    return (
+        value.clone()
+        if not output and isinstance(value, Tensor) and getattr(part, "inplace", False)
+        else value
+    )
 
 
 def version(tensor: Tensor) -> int | None:
@@ -115,9 +143,11 @@ def version(tensor: Tensor) -> int | None:
 
 
 def overwriter(module: nn.Module, layer: Layer, forward: Callable[[], object]) -> str:
-    """Run `forward` once more to find what to tap in place of a layer whose output is changed later.
+    """Run `forward` once more to find what to tap in place of a layer whose output is changed
+    later.
 
-    That is the module which changes it, or, where an operation between modules does, the module around both.
+    That is the module which changes it, or, where an operation between modules does, the module
+    around both.
     """
     kept: list[tuple[Tensor, int | None]] = []
     guilty: list[str] = []
@@ -134,7 +164,11 @@ def overwriter(module: nn.Module, layer: Layer, forward: Callable[[], object]) -
         if isinstance(output, Tensor):
             kept[:] = [(output, version(output))]
 
-    leaves = [(path, part) for path, part in module.named_modules() if path != layer.path and not list(part.children())]
+    leaves = [
+        (path, part)
+        for path, part in module.named_modules()
+        if path != layer.path and not list(part.children())
+    ]
     handles = [part.register_forward_pre_hook(look(around)) for _, part in leaves]
     handles += [part.register_forward_hook(look(path)) for path, part in leaves]
     try:

@@ -1,4 +1,6 @@
-"""Lets a student begin with tensors of its teacher: all that have its names and shapes, and of a row of repeated blocks some."""
+"""Lets a student begin with tensors of its teacher: all that have its names and shapes, and of a
+row of repeated blocks some.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,20 @@ from torch import Tensor, nn
 from kdkit.errors import ModelError
 
 
-def inherit(student: nn.Module, teacher: nn.Module, layers: Sequence[int] | None = None, rename: Callable[[str], str] = str) -> list[str]:
-    """Copy the teacher's tensors into the student, in place; gives the names of those that were copied.
+def inherit(
+    student: nn.Module,
+    teacher: nn.Module,
+    layers: Sequence[int] | None = None,
+    rename: Callable[[str], str] = str,
+) -> list[str]:
+    """Copy the teacher's tensors into the student, in place; gives the names of those that were
+    copied.
 
     Args:
         student: keeps its own values where the teacher has no tensor of that name and shape.
         teacher: stays as it is.
-        layers: numbers of the teacher's blocks, the first one 0, in the student's order; a transformer's layers are such blocks.
+        layers: numbers of the teacher's blocks, the first one 0, in the student's order; a
+            transformer's layers are such blocks.
         rename: the student's name of what the teacher calls a tensor.
 
     Raises:
@@ -26,7 +35,11 @@ def inherit(student: nn.Module, teacher: nn.Module, layers: Sequence[int] | None
         _refuse_other_number(student, rename(f"{row}.").rstrip("."), len(layers))
     own = student.state_dict()
     given = {rename(name): value for name, value in _renumbered(teacher, row, layers)}
-    fitting = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
+    fitting = {
+        name: value
+        for name, value in given.items()
+        if name in own and own[name].shape == value.shape
+    }
     inside = rename(f"{row}.") if layers is not None else ""
     if not any(name.startswith(inside) for name in fitting):
         whose = f"the teacher's {row}" if row else "the teacher"
@@ -37,20 +50,34 @@ def inherit(student: nn.Module, teacher: nn.Module, layers: Sequence[int] | None
 
 def _row(network: nn.Module, layers: Sequence[int]) -> str:
     """Path of the longest list of blocks that are made alike."""
-    rows = {path: len(part) for path, part in network.named_modules() if isinstance(part, nn.ModuleList | nn.Sequential) and _alike(part)}
+    rows = {
+        path: len(part)
+        for path, part in network.named_modules()
+        if isinstance(part, nn.ModuleList | nn.Sequential) and _alike(part)
+    }
     most = max(rows.values(), default=0)
     longest: list[str] = [path for path, length in rows.items() if length == most]
     if len(longest) != 1:
         found = f"several ({', '.join(longest)})" if longest else "none"
-        raise ModelError(f"`layers` are numbers in a row of repeated blocks, of which the teacher has {found}; leave `layers` out")
+        raise ModelError(
+            f"`layers` are numbers in a row of repeated blocks, of which the teacher has {found};"
+            " leave `layers` out"
+        )
     if wrong := [i for i in layers if not 0 <= i < rows[longest[0]]]:
-        raise ModelError(f"layers: {wrong[0]} is none of the teacher's {rows[longest[0]]} ('{longest[0]}'), which are numbered from 0")
+        raise ModelError(
+            f"layers: {wrong[0]} is none of the teacher's {rows[longest[0]]} ('{longest[0]}'),"
+            " which are numbered from 0"
+        )
     return longest[0]
 
 
 def _alike(row: nn.ModuleList | nn.Sequential) -> bool:
-    """Whether there are several blocks, each with parameters, all of one class and of the same shapes."""
-    kinds = {(type(part), tuple((name, p.shape) for name, p in part.named_parameters())) for part in row}
+    """Whether there are several blocks, each with parameters, all of one class and of the same
+    shapes.
+    """
+    kinds = {
+        (type(part), tuple((name, p.shape) for name, p in part.named_parameters())) for part in row
+    }
     return len(row) > 1 and len(kinds) == 1 and all(shapes for _, shapes in kinds)
 
 
@@ -58,17 +85,29 @@ def _refuse_other_number(student: nn.Module, row: str, wanted: int) -> None:
     try:
         part = student.get_submodule(row)
     except AttributeError:
-        raise ModelError(f"the student has no '{row}', where the teacher has its repeated blocks") from None
+        raise ModelError(
+            f"the student has no '{row}', where the teacher has its repeated blocks"
+        ) from None
     count = len(list(part.children()))
     if count != wanted:
-        raise ModelError(f"layers: names {wanted} of the teacher's, the student has {count} ('{row}')")
+        raise ModelError(
+            f"layers: names {wanted} of the teacher's, the student has {count} ('{row}')"
+        )
 
 
-def _renumbered(teacher: nn.Module, row: str, layers: Sequence[int] | None) -> Iterator[tuple[str, Tensor]]:
-    """The teacher's tensors; of the row, those of the chosen blocks, numbered as the student numbers its own."""
+def _renumbered(
+    teacher: nn.Module, row: str, layers: Sequence[int] | None
+) -> Iterator[tuple[str, Tensor]]:
+    """The teacher's tensors; of the row, those of the chosen blocks, numbered as the student
+    numbers its own.
+    """
     for name, value in teacher.state_dict().items():
         if layers is None or not name.startswith(f"{row}."):
             yield name, value
             continue
         number, _, rest = name.removeprefix(f"{row}.").partition(".")
-        yield from ((f"{row}.{place}.{rest}", value) for place, chosen in enumerate(layers) if chosen == int(number))
+        yield from (
+            (f"{row}.{place}.{rest}", value)
+            for place, chosen in enumerate(layers)
+            if chosen == int(number)
+        )

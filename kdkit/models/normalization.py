@@ -21,8 +21,9 @@ LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in PIL's mode L
 class NormalizationAdapter(nn.Module):
     """Maps images normalised one way to images normalised another way, in one multiply-add.
 
-    Images in [0, 1] have mean 0 and std 1. A number stands for every channel, however many there are; a sequence has one value
-    per channel. Grey images are repeated to the required channels; colour images become luminance for a network of one channel.
+    Images in [0, 1] have mean 0 and std 1. A number stands for every channel, however many there
+    are; a sequence has one value per channel. Grey images are repeated to the required channels;
+    colour images become luminance for a network of one channel.
 
     Args:
         mean_original: mean that was subtracted from the images it gets, of values in [0, 1].
@@ -31,33 +32,46 @@ class NormalizationAdapter(nn.Module):
         std_required: standard deviation that it expects them to be divided by.
 
     Raises:
-        ModelError: a standard deviation is not above 0, or the numbers of channels do not go together.
+        ModelError: a standard deviation is not above 0, or the numbers of channels do not go
+            together.
     """
 
     scale: Tensor
     shift: Tensor
     mix: Tensor | None
 
-    def __init__(self, mean_original: Values, std_original: Values, mean_required: Values, std_required: Values) -> None:
+    def __init__(
+        self,
+        mean_original: Values,
+        std_original: Values,
+        mean_required: Values,
+        std_required: Values,
+    ) -> None:
         super().__init__()
         self._from = _channels(mean_original, std_original)
         self._to = _channels(mean_required, std_required)
         sizes = {n for n in (self._from, self._to) if n not in (None, 1)}
         if len(sizes) > 1:
             raise ModelError(f"images of {self._from} channels cannot become images of {self._to}")
-        mean_o, std_o, mean_r, std_r = (_column(v) for v in (mean_original, std_original, mean_required, std_required))
+        mean_o, std_o, mean_r, std_r = (
+            _column(v) for v in (mean_original, std_original, mean_required, std_required)
+        )
         if not (bool((std_o > 0).all()) and bool((std_r > 0).all())):
             raise ModelError("a standard deviation must be above 0")
         channels = max(self._from or 1, self._to or 1)
-        scale, shift = (value.expand(1, channels, 1, 1) for value in (std_o / std_r, (mean_o - mean_r) / std_r))
-        # Buffers, so that they follow the device; not persistent, so that a checkpoint is the network's alone.
+        scale, shift = (
+            value.expand(1, channels, 1, 1) for value in (std_o / std_r, (mean_o - mean_r) / std_r)
+        )
+        # Buffers, so that they follow the device; not persistent, so that a checkpoint is the
+        # network's alone.
         self.register_buffer("scale", scale.float().contiguous(), persistent=False)
         self.register_buffer("shift", shift.float().contiguous(), persistent=False)
         mix = torch.tensor(LUMINANCE, device="cpu").view(1, 3, 1, 1) if self._to == 1 else None
         self.register_buffer("mix", mix, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """The same images (B, C, H, W), normalised as required; uint8 is read as value / 255 and becomes floating.
+        """The same images (B, C, H, W), normalised as required; uint8 is read as value / 255 and
+        becomes floating.
 
         Raises:
             ModelError: the images' shape or type is not what was announced.
@@ -69,7 +83,9 @@ class NormalizationAdapter(nn.Module):
         scale, shift = scale.to(images.dtype), shift.to(images.dtype)
         if not grey or self.mix is None:
             return torch.addcmul(shift, images, scale)
-        return (torch.addcmul(shift, images, scale) * self.mix.to(images.dtype)).sum(1, keepdim=True)
+        return (torch.addcmul(shift, images, scale) * self.mix.to(images.dtype)).sum(
+            1, keepdim=True
+        )
 
     def _check(self, images: Tensor) -> bool:
         """Whether colour images are to become grey."""
@@ -96,9 +112,16 @@ class InputAdapter(nn.Module):
         interpolation: how they are resized; bilinear and bicubic are antialiased when shrinking.
     """
 
-    def __init__(self, normalization: nn.Module, size: int | None = None, interpolation: Interpolation = "bilinear") -> None:
+    def __init__(
+        self,
+        normalization: nn.Module,
+        size: int | None = None,
+        interpolation: Interpolation = "bilinear",
+    ) -> None:
         super().__init__()
-        self.normalization, self.size, self.interpolation = normalization, size, interpolation
+        self.normalization = normalization
+        self.size = size
+        self.interpolation = interpolation
 
     def forward(self, inputs: Inputs) -> Inputs:
         """Images (B, C, H, W) as the network takes them."""
@@ -111,14 +134,20 @@ class InputAdapter(nn.Module):
         smooth = self.interpolation in ("bilinear", "bicubic")
         shrinks = min(images.shape[2:]) > size
         # Resizing is a weighted mean, so it may as well come after the normalisation.
-        return F.interpolate(images, (size, size), mode=self.interpolation, antialias=smooth and shrinks)
+        return F.interpolate(
+            images, (size, size), mode=self.interpolation, antialias=smooth and shrinks
+        )
 
 
 def _channels(mean: Values, std: Values) -> int | None:
-    """Number of channels that a pair of mean and standard deviation speaks of; None if it is any."""
+    """Number of channels that a pair of mean and standard deviation speaks of; None if it is
+    any.
+    """
     sizes = {len(values) for values in (mean, std) if isinstance(values, Sequence)}
     if len(sizes) > 1:
-        raise ModelError(f"mean and standard deviation have different numbers of channels: {mean} and {std}")
+        raise ModelError(
+            f"mean and standard deviation have different numbers of channels: {mean} and {std}"
+        )
     return next(iter(sizes), None)
 
 

@@ -1,4 +1,6 @@
-"""Models as kdkit calls them: adapted inputs on the way in, layers observed by forward hooks on the way through."""
+"""Models as kdkit calls them: adapted inputs on the way in, layers observed by forward hooks on
+the way through.
+"""
 
 from __future__ import annotations
 
@@ -24,21 +26,28 @@ BEFORE = ", or, for the values before it, its input ('...@input')"
 
 
 class TappedModel:
-    """Calls a network and returns its Outputs, with what the layers asked for gave. It is no `nn.Module`, so nothing cascades to it.
+    """Calls a network and returns its Outputs, with what the layers asked for gave. It is no
+    `nn.Module`, so nothing cascades to it.
 
-    Hooks live for one call, and nothing is kept between calls. A layer that runs several times in one forward gives its last output. Maps
-    with channels last, (B, H, W, C), as Swin transformers have them, are given as (B, C, H, W).
+    Hooks live for one call, and nothing is kept between calls. A layer that runs several times in
+    one forward gives its last output. Maps with channels last, (B, H, W, C), as Swin transformers
+    have them, are given as (B, C, H, W).
 
     Args:
         module: the network; it stays usable without this.
-        layers: names as `kdkit.contracts.layers.resolve` takes them; they are the keys of `Outputs.features`.
+        layers: names as `kdkit.contracts.layers.resolve` takes them; they are the keys of
+            `Outputs.features`.
         adapt: what brings a batch into the network's form (None: nothing).
         role: how messages call it, such as "teacher resnet18".
-        num_classes: number of logits, which helps to find the classifier of a network that does not say.
-        needs_logits: False stops the forward behind the deepest tapped layer; the first call runs whole, to learn which that is.
+        num_classes: number of logits, which helps to find the classifier of a network that does not
+            say.
+        needs_logits: False stops the forward behind the deepest tapped layer; the first call runs
+            whole, to learn which that is.
         channels_last: keep network and images (B, C, H, W) channels-last in memory.
-        precision: autocast to that type and return fp32; float32 switches autocast off; None leaves it to the caller.
-        input_shape: of what the network itself takes, where known: images (C, H, W), or texts of at most N tokens (N,).
+        precision: autocast to that type and return fp32; float32 switches autocast off; None leaves
+            it to the caller.
+        input_shape: of what the network itself takes, where known: images (C, H, W), or texts of at
+            most N tokens (N,).
 
     Raises:
         TapError: there is no such layer.
@@ -59,13 +68,18 @@ class TappedModel:
     ) -> None:
         self.module = module.to(memory_format=torch.channels_last) if channels_last else module
         self.adapt = adapt if adapt is not None else nn.Identity()
-        self.role, self.needs_logits, self.channels_last = role, needs_logits, channels_last
+        self.role = role
+        self.needs_logits = needs_logits
+        self.channels_last = channels_last
         self.precision, self.input_shape = precision, input_shape
         try:
-            self.layers: dict[str, Layer] = {name: resolve(name, module, num_classes) for name in layers}
+            self.layers: dict[str, Layer] = {
+                name: resolve(name, module, num_classes) for name in layers
+            }
         except TapError as error:
             raise TapError(f"{role}: {error}") from None
-        self._calls: Counter[str] | None = None  # how often each tapped layer runs in a whole forward
+        # how often each tapped layer runs in a whole forward
+        self._calls: Counter[str] | None = None
         self._store = Store()  # written by a compiled forward, emptied at its end
         self._compile: dict[str, Any] | None = None
         self._compiled: Callable[[Inputs], tuple[Tensor | None, dict[str, Tensor]]] | None = None
@@ -73,14 +87,18 @@ class TappedModel:
         self._settled: nn.Module | None = None
         self._is_view = False  # of another one, which looks at its own answers
         self.frozen = False
-        self.finite = FiniteAnswers(role)  # what a frozen one says: there is no other place where NaN would be noticed
-        self.answers: Callable[[Inputs], Outputs] | None = None  # who gives the answers, if not a forward for each call
+        # what a frozen one says: there is no other place where NaN would be noticed
+        self.finite = FiniteAnswers(role)
+        # who gives the answers, if not a forward for each call
+        self.answers: Callable[[Inputs], Outputs] | None = None
 
     def __call__(self, inputs: Inputs) -> Outputs:
-        """The answer to a batch (B, C, H, W) or to a mapping, whose items become keyword arguments.
+        """The answer to a batch (B, C, H, W) or to a mapping, whose items become keyword
+        arguments.
 
         Raises:
-            TapError: a tapped layer did not run, returned something else than one tensor, or was overwritten in place.
+            TapError: a tapped layer did not run, returned something else than one tensor, or was
+                overwritten in place.
         """
         if not self.needs_logits and not self.layers:
             return features_only({}, self.role, _mask(inputs))
@@ -94,33 +112,51 @@ class TappedModel:
         """The answer by a forward of the network, whoever else could give it."""
         try:
             with self._autocast(inputs):
-                logits, features = self._run_compiled(inputs) if self._compile is not None else self._run(inputs)
+                logits, features = (
+                    self._run_compiled(inputs) if self._compile is not None else self._run(inputs)
+                )
         except RuntimeError as error:
             given = self.adapt(inputs).shape[1:] if isinstance(inputs, Tensor) else None
             if given is None or self.input_shape in (None, tuple(given)):
                 raise
-            shapes = (f"(B, {', '.join(map(str, shape))})" for shape in (self.input_shape or (), given))
-            raise ModelError("{}: takes images {}, got {}: {}".format(self.role, *shapes, " ".join(str(error).split())[:200])) from error
+            shapes = (
+                f"(B, {', '.join(map(str, shape))})" for shape in (self.input_shape or (), given)
+            )
+            raise ModelError(
+                "{}: takes images {}, got {}: {}".format(
+                    self.role, *shapes, " ".join(str(error).split())[:200]
+                )
+            ) from error
         except IndexError as error:
             if isinstance(inputs, Tensor):
                 raise
-            raise ModelError(f"{self.role}: has fewer tokens or positions than these texts ({error}); is the tokenizer its own?") from error
+            raise ModelError(
+                f"{self.role}: has fewer tokens or positions than these texts ({error}); is the"
+                " tokenizer its own?"
+            ) from error
         if self.precision is not None:
             logits = logits.float() if logits is not None else None
             features = {name: value.float() for name, value in features.items()}
         mask = _mask(inputs)
-        return features_only(features, self.role, mask) if logits is None else Outputs(logits, features, mask=mask)
+        return (
+            features_only(features, self.role, mask)
+            if logits is None
+            else Outputs(logits, features, mask=mask)
+        )
 
     def settle(self, network: nn.Module) -> None:
-        """Set the network that replaces this one after its stage: itself, the average of its weights, or one of which it is a part."""
+        """Set the network that replaces this one after its stage: itself, the average of its
+        weights, or one of which it is a part.
+        """
         self._settled = None if network is self.module else network
 
     def freeze(self, mode: Literal["eval", "train"] = "eval") -> TappedModel:
-        """Put it in eval mode without gradients, for good; with the averaged weights where a finished stage has some.
+        """Put it in eval mode without gradients, for good; with the averaged weights where a
+        finished stage has some.
 
         Args:
-            mode: train normalises with each batch's own statistics in BatchNorm layers; their buffers do not change, and all
-                other layers (dropout) stay in eval mode.
+            mode: train normalises with each batch's own statistics in BatchNorm layers; their
+                buffers do not change, and all other layers (dropout) stay in eval mode.
 
         Raises:
             RunError: a loss has put another network in its place, which has other layers.
@@ -128,7 +164,10 @@ class TappedModel:
         if self._settled is not None:
             if type(self._settled) is not type(self.module):
                 whole = type(self._settled).__name__
-                raise RunError(f"{self.role}: a loss has made it a part of another network, {whole}, so that it cannot teach on its own")
+                raise RunError(
+                    f"{self.role}: a loss has made it a part of another network, {whole}, so that"
+                    " it cannot teach on its own"
+                )
             adopt_shapes(self.module, self._settled.state_dict())
             self.module.load_state_dict(self._settled.state_dict())
             self._settled = None
@@ -137,11 +176,14 @@ class TappedModel:
         for part in self.module.modules():
             if mode == "train" and isinstance(part, nn.modules.batchnorm._BatchNorm):
                 part.train()
-                part.track_running_stats = False  # so that running statistics are neither read nor written
+                # so that running statistics are neither read nor written
+                part.track_running_stats = False
         return self
 
     def twin(self, module: nn.Module | None = None) -> TappedModel:
-        """The same model without taps, to be measured or exported; or another network (a moving average) in its place."""
+        """The same model without taps, to be measured or exported; or another network (a moving
+        average) in its place.
+        """
         return TappedModel(
             self.module if module is None else module,
             adapt=self.adapt,
@@ -151,15 +193,27 @@ class TappedModel:
             input_shape=self.input_shape,
         )
 
-    def view(self, layers: Iterable[str], *, needs_logits: bool, answers: Callable[[Inputs], Outputs] | None) -> TappedModel:
-        """The same network and adapter, seen at some of the taps, whose answers come from somewhere else."""
+    def view(
+        self,
+        layers: Iterable[str],
+        *,
+        needs_logits: bool,
+        answers: Callable[[Inputs], Outputs] | None,
+    ) -> TappedModel:
+        """The same network and adapter, seen at some of the taps, whose answers come from
+        somewhere else.
+        """
         other = copy.copy(self)
         other._is_view = True
-        other.layers, other.needs_logits, other.answers = {name: self.layers[name] for name in layers}, needs_logits, answers
+        other.layers = {name: self.layers[name] for name in layers}
+        other.needs_logits = needs_logits
+        other.answers = answers
         return other
 
     def compile(self, **options: Any) -> TappedModel:
-        """Compile network and taps together by `torch.compile(**options)`; the first call runs once more, uncompiled, to check the taps."""
+        """Compile network and taps together by `torch.compile(**options)`; the first call runs
+        once more, uncompiled, to check the taps.
+        """
         self._compile, self._compiled = options, None
         return self
 
@@ -183,7 +237,10 @@ class TappedModel:
             adapted = adapted.contiguous(memory_format=torch.channels_last)
         returned = self.module(**adapted) if isinstance(adapted, Mapping) else self.module(adapted)
         if not (outputs := outputs_of(returned)):
-            raise TapError(f"{self.role}: returns {type(returned).__name__}, no tensor of logits, nor several that begin with one")
+            raise TapError(
+                f"{self.role}: returns {type(returned).__name__}, no tensor of logits, nor several"
+                " that begin with one"
+            )
         return outputs
 
     def _forward(self, inputs: Inputs) -> Tensor:
@@ -195,11 +252,18 @@ class TappedModel:
             whole = self._forward(inputs)
             self._calls = watch.calls
         if silent := self.layers.keys() - watch.kept.keys():
-            raise TapError(f"{self.role}: {', '.join(sorted(silent))} exist but did not run in forward()")
+            raise TapError(
+                f"{self.role}: {', '.join(sorted(silent))} exist but did not run in forward()"
+            )
         for name, tensor in watch.kept.items():
             if watch.versions[name] != version(tensor):
-                instead = overwriter(self.module, self.layers[name], functools.partial(self._forward, inputs))
-                raise TapError(f"{self.role}: the output of '{name}' is overwritten in place; tap {instead} instead{BEFORE}")
+                instead = overwriter(
+                    self.module, self.layers[name], functools.partial(self._forward, inputs)
+                )
+                raise TapError(
+                    f"{self.role}: the output of '{name}' is overwritten in place; tap {instead}"
+                    f" instead{BEFORE}"
+                )
         features = {name: self._shaped(name, watch.kept[name], inputs) for name in self.layers}
         return (whole if self.needs_logits else None), features
 
@@ -209,7 +273,8 @@ class TappedModel:
             if not self._hooked:
                 register(self.module, self.layers, functools.partial(Keep, store=self._store))
                 self._hooked = True
-            self._compiled = torch.compile(self._collect, **(self._compile or {}))  # networks of one architecture share its graphs
+            # networks of one architecture share its graphs
+            self._compiled = torch.compile(self._collect, **(self._compile or {}))
         self._store.open = True
         try:
             return self._compiled(inputs)
@@ -218,12 +283,17 @@ class TappedModel:
 
     def _collect(self, inputs: Inputs) -> tuple[Tensor | None, dict[str, Tensor]]:
         logits = self._forward(inputs)
-        features = {name: self._shaped(name, self._store.values[name], inputs) for name in self.layers}
+        features = {
+            name: self._shaped(name, self._store.values[name], inputs) for name in self.layers
+        }
         self._store.values.clear()
-        return (logits if self.needs_logits else None), features  # what nobody reads, the compiler leaves out
+        # what nobody reads, the compiler leaves out
+        return (logits if self.needs_logits else None), features
 
     def _check(self, inputs: Inputs) -> None:
-        """One plain forward that leaves no trace: a compiled one cannot tell what became of a tensor."""
+        """One plain forward that leaves no trace: a compiled one cannot tell what became of a
+        tensor.
+        """
         training = [part for part in self.module.modules() if part.training]
         try:
             self.module.eval()
@@ -238,7 +308,9 @@ class TappedModel:
         if self.precision is None or tensor.device.type == "meta":  # shapes have no precision
             return contextlib.nullcontext()
         off = self.precision == torch.float32
-        return torch.autocast(tensor.device.type, dtype=None if off else self.precision, enabled=not off)
+        return torch.autocast(
+            tensor.device.type, dtype=None if off else self.precision, enabled=not off
+        )
 
     def _shaped(self, name: str, tensor: Tensor, inputs: Inputs) -> Tensor:
         if tensor.ndim == 4 and _has_channels_last(tensor, inputs, self.module):
@@ -247,7 +319,10 @@ class TappedModel:
             return tensor
         embedding = tensor.flatten(1)
         if tensor.ndim < 2 or embedding.shape[1] != max(tensor.shape[1:]):
-            raise TapError(f"{self.role}: '{name}' is no embedding (B, D) but {tuple(tensor.shape)}; name a layer instead")
+            raise TapError(
+                f"{self.role}: '{name}' is no embedding (B, D) but {tuple(tensor.shape)}; name a"
+                " layer instead"
+            )
         return embedding
 
 
@@ -256,7 +331,9 @@ def _mask(inputs: Inputs) -> Tensor | None:
 
 
 def _has_channels_last(f: Tensor, inputs: Inputs, module: nn.Module) -> bool:
-    """Whether a map is (B, H, W, C): timm's networks say so; else square images have maps with two equal sides, which tell."""
+    """Whether a map is (B, H, W, C): timm's networks say so; else square images have maps with
+    two equal sides, which tell.
+    """
     said = getattr(module, "output_fmt", None)
     if said is not None:
         return str(getattr(said, "value", said)) == "NHWC"
@@ -265,20 +342,29 @@ def _has_channels_last(f: Tensor, inputs: Inputs, module: nn.Module) -> bool:
 
 
 def features_only(features: Mapping[str, Tensor], role: str, mask: Tensor | None = None) -> Outputs:
-    """An answer whose forward stopped behind the deepest tapped layer: reading its logits raises a TapError."""
+    """An answer whose forward stopped behind the deepest tapped layer: reading its logits raises
+    a TapError.
+    """
     says = (
-        f"{role}: stops at its deepest tapped layer, no loss having asked for its logits; a loss that reads them sets "
-        "`needs_teacher_logits = True` (a teacher without the data's classes has none)"
+        f"{role}: stops at its deepest tapped layer, no loss having asked for its logits; a loss"
+        " that reads them sets `needs_teacher_logits = True` (a teacher without the data's classes"
+        " has none)"
     )
     return Outputs.lacking(TapError(says), features=features, views={}, mask=mask)
 
 
 def taps(model: nn.Module, layers: Iterable[str]) -> TappedModel:
-    """Observe layers of any network: call the result with a batch, and read `logits` and `features[name]` of what it returns.
+    """Observe layers of any network: call the result with a batch, and read `logits` and
+    `features[name]` of what it returns.
 
-    The batch reaches the network as it is. Globs are written out, so that `blocks.*` gives `features["blocks.0"]` and so on.
+    The batch reaches the network as it is. Globs are written out, so that `blocks.*` gives
+    `features["blocks.0"]` and so on.
 
     Raises:
         TapError: there is no such layer.
     """
-    return TappedModel(model, [name for pattern in layers for name in expand(pattern, model)], role=type(model).__name__)
+    return TappedModel(
+        model,
+        [name for pattern in layers for name in expand(pattern, model)],
+        role=type(model).__name__,
+    )

@@ -22,21 +22,26 @@ PROBE = 3  # images
 
 
 class Trunk:
-    """Makes students share everything up to a layer, that layer included; call it with images for the trunk's and all students' answers.
+    """Makes students share everything up to a layer, that layer included; call it with images
+    for the trunk's and all students' answers.
 
-    What the first student's layer depends on, parameters and buffers, takes the place of the others' own. Each stays a whole network, with
-    all of its names, to be measured, averaged and exported by itself.
+    What the first student's layer depends on, parameters and buffers, takes the place of the
+    others' own. Each stays a whole network, with all of its names, to be measured, averaged and
+    exported by itself.
 
-    A call runs the first student as it is. Each other runs on one image up to the layer, at rest and without gradient, and from there on
-    with what the first one's layer gave for the whole batch. Where that gives another answer than the whole network (code behind the layer
-    that looks back before it), for texts and for compiled networks, every student runs whole: `once` says which.
+    A call runs the first student as it is. Each other runs on one image up to the layer, at rest
+    and without gradient, and from there on with what the first one's layer gave for the whole
+    batch. Where that gives another answer than the whole network (code behind the layer that looks
+    back before it), for texts and for compiled networks, every student runs whole: `once` says
+    which.
 
     Args:
         students: fresh ones of one architecture.
         layer: where the trunk ends, named in any of the ways of a recipe.
 
     Raises:
-        TapError: there is no such layer, it does not give one tensor, or nothing that learns lies behind it.
+        TapError: there is no such layer, it does not give one tensor, or nothing that learns lies
+            behind it.
     """
 
     def __init__(self, students: Sequence[Model], layer: str) -> None:
@@ -50,11 +55,17 @@ class Trunk:
         with _at_rest(*(student.module for student in self.students)):
             shape = _input_shape(first)
             images = random_inputs(shape, PROBE, _device(first))
-            self._began, self._ended, given, shared = _extent(first.module, self.place.path, images, layer)
+            self._began, self._ended, given, shared = _extent(
+                first.module, self.place.path, images, layer
+            )
             for student in self.students[1:]:
                 _share(first.module, student.module, shared, self._began)
-            if all(name in shared for name, _ in first.module.named_parameters(remove_duplicate=False)):
-                raise TapError(f"'{layer}': nothing that learns lies behind it; end the trunk earlier")
+            if all(
+                name in shared for name, _ in first.module.named_parameters(remove_duplicate=False)
+            ):
+                raise TapError(
+                    f"'{layer}': nothing that learns lies behind it; end the trunk earlier"
+                )
             # beside one text, the network would see no more than that text's mask
             whole = is_text(shape) or any(student.compiled for student in self.students)
             self.once = not whole and self._agrees(images, given)
@@ -63,21 +74,34 @@ class Trunk:
         """What the trunk gives, and each student's answer."""
         first, *others = self.students
         kept: list[Tensor] = []
-        handle = first.module.get_submodule(self.place.path).register_forward_hook(lambda part, args, output: kept.append(output))
+        handle = first.module.get_submodule(self.place.path).register_forward_hook(
+            lambda part, args, output: kept.append(output)
+        )
         try:
             answer = first(inputs)
         finally:
             handle.remove()
-        return answer.features[self.layer], [answer, *(self._answer(other, inputs, kept[-1:], answer) for other in others)]
+        return answer.features[self.layer], [
+            answer,
+            *(self._answer(other, inputs, kept[-1:], answer) for other in others),
+        ]
 
-    def _answer(self, student: TappedModel, inputs: Inputs, kept: Sequence[Tensor], first: Outputs) -> Outputs:
+    def _answer(
+        self, student: TappedModel, inputs: Inputs, kept: Sequence[Tensor], first: Outputs
+    ) -> Outputs:
         if not self.once:
             return student(inputs)
         assert isinstance(inputs, Tensor)
         with self._from_layer(student.module, kept[0]):
             answer = student(inputs[:1])
         early = {name for name, layer in student.layers.items() if self._is_early(layer)}
-        return replace(answer, features={name: first.features[name] if name in early else f for name, f in answer.features.items()})
+        return replace(
+            answer,
+            features={
+                name: first.features[name] if name in early else f
+                for name, f in answer.features.items()
+            },
+        )
 
     def _is_early(self, layer: Layer) -> bool:
         return layer.path in (self._ended if layer.side == "output" else self._began)
@@ -91,7 +115,9 @@ class Trunk:
             torch.set_grad_enabled(learning)
             return given
 
-        resting = [part for path, part in network.named_modules() if path in self._ended and part.training]
+        resting = [
+            part for path, part in network.named_modules() if path in self._ended and part.training
+        ]
         handle = network.get_submodule(self.place.path).register_forward_hook(give)
         for part in resting:
             part.training = False
@@ -106,29 +132,42 @@ class Trunk:
 
     @torch.no_grad()
     def _agrees(self, images: Inputs, given: Tensor) -> bool:
-        """Whether a network that begins with what the trunk gave answers as the whole network does."""
+        """Whether a network that begins with what the trunk gave answers as the whole network
+        does.
+        """
         network = self.students[-1].module
         assert isinstance(images, Tensor)
         whole = _logits(network(images))
         try:
             with self._from_layer(network, given):
                 short = _logits(network(images[:1]))
-        except (RuntimeError, ValueError, AssertionError, IndexError):  # what the code behind the layer makes of one image and a batch
+        # what the code behind the layer makes of one image and a batch
+        except (RuntimeError, ValueError, AssertionError, IndexError):
             return False
-        return whole.shape == short.shape and (whole.is_meta or torch.allclose(whole, short, rtol=1e-4, atol=1e-5))
+        return whole.shape == short.shape and (
+            whole.is_meta or torch.allclose(whole, short, rtol=1e-4, atol=1e-5)
+        )
 
 
 def channels(student: Model, layer: str) -> int:
-    """How many channels a tapped layer of a student has, or how long its vectors are; found by running it."""
+    """How many channels a tapped layer of a student has, or how long its vectors are; found by
+    running it.
+    """
     model = _tapped(student)
     probe = TappedModel(model.module, input_shape=model.input_shape)
     probe.layers = {layer: model.layers[layer]}
     with _at_rest(model.module), torch.no_grad():
-        return as_vectors(probe(random_inputs(_input_shape(model), 1, _device(model))).features[layer]).shape[1]
+        return as_vectors(
+            probe(random_inputs(_input_shape(model), 1, _device(model))).features[layer]
+        ).shape[1]
 
 
-def _extent(network: nn.Module, path: str, images: Inputs, layer: str) -> tuple[set[str], set[str], Tensor, set[str]]:
-    """Modules that begin, and those that end, before a layer has given its output; the output; the parameters that it depends on."""
+def _extent(
+    network: nn.Module, path: str, images: Inputs, layer: str
+) -> tuple[set[str], set[str], Tensor, set[str]]:
+    """Modules that begin, and those that end, before a layer has given its output; the output;
+    the parameters that it depends on.
+    """
     began: set[str] = set()
     ended: set[str] = set()
     given: list[Any] = []
@@ -156,15 +195,22 @@ def _extent(network: nn.Module, path: str, images: Inputs, layer: str) -> tuple[
                 parameter.requires_grad_(True)
             network(images) if isinstance(images, Tensor) else network(**images)
             if len(given) != 1 or not isinstance(given[0], Tensor):
-                raise TapError(f"'{layer}' runs {len(given)} times or does not give one tensor; a trunk ends behind a layer that does")
-            found = torch.autograd.grad(given[0].sum(), list(parameters.values()), allow_unused=True)
+                raise TapError(
+                    f"'{layer}' runs {len(given)} times or does not give one tensor; a trunk ends"
+                    " behind a layer that does"
+                )
+            found = torch.autograd.grad(
+                given[0].sum(), list(parameters.values()), allow_unused=True
+            )
     finally:
         for handle in handles:
             handle.remove()
         for parameter in constant:
             parameter.requires_grad_(False)
     reached = {key for key, slope in zip(parameters, found, strict=True) if slope is not None}
-    shared = {name for name, p in network.named_parameters(remove_duplicate=False) if id(p) in reached}
+    shared = {
+        name for name, p in network.named_parameters(remove_duplicate=False) if id(p) in reached
+    }
     return began, ended, given[0].detach(), shared
 
 

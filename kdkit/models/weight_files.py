@@ -1,4 +1,6 @@
-"""Reads files of weights, and fits what is in them to a network by names and shapes. No code that a file may hold is run."""
+"""Reads files of weights, and fits what is in them to a network by names and shapes. No code
+that a file may hold is run.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,18 @@ from kdkit.errors import CheckpointError, ModelError, TapError
 
 # Where training scripts keep weights within a file, the likeliest first.
 CONTAINERS = (
-    "state_dict", "model", "model_state_dict", "state_dict_ema", "model_ema", "ema", "net", "network", "module", "weights", "params",
-)  # fmt: skip
+    "state_dict",
+    "model",
+    "model_state_dict",
+    "state_dict_ema",
+    "model_ema",
+    "ema",
+    "net",
+    "network",
+    "module",
+    "weights",
+    "params",
+)
 SHOWN = 3  # keys of each kind in a message
 COUNTER = "num_batches_tracked"  # of batch norms, which old files lack
 
@@ -32,24 +44,33 @@ OwnName = Callable[[str, str], str]  # from a file's key and the prefix to drop
 
 @dataclass(frozen=True)
 class Fitted:
-    """A file's weights under the network's own names, and what there is to know about their way there, a clause each."""
+    """A file's weights under the network's own names, and what there is to know about their way
+    there, a clause each.
+    """
 
     weights: Weights
     notes: tuple[str, ...]
 
 
 def fit_weights(
-    path: Path, module: nn.Module, strip_prefix: str = "", rename: Callable[[str], str] | None = None,
-    *, head: str | None = None, shapes_only: bool = False,
-) -> Fitted:  # fmt: skip
+    path: Path,
+    module: nn.Module,
+    strip_prefix: str = "",
+    rename: Callable[[str], str] | None = None,
+    *,
+    head: str | None = None,
+    shapes_only: bool = False,
+) -> Fitted:
     """Fit a file's weights to a network, which stays as it is.
 
-    A prefix that all keys of the file have (`module.` of DataParallel) is dropped without being asked, where every key then fits.
+    A prefix that all keys of the file have (`module.` of DataParallel) is dropped without being
+    asked, where every key then fits.
 
     Args:
         path: the file.
         module: the network; it may be on the meta device.
-        strip_prefix: what to drop from the file's keys. Keys without it may still fit; those that do not are left out.
+        strip_prefix: what to drop from the file's keys. Keys without it may still fit; those that
+            do not are left out.
         rename: the network's own name of a key, once the prefix is dropped (None: the same).
         head: the network's classifier, if it is to be left out of both.
         shapes_only: read no number; the weights are on the meta device.
@@ -62,15 +83,31 @@ def fit_weights(
     own = functools.partial(_own_name, rename=rename)
     found, candidates = _named(content, prefix, own, head, path), _prefixes(content, wanted)
     if not strip_prefix and (common := _dropped_unasked(content, wanted, candidates, own, head)):
-        found, notes = _named(content, common, own, head, path), [*notes, f"the prefix `{common}` of its keys is dropped"]
+        found, notes = (
+            _named(content, common, own, head, path),
+            [
+                *notes,
+                f"the prefix `{common}` of its keys is dropped",
+            ],
+        )
     others = {own(key, "") for key in content if not key.startswith(prefix)}
     if left := sorted(others & (found.keys() - wanted.keys())):
         found = {key: value for key, value in found.items() if key not in left}
         notes = [*notes, _listed(left, "key", f"without the prefix `{prefix}` are left out")]
     missing, unexpected = _lacking(wanted, found), sorted(found.keys() - wanted.keys())
-    reshaped = {key: (found[key].shape, value.shape) for key, value in wanted.items() if key in found and found[key].shape != value.shape}
+    reshaped = {
+        key: (found[key].shape, value.shape)
+        for key, value in wanted.items()
+        if key in found and found[key].shape != value.shape
+    }
     if missing or unexpected or reshaped:
-        raise Misfit(path, missing, unexpected, reshaped, _hint(content, wanted, candidates, own) if missing else "")
+        raise Misfit(
+            path,
+            missing,
+            unexpected,
+            reshaped,
+            _hint(content, wanted, candidates, own) if missing else "",
+        )
     return Fitted(found, tuple(notes))
 
 
@@ -99,22 +136,36 @@ def _lacking(wanted: Mapping[str, Tensor], found: Iterable[str]) -> list[str]:
     return [key for key in wanted if key not in there and not key.endswith(COUNTER)]
 
 
-def _dropped_unasked(content: Weights, wanted: Mapping[str, Tensor], candidates: list[str], own: OwnName, head: str | None) -> str:
-    """A prefix that all keys have and without which each of them fits, where they do not fit with it; empty if there is none."""
+def _dropped_unasked(
+    content: Weights,
+    wanted: Mapping[str, Tensor],
+    candidates: list[str],
+    own: OwnName,
+    head: str | None,
+) -> str:
+    """A prefix that all keys have and without which each of them fits, where they do not fit
+    with it; empty if there is none.
+    """
     if not _lacking(wanted, (own(key, "") for key in content)):
         return ""
     for prefix in candidates:
         names = [own(key, prefix) for key in content]
         known = [name in wanted or _within(name, head) for name in names]
-        if all(known) and not _lacking(wanted, names) and all(key.startswith(prefix) for key in content):
+        if (
+            all(known)
+            and not _lacking(wanted, names)
+            and all(key.startswith(prefix) for key in content)
+        ):
             return prefix
     return ""
 
 
 def adopt_shapes(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Give a network's tensors the shapes that it has given them itself before: it prunes, or its observers grow with what they see.
+    """Give a network's tensors the shapes that it has given them itself before: it prunes, or
+    its observers grow with what they see.
 
-    A parameter stays the same object, so that an optimizer goes on with it. Tensors that the network has not stay out.
+    A parameter stays the same object, so that an optimizer goes on with it. Tensors that the
+    network has not stay out.
     """
     for name, value in weights.items():
         path, _, attribute = name.rpartition(".")
@@ -128,23 +179,38 @@ def adopt_shapes(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
         elif attribute in part._buffers:
             buffer = part._buffers[attribute]
             if buffer is None or buffer.shape != value.shape:
-                part._buffers[attribute] = torch.empty_like(value, device=value.device if buffer is None else buffer.device)
+                part._buffers[attribute] = torch.empty_like(
+                    value, device=value.device if buffer is None else buffer.device
+                )
 
 
 class Misfit(CheckpointError):
-    """Weights whose names or shapes are not the network's: keys that are missing, unexpected, and reshaped (theirs, ours)."""
+    """Weights whose names or shapes are not the network's: keys that are missing, unexpected,
+    and reshaped (theirs, ours).
+    """
 
     def __init__(
-        self, path: Path, missing: list[str], unexpected: list[str], reshaped: Mapping[str, tuple[torch.Size, torch.Size]], hint: str = ""
+        self,
+        path: Path,
+        missing: list[str],
+        unexpected: list[str],
+        reshaped: Mapping[str, tuple[torch.Size, torch.Size]],
+        hint: str = "",
     ) -> None:
-        self.missing, self.unexpected, self.reshaped = missing, unexpected, reshaped
-        shapes = [f"{key} {tuple(theirs)}, not {tuple(ours)}" for key, (theirs, ours) in reshaped.items()]
+        self.missing = missing
+        self.unexpected = unexpected
+        self.reshaped = reshaped
+        shapes = [
+            f"{key} {tuple(theirs)}, not {tuple(ours)}" for key, (theirs, ours) in reshaped.items()
+        ]
         kinds = [("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)]
         said = [_listed(keys, "key", kind) for kind, keys in kinds if keys]
         super().__init__(f"{path} does not fit: {'; '.join(said)}{hint}")
 
 
-def refuse_other_classes(error: Misfit, path: Path, module: nn.Module, num_classes: int | None, *, teaches: bool) -> None:
+def refuse_other_classes(
+    error: Misfit, path: Path, module: nn.Module, num_classes: int | None, *, teaches: bool
+) -> None:
     """Where only the classifier is of another size, say so, and what helps.
 
     Raises:
@@ -157,10 +223,18 @@ def refuse_other_classes(error: Misfit, path: Path, module: nn.Module, num_class
     if error.missing or error.unexpected or not all(_within(key, head) for key in error.reshaped):
         return
     theirs = next(iter(error.reshaped.values()))[0][0]
-    says = f"{path} is a classifier ('{head}') of {theirs} classes, not of {num_classes or 'as many'}"
+    says = (
+        f"{path} is a classifier ('{head}') of {theirs} classes, not of {num_classes or 'as many'}"
+    )
     if not teaches:
-        raise CheckpointError(f"{says}; `new_head: true` leaves it out and begins with a random one")
-    more = f", or say which of its answers they are: `num_classes: {theirs}` and `classes`" if theirs > (num_classes or theirs) else ""
+        raise CheckpointError(
+            f"{says}; `new_head: true` leaves it out and begins with a random one"
+        )
+    more = (
+        f", or say which of its answers they are: `num_classes: {theirs}` and `classes`"
+        if theirs > (num_classes or theirs)
+        else ""
+    )
     raise CheckpointError(f"{says}; a teacher needs weights for these classes{more}")
 
 
@@ -174,27 +248,40 @@ def read_weights(path: Path, strip_prefix: str = "") -> Weights:
 
 
 def read_groups(path: Path, *, shapes_only: bool = False) -> dict[str, Weights]:
-    """Every mapping of tensors in a file, by where it lies there: "" is the file itself, `model.` what it holds under that key.
+    """Every mapping of tensors in a file, by where it lies there: "" is the file itself,
+    `model.` what it holds under that key.
 
     Raises:
-        CheckpointError: there is none; the file is missing, broken, or holds more than tensors and plain values.
+        CheckpointError: there is none; the file is missing, broken, or holds more than tensors and
+            plain values.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
-        content: Any = _safetensors(path, shapes_only) if path.suffix == ".safetensors" else _torch_file(path, shapes_only)
+        content: Any = (
+            _safetensors(path, shapes_only)
+            if path.suffix == ".safetensors"
+            else _torch_file(path, shapes_only)
+        )
     except ModelError:
         raise
     except pickle.UnpicklingError:
         raise CheckpointError(
-            f"{path}: no checkpoint, or holds more than tensors; code in a file is never run: save a state_dict()"
+            f"{path}: no checkpoint, or holds more than tensors; code in a file is never run: save"
+            " a state_dict()"
         ) from None
     except Exception as error:  # whatever a broken file makes a reader raise
         raise CheckpointError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
     groups = dict(_groups(content, shapes_only))
     if not groups:
-        keys = _listed([str(key) for key in content], "key") if isinstance(content, Mapping) and content else type(content).__name__
-        raise CheckpointError(f"{path}: holds no weights, which are a mapping of tensors; it holds {keys}")
+        keys = (
+            _listed([str(key) for key in content], "key")
+            if isinstance(content, Mapping) and content
+            else type(content).__name__
+        )
+        raise CheckpointError(
+            f"{path}: holds no weights, which are a mapping of tensors; it holds {keys}"
+        )
     return groups
 
 
@@ -202,7 +289,10 @@ def _safetensors(path: Path, shapes_only: bool) -> Any:
     if not shapes_only:
         return load_file(path)
     with safe_open(path, framework="pt") as file:
-        return {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}  # noqa: SIM118 -- no mapping
+        names = list(file.keys())
+        return {
+            name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names
+        }
 
 
 def _torch_file(path: Path, shapes_only: bool) -> Any:
@@ -210,14 +300,22 @@ def _torch_file(path: Path, shapes_only: bool) -> Any:
     if archive:
         with zipfile.ZipFile(path) as file:
             if any(name.endswith("/constants.pkl") for name in file.namelist()):
-                says = "is a TorchScript archive, whose code kdkit does not run; in Python, save `torch.jit.load(FILE).state_dict()`"
+                says = (
+                    "is a TorchScript archive, whose code kdkit does not run; in Python, save"
+                    " `torch.jit.load(FILE).state_dict()`"
+                )
                 raise CheckpointError(f"{path}: {says}")
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):
-                raise CheckpointError(f"{path}: is a compressed archive, which torch does not write; unpacked it may fill the memory")
+                raise CheckpointError(
+                    f"{path}: is a compressed archive, which torch does not write; unpacked it may"
+                    " fill the memory"
+                )
     return torch.load(path, map_location="cpu", weights_only=True, mmap=archive and shapes_only)
 
 
-def _groups(content: Any, shapes_only: bool, place: str = "", depth: int = 3, met: set[int] | None = None) -> Iterator[tuple[str, Weights]]:
+def _groups(
+    content: Any, shapes_only: bool, place: str = "", depth: int = 3, met: set[int] | None = None
+) -> Iterator[tuple[str, Weights]]:
     """Each mapping once, and not too deep: a file may hold itself, under many keys."""
     met = set() if met is None else met
     if not isinstance(content, Mapping) or not content or id(content) in met:
@@ -232,42 +330,71 @@ def _groups(content: Any, shapes_only: bool, place: str = "", depth: int = 3, me
 
 
 def _is_plain(value: object, shapes_only: bool) -> bool:
-    """Whether it is a tensor with a number for each of its places, of which only the shape may have been read."""
+    """Whether it is a tensor with a number for each of its places, of which only the shape may
+    have been read.
+    """
     return (
-        isinstance(value, Tensor) and value.layout is torch.strided and value.device.type in (("cpu", "meta") if shapes_only else ("cpu",))
+        isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and value.device.type in (("cpu", "meta") if shapes_only else ("cpu",))
     )
 
 
-def _chosen(groups: Mapping[str, Weights], path: Path, strip_prefix: str) -> tuple[Weights, str, list[str]]:
+def _chosen(
+    groups: Mapping[str, Weights], path: Path, strip_prefix: str
+) -> tuple[Weights, str, list[str]]:
     """The group that is meant, what is left of the prefix within it, and what to tell.
 
     Raises:
         CheckpointError: it is not known which.
     """
     known = [place for place in groups if all(step in CONTAINERS for step in place.split(".")[:-1])]
-    likely = sorted(known, key=lambda place: [CONTAINERS.index(step) for step in place.split(".")[:-1]])
+    likely = sorted(
+        known, key=lambda place: [CONTAINERS.index(step) for step in place.split(".")[:-1]]
+    )
     place = likely[0] if likely else next(iter(groups))
     named = [other for other in groups if other and strip_prefix.startswith(other)]
     if named and not any(key.startswith(strip_prefix) for key in groups[place]):
         return groups[named[0]], strip_prefix.removeprefix(named[0]), []
     if len(groups) > 1 and not likely:
         listed = ", ".join(f"`{one}`" for one in groups)
-        raise CheckpointError(f"{path}: has weights under several keys; say which are meant by `strip_prefix`, one of {listed}")
+        raise CheckpointError(
+            f"{path}: has weights under several keys; say which are meant by `strip_prefix`, one of"
+            f" {listed}"
+        )
     others = [f"`{one}`" for one in likely[1:]]
-    notes = [f"the weights are those under `{place}`; it also has some under {', '.join(others)}"] if others else []
+    notes = (
+        [f"the weights are those under `{place}`; it also has some under {', '.join(others)}"]
+        if others
+        else []
+    )
     return groups[place], strip_prefix, notes
 
 
 def _prefixes(content: Weights, wanted: Mapping[str, Tensor]) -> list[str]:
     """What may precede the network's own names in the file."""
     first = next(iter(wanted), "")
-    return list(dict.fromkeys(key.removesuffix(first) for key in content if first and key.endswith(f".{first}")))
+    return list(
+        dict.fromkeys(
+            key.removesuffix(first) for key in content if first and key.endswith(f".{first}")
+        )
+    )
 
 
-def _hint(content: Weights, wanted: Mapping[str, Tensor], candidates: list[str], own: OwnName) -> str:
-    fits = {prefix: sum(key.startswith(prefix) and own(key, prefix) in wanted for key in content) for prefix in candidates}
+def _hint(
+    content: Weights, wanted: Mapping[str, Tensor], candidates: list[str], own: OwnName
+) -> str:
+    fits = {
+        prefix: sum(key.startswith(prefix) and own(key, prefix) in wanted for key in content)
+        for prefix in candidates
+    }
     best = [prefix for prefix, count in fits.items() if count == max(fits.values())]
-    return f"; with `strip_prefix: {'` or `'.join(best)}` {fits[best[0]]} of {len(wanted)} keys would fit" if best else ""
+    return (
+        f"; with `strip_prefix: {'` or `'.join(best)}` {fits[best[0]]} of {len(wanted)} keys"
+        " would fit"
+        if best
+        else ""
+    )
 
 
 def _within(key: str, layer: str | None) -> bool:

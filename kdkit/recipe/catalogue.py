@@ -25,7 +25,7 @@ class Entry:
     Attributes:
         name, kind: as in a recipe; loss, schedule, model source or dataset.
         group: knowledge of a loss, scheme of a schedule, else empty.
-        summary: first line of the class's docstring.
+        summary: first paragraph of the class's docstring.
         details: the rest of it, with the formula.
         paper: the module's docstring behind its first line.
         origin: file or distribution.
@@ -45,13 +45,17 @@ class Entry:
     @property
     def formula(self) -> str:
         """What stands behind `Formula:` in the docstring, on one line; empty if it has none."""
-        match = re.search(r"^Formula:\s*(.+?)(?:\n\n|\Z)", self.details, flags=re.MULTILINE | re.DOTALL)
+        match = re.search(
+            r"^Formula:\s*(.+?)(?:\n\n|\Z)", self.details, flags=re.MULTILINE | re.DOTALL
+        )
         return " ".join(match[1].split()) if match else ""
 
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a plugin: its type with bounds, default ("required" if it has none), and meaning."""
+    """One option of a plugin: its type with bounds, default ("required" if it has none), and
+    meaning.
+    """
 
     name: str
     type: str
@@ -62,12 +66,26 @@ class Option:
 def entries(plugins: Registry) -> Iterator[Entry]:
     """Every plugin found, by kind and name."""
     for kind, plugin in plugins:
-        first, _, rest = inspect.cleandoc(plugin.__doc__ or "").partition("\n")
-        module = inspect.cleandoc(sys.modules[plugin.__module__].__doc__ or "").partition("\n")[2].strip()
+        first, _, rest = inspect.cleandoc(plugin.__doc__ or "").partition("\n\n")
+        module = (
+            inspect.cleandoc(sys.modules[plugin.__module__].__doc__ or "")
+            .partition("\n")[2]
+            .strip()
+        )
         group = str(getattr(plugin, "knowledge", getattr(plugin, "scheme", "")))
         origin = _shown(plugins.origins[plugin])
         source = origin if plugin.__module__.startswith(FROM_A_FILE) else plugin.__module__
-        yield Entry(plugin.name, KINDS[kind], group, first, rest.strip(), module, origin, source, tuple(options(plugin)))
+        yield Entry(
+            plugin.name,
+            KINDS[kind],
+            group,
+            " ".join(first.split()),
+            rest.strip(),
+            module,
+            origin,
+            source,
+            tuple(options(plugin)),
+        )
 
 
 def _shown(origin: str) -> str:
@@ -78,7 +96,11 @@ def _shown(origin: str) -> str:
 def options(plugin: Plugin) -> Iterator[Option]:
     """The options of a plugin, its own and those of every plugin of its kind."""
     for name, info in plugin.Options.model_fields.items():
-        default = "required" if info.is_required() else _value(info.get_default(call_default_factory=True))
+        default = (
+            "required"
+            if info.is_required()
+            else _value(info.get_default(call_default_factory=True))
+        )
         yield Option(name, _type(info), default, info.description or "")
 
 
@@ -106,7 +128,9 @@ def _name(annotation: Any) -> str:
     if origin in (tuple, list):
         return f"list of {_name(parts[0])}"
     if origin is Literal:
-        return " | ".join(str(part).lower() if isinstance(part, bool) else str(part) for part in parts)
+        return " | ".join(
+            str(part).lower() if isinstance(part, bool) else str(part) for part in parts
+        )
     if parts and origin is not dict:
         return " | ".join("none" if part is type(None) else _name(part) for part in parts)
     plain = {str: "text", float: "number", int: "integer", bool: "true | false", Path: "path"}

@@ -1,4 +1,6 @@
-"""Which Python files a recipe may make run, and who is told. Files that the user names by `--plugins` need no consent."""
+"""Which Python files a recipe may make run, and who is told. Files that the user names by
+`--plugins` need no consent.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ class Unasked(RecipeError):
 
 @dataclass(frozen=True)
 class _Watch:
-    """Who is told of files that run, the files of `--plugins` if no others may run, and what was told already."""
+    """Who is told of files that run, the files of `--plugins` if no others may run, and what was
+    told already.
+    """
 
     say: Callable[[str], None]
     only: tuple[Path, ...] | None
@@ -32,11 +36,13 @@ _watch: ContextVar[_Watch | None] = ContextVar("who is told of Python files that
 
 
 def watch(say: Callable[[str], None], only: Sequence[Path] | None = None) -> None:
-    """From here on, in this context of the process, tell of each Python file that recipes make run, once.
+    """From here on, in this context of the process, tell of each Python file that recipes make
+    run, once.
 
     Args:
         say: told of it, before it runs.
-        only: files and folders that may run although a recipe names them (None: all that recipes name).
+        only: files and folders that may run although a recipe names them (None: all that recipes
+            name).
     """
     _watch.set(_Watch(say, None if only is None else tuple(only)))
 
@@ -46,7 +52,8 @@ def meet(named: Mapping[Path, str], allowed: Sequence[Path] | None = None) -> No
 
     Args:
         named: `file:line` of the recipe by the files and folders.
-        allowed: of a recipe in a run folder, the files and folders that its user has named (None: another recipe).
+        allowed: of a recipe in a run folder, the files and folders that its user has named (None:
+            another recipe).
 
     Raises:
         Unasked: some of them may not run; it names all of these.
@@ -54,12 +61,17 @@ def meet(named: Mapping[Path, str], allowed: Sequence[Path] | None = None) -> No
     watch = _watch.get()
     if allowed is not None and (strange := _others(named, allowed)):
         options = shlex.join([word for path in strange for word in ("--plugins", str(path))])
-        says = f"Python of a run does not run unasked, and its recipe names {_listed(strange)}; if you trust it, add {options}"
+        says = (
+            f"Python of a run does not run unasked, and its recipe names {_listed(strange)}; if you"
+            f" trust it, add {options}"
+        )
         raise Unasked(named[strange[0]], says)
     if watch is None or allowed is not None:
         return
     if watch.only is not None and (strange := _others(named, watch.only)):
-        raise Unasked(named[strange[0]], f"names {_listed(strange)}, which --no-plugins does not let run")
+        raise Unasked(
+            named[strange[0]], f"names {_listed(strange)}, which --no-plugins does not let run"
+        )
     for path, place in named.items():
         if (text := f"runs {path}, which {place} names") not in watch.told:
             watch.told.add(text)
@@ -67,13 +79,21 @@ def meet(named: Mapping[Path, str], allowed: Sequence[Path] | None = None) -> No
 
 
 def moved(named: Mapping[str, Path], given: Sequence[Path]) -> dict[str, Path]:
-    """Files that a run's recipe names at another place than its user: by the recipe's key path, the user's own of that name."""
+    """Files that a run's recipe names at another place than its user: by the recipe's key path,
+    the user's own of that name.
+    """
     own = {path.name: path for path in given}
-    return {key: own[path.name] for key, path in named.items() if _others([path], given) and path.name in own}
+    return {
+        key: own[path.name]
+        for key, path in named.items()
+        if _others([path], given) and path.name in own
+    }
 
 
 def _others(named: Sequence[Path] | Mapping[Path, str], allowed: Sequence[Path]) -> list[Path]:
-    return [path for path in named if not any(path == one or one in path.parents for one in allowed)]
+    return [
+        path for path in named if not any(path == one or one in path.parents for one in allowed)
+    ]
 
 
 def _listed(paths: Sequence[Path]) -> str:

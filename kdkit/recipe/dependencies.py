@@ -1,4 +1,5 @@
-"""Digests of what a run depends on beside the text of its recipe: data files, and Python files with the modules they import.
+"""Digests of what a run depends on beside the text of its recipe: data files, and Python files
+with the modules they import.
 
 A digest follows from what is in the files and how they are called in their folder, never from where
 the folder lies or when it was written: a copy or a clone of the data gives the same run.
@@ -23,7 +24,9 @@ from kdkit.files import file_digest
 # A small set is read whole. Of a larger one: all names, the sizes of MEASURED files and the
 # beginnings of SAMPLED, evenly spread, so that a million images cost seconds, not minutes.
 SMALL_FILES, SMALL_BYTES = 5_000, 64 << 20
-MEASURED, SAMPLED, BEGINNING = 100_000, 256, 1 << 20
+MEASURED = 100_000
+SAMPLED = 256
+BEGINNING = 1 << 20
 
 _of_large_sets: dict[tuple[Path, ...], str] = {}  # listed once in a process
 
@@ -52,7 +55,9 @@ def files_digest(paths: Sequence[Path]) -> str | None:
 
 
 def code_digest(file: Path) -> str:
-    """SHA-256 of a Python file and of the modules in its folder that it imports; of the file alone where there are none."""
+    """SHA-256 of a Python file and of the modules in its folder that it imports; of the file
+    alone where there are none.
+    """
     modules = local_modules(file)
     if not modules:
         return file_digest(file)
@@ -63,7 +68,8 @@ def code_digest(file: Path) -> str:
 
 
 def local_modules(file: Path) -> list[Path]:
-    """Files in the folder of a Python file, or below it, that it imports by `import`, itself or by way of others; sorted.
+    """Files in the folder of a Python file, or below it, that it imports by `import`, itself or
+    by way of others; sorted.
 
     What a program imports by other means, such as `importlib`, is not seen.
     """
@@ -83,10 +89,16 @@ def beside(file: Path) -> Iterator[None]:
     Modules of their names that are there already, from elsewhere, are set aside and come back.
     """
     folder = file.parent
-    names = {path.relative_to(folder).parts[0].removesuffix(".py") for path in local_modules(file) if path.is_relative_to(folder)}
+    names = {
+        path.relative_to(folder).parts[0].removesuffix(".py")
+        for path in local_modules(file)
+        if path.is_relative_to(folder)
+    }
 
     def known() -> dict[str, ModuleType]:
-        return {name: module for name, module in sys.modules.items() if name.partition(".")[0] in names}
+        return {
+            name: module for name, module in sys.modules.items() if name.partition(".")[0] in names
+        }
 
     def is_own(module: ModuleType) -> bool:
         return Path(getattr(module, "__file__", None) or "/").is_relative_to(folder)
@@ -137,13 +149,19 @@ def _modules(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
 
 
 def _below(path: Path) -> Iterator[tuple[str, Path]]:
-    """(name, file) of a file, or of all files in a folder but hidden ones; names begin with the folder's own."""
+    """(name, file) of a file, or of all files in a folder but hidden ones; names begin with the
+    folder's own.
+    """
     if path.is_file():
         yield path.name, path
     for folder, folders, names in os.walk(path, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         relative = os.path.join(path.name, os.path.relpath(folder, path))
-        yield from ((os.path.join(relative, name), Path(folder, name)) for name in names if not name.startswith("."))
+        yield from (
+            (os.path.join(relative, name), Path(folder, name))
+            for name in names
+            if not name.startswith(".")
+        )
 
 
 def _spread(files: Sequence[tuple[str, Path]], count: int) -> list[tuple[str, Path]]:

@@ -1,4 +1,6 @@
-"""Turns what pydantic says of a recipe into lines for its author: file:line, key, what, did you mean, what is allowed."""
+"""Turns what pydantic says of a recipe into lines for its author: file:line, key, what, did you
+mean, what is allowed.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,12 @@ DEEPEST_KEY = 4
 """Sections inside each other in which a key is looked for."""
 
 
-def explain(error: ValidationError, model: type[BaseModel] | None, data: Any, place: Callable[[Location], str]) -> str:
+def explain(
+    error: ValidationError,
+    model: type[BaseModel] | None,
+    data: Any,
+    place: Callable[[Location], str],
+) -> str:
     """One line for each thing that is wrong: place, key, what, did you mean, allowed.
 
     Args:
@@ -39,7 +46,11 @@ def explain(error: ValidationError, model: type[BaseModel] | None, data: Any, pl
         for i, (e, where) in enumerate(zip(errors, places, strict=False))
         if not _is_surpassed(i, errors[:MOST_PROBLEMS], places)
     ]
-    more = [f"{place([])}: and {len(errors) - MOST_PROBLEMS} problems more"] if len(errors) > MOST_PROBLEMS else []
+    more = (
+        [f"{place([])}: and {len(errors) - MOST_PROBLEMS} problems more"]
+        if len(errors) > MOST_PROBLEMS
+        else []
+    )
     return "\n".join(dict.fromkeys([*lines, *more]))
 
 
@@ -53,11 +64,19 @@ def _is_echo(error: ErrorDetails) -> bool:
     return error["type"] == "too_short" and len(error["input"]) >= error["ctx"]["min_length"]
 
 
-def _is_surpassed(number: int, errors: Sequence[ErrorDetails], places: Sequence[list[str | int]]) -> bool:
-    """Hide a union member's errors when another member is a closer match: only out of range, or wrong in one part."""
+def _is_surpassed(
+    number: int, errors: Sequence[ErrorDetails], places: Sequence[list[str | int]]
+) -> bool:
+    """Hide a union member's errors when another member is a closer match: only out of range, or
+    wrong in one part.
+    """
 
     def distance(error: ErrorDetails) -> int:
-        return 2 if error["type"].endswith(("_type", "_parsing")) else int(error["type"] == "literal_error")
+        return (
+            2
+            if error["type"].endswith(("_type", "_parsing"))
+            else int(error["type"] == "literal_error")
+        )
 
     own, place = distance(errors[number]), places[number]
     for i, (other, where) in enumerate(zip(errors, places, strict=True)):
@@ -68,9 +87,15 @@ def _is_surpassed(number: int, errors: Sequence[ErrorDetails], places: Sequence[
 
 
 def _explain(
-    error: ErrorDetails, location: list[str | int], model: type[BaseModel] | None, data: Any, place: Callable[[Location], str]
+    error: ErrorDetails,
+    location: list[str | int],
+    model: type[BaseModel] | None,
+    data: Any,
+    place: Callable[[Location], str],
 ) -> str:
-    kind, context, given = error["type"], error.get("ctx", {}), error["input"]
+    kind = error["type"]
+    context = error.get("ctx", {})
+    given = error["input"]
     if kind == "union_tag_invalid":
         location = [*location, "use"]
         tags = [tag.strip(" '") for tag in context["expected_tags"].split(",")]
@@ -81,8 +106,11 @@ def _explain(
         elsewhere = _places_of(key, model, data) if model else []
         says = f"no such key; {suggest(key, allowed, meant=_nearest(elsewhere, location))}"
     elif kind == "literal_error":
-        allowed = [word.strip(" '") for word in context["expected"].replace(" or ", ", ").split(",")]
-        allowed = [word.lower() if word in ("True", "False") else word for word in allowed]  # as YAML writes them
+        allowed = [
+            word.strip(" '") for word in context["expected"].replace(" or ", ", ").split(",")
+        ]
+        # as YAML writes them
+        allowed = [word.lower() if word in ("True", "False") else word for word in allowed]
         says = f"got {shown(given)}; {suggest(str(given), allowed)}"
     elif kind == "string_type" and given is None:
         says = "needs a text, got nothing; an empty text is written ''"
@@ -97,7 +125,9 @@ def _explain(
 
 
 _SAYS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "union_tag_not_found": lambda context: "needs a `use:` that names the plugin, such as {use: NAME}",
+    "union_tag_not_found": lambda context: (
+        "needs a `use:` that names the plugin, such as {use: NAME}"
+    ),
     "too_short": lambda context: f"needs at least {context['min_length']}",
     "missing": lambda context: "this key is required",
     "value_error": lambda context: str(context["error"]),
@@ -119,7 +149,13 @@ def _in_file(error: ErrorDetails, data: Any) -> list[str | int]:
     location: list[str | int] = []
     for position, step in enumerate(error["loc"]):
         is_last = position == len(error["loc"]) - 1
-        inside = data if isinstance(data, dict) else dict(enumerate(data)) if isinstance(data, list | tuple) else {}
+        inside = (
+            data
+            if isinstance(data, dict)
+            else dict(enumerate(data))
+            if isinstance(data, list | tuple)
+            else {}
+        )
         if step in inside:
             data = inside[step]
             location.append(step)
@@ -128,13 +164,18 @@ def _in_file(error: ErrorDetails, data: Any) -> list[str | int]:
     return location
 
 
-def _places_of(key: str, model: type[BaseModel], data: Any, above: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+def _places_of(
+    key: str, model: type[BaseModel], data: Any, above: tuple[str, ...] = ()
+) -> list[tuple[str, ...]]:
     """Where else a key of that name could stand in a recipe that says `data`."""
     found: list[tuple[str, ...]] = []
     for name, field in model.model_fields.items():
         called = field.alias or name
         found += [(*above, called)] if called == key else []
-        value, inside = data.get(called) if isinstance(data, dict) else None, _models_in(field.annotation)
+        value, inside = (
+            data.get(called) if isinstance(data, dict) else None,
+            _models_in(field.annotation),
+        )
         parts = (
             [(value, called), *((item, f"{called}.{number}") for number, item in enumerate(value))]
             if isinstance(value, list)
@@ -148,7 +189,11 @@ def _places_of(key: str, model: type[BaseModel], data: Any, above: tuple[str, ..
 
 def _is_chosen(member: type[BaseModel], value: Any) -> bool:
     """Whether a part of a recipe is of this one of several types."""
-    names = [value.get("use"), str(value.get("model")).partition("/")[0]] if isinstance(value, dict) else []
+    names = (
+        [value.get("use"), str(value.get("model")).partition("/")[0]]
+        if isinstance(value, dict)
+        else []
+    )
     return any(_is_called(member, name) for name in names if isinstance(name, str))
 
 
@@ -156,18 +201,23 @@ def _nearest(places: list[tuple[str, ...]], location: Location) -> list[str]:
     """The two that have most in common with where the key stands, and lie least deep."""
 
     def distance(place: tuple[str, ...]) -> tuple[int, int]:
-        common = sum(1 for one, other in zip(place, map(str, location), strict=False) if one == other)
+        common = sum(
+            1 for one, other in zip(place, map(str, location), strict=False) if one == other
+        )
         return -common, len(place)
 
     return [".".join(place) for place in sorted(places, key=distance)[:2]]
 
 
 def _keys_at(location: Location, model: type[BaseModel]) -> list[str]:
-    """The keys allowed in the mapping at pydantic's `location`, which names the members of unions."""
+    """The keys allowed in the mapping at pydantic's `location`, which names the members of
+    unions.
+    """
     here: list[type[BaseModel]] = [model]
     for step in location:
         fields = [m.model_fields[step] for m in here if step in m.model_fields]
-        members = [m for m in here if _is_called(m, step)] if len(here) > 1 else []  # of a union; another one may have a key of that name
+        # of a union; another one may have a key of that name
+        members = [m for m in here if _is_called(m, step)] if len(here) > 1 else []
         if members:
             here = members
         elif fields:
@@ -179,7 +229,8 @@ def _keys_at(location: Location, model: type[BaseModel]) -> list[str]:
 
 def _is_called(member: type[BaseModel], step: str | int) -> bool:
     """Whether pydantic's name of a union's member is this model's."""
-    names = {member.__name__, member.__name__.lower(), member.__name__.rpartition("_")[0]}  # `hint_loss` is called `hint`
+    # `hint_loss` is called `hint`
+    names = {member.__name__, member.__name__.lower(), member.__name__.rpartition("_")[0]}
     return step in names or (step == TAUGHT and member is RecipeTeacher)
 
 

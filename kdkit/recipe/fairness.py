@@ -10,7 +10,9 @@ from kdkit.errors import RecipeError
 from kdkit.recipe.loading import Recipe
 
 COMPARED = ("losses", "schedule", "teacher", "teachers", "plugins", "seed")
-"""Keys of a recipe that say what is learnt from whom; a study's variants may differ in them. The seed differs by design."""
+"""Keys of a recipe that say what is learnt from whom; a study's variants may differ in them. The
+seed differs by design.
+"""
 
 VIEWS = "teacher.cache.views"
 """What also says which augmentations a student sees, so that it may not differ."""
@@ -38,12 +40,18 @@ def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any
         yield prefix, old, new
 
 
-def unequal(recipes: Mapping[str, Recipe], baseline: str, allowed: Sequence[str] = ()) -> Iterator[Unequal]:
-    """Where the variants differ from the baseline in more than `COMPARED` and the `allowed` keys (and what is below them)."""
+def unequal(
+    recipes: Mapping[str, Recipe], baseline: str, allowed: Sequence[str] = ()
+) -> Iterator[Unequal]:
+    """Where the variants differ from the baseline in more than `COMPARED` and the `allowed` keys
+    (and what is below them).
+    """
     known = recipes[baseline].content()
     for name, recipe in recipes.items():
         ours, theirs = _views(recipe), _views(recipes[baseline])
-        if ours != theirs and not any(free == VIEWS or VIEWS.startswith(f"{free}.") for free in allowed):
+        if ours != theirs and not any(
+            free == VIEWS or VIEWS.startswith(f"{free}.") for free in allowed
+        ):
             yield Unequal(name, VIEWS, ours, theirs)
     for name, recipe in recipes.items():
         for key, theirs, ours in differences(known, recipe.content()):
@@ -53,12 +61,17 @@ def unequal(recipes: Mapping[str, Recipe], baseline: str, allowed: Sequence[str]
 
 def _views(recipe: Recipe) -> int | None:
     """How many views of an image the recipe trains on at most, which caches of teachers say."""
-    data, caches = recipe.spec.data, [getattr(one, "cache", None) for one in recipe.spec.all_teachers().values()]
+    data, caches = (
+        recipe.spec.data,
+        [getattr(one, "cache", None) for one in recipe.spec.all_teachers().values()],
+    )
     counts = [cache.views for cache in caches if cache is not None and cache.views != "all"]
     return min(counts) if counts and (data.augment or data.timm_augment) else None
 
 
-def refuse_unequal(recipes: Mapping[str, Recipe], baseline: str, allowed: Sequence[str] = ()) -> None:
+def refuse_unequal(
+    recipes: Mapping[str, Recipe], baseline: str, allowed: Sequence[str] = ()
+) -> None:
     """Make sure that a comparison is fair.
 
     Raises:
@@ -67,13 +80,21 @@ def refuse_unequal(recipes: Mapping[str, Recipe], baseline: str, allowed: Sequen
     found = list(unequal(recipes, baseline, allowed))
     if found:
         free = "variants may differ in losses, schedule and teachers"
-        raise RecipeError("\n".join([*(_told(one, recipes, baseline) for one in found), f"{free}; {advice(one.key for one in found)}"]))
+        raise RecipeError(
+            "\n".join(
+                [
+                    *(_told(one, recipes, baseline) for one in found),
+                    f"{free}; {advice(one.key for one in found)}",
+                ]
+            )
+        )
 
 
 def _told(one: Unequal, recipes: Mapping[str, Recipe], baseline: str) -> str:
     location = [int(step) if step.isdecimal() else step for step in one.key.split(".")]
     return (
-        f"{recipes[one.variant].source.where(location)}: {one.variant}: {one.key}: {_short(one.value)} ({baseline}: {_short(one.baseline)})"
+        f"{recipes[one.variant].source.where(location)}: {one.variant}: {one.key}:"
+        f" {_short(one.value)} ({baseline}: {_short(one.baseline)})"
     )
 
 

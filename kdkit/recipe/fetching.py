@@ -1,4 +1,6 @@
-"""What a recipe may bring onto this machine: announced first, to where its user can expect it, and never while it is only checked."""
+"""What a recipe may bring onto this machine: announced first, to where its user can expect it,
+and never while it is only checked.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ _nothing: ContextVar[bool] = ContextVar("nothing is fetched", default=False)
 
 
 def fetch(recipe: Recipe, source: DatasetSource, say: Callable[[str], None]) -> None:
-    """Bring what the recipe's dataset lacks, once its options allow it. Other processes of this machine wait meanwhile.
+    """Bring what the recipe's dataset lacks, once its options allow it. Other processes of this
+    machine wait meanwhile.
 
     Args:
         recipe: names the dataset.
@@ -46,7 +49,8 @@ def fetch(recipe: Recipe, source: DatasetSource, say: Callable[[str], None]) -> 
 
 
 def refuse_elsewhere(recipe: Recipe, folder: Path) -> None:
-    """Files are brought only below the folder of the recipe, the current one or that of KDKIT_DATA, and into no hidden folder.
+    """Files are brought only below the folder of the recipe, the current one or that of
+    KDKIT_DATA, and into no hidden folder.
 
     Raises:
         DataError: this folder is another one.
@@ -54,9 +58,14 @@ def refuse_elsewhere(recipe: Recipe, folder: Path) -> None:
     place, own = folder.resolve(), recipe.source.path.resolve().parent
     bases = [own, Path.cwd(), *([Path(data)] if (data := os.environ.get(DATA_FOLDER)) else [])]
     for base in (one.expanduser().resolve() for one in bases):
-        if place.is_relative_to(base) and not any(part.startswith(".") for part in place.relative_to(base).parts):
+        if place.is_relative_to(base) and not any(
+            part.startswith(".") for part in place.relative_to(base).parts
+        ):
             return
-    says = f"would be fetched to {place}, which is neither below {own} nor below the current folder, or is hidden"
+    says = (
+        f"would be fetched to {place}, which is neither below {own} nor below the current folder,"
+        " or is hidden"
+    )
     raise DataError(f"{says}; {DATA_FOLDER}={place} in the environment allows it")
 
 
@@ -67,7 +76,8 @@ def _alone(folder: Path) -> Iterator[None]:
         folder = folder.parent
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # a file system without locks: the last one to arrive finds the files there
+        # a file system without locks: the last one to arrive finds the files there
+        with contextlib.suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
@@ -80,9 +90,11 @@ class NothingFetched(ConnectionError):
 
 @contextlib.contextmanager
 def nothing_fetched() -> Iterator[None]:
-    """Refuse every connection to another machine that this thread's Python wants; Hugging Face's libraries look into their caches only.
+    """Refuse every connection to another machine that this thread's Python wants; Hugging Face's
+    libraries look into their caches only.
 
-    It keeps honest plugins and libraries from fetching. It holds nothing back that is not Python, or does not want to be held back.
+    It keeps honest plugins and libraries from fetching. It holds nothing back that is not Python,
+    or does not want to be held back.
     """
     _watch()
     token = _nothing.set(True)
@@ -95,7 +107,9 @@ def nothing_fetched() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _hub_offline() -> Iterator[None]:
-    """By their own switch, for otherwise they try a refused connection several times, with pauses."""
+    """By their own switch, for otherwise they try a refused connection several times, with
+    pauses.
+    """
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
@@ -104,7 +118,8 @@ def _hub_offline() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
-        if "datasets.config" in sys.modules:  # it copies the switch when it is imported, which may have been just now
+        # it copies the switch when it is imported, which may have been just now
+        if "datasets.config" in sys.modules:
             sys.modules["datasets.config"].HF_HUB_OFFLINE = before  # type: ignore[attr-defined]
 
 

@@ -39,7 +39,9 @@ class Recipe:
     source: Source
     plugins: Registry
     allowed: tuple[Path, ...] | None = None
-    """Of a run's recipe, the Python files and folders that may run (None: another recipe, which may run what it names)."""
+    """Of a run's recipe, the Python files and folders that may run (None: another recipe, which
+    may run what it names).
+    """
 
     def problem(self, location: Location, says: str) -> str:
         """`file:line: key: what`."""
@@ -63,7 +65,9 @@ class Recipe:
         return names
 
     def plain(self) -> dict[str, Any]:
-        """The resolved recipe as plain values: no parents, no overrides, paths absolute, defaults spelt out."""
+        """The resolved recipe as plain values: no parents, no overrides, paths absolute,
+        defaults spelt out.
+        """
         return self.spec.model_dump(mode="json", by_alias=True, exclude_none=True)
 
     def dump(self) -> str:
@@ -71,14 +75,18 @@ class Recipe:
         return yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True, width=120)
 
     def content(self, *, older: bool = False) -> dict[str, Any]:
-        """All that the trained weights depend on: `plain` without bookkeeping, files by what is in them.
+        """All that the trained weights depend on: `plain` without bookkeeping, files by what is
+        in them.
 
-        `older`: without the files of the data and the modules that Python files import, as an older kdkit had it.
+        `older`: without the files of the data and the modules that Python files import, as an older
+        kdkit had it.
         """
         plain = cast("dict[str, Any]", content_of(self.spec, older=older))
         del plain["name"]
         plain["plugins"] = [
-            _digest(file, older) for path in self.spec.plugins for file in ([path] if path.is_file() else sorted(path.rglob("*.py")))
+            _digest(file, older)
+            for path in self.spec.plugins
+            for file in ([path] if path.is_file() else sorted(path.rglob("*.py")))
         ]
         if not older and (files := self._data_files()):
             plain["data"]["files"] = files
@@ -112,14 +120,21 @@ class Recipe:
         return fingerprint == _fingerprint(own)
 
 
-def load(path: Path | str, overrides: Mapping[str, Any] | None = None, plugins: Sequence[Path] = (), *, files: bool = True) -> Recipe:
+def load(
+    path: Path | str,
+    overrides: Mapping[str, Any] | None = None,
+    plugins: Sequence[Path] = (),
+    *,
+    files: bool = True,
+) -> Recipe:
     """Read and check a recipe file. The Python files that it names may run.
 
     Args:
         path: the file.
         overrides: values by `key.path`, stronger than the file's.
         plugins: further plugin files or folders.
-        files: whether the files that it names must be there; a run that is finished needs them no more.
+        files: whether the files that it names must be there; a run that is finished needs them no
+            more.
 
     Raises:
         RecipeError: all problems found, one line each.
@@ -128,7 +143,13 @@ def load(path: Path | str, overrides: Mapping[str, Any] | None = None, plugins: 
     return read(Source(Path(path), overrides), plugins, files=files)
 
 
-def read(source: Source, plugins: Sequence[Path] = (), *, files: bool = True, allowed: tuple[Path, ...] | None = None) -> Recipe:
+def read(
+    source: Source,
+    plugins: Sequence[Path] = (),
+    *,
+    files: bool = True,
+    allowed: tuple[Path, ...] | None = None,
+) -> Recipe:
     """Check what a source says; `plugins` and `files` as for `load`, `allowed` as in `Recipe`.
 
     Raises:
@@ -136,7 +157,10 @@ def read(source: Source, plugins: Sequence[Path] = (), *, files: bool = True, al
         PluginError: a plugin that the recipe names is wrong.
     """
     if "variants" in source.data:
-        raise RecipeError(f"{source.where(['variants'])}: variants: this is a study, which `kdkit compare` carries out, not a recipe")
+        raise RecipeError(
+            f"{source.where(['variants'])}: variants: this is a study, which `kdkit compare`"
+            " carries out, not a recipe"
+        )
     named = _plugin_paths(source)
     consent.meet({path: source.where(["plugins", i]) for i, path in enumerate(named)}, allowed)
     found = registry.load((*plugins, *named))
@@ -146,7 +170,9 @@ def read(source: Source, plugins: Sequence[Path] = (), *, files: bool = True, al
     except ValidationError as error:
         raise RecipeError(explain_source(error, model, source)) from None
     consent.meet({path: source.where(place) for place, path in code_in(spec)}, allowed)
-    recipe = Recipe(spec.model_copy(update={"plugins": (*spec.plugins, *plugins)}), source, found, allowed)
+    recipe = Recipe(
+        spec.model_copy(update={"plugins": (*spec.plugins, *plugins)}), source, found, allowed
+    )
     if problems := [*_cross_check(recipe), *(_missing_files(recipe) if files else ())]:
         raise RecipeError("\n".join(problems))
     return recipe
@@ -155,14 +181,22 @@ def read(source: Source, plugins: Sequence[Path] = (), *, files: bool = True, al
 def teacher_recipes(spec: RecipeBase) -> dict[str, Recipe]:
     """The recipes that train teachers, by the teachers' names.
 
-    Where files lie is taken from `spec`, so that one override moves the data of all; it changes no result.
+    Where files lie is taken from `spec`, so that one override moves the data of all; it changes no
+    result.
     """
-    return {name: _taught_by(one, spec) for name, one in spec.all_teachers().items() if isinstance(one, RecipeTeacher)}
+    return {
+        name: _taught_by(one, spec)
+        for name, one in spec.all_teachers().items()
+        if isinstance(one, RecipeTeacher)
+    }
 
 
 def code_of_all(recipe: Recipe) -> tuple[Path, ...]:
     """The Python files and folders that it, and the recipes that train its teachers, make run."""
-    return (*recipe.code(), *(path for taught in teacher_recipes(recipe.spec).values() for path in code_of_all(taught)))
+    return (
+        *recipe.code(),
+        *(path for taught in teacher_recipes(recipe.spec).values() for path in code_of_all(taught)),
+    )
 
 
 def _taught_by(teacher: RecipeTeacher, spec: RecipeBase) -> Recipe:
@@ -170,7 +204,11 @@ def _taught_by(teacher: RecipeTeacher, spec: RecipeBase) -> Recipe:
     path, dataset = teacher.recipe, spec.data.dataset
     if load(path).spec.data.dataset.use != dataset.use:
         return load(path, seed)
-    kept = [name for name, field in type(dataset).model_fields.items() if _bookkeeping(field) and name in dataset.model_fields_set]
+    kept = [
+        name
+        for name, field in type(dataset).model_fields.items()
+        if _bookkeeping(field) and name in dataset.model_fields_set
+    ]
     return load(path, {**seed, **{f"data.dataset.{name}": getattr(dataset, name) for name in kept}})
 
 
@@ -185,7 +223,9 @@ def _plugin_paths(source: Source) -> list[Path]:
         except ValueError as error:
             problems.append(f"{place}: {error}")
             continue
-        problems += [] if os.path.exists(paths[-1]) else [f"{place}: no such file or folder: {paths[-1]}"]
+        problems += (
+            [] if os.path.exists(paths[-1]) else [f"{place}: no such file or folder: {paths[-1]}"]
+        )
     if problems:
         raise RecipeError("\n".join(problems))
     return paths
@@ -212,7 +252,12 @@ def _check_models(recipe: Recipe) -> Iterable[str]:
         yield recipe.problem(["teachers"], "give `teacher` or `teachers`, not both")
         return
     yield from _check_teachers(recipe)
-    sections = {"teacher": spec.teacher, "teachers": spec.teachers, "student": spec.student, "schedule": spec.schedule}
+    sections = {
+        "teacher": spec.teacher,
+        "teachers": spec.teachers,
+        "student": spec.student,
+        "schedule": spec.schedule,
+    }
     for location, options in models_in(sections):
         try:
             source_of(options.model, recipe.plugins.models)
@@ -220,12 +265,18 @@ def _check_models(recipe: Recipe) -> Iterable[str]:
             yield recipe.problem([*location, "model"], str(error))
         init = options.init if isinstance(options, StudentOptions) else None
         if init is not None and init.from_ not in spec.all_teachers():
-            known = suggest(init.from_, spec.all_teachers()) if spec.all_teachers() else "the recipe has none"
+            known = (
+                suggest(init.from_, spec.all_teachers())
+                if spec.all_teachers()
+                else "the recipe has none"
+            )
             yield recipe.problem([*location, "init", "from"], f"there is no such teacher; {known}")
 
 
 def _check_teachers(recipe: Recipe) -> Iterable[str]:
-    spec, teachers, called = recipe.spec, recipe.spec.all_teachers(), recipe.spec.schedule.use
+    spec = recipe.spec
+    teachers = recipe.spec.all_teachers()
+    called = recipe.spec.schedule.use
     needs = recipe.plugins.schedules[called].needs_teacher
     if len(teachers) < len(spec.teachers):
         yield recipe.problem(["teachers"], "two teachers have one name")
@@ -233,19 +284,28 @@ def _check_teachers(recipe: Recipe) -> Iterable[str]:
         yield recipe.problem(["schedule"], f"schedule '{called}' needs a `teacher:`")
     if not needs and teachers:
         key = "teacher" if spec.teacher is not None else "teachers"
-        yield recipe.problem([key], f"schedule '{called}' has no teacher; leave it out or write `{key}: null`")
+        yield recipe.problem(
+            [key], f"schedule '{called}' has no teacher; leave it out or write `{key}: null`"
+        )
     for i, entry in enumerate(spec.losses):
         if entry.teacher is not None and entry.teacher not in teachers:
-            yield recipe.problem(["losses", i, "teacher"], f"there is no such teacher; {suggest(entry.teacher, teachers)}")
+            yield recipe.problem(
+                ["losses", i, "teacher"],
+                f"there is no such teacher; {suggest(entry.teacher, teachers)}",
+            )
     for name, one in teachers.items():
-        if isinstance(one, RecipeTeacher) and (says := _refused_line(recipe.source.path, one.recipe)):
+        if isinstance(one, RecipeTeacher) and (
+            says := _refused_line(recipe.source.path, one.recipe)
+        ):
             yield recipe.problem([*spec.place_of(name), "recipe"], says)
         if isinstance(one, TeacherOptions) and one.fold_batchnorm and one.mode == "train":
             says = "folded layers have no batch statistics, which `mode: train` asks for"
             yield recipe.problem([*spec.place_of(name), "fold_batchnorm"], says)
 
 
-def models_in(value: Any, location: Sequence[str | int] = ()) -> Iterable[tuple[list[str | int], ModelOptions]]:
+def models_in(
+    value: Any, location: Sequence[str | int] = ()
+) -> Iterable[tuple[list[str | int], ModelOptions]]:
     """Every model that a part of the recipe names, with its place."""
     if isinstance(value, ModelOptions):
         yield [*location], value
@@ -258,13 +318,19 @@ def models_in(value: Any, location: Sequence[str | int] = ()) -> Iterable[tuple[
 
 
 def _refused_line(start: Path, path: Path) -> str | None:
-    """What is wrong with the recipes that train a teacher, and its teachers, and so on; each file is read once."""
+    """What is wrong with the recipes that train a teacher, and its teachers, and so on; each
+    file is read once.
+    """
     known: dict[Path, int] = {}
     try:
         count = _recipes_from(path, (Path(os.path.realpath(start)),), known)
     except _ComesBackError:
         return f"{path.name} has this recipe among its own teachers"
-    return f"{path.name}, its teachers and theirs are {count} recipes, more than {MOST_RECIPES}" if count > MOST_RECIPES else None
+    return (
+        f"{path.name}, its teachers and theirs are {count} recipes, more than {MOST_RECIPES}"
+        if count > MOST_RECIPES
+        else None
+    )
 
 
 class _ComesBackError(Exception):
@@ -272,14 +338,18 @@ class _ComesBackError(Exception):
 
 
 def _recipes_from(path: Path, above: tuple[Path, ...], known: dict[Path, int]) -> int:
-    """How many recipes are planned for a teacher: its own, and those of its teachers, as often as they teach."""
+    """How many recipes are planned for a teacher: its own, and those of its teachers, as often
+    as they teach.
+    """
     if path in above:
         raise _ComesBackError
     if len(above) > MOST_RECIPES:
         return 1
     if path not in known:
         followers = _taught(Source(path).data) if path.is_file() else ()
-        known[path] = 1 + sum(seeds * _recipes_from(one, (*above, path), known) for one, seeds in followers)
+        known[path] = 1 + sum(
+            seeds * _recipes_from(one, (*above, path), known) for one, seeds in followers
+        )
     return known[path]
 
 
@@ -297,14 +367,20 @@ def _taught(data: Mapping[str, Any]) -> Iterable[tuple[Path, int]]:
 def _missing_files(recipe: Recipe) -> Iterable[str]:
     """Files that the recipe names and that are not there; datasets look after their own."""
     for location, path in _leaves(recipe.spec, but=_bookkeeping):
-        if isinstance(path, Path) and not os.path.exists(path) and location[:2] != ["data", "dataset"]:
+        if (
+            isinstance(path, Path)
+            and not os.path.exists(path)
+            and location[:2] != ["data", "dataset"]
+        ):
             yield recipe.problem(location, f"no such file: {path}")
 
 
 def _leaves(
     value: Any, location: Sequence[str | int] = (), but: Callable[[Any], bool] = lambda field: False
 ) -> Iterable[tuple[list[str | int], Any]]:
-    """Every value in a part of the recipe that has none inside, with its place; `but` says which options are left out."""
+    """Every value in a part of the recipe that has none inside, with its place; `but` says which
+    options are left out.
+    """
     if isinstance(value, tuple | list | Mapping):
         for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
             yield from _leaves(item, [*location, key], but)
@@ -316,7 +392,9 @@ def _leaves(
         yield [*location], value
 
 
-def code_in(value: Any, location: Sequence[str | int] = ()) -> Iterable[tuple[list[str | int], Path]]:
+def code_in(
+    value: Any, location: Sequence[str | int] = ()
+) -> Iterable[tuple[list[str | int], Path]]:
     """Python files that a part of the recipe makes run, plugins aside, with their places."""
     if isinstance(value, tuple | list | Mapping):
         for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
@@ -349,10 +427,14 @@ def _fingerprint(content: Mapping[str, Any]) -> str:
 
 
 def content_of(value: Any, *, older: bool = False) -> Any:
-    """What of a recipe or a part of it changes what is trained, in plain values; `older`: see `Recipe.content`."""
+    """What of a recipe or a part of it changes what is trained, in plain values; `older`: see
+    `Recipe.content`.
+    """
     if isinstance(value, RecipeTeacher):
         taught = load(value.recipe, {} if value.seed is None else {"seed": value.seed})
-        others = {k: content_of(v, older=older) for k, v in value if k not in ("recipe", "seed", "name")}
+        others = {
+            k: content_of(v, older=older) for k, v in value if k not in ("recipe", "seed", "name")
+        }
         return {**others, "recipe": taught.older_fingerprint if older else taught.fingerprint}
     if isinstance(value, BaseModel):
         return {
@@ -370,4 +452,6 @@ def content_of(value: Any, *, older: bool = False) -> Any:
 
 
 def _digest(file: Path, older: bool) -> str:
-    return dependencies.code_digest(file) if file.suffix == ".py" and not older else file_digest(file)
+    return (
+        dependencies.code_digest(file) if file.suffix == ".py" and not older else file_digest(file)
+    )

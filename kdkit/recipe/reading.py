@@ -1,6 +1,7 @@
 """Reads a small part of YAML, within bounds, into nodes that know where they stand.
 
-What may stand there: text, whole and decimal numbers, true and false, null, lists, and mappings whose keys are words. Dates are text.
+What may stand there: text, whole and decimal numbers, true and false, null, lists, and mappings
+whose keys are words. Dates are text.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class _Composer(yaml.SafeLoader):
         super().__init__(text)
         self.name = name
         self._depth = 0
-        self._sizes: dict[yaml.Node, tuple[int, int]] = {}  # of each finished node: how many nodes it is, and how deep
+        # of each finished node: how many nodes it is, and how deep
+        self._sizes: dict[yaml.Node, tuple[int, int]] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         event: yaml.Event = self.peek_event()  # type: ignore[no-untyped-call]
@@ -62,7 +64,10 @@ class _Composer(yaml.SafeLoader):
     def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
         node: yaml.ScalarNode = super().compose_scalar_node(anchor)
         if strange := _STRANGE.search(node.value):
-            raise _refused(f"holds {strange.group().encode('unicode_escape').decode()}, a control character", node.start_mark)
+            raise _refused(
+                f"holds {strange.group().encode('unicode_escape').decode()}, a control character",
+                node.start_mark,
+            )
         return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
@@ -70,7 +75,10 @@ class _Composer(yaml.SafeLoader):
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise _refused("a key is a word", key.start_mark)
-        node.value = [*self._merged(node), *((key, value) for key, value in node.value if key.tag != f"{_TAG}merge")]
+        node.value = [
+            *self._merged(node),
+            *((key, value) for key, value in node.value if key.tag != f"{_TAG}merge"),
+        ]
         first: dict[str, int] = {}
         for key, _ in node.value:
             if key.value in first:
@@ -92,30 +100,49 @@ class _Composer(yaml.SafeLoader):
         return list(found.values())
 
     def _measured(self, node: yaml.Node) -> tuple[int, int]:
-        children = [child for pair in node.value for child in pair] if isinstance(node, yaml.MappingNode) else node.value
-        sizes = [self._sizes[child] for child in children] if isinstance(node, yaml.CollectionNode) else []
-        return 1 + sum(size for size, _ in sizes), 1 + max((depth for _, depth in sizes), default=-1)
+        children = (
+            [child for pair in node.value for child in pair]
+            if isinstance(node, yaml.MappingNode)
+            else node.value
+        )
+        sizes = (
+            [self._sizes[child] for child in children]
+            if isinstance(node, yaml.CollectionNode)
+            else []
+        )
+        return 1 + sum(size for size, _ in sizes), 1 + max(
+            (depth for _, depth in sizes), default=-1
+        )
 
     def _check_tag(self, event: yaml.Event) -> None:
         tag = getattr(event, "tag", None)
-        if isinstance(event, yaml.ScalarEvent):  # a number may say that it is one, and anything that it is text
+        # a number may say that it is one, and anything that it is text
+        if isinstance(event, yaml.ScalarEvent):
             usual = {f"{_TAG}str", self.resolve(yaml.ScalarNode, event.value, (True, False))}  # type: ignore[no-untyped-call]
         else:
             usual = {f"{_TAG}seq" if isinstance(event, yaml.SequenceStartEvent) else f"{_TAG}map"}
         if tag not in (None, "!", *usual):
             name = shorten(str(tag).replace(_TAG, "!!"))
-            raise _refused(f"{name}: values have no tags here; leave it out, and write text in quotes", event.start_mark)
+            raise _refused(
+                f"{name}: values have no tags here; leave it out, and write text in quotes",
+                event.start_mark,
+            )
 
 
 def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
     left_out = {f"{_TAG}{kind}" for kind in ("bool", "timestamp", "value")}
     known = yaml.SafeLoader.yaml_implicit_resolvers.items()
-    return {first: [(tag, pattern) for tag, pattern in resolvers if tag not in left_out] for first, resolvers in known}
+    return {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in left_out]
+        for first, resolvers in known
+    }
 
 
 _Composer.yaml_implicit_resolvers = _resolvers()
 _Composer.add_implicit_resolver(f"{_TAG}bool", re.compile(r"true|True|false|False"), list("tTfF"))
-_Composer.add_implicit_resolver(f"{_TAG}float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789"))
+_Composer.add_implicit_resolver(
+    f"{_TAG}float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
+)
 
 
 def read(path: Path) -> yaml.MappingNode:
@@ -132,7 +159,9 @@ def read(path: Path) -> yaml.MappingNode:
     except OSError as error:
         raise RecipeError(f"{name}: {error.strerror}") from None
     except ValueError as error:  # UnicodeDecodeError is one
-        raise RecipeError(f"{name}: {'is not UTF-8 text' if isinstance(error, UnicodeError) else error}") from None
+        raise RecipeError(
+            f"{name}: {'is not UTF-8 text' if isinstance(error, UnicodeError) else error}"
+        ) from None
     if len(content) > LARGEST_FILE:
         raise RecipeError(f"{name}: is larger than {LARGEST_FILE:,} bytes, which no recipe is")
     root = compose(text, str(path))
@@ -186,12 +215,23 @@ def _scalar(node: yaml.ScalarNode, location: tuple[str | int, ...]) -> Any:
         return node.value.lower() == "true"
     if kind in ("int", "float"):
         try:
-            number = (yaml.SafeLoader("").construct_yaml_int if kind == "int" else yaml.SafeLoader("").construct_yaml_float)(node)
+            number = (
+                yaml.SafeLoader("").construct_yaml_int
+                if kind == "int"
+                else yaml.SafeLoader("").construct_yaml_float
+            )(node)
         except (ValueError, OverflowError, IndexError):
             number = LARGEST_INT + 1
         if isinstance(number, int) and abs(number) > LARGEST_INT:
-            where = f"{place(node.start_mark)}: {dotted(location)}" if location else place(node.start_mark)
-            raise RecipeError(f"{where}: {shorten(node.value, 40)} is too large, or is no number; write text in quotes")
+            where = (
+                f"{place(node.start_mark)}: {dotted(location)}"
+                if location
+                else place(node.start_mark)
+            )
+            raise RecipeError(
+                f"{where}: {shorten(node.value, 40)} is too large, or is no number; write text in"
+                " quotes"
+            )
         return number
     name = node.start_mark.name
     return Text.of(node.value, Path.cwd() if name == COMMAND_LINE else Path(name).parent)
@@ -199,7 +239,11 @@ def _scalar(node: yaml.ScalarNode, location: tuple[str | int, ...]) -> Any:
 
 def place(mark: yaml.Mark) -> str:
     """`file:line`, or that it was on the command line."""
-    return COMMAND_LINE if mark.name == COMMAND_LINE else f"{seen_from_here(mark.name)}:{mark.line + 1}"
+    return (
+        COMMAND_LINE
+        if mark.name == COMMAND_LINE
+        else f"{seen_from_here(mark.name)}:{mark.line + 1}"
+    )
 
 
 def seen_from_here(name: str) -> str:
@@ -215,10 +259,14 @@ def _refused(says: str, mark: Any) -> yaml.MarkedYAMLError:
 def _told(error: yaml.YAMLError, text: str, name: str) -> str:
     if isinstance(error, yaml.reader.ReaderError):
         mark = yaml.Mark(name, 0, text.count("\n", 0, error.position), 0, None, 0)
-        return f"{place(mark)}: holds {shown(chr(error.character))}, a character that no text file has"
+        return (
+            f"{place(mark)}: holds {shown(chr(error.character))}, a character that no text file has"
+        )
     assert isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None
     problem, mark = str(error.problem or error.context), error.problem_mark
-    says = next((words for begin, words in _IN_PLAIN_WORDS.items() if problem.startswith(begin)), problem)
+    says = next(
+        (words for begin, words in _IN_PLAIN_WORDS.items() if problem.startswith(begin)), problem
+    )
     begins = error.context_mark
     if begins is not None and says.startswith(_UNCLOSED):
         mark = begins
@@ -231,25 +279,46 @@ _UNCLOSED = "what is opened here is not closed"
 _IN_PLAIN_WORDS = {  # what PyYAML says, from its beginning on
     "found character '\\t'": "a tab, which cannot indent YAML: use spaces",
     "found character": "begins with a character that has a meaning in YAML: write text in quotes",
-    "could not find expected ':'": "a line that is no `key: value`; is the `:` missing, or the space behind it?",
-    "mapping values are not allowed": "a `:` where none can be: is the line above no `key: value`, or this one indented too far?",
-    "sequence entries are not allowed": "a `- ` where no list can begin; put it on a line of its own, below its key",
+    "could not find expected ':'": (
+        "a line that is no `key: value`; is the `:` missing, or the space behind it?"
+    ),
+    "mapping values are not allowed": (
+        "a `:` where none can be: is the line above no `key: value`, or this one indented too far?"
+    ),
+    "sequence entries are not allowed": (
+        "a `- ` where no list can begin; put it on a line of its own, below its key"
+    ),
     "mapping keys are not allowed": "a `? ` where no key can begin; write text in quotes",
     "found unexpected end of stream": f"{_UNCLOSED}: a quote is missing",
     "found unexpected document separator": f"{_UNCLOSED}: a quote is missing",
     "found unknown escape character": "an unknown escape; in single quotes a `\\` is just that",
     "expected escape sequence": "an escape is too short; in single quotes a `\\` is just that",
-    "expected alphabetic or numeric": "begins with a character that has a meaning in YAML: write text in quotes",
-    "expected <block end>, but found '<block": "is indented otherwise than what it belongs to, which begins on line {line}",
-    "expected <block end>, but found": "does not belong to what begins on line {line}; is it indented otherwise, or is a quote missing?",
+    "expected alphabetic or numeric": (
+        "begins with a character that has a meaning in YAML: write text in quotes"
+    ),
+    "expected <block end>, but found '<block": (
+        "is indented otherwise than what it belongs to, which begins on line {line}"
+    ),
+    "expected <block end>, but found": (
+        "does not belong to what begins on line {line}; is it indented otherwise, or is a quote"
+        " missing?"
+    ),
     "expected ',' or ']'": f"{_UNCLOSED}: a `]` or a `,` is missing",
     "expected ',' or '}'": f"{_UNCLOSED}: a `}}` or a `,` is missing",
     "expected the node content": "a value is missing before this",
-    "expected '<document start>'": "does not belong to the mapping above; is it indented otherwise?",
+    "expected '<document start>'": (
+        "does not belong to the mapping above; is it indented otherwise?"
+    ),
     "but found another document": "a second document (`---`) begins, and a file holds one",
-    "found undefined alias": "a `*name` without the `&name` that it stands for; write text in quotes",
+    "found undefined alias": (
+        "a `*name` without the `&name` that it stands for; write text in quotes"
+    ),
     "found duplicate anchor": "a second `&name` of one name",
     "second occurrence": "a second `&name` of one name",
-    "expected a comment or a line break": "text behind a `|` or `>`: write it on the next line, or in quotes",
-    "expected chomping or indentation": "text behind a `|` or `>`: write it on the next line, or in quotes",
+    "expected a comment or a line break": (
+        "text behind a `|` or `>`: write it on the next line, or in quotes"
+    ),
+    "expected chomping or indentation": (
+        "text behind a `|` or `>`: write it on the next line, or in quotes"
+    ),
 }

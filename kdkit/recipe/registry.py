@@ -62,16 +62,20 @@ class Registry:
 
 
 def load(files: tuple[Path, ...] = (), *, installed: bool = True) -> Registry:
-    """Ask every plugin: installed ones (entry-point group `kdkit`; the standard plugins are such), then files and folders.
+    """Ask every plugin: installed ones (entry-point group `kdkit`; the standard plugins are
+    such), then files and folders.
 
-    An entry point names a module, or a package whose modules are all plugins. Folders are searched through; names that
-    begin with `_` are left out. The result depends on nothing that was loaded before.
+    An entry point names a module, or a package whose modules are all plugins. Folders are searched
+    through; names that begin with `_` are left out. The result depends on nothing that was loaded
+    before.
 
     Raises:
         PluginError: naming the plugin and what is wrong with it.
     """
     sources = tuple(_plugin_files(files))
-    return _load(tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in sources), installed)
+    return _load(
+        tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in sources), installed
+    )
 
 
 @functools.lru_cache(maxsize=8)
@@ -79,7 +83,10 @@ def _load(files: tuple[tuple[Path, int, int], ...], installed: bool) -> Registry
     """Plugins of these files as they are now: an edited file is read again."""
     manager = pluggy.PluginManager("kdkit")
     manager.add_hookspecs(hooks)
-    found = [*(_installed() if installed else ()), *((str(path), _import(path)) for path, _, _ in files)]
+    found = [
+        *(_installed() if installed else ()),
+        *((str(path), _import(path)) for path, _, _ in files),
+    ]
     for origin, module in found:
         try:
             manager.register(module, name=origin)
@@ -87,7 +94,9 @@ def _load(files: tuple[tuple[Path, int, int], ...], installed: bool) -> Registry
             raise PluginError(f"{origin}: {str(error).splitlines()[-1].strip()}") from error
     _refuse_misspelt_hooks(found)
     origins: dict[Plugin, str] = {}
-    losses, schedules, models, datasets = (_collect(getattr(manager.hook, hook), base, origins) for hook, base in KINDS.items())
+    losses, schedules, models, datasets = (
+        _collect(getattr(manager.hook, hook), base, origins) for hook, base in KINDS.items()
+    )
     return Registry(losses, schedules, models, datasets, origins)
 
 
@@ -97,10 +106,15 @@ def _installed() -> Iterator[tuple[str, ModuleType]]:
         try:
             module = point.load()
         except Exception as error:
-            raise PluginError(f"{distribution} (entry point '{point.name}'): cannot be imported: {_cause(error)}") from error
+            raise PluginError(
+                f"{distribution} (entry point '{point.name}'): cannot be imported: {_cause(error)}"
+            ) from error
         if module.__spec__ and module.__spec__.submodule_search_locations:
             for path in _plugin_files([Path(p) for p in module.__path__]):
-                yield str(path), _import(path, package=module.__name__, root=Path(next(iter(module.__path__))))
+                yield (
+                    str(path),
+                    _import(path, package=module.__name__, root=Path(next(iter(module.__path__)))),
+                )
         else:
             yield f"{distribution} ({module.__name__})", module
 
@@ -108,7 +122,11 @@ def _installed() -> Iterator[tuple[str, ModuleType]]:
 def _plugin_files(paths: Iterable[Path]) -> Iterator[Path]:
     for path in paths:
         if path.is_dir():
-            inside = (p for p in sorted(path.rglob("*.py")) if not any(part.startswith((".", "_")) for part in p.relative_to(path).parts))
+            inside = (
+                p
+                for p in sorted(path.rglob("*.py"))
+                if not any(part.startswith((".", "_")) for part in p.relative_to(path).parts)
+            )
             yield from inside
         elif path.is_file():
             yield path
@@ -120,14 +138,16 @@ def _import(path: Path, package: str = "", root: Path | None = None) -> ModuleTy
     if root:
         name = ".".join([package, *path.relative_to(root).with_suffix("").parts])
     else:
-        name = f"{FROM_A_FILE}{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+        digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()
+        name = f"{FROM_A_FILE}{path.stem}_{digest[:8]}"
     if package and name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise PluginError(f"{path}: a plugin file is Python source and ends in .py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # before it runs, so that pickle, inspect and pydantic find its classes
+    # before it runs, so that pickle, inspect and pydantic find its classes
+    sys.modules[name] = module
     try:
         with contextlib.nullcontext() if root else beside(path):
             spec.loader.exec_module(module)
@@ -143,29 +163,48 @@ def _cause(error: Exception) -> str:
 
 def _refuse_misspelt_hooks(found: Iterable[tuple[str, ModuleType]]) -> None:
     for origin, module in found:
-        hooks = [name for name, value in vars(module).items() if inspect.isfunction(value) and name.startswith("kdkit_")]
-        marked = [name for name, value in vars(module).items() if inspect.isfunction(value) and getattr(value, "kdkit_impl", None)]
+        hooks = [
+            name
+            for name, value in vars(module).items()
+            if inspect.isfunction(value) and name.startswith("kdkit_")
+        ]
+        marked = [
+            name
+            for name, value in vars(module).items()
+            if inspect.isfunction(value) and getattr(value, "kdkit_impl", None)
+        ]
         if wrong := sorted({*hooks, *marked} - KINDS.keys()):
-            raise PluginError(f"{origin}: '{wrong[0]}' is no kdkit hook; {suggest(wrong[0], KINDS)}")
+            raise PluginError(
+                f"{origin}: '{wrong[0]}' is no kdkit hook; {suggest(wrong[0], KINDS)}"
+            )
         if unmarked := sorted(set(hooks) - set(marked)):
             raise PluginError(f"{origin}: {unmarked[0]}() lacks @kdkit.hookimpl")
         if not marked:
             raise PluginError(f"{origin}: defines no kdkit hook; {suggest('', KINDS)}")
 
 
-def _collect(hook: pluggy.HookCaller, base: type[Any], origins: dict[Plugin, str]) -> dict[str, Any]:
+def _collect(
+    hook: pluggy.HookCaller, base: type[Any], origins: dict[Plugin, str]
+) -> dict[str, Any]:
     found: dict[str, Plugin] = {}
     for impl in reversed(hook.get_hookimpls()):  # one by one, so that a fault names its plugin
         try:
             returned = impl.function()
         except Exception as error:
-            raise PluginError(f"{impl.plugin_name}: {hook.name}() failed: {_cause(error)}") from error
+            raise PluginError(
+                f"{impl.plugin_name}: {hook.name}() failed: {_cause(error)}"
+            ) from error
         if not isinstance(returned, Sequence):
-            raise PluginError(f"{impl.plugin_name}: {hook.name}() must return a list of classes, not {returned!r}")
+            raise PluginError(
+                f"{impl.plugin_name}: {hook.name}() must return a list of classes, not {returned!r}"
+            )
         for cls in returned:
             _check(cls, base, impl.plugin_name)
             if cls.name in found:
-                raise PluginError(f"'{cls.name}' is registered twice: by {origins[found[cls.name]]} and by {impl.plugin_name}")
+                raise PluginError(
+                    f"'{cls.name}' is registered twice: by {origins[found[cls.name]]} and by"
+                    f" {impl.plugin_name}"
+                )
             found[cls.name] = cls
             origins[cls] = impl.plugin_name
     return dict(sorted(found.items()))
@@ -176,23 +215,44 @@ def _check(cls: Any, base: type, plugin: str) -> None:
         if not condition:
             raise PluginError(f"{plugin}: {says}")
 
-    require(inspect.isclass(cls) and issubclass(cls, base), f"{cls!r} is not a kdkit.{base.__name__} class")
+    require(
+        inspect.isclass(cls) and issubclass(cls, base),
+        f"{cls!r} is not a kdkit.{base.__name__} class",
+    )
     missing = ", ".join(sorted(cls.__abstractmethods__))
     require(not missing, f"{cls.__name__} does not implement {missing}")
     name = getattr(cls, "name", None)
-    require(isinstance(name, str) and NAME.fullmatch(name), f"{cls.__name__}.name must be snake_case, got {name!r}")
     require(
-        inspect.isclass(cls.Options) and issubclass(cls.Options, Options), f"{cls.__name__}.Options must derive from the base's Options"
+        isinstance(name, str) and NAME.fullmatch(name),
+        f"{cls.__name__}.name must be snake_case, got {name!r}",
+    )
+    require(
+        inspect.isclass(cls.Options) and issubclass(cls.Options, Options),
+        f"{cls.__name__}.Options must derive from the base's Options",
     )
     clash = ", ".join(sorted(RESERVED & cls.Options.model_fields.keys()))
     require(not clash, f"{cls.__name__}.Options may not define {clash}: the recipe uses that key")
-    require(cls.__dict__.get("__doc__"), f"{cls.__name__} has no docstring: its first line is what `kdkit plugins` shows")
-    undescribed = ", ".join(key for key, value in cls.Options.model_fields.items() if not value.description)
+    require(
+        cls.__dict__.get("__doc__"),
+        f"{cls.__name__} has no docstring: its first line is what `kdkit plugins` shows",
+    )
+    undescribed = ", ".join(
+        key for key, value in cls.Options.model_fields.items() if not value.description
+    )
     require(not undescribed, f"{cls.__name__}.Options: {undescribed} lacks Field(description=...)")
     if base is Loss:
         knowledge = getattr(cls, "knowledge", None)
-        require(knowledge in KNOWLEDGE, f"{cls.__name__}.knowledge is {knowledge!r}; {suggest(str(knowledge), KNOWLEDGE)}")
+        require(
+            knowledge in KNOWLEDGE,
+            f"{cls.__name__}.knowledge is {knowledge!r}; {suggest(str(knowledge), KNOWLEDGE)}",
+        )
     if base is Schedule:
         scheme = getattr(cls, "scheme", None)
-        require(scheme in SCHEMES, f"{cls.__name__}.scheme is {scheme!r}; {suggest(str(scheme), SCHEMES)}")
-        require(isinstance(getattr(cls, "needs_teacher", None), bool), f"{cls.__name__}.needs_teacher must be True or False")
+        require(
+            scheme in SCHEMES,
+            f"{cls.__name__}.scheme is {scheme!r}; {suggest(str(scheme), SCHEMES)}",
+        )
+        require(
+            isinstance(getattr(cls, "needs_teacher", None), bool),
+            f"{cls.__name__}.needs_teacher must be True or False",
+        )

@@ -36,26 +36,51 @@ class BatchAugment(Options):
         default=0,
         ge=0,
         le=SIDE,
-        description="Pad by that many pixels (zeros), then crop at a random place: shifts of up to so many pixels.",
+        description=(
+            "Pad by that many pixels (zeros), then crop at a random place: shifts of up to so many"
+            " pixels."
+        ),
     )
-    flip: float = Field(default=0.0, ge=0, le=1, description="Share of the images mirrored left to right.")
+    flip: float = Field(
+        default=0.0, ge=0, le=1, description="Share of the images mirrored left to right."
+    )
 
 
 class TimmAugment(Options):
     """Augmentation by timm's `create_transform`, image by image, in worker processes.
 
-    Erased rectangles and the borders of rotated images are filled as timm does for ImageNet's mean and deviation.
+    Erased rectangles and the borders of rotated images are filled as timm does for ImageNet's mean
+    and deviation.
     """
 
-    scale: tuple[float, float] | None = Field(default=None, description="RandomResizedCrop: range of the area (timm: 0.08 to 1).")
-    ratio: tuple[float, float] | None = Field(default=None, description="RandomResizedCrop: range of the aspect ratio (timm: 3/4 to 4/3).")
-    flip: float = Field(default=0.5, ge=0, le=1, description="Share of the images mirrored left to right.")
-    vertical_flip: float = Field(default=0.0, ge=0, le=1, description="Share of the images mirrored top to bottom.")
-    color_jitter: float | None = Field(default=None, ge=0, description="Strength of brightness, contrast and saturation jitter.")
-    auto_augment: str | None = Field(default=None, description="A timm policy string, such as `rand-m7-mstd0.5` or `augmix-m5-w4`.")
-    random_erasing: float = Field(default=0.0, ge=0, le=1, description="Share of the images with a rectangle erased.")
-    erasing_mode: Literal["const", "rand", "pixel"] = Field(default="pixel", description="What fills the rectangle.")
-    interpolation: Literal["random", "bilinear", "bicubic"] = Field(default="random", description="How crops are resized.")
+    scale: tuple[float, float] | None = Field(
+        default=None, description="RandomResizedCrop: range of the area (timm: 0.08 to 1)."
+    )
+    ratio: tuple[float, float] | None = Field(
+        default=None, description="RandomResizedCrop: range of the aspect ratio (timm: 3/4 to 4/3)."
+    )
+    flip: float = Field(
+        default=0.5, ge=0, le=1, description="Share of the images mirrored left to right."
+    )
+    vertical_flip: float = Field(
+        default=0.0, ge=0, le=1, description="Share of the images mirrored top to bottom."
+    )
+    color_jitter: float | None = Field(
+        default=None, ge=0, description="Strength of brightness, contrast and saturation jitter."
+    )
+    auto_augment: str | None = Field(
+        default=None,
+        description="A timm policy string, such as `rand-m7-mstd0.5` or `augmix-m5-w4`.",
+    )
+    random_erasing: float = Field(
+        default=0.0, ge=0, le=1, description="Share of the images with a rectangle erased."
+    )
+    erasing_mode: Literal["const", "rand", "pixel"] = Field(
+        default="pixel", description="What fills the rectangle."
+    )
+    interpolation: Literal["random", "bilinear", "bicubic"] = Field(
+        default="random", description="How crops are resized."
+    )
 
 
 class DatasetEntry(DatasetOptions):
@@ -69,39 +94,80 @@ class DataSpec(Options):
 
     dataset: DatasetEntry = Field(description="A dataset plugin and its options.")
     image_size: int | None = Field(
-        default=None, gt=0, le=SIDE, description="Side of the square images that batches hold (default: the dataset's own size)."
+        default=None,
+        gt=0,
+        le=SIDE,
+        description=(
+            "Side of the square images that batches hold (default: the dataset's own size)."
+        ),
     )
     crop_pct: float = Field(
-        default=1.0, gt=0, le=1, description="Share of the side that the central crop keeps when measuring, of images read one by one."
+        default=1.0,
+        gt=0,
+        le=1,
+        description=(
+            "Share of the side that the central crop keeps when measuring, of images read one by"
+            " one."
+        ),
     )
-    interpolation: Literal["bilinear", "bicubic"] = Field(default="bilinear", description="How images are resized to `image_size`.")
-    batch_size: int = Field(default=64, gt=0, le=COUNT, description="Images per step, over all processes together.")
-    eval_batch_size: int = Field(default=256, gt=0, le=COUNT, description="Images per step when measuring, per process.")
+    interpolation: Literal["bilinear", "bicubic"] = Field(
+        default="bilinear", description="How images are resized to `image_size`."
+    )
+    batch_size: int = Field(
+        default=64, gt=0, le=COUNT, description="Images per step, over all processes together."
+    )
+    eval_batch_size: int = Field(
+        default=256, gt=0, le=COUNT, description="Images per step when measuring, per process."
+    )
     train_samples: int | None = Field(
-        default=None, gt=0, le=1000 * COUNT, description="Train on so many images only, drawn by class shares and `data.seed`."
+        default=None,
+        gt=0,
+        le=1000 * COUNT,
+        description="Train on so many images only, drawn by class shares and `data.seed`.",
     )
-    train_fraction: float | None = Field(default=None, gt=0, le=1, description="Train on that share of the images only, drawn likewise.")
+    train_fraction: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Train on that share of the images only, drawn likewise.",
+    )
     validation: float | int | None = Field(
-        default=None, gt=0, description="Share (below 1) or number of training images set aside for validation."
+        default=None,
+        gt=0,
+        description="Share (below 1) or number of training images set aside for validation.",
     )
-    seed: int = Field(default=0, ge=0, description="Which images `train_samples`, `train_fraction` and `validation` draw.")
+    seed: int = Field(
+        default=0,
+        ge=0,
+        description="Which images `train_samples`, `train_fraction` and `validation` draw.",
+    )
     augment: BatchAugment | None = Field(default=None, description="Batched crops and flips.")
-    timm_augment: TimmAugment | None = Field(default=None, description="timm's augmentations, image by image (instead of `augment`).")
+    timm_augment: TimmAugment | None = Field(
+        default=None, description="timm's augmentations, image by image (instead of `augment`)."
+    )
     repeats: int = Field(
         default=1,
         gt=0,
         le=COUNT,
-        description="Repeated augmentation: each image of an epoch comes so many times side by side, each time augmented differently. The "
-        "epoch keeps its length, so that it shows that part of the images.",
+        description=(
+            "Repeated augmentation: each image of an epoch comes so many times side by side, each"
+            " time augmented differently. The epoch keeps its length, so that it shows that part of"
+            " the images."
+        ),
         json_schema_extra=LATER,
     )
     sampling: Literal["all", "balanced"] = Field(
         default="all",
-        description="all: every image once an epoch. balanced: images of each class equally often, in an epoch of the same length; of a "
-        "large class others in each epoch, of a small one the same again, in further augmentations.",
+        description=(
+            "all: every image once an epoch. balanced: images of each class equally often, in an"
+            " epoch of the same length; of a large class others in each epoch, of a small one the"
+            " same again, in further augmentations."
+        ),
         json_schema_extra=LATER,
     )
-    drop_last: bool = Field(default=True, description="Leave out an epoch's last batch when it is not full.")
+    drop_last: bool = Field(
+        default=True, description="Leave out an epoch's last batch when it is not full."
+    )
     workers: int = Field(
         default=2,
         ge=0,
@@ -117,7 +183,10 @@ class DataSpec(Options):
         if self.augment and self.timm_augment:
             raise ValueError("give augment or timm_augment, not both")
         if self.repeats > 1 and not self.augment and not self.timm_augment:
-            raise ValueError("repeats needs augment or timm_augment: without them an image's copies are all the same")
+            raise ValueError(
+                "repeats needs augment or timm_augment: without them an image's copies are all the"
+                " same"
+            )
         if self.repeats > 1 and self.sampling == "balanced":
             raise ValueError("give repeats or sampling: balanced, not both")
         return self
@@ -125,7 +194,9 @@ class DataSpec(Options):
     @property
     def repeating(self) -> str | None:
         """The key that makes an image come several times in an epoch, if one does."""
-        return "repeats" if self.repeats > 1 else "sampling" if self.sampling == "balanced" else None
+        return (
+            "repeats" if self.repeats > 1 else "sampling" if self.sampling == "balanced" else None
+        )
 
 
 class LossEntry(LossOptions):
@@ -133,15 +204,28 @@ class LossEntry(LossOptions):
 
     use: str = Field(description="Name of a loss plugin.")
     name: str | None = Field(
-        default=None, pattern=TERM_NAME, max_length=LONGEST_NAME, description="Name of the term in logs and stages (default: `use`)."
+        default=None,
+        pattern=TERM_NAME,
+        max_length=LONGEST_NAME,
+        description="Name of the term in logs and stages (default: `use`).",
     )
-    weight: Rampable = Field(default=1.0, ge=0, description="Multiplies this loss in the total; a number or a ramp.")
-    teacher: str | None = Field(default=None, description="Of several teachers, the one that this loss looks at (default: all that teach).")
+    weight: Rampable = Field(
+        default=1.0, ge=0, description="Multiplies this loss in the total; a number or a ramp."
+    )
+    teacher: str | None = Field(
+        default=None,
+        description=(
+            "Of several teachers, the one that this loss looks at (default: all that teach)."
+        ),
+    )
     output: int = Field(
         default=0,
         ge=0,
-        description="Of a student that gives several outputs while it is trained, the one that this loss takes for its predictions, "
-        "counted from 0; layers may also be called `output1` and so on.",
+        description=(
+            "Of a student that gives several outputs while it is trained, the one that this loss"
+            " takes for its predictions, counted from 0; layers may also be called `output1` and"
+            " so on."
+        ),
         json_schema_extra=LATER,
     )
 
@@ -155,13 +239,24 @@ class ScheduleEntry(ScheduleOptions):
 class OptimizerSpec(Options):
     """An optimizer of timm's factory."""
 
-    name: str = Field(default="sgd", description="Any name that timm knows: sgd (Nesterov), momentum (plain), adamw, lamb...")
+    name: str = Field(
+        default="sgd",
+        description="Any name that timm knows: sgd (Nesterov), momentum (plain), adamw, lamb...",
+    )
     lr: float = Field(gt=0, description="Learning rate.")
     weight_decay: float = Field(default=0.0, ge=0, description="Weight decay.")
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="Momentum, where the optimizer has one.")
-    decay_norm_and_bias: bool = Field(default=False, description="Decay normalisation parameters and biases too, as the CIFAR papers do.")
+    momentum: float = Field(
+        default=0.9, ge=0, lt=1, description="Momentum, where the optimizer has one."
+    )
+    decay_norm_and_bias: bool = Field(
+        default=False,
+        description="Decay normalisation parameters and biases too, as the CIFAR papers do.",
+    )
     layer_decay: float | None = Field(
-        default=None, gt=0, le=1, description="Factor on the learning rate per layer, from the last to the first."
+        default=None,
+        gt=0,
+        le=1,
+        description="Factor on the learning rate per layer, from the last to the first.",
     )
     args: Arguments = Field(default_factory=dict, description="Further arguments of the optimizer.")
 
@@ -169,40 +264,67 @@ class OptimizerSpec(Options):
 class AdapterSpec(Options):
     """Optimizer group of the losses' learnable parts."""
 
-    lr: float | None = Field(default=None, gt=0, description="Learning rate (default: the optimizer's).")
-    weight_decay: float | None = Field(default=None, ge=0, description="Weight decay (default: the optimizer's).")
+    lr: float | None = Field(
+        default=None, gt=0, description="Learning rate (default: the optimizer's)."
+    )
+    weight_decay: float | None = Field(
+        default=None, ge=0, description="Weight decay (default: the optimizer's)."
+    )
 
 
 class LrScheduleSpec(Options):
     """A learning-rate schedule of timm's factory."""
 
-    name: Literal["constant", "cosine", "tanh", "step", "multistep", "plateau", "poly"] = Field(default="cosine", description="Shape.")
+    name: Literal["constant", "cosine", "tanh", "step", "multistep", "plateau", "poly"] = Field(
+        default="cosine", description="Shape."
+    )
     warmup_epochs: int = Field(
         default=0,
         ge=0,
         le=COUNT,
-        description="Epochs of linear warm-up. One that is longer than the stage, with the cool-down, is shortened with "
-        "it in proportion, so that both together take half of the stage.",
+        description=(
+            "Epochs of linear warm-up. One that is longer than the stage, with the cool-down, is"
+            " shortened with it in proportion, so that both together take half of the stage."
+        ),
     )
-    warmup_lr: float = Field(default=1e-5, ge=0, description="Learning rate at the start of the warm-up.")
-    cooldown_epochs: int = Field(default=0, ge=0, le=COUNT, description="Last epochs at `min_lr`, part of `train.epochs`.")
+    warmup_lr: float = Field(
+        default=1e-5, ge=0, description="Learning rate at the start of the warm-up."
+    )
+    cooldown_epochs: int = Field(
+        default=0, ge=0, le=COUNT, description="Last epochs at `min_lr`, part of `train.epochs`."
+    )
     min_lr: float = Field(default=0.0, ge=0, description="Learning rate at the end.")
-    milestones: tuple[int, ...] = Field(default=(), description="multistep: epochs at which the rate is multiplied by `decay_rate`.")
+    milestones: tuple[int, ...] = Field(
+        default=(), description="multistep: epochs at which the rate is multiplied by `decay_rate`."
+    )
     step_epochs: int = Field(default=30, gt=0, le=COUNT, description="step: epochs between decays.")
-    decay_rate: float = Field(default=0.1, gt=0, le=1, description="step, multistep, plateau, poly (power): factor of a decay.")
+    decay_rate: float = Field(
+        default=0.1,
+        gt=0,
+        le=1,
+        description="step, multistep, plateau, poly (power): factor of a decay.",
+    )
     patience: int = Field(
         default=10,
         ge=0,
         le=COUNT,
-        description="plateau: epochs without improvement of the validation accuracy (without a validation split: training loss).",
+        description=(
+            "plateau: epochs without improvement of the validation accuracy (without a validation"
+            " split: training loss)."
+        ),
     )
 
     def within(self, epochs: int) -> Self:
-        """The same shape for a stage of so many epochs, of which warm-up and cool-down take at most half if they are longer than it."""
+        """The same shape for a stage of so many epochs, of which warm-up and cool-down take at
+        most half if they are longer than it.
+        """
         both = self.warmup_epochs + self.cooldown_epochs
         if both <= epochs:
             return self
-        shorter = {key: getattr(self, key) * epochs // (2 * both) for key in ("warmup_epochs", "cooldown_epochs")}
+        shorter = {
+            key: getattr(self, key) * epochs // (2 * both)
+            for key in ("warmup_epochs", "cooldown_epochs")
+        }
         return self.model_copy(update=shorter)
 
     def shortened(self, stage: str, epochs: int) -> str | None:
@@ -216,9 +338,13 @@ class LrScheduleSpec(Options):
 
 
 class EmaSpec(Options):
-    """Exponential moving average of the student's weights, which then is what is measured and exported."""
+    """Exponential moving average of the student's weights, which then is what is measured and
+    exported.
+    """
 
-    decay: float = Field(default=0.9999, gt=0, lt=1, description="Share of the old average kept at each step.")
+    decay: float = Field(
+        default=0.9999, gt=0, lt=1, description="Share of the old average kept at each step."
+    )
     warmup: bool = Field(default=False, description="Begin with a small decay (timm's warm-up).")
 
 
@@ -228,9 +354,15 @@ class MixupSpec(Options):
     mixup_alpha: float = Field(default=0.0, ge=0, description="Mixup's alpha; 0 switches it off.")
     cutmix_alpha: float = Field(default=0.0, ge=0, description="Cutmix's alpha; 0 switches it off.")
     prob: float = Field(default=1.0, ge=0, le=1, description="Share of the batches that are mixed.")
-    switch_prob: float = Field(default=0.5, ge=0, le=1, description="Share of cutmix where both are on.")
-    mode: Literal["batch", "pair", "elem"] = Field(default="batch", description="How mixing is drawn.")
-    off_epoch: int = Field(default=0, ge=0, le=COUNT, description="Epoch from which nothing is mixed; 0: never.")
+    switch_prob: float = Field(
+        default=0.5, ge=0, le=1, description="Share of cutmix where both are on."
+    )
+    mode: Literal["batch", "pair", "elem"] = Field(
+        default="batch", description="How mixing is drawn."
+    )
+    off_epoch: int = Field(
+        default=0, ge=0, le=COUNT, description="Epoch from which nothing is mixed; 0: never."
+    )
 
     @model_validator(mode="after")
     def _something(self) -> MixupSpec:
@@ -256,70 +388,125 @@ class TrainSpec(Options):
 
     epochs: int = Field(gt=0, le=COUNT, description="Epochs per stage.")
     optimizer: OptimizerSpec = Field(description="Optimizer.")
-    adapters: AdapterSpec = Field(default=AdapterSpec(), description="The optimizer's group of the losses' learnable parts.")
-    lr_schedule: LrScheduleSpec = Field(default=LrScheduleSpec(), description="Learning-rate schedule.")
+    adapters: AdapterSpec = Field(
+        default=AdapterSpec(), description="The optimizer's group of the losses' learnable parts."
+    )
+    lr_schedule: LrScheduleSpec = Field(
+        default=LrScheduleSpec(), description="Learning-rate schedule."
+    )
     ema: EmaSpec | None = Field(default=None, description="Moving average of the weights.")
     average_best: int | None = Field(
         default=None,
         gt=0,
         le=COUNT,
-        description="Leave the mean of the weights of so many epochs, those of the last stage that are best on validation data, instead of "
-        "the last epoch's weights. Needs `data.validation`; every epoch is measured.",
+        description=(
+            "Leave the mean of the weights of so many epochs, those of the last stage that are best"
+            " on validation data, instead of the last epoch's weights. Needs `data.validation`;"
+            " every epoch is measured."
+        ),
         json_schema_extra=LATER,
     )
     patience: int | None = Field(
         default=None,
         gt=0,
-        description="End a stage when its validation top-1 has not risen for so many epochs. The last epoch's weights are left; with "
-        "`average_best: 1`, the best epoch's. Needs `data.validation`.",
+        description=(
+            "End a stage when its validation top-1 has not risen for so many epochs. The last"
+            " epoch's weights are left; with `average_best: 1`, the best epoch's. Needs"
+            " `data.validation`."
+        ),
         json_schema_extra=LATER,
     )
     mixup: MixupSpec | None = Field(default=None, description="Mixed images and labels.")
-    clip_grad: float | None = Field(default=None, gt=0, description="Largest norm of the gradient of all parameters together.")
+    clip_grad: float | None = Field(
+        default=None, gt=0, description="Largest norm of the gradient of all parameters together."
+    )
     accumulate: int = Field(default=1, gt=0, le=COUNT, description="Batches per optimizer step.")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         default="fp32", description="Precision of the students' forward pass (losses run in fp32)."
     )
     channels_last: Literal["auto", True, False] = Field(
-        default="auto", description="Keep images and convolutions channels-last in memory; auto: on an accelerator only."
+        default="auto",
+        description=(
+            "Keep images and convolutions channels-last in memory; auto: on an accelerator only."
+        ),
     )
     compile: bool = Field(default=False, description="Compile the networks with torch.compile.")
     device: Device = Field(
         default="auto",
-        description="auto: the accelerator there is, else the processor; or a device by torch's name: cpu, cuda, cuda:1, mps...",
+        description=(
+            "auto: the accelerator there is, else the processor; or a device by torch's name: cpu,"
+            " cuda, cuda:1, mps..."
+        ),
     )
-    evaluate_every: int = Field(default=1, gt=0, le=COUNT, description="Epochs between measurements on validation and test data.")
+    evaluate_every: int = Field(
+        default=1,
+        gt=0,
+        le=COUNT,
+        description="Epochs between measurements on validation and test data.",
+    )
 
 
 class RunSpec(Options):
     """Where a run is kept and what it says; changes no result."""
 
-    folder: FolderPath = Field(default=Path("runs"), description="Folder in which run folders are made (relative to the current one).")
-    checkpoint_epochs: int = Field(default=1, gt=0, le=COUNT, description="Epochs between checkpoints.")
-    checkpoint_steps: int | None = Field(default=None, gt=0, le=COUNT, description="Optimizer steps between checkpoints inside an epoch.")
-    snapshots: int | None = Field(
-        default=None, gt=0, le=COUNT, description="Epochs between snapshots: the student's weights on its way, kept in the run folder."
+    folder: FolderPath = Field(
+        default=Path("runs"),
+        description="Folder in which run folders are made (relative to the current one).",
     )
-    log_steps: int = Field(default=50, gt=0, le=COUNT, description="Optimizer steps between lines in metrics.jsonl.")
-    trackers: tuple[str, ...] = Field(default=(), description="Accelerate trackers that also get the metrics: tensorboard, wandb...")
+    checkpoint_epochs: int = Field(
+        default=1, gt=0, le=COUNT, description="Epochs between checkpoints."
+    )
+    checkpoint_steps: int | None = Field(
+        default=None,
+        gt=0,
+        le=COUNT,
+        description="Optimizer steps between checkpoints inside an epoch.",
+    )
+    snapshots: int | None = Field(
+        default=None,
+        gt=0,
+        le=COUNT,
+        description=(
+            "Epochs between snapshots: the student's weights on its way, kept in the run folder."
+        ),
+    )
+    log_steps: int = Field(
+        default=50, gt=0, le=COUNT, description="Optimizer steps between lines in metrics.jsonl."
+    )
+    trackers: tuple[str, ...] = Field(
+        default=(),
+        description="Accelerate trackers that also get the metrics: tensorboard, wandb...",
+    )
 
 
 class RecipeBase(Options):
     """A recipe: teacher, student, losses, schedule, data, training."""
 
-    name: str = Field(pattern=RUN_NAME, max_length=LONGEST_NAME, description="Name of the run and of its folder.")
-    plugins: tuple[RecipePath, ...] = Field(default=(), description="Plugin files or folders of your own.")
+    name: str = Field(
+        pattern=RUN_NAME, max_length=LONGEST_NAME, description="Name of the run and of its folder."
+    )
+    plugins: tuple[RecipePath, ...] = Field(
+        default=(), description="Plugin files or folders of your own."
+    )
     seed: int = Field(default=0, ge=0, description="Everything random follows from it.")
     data: DataSpec
-    teacher: ModelOptions | RecipeTeacher | None = Field(default=None, description="Who teaches; none for schedules without a teacher.")
+    teacher: ModelOptions | RecipeTeacher | None = Field(
+        default=None, description="Who teaches; none for schedules without a teacher."
+    )
     teachers: tuple[ModelOptions | RecipeTeacher, ...] = Field(
-        default=(), description="Several teachers instead; `{recipe: FILE, seeds: [0, 1]}` is one recipe with several seeds."
+        default=(),
+        description=(
+            "Several teachers instead; `{recipe: FILE, seeds: [0, 1]}` is one recipe with several"
+            " seeds."
+        ),
     )
     student: ModelOptions
     schedule: ScheduleEntry
     losses: tuple[LossEntry, ...] = Field(min_length=1, description="total = sum of weight * loss")
     train: TrainSpec
-    run: RunSpec = Field(default=RunSpec(), description="Bookkeeping.", json_schema_extra=BOOKKEEPING)
+    run: RunSpec = Field(
+        default=RunSpec(), description="Bookkeeping.", json_schema_extra=BOOKKEEPING
+    )
 
     @field_validator("teachers", mode="before")
     @classmethod
@@ -333,8 +520,15 @@ class RecipeBase(Options):
         """Its teachers by name; a single one is called `teacher`."""
         if self.teacher is not None:
             return {"teacher": self.teacher}
-        return {getattr(one, "name", None) or f"teacher{number}": one for number, one in enumerate(self.teachers, 1)}
+        return {
+            getattr(one, "name", None) or f"teacher{number}": one
+            for number, one in enumerate(self.teachers, 1)
+        }
 
     def place_of(self, teacher: str) -> list[str | int]:
         """Where in the recipe a teacher stands."""
-        return ["teacher"] if self.teacher is not None else ["teachers", list(self.all_teachers()).index(teacher)]
+        return (
+            ["teacher"]
+            if self.teacher is not None
+            else ["teachers", list(self.all_teachers()).index(teacher)]
+        )

@@ -23,19 +23,38 @@ TAUGHT = "@recipe"  # what pydantic calls that kind of teacher; no key can be ca
 
 @functools.lru_cache(maxsize=8)
 def _recipe_type(
-    losses: tuple[Any, ...], schedules: tuple[Any, ...], models: tuple[Any, ...], datasets: tuple[Any, ...]
+    losses: tuple[Any, ...],
+    schedules: tuple[Any, ...],
+    models: tuple[Any, ...],
+    datasets: tuple[Any, ...],
 ) -> type[RecipeBase]:
-    def variants(plugins: Iterable[Any], kind: str, base: type[Options]) -> dict[str, type[Options]]:
-        return {p.name: _variant(f"{p.name}_{kind}", (base, p.Options), p.__doc__, p.name, student) for p in plugins}
+    def variants(
+        plugins: Iterable[Any], kind: str, base: type[Options]
+    ) -> dict[str, type[Options]]:
+        return {
+            p.name: _variant(f"{p.name}_{kind}", (base, p.Options), p.__doc__, p.name, student)
+            for p in plugins
+        }
 
-    student = _by_source({p.name: _variant(f"{p.name}_student", (StudentOptions, p.Options), p.__doc__) for p in models})
-    teachers = {p.name: _variant(f"{p.name}_teacher", (TeacherOptions, p.Options), p.__doc__) for p in models}
+    student = _by_source(
+        {
+            p.name: _variant(f"{p.name}_student", (StudentOptions, p.Options), p.__doc__)
+            for p in models
+        }
+    )
+    teachers = {
+        p.name: _variant(f"{p.name}_teacher", (TeacherOptions, p.Options), p.__doc__)
+        for p in models
+    }
     teacher = _by_source({**teachers, TAUGHT: RecipeTeacher})
     data = create_model(
         "DataSpec",
         __base__=DataSpec,
         __doc__=DataSpec.__doc__,
-        dataset=(_by_use(variants(datasets, "dataset", DatasetEntry)), Field(description="A dataset plugin and its options.")),
+        dataset=(
+            _by_use(variants(datasets, "dataset", DatasetEntry)),
+            Field(description="A dataset plugin and its options."),
+        ),
     )
     return create_model(
         "Recipe",
@@ -45,8 +64,14 @@ def _recipe_type(
         teacher=(teacher | None, RecipeBase.model_fields["teacher"]),
         teachers=(_several(teacher), RecipeBase.model_fields["teachers"]),
         student=(student, Field(description="Who learns.")),
-        schedule=(_by_use(variants(schedules, "schedule", ScheduleEntry)), Field(description="Who teaches whom, and when.")),
-        losses=(_several(_by_use(variants(losses, "loss", LossEntry))), RecipeBase.model_fields["losses"]),
+        schedule=(
+            _by_use(variants(schedules, "schedule", ScheduleEntry)),
+            Field(description="Who teaches whom, and when."),
+        ),
+        losses=(
+            _several(_by_use(variants(losses, "loss", LossEntry))),
+            RecipeBase.model_fields["losses"],
+        ),
     )
 
 
@@ -56,16 +81,34 @@ def _several(item: Any) -> Any:
 
 def recipe_type(plugins: Registry) -> type[RecipeBase]:
     """A RecipeBase that accepts exactly the registered plugins and their options."""
-    return _recipe_type(*(tuple(kind.values()) for kind in (plugins.losses, plugins.schedules, plugins.models, plugins.datasets)))
+    return _recipe_type(
+        *(
+            tuple(kind.values())
+            for kind in (plugins.losses, plugins.schedules, plugins.models, plugins.datasets)
+        )
+    )
 
 
-def _variant(name: str, bases: tuple[type[Options], ...], doc: str | None, use: str | None = None, model: Any = None) -> type[Options]:
+def _variant(
+    name: str,
+    bases: tuple[type[Options], ...],
+    doc: str | None,
+    use: str | None = None,
+    model: Any = None,
+) -> type[Options]:
     """A section's type; where a plugin's options say `ModelOptions`, any `model` may stand."""
-    fields: dict[str, Any] = {"use": (Literal[use], Field(description="Name of the plugin."))} if use else {}
+    fields: dict[str, Any] = (
+        {"use": (Literal[use], Field(description="Name of the plugin."))} if use else {}
+    )
     for key, info in bases[-1].model_fields.items():
         if model is not None and (kind := _filled(info.annotation, model)) != info.annotation:
             fields[key] = (kind, info)
-    return create_model(name, __base__=bases, __doc__=(doc or "").strip().split("\n")[0], **fields)
+    return create_model(
+        name,
+        __base__=bases,
+        __doc__=" ".join((doc or "").strip().split("\n\n")[0].split()),
+        **fields,
+    )
 
 
 def _filled(annotation: Any, model: Any) -> Any:
@@ -91,7 +134,10 @@ def _by_source(variants: Mapping[str, type[Options]]) -> Any:
 
     def which(value: Any) -> str:
         if isinstance(value, BaseModel):
-            return next((tag for tag, variant in variants.items() if isinstance(value, variant)), DEFAULT_SOURCE)
+            return next(
+                (tag for tag, variant in variants.items() if isinstance(value, variant)),
+                DEFAULT_SOURCE,
+            )
         if isinstance(value, Mapping) and RECIPE in value and TAUGHT in variants:
             return TAUGHT
         model = value.get("model") if isinstance(value, Mapping) else None
@@ -134,17 +180,33 @@ def schema(plugins: Registry) -> str:
 def _allow_seeds(content: dict[str, Any]) -> None:
     """Several teachers may also be one recipe with several seeds."""
     one = content["$defs"]["RecipeTeacher"]
-    seeds = {"type": "array", "items": {"type": "integer", "minimum": 0}, "description": "A teacher for each."}
-    keys = {**{key: value for key, value in one["properties"].items() if key not in ("seed", "name")}, "seeds": seeds}
-    mapping = {"type": "object", "additionalProperties": False, "properties": keys, "required": ["recipe", "seeds"]}
+    seeds = {
+        "type": "array",
+        "items": {"type": "integer", "minimum": 0},
+        "description": "A teacher for each.",
+    }
+    keys = {
+        **{key: value for key, value in one["properties"].items() if key not in ("seed", "name")},
+        "seeds": seeds,
+    }
+    mapping = {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": keys,
+        "required": ["recipe", "seeds"],
+    }
     listed = content["properties"]["teachers"]
     said = {key: listed.pop(key) for key in ("description", "title") if key in listed}
     content["properties"]["teachers"] = {**said, "anyOf": [listed, mapping]}
 
 
 def _allow_overlap(node: Any) -> None:
-    """Model sources take many of the same keys, and only kdkit knows which name is whose: any may fit, not exactly one."""
-    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+    """Model sources take many of the same keys, and only kdkit knows which name is whose: any
+    may fit, not exactly one.
+    """
+    for child in (
+        node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    ):
         _allow_overlap(child)
     if isinstance(node, dict) and "oneOf" in node and "discriminator" not in node:
         node["anyOf"] = node.pop("oneOf")

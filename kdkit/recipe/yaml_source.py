@@ -1,4 +1,6 @@
-"""A recipe's data with their places, put together from a file, those that it extends, and overrides."""
+"""A recipe's data with their places, put together from a file, those that it extends, and
+overrides.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,8 @@ _Dumper.add_representer(tuple, lambda dumper, value: dumper.represent_list(value
 class Source:
     """A recipe's data and where each key of it stands.
 
-    `extends: other.yaml` is merged in (mappings merge, lists replace), then the overrides (`key.path` to value; a list's
-    item is named by its position, or by its `name` or `use`).
+    `extends: other.yaml` is merged in (mappings merge, lists replace), then the overrides
+    (`key.path` to value; a list's item is named by its position, or by its `name` or `use`).
 
     Args:
         path: the file.
@@ -39,10 +41,17 @@ class Source:
         root: what is taken for the file's content (None: the file is read).
 
     Raises:
-        RecipeError: unreadable file, broken YAML, a key given twice, an override that leads nowhere.
+        RecipeError: unreadable file, broken YAML, a key given twice, an override that leads
+            nowhere.
     """
 
-    def __init__(self, path: Path, overrides: Mapping[str, Any] | None = None, *, root: yaml.MappingNode | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        overrides: Mapping[str, Any] | None = None,
+        *,
+        root: yaml.MappingNode | None = None,
+    ) -> None:
         self.path = path
         self._root = _copied(root or _merged(path, ()))
         for key, value in (overrides or {}).items():
@@ -50,10 +59,14 @@ class Source:
         self.data: dict[str, Any] = reading.value(self._root)
 
     def section(self, location: Sequence[str], *, but: Sequence[str] = ()) -> Source:
-        """A mapping in it as a source of its own, with what it `extends`; empty where nothing stands there. The keys `but` are left out."""
+        """A mapping in it as a source of its own, with what it `extends`; empty where nothing
+        stands there. The keys `but` are left out.
+        """
         node = self._node(location)
         if not isinstance(node, yaml.MappingNode):
-            node = yaml.MappingNode("tag:yaml.org,2002:map", [], self._root.start_mark, self._root.end_mark)
+            node = yaml.MappingNode(
+                "tag:yaml.org,2002:map", [], self._root.start_mark, self._root.end_mark
+            )
         kept = [(key, value) for key, value in node.value if key.value not in but]
         root = yaml.MappingNode(node.tag, kept, node.start_mark, node.end_mark, node.flow_style)
         return Source(self.path, root=_with_parent(root, ()))
@@ -79,13 +92,19 @@ class Source:
         return node
 
     def where(self, location: Sequence[str | int]) -> str:
-        """`file:line` of the deepest part of `location` that exists; a key counts where it is written."""
+        """`file:line` of the deepest part of `location` that exists; a key counts where it is
+        written.
+        """
         node: yaml.Node = self._root
         mark = node.start_mark
         for step in location:
             if isinstance(node, yaml.MappingNode) and (entry := _entry(node, step)):
                 mark, node = entry[0].start_mark, entry[1]
-            elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
+            elif (
+                isinstance(node, yaml.SequenceNode)
+                and isinstance(step, int)
+                and step < len(node.value)
+            ):
                 node = node.value[step]
                 mark = node.start_mark
         return place(mark)
@@ -101,12 +120,17 @@ def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or not key:
-            raise RecipeError(f"{COMMAND_LINE}: '{shorten(one_line(word))}' is not of the form key.path=value, such as train.epochs=3")
+            raise RecipeError(
+                f"{COMMAND_LINE}: '{shorten(one_line(word))}' is not of the form key.path=value,"
+                " such as train.epochs=3"
+            )
         try:
             node = reading.compose(value, COMMAND_LINE)
             overrides[key] = None if node is None else reading.value(node)
         except RecipeError as error:
-            raise RecipeError(f"{COMMAND_LINE}: {dotted([key])}: {str(error).removeprefix(f'{COMMAND_LINE}: ')}") from None
+            raise RecipeError(
+                f"{COMMAND_LINE}: {dotted([key])}: {str(error).removeprefix(f'{COMMAND_LINE}: ')}"
+            ) from None
     return overrides
 
 
@@ -136,10 +160,14 @@ def _merged(path: Path, children: tuple[Path, ...]) -> yaml.MappingNode:
     path = path.absolute()
     shown, real = seen_from_here(str(path)), Path(os.path.realpath(path))
     if real in children:
-        raise RecipeError(f"{shown}: extends itself, by way of {' -> '.join(seen_from_here(str(p)) for p in children)}")
+        raise RecipeError(
+            f"{shown}: extends itself, by way of"
+            f" {' -> '.join(seen_from_here(str(p)) for p in children)}"
+        )
     if len(children) == LONGEST_CHAIN:
         raise RecipeError(
-            f"{seen_from_here(str(children[0]))}: extends a file that extends another, and so on, more than {LONGEST_CHAIN} times"
+            f"{seen_from_here(str(children[0]))}: extends a file that extends another, and so on,"
+            f" more than {LONGEST_CHAIN} times"
         )
     return _with_parent(reading.read(path), (*children, real))
 
@@ -163,7 +191,9 @@ def _with_parent(root: yaml.MappingNode, children: tuple[Path, ...]) -> yaml.Map
 
 
 def _copied(node: Any) -> Any:
-    """A node that can be changed without changing another; what has two names (`&a`, `*a`) is two things."""
+    """A node that can be changed without changing another; what has two names (`&a`, `*a`) is
+    two things.
+    """
     if isinstance(node, yaml.MappingNode):
         children: list[Any] = [(key, _copied(value)) for key, value in node.value]
     elif isinstance(node, yaml.SequenceNode):
@@ -184,11 +214,17 @@ def _merge(base: yaml.MappingNode, over: yaml.MappingNode) -> yaml.MappingNode:
         if old and isinstance(old[1], yaml.MappingNode) and isinstance(value, yaml.MappingNode):
             value = _merge(old[1], value)
         entries[key.value] = (key, value)
-    return yaml.MappingNode(over.tag, list(entries.values()), over.start_mark, over.end_mark, over.flow_style)
+    return yaml.MappingNode(
+        over.tag, list(entries.values()), over.start_mark, over.end_mark, over.flow_style
+    )
 
 
 def _override(root: yaml.MappingNode, path: str, value: Any) -> None:
-    mark = value.start_mark if isinstance(value, yaml.Node) else yaml.Mark(COMMAND_LINE, 0, 0, 0, None, 0)
+    mark = (
+        value.start_mark
+        if isinstance(value, yaml.Node)
+        else yaml.Mark(COMMAND_LINE, 0, 0, 0, None, 0)
+    )
     *steps, last = path.split(".")
     if len(steps) >= reading.DEEPEST:
         raise RecipeError(f"{place(mark)}: {dotted([path])}: no key lies as deep as that")
@@ -205,7 +241,9 @@ def _override(root: yaml.MappingNode, path: str, value: Any) -> None:
     if isinstance(node, yaml.SequenceNode):
         node.value[_position(node, last, path, mark)] = _node_of(value, path, mark)
     elif isinstance(node, yaml.MappingNode):
-        node.value = [(k, v) for k, v in node.value if k.value != last] + [(_node_of(last, path, mark), _node_of(value, path, mark))]
+        node.value = [(k, v) for k, v in node.value if k.value != last] + [
+            (_node_of(last, path, mark), _node_of(value, path, mark))
+        ]
     else:
         raise RecipeError(f"{place(mark)}: {dotted([path])}: leads into a value that has no keys")
 
@@ -220,7 +258,9 @@ def _node_of(data: Any, path: str, mark: yaml.Mark) -> yaml.Node:
     except yaml.representer.RepresenterError:
         raise RecipeError(f"{at}: no value of a recipe: {shown(data)}") from None
     except RecursionError:
-        raise RecipeError(f"{at}: lists and mappings are more than {reading.DEEPEST} deep") from None
+        raise RecipeError(
+            f"{at}: lists and mappings are more than {reading.DEEPEST} deep"
+        ) from None
     except RecipeError as error:
         raise RecipeError(f"{at}: {str(error).removeprefix(f'{COMMAND_LINE}: ')}") from None
     for part in _walk(node):
@@ -230,16 +270,30 @@ def _node_of(data: Any, path: str, mark: yaml.Mark) -> yaml.Node:
 
 def _position(node: yaml.SequenceNode, step: str, path: str, mark: yaml.Mark) -> int:
     def called(item: yaml.Node) -> list[str]:
-        entries = [_entry(item, key) for key in ("name", "use")] if isinstance(item, yaml.MappingNode) else []
-        return [str(entry[1].value) for entry in entries if entry and isinstance(entry[1], yaml.ScalarNode)]
+        entries = (
+            [_entry(item, key) for key in ("name", "use")]
+            if isinstance(item, yaml.MappingNode)
+            else []
+        )
+        return [
+            str(entry[1].value)
+            for entry in entries
+            if entry and isinstance(entry[1], yaml.ScalarNode)
+        ]
 
     if step.isascii() and step.isdecimal() and len(step) < 9 and int(step) < len(node.value):
         return int(step)
     matches = [i for i, item in enumerate(node.value) if step in called(item)]
     if len(matches) != 1:
         problem = "no item" if not matches else f"{len(matches)} items"
-        there = ", ".join(f"{i} {shorten((called(item) or [''])[0], 40)}".rstrip() for i, item in enumerate(node.value[:20]))
-        says = f"{problem} called '{dotted([step])}' in a list of {len(node.value)}; there are {there or 'none'}"
+        there = ", ".join(
+            f"{i} {shorten((called(item) or [''])[0], 40)}".rstrip()
+            for i, item in enumerate(node.value[:20])
+        )
+        says = (
+            f"{problem} called '{dotted([step])}' in a list of {len(node.value)}; there are"
+            f" {there or 'none'}"
+        )
         raise RecipeError(f"{place(mark)}: {dotted([path])}: {says}")
     return matches[0]
 

@@ -1,4 +1,6 @@
-"""The processes of a launch agree on what they do before they do it: what one of them refuses, all refuse."""
+"""The processes of a launch agree on what they do before they do it: what one of them refuses,
+all refuse.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +19,18 @@ _said: list[Any] = []  # what this process has told the others
 
 @contextlib.contextmanager
 def agreed(what: str = "recipe") -> Iterator[dict[str, Any]]:
-    """Do something in all processes of a launch; go on only if none of them refuses it, and all are asked for the same.
+    """Do something in all processes of a launch; go on only if none of them refuses it, and all
+    are asked for the same.
 
-    Nothing inside may wait for another process. Gives a mapping that takes up what this process is asked for, in plain values.
+    Nothing inside may wait for another process. Gives a mapping that takes up what this process is
+    asked for, in plain values.
 
     Args:
         what: how the thing asked for is called.
 
     Raises:
-        KdkitError: the refusal of this process, or else of the first that has one; or they are asked for different things.
+        KdkitError: the refusal of this process, or else of the first that has one; or they are
+            asked for different things.
     """
     asked: dict[str, Any] = {}
     try:
@@ -42,8 +47,9 @@ def agreed(what: str = "recipe") -> Iterator[dict[str, Any]]:
     for rank, one in enumerate(told):
         if keys := [key for key, *_ in differences(told[0]["asked"], one["asked"])]:
             raise RunError(
-                f"process {rank + 1} of {len(told)} (rank {rank}) was given another {what} than process 1 (different: {', '.join(keys)}); "
-                "start all with the same command and the same files"
+                f"process {rank + 1} of {len(told)} (rank {rank}) was given another {what} than"
+                f" process 1 (different: {', '.join(keys)}); start all with the same command and"
+                " the same files"
             )
 
 

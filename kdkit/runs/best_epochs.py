@@ -1,4 +1,6 @@
-"""The epochs of a stage that are best on validation, with their weights in files, and the mean of those weights."""
+"""The epochs of a stage that are best on validation, with their weights in files, and the mean
+of those weights.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,11 @@ Ranked = list[tuple[int, float]]  # (epoch, top-1 on validation), best first
 
 
 class BestEpochs:
-    """Of each student of a stage, by its number, the epochs that are best on validation; the earlier of two that are equally good.
+    """Of each student of a stage, by its number, the epochs that are best on validation; the
+    earlier of two that are equally good.
 
-    A file goes only when no checkpoint that is there names its epoch any more: a run that was killed goes on from one of the two newest.
+    A file goes only when no checkpoint that is there names its epoch any more: a run that was
+    killed goes on from one of the two newest.
 
     Args:
         folder: of the files.
@@ -35,8 +39,12 @@ class BestEpochs:
         self._saved: set[Path] = set()  # what the newest checkpoint names
 
     def offer(self, student: int, epoch: int, top1: float) -> bool:
-        """Rank one more epoch; whether it is among the best so far, so that its weights are wanted."""
-        ranked = sorted([*self.ranked.get(student, []), (epoch, top1)], key=lambda one: (-one[1], one[0]))
+        """Rank one more epoch; whether it is among the best so far, so that its weights are
+        wanted.
+        """
+        ranked = sorted(
+            [*self.ranked.get(student, []), (epoch, top1)], key=lambda one: (-one[1], one[0])
+        )
         self.ranked[student] = ranked[: self.count]
         return epoch in self.epochs(student)
 
@@ -45,18 +53,27 @@ class BestEpochs:
         return tuple(sorted(epoch for epoch, _ in self.ranked.get(student, [])))
 
     def write(self, student: int, epoch: int, weights: bytes) -> dict[str, str]:
-        """Keep a student's weights after an epoch, as safetensors; their digest, by the file's name."""
+        """Keep a student's weights after an epoch, as safetensors; their digest, by the file's
+        name.
+        """
         write_atomically(self._file(student, epoch), weights)
         return {self._file(student, epoch).name: hashlib.sha256(weights).hexdigest()}
 
-    def load(self, ranked: dict[int, Ranked], digests: Mapping[str, str] = MappingProxyType({})) -> None:
+    def load(
+        self, ranked: dict[int, Ranked], digests: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         """Go on from what a checkpoint names; one of an older kdkit has no digests."""
         self.digests = dict(digests)
-        self.ranked = {student: [(int(epoch), float(top1)) for epoch, top1 in each] for student, each in ranked.items()}
+        self.ranked = {
+            student: [(int(epoch), float(top1)) for epoch, top1 in each]
+            for student, each in ranked.items()
+        }
         self._saved = set(self._files())
 
     def tidy(self, *, for_good: bool) -> None:
-        """Remove what is not named any more, once a checkpoint has been saved; `for_good` if it is the only one that is left."""
+        """Remove what is not named any more, once a checkpoint has been saved; `for_good` if it
+        is the only one that is left.
+        """
         named = set(self._files())
         needed = named if for_good else named | self._saved
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
@@ -69,7 +86,8 @@ class BestEpochs:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def mean(self, student: int) -> dict[str, Tensor]:
-        """The mean of a student's weights over its best epochs; of what is not floating, the best epoch's.
+        """The mean of a student's weights over its best epochs; of what is not floating, the
+        best epoch's.
 
         Raises:
             RunError: a file is gone or damaged.
@@ -82,11 +100,15 @@ class BestEpochs:
             for name, total in sums.items():
                 if name not in other or other[name].shape != total.shape:
                     says = (
-                        f"'{name}' has other shapes in epochs {ranked[0][0]} and {epoch}, so that `train.average_best` has no mean to take"
+                        f"'{name}' has other shapes in epochs {ranked[0][0]} and {epoch}, so that"
+                        " `train.average_best` has no mean to take"
                     )
                     raise RunError(f"{self.folder}: {says}; leave it out")
                 total += other[name]
-        return {name: (sums[name] / len(ranked)).to(value.dtype) if name in sums else value for name, value in best.items()}
+        return {
+            name: (sums[name] / len(ranked)).to(value.dtype) if name in sums else value
+            for name, value in best.items()
+        }
 
     def _read(self, student: int, epoch: int) -> dict[str, Tensor]:
         path = self._file(student, epoch)
@@ -97,12 +119,21 @@ class BestEpochs:
                 raise SafetensorError("it is not the file that was written")
             found: dict[str, Tensor] = load(content)
         except (OSError, SafetensorError) as error:
-            says = f"{path}: the weights of epoch {epoch}, which `train.average_best` takes in, are gone or damaged"
-            raise RunError(f"{says} ({' '.join(str(error).split())}); `--restart` begins anew") from None
+            says = (
+                f"{path}: the weights of epoch {epoch}, which `train.average_best` takes in, are"
+                " gone or damaged"
+            )
+            raise RunError(
+                f"{says} ({' '.join(str(error).split())}); `--restart` begins anew"
+            ) from None
         return found
 
     def _file(self, student: int, epoch: int) -> Path:
         return self.folder / f"student{student + 1}-epoch-{epoch:04d}.safetensors"
 
     def _files(self) -> Iterator[Path]:
-        return (self._file(student, epoch) for student, ranked in self.ranked.items() for epoch, _ in ranked)
+        return (
+            self._file(student, epoch)
+            for student, ranked in self.ranked.items()
+            for epoch, _ in ranked
+        )

@@ -1,4 +1,6 @@
-"""What `kdkit check` says of teacher caches: what of a recipe cannot be kept, and how large it may grow."""
+"""What `kdkit check` says of teacher caches: what of a recipe cannot be kept, and how large it
+may grow.
+"""
 
 from __future__ import annotations
 
@@ -40,23 +42,40 @@ def refused(recipe: Recipe, factory: ModelFactory, info: DataInfo) -> Iterator[s
         views.add(options.views)
         if spec.train.mixup is not None:
             yield recipe.problem(
-                place, "mixed images never come twice (`train.mixup`), so answers to them cannot be kept; leave one of them out"
+                place,
+                "mixed images never come twice (`train.mixup`), so answers to them cannot be kept;"
+                " leave one of them out",
             )
         if key := spec.data.repeating:
-            says = f"repeated images (`data.{key}`) come in ever new views, of which answers are not kept; leave one of them out"
+            says = (
+                f"repeated images (`data.{key}`) come in ever new views, of which answers are not"
+                " kept; leave one of them out"
+            )
             yield recipe.problem(place, says)
         if teacher.mode == "train":
-            yield recipe.problem(place, "with `mode: train` an answer depends on the whole batch, and cannot be kept for each image")
+            yield recipe.problem(
+                place,
+                "with `mode: train` an answer depends on the whole batch, and cannot be kept for"
+                " each image",
+            )
         if options.views == "all" and spec.data.timm_augment is not None:
-            says = "`data.timm_augment` gives ever new views, so that not all can be kept; say how many, or use `data.augment`"
+            says = (
+                "`data.timm_augment` gives ever new views, so that not all can be kept; say how"
+                " many, or use `data.augment`"
+            )
             yield recipe.problem([*place, "views"], says)
         if len(views) > 1:
-            yield recipe.problem([*place, "views"], "all teachers see the same images, so the caches of all must have the same `views`")
+            yield recipe.problem(
+                [*place, "views"],
+                "all teachers see the same images, so the caches of all must have the same `views`",
+            )
         for key, says in _unreadable(recipe, factory, info, name, options):
             yield recipe.problem([*place, key], says)
 
 
-def _unreadable(recipe: Recipe, factory: ModelFactory, info: DataInfo, name: str, options: CacheOptions) -> Iterator[tuple[str, str]]:
+def _unreadable(
+    recipe: Recipe, factory: ModelFactory, info: DataInfo, name: str, options: CacheOptions
+) -> Iterator[tuple[str, str]]:
     """What a loss reads of the teacher and the cache does not keep: at which key, and why."""
     layers = [layer for layer in factory.teacher_layers(name) if layer != "logits"]
     if options.what == "logits" and layers:
@@ -64,18 +83,31 @@ def _unreadable(recipe: Recipe, factory: ModelFactory, info: DataInfo, name: str
     if options.top_k is None:
         return
     if options.top_k >= info.num_classes:
-        yield "top_k", f"{options.top_k} of {info.num_classes} classes; leave it out to keep all logits"
+        yield (
+            "top_k",
+            f"{options.top_k} of {info.num_classes} classes; leave it out to keep all logits",
+        )
     for called, entry in zip(recipe.loss_names(), recipe.spec.losses, strict=True):
         loss = recipe.plugins.losses[entry.use]
         whole = loss.knowledge not in ("response", "labels") and loss.needs_teacher_logits
-        if entry in factory.looking_at(name) and (whole or any(pair.teacher == "logits" for pair in entry.taps())):
-            yield "top_k", f"'{called}' compares all logits, of which the smaller ones would not be kept"
+        if entry in factory.looking_at(name) and (
+            whole or any(pair.teacher == "logits" for pair in entry.taps())
+        ):
+            yield (
+                "top_k",
+                f"'{called}' compares all logits, of which the smaller ones would not be kept",
+            )
 
 
 def sizes(
-    recipe: Recipe, factory: ModelFactory, info: DataInfo, num_train: int, shapes: Mapping[str, Shapes]
+    recipe: Recipe,
+    factory: ModelFactory,
+    info: DataInfo,
+    num_train: int,
+    shapes: Mapping[str, Shapes],
 ) -> Iterator[tuple[str, str | None]]:
-    """How large each cache may grow, in words, and what of that the recipe does not allow (None: nothing).
+    """How large each cache may grow, in words, and what of that the recipe does not allow (None:
+    nothing).
 
     Args:
         recipe: whose.
@@ -88,17 +120,31 @@ def sizes(
         slots = Slots.of(options, recipe.spec.data, recipe.spec.seed)
         taps = {layer: shape for layer, shape in shapes[name].items() if layer != "logits"}
         place = [*recipe.spec.place_of(name), "cache"]
-        if options.what == "taps" and is_text(info.image_shape) and (long := [layer for layer, shape in taps.items() if len(shape) > 1]):
-            says = f"{', '.join(long)}: as long as the longest text of a batch, which is another one each time; keep logits, or vectors"
+        if (
+            options.what == "taps"
+            and is_text(info.image_shape)
+            and (long := [layer for layer, shape in taps.items() if len(shape) > 1])
+        ):
+            says = (
+                f"{', '.join(long)}: as long as the longest text of a batch, which is another one"
+                " each time; keep logits, or vectors"
+            )
             yield says, recipe.problem([*place, "what"], says)
             continue
         kept = KeptAnswers(options, info.num_classes, factory.has_classes(name), taps)
         size = slots.count * num_train * kept.bytes
         views = "1 view" if slots.count == 1 else f"{slots.count} views"
-        says = f"up to {gigabytes(size)} ({views} of {num_train:,} images, {kept.bytes:,} bytes each)"
+        says = (
+            f"up to {gigabytes(size)} ({views} of {num_train:,} images, {kept.bytes:,} bytes each)"
+        )
         large = size > options.max_gb * 1e9
         problem = (
-            recipe.problem([*place, "max_gb"], f"the cache may take {says}, `max_gb` is {options.max_gb:g}; {SMALLER}") if large else None
+            recipe.problem(
+                [*place, "max_gb"],
+                f"the cache may take {says}, `max_gb` is {options.max_gb:g}; {SMALLER}",
+            )
+            if large
+            else None
         )
         yield f"the answers of {name} are kept, {says}", problem
 
@@ -109,13 +155,25 @@ def refused_answers(recipe: Recipe, factory: ModelFactory, name: str) -> Iterato
     teacher = spec.all_teachers()[name]
     for key in NETWORK_KEYS:
         if getattr(teacher, key) != type(teacher).model_fields[key].default:
-            yield recipe.problem([*place, key], "says how a network is built or asked, and answers alone have none; leave it out")
+            yield recipe.problem(
+                [*place, key],
+                "says how a network is built or asked, and answers alone have none; leave it out",
+            )
     for section, key in (("data", "augment"), ("data", "timm_augment"), ("train", "mixup")):
         if getattr(getattr(spec, section), key) is not None:
-            yield recipe.problem([section, key], f"changes images, and {name} has answers to them as they are; leave it out")
+            yield recipe.problem(
+                [section, key],
+                f"changes images, and {name} has answers to them as they are; leave it out",
+            )
     for where, model in models_in({"student": spec.student, "schedule": spec.schedule}):
-        if isinstance(model, StudentOptions) and model.init is not None and model.init.from_ == name:
-            yield recipe.problem([*where, "init"], f"{name} has answers alone, and no weights to begin with")
+        if (
+            isinstance(model, StudentOptions)
+            and model.init is not None
+            and model.init.from_ == name
+        ):
+            yield recipe.problem(
+                [*where, "init"], f"{name} has answers alone, and no weights to begin with"
+            )
     yield from _refused_losses(recipe, factory, name)
 
 
@@ -127,20 +185,31 @@ def _refused_losses(recipe: Recipe, factory: ModelFactory, name: str) -> Iterato
             continue
         layers = [pair.teacher for pair in entry.taps() if pair.teacher != "logits"]
         if layers:
-            yield recipe.problem(["losses", i], f"'{entry.use}' looks at '{layers[0]}' of {name}, which has answers alone, and no layers")
+            yield recipe.problem(
+                ["losses", i],
+                f"'{entry.use}' looks at '{layers[0]}' of {name}, which has answers alone, and no"
+                " layers",
+            )
         elif loss.needs_networks:
-            yield recipe.problem(["losses", i], f"'{entry.use}' reads the network of {name}, which has answers alone")
+            yield recipe.problem(
+                ["losses", i], f"'{entry.use}' reads the network of {name}, which has answers alone"
+            )
 
 
 def notes_on_answers(recipe: Recipe, name: str, rows: Tensor) -> Iterator[str]:
     """What is strange about a teacher's answers."""
     teacher = recipe.spec.all_teachers()[name]
     if getattr(teacher, "answers", None) == "logits" and (seen := looks_like(rows)) != "logits":
-        yield f"the answers of {name} lie between 0 and 1, as probabilities do, and are read as logits; if they are, say `answers: {seen}`"
+        yield (
+            f"the answers of {name} lie between 0 and 1, as probabilities do, and are read as"
+            f" logits; if they are, say `answers: {seen}`"
+        )
 
 
 class Rehearsal:
-    """Stands in the place of caches while a recipe is checked: a teacher may only be shown the images of the batch, as they are."""
+    """Stands in the place of caches while a recipe is checked: a teacher may only be shown the
+    images of the batch, as they are.
+    """
 
     def __init__(self, recipe: Recipe, factory: ModelFactory) -> None:
         self._recipe = recipe
@@ -151,7 +220,9 @@ class Rehearsal:
         for name, place in self._places.items():
             teacher = factory.teacher(name)
             other_images = given.OTHER_IMAGES if name in alone else OTHER_IMAGES
-            teacher.answers = functools.partial(self._answer, teacher, recipe.error(place, f"{teacher.role} {other_images}"))
+            teacher.answers = functools.partial(
+                self._answer, teacher, recipe.error(place, f"{teacher.role} {other_images}")
+            )
 
     def noting(self, stage: Stage, batch: Callable[[int], Batch]) -> Callable[[int], Batch]:
         """The same source of batches, whose images are known.
@@ -162,8 +233,15 @@ class Rehearsal:
         if stage.views > 1 and self._places:
             name, place = next(iter(self._places.items()))
             alone = has_answers_alone(self._recipe, name)
-            why = f"to which {name} has no answers" if alone else "which caches do not keep; leave `cache` out"
-            raise self._recipe.error(place, f"stage '{stage.name}' shows {stage.views} views of each image at once, {why}")
+            why = (
+                f"to which {name} has no answers"
+                if alone
+                else "which caches do not keep; leave `cache` out"
+            )
+            raise self._recipe.error(
+                place,
+                f"stage '{stage.name}' shows {stage.views} views of each image at once, {why}",
+            )
 
         def noted(count: int) -> Batch:
             made = batch(count)

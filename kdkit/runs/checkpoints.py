@@ -1,4 +1,6 @@
-"""Files that are whole or not there: written aside, moved into place, named by a digest of what is in them."""
+"""Files that are whole or not there: written aside, moved into place, named by a digest of what
+is in them.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +25,17 @@ class Checkpoints:
         self.folder = folder
 
     def save(self, kind: str, number: int, state: Any, *, keep: int = 2) -> Path:
-        """Save a state under its kind and number; of that kind, keep `keep`: this one and the newest before it."""
+        """Save a state under its kind and number; of that kind, keep `keep`: this one and the
+        newest before it.
+        """
         buffer = io.BytesIO()
         torch.save(state, buffer)
         content = buffer.getvalue()
         path = self.folder / f"{kind}-{number:08d}-{hashlib.sha256(content).hexdigest()[:16]}.pt"
         write_atomically(path, content)
         before = [p for p in self._newest_first(kind) if p != path and _number(p) <= number]
-        for other in set(self._newest_first(kind)) - {path, *before[: keep - 1]}:  # later ones are damaged, or it would not be saved anew
+        # later ones are damaged, or it would not be saved anew
+        for other in set(self._newest_first(kind)) - {path, *before[: keep - 1]}:
             other.unlink()
         for part in self.folder.glob(".*.part"):  # what a killed process left behind
             part.unlink()
@@ -41,7 +46,8 @@ class Checkpoints:
 
         Args:
             kind: of the states.
-            run: fingerprint that a state must hold under `run`; a state of an older kdkit holds none.
+            run: fingerprint that a state must hold under `run`; a state of an older kdkit holds
+                none.
         """
         wrong: dict[Path, str] = {}
         for path in self._newest_first(kind):
@@ -60,8 +66,14 @@ class Checkpoints:
             path.unlink()
 
     def _newest_first(self, kind: str) -> Iterator[Path]:
-        found = [p for p in self.folder.glob("*.pt") if (m := NAME.fullmatch(p.name)) and m["kind"] == kind]
-        return iter(sorted(found, key=lambda path: (_number(path), path.stat().st_mtime_ns), reverse=True))
+        found = [
+            p
+            for p in self.folder.glob("*.pt")
+            if (m := NAME.fullmatch(p.name)) and m["kind"] == kind
+        ]
+        return iter(
+            sorted(found, key=lambda path: (_number(path), path.stat().st_mtime_ns), reverse=True)
+        )
 
 
 def _number(path: Path) -> int:
@@ -74,5 +86,6 @@ def _read(path: Path) -> Any:
         return None
     try:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception:  # whatever a file that is no checkpoint makes torch raise; nothing in it has been run
+    # whatever a file that is no checkpoint makes torch raise; nothing in it has been run
+    except Exception:
         return None

@@ -32,7 +32,8 @@ Step = tuple[Tensor, Inputs]  # rows of the store and the images that belong the
 
 
 def fill(recipe: Recipe, *, quiet: bool = False) -> list[Found]:
-    """Ask the teachers that have a `cache` about every view of every training image; what is there already stays. The caches, filled.
+    """Ask the teachers that have a `cache` about every view of every training image; what is
+    there already stays. The caches, filled.
 
     Raises:
         RecipeError: no teacher has one, or something does not fit.
@@ -42,7 +43,8 @@ def fill(recipe: Recipe, *, quiet: bool = False) -> list[Found]:
     options = {name: one for name in spec.all_teachers() if (one := wanted(recipe, name))}
     if not options:
         raise recipe.error(
-            ["teacher"] if spec.teacher is not None or not spec.teachers else ["teachers"], "has no `cache:` that could be filled"
+            ["teacher"] if spec.teacher is not None or not spec.teachers else ["teachers"],
+            "has no `cache:` that could be filled",
         )
     checks.make(recipe, Reporter(quiet=quiet).say)
     trained = training.trained_teachers(recipe, spec.run.folder / spec.name, quiet=quiet)
@@ -50,12 +52,19 @@ def fill(recipe: Recipe, *, quiet: bool = False) -> list[Found]:
     exact = Slots.of(next(iter(options.values())), spec.data, spec.seed).exact
     plain = {"augment": None} if exact else {}  # its outcomes are gone through in turn
     source = recipe.plugins.datasets[spec.data.dataset.use](spec.data.dataset)
-    prepared = loaders.prepare(spec.data.model_copy(update={"drop_last": False, **plain}), source, seed=spec.seed, device=device)
+    prepared = loaders.prepare(
+        spec.data.model_copy(update={"drop_last": False, **plain}),
+        source,
+        seed=spec.seed,
+        device=device,
+    )
     factory = ModelFactory(recipe, prepared.info, trained, device=device)
     filled = []
     for name in options:
         teacher = factory.teacher(name)
-        cache = open_cache(recipe, name, teacher, prepared.info, prepared.train, Reporter(quiet=quiet).warn)
+        cache = open_cache(
+            recipe, name, teacher, prepared.info, prepared.train, Reporter(quiet=quiet).warn
+        )
         assert cache is not None
         try:
             _fill(cache, prepared.train, teacher.forward, name, quiet)
@@ -67,28 +76,58 @@ def fill(recipe: Recipe, *, quiet: bool = False) -> list[Found]:
 
 def table(found: Sequence[Found]) -> Table:
     """A line for each cache."""
-    rows = Table("cache", "teacher", "data", "images x views", "filled", "on disk", "last written", box=None, pad_edge=False)
+    rows = Table(
+        "cache",
+        "teacher",
+        "data",
+        "images x views",
+        "filled",
+        "on disk",
+        "last written",
+        box=None,
+        pad_edge=False,
+    )
     for one in found:
         about = one.about
         if about is None:
             rows.add_row(
-                one.path.name, "(cache.json is damaged)", "", "", "", gigabytes(one.bytes), f"{_span(time.time() - one.written)} ago"
+                one.path.name,
+                "(cache.json is damaged)",
+                "",
+                "",
+                "",
+                gigabytes(one.bytes),
+                f"{_span(time.time() - one.written)} ago",
             )
             continue
         share = f"{100 * one.filled / about['count']:.1f} %"
         rows.add_row(
-            one.path.name, about["teacher"], about["data"], f"{about['images']:,} x {about['views']}", share, gigabytes(one.bytes),
+            one.path.name,
+            about["teacher"],
+            about["data"],
+            f"{about['images']:,} x {about['views']}",
+            share,
+            gigabytes(one.bytes),
             f"{_span(time.time() - one.written)} ago",
-        )  # fmt: skip
+        )
     return rows
 
 
-def _fill(cache: TeacherCache, train: TrainLoader, forward: Forward, name: str, quiet: bool) -> None:
+def _fill(
+    cache: TeacherCache, train: TrainLoader, forward: Forward, name: str, quiet: bool
+) -> None:
     saved = time.monotonic()
     steps = cache.slots.count * len(train)
     console = Console()
     hidden = quiet or not console.is_terminal
-    for rows, inputs in track(_steps(cache, train), f"asking {name}", total=steps, console=console, transient=True, disable=hidden):
+    for rows, inputs in track(
+        _steps(cache, train),
+        f"asking {name}",
+        total=steps,
+        console=console,
+        transient=True,
+        disable=hidden,
+    ):
         whole = cache.store.whole(rows)
         if bool((cache.store.known(rows) & ~whole).any()):
             cache.tell_of_damage()
@@ -106,7 +145,12 @@ def _steps(cache: TeacherCache, train: TrainLoader) -> Iterator[Step]:
         for batch in train.epoch(0):
             for slot in range(slots.count):
                 outcome, images = torch.full_like(batch.index, slots.outcome(slot)), batch.inputs
-                shown = crop_flip(images, outcome, slots.padding) if isinstance(images, Tensor) else images  # texts have one view
+                # texts have one view
+                shown = (
+                    crop_flip(images, outcome, slots.padding)
+                    if isinstance(images, Tensor)
+                    else images
+                )
                 yield cache.rows(slot, batch.index).cpu(), shown
         return
     for slot in range(slots.count):

@@ -1,4 +1,6 @@
-"""The folder of a run: the resolved recipe, versions, metrics as they come, checkpoints, the student, the result."""
+"""The folder of a run: the resolved recipe, versions, metrics as they come, checkpoints, the
+student, the result.
+"""
 
 from __future__ import annotations
 
@@ -40,17 +42,21 @@ class Result:
     Attributes:
         folder: the run folder.
         name, seed: the recipe's.
-        test: metrics of the student (`kdkit.engine.evaluate.metrics`): after the last epoch, or of the mean of its best epochs' weights.
+        test: metrics of the student (`kdkit.engine.evaluate.metrics`): after the last epoch, or of
+            the mean of its best epochs' weights.
         validation: likewise on the validation split, if there is one.
-        best: of the epoch with the best validation accuracy: `epoch`, `validation` and `test` metrics.
+        best: of the epoch with the best validation accuracy: `epoch`, `validation` and `test`
+            metrics.
         averaged: the epochs over which `train.average_best` took the mean; none without it.
-        last: what the student was worth after the last epoch, where it is such a mean: `validation` and `test` metrics.
-        files: SHA-256 of each file of weights that the run leaves, and of its metrics.jsonl, by its path in the folder (none: of an older
-            kdkit).
+        last: what the student was worth after the last epoch, where it is such a mean: `validation`
+            and `test` metrics.
+        files: SHA-256 of each file of weights that the run leaves, and of its metrics.jsonl, by its
+            path in the folder (none: of an older kdkit).
         teacher: the teacher's own metrics on the test data.
         peers: metrics of the other students on the test data.
         ensemble: of all students (and models in their company) together, on the test data.
-        network: what the student's network is built from, where it is not the recipe's `student` (a peer that a schedule names).
+        network: what the student's network is built from, where it is not the recipe's `student` (a
+            peer that a schedule names).
         parameters: of the student.
         seconds: training time, measurements included.
         cpu_seconds: likewise, of this process on the processor (its loader workers aside).
@@ -78,7 +84,11 @@ class Result:
     @property
     def moment(self) -> str:
         """Which weights were measured, in words."""
-        return f"mean of epochs {', '.join(map(str, self.averaged))}" if self.averaged else "last epoch"
+        return (
+            f"mean of epochs {', '.join(map(str, self.averaged))}"
+            if self.averaged
+            else "last epoch"
+        )
 
     @property
     def student(self) -> Path:
@@ -90,7 +100,8 @@ class RunFolder:
     """Paths and files of one run.
 
     Attributes:
-        digests: SHA-256 of the files of weights that were written or gone on with in this process, by path in the folder.
+        digests: SHA-256 of the files of weights that were written or gone on with in this process,
+            by path in the folder.
     """
 
     def __init__(self, path: Path) -> None:
@@ -108,28 +119,43 @@ class RunFolder:
         """Make sure that this recipe may be carried out here; nothing is changed.
 
         Raises:
-            RunError: the folder belongs to another recipe (the message says in which keys) and is not to be begun anew; or it is
-                no run folder.
+            RunError: the folder belongs to another recipe (the message says in which keys) and is
+                not to be begun anew; or it is no run folder.
         """
         if self.marker.is_file():
             if not restart and not self.is_untrained():
                 self._refuse_other_recipe(recipe)
-        elif self.path.exists() and (not self.path.is_dir() or any(not _leftover(path) for path in self.path.iterdir())):
-            raise RunError(f"{self.path} exists and is not a run folder; give the recipe another `name:` or `--run FOLDER`")
+        elif self.path.exists() and (
+            not self.path.is_dir() or any(not _leftover(path) for path in self.path.iterdir())
+        ):
+            raise RunError(
+                f"{self.path} exists and is not a run folder; give the recipe another `name:` or"
+                " `--run FOLDER`"
+            )
 
     def _refuse_other_recipe(self, recipe: Recipe) -> None:
         theirs = self.about(ANEW)
         if not recipe.is_of(theirs["fingerprint"], theirs["content"]):
             changed = [key for key, *_ in differences(theirs["content"], recipe.content())]
-            keys = ", ".join("the data's files" if key == DATA_FILES else key for key in changed) or "kdkit's own defaults"
+            keys = (
+                ", ".join("the data's files" if key == DATA_FILES else key for key in changed)
+                or "kdkit's own defaults"
+            )
             raise RunError(
-                f"{self.path} holds a run of another recipe (different: {keys}); give this one another `name:` or `--run FOLDER`, "
-                "or throw the old one away with `--restart`"
+                f"{self.path} holds a run of another recipe (different: {keys}); give this one"
+                " another `name:` or `--run FOLDER`, or throw the old one away with `--restart`"
             )
 
     def is_untrained(self) -> bool:
-        """Whether nothing has been trained here that could be lost: the run was refused, or failed, before its first epoch's end."""
-        kept = (self.result_file, self.student_file, self.best_file, *self.checkpoints.folder.glob("*.pt"))
+        """Whether nothing has been trained here that could be lost: the run was refused, or
+        failed, before its first epoch's end.
+        """
+        kept = (
+            self.result_file,
+            self.student_file,
+            self.best_file,
+            *self.checkpoints.folder.glob("*.pt"),
+        )
         return not any(file.exists() for file in kept) and not self._epochs_are_logged()
 
     def _epochs_are_logged(self) -> bool:
@@ -137,7 +163,8 @@ class RunFolder:
 
     @contextlib.contextmanager
     def claimed(self, recipe: Recipe, info: DataInfo, *, restart: bool = False) -> Iterator[None]:
-        """Make the folder for this recipe, or find it made for the same one, and keep other processes from training in it.
+        """Make the folder for this recipe, or find it made for the same one, and keep other
+        processes from training in it.
 
         The lock ends with the process, however it ends.
 
@@ -146,16 +173,25 @@ class RunFolder:
         """
         self.check(recipe, restart=restart)
         with self._open_lock() as handle:
-            os.register_at_fork(after_in_child=handle.close)  # or a worker that outlives a killed process keeps its lock
+            # or a worker that outlives a killed process keeps its lock
+            os.register_at_fork(after_in_child=handle.close)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise BusyError(f"{self.path}: another process is training in this folder") from None
+                raise BusyError(
+                    f"{self.path}: another process is training in this folder"
+                ) from None
             self.check(recipe, restart=restart)  # it may have been made in the meantime
             anew = restart or self.is_untrained()
             here = [path for path in self.path.iterdir() if path.name != LOCK]
-            _remove([path for path in here if _leftover(path) or (anew and path != self.marker)])  # the marker is never missing
-            about = {"fingerprint": recipe.fingerprint, "content": recipe.content(), "data": asdict(info), "versions": versions()}
+            # the marker is never missing
+            _remove([path for path in here if _leftover(path) or (anew and path != self.marker)])
+            about = {
+                "fingerprint": recipe.fingerprint,
+                "content": recipe.content(),
+                "data": asdict(info),
+                "versions": versions(),
+            }
             files.write_json(self.marker, about)
             files.write_sealed_text(self.recipe_file, recipe.dump(), recipe.fingerprint)
             yield
@@ -171,7 +207,9 @@ class RunFolder:
             return (self.path / LOCK).open("w")
         except OSError as error:
             says = "the run is written there (`run.folder`, or `--run FOLDER`)"
-            raise RunError(f"{self.path.absolute()}: cannot be written: {error.strerror}; {says}") from None
+            raise RunError(
+                f"{self.path.absolute()}: cannot be written: {error.strerror}; {says}"
+            ) from None
 
     def about(self, way_out: str = ANEW) -> Marker:
         """What run.json says.
@@ -210,12 +248,15 @@ class RunFolder:
         """
         return self.about()["data"]
 
-    def recipe(self, overrides: Mapping[str, Any] | None = None, plugins: Sequence[Path] = ()) -> Recipe:
+    def recipe(
+        self, overrides: Mapping[str, Any] | None = None, plugins: Sequence[Path] = ()
+    ) -> Recipe:
         """The resolved recipe.
 
         Args:
             overrides: values by `key.path`.
-            plugins: the Python files and folders that may run; of those that the recipe names at another place, these take the place.
+            plugins: the Python files and folders that may run; of those that the recipe names at
+                another place, these take the place.
 
         Raises:
             RunError: this is no run folder.
@@ -253,10 +294,14 @@ class RunFolder:
         saved.setdefault("cpu_seconds", 0.0)  # a run of an older kdkit, which did not count them
         return files.fitting(self.result_file, {**saved, "folder": self.path}, Result, AGAIN)
 
-    def finished(self, recipe: Recipe, tell: Callable[[str], None] = lambda _: None) -> Result | None:
-        """The result of a run of this very recipe that is finished and whole; weights that were taken away are no damage.
+    def finished(
+        self, recipe: Recipe, tell: Callable[[str], None] = lambda _: None
+    ) -> Result | None:
+        """The result of a run of this very recipe that is finished and whole; weights that were
+        taken away are no damage.
 
-        Where its student or its result are damaged, it counts as unfinished: training makes them again from the last checkpoint.
+        Where its student or its result are damaged, it counts as unfinished: training makes them
+        again from the last checkpoint.
 
         Args:
             recipe: which.
@@ -275,7 +320,10 @@ class RunFolder:
         except DamagedFile as error:
             if error.path not in (self.result_file, self.student_file):
                 raise
-            tell(f"{error.path}: is damaged: {error.what}; it is made again from the run's last checkpoint")
+            tell(
+                f"{error.path}: is damaged: {error.what}; it is made again from the run's last"
+                " checkpoint"
+            )
             return None
         return result
 
@@ -290,7 +338,9 @@ class RunFolder:
         Raises:
             RunError: it is damaged, or another run's.
         """
-        way_out = AGAIN if file == self.student_file else f"{ANEW}, or delete the file to do without it"
+        way_out = (
+            AGAIN if file == self.student_file else f"{ANEW}, or delete the file to do without it"
+        )
         files.refuse_other(file, self.digest(file), self.result_file, way_out)
 
     def keep(self, file: Path, content: bytes) -> None:
@@ -300,9 +350,16 @@ class RunFolder:
 
     def finish(self, result: Result) -> Result:
         """Write result.json, with the digests of all that is left; the result with them."""
-        left = [self.student_file, self.best_file, self.metrics_file, *sorted(self.path.glob("snapshots/**/*.safetensors"))]
+        left = [
+            self.student_file,
+            self.best_file,
+            self.metrics_file,
+            *sorted(self.path.glob("snapshots/**/*.safetensors")),
+        ]
         named = {str(file.relative_to(self.path)): file for file in left if file.is_file()}
-        known = {name: self.digests.get(name) or files.file_digest(file) for name, file in named.items()}
+        known = {
+            name: self.digests.get(name) or files.file_digest(file) for name, file in named.items()
+        }
         result = replace(result, files=known)
         saved = asdict(result)
         del saved["folder"]
@@ -318,9 +375,13 @@ class RunFolder:
         return self.path / "best-epochs" / f"stage{stage}"
 
     def snapshots(self) -> dict[int, Path]:
-        """The snapshots of the last stage, the one that trained what the run leaves, by their epochs."""
+        """The snapshots of the last stage, the one that trained what the run leaves, by their
+        epochs.
+        """
         stage = next((line["stage"] for line in reversed(self.metrics("epoch"))), None)
-        files = sorted((self.path / "snapshots" / stage).glob("epoch-*.safetensors")) if stage else []
+        files = (
+            sorted((self.path / "snapshots" / stage).glob("epoch-*.safetensors")) if stage else []
+        )
         return {int(file.stem.removeprefix("epoch-")): file for file in files}
 
     def log(self, **line: Any) -> None:
@@ -329,22 +390,38 @@ class RunFolder:
             stream.write(files.log_line(line, self.owner or ""))
 
     def forget(self, stage: str, epochs: int, steps: int) -> list[str]:
-        """Drop the rows of metrics.jsonl after a checkpoint: all after so many finished epochs and optimizer steps.
+        """Drop the rows of metrics.jsonl after a checkpoint: all after so many finished epochs
+        and optimizer steps.
 
         Returns:
-            What was lost, a sentence each: damaged lines, which are left out too, and epochs that are not there.
+            What was lost, a sentence each: damaged lines, which are left out too, and epochs that
+                are not there.
         """
 
         def stays(line: Mapping[str, Any]) -> bool:
-            return bool(line["stage"] != stage or (line["epoch"] <= epochs if line["kind"] == "epoch" else line["step"] <= steps))
+            return bool(
+                line["stage"] != stage
+                or (line["epoch"] <= epochs if line["kind"] == "epoch" else line["step"] <= steps)
+            )
 
         owner = self.owner
         lines = list(files.read_log(self.metrics_file, LINE, "it is left out", owner))
         kept = [line for line in lines if isinstance(line, dict) and stays(line)]
-        files.write_atomically(self.metrics_file, "".join(files.log_line(line, owner or "") for line in kept).encode())
-        told = {line["epoch"] for line in kept if line["kind"] == "epoch" and line["stage"] == stage}
+        files.write_atomically(
+            self.metrics_file, "".join(files.log_line(line, owner or "") for line in kept).encode()
+        )
+        told = {
+            line["epoch"] for line in kept if line["kind"] == "epoch" and line["stage"] == stage
+        }
         lost = sorted(set(range(1, epochs + 1)) - told)
-        gone = [f"{self.metrics_file}: has nothing of epoch {', '.join(map(str, lost))} of stage '{stage}' any more"] if lost else []
+        gone = (
+            [
+                f"{self.metrics_file}: has nothing of epoch {', '.join(map(str, lost))} of stage"
+                f" '{stage}' any more"
+            ]
+            if lost
+            else []
+        )
         return [*(str(line) for line in lines if isinstance(line, RunError)), *gone]
 
     def metrics(self, kind: str) -> list[dict[str, Any]]:
@@ -355,7 +432,9 @@ class RunFolder:
         """
         way_out = "delete this line to do without it"
         if self.metrics_file.exists() and (result := self.result()):
-            files.refuse_other(self.metrics_file, result.files.get(self.metrics_file.name), self.result_file, ANEW)
+            files.refuse_other(
+                self.metrics_file, result.files.get(self.metrics_file.name), self.result_file, ANEW
+            )
         return [line for line in self._lines(way_out) if line["kind"] == kind]
 
     def _lines(self, way_out: str) -> Iterator[dict[str, Any]]:
@@ -379,7 +458,10 @@ def _remove(paths: Sequence[Path]) -> None:
     """
     for path in paths:
         if path.is_symlink() and path.is_dir():
-            raise RunError(f"{path}: is a link to a folder, and a new run would remove what is behind it; remove the link first")
+            raise RunError(
+                f"{path}: is a link to a folder, and a new run would remove what is behind it;"
+                " remove the link first"
+            )
     for path in paths:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -390,7 +472,13 @@ def _python_in(value: Any, key: str = "") -> Iterator[tuple[str, Path]]:
         if key.startswith("plugins.") or value.endswith(".py"):
             yield key, Path(value)
         return
-    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, Mapping)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for name, item in items:
         yield from _python_in(item, f"{key}.{name}" if key else str(name))
 

@@ -20,12 +20,15 @@ class Terminated(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def sigterm_raises() -> Iterator[None]:
-    """Let SIGTERM raise `Terminated` while no `StopRequest` is entered; by itself it would end the process without a word."""
+    """Let SIGTERM raise `Terminated` while no `StopRequest` is entered; by itself it would end
+    the process without a word.
+    """
 
     def end(number: int, frame: FrameType | None) -> None:
         raise Terminated
 
-    if threading.current_thread() is not threading.main_thread():  # elsewhere, Python allows no handlers
+    # elsewhere, Python allows no handlers
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(signal.SIGTERM, end)
@@ -43,7 +46,8 @@ class StopRequest:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():  # elsewhere, Python allows no handlers
+        # elsewhere, Python allows no handlers
+        if threading.current_thread() is threading.main_thread():
             self._before = {s: signal.signal(s, self._take) for s in STOPS}
         return self
 
@@ -56,5 +60,10 @@ class StopRequest:
             signal.signal(number, handler)
         self._before = {}
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._restore()

@@ -15,7 +15,9 @@ from kdkit.runs.step_cost import StepCost
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """One model: parameters, multiply-accumulates per image, and the shape (without the batch) of each tap."""
+    """One model: parameters, multiply-accumulates per image, and the shape (without the batch)
+    of each tap.
+    """
 
     role: str
     parameters: int
@@ -25,7 +27,9 @@ class ModelPlan:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage: its objective as a formula, the learnable parts of its losses, how long it takes, and what a step costs."""
+    """One stage: its objective as a formula, the learnable parts of its losses, how long it
+    takes, and what a step costs.
+    """
 
     name: str
     students: int
@@ -53,38 +57,70 @@ class Plan:
 
     def _lines(self) -> Iterator[str]:
         info = self.info
-        what = f"texts of up to {info.image_shape[0]} tokens" if is_text(info.image_shape) else f"images {info.image_shape}"
+        what = (
+            f"texts of up to {info.image_shape[0]} tokens"
+            if is_text(info.image_shape)
+            else f"images {info.image_shape}"
+        )
         one = what.split()[0][:-1]
-        yield f"{self.name}: {self.num_train:,} training and {info.num_test:,} test {what}, {info.num_classes} classes"
+        yield (
+            f"{self.name}: {self.num_train:,} training and {info.num_test:,} test {what},"
+            f" {info.num_classes} classes"
+        )
         for model in (*self.teachers, self.student):
-            yield f"{model.role}: {model.parameters:,} parameters, {model.macs / 1e6:,.2f} M multiply-accumulates per {one}"
-            yield from (f"  tap {name} (B, {', '.join(map(str, shape))})" for name, shape in model.taps)
+            yield (
+                f"{model.role}: {model.parameters:,} parameters, {model.macs / 1e6:,.2f} M"
+                f" multiply-accumulates per {one}"
+            )
+            yield from (
+                f"  tap {name} (B, {', '.join(map(str, shape))})" for name, shape in model.taps
+            )
         for stage in self.stages:
             students = f", {stage.students} students" if stage.students > 1 else ""
             yield f"stage {stage.name}: {stage.epochs} epochs, {stage.steps:,} steps{students}"
             yield f"  total = {stage.formula}"
             yield f"  a step takes {stage.cost}"
-            yield from (f"  adapters of {name}: {parts} ({parameters:,} parameters)" for name, parts, parameters in stage.adapters)
+            yield from (
+                f"  adapters of {name}: {parts} ({parameters:,} parameters)"
+                for name, parts, parameters in stage.adapters
+            )
         yield from (f"note: {note}" for note in self.notes)
 
 
 def formula(entries: Mapping[str, LossEntry]) -> str:
-    """`0.1 * cross_entropy + 1 * hint(layer2 ~ layer3, adapter linear)`: each loss with its weight, layers and options."""
-    return " + ".join(f"{_short(entry.weight)} * {name}{_details(entry)}" for name, entry in entries.items())
+    """`0.1 * cross_entropy + 1 * hint(layer2 ~ layer3, adapter linear)`: each loss with its
+    weight, layers and options.
+    """
+    return " + ".join(
+        f"{_short(entry.weight)} * {name}{_details(entry)}" for name, entry in entries.items()
+    )
 
 
 def adapters(losses: Mapping[str, nn.Module]) -> Iterator[tuple[str, str, int]]:
-    """Name, learnable parts with the shapes of their weights, and parameters of each loss that has any."""
+    """Name, learnable parts with the shapes of their weights, and parameters of each loss that
+    has any.
+    """
     for name, loss in losses.items():
         if count := sum(p.numel() for p in loss.parameters()):
-            own = ((type(part).__name__, next(part.parameters(recurse=False), None)) for part in loss.modules())
-            parts = [f"{kind} ({', '.join(map(str, weight.shape))})" for kind, weight in own if weight is not None]
+            own = (
+                (type(part).__name__, next(part.parameters(recurse=False), None))
+                for part in loss.modules()
+            )
+            parts = [
+                f"{kind} ({', '.join(map(str, weight.shape))})"
+                for kind, weight in own
+                if weight is not None
+            ]
             yield name, ", ".join(parts), count
 
 
 def _details(entry: LossEntry) -> str:
     layers = [f"{pair.student} ~ {pair.teacher}" for pair in entry.taps()]
-    said = [f"{key} {_short(getattr(entry, key))}" for key in entry.model_fields_set if key not in ("use", "name", "weight", "layers")]
+    said = [
+        f"{key} {_short(getattr(entry, key))}"
+        for key in entry.model_fields_set
+        if key not in ("use", "name", "weight", "layers")
+    ]
     return f"({', '.join([*layers, *sorted(said)])})" if layers or said else ""
 
 

@@ -34,9 +34,13 @@ class Seldom:
 
 
 class Reporter:
-    """Prints what happens in a run; `quiet` keeps all but warnings to itself, and tells its epochs to `instead`."""
+    """Prints what happens in a run; `quiet` keeps all but warnings to itself, and tells its
+    epochs to `instead`.
+    """
 
-    def __init__(self, *, quiet: bool = False, instead: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(
+        self, *, quiet: bool = False, instead: Callable[[str], None] = lambda _: None
+    ) -> None:
         self.console = Terminal(soft_wrap=True)
         self.quiet, self._instead = quiet, instead
         self._progress: Progress | None = None
@@ -60,7 +64,13 @@ class Reporter:
             yield
             return
         percentage = TextColumn("{task.percentage:>3.0f}%")
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=16), percentage, TimeRemainingColumn(), _Free())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=16),
+            percentage,
+            TimeRemainingColumn(),
+            _Free(),
+        )
         with Progress(*columns, console=self.console, transient=True) as self._progress:
             self._progress.add_task(label, total=steps, completed=done, status="")
             try:
@@ -72,7 +82,9 @@ class Reporter:
         """Whether a live bar wants fresh numbers."""
         return self._progress is not None and time.monotonic() - self._shown > REFRESH
 
-    def step(self, done: int, epoch: str, terms: Mapping[str, float], lr: float, images_per_second: float) -> None:
+    def step(
+        self, done: int, epoch: str, terms: Mapping[str, float], lr: float, images_per_second: float
+    ) -> None:
         """Update the bar."""
         if self._progress is not None:
             self._shown = time.monotonic()
@@ -80,10 +92,19 @@ class Reporter:
             self._progress.update(self._progress.task_ids[0], completed=done, status=status)
 
     def epoch(
-        self, label: str, terms: Mapping[str, float], lr: float, images_per_second: float, scores: Mapping[str, float], left: float
+        self,
+        label: str,
+        terms: Mapping[str, float],
+        lr: float,
+        images_per_second: float,
+        scores: Mapping[str, float],
+        left: float,
     ) -> None:
         """One line for a finished epoch."""
-        test = ", ".join(f"{name} {value:.2f}{' %' if name in IN_PERCENT else ''}" for name, value in scores.items())
+        test = ", ".join(
+            f"{name} {value:.2f}{' %' if name in IN_PERCENT else ''}"
+            for name, value in scores.items()
+        )
         parts = [label, _terms(terms), *([f"test {test}"] if test else [])]
         parts += [f"lr {lr:.2g}", f"{images_per_second:,.0f} images/s", f"{_clock(left)} left"]
         if self.quiet:
@@ -92,7 +113,9 @@ class Reporter:
 
 
 def _filled(parts: Sequence[str], width: int | None) -> str:
-    """The parts on one line; where a terminal is narrower than that, on several, broken between parts."""
+    """The parts on one line; where a terminal is narrower than that, on several, broken between
+    parts.
+    """
     lines = [parts[0]]
     for part in parts[1:]:
         longer = f"{lines[-1]}  {part}"
@@ -104,7 +127,9 @@ def _filled(parts: Sequence[str], width: int | None) -> str:
 
 
 def _terms(terms: Mapping[str, float]) -> str:
-    """`loss 1.2 = cross_entropy 0.3 (0.03) + hint 1.17`: each term unweighted, and weighted in brackets where that is another number."""
+    """`loss 1.2 = cross_entropy 0.3 (0.03) + hint 1.17`: each term unweighted, and weighted in
+    brackets where that is another number.
+    """
     shown = []
     for name in terms:
         if name == "loss" or name.endswith(".weighted"):

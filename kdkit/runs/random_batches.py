@@ -1,4 +1,6 @@
-"""What stands for batches and answers while a recipe is checked: random ones, of the real shapes."""
+"""What stands for batches and answers while a recipe is checked: random ones, of the real
+shapes.
+"""
 
 from __future__ import annotations
 
@@ -36,19 +38,32 @@ def shapes_of(lesson: Lesson) -> list[torch.Size]:
 
 
 def on_random_numbers(lesson: Lesson, info: DataInfo) -> Lesson:
-    """The lesson with normally distributed numbers in the place of what networks without weights said."""
+    """The lesson with normally distributed numbers in the place of what networks without weights
+    said.
+    """
 
     def like(outputs: Outputs) -> Outputs:
         drawn = outputs.map(lambda value: torch.randn(value.shape))
         # of texts some are shorter, so that a loss shows whether it minds
-        return drawn.masked(_mask(len(tensors(drawn)[0]), shape[0])) if is_text(shape) and tensors(drawn) else drawn
+        return (
+            drawn.masked(_mask(len(tensors(drawn)[0]), shape[0]))
+            if is_text(shape) and tensors(drawn)
+            else drawn
+        )
 
     shape = info.image_shape
     named = {name: like(teacher) for name, teacher in lesson.named.items()}
-    changed = replace(lesson, student=like(lesson.student), teachers=[like(teacher) for teacher in lesson.teachers], named=named)
+    changed = replace(
+        lesson,
+        student=like(lesson.student),
+        teachers=[like(teacher) for teacher in lesson.teachers],
+        named=named,
+    )
     if lesson.batch is not None:
         index = torch.arange(len(lesson.batch.index))
-        changed = replace(changed, batch=Batch(random_inputs(shape, len(index)), labels_of(index, info), index))
+        changed = replace(
+            changed, batch=Batch(random_inputs(shape, len(index)), labels_of(index, info), index)
+        )
     if lesson.supervised is not None:
         changed = replace(changed, supervised=on_random_numbers(lesson.supervised, info))
     return changed

@@ -68,29 +68,48 @@ class Standing:
         return [cast("TappedModel", student).twin(module) for student, module in pairs]
 
     def measure(self, epoch: int) -> Turns[None]:
-        """Measure each student, and, where there are several models, their ensemble (the mean of their probabilities).
+        """Measure each student, and, where there are several models, their ensemble (the mean of
+        their probabilities).
 
-        Processes that train apart measure their own students on the whole data, and tell each other. Runs that are trained side by side
-        meet by the number of the epoch.
+        Processes that train apart measure their own students on the whole data, and tell each
+        other. Runs that are trained side by side meet by the number of the epoch.
         """
         setting, apart = self.setting, self.trainer.apart
         world = 1 if apart else setting.accelerator.num_processes
         models = [*self.deployed(), *(() if apart else self.trainer.stage.company)]
-        self.scores = [{} for _ in range(len(self.trainer.stage.students) * (setting.accelerator.num_processes if apart else 1))]
+        self.scores = [
+            {}
+            for _ in range(
+                len(self.trainer.stage.students)
+                * (setting.accelerator.num_processes if apart else 1)
+            )
+        ]
         self.ensemble = {}
-        for number, (part, batches) in enumerate((("test", setting.data.test), ("validation", setting.data.validation)), -2):
+        for number, (part, batches) in enumerate(
+            (("test", setting.data.test), ("validation", setting.data.validation)), -2
+        ):
             if batches is None:
                 continue
             teacher = setting.teacher if part == "test" else None
             place = (epoch, number)
-            found = yield from predicting(models, batches.whole() if apart else batches, world=world, place=place)
+            found = yield from predicting(
+                models, batches.whole() if apart else batches, world=world, place=place
+            )
             found = gather_object(found) if apart else found
-            for scores, one in zip(self.scores, found, strict=False):  # the company has no scores of its own
+            # the company has no scores of its own
+            for scores, one in zip(self.scores, found, strict=False):
                 scores[part] = metrics(one, teacher)
-                for name in (name for name, value in scores[part].items() if not math.isfinite(value)):
-                    setting.reporter.warn(f"{name} of the student on {part} data is not finite; the files have null for it")
+                for name in (
+                    name for name, value in scores[part].items() if not math.isfinite(value)
+                ):
+                    setting.reporter.warn(
+                        f"{name} of the student on {part} data is not finite; the files have null"
+                        " for it"
+                    )
             if len(found) > 1:
-                self.ensemble[part] = metrics(Predictions(combined([one.logits for one in found]), found[0].labels), teacher)
+                self.ensemble[part] = metrics(
+                    Predictions(combined([one.logits for one in found]), found[0].labels), teacher
+                )
 
     @property
     def chosen(self) -> int:
@@ -100,12 +119,15 @@ class Standing:
         return max(range(len(self.scores)), key=lambda i: self.scores[i]["validation"]["top1"])
 
     def keep_best(self) -> None:
-        """Remember the epoch (and, where the stage leaves the best student, which one it is) that is best on validation, never on test."""
+        """Remember the epoch (and, where the stage leaves the best student, which one it is)
+        that is best on validation, never on test.
+        """
         setting, stage = self.setting, self.trainer.stage.name
         if "validation" not in self.scores[0]:
             return
         scores, student = self.scores[self.chosen], self.trainer.stage.students[self.chosen]
-        known = setting.best if setting.best and setting.best["stage"] == stage else None  # an earlier stage trained something else
+        # an earlier stage trained something else
+        known = setting.best if setting.best and setting.best["stage"] == stage else None
         if known is None or scores["validation"]["top1"] > known["validation"]["top1"]:
             setting.best = {"stage": stage, "epoch": self.trainer.epoch, **scores}
             if (network := setting.factory.network(student)) is not None:
@@ -118,7 +140,10 @@ class Standing:
         if self.best_epochs is None:
             return
         epoch = self.trainer.epoch
-        wanted = [self.best_epochs.offer(i, epoch, scores["validation"]["top1"]) for i, scores in enumerate(self.scores)]
+        wanted = [
+            self.best_epochs.offer(i, epoch, scores["validation"]["top1"])
+            for i, scores in enumerate(self.scores)
+        ]
         writes = self.setting.is_main or self.trainer.apart
         written: dict[str, str] = {}
         for number, model in zip(self._own, self.deployed(), strict=True):
@@ -128,7 +153,9 @@ class Standing:
             self.best_epochs.digests |= one
 
     def average(self) -> Turns[None]:
-        """Put the mean of its best epochs' weights into each student, and measure them again; for the last stage, when it is trained."""
+        """Put the mean of its best epochs' weights into each student, and measure them again;
+        for the last stage, when it is trained.
+        """
         if self.best_epochs is None:
             return
         self.setting.accelerator.wait_for_everyone()  # until the files are there
@@ -140,15 +167,24 @@ class Standing:
         yield from self.measure(self.trainer.epoch + 1)
 
     def keep_snapshot(self) -> None:
-        every, trainer, setting = self.setting.recipe.spec.run.snapshots, self.trainer, self.setting
+        every = self.setting.recipe.spec.run.snapshots
+        trainer = self.trainer
+        setting = self.setting
         if every and trainer.epoch % every == 0:
             trainer.synchronise()
             if setting.is_main:
-                setting.folder.keep(setting.folder.snapshot_file(trainer.stage.name, trainer.epoch), weights(self.deployed()[0]))
+                setting.folder.keep(
+                    setting.folder.snapshot_file(trainer.stage.name, trainer.epoch),
+                    weights(self.deployed()[0]),
+                )
 
 
 def weights(model: Model, metadata: dict[str, str] | None = None) -> bytes:
     """A network's weights as safetensors."""
     state = model.module.state_dict()
-    plain = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}  # tied ones apart
+    # tied ones apart
+    plain = {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in state.items()
+    }
     return save(plain, metadata)

@@ -1,4 +1,6 @@
-"""What a run may share with runs beside it: batches, frozen teachers and their answers. A run by itself shares nothing."""
+"""What a run may share with runs beside it: batches, frozen teachers and their answers. A run by
+itself shares nothing.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +32,23 @@ class Shared(Protocol):
     def opened(self, read: Callable[[], Data]) -> Data:
         """The data; `read` opens them for a run by itself."""
 
-    def changed(self, key: str, train: TrainLoader, change: Callable[[TrainLoader], TrainLoader]) -> TrainLoader:
+    def changed(
+        self, key: str, train: TrainLoader, change: Callable[[TrainLoader], TrainLoader]
+    ) -> TrainLoader:
         """The training batches, changed in a way that the key names (mixed, fewer views)."""
 
     def expect(self, demands: Iterable[Demand]) -> None:
         """Take note of what a run reads of its teachers, before any of them is built."""
 
-    def teacher(self, key: Callable[[], str], state: str, layers: Sequence[str], *, needs_logits: bool, build: BuildTeacher) -> TappedModel:
+    def teacher(
+        self,
+        key: Callable[[], str],
+        state: str,
+        layers: Sequence[str],
+        *,
+        needs_logits: bool,
+        build: BuildTeacher,
+    ) -> TappedModel:
         """A run's view of a frozen teacher.
 
         Args:
@@ -48,11 +60,17 @@ class Shared(Protocol):
         """
 
     def answering(
-        self, recipe: Recipe, teachers: Mapping[str, TappedModel], data: Data, warn: Callable[[str], None]
+        self,
+        recipe: Recipe,
+        teachers: Mapping[str, TappedModel],
+        data: Data,
+        warn: Callable[[str], None],
     ) -> contextlib.AbstractContextManager[Data]:
         """Open the caches of a run's teachers; gives the data in the views that they keep."""
 
-    def predictions(self, teachers: Sequence[TappedModel], data: Data, *, world: int) -> Predictions | None:
+    def predictions(
+        self, teachers: Sequence[TappedModel], data: Data, *, world: int
+    ) -> Predictions | None:
         """The teachers' combined answer to the test data."""
 
 
@@ -62,19 +80,35 @@ class Alone:
     def opened(self, read: Callable[[], Data]) -> Data:
         return read()
 
-    def changed(self, key: str, train: TrainLoader, change: Callable[[TrainLoader], TrainLoader]) -> TrainLoader:
+    def changed(
+        self, key: str, train: TrainLoader, change: Callable[[TrainLoader], TrainLoader]
+    ) -> TrainLoader:
         return change(train)
 
     def expect(self, demands: Iterable[Demand]) -> None:
         return
 
-    def teacher(self, key: Callable[[], str], state: str, layers: Sequence[str], *, needs_logits: bool, build: BuildTeacher) -> TappedModel:
+    def teacher(
+        self,
+        key: Callable[[], str],
+        state: str,
+        layers: Sequence[str],
+        *,
+        needs_logits: bool,
+        build: BuildTeacher,
+    ) -> TappedModel:
         return build(layers, needs_logits)
 
     def answering(
-        self, recipe: Recipe, teachers: Mapping[str, TappedModel], data: Data, warn: Callable[[str], None]
+        self,
+        recipe: Recipe,
+        teachers: Mapping[str, TappedModel],
+        data: Data,
+        warn: Callable[[str], None],
     ) -> contextlib.AbstractContextManager[Data]:
         return opening.answering(recipe, teachers, data, warn)
 
-    def predictions(self, teachers: Sequence[TappedModel], data: Data, *, world: int) -> Predictions | None:
+    def predictions(
+        self, teachers: Sequence[TappedModel], data: Data, *, world: int
+    ) -> Predictions | None:
         return predict_together(teachers, data.test, world=world)

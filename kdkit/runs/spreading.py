@@ -29,7 +29,9 @@ OF_A_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_A
 
 
 def part() -> None:
-    """Leave the process group: from here on, torch and Accelerate take this process for the only one."""
+    """Leave the process group: from here on, torch and Accelerate take this process for the only
+    one.
+    """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     PartialState._reset_state()
@@ -54,14 +56,21 @@ class Crew:
     """
 
     def __init__(self, rank: int, world: int, store: Any, name: str = "crew") -> None:
-        self.rank, self.world, self._store = rank, world, store
+        self.rank = rank
+        self.world = world
+        self._store = store
         self._times = (f"{name} {number}" for number in itertools.count())
         self._process = f"{name} process "
-        store.set(f"{self._process}{rank}", json.dumps([socket.gethostname(), os.getpid(), psutil.Process().create_time()]))
+        store.set(
+            f"{self._process}{rank}",
+            json.dumps([socket.gethostname(), os.getpid(), psutil.Process().create_time()]),
+        )
 
     @classmethod
     def of_launch(cls) -> Crew | None:
-        """What the launcher's environment says, which is forgotten then; None for a process that was started alone."""
+        """What the launcher's environment says, which is forgotten then; None for a process that
+        was started alone.
+        """
         if int(os.environ.get("WORLD_SIZE", 1)) < 2:
             return None
         store, (rank, world) = launch_store(), of_launch()
@@ -86,7 +95,9 @@ class Crew:
             self._store.set(f"{time} over {self.rank}", "")
 
     def gather(self, mine: Any) -> list[Any]:
-        """What all processes have to tell, by rank, in plain values. The first, which keeps the store, stays until all have read it."""
+        """What all processes have to tell, by rank, in plain values. The first, which keeps the
+        store, stays until all have read it.
+        """
         time, everyone = next(self._times), range(self.world)
         with _others_there():
             self._store.set(f"{time} told {self.rank}", json.dumps(mine))
@@ -98,7 +109,9 @@ class Crew:
         return found
 
     def _wait(self, key: str, rank: int) -> Any:
-        """What process `rank` writes under `key` and its number; ends if that process has ended without, as far as this machine knows."""
+        """What process `rank` writes under `key` and its number; ends if that process has ended
+        without, as far as this machine knows.
+        """
         while True:
             ended = self._has_ended(rank)  # before the last look: it may write and then end
             try:

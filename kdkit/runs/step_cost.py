@@ -22,7 +22,8 @@ class StepCost:
 
     Attributes:
         forwards, backwards: of students, all together.
-        teachers: forwards of models that do not learn: the recipe's teachers, frozen students, averages.
+        teachers: forwards of models that do not learn: the recipe's teachers, frozen students,
+            averages.
     """
 
     forwards: float
@@ -31,22 +32,35 @@ class StepCost:
 
     def __str__(self) -> str:
         taught = f", {self.teachers:.3g} of models that teach" if self.teachers else ""
-        return f"{self.forwards:.3g} student forwards and {self.backwards:.3g} backwards an image{taught}"
+        return (
+            f"{self.forwards:.3g} student forwards and {self.backwards:.3g} backwards an"
+            f" image{taught}"
+        )
 
 
-def step_cost(stage: Stage, models: Iterable[TappedModel], batch: Callable[[int], Batch], images: int) -> StepCost:
+def step_cost(
+    stage: Stage, models: Iterable[TappedModel], batch: Callable[[int], Batch], images: int
+) -> StepCost:
     """Count a step's passes by the floating-point operations that they take.
 
     Args:
         stage: whose step; what its `parts` remember is left as it was.
         models: all that may run beside the stage's students.
         batch: makes one of so many images, on the models' device.
-        images: how many. The step is run with these and with twice as many, so that what it does once a batch does not count.
+        images: how many. The step is run with these and with twice as many, so that what it does
+            once a batch does not count.
     """
     students = {id(student.module) for student in stage.students}
     others = [model for model in (*models, *stage.buffers) if isinstance(model, TappedModel)]
-    known = {id(model.module): model for model in (*others, *stage.students) if isinstance(model, TappedModel)}
-    few, many = (_passes(stage, [model.module for model in known.values()], batch(count)) for count in (images, 2 * images))
+    known = {
+        id(model.module): model
+        for model in (*others, *stage.students)
+        if isinstance(model, TappedModel)
+    }
+    few, many = (
+        _passes(stage, [model.module for model in known.values()], batch(count))
+        for count in (images, 2 * images)
+    )
     forwards = backwards = teachers = 0.0
     for key, model in known.items():
         more = [many[key, learns] - few[key, learns] for learns in (False, True)]
@@ -71,11 +85,14 @@ def _passes(stage: Stage, networks: Iterable[nn.Module], batch: Batch) -> Counte
             began[id(part)] = counter.get_total_flops()
 
         def ends(part: nn.Module, args: object, output: object) -> None:
-            learns = any(isinstance(value, Tensor) and value.requires_grad for value in _values(output))
+            learns = any(
+                isinstance(value, Tensor) and value.requires_grad for value in _values(output)
+            )
             spent[id(part), learns] += counter.get_total_flops() - began[id(part)]
 
         handles = [network.register_forward_pre_hook(starts) for network in networks]
-        handles += [network.register_forward_hook(ends, always_call=True) for network in networks]  # a teacher may stop on its way
+        # a teacher may stop on its way
+        handles += [network.register_forward_hook(ends, always_call=True) for network in networks]
         try:
             stage.step(batch)
         finally:

@@ -72,7 +72,8 @@ def train(
         Reporter(quiet=quiet).say(f"{recipe.spec.name}: trained already, see {run_folder.path}")
         return result
     prepared = Prepared.make(recipe, run_folder, restart=restart, quiet=quiet, instead=instead)
-    accelerator = accelerator_for(recipe, run_folder)  # anew: the teacher's training has had its own
+    # anew: the teacher's training has had its own
+    accelerator = accelerator_for(recipe, run_folder)
     with StopRequest() as stop, Stopwatch() as clock:
         return finish(prepared.turns(accelerator, stop, clock))
 
@@ -91,23 +92,50 @@ class Prepared:
 
     @classmethod
     def make(
-        cls, recipe: Recipe, folder: RunFolder, *, info: DataInfo | None = None, restart: bool = False, quiet: bool = False,
-        say: Callable[[str], None] | None = None, instead: Callable[[str], None] = lambda _: None,
-    ) -> Self:  # fmt: skip
-        """See that all is there, and train what teachers are not; for what may be raised, see `train`.
+        cls,
+        recipe: Recipe,
+        folder: RunFolder,
+        *,
+        info: DataInfo | None = None,
+        restart: bool = False,
+        quiet: bool = False,
+        say: Callable[[str], None] | None = None,
+        instead: Callable[[str], None] = lambda _: None,
+    ) -> Self:
+        """See that all is there, and train what teachers are not; for what may be raised, see
+        `train`.
 
-        `info` is that of the data, where the recipe is known to be sound because another seed's is; `say` is told of teachers.
+        `info` is that of the data, where the recipe is known to be sound because another seed's is;
+        `say` is told of teachers.
         """
         _, world = of_launch()
         with agreed():
             info = info or checks.make(recipe, say or Reporter(quiet=quiet).say).info
             if (size := recipe.spec.data.batch_size) % world:
-                raise recipe.error(["data", "batch_size"], f"{size} images cannot be shared equally by {world} processes")
+                raise recipe.error(
+                    ["data", "batch_size"],
+                    f"{size} images cannot be shared equally by {world} processes",
+                )
             folder.check(recipe, restart=restart)
-        accelerator_for(recipe, folder)  # refuses what this machine cannot do before a teacher is trained for it
-        return cls(recipe, folder, info, trained_teachers(recipe, folder.path, quiet=quiet, say=say), restart, quiet, instead)
+        # refuses what this machine cannot do before a teacher is trained for it
+        accelerator_for(recipe, folder)
+        return cls(
+            recipe,
+            folder,
+            info,
+            trained_teachers(recipe, folder.path, quiet=quiet, say=say),
+            restart,
+            quiet,
+            instead,
+        )
 
-    def turns(self, accelerator: Accelerator, stop: StopRequest, clock: Stopwatch, shared: Shared | None = None) -> Turns[Result]:
+    def turns(
+        self,
+        accelerator: Accelerator,
+        stop: StopRequest,
+        clock: Stopwatch,
+        shared: Shared | None = None,
+    ) -> Turns[Result]:
         """Carry the run out.
 
         Args:
@@ -117,20 +145,32 @@ class Prepared:
             shared: where its data and teachers come from (default: its own).
         """
         recipe, shared = self.recipe, shared or Alone()
-        reporter = Reporter(quiet=self.quiet or not accelerator.is_main_process, instead=self.instead)
-        if recipe.spec.train.precision == "bf16" and accelerator.device.type == "cpu" and not _multiplies_bf16():
-            reporter.warn("train.precision bf16 is slower than fp32 on this processor, which has no AMX")
+        reporter = Reporter(
+            quiet=self.quiet or not accelerator.is_main_process, instead=self.instead
+        )
+        if (
+            recipe.spec.train.precision == "bf16"
+            and accelerator.device.type == "cpu"
+            and not _multiplies_bf16()
+        ):
+            reporter.warn(
+                "train.precision bf16 is slower than fp32 on this processor, which has no AMX"
+            )
         claimed = self.folder.claimed(recipe, self.info, restart=self.restart)
         with contextlib.ExitStack() as while_training:
             with agreed():
                 if accelerator.is_main_process:
                     while_training.enter_context(claimed)
             opened = open_data(recipe, accelerator, shared)
-            factory = ModelFactory(recipe, opened.info, self.teachers, device=accelerator.device, shared=shared)
+            factory = ModelFactory(
+                recipe, opened.info, self.teachers, device=accelerator.device, shared=shared
+            )
             shared.expect(factory.demands())
             yield BEGINNING  # until every run that shares with this one has said what it wants
             with shared.answering(recipe, factory.teachers(), opened, reporter.warn) as known:
-                setting = Setting(recipe, self.folder, reporter, stop, accelerator, known, factory, clock, shared)
+                setting = Setting(
+                    recipe, self.folder, reporter, stop, accelerator, known, factory, clock, shared
+                )
                 return (yield from _carry_out(setting))
 
 
@@ -141,29 +181,45 @@ def accelerator_for(recipe: Recipe, folder: RunFolder) -> Accelerator:
         RunError: the machine has no such device or precision.
     """
     wanted = list(recipe.spec.run.trackers)
-    return build_accelerator(recipe.spec.train, **({"log_with": wanted, "project_dir": str(folder.path)} if wanted else {}))
+    return build_accelerator(
+        recipe.spec.train,
+        **({"log_with": wanted, "project_dir": str(folder.path)} if wanted else {}),
+    )
 
 
 def _multiplies_bf16() -> bool:
-    return bool(torch.cpu.get_capabilities().get("amx_bf16")) if hasattr(torch.cpu, "get_capabilities") else True
+    return (
+        bool(torch.cpu.get_capabilities().get("amx_bf16"))
+        if hasattr(torch.cpu, "get_capabilities")
+        else True
+    )
 
 
 def trained_teachers(
-    recipe: Recipe, student_folder: Path, *, quiet: bool = False, say: Callable[[str], None] | None = None
+    recipe: Recipe,
+    student_folder: Path,
+    *,
+    quiet: bool = False,
+    say: Callable[[str], None] | None = None,
 ) -> dict[str, TrainedTeacher]:
     """The teachers that other recipes train, by name; trains those that are not there yet."""
     teachers = {}
     for name, source in teacher_recipes(recipe.spec).items():
         folder = folder_for(source, recipe.spec.run.folder, source.spec.name, taken=student_folder)
         if not RunFolder(folder).finished(source):
-            (say or Reporter(quiet=quiet).say)(f"{source.spec.name}: the teacher is trained first, in {folder}")
-        build_accelerator(source.spec.train).wait_for_everyone()  # all have looked before one of them makes it
+            (say or Reporter(quiet=quiet).say)(
+                f"{source.spec.name}: the teacher is trained first, in {folder}"
+            )
+        # all have looked before one of them makes it
+        build_accelerator(source.spec.train).wait_for_everyone()
         result = _train_or_wait(source, RunFolder(folder), quiet, say)
         teachers[name] = TrainedTeacher.of(RunFolder(folder), source, result)
     return teachers
 
 
-def _train_or_wait(recipe: Recipe, folder: RunFolder, quiet: bool, say: Callable[[str], None] | None) -> Result:
+def _train_or_wait(
+    recipe: Recipe, folder: RunFolder, quiet: bool, say: Callable[[str], None] | None
+) -> Result:
     """Train a teacher, unless another process does: then wait until it has."""
     epochs = Seldom(say) if say else lambda _: None
     while True:
@@ -171,26 +227,39 @@ def _train_or_wait(recipe: Recipe, folder: RunFolder, quiet: bool, say: Callable
             return train(recipe, folder.path, quiet=quiet, instead=epochs)
         except BusyError:
             (say or Reporter(quiet=quiet).say)(
-                f"{recipe.spec.name}: another process is training the teacher in {folder.path}; waiting for it"
+                f"{recipe.spec.name}: another process is training the teacher in {folder.path};"
+                " waiting for it"
             )
             folder.wait()
 
 
 def folder_for(recipe: Recipe, base: Path, name: str, taken: Path | None = None) -> Path:
-    """The folder `name` in `base`; if another recipe's run is there, or it is `taken`, one with the recipe's fingerprint in its name."""
+    """The folder `name` in `base`; if another recipe's run is there, or it is `taken`, one with
+    the recipe's fingerprint in its name.
+    """
     named = base / name
     free = not named.exists() and (taken is None or named.resolve() != taken.resolve())
-    return named if free or RunFolder(named).holds(recipe) else base / f"{name}-{recipe.fingerprint[:8]}"
+    return (
+        named
+        if free or RunFolder(named).holds(recipe)
+        else base / f"{name}-{recipe.fingerprint[:8]}"
+    )
 
 
-def open_data(recipe: Recipe, accelerator: Accelerator, shared: Shared | None = None) -> loaders.Data:
+def open_data(
+    recipe: Recipe, accelerator: Accelerator, shared: Shared | None = None
+) -> loaders.Data:
     """The recipe's data, this process's share of it, mixed as it wants."""
     shared = shared or Alone()
     opened = shared.opened(functools.partial(read_data, recipe, accelerator))
     if (spec := recipe.spec.train.mixup) is None:
         return opened
     mixed = functools.partial(
-        MixedLoader, spec=spec, num_classes=opened.info.num_classes, seed=recipe.spec.seed, rank=accelerator.process_index
+        MixedLoader,
+        spec=spec,
+        num_classes=opened.info.num_classes,
+        seed=recipe.spec.seed,
+        rank=accelerator.process_index,
     )
     return replace(opened, train=shared.changed(f"mixed {spec!r}", opened.train, mixed))
 
@@ -202,7 +271,9 @@ def read_data(recipe: Recipe, accelerator: Accelerator) -> loaders.Data:
     rank, world = accelerator.process_index, accelerator.num_processes
     try:
         with accelerator.local_main_process_first():  # it may have to download
-            return loaders.prepare(spec.data, source, seed=spec.seed, device=accelerator.device, rank=rank, world=world)
+            return loaders.prepare(
+                spec.data, source, seed=spec.seed, device=accelerator.device, rank=rank, world=world
+            )
     except DataError as error:
         raise recipe.error(["data"], str(error)) from error
 
@@ -217,33 +288,43 @@ def _carry_out(setting: Setting) -> Turns[Result]:
     carried: Carried = {}
     stages = iter(schedule.stages(factory))
     for number in itertools.count():
-        reseed(spec.seed, "stage", number)  # from which a schedule draws the first values of what it learns itself
+        # from which a schedule draws the first values of what it learns itself
+        reseed(spec.seed, "stage", number)
         if (stage := next(stages, None)) is None:
             break
         if last is not None and last.standing.best_epochs and setting.is_main:
             last.standing.best_epochs.discard()  # only the last stage's are averaged
         factory.watch(but=stage.buffers)
-        trainer = build_trainer(setting.recipe, setting.data, factory, setting.accelerator, number, stage, carried)
+        trainer = build_trainer(
+            setting.recipe, setting.data, factory, setting.accelerator, number, stage, carried
+        )
         last = StageRun(setting, number, trainer)
         yield from last.carry_out()
     if last is None:
         raise RunError(f"schedule '{spec.schedule.use}' has no stage")
     yield from last.standing.average()
     for tracker in setting.accelerator.trackers:
-        tracker.finish()  # end_training would also part the processes, which may only have trained a teacher so far
+        # end_training would also part the processes, which may only have trained a teacher so far
+        tracker.finish()
     return _result(setting, last)
 
 
 def _measure_teacher(setting: Setting) -> None:
-    teachers, classes = setting.factory.whole_teachers(answering=True), setting.data.info.num_classes
-    setting.teacher = setting.shared.predictions(teachers, setting.data, world=setting.accelerator.num_processes)
+    teachers, classes = (
+        setting.factory.whole_teachers(answering=True),
+        setting.data.info.num_classes,
+    )
+    setting.teacher = setting.shared.predictions(
+        teachers, setting.data, world=setting.accelerator.num_processes
+    )
     if setting.teacher is None:
         return
     found = metrics(setting.teacher)
     if (seen := looks_like(setting.teacher.logits)) != "logits" and len(teachers) == 1:
         setting.reporter.warn(
-            f"the teacher's answers lie between 0 and 1{' and sum to 1' if seen == 'softmax' else ''}, as probabilities do, "
-            f"and are read as logits; if they are, say `answers: {seen}`"
+            "the teacher's answers lie between 0 and"
+            f" 1{' and sum to 1' if seen == 'softmax' else ''}, as probabilities do, and are read"
+            f" as logits; if they are, say `answers: {seen}`"
         )
     setting.reporter.say(
         f"{'teacher' if len(teachers) == 1 else f'{len(teachers)} teachers together'}  "
@@ -252,13 +333,15 @@ def _measure_teacher(setting: Setting) -> None:
     own = [known.top1 for known in setting.factory.trained.values() if known.top1 is not None]
     if len(own) == len(teachers) == 1 and found["top1"] < own[0] - MUCH:
         setting.reporter.warn(
-            f"the teacher is right on {found['top1']:.1f} % of the test data, and on {own[0]:.1f} % of its own: do both mean the same by "
-            "their classes, and are images of the same size and range?"
+            f"the teacher is right on {found['top1']:.1f} % of the test data, and on {own[0]:.1f} %"
+            " of its own: do both mean the same by their classes, and are images of the same size"
+            " and range?"
         )
     chance = 100 / classes
     if found["top1"] < chance + 0.1 * (100 - chance):
         setting.reporter.warn(
-            f"the teacher is right on {found['top1']:.1f} % of the test data, guessing on {chance:.1f} %: was it trained for these classes?"
+            f"the teacher is right on {found['top1']:.1f} % of the test data, guessing on"
+            f" {chance:.1f} %: was it trained for these classes?"
         )
 
 
@@ -266,30 +349,53 @@ def _result(setting: Setting, last: StageRun) -> Result:
     standing, chosen = last.standing, last.standing.chosen
     student, scores = cast("TappedModel", standing.deployed()[chosen]), standing.scores[chosen]
     peers = [other for i, other in enumerate(standing.scores) if i != chosen]
-    recipe, folder, factory = setting.recipe, setting.folder, setting.factory
+    recipe = setting.recipe
+    folder = setting.folder
+    factory = setting.factory
     network = factory.network(last.trainer.stage.students[chosen])
     if setting.is_main:
         folder.keep(folder.student_file, weights(student))
         again = functools.partial(
-            rebuilt, recipe, setting.data.info, factory.trained, options_of(recipe, network), folder.student_file,
-            device=setting.accelerator.device, channels_last=student.channels_last,
-        )  # fmt: skip
+            rebuilt,
+            recipe,
+            setting.data.info,
+            factory.trained,
+            options_of(recipe, network),
+            folder.student_file,
+            device=setting.accelerator.device,
+            channels_last=student.channels_last,
+        )
         if reason := unreadable(again, student, setting.data.info.image_shape):
-            says = f"the student cannot be built again from {folder.student_file}, so it cannot be evaluated or exported, nor teach"
+            says = (
+                f"the student cannot be built again from {folder.student_file}, so it cannot be"
+                " evaluated or exported, nor teach"
+            )
             setting.reporter.warn(f"{says}: {reason}")
     result = Result(
-        folder=folder.path, name=recipe.spec.name, seed=recipe.spec.seed, test=scores["test"], validation=scores.get("validation"),
-        parameters=sum(p.numel() for p in student.module.parameters()), seconds=round(setting.clock.wall, 3),
-        cpu_seconds=round(setting.clock.cpu, 3), epochs=last.trainer.epoch,
-        best=setting.best, averaged=standing.best_epochs.epochs(chosen) if standing.best_epochs else (),
+        folder=folder.path,
+        name=recipe.spec.name,
+        seed=recipe.spec.seed,
+        test=scores["test"],
+        validation=scores.get("validation"),
+        parameters=sum(p.numel() for p in student.module.parameters()),
+        seconds=round(setting.clock.wall, 3),
+        cpu_seconds=round(setting.clock.cpu, 3),
+        epochs=last.trainer.epoch,
+        best=setting.best,
+        averaged=standing.best_epochs.epochs(chosen) if standing.best_epochs else (),
         last=standing.last[chosen] if standing.last else None,
-        teacher=metrics(setting.teacher) if setting.teacher else None, peers=tuple(peer["test"] for peer in peers),
-        ensemble=standing.ensemble.get("test"), network=network,
+        teacher=metrics(setting.teacher) if setting.teacher else None,
+        peers=tuple(peer["test"] for peer in peers),
+        ensemble=standing.ensemble.get("test"),
+        network=network,
         warnings=tuple(setting.reporter.warnings),
-    )  # fmt: skip
+    )
     if setting.is_main:
         result = folder.finish(result)
     setting.accelerator.wait_for_everyone()
     when = f"with the {result.moment}" if result.averaged else "after the last epoch"
-    setting.reporter.say(f"{recipe.spec.name}: top-1 {result.test['top1']:.2f} % on test data {when}; see {folder.path}")
+    setting.reporter.say(
+        f"{recipe.spec.name}: top-1 {result.test['top1']:.2f} % on test data {when}; see"
+        f" {folder.path}"
+    )
     return result

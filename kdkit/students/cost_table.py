@@ -36,13 +36,19 @@ class Subject:
 
 
 def subjects(
-    words: Sequence[str], size: str | None, classes: int | None, device: torch.device, plugins: tuple[Path, ...] = ()
+    words: Sequence[str],
+    size: str | None,
+    classes: int | None,
+    device: torch.device,
+    plugins: tuple[Path, ...] = (),
 ) -> list[Subject]:
-    """Each run's teacher and student, each named model with random weights; a name goes by the first run's shape and classes.
+    """Each run's teacher and student, each named model with random weights; a name goes by the
+    first run's shape and classes.
 
     Args:
         words: run folders, and model names as a recipe has them.
-        size: "C,H,W" (of texts "N", of square images their side) for all of them (None: a run's own; 3,224,224 without a run).
+        size: "C,H,W" (of texts "N", of square images their side) for all of them (None: a run's
+            own; 3,224,224 without a run).
         classes: number of logits of named models (None: the first run's; 1000 without a run).
         device: where they are measured.
         plugins: further plugin files or folders; those of runs that may run.
@@ -58,11 +64,17 @@ def subjects(
     number = classes or (first.info.num_classes if first else DEFAULT_CLASSES)
     found: list[Subject] = []
     for word in words:
-        found += _of_run(word, runs[word], asked, device) if word in runs else [_of_name(word, shape, number, device, plugins)]
+        found += (
+            _of_run(word, runs[word], asked, device)
+            if word in runs
+            else [_of_name(word, shape, number, device, plugins)]
+        )
     return found
 
 
-def _of_run(word: str, run: TrainedRun, asked: Shape | None, device: torch.device) -> Iterator[Subject]:
+def _of_run(
+    word: str, run: TrainedRun, asked: Shape | None, device: torch.device
+) -> Iterator[Subject]:
     shape, name = asked or run.info.image_shape, Path(word).resolve().name
     if not is_text(run.info.image_shape):
         shape = as_image(shape, run.info.image_shape[0])
@@ -73,7 +85,9 @@ def _of_run(word: str, run: TrainedRun, asked: Shape | None, device: torch.devic
     yield Subject(f"{name}: student", run.student(device=device), shape)
 
 
-def _of_name(word: str, shape: Shape | None, classes: int, device: torch.device, plugins: tuple[Path, ...]) -> Subject:
+def _of_name(
+    word: str, shape: Shape | None, classes: int, device: torch.device, plugins: tuple[Path, ...]
+) -> Subject:
     sources = registry.load(plugins).models
     try:
         source, name = source_of(word, sources)
@@ -88,29 +102,52 @@ def _of_name(word: str, shape: Shape | None, classes: int, device: torch.device,
     is_reader = sources[source].takes == "texts"
     taken = shape or DEFAULT_TEXT if is_reader else as_image(shape or DEFAULT_SHAPE)
     last = device.type != "cpu"
-    model = build_model(options, sources[source](options, name), classes, taken, role=word, device=device, channels_last=last)
+    model = build_model(
+        options,
+        sources[source](options, name),
+        classes,
+        taken,
+        role=word,
+        device=device,
+        channels_last=last,
+    )
     return Subject(word, model, taken)
 
 
 def table(names: Sequence[str], profiles: Sequence[Profile]) -> Table:
-    """One column a model, one row a quantity; how many times the first model's, from the second on."""
+    """One column a model, one row a quantity; how many times the first model's, from the second
+    on.
+    """
     shown = Table("", box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for name in names:
         shown.add_column(name, justify="right", overflow="fold")
     for title, value, text in _rows(profiles[0]):
         values = [value(profile) for profile in profiles]
-        shown.add_row(title, text(values[0]), *(Text.assemble(text(v), "  ", (f"{_ratio(v, values[0]):>7}", "dim")) for v in values[1:]))
+        shown.add_row(
+            title,
+            text(values[0]),
+            *(
+                Text.assemble(text(v), "  ", (f"{_ratio(v, values[0]):>7}", "dim"))
+                for v in values[1:]
+            ),
+        )
     return shown
 
 
-def _rows(first: Profile) -> Iterator[tuple[str, Callable[[Profile], float], Callable[[float], str]]]:
+def _rows(
+    first: Profile,
+) -> Iterator[tuple[str, Callable[[Profile], float], Callable[[float], str]]]:
     """(title, quantity, how it is written)."""
     yield "parameters", lambda p: p.parameters, lambda v: f"{v:,.0f}"
     yield "multiply-accumulates per image", lambda p: p.macs, _macs
     yield "safetensors file, bytes", lambda p: p.bytes, lambda v: f"{v:,.0f}"
     for position, latency in enumerate(first.latencies):
         for percent in (50, 90, 99):
-            yield f"batch {latency.batch}: p{percent}, ms", _milliseconds(position, percent), lambda v: f"{v:,.2f}"
+            yield (
+                f"batch {latency.batch}: p{percent}, ms",
+                _milliseconds(position, percent),
+                lambda v: f"{v:,.2f}",
+            )
         yield f"batch {latency.batch}: images/s", _throughput(position), lambda v: f"{v:,.0f}"
 
 
@@ -123,7 +160,9 @@ def _throughput(position: int) -> Callable[[Profile], float]:
 
 
 def _macs(count: float) -> str:
-    unit, name = next(((u, n) for u, n in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if count >= u), (1.0, ""))
+    unit, name = next(
+        ((u, n) for u, n in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if count >= u), (1.0, "")
+    )
     return f"{count / unit:,.2f} {name}" if name else f"{count:,.0f}"
 
 

@@ -1,4 +1,6 @@
-"""A run's learning curves, from its metrics.jsonl: as rows of numbers, as blocks for a terminal, as a picture."""
+"""A run's learning curves, from its metrics.jsonl: as rows of numbers, as blocks for a terminal,
+as a picture.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
-# Okabe and Ito's colours, which every kind of eye tells apart, in an order that alternates dark and light; dashes and
-# markers tell the lines apart in grey.
+# Okabe and Ito's colours, which every kind of eye tells apart, in an order that alternates dark and
+# light; dashes and markers tell the lines apart in grey.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#000000")
-DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (3, 1)), (0, (1, 1)), (0, (8, 2)))  # one more than colours: no pair comes again soon
+# one more than colours: no pair comes again soon
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (3, 1)), (0, (1, 1)), (0, (8, 2)))
 MARKERS = "os^DvPXph"
 INK, GRID = "#333333", "#dddddd"
-TO_TEACHER = ("agreement", "logit_difference", "kl_to_teacher")  # metrics on the test data that need a teacher
+# metrics on the test data that need a teacher
+TO_TEACHER = ("agreement", "logit_difference", "kl_to_teacher")
 TALL = 30.0  # ratio of largest to smallest loss from which they are drawn on a logarithmic scale
 
 
@@ -43,7 +47,8 @@ class Curves:
     """All curves of a run.
 
     Attributes:
-        top1: accuracy in percent on "test" and "validation"; of further students on "test, student 2"...
+        top1: accuracy in percent on "test" and "validation"; of further students on "test, student
+            2"...
         losses: "loss" (the total) and each term, as it counts in the total.
         to_teacher: how near the teacher's the answers to the test data are, by `TO_TEACHER`.
         lr: learning rate of the last step of that many epochs.
@@ -85,10 +90,11 @@ def _take(curves: Curves, line: dict[str, Any], x: float) -> None:
 
 
 def blocks(curve: Curve, epochs: int, width: int) -> str:
-    """A curve in one line of text, `epochs` being as long as `width` or, if they are fewer, one character each.
+    """A curve in one line of text, `epochs` being as long as `width` or, if they are fewer, one
+    character each.
 
-    Its lowest value is the lowest block, its highest the full one. A character shows the last value up to its place; before
-    the first value and after the last one there is nothing.
+    Its lowest value is the lowest block, its highest the full one. A character shows the last value
+    up to its place; before the first value and after the last one there is nothing.
     """
     columns = min(width, epochs)
     low, span = min(curve.y), max(curve.y) - min(curve.y)
@@ -104,7 +110,8 @@ def blocks(curve: Curve, epochs: int, width: int) -> str:
 
 
 def draw(curves: Curves, title: str, file: Path, teacher: float | None = None) -> None:
-    """A picture of accuracy, weighted losses and learning rate, as matplotlib writes it for the file's ending.
+    """A picture of accuracy, weighted losses and learning rate, as matplotlib writes it for the
+    file's ending.
 
     Args:
         curves: of at least one epoch.
@@ -121,16 +128,39 @@ def draw(curves: Curves, title: str, file: Path, teacher: float | None = None) -
     figure.suptitle(title, x=0.02, ha="left", fontsize=12, fontweight="bold", color=INK)
     _lines(accuracy, curves.top1, curves, "{:.2f}")
     if teacher is not None:
-        accuracy.axhline(teacher, color="#777777", linestyle=(0, (6, 3)), linewidth=1.3, label=f"teacher, test ({teacher:.2f})", zorder=1)
+        accuracy.axhline(
+            teacher,
+            color="#777777",
+            linestyle=(0, (6, 3)),
+            linewidth=1.3,
+            label=f"teacher, test ({teacher:.2f})",
+            zorder=1,
+        )
     _lines(loss, curves.losses, curves, "{:.4g}")
     values = [v for curve in curves.losses.values() for v in curve.y]
     if min(values) > 0 and max(values) / min(values) > TALL:
         loss.set_yscale("log")
-    rate.plot(*broken(curves.lr.x, curves.lr.y, curves.stages), color=INK, linewidth=1.6, marker="." if len(curves.lr.x) < 20 else None)
-    for axes, label in ((accuracy, "top-1, %"), (loss, "training loss,\nterms weighted"), (rate, "learning rate")):
+    rate.plot(
+        *broken(curves.lr.x, curves.lr.y, curves.stages),
+        color=INK,
+        linewidth=1.6,
+        marker="." if len(curves.lr.x) < 20 else None,
+    )
+    for axes, label in (
+        (accuracy, "top-1, %"),
+        (loss, "training loss,\nterms weighted"),
+        (rate, "learning rate"),
+    ):
         _furnish(axes, label, curves)
     for axes in (accuracy, loss):
-        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=9, labelcolor=INK, handlelength=3.2)
+        axes.legend(
+            loc="upper left",
+            bbox_to_anchor=(1.01, 1.0),
+            frameon=False,
+            fontsize=9,
+            labelcolor=INK,
+            handlelength=3.2,
+        )
     _name_stages(accuracy, curves)
     rate.set_xlabel("epoch" if len(curves.stages) == 1 else "epoch, over all stages", color=INK)
     picture = io.BytesIO()
@@ -142,15 +172,26 @@ def _lines(axes: Axes, lines: dict[str, Curve], curves: Curves, number: str) -> 
     for i, (name, curve) in enumerate(lines.items()):
         every = max(1, math.ceil(len(curve.x) / 12))
         axes.plot(
-            *broken(curve.x, curve.y, curves.stages), color=COLORS[i % len(COLORS)], linestyle=DASHES[i % len(DASHES)],
-            marker=MARKERS[i % len(MARKERS)], markevery=every, markersize=4.5, linewidth=1.8,
+            *broken(curve.x, curve.y, curves.stages),
+            color=COLORS[i % len(COLORS)],
+            linestyle=DASHES[i % len(DASHES)],
+            marker=MARKERS[i % len(MARKERS)],
+            markevery=every,
+            markersize=4.5,
+            linewidth=1.8,
             label=f"{name} ({number.format(curve.y[-1])})",
-        )  # fmt: skip
+        )
 
 
-def broken(x: Sequence[float], y: Sequence[float], stages: Sequence[tuple[float, str]]) -> tuple[list[float], list[float]]:
-    """The points with a gap wherever a new stage begins: what comes then is not the course of what was before."""
-    xs, ys, starts = [], [], [start for start, _ in stages[1:]]
+def broken(
+    x: Sequence[float], y: Sequence[float], stages: Sequence[tuple[float, str]]
+) -> tuple[list[float], list[float]]:
+    """The points with a gap wherever a new stage begins: what comes then is not the course of
+    what was before.
+    """
+    xs = []
+    ys = []
+    starts = [start for start, _ in stages[1:]]
     for place, value in zip(x, y, strict=True):
         while starts and place > starts[0]:
             xs.append(starts.pop(0))
@@ -166,7 +207,9 @@ def _furnish(axes: Axes, label: str, curves: Curves) -> None:
 
 
 def furnish(axes: Axes, label: str) -> None:
-    """A quiet frame: grid behind the lines, two spines, dark grey text; `label` stands at the y axis."""
+    """A quiet frame: grid behind the lines, two spines, dark grey text; `label` stands at the y
+    axis.
+    """
     axes.set_ylabel(label, color=INK)
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
@@ -195,4 +238,12 @@ def _name_stages(axes: Axes, curves: Curves) -> None:
         middle = (start + 0.5 + min(end + 0.5, curves.epochs)) / 2
         room = max(3, round(90 * (end - start) / curves.epochs))  # characters
         text = name if len(name) <= room else f"{name[: room - 1]}…"
-        axes.annotate(text, (middle, 1.01), xycoords=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=8, color=INK)
+        axes.annotate(
+            text,
+            (middle, 1.01),
+            xycoords=axes.get_xaxis_transform(),
+            ha="center",
+            va="bottom",
+            fontsize=8,
+            color=INK,
+        )

@@ -1,4 +1,6 @@
-"""Writes a run's student for use without its run: as a folder that timm loads, or as an ONNX file."""
+"""Writes a run's student for use without its run: as a folder that timm loads, or as an ONNX
+file.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,10 @@ ONNX_FILE = "model.onnx"
 ONNX_NEEDS = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-4  # of ONNX against torch, relative to the largest logit
 IMAGES = ["images"]  # name of the only input of a network that takes them
-EMBEDDED = 2**30  # bytes of weights from which an ONNX file keeps them beside itself: a single one ends at 2 GiB
-TIMM_KEPT = ("classifier", "first_conv", "fixed_input_size", "license")  # what timm knows of the architecture; the rest is of other weights
+# bytes of weights from which an ONNX file keeps them beside itself: a single one ends at 2 GiB
+EMBEDDED = 2**30
+# what timm knows of the architecture; the rest is of other weights
+TIMM_KEPT = ("classifier", "first_conv", "fixed_input_size", "license")
 
 
 @dataclass(frozen=True)
@@ -49,41 +53,57 @@ class Export:
     notes: tuple[str, ...]
 
 
-def export(run: TrainedRun, form: Format = "timm", folder: Path | None = None, *, best: bool = False) -> Export:
+def export(
+    run: TrainedRun, form: Format = "timm", folder: Path | None = None, *, best: bool = False
+) -> Export:
     """Write a run's student.
 
     Args:
         run: which.
-        form: timm: weights and a `config.json`; onnx: one network from images in [0, 1] to logits, for any batch size.
+        form: timm: weights and a `config.json`; onnx: one network from images in [0, 1] to logits,
+            for any batch size.
         folder: where to (default: `export` in the run folder).
         best: the epoch with the best validation accuracy, not the last.
 
     Raises:
         RunError: the run is not finished.
-        ModelError: a loss has added parts to the student, and the format is timm; ONNX cannot express the network, gives other logits, or
-            is not installed.
+        ModelError: a loss has added parts to the student, and the format is timm; ONNX cannot
+            express the network, gives other logits, or is not installed.
     """
-    if form == "onnx" and (missing := [name for name in ONNX_NEEDS if importlib.util.find_spec(name) is None]):
+    if form == "onnx" and (
+        missing := [name for name in ONNX_NEEDS if importlib.util.find_spec(name) is None]
+    ):
         raise ModelError(f"--format onnx needs {', '.join(missing)}: pip install kdkit[export]")
     if form == "timm" and run.deployed(best=best) is not None:
         names = ", ".join(deploying(run.recipe))
-        raise ModelError(f"{run.folder.path}: the student is deployed with parts of {names}, which timm cannot build; use --format onnx")
+        raise ModelError(
+            f"{run.folder.path}: the student is deployed with parts of {names}, which timm cannot"
+            " build; use --format onnx"
+        )
     target = folder or run.folder.path / "export"
     _refuse_foreign(target, run.folder.path if folder is None else target)
     student = run.student(best=best, channels_last=False)
     target.mkdir(parents=True, exist_ok=True)
     network, source = run.network(best=best), run.model_source(best=best)
-    return _write_onnx(student, run.info, target) if form == "onnx" else _write_weights(run, student, network, source, target)
+    return (
+        _write_onnx(student, run.info, target)
+        if form == "onnx"
+        else _write_weights(run, student, network, source, target)
+    )
 
 
 def _refuse_foreign(target: Path, home: Path) -> None:
-    """Make sure that nothing is replaced that is not kdkit's, and that a link in a run folder leads nowhere else.
+    """Make sure that nothing is replaced that is not kdkit's, and that a link in a run folder
+    leads nowhere else.
 
     Raises:
         RunError: otherwise.
     """
     if not target.resolve().is_relative_to(home.resolve()):
-        raise RunError(f"{target}: is a link to {target.resolve()}; name that folder by --output if the student is to be written there")
+        raise RunError(
+            f"{target}: is a link to {target.resolve()}; name that folder by --output if the"
+            " student is to be written there"
+        )
     about, network = target / EXPORTED, target / ONNX_FILE
     if (about.exists() or (target / WEIGHTS).exists()) and not _mentions(about, b'"kdkit"'):
         raise RunError(f"{about}: is not kdkit's, and would be replaced; choose another --output")
@@ -94,40 +114,70 @@ def _refuse_foreign(target: Path, home: Path) -> None:
 def _mentions(file: Path, word: bytes) -> bool:
     if not file.is_file() or not file.stat().st_size:
         return False
-    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+    with (
+        file.open("rb") as opened,
+        mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
         return content.find(word) >= 0
 
 
-def _write_weights(run: TrainedRun, student: TappedModel, network: ModelOptions, source: ModelSource, folder: Path) -> Export:
+def _write_weights(
+    run: TrainedRun, student: TappedModel, network: ModelOptions, source: ModelSource, folder: Path
+) -> Export:
     own, files = _own_config(run, network), (folder / WEIGHTS, folder / EXPORTED)
     content = weights(student, {"format": "pt"})  # which transformers asks for
     write_atomically(files[0], content)
     own["files"] = {WEIGHTS: hashlib.sha256(content).hexdigest()}
     if (portable := source.portable(student.module)) is not None:
-        _write_json(files[1], {**portable.config, "kdkit": sealed({**own, "options": portable.options, "needs_files": []})})
-        return Export(files, (portable.how.format(folder=folder), f'or by kdkit.load_student("{folder}")', _expects(student)))
+        _write_json(
+            files[1],
+            {
+                **portable.config,
+                "kdkit": sealed({**own, "options": portable.options, "needs_files": []}),
+            },
+        )
+        return Export(
+            files,
+            (
+                portable.how.format(folder=folder),
+                f'or by kdkit.load_student("{folder}")',
+                _expects(student),
+            ),
+        )
     reason = f"{source.name} is not timm"
     if source.name == DEFAULT_SOURCE:
         _write_json(files[1], {**_timm_config(run, student, network, source), "kdkit": sealed(own)})
         reason = _difference(student, folder)
         if not reason:
-            how = f'load it by timm.create_model("local-dir:{folder}", pretrained=True); checked: it gives the same logits'
+            how = (
+                f'load it by timm.create_model("local-dir:{folder}", pretrained=True); checked: it'
+                " gives the same logits"
+            )
             return Export(files, (how, _expects(student)))
     # A name that timm does not have, so that its message says what this is.
-    about = {"architecture": f"kdkit:{source.name}/{source.model_name}", "num_classes": run.info.num_classes}
+    about = {
+        "architecture": f"kdkit:{source.name}/{source.model_name}",
+        "num_classes": run.info.num_classes,
+    }
     _write_json(files[1], {**about, "kdkit": sealed(own)})
     how = f'load it by kdkit.load_student("{folder}")'
     if own["needs_files"]:
         how = f"build the network by {', '.join(own['needs_files'])} and load {WEIGHTS} into it"
-    return Export(files, (f"plain timm cannot rebuild this network: {reason}", how, _expects(student)))
+    return Export(
+        files, (f"plain timm cannot rebuild this network: {reason}", how, _expects(student))
+    )
 
 
 def _own_config(run: TrainedRun, options: ModelOptions) -> dict[str, Any]:
-    """What `kdkit.load_student` builds the network from. Paths stay out of it: they mean nothing on another machine."""
+    """What `kdkit.load_student` builds the network from. Paths stay out of it: they mean nothing
+    on another machine.
+    """
     files = sorted(key for key, value in options if isinstance(value, Path) and key != "checkpoint")
     return {
         "version": __version__,
-        "options": options.model_dump(mode="json", exclude={*FIRST_WEIGHTS, *files}, exclude_none=True),
+        "options": options.model_dump(
+            mode="json", exclude={*FIRST_WEIGHTS, *files}, exclude_none=True
+        ),
         "needs_files": [getattr(options, key).name for key in files],
         "num_classes": run.info.num_classes,
         "image_shape": list(run.info.image_shape),
@@ -135,31 +185,48 @@ def _own_config(run: TrainedRun, options: ModelOptions) -> dict[str, Any]:
     }
 
 
-def _timm_config(run: TrainedRun, student: TappedModel, network: ModelOptions, source: ModelSource) -> dict[str, Any]:
-    """timm's own format: an architecture, the arguments to create it with, what its images are like."""
+def _timm_config(
+    run: TrainedRun, student: TappedModel, network: ModelOptions, source: ModelSource
+) -> dict[str, Any]:
+    """timm's own format: an architecture, the arguments to create it with, what its images are
+    like.
+    """
     spec, built = run.recipe.spec, getattr(student.module, "pretrained_cfg", None) or {}
     mean, std = expected(student)
     shape = student.input_shape or run.info.image_shape
     about = {
         **{key: built[key] for key in TIMM_KEPT if built.get(key) is not None},
-        "input_size": list(shape), "mean": mean, "std": std, "num_classes": run.info.num_classes,
-        "interpolation": spec.data.interpolation, "crop_pct": spec.data.crop_pct,
-    }  # fmt: skip
+        "input_size": list(shape),
+        "mean": mean,
+        "std": std,
+        "num_classes": run.info.num_classes,
+        "interpolation": spec.data.interpolation,
+        "crop_pct": spec.data.crop_pct,
+    }
     config = {
-        "architecture": built.get("architecture", source.model_name), "num_classes": run.info.num_classes,
-        "num_features": getattr(student.module, "num_features", None), "pretrained_cfg": about,
+        "architecture": built.get("architecture", source.model_name),
+        "num_classes": run.info.num_classes,
+        "num_features": getattr(student.module, "num_features", None),
+        "pretrained_cfg": about,
         "model_args": {"in_chans": shape[0], **getattr(network, "args", {})},
-    }  # fmt: skip
+    }
     return {**config, "label_names": list(run.info.class_names)} if run.info.class_names else config
 
 
 def expected(student: TappedModel) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel that the network expects of images in [0, 1], to float32's precision."""
+    """Mean and standard deviation per channel that the network expects of images in [0, 1], to
+    float32's precision.
+    """
     adapter = getattr(student.adapt, "normalization", None)
     if not isinstance(adapter, NormalizationAdapter):
         return [0.0], [1.0]
-    scale, shift = (value.detach().double().flatten().cpu() for value in (adapter.scale, adapter.shift))
-    mean, std = ([float(f"{v:.7g}") + 0.0 for v in row.tolist()] for row in (-shift / scale, 1 / scale))  # + 0.0: no minus zero
+    scale, shift = (
+        value.detach().double().flatten().cpu() for value in (adapter.scale, adapter.shift)
+    )
+    # + 0.0: no minus zero
+    mean, std = (
+        [float(f"{v:.7g}") + 0.0 for v in row.tolist()] for row in (-shift / scale, 1 / scale)
+    )
     return mean, std
 
 
@@ -172,16 +239,23 @@ def _expects(student: TappedModel) -> str:
 
 
 def _difference(student: TappedModel, folder: Path) -> str:
-    """How the network that timm makes of the folder differs from the student; empty if it does not."""
+    """How the network that timm makes of the folder differs from the student; empty if it does
+    not.
+    """
     import timm
 
     ours = {name: tuple(value.shape) for name, value in student.module.state_dict().items()}
     try:
-        theirs = {name: tuple(value.shape) for name, value in timm.create_model(f"local-dir:{folder}").state_dict().items()}
+        theirs = {
+            name: tuple(value.shape)
+            for name, value in timm.create_model(f"local-dir:{folder}").state_dict().items()
+        }
         if said := _other_shapes(ours, theirs):
             return said
         rebuilt = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-        images = torch.rand((2, *(student.input_shape or ())), generator=torch.Generator().manual_seed(0))
+        images = torch.rand(
+            (2, *(student.input_shape or ())), generator=torch.Generator().manual_seed(0)
+        )
         with torch.no_grad():
             gap = _relative_gap(rebuilt(images), student.module(images))
     except Exception as error:  # whatever a library makes of arguments that it does not know
@@ -189,10 +263,14 @@ def _difference(student: TappedModel, folder: Path) -> str:
     return f"its logits differ by {gap:.1g}" if gap > 1e-6 else ""
 
 
-def _other_shapes(ours: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, ...]]) -> str:
+def _other_shapes(
+    ours: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, ...]]
+) -> str:
     for name in (*ours, *theirs):
         if ours.get(name) != theirs.get(name):
-            here, there = (str(found[name]) if name in found else "not there" for found in (ours, theirs))
+            here, there = (
+                str(found[name]) if name in found else "not there" for found in (ours, theirs)
+            )
             return f"its {name} is {here}, that of timm's {there}"
     return ""
 
@@ -202,14 +280,22 @@ def _relative_gap(found: Tensor, wanted: Tensor) -> float:
 
 
 class _Deployed(nn.Module):
-    """Input adaptation and network as one module: from images in [0, 1], or from the tensors of a text, to logits."""
+    """Input adaptation and network as one module: from images in [0, 1], or from the tensors of
+    a text, to logits.
+    """
 
     def __init__(self, student: TappedModel, names: Sequence[str]) -> None:
         super().__init__()
-        self.adapt, self.network, self.names = student.adapt, student.module, names
+        self.adapt = student.adapt
+        self.network = student.module
+        self.names = names
 
     def forward(self, *given: Tensor) -> Tensor:
-        answer = self.network(self.adapt(*given)) if self.names == IMAGES else self.network(**dict(zip(self.names, given, strict=True)))
+        answer = (
+            self.network(self.adapt(*given))
+            if self.names == IMAGES
+            else self.network(**dict(zip(self.names, given, strict=True)))
+        )
         return outputs_of(answer)[0]
 
 
@@ -218,8 +304,13 @@ def _write_onnx(student: TappedModel, info: DataInfo, folder: Path) -> Export:
     if not isinstance(probe, Tensor):
         probe = {**probe, **{name: torch.zeros_like(probe[TOKENS]) for name in info.further}}
     names = IMAGES if isinstance(probe, Tensor) else [*probe]
-    network, given = _Deployed(student, names).eval(), [probe] if isinstance(probe, Tensor) else [*probe.values()]
-    free = {0: torch.export.Dim("batch")} | ({1: torch.export.Dim("tokens", max=shape[0])} if is_text(shape) else {})
+    network, given = (
+        _Deployed(student, names).eval(),
+        ([probe] if isinstance(probe, Tensor) else [*probe.values()]),
+    )
+    free = {0: torch.export.Dim("batch")} | (
+        {1: torch.export.Dim("tokens", max=shape[0])} if is_text(shape) else {}
+    )
     outside = len(weights(student)) > EMBEDDED
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as draft:
         path = Path(draft) / ONNX_FILE
@@ -227,10 +318,18 @@ def _write_onnx(student: TappedModel, info: DataInfo, folder: Path) -> Export:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the exporter's, about itself
                 torch.onnx.export(
-                    network, tuple(given), path, dynamo=True, dynamic_shapes=(tuple(free for _ in names),), external_data=outside,
-                    input_names=names, output_names=["logits"], verbose=False,
-                )  # fmt: skip
-        except Exception as error:  # the exporter raises whatever the network's operations make it raise
+                    network,
+                    tuple(given),
+                    path,
+                    dynamo=True,
+                    dynamic_shapes=(tuple(free for _ in names),),
+                    external_data=outside,
+                    input_names=names,
+                    output_names=["logits"],
+                    verbose=False,
+                )
+        # the exporter raises whatever the network's operations make it raise
+        except Exception as error:
             raise ModelError(f"ONNX cannot express this network: {_first_line(error)}") from error
         _describe(path, info)
         gap = _onnx_gap(path, network, dict(zip(names, given, strict=True)))
@@ -248,11 +347,17 @@ def _describe(path: Path, info: DataInfo) -> None:
     """Write into an ONNX file what its numbers stand for: `metadata_props`, in JSON."""
     import onnx
 
-    about = {"input_shape": list(info.image_shape), "class_names": list(info.class_names), "kdkit_version": __version__}
+    about = {
+        "input_shape": list(info.image_shape),
+        "class_names": list(info.class_names),
+        "kdkit_version": __version__,
+    }
     if not is_text(info.image_shape):
         about["input_range"] = [0, 1]
     model = onnx.load(path, load_external_data=False)
-    onnx.helper.set_model_props(model, {key: to_json(value) for key, value in about.items() if value})
+    onnx.helper.set_model_props(
+        model, {key: to_json(value) for key, value in about.items() if value}
+    )
     path.write_bytes(model.SerializeToString())
 
 
@@ -266,11 +371,16 @@ def _onnx_gap(path: Path, network: nn.Module, given: Mapping[str, Tensor]) -> fl
     gaps = []
     for count in (1, None):
         batch = {name: value[:count] for name, value in given.items()}
-        found = torch.from_numpy(session.run(None, {name: value.numpy() for name, value in batch.items()})[0])
+        found = torch.from_numpy(
+            session.run(None, {name: value.numpy() for name, value in batch.items()})[0]
+        )
         with torch.no_grad():
             wanted = network(*batch.values())
         if (relative := _relative_gap(found, wanted)) > TOLERANCE:
-            raise ModelError(f"the ONNX network gives other logits than torch: relative difference {relative:.1g}; nothing was written")
+            raise ModelError(
+                "the ONNX network gives other logits than torch: relative difference"
+                f" {relative:.1g}; nothing was written"
+            )
         gaps.append(float((found - wanted).abs().max()))
     return max(gaps)
 

@@ -1,4 +1,6 @@
-"""Rebuilds what a run has trained: its student, the teacher it learnt from, the data it is measured on."""
+"""Rebuilds what a run has trained: its student, the teacher it learnt from, the data it is
+measured on.
+"""
 
 from __future__ import annotations
 
@@ -51,30 +53,43 @@ class TrainedRun:
     Args:
         path: the run folder.
         overrides: values of the recipe's `data` section, by key path.
-        plugins: Python files and folders that may run, of those that the recipe names; no others do.
+        plugins: Python files and folders that may run, of those that the recipe names; no others
+            do.
 
     Raises:
         RunError: no run folder, or an override of something else than data.
-        RecipeError: what the recipe names is no longer there; it names Python files that are not among `plugins`.
+        RecipeError: what the recipe names is no longer there; it names Python files that are not
+            among `plugins`.
     """
 
-    def __init__(self, path: Path, overrides: Mapping[str, Any] | None = None, plugins: Sequence[Path] = ()) -> None:
+    def __init__(
+        self, path: Path, overrides: Mapping[str, Any] | None = None, plugins: Sequence[Path] = ()
+    ) -> None:
         if foreign := [key for key in overrides or {} if not key.startswith("data.")]:
-            raise RecipeError(f"{foreign[0]}: the run is trained; only `data.` keys can be changed now")
+            raise RecipeError(
+                f"{foreign[0]}: the run is trained; only `data.` keys can be changed now"
+            )
         self.folder = RunFolder(path)
         self.recipe, self._plugins = self.folder.recipe(overrides, plugins), plugins
-        self._fetch = (overrides or {}).get("data.dataset.download") is True  # whoever asks for the data now, not the run
+        # whoever asks for the data now, not the run
+        self._fetch = (overrides or {}).get("data.dataset.download") is True
 
     @functools.cached_property
     def info(self) -> DataInfo:
-        """Class count and image shape that the student was trained for; the data itself need not be there."""
+        """Class count and image shape that the student was trained for; the data itself need not
+        be there.
+        """
         return self.folder.info()
 
     def network(self, *, best: bool = False) -> ModelOptions:
-        """What the student's network is built from: the recipe's `student`, unless a peer was the best (of the best epoch, or the last)."""
+        """What the student's network is built from: the recipe's `student`, unless a peer was
+        the best (of the best epoch, or the last).
+        """
         if (result := self.folder.result()) is None:
             return self.recipe.spec.student
-        return options_of(self.recipe, result.best.get("network") if best and result.best else result.network)
+        return options_of(
+            self.recipe, result.best.get("network") if best and result.best else result.network
+        )
 
     def model_source(self, *, best: bool = False) -> ModelSource:
         """Who builds the student's network."""
@@ -82,7 +97,13 @@ class TrainedRun:
         source, name = source_of(options.model, sources)
         return sources[source](options, name)
 
-    def student(self, *, best: bool = False, device: torch.device | None = None, channels_last: bool | None = None) -> TappedModel:
+    def student(
+        self,
+        *,
+        best: bool = False,
+        device: torch.device | None = None,
+        channels_last: bool | None = None,
+    ) -> TappedModel:
         """The student as it was measured, in eval mode.
 
         Args:
@@ -94,21 +115,37 @@ class TrainedRun:
             RunError: its weights are not there (yet).
         """
         spec, file = self.recipe.spec, self._weights(best)
-        layout = is_channels_last(spec.train, device or torch.device("cpu")) if channels_last is None else channels_last
+        layout = (
+            is_channels_last(spec.train, device or torch.device("cpu"))
+            if channels_last is None
+            else channels_last
+        )
         taught = self._taught_by() if deploying(self.recipe) else {}
-        return rebuilt(self.recipe, self.info, taught, self.network(best=best), file, device=device, channels_last=layout)
+        return rebuilt(
+            self.recipe,
+            self.info,
+            taught,
+            self.network(best=best),
+            file,
+            device=device,
+            channels_last=layout,
+        )
 
     def deployed(self, *, best: bool = False) -> TappedModel | None:
-        """The network that the losses have put in the student's place, with random weights; None where they have not.
+        """The network that the losses have put in the student's place, with random weights; None
+        where they have not.
 
         Raises:
-            RunError: the run that trained the teacher, a part of which is in it, is not there any more.
+            RunError: the run that trained the teacher, a part of which is in it, is not there any
+                more.
         """
         if not deploying(self.recipe):
             return None
         return deployed(self.recipe, self.info, self._taught_by(), self.network(best=best))
 
-    def teachers(self, *, device: torch.device | None = None, answering: bool = True) -> list[TappedModel]:
+    def teachers(
+        self, *, device: torch.device | None = None, answering: bool = True
+    ) -> list[TappedModel]:
         """The teachers, frozen and whole; `answering`: those that have the data's classes.
 
         Raises:
@@ -116,9 +153,9 @@ class TrainedRun:
         """
         if not self.recipe.spec.all_teachers():
             return []
-        return ModelFactory(self.recipe, self.info, self._taught_by(), device=device or torch.device("cpu")).whole_teachers(
-            answering=answering
-        )
+        return ModelFactory(
+            self.recipe, self.info, self._taught_by(), device=device or torch.device("cpu")
+        ).whole_teachers(answering=answering)
 
     def teacher_runs(self) -> list[RunFolder]:
         """The runs that trained those teachers that other recipes train.
@@ -129,11 +166,15 @@ class TrainedRun:
         return [RunFolder(one.file.parent) for one in self._taught_by().values() if one.file]
 
     def data(self, *, device: torch.device | None = None) -> loaders.Data:
-        """The data, as one process sees it. Nothing is fetched unless an override asks for it: `data.dataset.download=true`."""
+        """The data, as one process sees it. Nothing is fetched unless an override asks for it:
+        `data.dataset.download=true`.
+        """
         spec, source = self.recipe.spec, self._dataset()
         if self._fetch:
             fetching.fetch(self.recipe, source, lambda text: print(text, file=sys.stderr))
-        return loaders.prepare(spec.data, source, seed=spec.seed, device=device or torch.device("cpu"))
+        return loaders.prepare(
+            spec.data, source, seed=spec.seed, device=device or torch.device("cpu")
+        )
 
     def _dataset(self) -> DatasetSource:
         entry = self.recipe.spec.data.dataset
@@ -145,21 +186,35 @@ class TrainedRun:
             folder.refuse_damaged(file)
             return file
         if best and not self.recipe.spec.data.validation:
-            raise RunError(f"{folder.path}: has no best epoch, which only `data.validation` can tell; leave out --best")
+            raise RunError(
+                f"{folder.path}: has no best epoch, which only `data.validation` can tell; leave"
+                " out --best"
+            )
         if folder.digest(file):
             raise RunError(f"{folder.path}: there is no {file.name} any more; {ANEW}")
         done = len(folder.metrics("epoch"))
-        raise RunError(f"{folder.path}: is not finished ({done} epochs so far), so there is no {file.name}; `kdkit train` goes on with it")
+        raise RunError(
+            f"{folder.path}: is not finished ({done} epochs so far), so there is no {file.name};"
+            " `kdkit train` goes on with it"
+        )
 
     def _taught_by(self) -> dict[str, TrainedTeacher]:
-        """The runs of teachers, found by the fingerprints that this run took down: a recipe file may have changed since."""
+        """The runs of teachers, found by the fingerprints that this run took down: a recipe file
+        may have changed since.
+        """
         content = self.folder.about()["content"]
         sections = [content["teacher"]] if content["teacher"] else content["teachers"]
         teachers = zip(self.recipe.spec.all_teachers().items(), sections, strict=True)
-        return {name: self._run_of(one, saved["recipe"]) for (name, one), saved in teachers if isinstance(one, RecipeTeacher)}
+        return {
+            name: self._run_of(one, saved["recipe"])
+            for (name, one), saved in teachers
+            if isinstance(one, RecipeTeacher)
+        }
 
     def _run_of(self, teacher: RecipeTeacher, wanted: str) -> TrainedTeacher:
-        places = dict.fromkeys((self.folder.path.resolve().parent, self.recipe.spec.run.folder.resolve()))
+        places = dict.fromkeys(
+            (self.folder.path.resolve().parent, self.recipe.spec.run.folder.resolve())
+        )
         unreadable: list[str] = []
         for marker in (m for place in places for m in sorted(place.glob("*/run.json"))):
             found = RunFolder(marker.parent)
@@ -171,7 +226,10 @@ class TrainedRun:
             if fingerprint == wanted and found.student_file.is_file():
                 return TrainedTeacher.of(found, found.recipe(plugins=self._plugins), found.result())
         looked = " or ".join(map(str, places))
-        says = f"{self.folder.path}: the run that trained its teacher ({teacher.recipe}) is not in {looked}; train it again first"
+        says = (
+            f"{self.folder.path}: the run that trained its teacher ({teacher.recipe}) is not in"
+            f" {looked}; train it again first"
+        )
         raise RunError(f"{says} ({unreadable[0]})" if unreadable else says)
 
 
@@ -185,21 +243,32 @@ class Score:
 
 
 def evaluate(run: TrainedRun, *, best: bool = False, device: torch.device) -> Iterator[Score]:
-    """Measure a run's student and teacher again, on test data and on the validation split if there is one."""
-    teachers, student, prepared = run.teachers(device=device), run.student(best=best, device=device), run.data(device=device)
+    """Measure a run's student and teacher again, on test data and on the validation split if
+    there is one.
+    """
+    teachers = run.teachers(device=device)
+    student = run.student(best=best, device=device)
+    prepared = run.data(device=device)
     for part, batches in (("test", prepared.test), ("validation", prepared.validation)):
         if batches is None:
             continue
         known = predict_together(teachers, batches)
         yield Score("student", part, metrics(predict(student, batches), known))
         if known:
-            yield Score("teacher" if len(teachers) == 1 else "teachers together", part, metrics(known))
+            yield Score(
+                "teacher" if len(teachers) == 1 else "teachers together", part, metrics(known)
+            )
 
 
 def load_student(
-    folder: Path | str, *, best: bool = False, device: torch.device | str = "cpu", plugins: Sequence[Path | str] = ()
+    folder: Path | str,
+    *,
+    best: bool = False,
+    device: torch.device | str = "cpu",
+    plugins: Sequence[Path | str] = (),
 ) -> TappedModel:
-    """The student of a finished run, or one that `kdkit export` wrote: call it with images (B, C, H, W) in [0, 1].
+    """The student of a finished run, or one that `kdkit export` wrote: call it with images (B,
+    C, H, W) in [0, 1].
 
     Its network is `.module`, in eval mode; what it does to images first is `.adapt`.
 
@@ -207,7 +276,8 @@ def load_student(
         folder: a run folder or an exported one.
         best: of a run, the epoch with the best validation accuracy.
         device: where it goes.
-        plugins: Python files or folders that may run: plugins that an exported network needs, and what a run's recipe names.
+        plugins: Python files or folders that may run: plugins that an exported network needs, and
+            what a run's recipe names.
 
     Raises:
         RunError: neither of the two, or the run is not finished.
@@ -218,7 +288,10 @@ def load_student(
     if (path / "recipe.yaml").is_file():
         return TrainedRun(path, plugins=files).student(best=best, device=torch.device(device))
     if not (path / EXPORTED).is_file():
-        raise RunError(f"{path}: neither a run folder (it has no recipe.yaml) nor an exported student (no {EXPORTED})")
+        raise RunError(
+            f"{path}: neither a run folder (it has no recipe.yaml) nor an exported student (no"
+            f" {EXPORTED})"
+        )
     return _load_exported(path, torch.device(device), files)
 
 
@@ -226,20 +299,40 @@ def _load_exported(folder: Path, device: torch.device, plugins: tuple[Path, ...]
     config = files.read_json(folder / EXPORTED, dict[str, Any], EXPORT_AGAIN)
     if "kdkit" not in config:
         raise RunError(f"{folder}: {EXPORTED} was not written by `kdkit export`")
-    about = files.fitting(folder / EXPORTED, files.unsealed(folder / EXPORTED, config["kdkit"], EXPORT_AGAIN), Exported, EXPORT_AGAIN)
-    files.refuse_other(folder / WEIGHTS, about.get("files", {}).get(WEIGHTS), folder / EXPORTED, EXPORT_AGAIN)
+    about = files.fitting(
+        folder / EXPORTED,
+        files.unsealed(folder / EXPORTED, config["kdkit"], EXPORT_AGAIN),
+        Exported,
+        EXPORT_AGAIN,
+    )
+    files.refuse_other(
+        folder / WEIGHTS, about.get("files", {}).get(WEIGHTS), folder / EXPORTED, EXPORT_AGAIN
+    )
     if about["needs_files"]:
         needed = ", ".join(about["needs_files"])
-        raise ModelError(f"{folder}: the network is made by {needed}, which kdkit does not run unasked; build it there and load {WEIGHTS}")
+        raise ModelError(
+            f"{folder}: the network is made by {needed}, which kdkit does not run unasked; build it"
+            f" there and load {WEIGHTS}"
+        )
     sources = registry.load(plugins).models
     source, name = source_of(about["options"]["model"], sources)
     kind = sources[source].Options
     try:
         options = kind.model_validate(about["options"])
     except ValidationError as error:
-        raise ModelError(explain(error, kind, about["options"], lambda _: str(folder / EXPORTED))) from None
+        raise ModelError(
+            explain(error, kind, about["options"], lambda _: str(folder / EXPORTED))
+        ) from None
     consent.meet({path: str(folder / EXPORTED) for _, path in code_in(options)}, plugins)
     builder, shape = sources[source](options, name), about["image_shape"]
-    model = build_model(options, builder, about["num_classes"], shape, role="student", file=folder / WEIGHTS, device=device)
+    model = build_model(
+        options,
+        builder,
+        about["num_classes"],
+        shape,
+        role="student",
+        file=folder / WEIGHTS,
+        device=device,
+    )
     model.module.eval()
     return model

@@ -48,7 +48,8 @@ class ImageFiles:
 
 
 def find_images(path: Path) -> list[Path]:
-    """The image files in a folder and the folders in it, in the order of their paths; a file is itself.
+    """The image files in a folder and the folders in it, in the order of their paths; a file is
+    itself.
 
     Raises:
         DataError: there are none.
@@ -57,13 +58,17 @@ def find_images(path: Path) -> list[Path]:
 
     if path.is_file():
         return [path]
-    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS and file.is_file())
+    found = sorted(
+        file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS and file.is_file()
+    )
     if not found:
         raise DataError(f"{path}: no image files in it (looked for {', '.join(IMG_EXTENSIONS)})")
     return found
 
 
-def predict_files(run: TrainedRun, files: Sequence[Path], *, best: bool = False, device: torch.device) -> Iterator[Prediction]:
+def predict_files(
+    run: TrainedRun, files: Sequence[Path], *, best: bool = False, device: torch.device
+) -> Iterator[Prediction]:
     """Ask a run's student about image files, which are prepared as its test images were.
 
     Args:
@@ -94,7 +99,9 @@ def predict_files(run: TrainedRun, files: Sequence[Path], *, best: bool = False,
     for batch in images.batches(plan, [None] * len(plan)):
         with torch.no_grad():
             shares = student(batch.inputs).logits.float().softmax(1)
-        for index, share, number in zip(batch.index.tolist(), *(column.tolist() for column in shares.max(1)), strict=True):
+        for index, share, number in zip(
+            batch.index.tolist(), *(column.tolist() for column in shares.max(1)), strict=True
+        ):
             yield Prediction(files[index], names[number] if names else str(number), share)
 
 
@@ -104,4 +111,6 @@ def as_csv(predictions: Sequence[Prediction], root: Path) -> str:
     def name(file: Path) -> Path:
         return file.relative_to(root) if file != root and file.is_relative_to(root) else file
 
-    return spreadsheets.as_csv(COLUMNS, ([name(one.file), one.label, f"{one.probability:.4f}"] for one in predictions))
+    return spreadsheets.as_csv(
+        COLUMNS, ([name(one.file), one.label, f"{one.probability:.4f}"] for one in predictions)
+    )

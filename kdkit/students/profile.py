@@ -1,4 +1,6 @@
-"""What a network costs: parameters, multiply-accumulates, file size, and how long it takes to answer."""
+"""What a network costs: parameters, multiply-accumulates, file size, and how long it takes to
+answer.
+"""
 
 from __future__ import annotations
 
@@ -58,8 +60,16 @@ class Profile:
     latencies: tuple[Latency, ...]
 
 
-def measure(model: Model, shape: Shape, batch_sizes: Sequence[int] = (1,), *, runs: int = RUNS, seconds: float = SECONDS) -> Profile:
-    """The costs of one model for images (C, H, W) in [0, 1], or texts of N tokens (N,), where it is and as it is called.
+def measure(
+    model: Model,
+    shape: Shape,
+    batch_sizes: Sequence[int] = (1,),
+    *,
+    runs: int = RUNS,
+    seconds: float = SECONDS,
+) -> Profile:
+    """The costs of one model for images (C, H, W) in [0, 1], or texts of N tokens (N,), where it
+    is and as it is called.
 
     Raises:
         ModelError: it cannot take such images.
@@ -68,15 +78,21 @@ def measure(model: Model, shape: Shape, batch_sizes: Sequence[int] = (1,), *, ru
 
 
 def measure_together(
-    models: Sequence[tuple[Model, Shape]], batch_sizes: Sequence[int] = (1,), *, runs: int = RUNS, seconds: float = SECONDS
+    models: Sequence[tuple[Model, Shape]],
+    batch_sizes: Sequence[int] = (1,),
+    *,
+    runs: int = RUNS,
+    seconds: float = SECONDS,
 ) -> list[Profile]:
-    """The costs of several models, timed in turns, so that whatever else the machine does slows all of them.
+    """The costs of several models, timed in turns, so that whatever else the machine does slows
+    all of them.
 
     Args:
         models: each with the shape of what it is shown.
         batch_sizes: images per answer.
         runs: answers that are timed, of each model and batch size.
-        seconds: that this may take for each model and batch size; at least `MIN_RUNS` answers are timed.
+        seconds: that this may take for each model and batch size; at least `MIN_RUNS` answers are
+            timed.
 
     Raises:
         ModelError: a model cannot take such images.
@@ -86,7 +102,10 @@ def measure_together(
             stack.enter_context(_answering(model))
         costs = [_count(model, shape) for model, shape in models]
         latencies = [_time(models, batch, runs, seconds * len(models)) for batch in batch_sizes]
-        return [Profile(*cost, latencies=tuple(by_batch[i] for by_batch in latencies)) for i, cost in enumerate(costs)]
+        return [
+            Profile(*cost, latencies=tuple(by_batch[i] for by_batch in latencies))
+            for i, cost in enumerate(costs)
+        ]
 
 
 @contextlib.contextmanager
@@ -120,11 +139,20 @@ def _count(model: Model, shape: Shape) -> tuple[int, int, int]:
         with FlopCounterMode(display=False) as counter:
             model(images)
     except (RuntimeError, ValueError, AssertionError) as error:
-        raise ModelError(f"{type(model.module).__name__} cannot take {kind_of(shape)} {shape}: {' '.join(str(error).split())}") from error
-    return sum(p.numel() for p in model.module.parameters()), counter.get_total_flops() // 2, len(weights(model))
+        raise ModelError(
+            f"{type(model.module).__name__} cannot take {kind_of(shape)} {shape}:"
+            f" {' '.join(str(error).split())}"
+        ) from error
+    return (
+        sum(p.numel() for p in model.module.parameters()),
+        counter.get_total_flops() // 2,
+        len(weights(model)),
+    )
 
 
-def _time(models: Sequence[tuple[Model, Shape]], batch: int, runs: int, seconds: float) -> list[Latency]:
+def _time(
+    models: Sequence[tuple[Model, Shape]], batch: int, runs: int, seconds: float
+) -> list[Latency]:
     inputs = [_images(model, shape, batch) for model, shape in models]
     taken: list[list[float]] = [[] for _ in models]
     began = 0.0
@@ -132,7 +160,8 @@ def _time(models: Sequence[tuple[Model, Shape]], batch: int, runs: int, seconds:
         began = time.perf_counter() if turn == 0 else began
         if turn >= min(MIN_RUNS, runs) and time.perf_counter() - began > seconds:
             break
-        order = range(len(models)) if turn % 2 else range(len(models) - 1, -1, -1)  # nobody always comes after the same one
+        # nobody always comes after the same one
+        order = range(len(models)) if turn % 2 else range(len(models) - 1, -1, -1)
         for i in order:
             duration = _timed(models[i][0], inputs[i])
             if turn >= 0:

@@ -1,4 +1,6 @@
-"""What `kdkit show` says of a run, finished or not: the recipe in brief, the result, the learning curves."""
+"""What `kdkit show` says of a run, finished or not: the recipe in brief, the result, the
+learning curves.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from kdkit.terminal import printable
 
 WIDTH = 48  # characters of a curve
 UNTOLD = {"use", "name", "weight", "layers", "model", "recipe", "interpolation", "args"}
-USUAL: tuple[object, ...] = (None, False, "", 0, [], "eval", "logits")  # values that say nothing of their own
+# values that say nothing of their own
+USUAL: tuple[object, ...] = (None, False, "", 0, [], "eval", "logits")
 TITLES = {
     "top1": "top-1 %",
     "top5": "top-5 %",
@@ -33,7 +36,8 @@ TITLES = {
 
 
 class Story:
-    """A run folder, read for people. The recipe is read as plain data: no plugin is run, and none needs to be there.
+    """A run folder, read for people. The recipe is read as plain data: no plugin is run, and
+    none needs to be there.
 
     Raises:
         RunError: no run folder.
@@ -48,31 +52,40 @@ class Story:
     def report(self) -> RenderableType:
         """All of it, for a rich console."""
         parts: list[RenderableType] = [_facts(brief(self.recipe)), Text()]
-        parts += list(_outcome(self.result)) if self.result else [_text(self._so_far(), style="yellow")]
+        parts += (
+            list(_outcome(self.result)) if self.result else [_text(self._so_far(), style="yellow")]
+        )
         if self.curves.epochs:
             parts += [Text(), _curve_table(self.curves)]
         return Group(*parts)
 
     def draw(self, file: Path | None = None) -> Path:
-        """Write the learning curves as a picture (default: `curves.png` in the run folder); gives its path.
+        """Write the learning curves as a picture (default: `curves.png` in the run folder);
+        gives its path.
 
         Raises:
             RunError: no epoch has been finished, or the file cannot be written so.
         """
         if not self.curves.epochs:
-            raise RunError(f"{self.folder.path}: has not finished an epoch, so there are no curves to draw")
+            raise RunError(
+                f"{self.folder.path}: has not finished an epoch, so there are no curves to draw"
+            )
         path = file or self.folder.path / "curves.png"
         teacher = self.result.teacher["top1"] if self.result and self.result.teacher else None
         try:
-            curves.draw(self.curves, f"{self.recipe['name']}, seed {self.recipe['seed']}", path, teacher)
+            curves.draw(
+                self.curves, f"{self.recipe['name']}, seed {self.recipe['seed']}", path, teacher
+            )
         except (OSError, ValueError) as error:
             raise RunError(f"{path}: cannot be written: {' '.join(str(error).split())}") from None
         return path
 
     def picture(self, file: Path | None = None) -> str:
-        """Draw the curves, and say where they are; empty where no epoch has been finished and no file was asked for.
+        """Draw the curves, and say where they are; empty where no epoch has been finished and no
+        file was asked for.
 
-        A run folder that cannot be written into is no error: all that is told of the run is told without the picture.
+        A run folder that cannot be written into is no error: all that is told of the run is told
+        without the picture.
 
         Raises:
             RunError: the file that was asked for cannot be written.
@@ -101,23 +114,50 @@ def brief(recipe: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for number, teacher in enumerate(recipe.get("teachers", ()), 1):
         yield teacher.get("name") or f"teacher{number}", _model(teacher)
     yield "schedule", _named(recipe["schedule"])
-    yield "total", " + ".join(f"{_number(entry['weight'])} * {_named(entry)}" for entry in recipe["losses"])
-    augment = [f"{key} ({', '.join(_on(data[key]))})" for key in ("augment", "timm_augment") if data.get(key)]
-    chosen = [f"{key} {data[key]}" for key in ("image_size", "train_samples", "train_fraction", "validation") if data.get(key)]
+    yield (
+        "total",
+        " + ".join(f"{_number(entry['weight'])} * {_named(entry)}" for entry in recipe["losses"]),
+    )
+    augment = [
+        f"{key} ({', '.join(_on(data[key]))})"
+        for key in ("augment", "timm_augment")
+        if data.get(key)
+    ]
+    chosen = [
+        f"{key} {data[key]}"
+        for key in ("image_size", "train_samples", "train_fraction", "validation")
+        if data.get(key)
+    ]
     chosen += [f"repeats {data['repeats']}"] if data.get("repeats", 1) > 1 else []
     chosen += ["balanced classes"] if data.get("sampling") == "balanced" else []
-    yield "data", ", ".join([_named(data["dataset"]), *chosen, f"batches of {data['batch_size']}", *augment])
+    yield (
+        "data",
+        ", ".join([_named(data["dataset"]), *chosen, f"batches of {data['batch_size']}", *augment]),
+    )
     optimizer = train["optimizer"]
     rate = f"lr {optimizer['lr']:g} {train['lr_schedule']['name']}"
     extra = [key for key in ("ema", "mixup", "compile") if train.get(key)]
     extra += [f"{key} {train[key]}" for key in ("average_best", "patience") if train.get(key)]
     decay = f", weight decay {optimizer['weight_decay']:g}" if optimizer["weight_decay"] else ""
-    yield "train", ", ".join([f"{train['epochs']} epochs", f"{optimizer['name']}, {rate}{decay}", train["precision"], *extra])
+    yield (
+        "train",
+        ", ".join(
+            [
+                f"{train['epochs']} epochs",
+                f"{optimizer['name']}, {rate}{decay}",
+                train["precision"],
+                *extra,
+            ]
+        ),
+    )
 
 
 def _model(section: Mapping[str, Any]) -> str:
     name = section.get("model") or f"the student of {section['recipe']}"
-    told = [*_on(section), *(f"{key} {_number(value)}" for key, value in (section.get("args") or {}).items())]
+    told = [
+        *_on(section),
+        *(f"{key} {_number(value)}" for key, value in (section.get("args") or {}).items()),
+    ]
     return name + (f" ({', '.join(told)})" if told else "")
 
 
@@ -132,7 +172,11 @@ def _on(options: Mapping[str, Any]) -> list[str]:
     def text(key: str, value: Any) -> str:
         return key if value is True else f"{key} {_number(value)}"
 
-    return [text(key, value) for key, value in options.items() if key not in UNTOLD and value not in USUAL]
+    return [
+        text(key, value)
+        for key, value in options.items()
+        if key not in UNTOLD and value not in USUAL
+    ]
 
 
 def _number(value: Any) -> str:
@@ -179,15 +223,24 @@ def _score(key: str, value: float | None) -> str:
 
 def _outcome(result: Result) -> Iterator[RenderableType]:
     rows = [(f"student, test, {result.moment}", result.test)]
-    rows += [(f"student, validation, {result.moment}", result.validation)] if result.validation else []
-    rows += [(f"student, {part}, last epoch", result.last[part]) for part in ("test", "validation") if result.last]
+    rows += (
+        [(f"student, validation, {result.moment}", result.validation)] if result.validation else []
+    )
+    rows += [
+        (f"student, {part}, last epoch", result.last[part])
+        for part in ("test", "validation")
+        if result.last
+    ]
     if best := result.best:
         rows += [(f"student, test, epoch {best['epoch']} (best on validation)", best["test"])]
     rows += [(f"student {number}, test", scores) for number, scores in enumerate(result.peers, 2)]
     rows += [("ensemble, test", result.ensemble)] if result.ensemble else []
     rows += [("teacher, test", result.teacher)] if result.teacher else []
     yield score_table(rows)
-    yield _text(f"{result.parameters:,} parameters, {result.epochs} epochs in the last stage, trained for {result.seconds:,.0f} s")
+    yield _text(
+        f"{result.parameters:,} parameters, {result.epochs} epochs in the last stage, trained for"
+        f" {result.seconds:,.0f} s"
+    )
     for warning in result.warnings:
         yield _text(f"warning: {warning}", style="yellow")
 
@@ -199,10 +252,15 @@ def _curve_table(found: Curves) -> Table:
     for name, curve in found.top1.items():
         table.add_row(f"top-1 %, {name}", *_curve(curve, found.epochs, "{:.2f}"))
     for name, curve in found.losses.items():
-        table.add_row("training loss" if name == "loss" else f"  {name}, weighted", *_curve(curve, found.epochs, "{:.4g}"))
+        table.add_row(
+            "training loss" if name == "loss" else f"  {name}, weighted",
+            *_curve(curve, found.epochs, "{:.4g}"),
+        )
     return table
 
 
 def _curve(curve: Curve, epochs: int, number: str) -> list[str]:
-    first, last, low, high = (number.format(v) for v in (curve.y[0], curve.y[-1], min(curve.y), max(curve.y)))
+    first, last, low, high = (
+        number.format(v) for v in (curve.y[0], curve.y[-1], min(curve.y), max(curve.y))
+    )
     return [first, curves.blocks(curve, epochs, WIDTH), last, low, high]

@@ -32,12 +32,19 @@ from kdkit.study.grid import has
 from kdkit.study.intervals import corrected, paired
 from kdkit.study.lengths import STEPS, mean_length, of_plan, of_run, of_teachers, refuse_longer
 from kdkit.study.lockstep import Job, train_together
-from kdkit.study.measurements import COMPARED_WITH_TEACHER, FinishedRun, Measured, Network, common_teacher
+from kdkit.study.measurements import (
+    COMPARED_WITH_TEACHER,
+    FinishedRun,
+    Measured,
+    Network,
+    common_teacher,
+)
 from kdkit.study.variants import Study, point_name
 
 FINDINGS = "study.json"
 STUDY = "study.yaml"
-LATE = Fraction(3, 5)  # share of the epochs, the last ones, that `late_loss` is the mean of: 15 of 25
+# share of the epochs, the last ones, that `late_loss` is the mean of: 15 of 25
+LATE = Fraction(3, 5)
 
 
 @dataclass(frozen=True)
@@ -56,8 +63,9 @@ class Training:
 
 
 def trainings(study: Study) -> list[Training]:
-    """Every variant with every seed. A run of the same content is taken where it is: a finished one anywhere in the study's runs
-    folder, an unfinished one in the study's own. Equal variants are one training.
+    """Every variant with every seed. A run of the same content is taken where it is: a finished
+    one anywhere in the study's runs folder, an unfinished one in the study's own. Equal variants
+    are one training.
 
     Raises:
         RecipeError: the variants differ in more than what is compared.
@@ -87,26 +95,35 @@ def _refuse_unknown(study: Study) -> None:
         RecipeError: it is not; it may be misspelt.
     """
     for key in study.allow:
-        if key != STEPS and not any(has(recipe.spec, key.split(".")) for recipe in study.variants.values()):
+        if key != STEPS and not any(
+            has(recipe.spec, key.split(".")) for recipe in study.variants.values()
+        ):
             raise RecipeError(f"allow: no variant has the key '{key}'")
 
 
 def compare(
-    study: Study, *, max_parallel: int | None = None, spread: bool = False, say: Callable[[str], None] = lambda _: None
+    study: Study,
+    *,
+    max_parallel: int | None = None,
+    spread: bool = False,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Findings | None:
-    """Carry a study out, or what is left of it, and write `study.yaml` and `study.json` into its folder.
+    """Carry a study out, or what is left of it, and write `study.yaml` and `study.json` into its
+    folder.
 
     Args:
         study: what is compared.
         max_parallel: runs that are trained side by side at most.
-        spread: where a launcher has started several processes, each trains seeds and groups of its own (False: all train each run).
+        spread: where a launcher has started several processes, each trains seeds and groups of its
+            own (False: all train each run).
         say: told of what happens.
 
     Returns:
         What was found; None in processes of a launch that are not its first.
 
     Raises:
-        RecipeError: the variants differ in more than what is compared, or one cannot work; found before anything is trained.
+        RecipeError: the variants differ in more than what is compared, or one cannot work; found
+            before anything is trained.
         Interrupted: a signal stopped it; all is saved, and a further call goes on.
     """
     first = is_first()
@@ -123,7 +140,9 @@ def compare(
     if study.tune:
         planned = trainings(study.search)
         with _told_if_stopped(study.search, planned):
-            _train(planned, _measured(study.search, say) if first else None, max_parallel, say, crew)
+            _train(
+                planned, _measured(study.search, say) if first else None, max_parallel, say, crew
+            )
         study, searched = after_search(study, planned)
     planned = trainings(study)
     measured = _measured(study, say) if first else None
@@ -144,7 +163,10 @@ def _told_if_stopped(study: Study, planned: Sequence[Training]) -> Iterator[None
             yield
     except (Interrupted, KeyboardInterrupt) as error:
         done = sum(each.result is not None for each in planned)
-        says = f"{study.name}: stopped with {done} of {len(planned)} runs finished; the same command goes on where it was"
+        says = (
+            f"{study.name}: stopped with {done} of {len(planned)} runs finished; the same command"
+            " goes on where it was"
+        )
         raise Interrupted(says, getattr(error, "signal", signal.SIGINT)) from None
 
 
@@ -153,27 +175,42 @@ def _measured(study: Study, say: Callable[[str], None]) -> Measured:
 
 
 def check(study: Study, fetch: Callable[[str], None] | None = None) -> dict[str, Length]:
-    """How long each variant trains (of a search, at its longest point), with all that can be refused before anything is trained.
+    """How long each variant trains (of a search, at its longest point), with all that can be
+    refused before anything is trained.
 
     `fetch` is told of what is fetched for it (None: nothing is fetched).
 
     Raises:
-        RecipeError: a variant cannot work, differs in more than what is compared, or trains longer than the baseline.
+        RecipeError: a variant cannot work, differs in more than what is compared, or trains longer
+            than the baseline.
         RunError: the study's folder is a run's.
     """
     planned = trainings(study)
     if study.points:
-        longest = {name: max(points, key=lambda point: point.recipe.spec.train.epochs) for name, points in study.points.items()}
+        longest = {
+            name: max(points, key=lambda point: point.recipe.spec.train.epochs)
+            for name, points in study.points.items()
+        }
         wanted = {point_name(name, point): name for name, point in longest.items()}
-        planned = [replace(each, variant=wanted[each.variant]) for each in trainings(study.search) if each.variant in wanted]
+        planned = [
+            replace(each, variant=wanted[each.variant])
+            for each in trainings(study.search)
+            if each.variant in wanted
+        ]
     lengths: dict[str, Length] = {}
     problems: list[str] = []
     by_variant = {each.variant: each for each in planned}
-    by_variant |= {each.variant: each for each in planned if each.result}  # what is finished needs no plan any more
+    # what is finished needs no plan any more
+    by_variant |= {each.variant: each for each in planned if each.result}
     for name, each in by_variant.items():
         try:
-            finished = each.result is not None and not each.recipe.spec.train.patience  # which may end some runs early
-            lengths[name] = of_run(RunFolder(each.folder), each.recipe.spec.data) if finished else of_plan(each.recipe, fetch)
+            # which may end some runs early
+            finished = each.result is not None and not each.recipe.spec.train.patience
+            lengths[name] = (
+                of_run(RunFolder(each.folder), each.recipe.spec.data)
+                if finished
+                else of_plan(each.recipe, fetch)
+            )
         except RecipeError as error:
             problems += [f"{line} (variant {name})" for line in str(error).splitlines()]
     if problems:
@@ -183,7 +220,8 @@ def check(study: Study, fetch: Callable[[str], None] | None = None) -> dict[str,
 
 
 def after_search(study: Study, planned: Sequence[Training]) -> tuple[Study, Searched]:
-    """The study with each variant at its chosen point, and what was chosen; `planned` are the trainings of its search.
+    """The study with each variant at its chosen point, and what was chosen; `planned` are the
+    trainings of its search.
 
     Raises:
         RunError: of some variant no point could be trained.
@@ -205,13 +243,22 @@ class Searched:
 
 
 def _shelf(study: Study) -> dict[str, Path]:
-    """Folders of runs by fingerprint; a finished one is preferred, then one in the study's own folder."""
-    markers = [*study.path.glob("*/run.json"), *study.folder.glob("*/run.json"), *study.folder.glob("*/*/run.json")]
+    """Folders of runs by fingerprint; a finished one is preferred, then one in the study's own
+    folder.
+    """
+    markers = [
+        *study.path.glob("*/run.json"),
+        *study.folder.glob("*/run.json"),
+        *study.folder.glob("*/*/run.json"),
+    ]
     finished: dict[str, Path] = {}
     unfinished: dict[str, Path] = {}
-    for marker in dict.fromkeys(sorted(markers, key=lambda path: (path.parent.parent != study.path, path))):
+    for marker in dict.fromkeys(
+        sorted(markers, key=lambda path: (path.parent.parent != study.path, path))
+    ):
         folder = RunFolder(marker.parent)
-        with contextlib.suppress(RunError):  # a damaged run, or another program's: nothing that could be taken
+        # a damaged run, or another program's: nothing that could be taken
+        with contextlib.suppress(RunError):
             fingerprint = folder.about()["fingerprint"]
             if folder.path.parent == study.path:
                 unfinished.setdefault(fingerprint, folder.path)
@@ -221,9 +268,15 @@ def _shelf(study: Study) -> dict[str, Path]:
 
 
 def _train(
-    planned: Sequence[Training], measured: Measured | None, max_parallel: int | None, say: Callable[[str], None], crew: Crew | None
+    planned: Sequence[Training],
+    measured: Measured | None,
+    max_parallel: int | None,
+    say: Callable[[str], None],
+    crew: Crew | None,
 ) -> dict[Path, str]:
-    """Train what is not finished; reasons of failures by folder. What it takes is taken down where it is measured."""
+    """Train what is not finished; reasons of failures by folder. What it takes is taken down
+    where it is measured.
+    """
     left = {each.folder: Job(each.recipe, each.folder) for each in planned if each.result is None}
     every = len({each.folder for each in planned})
     if measured:
@@ -232,26 +285,45 @@ def _train(
         return {}
     wall, cpu = time.monotonic(), time.process_time()
     try:
-        outcomes = train_together(list(left.values()), max_parallel=max_parallel, say=say, crew=crew)
+        outcomes = train_together(
+            list(left.values()), max_parallel=max_parallel, say=say, crew=crew
+        )
     finally:
         spent = time.process_time() - cpu
         if measured:
-            done = [each.recipe.fingerprint for each in planned if each.folder in left and each.result]
+            done = [
+                each.recipe.fingerprint for each in planned if each.folder in left and each.result
+            ]
             measured.spend(time.monotonic() - wall, spent, done)
     if crew and (others := crew.gather(spent)[1:]) and measured:
         measured.spend(0, sum(others), [])
-    return {outcome.job.folder: outcome.reason for outcome in outcomes if outcome.reason is not None}
+    return {
+        outcome.job.folder: outcome.reason for outcome in outcomes if outcome.reason is not None
+    }
 
 
 class _Finder:
     """Puts together what a study's finished runs say."""
 
     def __init__(
-        self, study: Study, planned: Sequence[Training], failures: Mapping[Path, str], measured: Measured, searched: Searched | None = None
+        self,
+        study: Study,
+        planned: Sequence[Training],
+        failures: Mapping[Path, str],
+        measured: Measured,
+        searched: Searched | None = None,
     ) -> None:
-        self.study, self.planned, self.failures, self.measured, self.searched = study, planned, failures, measured, searched
-        self.results = {(each.variant, each.seed): result for each in planned if (result := each.result)}
-        runs = {(each.variant, each.seed): FinishedRun(each.recipe, each.folder) for each in planned}
+        self.study = study
+        self.planned = planned
+        self.failures = failures
+        self.measured = measured
+        self.searched = searched
+        self.results = {
+            (each.variant, each.seed): result for each in planned if (result := each.result)
+        }
+        runs = {
+            (each.variant, each.seed): FinishedRun(each.recipe, each.folder) for each in planned
+        }
         self.runs = {place: runs[place] for place in self.results}
         self.teacher = common_teacher(list(self.runs.values()))
 
@@ -260,19 +332,31 @@ class _Finder:
         firsts: dict[str, FinishedRun] = {}
         for (variant, _), run in self.runs.items():
             firsts.setdefault(variant, run)
-        networks, taught = self.measured.networks(list(firsts.values()), self.teacher.run if self.teacher else None)
+        networks, taught = self.measured.networks(
+            list(firsts.values()), self.teacher.run if self.teacher else None
+        )
         by_variant = dict(zip(firsts, networks, strict=True))
         variants = corrected(self._variant(name, by_variant.get(name)) for name in study.variants)
         teacher = None
         if self.teacher and taught:
             run = self.teacher.run
             lengths = of_teachers(run.folder, code_of_all(run.recipe))
-            teacher = Teacher(self.teacher.name, self.teacher.metrics(), **vars(taught), lengths=lengths)
+            teacher = Teacher(
+                self.teacher.name, self.teacher.metrics(), **vars(taught), lengths=lengths
+            )
         together = self.measured.together([each.recipe.fingerprint for each in self.planned])
         return Findings(
-            study.name, study.question, study.baseline, study.command, variants, teacher, together, versions(), _machine(),
+            study.name,
+            study.question,
+            study.baseline,
+            study.command,
+            variants,
+            teacher,
+            together,
+            versions(),
+            _machine(),
             search=self.searched.whole if self.searched else None,
-        )  # fmt: skip
+        )
 
     def _variant(self, name: str, network: Network | None) -> Variant:
         seeds = tuple(seed for seed in self.study.seeds if (name, seed) in self.results)
@@ -284,12 +368,25 @@ class _Finder:
             about=about(self.study.variants[name]),
             seeds=seeds,
             folders=tuple(run.folder for run in runs),
-            last=_by_name([{**self._scores(run, result.test), **_losses(run)} for run, result in zip(runs, results, strict=True)]),
-            best=_by_name([self._scores(run, r.best["test"], best=True) for run, r in zip(runs, results, strict=True) if r.best]),
+            last=_by_name(
+                [
+                    {**self._scores(run, result.test), **_losses(run)}
+                    for run, result in zip(runs, results, strict=True)
+                ]
+            ),
+            best=_by_name(
+                [
+                    self._scores(run, r.best["test"], best=True)
+                    for run, r in zip(runs, results, strict=True)
+                    if r.best
+                ]
+            ),
             difference=paired(self._top1(name), self._top1(baseline)) if name != baseline else None,
             cost=_cost(runs, results, network, self.measured.memory(runs[0])) if network else None,
             failures={
-                each.seed: self.failures[each.folder] for each in self.planned if each.variant == name and each.folder in self.failures
+                each.seed: self.failures[each.folder]
+                for each in self.planned
+                if each.variant == name and each.folder in self.failures
             },
             averaged=self.study.variants[name].spec.train.average_best or 0,
             validation=_by_name([result.validation for result in results if result.validation]),
@@ -298,9 +395,15 @@ class _Finder:
         )
 
     def _top1(self, variant: str) -> dict[int, float]:
-        return {seed: result.test["top1"] for (name, seed), result in self.results.items() if name == variant}
+        return {
+            seed: result.test["top1"]
+            for (name, seed), result in self.results.items()
+            if name == variant
+        }
 
-    def _scores(self, run: FinishedRun, told: Mapping[str, float], *, best: bool = False) -> dict[str, float]:
+    def _scores(
+        self, run: FinishedRun, told: Mapping[str, float], *, best: bool = False
+    ) -> dict[str, float]:
         """A run's test metrics, with those that compare it with the common teacher."""
         if self.teacher is None or set(COMPARED_WITH_TEACHER) <= set(told):
             return dict(told)
@@ -308,10 +411,16 @@ class _Finder:
 
 
 def _losses(run: FinishedRun) -> dict[str, float]:
-    """The training loss of the last epoch, and its mean over the last stage's `LATE` epochs, if they are told."""
+    """The training loss of the last epoch, and its mean over the last stage's `LATE` epochs, if
+    they are told.
+    """
     lines = RunFolder(run.folder).metrics("epoch")
     found = [line["train"]["loss"] for line in lines if line["stage"] == lines[-1]["stage"]]
-    return {"loss": found[-1], "late_loss": statistics.fmean(found[-math.ceil(len(found) * LATE) :])} if found else {}
+    return (
+        {"loss": found[-1], "late_loss": statistics.fmean(found[-math.ceil(len(found) * LATE) :])}
+        if found
+        else {}
+    )
 
 
 def _by_name(scores: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, ...]]:
@@ -320,8 +429,12 @@ def _by_name(scores: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, ..
     return {name: tuple(one[name] for one in scores) for name in names}
 
 
-def _cost(runs: Sequence[FinishedRun], results: Sequence[Result], network: Network, memory: int) -> Cost:
-    speeds = [line["images_per_second"] for run in runs for line in RunFolder(run.folder).metrics("epoch")]
+def _cost(
+    runs: Sequence[FinishedRun], results: Sequence[Result], network: Network, memory: int
+) -> Cost:
+    speeds = [
+        line["images_per_second"] for run in runs for line in RunFolder(run.folder).metrics("epoch")
+    ]
     return Cost(
         seconds=statistics.mean(result.seconds for result in results),
         cpu_seconds=statistics.mean(result.cpu_seconds for result in results),
@@ -332,10 +445,19 @@ def _cost(runs: Sequence[FinishedRun], results: Sequence[Result], network: Netwo
 
 
 def about(recipe: Recipe) -> str:
-    """What a recipe trains, in one line: `0.1 * cross_entropy + 0.9 * logit_kl(temperature 4); schedule offline`."""
+    """What a recipe trains, in one line: `0.1 * cross_entropy + 0.9 * logit_kl(temperature 4);
+    schedule offline`.
+    """
     spec = recipe.spec
-    told = [f"{key} {value}" for key, value in spec.schedule if key in spec.schedule.model_fields_set and key != "use"]
-    return f"{formula(dict(zip(recipe.loss_names(), spec.losses, strict=True)))}; schedule {' '.join([spec.schedule.use, *told])}"
+    told = [
+        f"{key} {value}"
+        for key, value in spec.schedule
+        if key in spec.schedule.model_fields_set and key != "use"
+    ]
+    return (
+        f"{formula(dict(zip(recipe.loss_names(), spec.losses, strict=True)))}; schedule"
+        f" {' '.join([spec.schedule.use, *told])}"
+    )
 
 
 def _machine() -> dict[str, str]:

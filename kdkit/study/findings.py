@@ -1,4 +1,6 @@
-"""What a study has found: the runs of each variant over the seeds, their statistics and their costs."""
+"""What a study has found: the runs of each variant over the seeds, their statistics and their
+costs.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ class Difference:
         t: interval of the mean by the paired t distribution (None: fewer than two seeds).
         bootstrap: interval of the mean by resampling the seeds (None likewise).
         p: two-sided, by the paired t distribution (None likewise).
-        p_holm: the same, corrected by Holm's method for the number of variants that the study compares.
+        p_holm: the same, corrected by Holm's method for the number of variants that the study
+            compares.
     """
 
     values: tuple[Number, ...]
@@ -80,8 +83,10 @@ class Tuned:
     Attributes:
         point: what the chosen point is called, such as `lr 0.1, epochs 75`.
         values: of the chosen point, by key.
-        edges: keys with numbers of which the chosen one is the smallest or the largest: the best value may lie beyond.
-        validation: top-1 on validation after the last epoch of each point that could be trained, mean over the search's seeds.
+        edges: keys with numbers of which the chosen one is the smallest or the largest: the best
+            value may lie beyond.
+        validation: top-1 on validation after the last epoch of each point that could be trained,
+            mean over the search's seeds.
         cpu_seconds: of the processor, of all runs of the search of this variant.
     """
 
@@ -116,7 +121,8 @@ class Cost:
     Attributes:
         seconds: of training, as that run alone would need them, measurements included.
         cpu_seconds: likewise, of the processor.
-        memory: bytes that a training step of that run alone allocates at most, beside what is there before it, gradients included.
+        memory: bytes that a training step of that run alone allocates at most, beside what is there
+            before it, gradients included.
         images_per_second: trained on.
         parameters, macs, bytes: of the network that is exported.
         latency: seconds of one image on one thread, median.
@@ -141,14 +147,18 @@ class Variant:
         about: what it is, in one line: its objective and schedule.
         seeds: of the finished runs.
         folders: of the finished runs, one a seed.
-        last: metrics on the test data of what the run leaves by name (`kdkit.engine.evaluate.metrics`), one value a seed; `loss`: the
-            training loss of the last epoch; `late_loss`: its mean over the last 60 % of the (last stage's) epochs.
-        best: test metrics of the epoch that is best on validation, likewise; empty without a validation split.
+        last: metrics on the test data of what the run leaves by name
+            (`kdkit.engine.evaluate.metrics`), one value a seed; `loss`: the training loss of the
+            last epoch; `late_loss`: its mean over the last 60 % of the (last stage's) epochs.
+        best: test metrics of the epoch that is best on validation, likewise; empty without a
+            validation split.
         difference: to the baseline (None: it is the baseline, or they share no seed).
         cost: None where no run is finished.
         failures: reasons by seed.
-        averaged: how many epochs, the best on validation, the weights are the mean of; 0: they are the last epoch's.
-        validation: metrics on the validation data of what the run leaves, likewise; empty without a validation split.
+        averaged: how many epochs, the best on validation, the weights are the mean of; 0: they are
+            the last epoch's.
+        validation: metrics on the validation data of what the run leaves, likewise; empty without a
+            validation split.
         length: how long one of its runs trains; None where no run is finished.
         tuned: what a search has chosen for it; None without a search.
     """
@@ -176,7 +186,8 @@ class Teacher:
         name: of its network, or its run.
         last: its metrics on the test data.
         parameters, macs, bytes, latency: see `Cost`.
-        lengths: how long each of those was trained that another recipe trains; what weights from elsewhere have seen is not known.
+        lengths: how long each of those was trained that another recipe trains; what weights from
+            elsewhere have seen is not known.
     """
 
     name: str
@@ -198,8 +209,9 @@ class Findings:
         command: what repeats it.
         variants: in the study's order.
         teacher: None where no variant has one, or they have several different ones.
-        together: wall and CPU seconds that the training of this study took in all, as it was carried out (`wall`, `cpu`), and how many runs
-            it trained (`trained`) or found trained already (`reused`).
+        together: wall and CPU seconds that the training of this study took in all, as it was
+            carried out (`wall`, `cpu`), and how many runs it trained (`trained`) or found trained
+            already (`reused`).
         versions: of Python and of packages; `machine`: processor and accelerator.
         search: that every variant had before it was trained; None without one.
     """
@@ -227,7 +239,10 @@ class Findings:
         mean = f"with the mean of the weights of the {counts} epochs that are best on validation"
         if len(averaged) == len(self.variants):
             return mean
-        return f"after the last epoch, but for {', '.join(variant.name for variant in averaged)}: {mean}"
+        return (
+            f"after the last epoch, but for {', '.join(variant.name for variant in averaged)}:"
+            f" {mean}"
+        )
 
     @classmethod
     def load(cls, path: Path) -> Self:

@@ -27,9 +27,16 @@ class Grid:
         RecipeError: a value is given twice.
     """
 
-    def __init__(self, source: Source, vary: Mapping[str, Sequence[Any]], word: str = "vary") -> None:
-        self._source, self._vary, self._word = source, vary, word
-        self._axes = {key: list(zip(self._labels(key), source.items([word, key]), strict=True)) for key in vary}
+    def __init__(
+        self, source: Source, vary: Mapping[str, Sequence[Any]], word: str = "vary"
+    ) -> None:
+        self._source = source
+        self._vary = vary
+        self._word = word
+        self._axes = {
+            key: list(zip(self._labels(key), source.items([word, key]), strict=True))
+            for key in vary
+        }
 
     def refuse_idle_keys(self, recipes: Iterable[Recipe]) -> None:
         """Make sure that every key is one of some recipe.
@@ -47,26 +54,39 @@ class Grid:
         return math.prod(len(self._axes[key]) for key in self._keys_of(recipe))
 
     def points(self, recipe: Recipe) -> Iterator[tuple[list[str], dict[str, yaml.Node]]]:
-        """Each point as far as the recipe has its keys: what it is called, key by key, and its values, which know their places."""
+        """Each point as far as the recipe has its keys: what it is called, key by key, and its
+        values, which know their places.
+        """
         keys = self._keys_of(recipe)
         for point in itertools.product(*(self._axes[key] for key in keys)):
-            yield [label for label, _ in point], {key: node for key, (_, node) in zip(keys, point, strict=True)}
+            yield (
+                [label for label, _ in point],
+                {key: node for key, (_, node) in zip(keys, point, strict=True)},
+            )
 
     def _keys_of(self, recipe: Recipe) -> list[str]:
         return [key for key in self._axes if has(recipe.spec, key.split("."))]
 
     def _labels(self, key: str) -> list[str]:
-        """`weight 0.5` for each value of a key: as many of its last steps as tell it from the other keys."""
+        """`weight 0.5` for each value of a key: as many of its last steps as tell it from the
+        other keys.
+        """
         steps = key.split(".")
         endings = (".".join(steps[-count:]) for count in range(1, len(steps) + 1))
-        called = next(end for end in endings if end == key or sum(f".{other}".endswith(f".{end}") for other in self._vary) == 1)
+        called = next(
+            end
+            for end in endings
+            if end == key or sum(f".{other}".endswith(f".{end}") for other in self._vary) == 1
+        )
         labels = [f"{called} {_label(value)}" for value in self._vary[key]]
         if len(set(labels)) < len(labels):
             raise self._error(key, "a value is given twice")
         return labels
 
     def _error(self, key: str, says: str) -> RecipeError:
-        return RecipeError(f"{self._source.where([self._word, key])}: {dotted([self._word, key])}: {says}")
+        return RecipeError(
+            f"{self._source.where([self._word, key])}: {dotted([self._word, key])}: {says}"
+        )
 
 
 def has(value: Any, steps: Sequence[str]) -> bool:
@@ -75,12 +95,19 @@ def has(value: Any, steps: Sequence[str]) -> bool:
         return True
     first, *rest = steps
     if isinstance(value, BaseModel):
-        named = {field.alias or name: getattr(value, name) for name, field in type(value).model_fields.items()}
+        named = {
+            field.alias or name: getattr(value, name)
+            for name, field in type(value).model_fields.items()
+        }
         return first in named and has(named[first], rest)
     if isinstance(value, Mapping):
         return not rest or (first in value and has(value[first], rest))
     if isinstance(value, tuple | list):
-        items = [item for i, item in enumerate(value) if first in (str(i), getattr(item, "name", None), getattr(item, "use", None))]
+        items = [
+            item
+            for i, item in enumerate(value)
+            if first in (str(i), getattr(item, "name", None), getattr(item, "use", None))
+        ]
         return bool(items) and has(items[0], rest)
     return False
 
@@ -88,9 +115,9 @@ def has(value: Any, steps: Sequence[str]) -> bool:
 def _label(value: Any) -> str:
     """A value of the grid in few words: a mapping by what it uses."""
     if isinstance(value, Mapping):
-        return next((str(value[key]) for key in ("name", "use", "model", "recipe") if key in value), None) or ", ".join(
-            f"{key} {_label(part)}" for key, part in value.items()
-        )
+        return next(
+            (str(value[key]) for key in ("name", "use", "model", "recipe") if key in value), None
+        ) or ", ".join(f"{key} {_label(part)}" for key, part in value.items())
     if isinstance(value, list):
         return "-".join(map(_label, value))
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,6 @@
-"""How sure a result over several seeds is: deviations, and confidence intervals of paired differences."""
+"""How sure a result over several seeds is: deviations, and confidence intervals of paired
+differences.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ RESAMPLES = 9999
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
-    """`93.41 +- 0.80`: mean and standard deviation (n - 1) over the seeds; one value has no deviation."""
+    """`93.41 +- 0.80`: mean and standard deviation (n - 1) over the seeds; one value has no
+    deviation.
+    """
     if not values:
         return ""
     deviation = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
@@ -23,25 +27,39 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 
 def paired(own: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
-    """The difference of two results by seed, over the seeds that both have; None where there is none."""
+    """The difference of two results by seed, over the seeds that both have; None where there is
+    none.
+    """
     values = tuple(own[seed] - baseline[seed] for seed in own if seed in baseline)
     if not values:
         return None
     enough = len(values) > 1 and all(map(math.isfinite, values))
-    return Difference(values, t_interval(values) if enough else None, bootstrap_interval(values) if enough else None)
+    return Difference(
+        values,
+        t_interval(values) if enough else None,
+        bootstrap_interval(values) if enough else None,
+    )
 
 
 def t_interval(values: Sequence[float]) -> Interval:
-    """95 % interval of the mean of two or more values, by Student's t: mean -+ t(n - 1) s / sqrt(n)."""
+    """95 % interval of the mean of two or more values, by Student's t: mean -+ t(n - 1) s /
+    sqrt(n).
+    """
     from scipy import stats
 
     mean = statistics.mean(values)
-    half = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    half = (
+        float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1))
+        * statistics.stdev(values)
+        / math.sqrt(len(values))
+    )
     return Interval(mean - half, mean + half)
 
 
 def p_value(values: Sequence[float]) -> float:
-    """Of two or more values, by Student's t: how probable a mean at least so far from 0 is where the true one is 0."""
+    """Of two or more values, by Student's t: how probable a mean at least so far from 0 is where
+    the true one is 0.
+    """
     from scipy import stats
 
     mean, error = statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
@@ -51,9 +69,11 @@ def p_value(values: Sequence[float]) -> float:
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """Holm's correction of m p-values: the i-th smallest (i from 0) times m - i, none below the one before it, none above 1.
+    """Holm's correction of m p-values: the i-th smallest (i from 0) times m - i, none below the
+    one before it, none above 1.
 
-    Holm, "A Simple Sequentially Rejective Multiple Test Procedure", Scandinavian Journal of Statistics 1979.
+    Holm, "A Simple Sequentially Rejective Multiple Test Procedure", Scandinavian Journal of
+    Statistics 1979.
     """
     order = sorted(range(len(values)), key=values.__getitem__)
     times = (min(1.0, (len(values) - i) * values[place]) for i, place in enumerate(order))
@@ -62,7 +82,9 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def corrected(variants: Iterable[Variant]) -> tuple[Variant, ...]:
-    """The variants of one study, each difference with its p-value, also as corrected for their number."""
+    """The variants of one study, each difference with its p-value, also as corrected for their
+    number.
+    """
     known = list(variants)
     differences = {i: v.difference for i, v in enumerate(known) if v.difference and v.difference.t}
     ps = {i: p_value(one.values) for i, one in differences.items()}
@@ -77,13 +99,20 @@ def bootstrap_interval(values: Sequence[float]) -> Interval:
     from scipy import stats
 
     found = stats.bootstrap(
-        (values,), np.mean, n_resamples=RESAMPLES, confidence_level=LEVEL, method="percentile", rng=np.random.default_rng(0)
+        (values,),
+        np.mean,
+        n_resamples=RESAMPLES,
+        confidence_level=LEVEL,
+        method="percentile",
+        rng=np.random.default_rng(0),
     ).confidence_interval
     return Interval(float(found.low), float(found.high))
 
 
 def shown(difference: Difference) -> str:
-    """`+1.72 [0.91, 2.53]`: the mean difference with its interval by t; one seed has no interval."""
+    """`+1.72 [0.91, 2.53]`: the mean difference with its interval by t; one seed has no
+    interval.
+    """
     mean = f"{statistics.mean(difference.values):+.2f}"
     return f"{mean} [{difference.t.low:.2f}, {difference.t.high:.2f}]" if difference.t else mean
 
@@ -96,7 +125,11 @@ def p_value_shown(difference: Difference | None) -> str:
 
 
 def at_best(found: Findings, variant: Variant) -> Difference | None:
-    """A variant's difference to the baseline where each run is measured at the epoch that is best on validation."""
+    """A variant's difference to the baseline where each run is measured at the epoch that is
+    best on validation.
+    """
     baseline = next((other for other in found.variants if other.name == found.baseline), variant)
-    own, known = (dict(zip(one.seeds, one.best.get("top1", ()), strict=False)) for one in (variant, baseline))
+    own, known = (
+        dict(zip(one.seeds, one.best.get("top1", ()), strict=False)) for one in (variant, baseline)
+    )
     return paired(own, known) if variant is not baseline else None

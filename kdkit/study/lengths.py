@@ -27,26 +27,37 @@ def of_plan(recipe: Recipe, fetch: Callable[[str], None] | None) -> Length:
         RecipeError: the recipe cannot work.
     """
     made = checks.make(recipe, fetch)
-    epochs, steps = (sum(counts) for counts in zip(*((s.epochs, s.steps) for s in made.stages), strict=True))
-    return Length(made.num_train, epochs, steps, epochs * images_per_epoch(recipe.spec.data, made.num_train))
+    epochs, steps = (
+        sum(counts) for counts in zip(*((s.epochs, s.steps) for s in made.stages), strict=True)
+    )
+    return Length(
+        made.num_train, epochs, steps, epochs * images_per_epoch(recipe.spec.data, made.num_train)
+    )
 
 
 def of_run(folder: RunFolder, data: DataSpec) -> Length:
     """As a finished run has written it down; `data` is its recipe's section."""
-    ends = {line["stage"]: line for line in folder.metrics("epoch")}.values()  # of each stage, its last epoch
+    # of each stage, its last epoch
+    ends = {line["stage"]: line for line in folder.metrics("epoch")}.values()
     count, epochs = samples(data, folder.info().num_train), sum(end["epoch"] for end in ends)
-    return Length(count, epochs, sum(end["step"] for end in ends), epochs * images_per_epoch(data, count))
+    return Length(
+        count, epochs, sum(end["step"] for end in ends), epochs * images_per_epoch(data, count)
+    )
 
 
 def mean_length(runs: Sequence[tuple[RunFolder, DataSpec]]) -> Length | None:
-    """Of finished runs of one variant, on average, as they need not end after the same epoch; None without any."""
+    """Of finished runs of one variant, on average, as they need not end after the same epoch;
+    None without any.
+    """
     found = [of_run(folder, data) for folder, data in runs]
     whole = zip(*((one.samples, one.epochs, one.steps, one.images) for one in found), strict=True)
     return Length(*(round(statistics.fmean(values)) for values in whole)) if found else None
 
 
 def of_teachers(folder: Path, plugins: Sequence[Path]) -> tuple[Length, ...]:
-    """Of those teachers of a run that other recipes train; none where their runs are not there any more, or need more than `plugins`."""
+    """Of those teachers of a run that other recipes train; none where their runs are not there
+    any more, or need more than `plugins`.
+    """
     try:
         runs = TrainedRun(folder, plugins=plugins).teacher_runs()
         return tuple(of_run(one, one.recipe(plugins=plugins).spec.data) for one in runs)
@@ -54,20 +65,31 @@ def of_teachers(folder: Path, plugins: Sequence[Path]) -> tuple[Length, ...]:
         return ()
 
 
-def refuse_longer(lengths: Mapping[str, Length], recipes: Mapping[str, Recipe], baseline: str, allowed: Sequence[str]) -> None:
-    """Make sure that the baseline trains as long as every variant: more steps help by themselves.
+def refuse_longer(
+    lengths: Mapping[str, Length],
+    recipes: Mapping[str, Recipe],
+    baseline: str,
+    allowed: Sequence[str],
+) -> None:
+    """Make sure that the baseline trains as long as every variant: more steps help by
+    themselves.
 
     Raises:
-        RecipeError: it does not; a line for each variant, with the place of its schedule, and how to allow it.
+        RecipeError: it does not; a line for each variant, with the place of its schedule, and how
+            to allow it.
     """
     if STEPS in allowed or any(key == EPOCHS or EPOCHS.startswith(f"{key}.") for key in allowed):
         return
     known = lengths[baseline]
     lines = [
-        f"{recipes[name].source.where(['schedule'])}: {name}: {STEPS}: {one.steps:,} in all its stages, with {one.images:,} images "
-        f"({baseline}: {known.steps:,}, with {known.images:,})"
+        f"{recipes[name].source.where(['schedule'])}: {name}: {STEPS}: {one.steps:,} in all its"
+        f" stages, with {one.images:,} images ({baseline}: {known.steps:,}, with {known.images:,})"
         for name, one in lengths.items()
         if one.longer_than(known)
     ]
     if lines:
-        raise RecipeError("\n".join([*lines, f"a variant may not train longer than the baseline; {advice([STEPS])}"]))
+        raise RecipeError(
+            "\n".join(
+                [*lines, f"a variant may not train longer than the baseline; {advice([STEPS])}"]
+            )
+        )

@@ -1,4 +1,6 @@
-"""What a study measures of finished runs: networks side by side, memory of a step, agreement with the common teacher. It is kept."""
+"""What a study measures of finished runs: networks side by side, memory of a step, agreement
+with the common teacher. It is kept.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ LATENCY_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Network:
-    """Parameters, multiply-accumulates, bytes and seconds of one image on one thread (median) of a network, or of several together."""
+    """Parameters, multiply-accumulates, bytes and seconds of one image on one thread (median) of
+    a network, or of several together.
+    """
 
     parameters: int
     macs: int
@@ -73,7 +77,8 @@ class Measured:
     """Measurements by the fingerprints of the runs, in a file.
 
     Args:
-        path: the file; one that is not there counts as empty, and a damaged one is told and counts as empty.
+        path: the file; one that is not there counts as empty, and a damaged one is told and counts
+            as empty.
         say: told of what takes long.
     """
 
@@ -93,12 +98,17 @@ class Measured:
     def spend(self, wall: float, cpu: float, trained: Sequence[str]) -> None:
         """Add what training has taken, and the fingerprints of the runs that it has finished."""
         spent = self._kept["spent"]
-        self._kept["spent"] = {"wall": spent.get("wall", 0.0) + wall, "cpu": spent.get("cpu", 0.0) + cpu}
+        self._kept["spent"] = {
+            "wall": spent.get("wall", 0.0) + wall,
+            "cpu": spent.get("cpu", 0.0) + cpu,
+        }
         self._kept["trained"] = list(dict.fromkeys([*self._kept["trained"], *trained]))
         self.save()
 
     def together(self, fingerprints: Sequence[str]) -> dict[str, float]:
-        """Wall and CPU seconds of the training so far, and how many of these runs it trained, or found trained."""
+        """Wall and CPU seconds of the training so far, and how many of these runs it trained, or
+        found trained.
+        """
         spent, trained = self._kept["spent"], len(set(fingerprints) & set(self._kept["trained"]))
         return {
             "wall": spent.get("wall", 0.0),
@@ -114,30 +124,44 @@ class Measured:
             self.save()
         return int(self._kept["memory"][run.key])
 
-    def networks(self, runs: Sequence[FinishedRun], taught: FinishedRun | None) -> tuple[list[Network], Network | None]:
-        """The students of some runs, and the teachers of one together. As times of different days say little, all are timed in turns."""
+    def networks(
+        self, runs: Sequence[FinishedRun], taught: FinishedRun | None
+    ) -> tuple[list[Network], Network | None]:
+        """The students of some runs, and the teachers of one together. As times of different
+        days say little, all are timed in turns.
+        """
         teacher = [f"teacher of {taught.key}"] if taught else []
         keys = [*(run.key for run in runs), *teacher]
         if not runs:
             return [], None
         if not set(keys) <= set(self._kept["networks"]):
-            self._kept["networks"] = self._measure_networks({run.key: run for run in runs}, taught, teacher)
+            self._kept["networks"] = self._measure_networks(
+                {run.key: run for run in runs}, taught, teacher
+            )
             self.save()
         found = [self._kept["networks"][key] for key in keys]
         return found[: len(runs)], found[-1] if teacher else None
 
-    def _measure_networks(self, runs: Mapping[str, FinishedRun], taught: FinishedRun | None, teacher: Sequence[str]) -> dict[str, Network]:
+    def _measure_networks(
+        self, runs: Mapping[str, FinishedRun], taught: FinishedRun | None, teacher: Sequence[str]
+    ) -> dict[str, Network]:
         self.say(f"measuring what {len(runs)} students cost")
         opened = {key: _opened(run) for key, run in runs.items()}
         models = [(one.student(), one.info.image_shape) for one in opened.values()]
         of_teacher = _opened(taught) if taught else None
-        models += [(model, of_teacher.info.image_shape) for model in of_teacher.teachers(answering=False)] if of_teacher else []
+        models += (
+            [(model, of_teacher.info.image_shape) for model in of_teacher.teachers(answering=False)]
+            if of_teacher
+            else []
+        )
         with profile.threads(1):  # several threads wait for each other on a busy machine
             costs = profile.measure_together(models, runs=LATENCY_RUNS, seconds=LATENCY_SECONDS)
         groups = [[cost] for cost in costs[: len(runs)]] + [costs[len(runs) :]]
         return {key: _sum(group) for key, group in zip([*runs, *teacher], groups, strict=False)}
 
-    def answers(self, run: FinishedRun, teacher: CommonTeacher, *, best: bool = False) -> dict[str, float]:
+    def answers(
+        self, run: FinishedRun, teacher: CommonTeacher, *, best: bool = False
+    ) -> dict[str, float]:
         """How a run's student compares with that teacher on the test data."""
         key = f"{run.key} {teacher.key}{' best' if best else ''}"
         if key not in self._kept["answers"]:
@@ -147,7 +171,9 @@ class Measured:
 
 
 class CommonTeacher:
-    """The teachers of a run, together. Their answers to the test data are made when they are first asked for."""
+    """The teachers of a run, together. Their answers to the test data are made when they are
+    first asked for.
+    """
 
     def __init__(self, run: FinishedRun) -> None:
         self.run, self.key = run, who_teaches(run.recipe)
@@ -158,7 +184,11 @@ class CommonTeacher:
         first, *others = self.run.recipe.spec.all_teachers().values()
         if others:
             return f"{len(others) + 1} teachers together"
-        return first.model if isinstance(first, ModelOptions) else recipes.load(first.recipe, files=False).spec.name
+        return (
+            first.model
+            if isinstance(first, ModelOptions)
+            else recipes.load(first.recipe, files=False).spec.name
+        )
 
     @functools.cached_property
     def predictions(self) -> Predictions | None:
@@ -174,7 +204,10 @@ class CommonTeacher:
     def compare(self, run: FinishedRun, *, best: bool) -> dict[str, float]:
         """How far a run's student is from it on the test data."""
         opened, device = _opened(run), self._device
-        found = metrics(predict(opened.student(best=best, device=device), opened.data(device=device).test), self.predictions)
+        found = metrics(
+            predict(opened.student(best=best, device=device), opened.data(device=device).test),
+            self.predictions,
+        )
         return {name: found[name] for name in COMPARED_WITH_TEACHER if name in found}
 
     @property
@@ -186,19 +219,32 @@ class CommonTeacher:
 def common_teacher(runs: Sequence[FinishedRun]) -> CommonTeacher | None:
     """The teacher of all those runs that have one, if it is the same."""
     taught = [run for run in runs if run.recipe.spec.all_teachers()]
-    return CommonTeacher(taught[0]) if len({who_teaches(run.recipe) for run in taught}) == 1 else None
+    return (
+        CommonTeacher(taught[0]) if len({who_teaches(run.recipe) for run in taught}) == 1 else None
+    )
 
 
 def who_teaches(recipe: Recipe) -> str:
-    """A digest of what the teachers are, without how they are run; one with random weights is another with each seed."""
+    """A digest of what the teachers are, without how they are run; one with random weights is
+    another with each seed.
+    """
     content, options = recipe.content(), recipe.spec.all_teachers().values()
     seed = [recipe.spec.seed] if any(has_random_weights(one) for one in options) else []
     teachers = [one for one in (content["teacher"], *content["teachers"]) if one]
-    told = [one.get("recipe") or {key: value for key, value in one.items() if key not in TeacherOptions.model_fields} for one in teachers]
+    told = [
+        one.get("recipe")
+        or {key: value for key, value in one.items() if key not in TeacherOptions.model_fields}
+        for one in teachers
+    ]
     return hashlib.sha256(json.dumps([*told, *seed], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _sum(costs: Sequence[profile.Profile]) -> Network:
     """Several networks that answer one after the other."""
     latency = sum(cost.latencies[0].percentile(50) for cost in costs)
-    return Network(sum(c.parameters for c in costs), sum(c.macs for c in costs), sum(c.bytes for c in costs), latency)
+    return Network(
+        sum(c.parameters for c in costs),
+        sum(c.macs for c in costs),
+        sum(c.bytes for c in costs),
+        latency,
+    )

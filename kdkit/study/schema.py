@@ -11,24 +11,37 @@ from kdkit.study.variants import StudySpec
 
 
 def schema(plugins: Registry) -> str:
-    """The schema: a study's own keys, with recipes in their places, of which a variant may have any part."""
+    """The schema: a study's own keys, with recipes in their places, of which a variant may have
+    any part.
+    """
     recipe = json.loads(types.schema(plugins))
     shared = recipe.pop("$defs")
     _require_nothing(shared)
     replaced = {"type": "string", "description": "Recipe file in the place of the base."}
-    variant = {**recipe, "title": "Variant", "properties": {**recipe["properties"], "recipe": replaced}}
+    variant = {
+        **recipe,
+        "title": "Variant",
+        "properties": {**recipe["properties"], "recipe": replaced},
+    }
     content = StudySpec.model_json_schema()
     keys = content["properties"]
     keys["base"]["anyOf"] = [{"type": "string"}, {"$ref": "#/$defs/Recipe"}]
-    keys["variants"]["additionalProperties"] = {"anyOf": [{"$ref": "#/$defs/Variant"}, {"type": "null"}]}
-    keys["extends"] = {"type": "string", "description": "Study file that this one builds on: mappings merge, lists replace."}
+    keys["variants"]["additionalProperties"] = {
+        "anyOf": [{"$ref": "#/$defs/Variant"}, {"type": "null"}]
+    }
+    keys["extends"] = {
+        "type": "string",
+        "description": "Study file that this one builds on: mappings merge, lists replace.",
+    }
     content["$defs"] = {**shared, "Recipe": recipe, "Variant": variant}
     return json.dumps(content, indent=1, sort_keys=True) + "\n"
 
 
 def _require_nothing(node: Any) -> None:
     """What one section lacks may come from the base."""
-    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+    for child in (
+        node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    ):
         _require_nothing(child)
     if isinstance(node, dict) and isinstance(node.get("required"), list):
         del node["required"]

@@ -8,19 +8,34 @@ from kdkit.study.findings import Findings, Teacher, Variant
 
 
 def verdicts(found: Findings) -> str | None:
-    """`6 of 15 variants are better than alone, none is worse, 9 are inconclusive`, and by which test; None without p-values."""
-    told = {v.name: v.difference.verdict for v in found.variants if v.difference and v.difference.p_holm is not None}
+    """`6 of 15 variants are better than alone, none is worse, 9 are inconclusive`, and by which
+    test; None without p-values.
+    """
+    told = {
+        v.name: v.difference.verdict
+        for v in found.variants
+        if v.difference and v.difference.p_holm is not None
+    }
     if len(told) == 1:
         [(name, verdict)] = told.items()
         compared = (
-            f"{name} against {found.baseline}: inconclusive" if verdict == "inconclusive" else f"{name} is {verdict} than {found.baseline}"
+            f"{name} against {found.baseline}: inconclusive"
+            if verdict == "inconclusive"
+            else f"{name} is {verdict} than {found.baseline}"
         )
         return f"{compared} (paired t, 5 %)"
     if not told:
         return None
-    better, worse, rest = (list(told.values()).count(word) for word in ("better", "worse", "inconclusive"))
-    first = f"{_count(better, f' of {len(told)} variants').capitalize()} better than {found.baseline}"
-    return f"{first}, {_count(worse)} worse, {_count(rest)} inconclusive (paired t, Holm-corrected, 5 %)"
+    better, worse, rest = (
+        list(told.values()).count(word) for word in ("better", "worse", "inconclusive")
+    )
+    first = (
+        f"{_count(better, f' of {len(told)} variants').capitalize()} better than {found.baseline}"
+    )
+    return (
+        f"{first}, {_count(worse)} worse, {_count(rest)} inconclusive (paired t, Holm-corrected,"
+        " 5 %)"
+    )
 
 
 def _count(number: int, of: str = "") -> str:
@@ -36,12 +51,19 @@ def training_data(found: Findings) -> str | None:
         if v.length:
             variants.setdefault(v.length.samples, []).append(v.name)
     first, *others = variants.items() if variants else [(0, [])]
-    students = "; ".join([f"the students have {first[0]:,}", *(f"{', '.join(names)}: {count:,}" for count, names in others)])
+    students = "; ".join(
+        [
+            f"the students have {first[0]:,}",
+            *(f"{', '.join(names)}: {count:,}" for count, names in others),
+        ]
+    )
     lengths = list(dict.fromkeys(found.teacher.lengths))
     if not lengths:
         return f"On what the teacher was trained is not known; {students}"
     one = "The teacher was" if len(found.teacher.lengths) == 1 else "Each teacher was"
-    taught = " or ".join(f"{n.samples:,} labelled examples ({n.epochs:,} epochs, {n.steps:,} steps)" for n in lengths)
+    taught = " or ".join(
+        f"{n.samples:,} labelled examples ({n.epochs:,} epochs, {n.steps:,} steps)" for n in lengths
+    )
     return f"{one} trained on {taught}; {students}"
 
 
@@ -52,9 +74,10 @@ def search(found: Findings) -> Iterator[str]:
     tried = "; ".join(f"{key} {', '.join(map(str, values))}" for key, values in whole.keys.items())
     seeds = ", ".join(map(str, whole.seeds))
     yield (
-        f"Chosen for each variant from the same values ({tried}) by top-1 on validation data after the last epoch, mean over "
-        f"seed{'s' * (len(whole.seeds) > 1)} {seeds}, which are not used again; the search took {whole.runs:,} runs and "
-        f"{whole.cpu_seconds:,.0f} s of the processor"
+        f"Chosen for each variant from the same values ({tried}) by top-1 on validation data after"
+        f" the last epoch, mean over seed{'s' * (len(whole.seeds) > 1)} {seeds}, which are not used"
+        f" again; the search took {whole.runs:,} runs and {whole.cpu_seconds:,.0f} s of the"
+        " processor"
     )
     edges = [
         f"{v.name} ({', '.join(f'{key} {v.tuned.values[key]}' for key in v.tuned.edges)})"
@@ -62,18 +85,28 @@ def search(found: Findings) -> Iterator[str]:
         if v.tuned and v.tuned.edges
     ]
     if edges:
-        yield f"The smallest or largest value was chosen, so that the best may lie beyond: {', '.join(edges)}"
+        yield (
+            "The smallest or largest value was chosen, so that the best may lie beyond:"
+            f" {', '.join(edges)}"
+        )
 
 
 def trained(variant: Variant, found: Findings, what: str) -> str:
-    """Steps or images (`what` of its `Length`), and how many times those of the baseline they are where they are not as many."""
+    """Steps or images (`what` of its `Length`), and how many times those of the baseline they
+    are where they are not as many.
+    """
     if variant.length is None:
         return ""
     own: int = getattr(variant.length, what)
-    known = next((getattr(v.length, what) for v in found.variants if v.name == found.baseline and v.length), own)
+    known = next(
+        (getattr(v.length, what) for v in found.variants if v.name == found.baseline and v.length),
+        own,
+    )
     return f"{own:,}" if own == known else f"{own:,} (x {own / known:.3g})"
 
 
 def teacher_trained(teacher: Teacher, what: str) -> str:
     """The same of a teacher, as far as it is known."""
-    return " or ".join(f"{count:,}" for count in dict.fromkeys(getattr(one, what) for one in teacher.lengths))
+    return " or ".join(
+        f"{count:,}" for count in dict.fromkeys(getattr(one, what) for one in teacher.lengths)
+    )

@@ -1,4 +1,6 @@
-"""What runs side by side have in common: each batch is made once, and each frozen teacher answers it once."""
+"""What runs side by side have in common: each batch is made once, and each frozen teacher
+answers it once.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ T = TypeVar("T", Batch, Outputs)
 class Memo:
     """What one run's turn has made, for the others that ask for it at the same place.
 
-    Its time is booked on each run that uses it, so that a run's clock says what the run would take alone.
+    Its time is booked on each run that uses it, so that a run's clock says what the run would take
+    alone.
 
     Attributes:
         clock: of the run whose turn it is.
@@ -65,13 +68,18 @@ class Memo:
             return made
         kept, versions, wall, cpu = self._kept[key]
         if _versions(kept) != versions:
-            raise RunError("a plugin of a run beside this one has changed a batch, or a teacher's answer to it, in place")
+            raise RunError(
+                "a plugin of a run beside this one has changed a batch, or a teacher's answer to"
+                " it, in place"
+            )
         self.clock.add(wall, cpu)
         return cast("T", kept)
 
     def holds(self, inputs: Inputs) -> bool:
         """Whether these are the images of a batch that all see."""
-        return any(isinstance(made, Batch) and made.inputs is inputs for made, *_ in self._kept.values())
+        return any(
+            isinstance(made, Batch) and made.inputs is inputs for made, *_ in self._kept.values()
+        )
 
 
 def _versions(made: Batch | Outputs) -> list[int | None]:
@@ -80,27 +88,38 @@ def _versions(made: Batch | Outputs) -> list[int | None]:
 
 
 class SharedTrainLoader:
-    """Training batches that each are made once, as long as the runs ask for them one after another."""
+    """Training batches that each are made once, as long as the runs ask for them one after
+    another.
+    """
 
     def __init__(self, loader: TrainLoader, memo: Memo) -> None:
-        self.labels, self.indices, self.num_samples, self.indexed = loader.labels, loader.indices, loader.num_samples, loader.indexed
+        self.labels = loader.labels
+        self.indices = loader.indices
+        self.num_samples = loader.num_samples
+        self.indexed = loader.indexed
         self._loader, self._memo = loader, memo
-        self._open: dict[tuple[int, int | None], tuple[int, Iterator[Batch]]] = {}  # epoch and view -> next batch's number, where from
+        # epoch and view -> next batch's number, where from
+        self._open: dict[tuple[int, int | None], tuple[int, Iterator[Batch]]] = {}
 
     def __len__(self) -> int:
         return len(self._loader)
 
-    def epoch(self, number: int, start: int = 0, view: int | None = None, arrange: Arrange | None = None) -> Iterator[Batch]:
+    def epoch(
+        self, number: int, start: int = 0, view: int | None = None, arrange: Arrange | None = None
+    ) -> Iterator[Batch]:
         if arrange is not None:  # a run's own order
             yield from self._loader.epoch(number, start, view, arrange)
             return
         for batch in range(start, len(self)):
-            yield self._memo.once((id(self), number, view, batch), functools.partial(self._make, number, view, batch))
+            yield self._memo.once(
+                (id(self), number, view, batch), functools.partial(self._make, number, view, batch)
+            )
 
     def _make(self, number: int, view: int | None, batch: int) -> Batch:
         following, source = self._open.pop((number, view), (-1, iter(())))
         if following != batch:
-            self._open = {which: rest for which, rest in self._open.items() if which[0] >= number}  # nobody goes back to those
+            # nobody goes back to those
+            self._open = {which: rest for which, rest in self._open.items() if which[0] >= number}
             source = self._loader.epoch(number, batch, view)
         made = next(source)
         if batch + 1 < len(self):
@@ -122,7 +141,8 @@ class SharedEvalLoader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in itertools.count():  # a stream read by several workers has more batches than its length says
+        # a stream read by several workers has more batches than its length says
+        for batch in itertools.count():
             try:
                 made = self._memo.once((id(self), batch), functools.partial(self._make, batch))
             except StopIteration:
@@ -150,7 +170,8 @@ class Sharing:
 
     Args:
         data: as it was opened for them.
-        world: training processes; several measure without giving way, so that they share no batch then.
+        world: training processes; several measure without giving way, so that they share no batch
+            then.
     """
 
     def __init__(self, data: Data, world: int = 1) -> None:
@@ -158,12 +179,24 @@ class Sharing:
         self._alone, self.world = data, world
         self.data = replace(data, train=SharedTrainLoader(data.train, self.memo))
         if world == 1:
-            validation = SharedEvalLoader(data.validation, self.memo) if data.validation is not None else None
-            self.data = replace(self.data, validation=validation, test=SharedEvalLoader(data.test, self.memo))
+            validation = (
+                SharedEvalLoader(data.validation, self.memo)
+                if data.validation is not None
+                else None
+            )
+            self.data = replace(
+                self.data, validation=validation, test=SharedEvalLoader(data.test, self.memo)
+            )
         self._loaders: dict[str, TrainLoader] = {}
         self._demands: dict[str, Demand] = {}  # of all runs together
-        self._teachers: weakref.WeakValueDictionary[tuple[str, str], TappedModel] = weakref.WeakValueDictionary()  # while a run has a view
-        self._wholes: weakref.WeakKeyDictionary[TappedModel, TappedModel] = weakref.WeakKeyDictionary()  # of each run's view
+        # while a run has a view
+        self._teachers: weakref.WeakValueDictionary[tuple[str, str], TappedModel] = (
+            weakref.WeakValueDictionary()
+        )
+        # of each run's view
+        self._wholes: weakref.WeakKeyDictionary[TappedModel, TappedModel] = (
+            weakref.WeakKeyDictionary()
+        )
         self._caches: dict[TappedModel, TeacherCache | GivenAnswers | None] = {}
         self._predictions: dict[tuple[nn.Module, ...], tuple[Predictions | None, float, float]] = {}
 
@@ -175,7 +208,9 @@ class Sharing:
     def opened(self, read: Callable[[], Data]) -> Data:
         return self.data
 
-    def changed(self, key: str, train: TrainLoader, change: Callable[[TrainLoader], TrainLoader]) -> TrainLoader:
+    def changed(
+        self, key: str, train: TrainLoader, change: Callable[[TrainLoader], TrainLoader]
+    ) -> TrainLoader:
         if key not in self._loaders:
             self._loaders[key] = SharedTrainLoader(change(train), self.memo)
         return self._loaders[key]
@@ -184,10 +219,22 @@ class Sharing:
         for demand in demands:
             known = self._demands.get(demand.key, Demand(demand.key, [], False))
             layers = list(dict.fromkeys([*known.layers, *demand.layers]))
-            self._demands[demand.key] = Demand(demand.key, layers, known.needs_logits or demand.needs_logits)
+            self._demands[demand.key] = Demand(
+                demand.key, layers, known.needs_logits or demand.needs_logits
+            )
 
-    def teacher(self, key: Callable[[], str], state: str, layers: Sequence[str], *, needs_logits: bool, build: BuildTeacher) -> TappedModel:
-        """A run's view of a teacher that answers for all, and has the taps that any of them wants."""
+    def teacher(
+        self,
+        key: Callable[[], str],
+        state: str,
+        layers: Sequence[str],
+        *,
+        needs_logits: bool,
+        build: BuildTeacher,
+    ) -> TappedModel:
+        """A run's view of a teacher that answers for all, and has the taps that any of them
+        wants.
+        """
         demand = self._demands[key()]
         whole = self._teachers.get((demand.key, state))
         if whole is None:
@@ -198,7 +245,13 @@ class Sharing:
         return view
 
     @contextlib.contextmanager
-    def answering(self, recipe: Recipe, teachers: Mapping[str, TappedModel], data: Data, warn: Callable[[str], None]) -> Iterator[Data]:
+    def answering(
+        self,
+        recipe: Recipe,
+        teachers: Mapping[str, TappedModel],
+        data: Data,
+        warn: Callable[[str], None],
+    ) -> Iterator[Data]:
         """The caches stay open until all runs have ended."""
         caches = []
         for name, view in teachers.items():
@@ -206,17 +259,23 @@ class Sharing:
             if whole not in self._caches:
                 cache = opening.open_answers(recipe, name, whole, data.info, data.train, warn)
                 self._caches[whole] = cache
-                whole.answers = functools.partial(cache.answer, forward=whole.forward) if cache else None
+                whole.answers = (
+                    functools.partial(cache.answer, forward=whole.forward) if cache else None
+                )
             caches.append(self._caches[whole])
         found = [cache for cache in caches if cache is not None]
 
         def in_kept_views(_: TrainLoader) -> TrainLoader:
-            return functools.reduce(lambda train, cache: cache.loader(train), found, self._alone.train)
+            return functools.reduce(
+                lambda train, cache: cache.loader(train), found, self._alone.train
+            )
 
         key = f"kept {[id(cache) for cache in found]}"
         yield replace(data, train=self.changed(key, data.train, in_kept_views)) if found else data
 
-    def predictions(self, teachers: Sequence[TappedModel], data: Data, *, world: int) -> Predictions | None:
+    def predictions(
+        self, teachers: Sequence[TappedModel], data: Data, *, world: int
+    ) -> Predictions | None:
         key, clock = tuple(teacher.module for teacher in teachers), self.memo.clock
         if key not in self._predictions:
             wall, cpu = clock.wall, clock.cpu
@@ -227,9 +286,19 @@ class Sharing:
         clock.add(wall, cpu)
         return found
 
-    def _answer(self, whole: TappedModel, layers: list[str], needs_logits: bool, inputs: Inputs) -> Outputs:
+    def _answer(
+        self, whole: TappedModel, layers: list[str], needs_logits: bool, inputs: Inputs
+    ) -> Outputs:
         common = self.memo.holds(inputs)  # not a run's own view of the images
-        answer = self.memo.once((id(whole), id(inputs)), lambda: whole(inputs)) if common else whole(inputs)
+        answer = (
+            self.memo.once((id(whole), id(inputs)), lambda: whole(inputs))
+            if common
+            else whole(inputs)
+        )
         features = {name: answer.features[name] for name in layers}
         mask = answer.mask
-        return Outputs(answer.logits, features, mask=mask) if needs_logits else features_only(features, whole.role, mask)
+        return (
+            Outputs(answer.logits, features, mask=mask)
+            if needs_logits
+            else features_only(features, whole.role, mask)
+        )

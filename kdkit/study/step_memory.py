@@ -23,10 +23,11 @@ MEASURED = "kdkit: measured"  # its place in the profiler's record
 
 
 def step_memory(recipe: Recipe, folder: Path) -> int:
-    """Bytes that the second step of a recipe's first stage allocates at most, beyond what was there before it.
+    """Bytes that the second step of a recipe's first stage allocates at most, beyond what was
+    there before it.
 
-    The first step makes what the optimizer remembers. Weights, data and that are there before; activations, gradients and temporary
-    tensors count.
+    The first step makes what the optimizer remembers. Weights, data and that are there before;
+    activations, gradients and temporary tensors count.
 
     Args:
         recipe: what was trained.
@@ -37,7 +38,9 @@ def step_memory(recipe: Recipe, folder: Path) -> int:
     return peak_memory(lambda: next(steps), trainer.accelerator.device, warm_up=True)
 
 
-def peak_memory(run: Callable[[], object], device: torch.device | None = None, *, warm_up: bool = False) -> int:
+def peak_memory(
+    run: Callable[[], object], device: torch.device | None = None, *, warm_up: bool = False
+) -> int:
     """Bytes that a run allocates at once, beyond what was there before.
 
     Args:
@@ -45,7 +48,11 @@ def peak_memory(run: Callable[[], object], device: torch.device | None = None, *
         device: where (default: the CPU).
         warm_up: run it once before; what that leaves behind is there before.
     """
-    return _on_gpu(run, device, warm_up) if device is not None and device.type == "cuda" else _on_cpu(run, warm_up)
+    return (
+        _on_gpu(run, device, warm_up)
+        if device is not None and device.type == "cuda"
+        else _on_cpu(run, warm_up)
+    )
 
 
 def _on_gpu(run: Callable[[], object], device: torch.device, warm_up: bool) -> int:
@@ -63,14 +70,18 @@ def _on_cpu(run: Callable[[], object], warm_up: bool) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of itself otherwise
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         if warm_up:
-            run()  # recorded too: the profiler knows the size of a block that is given back only if it saw it being taken
+            # recorded too: the profiler knows the size of a block that is given back only if it saw
+            # it being taken
+            run()
         with record_function(MEASURED):
             run()
     with tempfile.TemporaryDirectory() as folder:
         recorded.export_chrome_trace(str(Path(folder) / "trace.json"))
         events = json.loads((Path(folder) / "trace.json").read_text())["traceEvents"]
     begins = next(event["ts"] for event in events if event["name"] == MEASURED)
-    memory = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
+    memory = sorted(
+        (event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"
+    )
     before = sum(size for at, size in memory if at < begins)
     levels = itertools.accumulate((size for at, size in memory if at >= begins), initial=before)
     return int(max(levels) - before)
@@ -80,7 +91,12 @@ def _trainer(recipe: Recipe, folder: Path) -> Trainer:
     """The trainer of the first stage, as a run makes it."""
     accelerator = build_accelerator(recipe.spec.train)
     prepared = training.open_data(recipe, accelerator)
-    factory = ModelFactory(recipe, prepared.info, training.trained_teachers(recipe, folder, quiet=True), device=accelerator.device)
+    factory = ModelFactory(
+        recipe,
+        prepared.info,
+        training.trained_teachers(recipe, folder, quiet=True),
+        device=accelerator.device,
+    )
     schedule = recipe.plugins.schedules[recipe.spec.schedule.use](recipe.spec.schedule)
     reseed(recipe.spec.seed, "stage", 0)
     stage = next(iter(schedule.stages(factory)))

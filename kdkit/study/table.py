@@ -16,12 +16,21 @@ from kdkit.study.lockstep import passes
 from kdkit.study.sentences import search, teacher_trained, trained, training_data, verdicts
 from kdkit.study.variants import Study
 
-Cells = tuple[str, Callable[[Variant], str], Callable[[Teacher], str]]  # title, of a variant, of the teacher
+# title, of a variant, of the teacher
+Cells = tuple[str, Callable[[Variant], str], Callable[[Teacher], str]]
 
 
 def tables(found: Findings, width: int = 160, show: Sequence[str] = ()) -> list[Table]:
-    """One table, or two where one would be wider than so many columns of a terminal: results (`show`: further metrics), then costs."""
-    results, costs = [*_results(found), *map(_further, show)], [*_lengths(found), *_costs(found.teacher)]
+    """One table, or two where one would be wider than so many columns of a terminal: results
+    (`show`: further metrics), then costs.
+    """
+    results, costs = (
+        [*_results(found), *map(_further, show)],
+        [
+            *_lengths(found),
+            *_costs(found.teacher),
+        ],
+    )
     whole = _table(found, [*results, *costs])
     fits = Console(width=10_000).measure(whole).maximum <= width
     return [whole] if fits else [_table(found, results), _table(found, costs)]
@@ -38,34 +47,54 @@ def caption(found: Findings) -> Iterator[str]:
         seeds = "no run is finished"
     parts = [f"Test data, {found.moment}; {seeds}"]
     if any(variant.difference for variant in found.variants):
-        level = " [95 % interval by t]" if any(v.difference and v.difference.t for v in found.variants) else ""
+        level = (
+            " [95 % interval by t]"
+            if any(v.difference and v.difference.t for v in found.variants)
+            else ""
+        )
         parts.append(f"difference to {found.baseline}, seed by seed{level}")
-    if any(variant.difference and variant.difference.p_holm is not None for variant in found.variants):
-        parts.append("p: of that difference by the paired t distribution, corrected for the number of variants by Holm's method")
+    if any(
+        variant.difference and variant.difference.p_holm is not None for variant in found.variants
+    ):
+        parts.append(
+            "p: of that difference by the paired t distribution, corrected for the number of"
+            " variants by Holm's method"
+        )
     if any(variant.best for variant in found.variants):
         parts.append("best: test data at the epoch that is best on validation")
     if any("agreement" in variant.last for variant in found.variants):
-        parts.append("agreement with the teacher" if found.teacher else "agreement with each variant's own teacher")
+        parts.append(
+            "agreement with the teacher"
+            if found.teacher
+            else "agreement with each variant's own teacher"
+        )
     yield "; ".join(parts) + "."
     for sentence in (verdicts(found), training_data(found), *search(found)):
         if sentence:
             yield f"{sentence}."
     yield (
-        "Costs of one run: optimizer steps of all its stages, the images that they show, each as often as it comes (x: times the "
-        "baseline's); training time as it would take alone, processor time, largest memory of a step, images per second; network as "
-        "exported: multiply-accumulates and median latency of one image on one thread."
+        "Costs of one run: optimizer steps of all its stages, the images that they show, each as"
+        " often as it comes (x: times the baseline's); training time as it would take alone,"
+        " processor time, largest memory of a step, images per second; network as exported:"
+        " multiply-accumulates and median latency of one image on one thread."
     )
     for variant in found.variants:
-        yield from (f"failed: {variant.name}, seed {seed}: {reason}" for seed, reason in variant.failures.items())
+        yield from (
+            f"failed: {variant.name}, seed {seed}: {reason}"
+            for seed, reason in variant.failures.items()
+        )
     spent = found.together
     yield (
-        f"Together: {spent['trained']:.0f} runs trained for this study, their teachers included, in {spent['wall']:,.0f} s and "
-        f"{spent['cpu']:,.0f} s of the processor; {spent['reused']:.0f} taken from elsewhere."
+        f"Together: {spent['trained']:.0f} runs trained for this study, their teachers included, in"
+        f" {spent['wall']:,.0f} s and {spent['cpu']:,.0f} s of the processor; {spent['reused']:.0f}"
+        " taken from elsewhere."
     )
 
 
 def planned(study: Study, max_parallel: int | None = None) -> Iterator[Table | str]:
-    """Which runs a study has, how long they train, in what its variants differ, and what is left to do."""
+    """Which runs a study has, how long they train, in what its variants differ, and what is left
+    to do.
+    """
     lengths = check(study)
     if study.tune:
         searching = trainings(study.search)
@@ -73,7 +102,10 @@ def planned(study: Study, max_parallel: int | None = None) -> Iterator[Table | s
         if not all(each.result for each in searching):
             seeds = _seeds(study.seeds)
             yield _left(searching, {}, max_parallel)
-            yield f"Each variant then trains with {seeds} at its point that is best on validation; the longest takes: {_longest(lengths)}"
+            yield (
+                f"Each variant then trains with {seeds} at its point that is best on validation;"
+                f" the longest takes: {_longest(lengths)}"
+            )
             return
         study, _ = after_search(study, searching)
     runs = trainings(study)
@@ -82,20 +114,27 @@ def planned(study: Study, max_parallel: int | None = None) -> Iterator[Table | s
 
 
 def _left(runs: Sequence[Training], lengths: Mapping[str, Length], max_parallel: int | None) -> str:
-    """What is to be trained yet, in runs, passes, and, where the lengths are known, steps and images."""
+    """What is to be trained yet, in runs, passes, and, where the lengths are known, steps and
+    images.
+    """
     left = list({each.folder: each for each in runs if each.result is None}.values())
     every = len({each.folder for each in runs})
     told = f"{every} runs: {every - len(left)} trained already, {len(left)} to train"
     if not left:
         return f"{told}."
-    told += (
-        f" in {_count_of(len(passes([each.recipe for each in left], max_parallel)), 'pass', 'passes')} (runs of a pass are side by side)"
-    )
+    count = len(passes([each.recipe for each in left], max_parallel))
+    told += f" in {_count_of(count, 'pass', 'passes')} (runs of a pass are side by side)"
     if not lengths:
         return f"{told}."
-    steps, images = (sum(getattr(lengths[each.variant], key) for each in left) for key in ("steps", "images"))
+    steps, images = (
+        sum(getattr(lengths[each.variant], key) for each in left) for key in ("steps", "images")
+    )
     taught = sum(lengths[each.variant].images for each in left if each.recipe.spec.all_teachers())
-    shared = f", {taught:,} of them with a teacher, which answers once for all runs of a pass" if taught else ""
+    shared = (
+        f", {taught:,} of them with a teacher, which answers once for all runs of a pass"
+        if taught
+        else ""
+    )
     return f"{told}: {steps:,} steps, {images:,} images{shared}."
 
 
@@ -107,22 +146,39 @@ def _longest(lengths: Mapping[str, Length]) -> str:
     return ", ".join(f"{name} {one.steps:,} steps" for name, one in lengths.items())
 
 
-def _planned(study: Study, runs: Sequence[Training], lengths: Mapping[str, Length], named: Iterable[str] = ()) -> Table:
+def _planned(
+    study: Study, runs: Sequence[Training], lengths: Mapping[str, Length], named: Iterable[str] = ()
+) -> Table:
     """A row a variant; differences in the keys of which its name tells are not told again."""
-    columns = ("variant", "trained", "to train", *(["steps", "images"] if lengths else []), "what it is")
+    columns = (
+        "variant",
+        "trained",
+        "to train",
+        *(["steps", "images"] if lengths else []),
+        "what it is",
+    )
     table = Table(*columns, box=None, pad_edge=False)
     told = {name: about(recipe) for name, recipe in study.variants.items()}
     for other in unequal(study.variants, study.baseline, tuple(named)):
         told[other.variant] += f"; {other.key} {other.value} ({study.baseline}: {other.baseline})"
     for name in study.variants:
-        done, left = ([each.seed for each in runs if each.variant == name and bool(each.result) is state] for state in (True, False))
+        done, left = (
+            [each.seed for each in runs if each.variant == name and bool(each.result) is state]
+            for state in (True, False)
+        )
         length = [f"{lengths[name].steps:,}", f"{lengths[name].images:,}"] if lengths else []
         table.add_row(name, _seeds(done), _seeds(left), *length, told[name])
     return table
 
 
 def _seeds(numbers: Sequence[int]) -> str:
-    return f"seeds {', '.join(map(str, numbers))}" if len(numbers) > 1 else f"seed {numbers[0]}" if numbers else ""
+    return (
+        f"seeds {', '.join(map(str, numbers))}"
+        if len(numbers) > 1
+        else f"seed {numbers[0]}"
+        if numbers
+        else ""
+    )
 
 
 def _table(found: Findings, columns: Sequence[Cells]) -> Table:
@@ -130,7 +186,9 @@ def _table(found: Findings, columns: Sequence[Cells]) -> Table:
     for title, *_ in columns:
         table.add_column(title, justify="right", no_wrap=True)
     if teacher := found.teacher:
-        table.add_row(f"teacher {teacher.name}", *(of_teacher(teacher) for _, _, of_teacher in columns))
+        table.add_row(
+            f"teacher {teacher.name}", *(of_teacher(teacher) for _, _, of_teacher in columns)
+        )
     for variant in found.variants:
         table.add_row(variant.name, *(of(variant) for _, of, _ in columns))
     return table
@@ -140,26 +198,42 @@ def _results(found: Findings) -> Iterator[Cells]:
     yield "top-1 %", lambda v: spread(v.last.get("top1", ())), lambda t: _number(t.last.get("top1"))
     if any(variant.difference for variant in found.variants):
         yield "difference", lambda v: shown(v.difference) if v.difference else "", lambda _: ""
-    if any(variant.difference and variant.difference.p_holm is not None for variant in found.variants):
+    if any(
+        variant.difference and variant.difference.p_holm is not None for variant in found.variants
+    ):
         yield "p", lambda v: p_value_shown(v.difference), lambda _: ""
     if any(variant.tuned for variant in found.variants):
         yield "chosen", lambda v: v.tuned.point if v.tuned else "", lambda _: ""
     if any(variant.best for variant in found.variants):
         yield "best %", lambda v: spread(v.best.get("top1", ())), lambda _: ""
-        yield "best difference", lambda v: shown(gained) if (gained := at_best(found, v)) else "", lambda _: ""
+        yield (
+            "best difference",
+            lambda v: shown(gained) if (gained := at_best(found, v)) else "",
+            lambda _: "",
+        )
     if any("agreement" in variant.last for variant in found.variants):
         yield "agreement %", lambda v: spread(v.last.get("agreement", ())), lambda _: ""
 
 
 def _lengths(found: Findings) -> Iterator[Cells]:
     yield "steps", lambda v: trained(v, found, "steps"), lambda t: teacher_trained(t, "steps")
-    yield "images seen", lambda v: trained(v, found, "images"), lambda t: teacher_trained(t, "images")
+    yield (
+        "images seen",
+        lambda v: trained(v, found, "images"),
+        lambda t: teacher_trained(t, "images"),
+    )
 
 
 def _further(metric: str) -> Cells:
-    title = {"loss": "training loss", "late_loss": "training loss, last 60 % of epochs", **TITLES}[metric]
+    title = {"loss": "training loss", "late_loss": "training loss, last 60 % of epochs", **TITLES}[
+        metric
+    ]
     digits = 2 if title.endswith("%") else 3
-    return title, lambda v: spread(v.last.get(metric, ()), digits), lambda t: _number(t.last.get(metric), digits)
+    return (
+        title,
+        lambda v: spread(v.last.get(metric, ()), digits),
+        lambda t: _number(t.last.get(metric), digits),
+    )
 
 
 def _costs(teacher: Teacher | None) -> Iterable[Cells]:
@@ -172,9 +246,17 @@ def _costs(teacher: Teacher | None) -> Iterable[Cells]:
         ("CPU s", lambda v: f"{v.cost.cpu_seconds:,.1f}" if v.cost else "", lambda _: ""),
         ("MiB", lambda v: f"{v.cost.memory / 2**20:,.2f}" if v.cost else "", lambda _: ""),
         ("images/s", lambda v: f"{v.cost.images_per_second:,.0f}" if v.cost else "", lambda _: ""),
-        ("parameters", lambda v: f"{v.cost.parameters:,}" if v.cost else "", lambda t: f"{t.parameters:,}"),
+        (
+            "parameters",
+            lambda v: f"{v.cost.parameters:,}" if v.cost else "",
+            lambda t: f"{t.parameters:,}",
+        ),
         ("MACs", lambda v: _count(v.cost.macs) if v.cost else "", lambda t: _count(t.macs)),
-        ("latency", lambda v: latency(v.cost.latency) if v.cost else "", lambda t: f"{1000 * t.latency:.2f} ms"),
+        (
+            "latency",
+            lambda v: latency(v.cost.latency) if v.cost else "",
+            lambda t: f"{1000 * t.latency:.2f} ms",
+        ),
     ]
 
 
@@ -183,5 +265,7 @@ def _number(value: float | None, digits: int = 2) -> str:
 
 
 def _count(value: float) -> str:
-    unit, name = next(((u, n) for u, n in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if value >= u), (1.0, ""))
+    unit, name = next(
+        ((u, n) for u, n in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if value >= u), (1.0, "")
+    )
     return f"{value / unit:,.2f} {name}" if name else f"{value:,.0f}"

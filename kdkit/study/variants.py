@@ -1,4 +1,6 @@
-"""Loads a study: variants of a recipe, over a grid and several seeds; every problem is told with file and line."""
+"""Loads a study: variants of a recipe, over a grid and several seeds; every problem is told with
+file and line.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,15 @@ import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from kdkit import recipe as recipes
-from kdkit.contracts.options import LONGEST_NAME, RUN_NAME, FolderPath, Options, RecipePath, Text, path_of
+from kdkit.contracts.options import (
+    LONGEST_NAME,
+    RUN_NAME,
+    FolderPath,
+    Options,
+    RecipePath,
+    Text,
+    path_of,
+)
 from kdkit.errors import RecipeError, dotted, one_line, shorten, shown, suggest
 from kdkit.recipe import Recipe
 from kdkit.recipe.explain import explain_source
@@ -27,39 +37,76 @@ from kdkit.study.grid import Grid, has
 
 SEEDS = 3  # where nothing says how many
 MARKS = ("variants", "vary", "tune", "base")  # keys that a study has and a recipe has not
-Shown = Literal["loss", "late_loss", "top5", "balanced_accuracy", "macro_f1", "nll", "ece", "kl_to_teacher", "logit_difference"]
+Shown = Literal[
+    "loss",
+    "late_loss",
+    "top5",
+    "balanced_accuracy",
+    "macro_f1",
+    "nll",
+    "ece",
+    "kl_to_teacher",
+    "logit_difference",
+]
 MOST_SEEDS = 1000
 MOST_VARIANTS = 1000  # those of the grid among them, and all points of a search
 Seed = Annotated[int, Field(ge=0, strict=True)]
-Seeds = Annotated[int, Field(gt=0, le=MOST_SEEDS, strict=True)] | Annotated[list[Seed], Field(min_length=1, max_length=MOST_SEEDS)]
+Seeds = (
+    Annotated[int, Field(gt=0, le=MOST_SEEDS, strict=True)]
+    | Annotated[list[Seed], Field(min_length=1, max_length=MOST_SEEDS)]
+)
 
 
 class StudySpec(Options):
     """A study: what is compared, and over which seeds."""
 
-    name: str = Field(pattern=RUN_NAME, max_length=LONGEST_NAME, description="Name of the study and of its folder.")
+    name: str = Field(
+        pattern=RUN_NAME,
+        max_length=LONGEST_NAME,
+        description="Name of the study and of its folder.",
+    )
     question: str = Field(default="", description="What it asks, for its report.")
     base: RecipePath | dict[str, Any] | None = Field(
-        default=None, description="Recipe that the variants build on: a file, or a recipe written out."
+        default=None,
+        description="Recipe that the variants build on: a file, or a recipe written out.",
     )
-    baseline: str | None = Field(default=None, description="Variant that the others are compared with (default: the first).")
+    baseline: str | None = Field(
+        default=None, description="Variant that the others are compared with (default: the first)."
+    )
     variants: dict[str, dict[str, Any] | None] = Field(
-        default_factory=dict, description="By name, what is merged over the base; `recipe: FILE` takes another recipe in its place."
+        default_factory=dict,
+        description=(
+            "By name, what is merged over the base; `recipe: FILE` takes another recipe in its"
+            " place."
+        ),
     )
     vary: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
         default_factory=dict,
-        description="Values by key path: every variant that has the key is trained with each; several keys are a grid.",
+        description=(
+            "Values by key path: every variant that has the key is trained with each; several keys"
+            " are a grid."
+        ),
     )
     tune: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
         default_factory=dict,
-        description="Values by key path, which all variants have: each is trained with all combinations, and goes on with the one that is "
-        "best on validation data.",
+        description=(
+            "Values by key path, which all variants have: each is trained with all combinations,"
+            " and goes on with the one that is best on validation data."
+        ),
     )
-    tune_seeds: Seeds = Field(default=2, description="Of the search: how many (the first that are not in `seeds`), or which.")
+    tune_seeds: Seeds = Field(
+        default=2,
+        description="Of the search: how many (the first that are not in `seeds`), or which.",
+    )
     seeds: Seeds = Field(default=SEEDS, description="How many (0, 1, 2...), or which.")
-    allow: tuple[str, ...] = Field(default=(), description="Keys in which variants may differ although they are not what is compared.")
+    allow: tuple[str, ...] = Field(
+        default=(),
+        description="Keys in which variants may differ although they are not what is compared.",
+    )
     show: tuple[Shown, ...] = Field(default=(), description="Further columns of the table.")
-    folder: FolderPath | None = Field(default=None, description="In place of the recipes' `run.folder`.")
+    folder: FolderPath | None = Field(
+        default=None, description="In place of the recipes' `run.folder`."
+    )
 
     @field_validator("seeds", "tune_seeds")
     @classmethod
@@ -71,7 +118,9 @@ class StudySpec(Options):
 
 @dataclass(frozen=True)
 class Point:
-    """One combination of values in a search: what it is called, its values by key, and a variant's recipe with these."""
+    """One combination of values in a search: what it is called, its values by key, and a
+    variant's recipe with these.
+    """
 
     label: str
     values: Mapping[str, Any]
@@ -83,7 +132,8 @@ class Study:
     """Variants, each a valid recipe, and the seeds that each is trained with.
 
     Attributes:
-        variants: recipes by the variants' names, the baseline among them; their own `seed` does not count.
+        variants: recipes by the variants' names, the baseline among them; their own `seed` does not
+            count.
         allow: keys in which they may differ beside those that say what is learnt from whom.
         folder: in which the study has its folder.
         show: metrics that its table has beside the usual ones.
@@ -108,17 +158,31 @@ class Study:
 
     @property
     def search(self) -> Study:
-        """The study that a search is: every point of every variant, with seeds that this one does not have."""
-        places = {point_name(name, point): point.recipe for name, points in self.points.items() for point in points}
+        """The study that a search is: every point of every variant, with seeds that this one
+        does not have.
+        """
+        places = {
+            point_name(name, point): point.recipe
+            for name, points in self.points.items()
+            for point in points
+        }
         wanted = self.tune_seeds
         seeds = tuple(wanted) if isinstance(wanted, Sequence) else _first(wanted, but=self.seeds)
         baseline = point_name(self.baseline, self.points[self.baseline][0])
-        search = replace(self, name=f"{self.name}-search", baseline=baseline, variants=_renamed(places), seeds=seeds)
+        search = replace(
+            self,
+            name=f"{self.name}-search",
+            baseline=baseline,
+            variants=_renamed(places),
+            seeds=seeds,
+        )
         return search.without_search()
 
     def chosen(self, points: Mapping[str, Point]) -> Study:
         """This study with each variant at its point of the search."""
-        return replace(self, variants=_renamed({name: point.recipe for name, point in points.items()})).without_search()
+        return replace(
+            self, variants=_renamed({name: point.recipe for name, point in points.items()})
+        ).without_search()
 
     def without_search(self) -> Study:
         """What is left to do when the search is over: what it has chosen may differ."""
@@ -137,17 +201,35 @@ class Study:
     def dump(self) -> str:
         """A study file that repeats it without any other file of recipes than the teachers'."""
         specs = {name: recipe.spec for name, recipe in self.variants.items()}
-        written = {name: spec.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude={"seed"}) for name, spec in specs.items()}
-        content = {"name": self.name, "question": self.question, "baseline": self.baseline, "folder": str(self.folder)}
+        written = {
+            name: spec.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude={"seed"})
+            for name, spec in specs.items()
+        }
+        content = {
+            "name": self.name,
+            "question": self.question,
+            "baseline": self.baseline,
+            "folder": str(self.folder),
+        }
         tune = {"tune": dict(self.tune), "tune_seeds": self.tune_seeds} if self.tune else {}
-        rest = {**tune, "seeds": list(self.seeds), "allow": list(self.allow), "show": list(self.show), "variants": written}
+        rest = {
+            **tune,
+            "seeds": list(self.seeds),
+            "allow": list(self.allow),
+            "show": list(self.show),
+            "variants": written,
+        }
         return yaml.safe_dump({**content, **rest}, sort_keys=False, allow_unicode=True, width=120)
 
 
 def load(
-    paths: Sequence[Path], overrides: Mapping[str, Any] | None = None, plugins: Sequence[Path] = (), *, seeds: int | None = None,
+    paths: Sequence[Path],
+    overrides: Mapping[str, Any] | None = None,
+    plugins: Sequence[Path] = (),
+    *,
+    seeds: int | None = None,
     allow: Sequence[str] = (),
-) -> Study:  # fmt: skip
+) -> Study:
     """Read one study file, or several recipes to be compared (the first is the baseline).
 
     Args:
@@ -167,17 +249,37 @@ def load(
     opened = {path: Source(path) for path in paths}
     studies = [path for path, source in opened.items() if any(key in source.data for key in MARKS)]
     if studies and len(paths) > 1:
-        raise RecipeError(f"{studies[0]}: is a study, which is compared by itself: give one study, or recipes only")
-    found = _Loader(opened[studies[0]], overrides, plugins).study() if studies else _of_recipes(list(opened), overrides, plugins)
+        raise RecipeError(
+            f"{studies[0]}: is a study, which is compared by itself: give one study, or recipes"
+            " only"
+        )
+    found = (
+        _Loader(opened[studies[0]], overrides, plugins).study()
+        if studies
+        else _of_recipes(list(opened), overrides, plugins)
+    )
     found = replace(found, seeds=tuple(range(seeds)) if seeds else found.seeds)
-    if shared := {*found.seeds} & ({*found.tune_seeds} if isinstance(found.tune_seeds, Sequence) else set()):
+    if shared := {*found.seeds} & (
+        {*found.tune_seeds} if isinstance(found.tune_seeds, Sequence) else set()
+    ):
         where = opened[studies[0]].where(["tune_seeds"])
         raise RecipeError(
-            f"{where}: tune_seeds: {min(shared)} is one of the study's own seeds; runs that choose are not those that are told"
+            f"{where}: tune_seeds: {min(shared)} is one of the study's own seeds; runs that choose"
+            " are not those that are told"
         )
     words = [*map(_seen_from_here, paths), *override_words(overrides or {})]
-    words += [*(["--seeds", str(seeds)] if seeds else []), *(word for key in allow for word in ("--allow", key))]
-    command = shlex.join(["kdkit", "compare", *words, *(word for path in plugins for word in ("--plugins", _seen_from_here(path)))])
+    words += [
+        *(["--seeds", str(seeds)] if seeds else []),
+        *(word for key in allow for word in ("--allow", key)),
+    ]
+    command = shlex.join(
+        [
+            "kdkit",
+            "compare",
+            *words,
+            *(word for path in plugins for word in ("--plugins", _seen_from_here(path))),
+        ]
+    )
     return replace(found, allow=(*found.allow, *allow), command=command)
 
 
@@ -200,32 +302,53 @@ def safe(names: Iterable[str]) -> dict[str, str]:
     called: dict[str, str] = {}
     taken: set[str] = set()
     for name in names:
-        plain = re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-._")[: LONGEST_NAME - 20] or "variant"  # with room for a number and a seed
+        # with room for a number and a seed
+        plain = re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-._")[: LONGEST_NAME - 20] or "variant"
         numbered = (f"{plain}-{number}" for number in itertools.count(2))
-        called[name] = next(word for word in itertools.chain([plain], numbered) if word not in taken)
+        called[name] = next(
+            word for word in itertools.chain([plain], numbered) if word not in taken
+        )
         taken.add(called[name])
     return called
 
 
-def _of_recipes(paths: Sequence[Path], overrides: Mapping[str, Any] | None, plugins: Sequence[Path]) -> Study:
+def _of_recipes(
+    paths: Sequence[Path], overrides: Mapping[str, Any] | None, plugins: Sequence[Path]
+) -> Study:
     problems, variants = _Problems(), dict[str, Recipe]()
     for path in paths:
         with problems.of(str(path)):
             one = recipes.load(path, overrides, plugins)
-            more = (f"{one.spec.name}, {path.stem}{f' {number}' if number else ''}" for number in itertools.count())
-            variants[next(name for name in itertools.chain([one.spec.name], more) if name not in variants)] = one
+            more = (
+                f"{one.spec.name}, {path.stem}{f' {number}' if number else ''}"
+                for number in itertools.count()
+            )
+            variants[
+                next(
+                    name for name in itertools.chain([one.spec.name], more) if name not in variants
+                )
+            ] = one
     problems.raise_if_any(len(paths))
     renamed = _renamed(variants)
     first, *others = renamed.values()
-    joined = "-".join(one.spec.name for one in renamed.values()) if others else f"{first.spec.name}-study"  # a run of its own has its name
+    # a run of its own has its name
+    joined = (
+        "-".join(one.spec.name for one in renamed.values())
+        if others
+        else f"{first.spec.name}-study"
+    )
     name = joined if len(joined) <= 60 else f"{first.spec.name}-and-{len(others)}-others"
-    return Study(name, "", next(iter(variants)), renamed, tuple(range(SEEDS)), (), first.spec.run.folder)
+    return Study(
+        name, "", next(iter(variants)), renamed, tuple(range(SEEDS)), (), first.spec.run.folder
+    )
 
 
 class _Loader:
     """One study file on its way to a study."""
 
-    def __init__(self, source: Source, overrides: Mapping[str, Any] | None, plugins: Sequence[Path]) -> None:
+    def __init__(
+        self, source: Source, overrides: Mapping[str, Any] | None, plugins: Sequence[Path]
+    ) -> None:
         self.source, self.plugins = source, plugins
         try:
             self.spec = StudySpec.model_validate(source.data)
@@ -237,7 +360,9 @@ class _Loader:
 
     def study(self) -> Study:
         spec, names = self.spec, list(self.spec.variants) or [self.spec.name]
-        problems, sources, plain = _Problems(), dict[str, Source](), dict[str, Recipe]()
+        problems = _Problems()
+        sources = dict[str, Source]()
+        plain = dict[str, Recipe]()
         for name in names:
             with problems.of(name):
                 sources[name] = self._source(name)
@@ -260,29 +385,54 @@ class _Loader:
         seeds = tuple(range(spec.seeds)) if isinstance(spec.seeds, int) else tuple(spec.seeds)
         folder = variants[baseline].spec.run.folder
         return Study(
-            spec.name, spec.question, baseline, _renamed(variants), seeds, (*spec.allow, *spec.vary), folder, spec.show,
-            tune=spec.tune, tune_seeds=spec.tune_seeds, points=self._points(variants) if spec.tune else {},
-        )  # fmt: skip
+            spec.name,
+            spec.question,
+            baseline,
+            _renamed(variants),
+            seeds,
+            (*spec.allow, *spec.vary),
+            folder,
+            spec.show,
+            tune=spec.tune,
+            tune_seeds=spec.tune_seeds,
+            points=self._points(variants) if spec.tune else {},
+        )
 
     def _points(self, variants: Mapping[str, Recipe]) -> dict[str, tuple[Point, ...]]:
         """All combinations of the values to be tuned, for every variant the same."""
-        tune, grid, problems = self.spec.tune, Grid(self.source, self.spec.tune, "tune"), _Problems()
+        tune = self.spec.tune
+        grid = Grid(self.source, self.spec.tune, "tune")
+        problems = _Problems()
         if (count := len(variants) * math.prod(map(len, tune.values()))) > MOST_VARIANTS:
-            raise self._error(["tune"], f"makes {count:,} points, those of all variants together, more than {MOST_VARIANTS:,}")
+            raise self._error(
+                ["tune"],
+                f"makes {count:,} points, those of all variants together, more than"
+                f" {MOST_VARIANTS:,}",
+            )
         for name, one in variants.items():
             with problems.of(name):
                 for key in tune:
                     if not has(one.spec, key.split(".")):
-                        raise self._error(["tune", key], "every variant needs this key, or some would be searched more than others")
+                        raise self._error(
+                            ["tune", key],
+                            "every variant needs this key, or some would be searched more than"
+                            " others",
+                        )
                 if not one.spec.data.validation:
-                    raise self._error(["tune"], "the search chooses on validation data; set `data.validation`")
+                    raise self._error(
+                        ["tune"], "the search chooses on validation data; set `data.validation`"
+                    )
         problems.raise_if_any(len(variants))
         found: dict[str, tuple[Point, ...]] = {}
         for name, one in variants.items():
             with problems.of(name):
                 combinations = zip(grid.points(one), itertools.product(*tune.values()), strict=True)
                 found[name] = tuple(
-                    Point(", ".join(labels), dict(zip(tune, values, strict=True)), self._read(one.source, nodes))
+                    Point(
+                        ", ".join(labels),
+                        dict(zip(tune, values, strict=True)),
+                        self._read(one.source, nodes),
+                    )
                     for (labels, nodes), values in combinations
                 )
         problems.raise_if_any(len(variants))
@@ -304,7 +454,13 @@ class _Loader:
         path = self.spec.base
         if isinstance(path, Path) and not os.path.isfile(path):
             raise self._error(["base"], f"no such file: {path}")
-        return Source(path) if isinstance(path, Path) else self.source.section(["base"]) if path is not None else None
+        return (
+            Source(path)
+            if isinstance(path, Path)
+            else self.source.section(["base"])
+            if path is not None
+            else None
+        )
 
     def _source(self, name: str) -> Source:
         """A variant's keys over its base, each with the place where it is written."""
@@ -326,7 +482,9 @@ class _Loader:
     def _baseline(self, names: Sequence[str], firsts: Mapping[str, str]) -> str:
         wanted = self.spec.baseline
         if wanted is not None and wanted not in names and wanted not in firsts:
-            raise self._error(["baseline"], f"there is no variant '{wanted}'; {suggest(wanted, names)}")
+            raise self._error(
+                ["baseline"], f"there is no variant '{wanted}'; {suggest(wanted, names)}"
+            )
         return names[0] if wanted is None else wanted if wanted in names else firsts[wanted]
 
     def _error(self, location: Sequence[str], says: str) -> RecipeError:
@@ -334,7 +492,9 @@ class _Loader:
 
 
 class _Problems:
-    """What is wrong with some variants: each line once, and with the variants' names where others do not have it."""
+    """What is wrong with some variants: each line once, and with the variants' names where
+    others do not have it.
+    """
 
     def __init__(self) -> None:
         self.found: dict[str, list[str]] = {}
@@ -352,7 +512,11 @@ class _Problems:
         """Raise them all, if any; there are so many variants."""
         if self.found:
             told = (
-                line if len(names) >= variants else f"{line} (variant {shorten(one_line('; '.join(names)))})"
+                (
+                    line
+                    if len(names) >= variants
+                    else f"{line} (variant {shorten(one_line('; '.join(names)))})"
+                )
                 for line, names in self.found.items()
             )
             raise RecipeError("\n".join(told))
@@ -361,4 +525,7 @@ class _Problems:
 def _renamed(variants: Mapping[str, Recipe]) -> dict[str, Recipe]:
     """The recipes, each called as its folder is."""
     words = safe(variants)
-    return {name: replace(one, spec=one.spec.model_copy(update={"name": words[name]})) for name, one in variants.items()}
+    return {
+        name: replace(one, spec=one.spec.model_copy(update={"name": words[name]}))
+        for name, one in variants.items()
+    }

@@ -1,15 +1,17 @@
 """Checks of what every loss promises, for anyone's plugin.
 
     from kdkit.testing import check_loss
-    check_loss(MyLoss, temperature=2.0)                      # everything at once; options where there are some
+    check_loss(MyLoss, temperature=2.0)                      # everything at once; options where
+    there are some
 
     from kdkit.testing import LOSS_CHECKS                    # or, under pytest, a test per promise
     @pytest.mark.parametrize("check", LOSS_CHECKS, ids=lambda check: check.__name__)
     def test_my_loss(check):
         check(MyLoss, temperature=2.0)
 
-A loss that compares layers is tried on maps, tokens and vectors; it may refuse some of them by a ShapeError in `setup`. A failure is an
-AssertionError that says which promise is broken, and on what. `assert_agrees` compares a loss with a second derivation of its formula.
+A loss that compares layers is tried on maps, tokens and vectors; it may refuse some of them by a
+ShapeError in `setup`. A failure is an AssertionError that says which promise is broken, and on
+what. `assert_agrees` compares a loss with a second derivation of its formula.
 """
 
 from kdkit.testing.losses import (

@@ -1,4 +1,6 @@
-"""Watches the tensor operations of a loss: how many there are, what they widen, what they draw, on which device they are."""
+"""Watches the tensor operations of a loss: how many there are, what they widen, what they draw,
+on which device they are.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,23 @@ from torch.utils._pytree import tree_iter
 from kdkit.contracts.loss import Loss
 from kdkit.contracts.records import Batch, Outputs
 
-ELSEWHERE = torch.device("cuda:0")  # of tensors that only know their shapes: no such device is needed
+# of tensors that only know their shapes: no such device is needed
+ELSEWHERE = torch.device("cuda:0")
 DRAWN = {
-    "rand": 0.5, "rand_like": 0.5, "uniform_": 0.5, "randn": 0.5, "randn_like": 0.5, "normal_": 0.5, "normal": 0.5, "bernoulli": 1.0,
-    "bernoulli_": 1.0, "randint": 0.0, "randint_like": 0.0, "random_": 0.0, "exponential_": 1.0,
-}  # fmt: skip
+    "rand": 0.5,
+    "rand_like": 0.5,
+    "uniform_": 0.5,
+    "randn": 0.5,
+    "randn_like": 0.5,
+    "normal_": 0.5,
+    "normal": 0.5,
+    "bernoulli": 1.0,
+    "bernoulli_": 1.0,
+    "randint": 0.0,
+    "randint_like": 0.0,
+    "random_": 0.0,
+    "exponential_": 1.0,
+}
 DRAWN_BY_PLACE = {"randperm", "multinomial"}
 
 
@@ -32,11 +46,13 @@ def _name(operation: Any) -> str:
 
 
 class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts operations inside the `with` block, and notes those that make doubles of floats, and those that draw.
+    """Counts operations inside the `with` block, and notes those that make doubles of floats,
+    and those that draw.
 
     Attributes:
         count: of operations.
-        widening: names of those that give doubles (0-dimensional ones aside), though nothing that they take is double.
+        widening: names of those that give doubles (0-dimensional ones aside), though nothing that
+            they take is double.
         drawing: names of those that draw at random.
     """
 
@@ -46,7 +62,9 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.widening: set[str] = set()
         self.drawing: set[str] = set()
 
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         given = operation(*args, **(kwargs or {}))
         self.count += 1
         if _name(operation) in DRAWN.keys() | DRAWN_BY_PLACE:
@@ -63,12 +81,16 @@ class ConstantDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
 
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         given = operation(*args, **(kwargs or {}))
         return given.fill_(DRAWN[_name(operation)]) if _name(operation) in DRAWN else given
 
 
-def run_elsewhere(loss: Loss, student: Outputs, teacher: Outputs, batch: Batch, network: nn.Module) -> str | None:
+def run_elsewhere(
+    loss: Loss, student: Outputs, teacher: Outputs, batch: Batch, network: nn.Module
+) -> str | None:
     """Run forward as if all tensors were on an accelerator; none is needed.
 
     All arguments stay as they are; `network` is the student's, whose layers the loss may read.
@@ -89,7 +111,9 @@ def run_elsewhere(loss: Loss, student: Outputs, teacher: Outputs, batch: Batch, 
         for name, buffer in module._buffers.items():
             module._buffers[name] = buffer if buffer is None else there(buffer)
         for name, weight in module._parameters.items():
-            module._parameters[name] = weight if weight is None else nn.Parameter(there(weight), requires_grad=False)
+            module._parameters[name] = (
+                weight if weight is None else nn.Parameter(there(weight), requires_grad=False)
+            )
     with mode, torch.no_grad():
         given = student.map(there), teacher.map(there), batch.map(there)
         try:

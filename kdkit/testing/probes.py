@@ -1,4 +1,6 @@
-"""What `kdkit.testing` tries a loss on: layers of many shapes, hard inputs, and how a loss is valued there."""
+"""What `kdkit.testing` tries a loss on: layers of many shapes, hard inputs, and how a loss is
+valued there.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,8 @@ class Probe:
 
     Attributes:
         loss: after `setup`; what is valued are copies, so that its state stays.
-        student, teacher, batch: as in training; a loss on labels gets no teacher to read all the same.
+        student, teacher, batch: as in training; a loss on labels gets no teacher to read all the
+            same.
         context: what `setup` was given.
         form: for messages.
     """
@@ -75,12 +78,18 @@ class Probe:
     def copy_of_loss(self) -> Loss:
         try:
             # a layer of the student that the loss reads stays that layer
-            return copy.deepcopy(self.loss, {id(part): part for part in self.context.student.modules()})
+            return copy.deepcopy(
+                self.loss, {id(part): part for part in self.context.student.modules()}
+            )
         except Exception as error:
-            raise AssertionError(f"{self.loss.name}: copy.deepcopy fails after setup: {error}") from error
+            raise AssertionError(
+                f"{self.loss.name}: copy.deepcopy fails after setup: {error}"
+            ) from error
 
     def value(self, loss: Loss | None = None, seed: int = 0, *, copies: bool = True) -> Tensor:
-        """What the loss (by default a fresh copy) comes to, on copies of the inputs, in which it may write."""
+        """What the loss (by default a fresh copy) comes to, on copies of the inputs, in which it
+        may write.
+        """
         loss = loss or self.copy_of_loss()
         given = self.copied() if copies else self
         with torch.random.fork_rng(devices=[]):
@@ -88,8 +97,13 @@ class Probe:
             try:
                 value = loss(given.student, readable(loss, given.teacher), given.batch)
             except Exception as error:
-                raise AssertionError(f"{loss.name}: on {self.form}: forward raises {type(error).__name__}: {error}") from error
-        self.require(isinstance(value, Tensor) and value.shape == (), f"the value must be a scalar, not {getattr(value, 'shape', value)}")
+                raise AssertionError(
+                    f"{loss.name}: on {self.form}: forward raises {type(error).__name__}: {error}"
+                ) from error
+        self.require(
+            isinstance(value, Tensor) and value.shape == (),
+            f"the value must be a scalar, not {getattr(value, 'shape', value)}",
+        )
         return value  # type: ignore[no-any-return]
 
     def copied(self) -> Probe:
@@ -99,25 +113,37 @@ class Probe:
 
     def learning(self) -> Probe:
         """The same, with a student that asks for a gradient."""
-        return replace(self, student=self.student.map(lambda x: x.detach().clone().requires_grad_()))
+        return replace(
+            self, student=self.student.map(lambda x: x.detach().clone().requires_grad_())
+        )
 
     def copy_of_loss_as(self, dtype: torch.dtype) -> Probe:
         """The same in another type."""
         loss = self.copy_of_loss().to(dtype)
-        student, teacher = (outputs.map(lambda x: x.to(dtype)) for outputs in (self.student, self.teacher))
+        student, teacher = (
+            outputs.map(lambda x: x.to(dtype)) for outputs in (self.student, self.teacher)
+        )
         return replace(self, loss=loss, student=student, teacher=teacher)
 
     def slopes(self) -> dict[str, Tensor]:
-        """The gradient for the student's logits and features, zero where the loss does not depend on them."""
+        """The gradient for the student's logits and features, zero where the loss does not
+        depend on them.
+        """
         return self._value_and_slopes()[1]
 
     def _value_and_slopes(self) -> tuple[float, dict[str, Tensor]]:
         probe = self.learning()
         tensors = named(probe.student)
         value = probe.value()
-        self.require(value.requires_grad, "the value has no gradient: something on the way from the student is detached")
+        self.require(
+            value.requires_grad,
+            "the value has no gradient: something on the way from the student is detached",
+        )
         found = torch.autograd.grad(value, list(tensors.values()), allow_unused=True)
-        slopes = {name: torch.zeros_like(x) if g is None else g for (name, x), g in zip(tensors.items(), found, strict=True)}
+        slopes = {
+            name: torch.zeros_like(x) if g is None else g
+            for (name, x), g in zip(tensors.items(), found, strict=True)
+        }
         return float(value.detach()), slopes
 
     def require_finite(self, steepest: float = STEEPEST) -> None:
@@ -125,35 +151,60 @@ class Probe:
         value, slopes = self._value_and_slopes()
         self.require(math.isfinite(value), f"the value is {value}")
         for name, slope in slopes.items():
-            self.require(slope.isfinite().all(), f"the gradient for the student's '{name}' is not finite")
-            says = f"the gradient for the student's '{name}' reaches {float(slope.abs().max()):.1e}, above {steepest:.0e}"
+            self.require(
+                slope.isfinite().all(), f"the gradient for the student's '{name}' is not finite"
+            )
+            says = (
+                f"the gradient for the student's '{name}' reaches {float(slope.abs().max()):.1e},"
+                f" above {steepest:.0e}"
+            )
             self.require(float(slope.abs().max()) <= steepest, says)
 
     def changed(self, form: str, student: Change, teacher: Change) -> Probe:
-        return replace(self, student=self.student.map(student), teacher=self.teacher.map(teacher), form=f"{self.form}, {form}")
+        return replace(
+            self,
+            student=self.student.map(student),
+            teacher=self.teacher.map(teacher),
+            form=f"{self.form}, {form}",
+        )
 
     def rows(self, form: str, index: list[int]) -> Probe:
         """Only those samples, in that order."""
         assert isinstance(self.batch.inputs, Tensor)
         batch = Batch(self.batch.inputs[index], self.batch.labels[index], self.batch.index[index])
-        student, teacher = (_rows(outputs, index, len(self.batch.labels)) for outputs in (self.student, self.teacher))
-        return replace(self, student=student, teacher=teacher, batch=batch, form=f"{self.form}, {form}")
+        student, teacher = (
+            _rows(outputs, index, len(self.batch.labels))
+            for outputs in (self.student, self.teacher)
+        )
+        return replace(
+            self, student=student, teacher=teacher, batch=batch, form=f"{self.form}, {form}"
+        )
 
 
 def _rows(outputs: Outputs, index: list[int], size: int) -> Outputs:
     """What is said of those samples; a view holds a copy of all `size` of them, then the next."""
-    own = replace(outputs, views={}).map(lambda x: torch.cat([copy[index] for copy in torch.split(x, size)]))
-    return replace(own, views={name: _rows(view, index, size) for name, view in outputs.views.items()})
+    own = replace(outputs, views={}).map(
+        lambda x: torch.cat([copy[index] for copy in torch.split(x, size)])
+    )
+    return replace(
+        own, views={name: _rows(view, index, size) for name, view in outputs.views.items()}
+    )
 
 
 def named(outputs: Outputs) -> dict[str, Tensor]:
-    """Its tensors: the logits, the features by layer, those of views with the view's name before."""
-    views = {f"{name} {of}": x for name, view in outputs.views.items() for of, x in named(view).items()}
+    """Its tensors: the logits, the features by layer, those of views with the view's name
+    before.
+    """
+    views = {
+        f"{name} {of}": x for name, view in outputs.views.items() for of, x in named(view).items()
+    }
     return {"logits": outputs.logits, **outputs.features, **views}
 
 
 class Network(nn.Module):
-    """Stands for a network in the context: batch norms called like the tapped layers, and a classifier of the last one's mean."""
+    """Stands for a network in the context: batch norms called like the tapped layers, and a
+    classifier of the last one's mean.
+    """
 
     def __init__(self, layers: Mapping[str, Shape], classes: int = CLASSES) -> None:
         super().__init__()
@@ -162,7 +213,10 @@ class Network(nn.Module):
             nn.init.normal_(norm.bias)
             self.add_module(name.replace(".", "_"), norm)
         self.last = next(reversed(list(layers)), None)
-        self.classes, self.classifier = classes, nn.Linear(width(layers[self.last]) if self.last else 6, classes)
+        self.classes, self.classifier = (
+            classes,
+            nn.Linear(width(layers[self.last]) if self.last else 6, classes),
+        )
 
     def answer(self, outputs: Outputs) -> Outputs:
         """Outputs whose logits are what the classifier makes of the last layer."""
@@ -193,15 +247,24 @@ def random_outputs(
     seed: int = 0,
     views: Mapping[str, int] | None = None,
 ) -> Outputs:
-    """Normally distributed logits (size, classes) and features (size, *shape); a layer called `logits` is the logits.
+    """Normally distributed logits (size, classes) and features (size, *shape); a layer called
+    `logits` is the logits.
 
     `views` asks for views of so many copies of each sample.
     """
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(size, classes, generator=generator)
-    drawn = {name: torch.randn(size, *shape, generator=generator) for name, shape in (features or {}).items()}
-    seen = {name: random_outputs(features, size=n * size, classes=classes, seed=seed + 100 * n) for name, n in (views or {}).items()}
-    return Outputs(logits, {name: logits if name == "logits" else x for name, x in drawn.items()}, seen)
+    drawn = {
+        name: torch.randn(size, *shape, generator=generator)
+        for name, shape in (features or {}).items()
+    }
+    seen = {
+        name: random_outputs(features, size=n * size, classes=classes, seed=seed + 100 * n)
+        for name, n in (views or {}).items()
+    }
+    return Outputs(
+        logits, {name: logits if name == "logits" else x for name, x in drawn.items()}, seen
+    )
 
 
 def random_batch(size: int = 6, classes: int = CLASSES, seed: int = 0) -> Batch:
@@ -211,7 +274,9 @@ def random_batch(size: int = 6, classes: int = CLASSES, seed: int = 0) -> Batch:
 
 
 def of_texts(outputs: Outputs, tokens: int) -> Outputs:
-    """The same answer, of texts of unequal lengths: the first is full, the others end with padding."""
+    """The same answer, of texts of unequal lengths: the first is full, the others end with
+    padding.
+    """
     places = torch.arange(len(outputs.logits))[:, None]
     return outputs.masked(torch.arange(tokens) < tokens - places % tokens)
 
@@ -221,33 +286,61 @@ def with_other_padding(outputs: Outputs) -> Outputs:
     mask = outputs.mask
     assert mask is not None
     noise = torch.Generator().manual_seed(round(1000 * float(outputs.logits.detach().sum())))
-    return outputs.map(lambda x: torch.where(mask[:, :, None], x, 7 * torch.randn(x.shape, generator=noise)) if is_padded(x, mask) else x)
+    return outputs.map(
+        lambda x: (
+            torch.where(mask[:, :, None], x, 7 * torch.randn(x.shape, generator=noise))
+            if is_padded(x, mask)
+            else x
+        )
+    )
 
 
 def probe(
-    cls: type[Loss], options: Mapping[str, Any], form: str, shapes: tuple[Shape, Shape], teacher_classes: int | None = None, *,
-    classes: int = CLASSES, texts: bool = False,
-) -> Probe:  # fmt: skip
-    """The loss, set up on four samples for a batch of six; of `texts` that are as long as the shapes say, or shorter.
+    cls: type[Loss],
+    options: Mapping[str, Any],
+    form: str,
+    shapes: tuple[Shape, Shape],
+    teacher_classes: int | None = None,
+    *,
+    classes: int = CLASSES,
+    texts: bool = False,
+) -> Probe:
+    """The loss, set up on four samples for a batch of six; of `texts` that are as long as the
+    shapes say, or shorter.
 
     Raises:
         ShapeError: the loss refuses the form.
     """
     defaults = {"layers": [ONE_PAIR]} if issubclass(cls.Options, FeatureOptions) else {}
     loss = cls(cls.Options(**{**defaults, **options}))
-    pairs, own = loss.options.taps(), cls.knowledge == "labels"  # then both sides of a pair are the student's
-    layers = {pair.student: shapes[0] for pair in pairs}, {pair.teacher: shapes[1] for pair in pairs}
+    # then both sides of a pair are the student's
+    pairs, own = loss.options.taps(), cls.knowledge == "labels"
+    layers = (
+        {pair.student: shapes[0] for pair in pairs},
+        {pair.teacher: shapes[1] for pair in pairs},
+    )
     if own:
         layers = {**layers[1], **layers[0]}, layers[1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        networks = [Network({name: shape for name, shape in names.items() if shape}, classes) for names in layers]
-    context = Context(networks[0], networks[1].eval().requires_grad_(False), classes, 64, torch.arange(64) % classes)
+        networks = [
+            Network({name: shape for name, shape in names.items() if shape}, classes)
+            for names in layers
+        ]
+    context = Context(
+        networks[0],
+        networks[1].eval().requires_grad_(False),
+        classes,
+        64,
+        torch.arange(64) % classes,
+    )
     theirs = classes if teacher_classes is None else teacher_classes
     few, more = (
         (
             random_outputs(layers[0], size=size, seed=size, views=cls.needs_views, classes=classes),
-            random_outputs(layers[1], size=size, seed=size + 1, views=cls.needs_views, classes=theirs),
+            random_outputs(
+                layers[1], size=size, seed=size + 1, views=cls.needs_views, classes=theirs
+            ),
         )
         for size in (4, 6)
     )
@@ -256,11 +349,16 @@ def probe(
     if cls.needs_networks:
         few, more = ((networks[0].answer(s), networks[1].answer(t)) for s, t in (few, more))
     set_up(loss, *few, context, form)
-    right = torch.where(torch.arange(6) % 3 == 0, torch.arange(6), more[1].logits.argmax(1)) % classes  # mostly, as teachers are
+    # mostly, as teachers are
+    right = (
+        torch.where(torch.arange(6) % 3 == 0, torch.arange(6), more[1].logits.argmax(1)) % classes
+    )
     return Probe(loss, *more, replace(random_batch(), labels=right), context, form)
 
 
-def set_up(loss: Loss, student: Outputs, teacher: Outputs, context: Context, form: str, seed: int = 0) -> None:
+def set_up(
+    loss: Loss, student: Outputs, teacher: Outputs, context: Context, form: str, seed: int = 0
+) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -268,7 +366,10 @@ def set_up(loss: Loss, student: Outputs, teacher: Outputs, context: Context, for
         except ShapeError:
             raise
         except Exception as error:
-            raise AssertionError(f"{loss.name}: on {form}: setup raises {type(error).__name__}, not kdkit.ShapeError: {error}") from error
+            raise AssertionError(
+                f"{loss.name}: on {form}: setup raises {type(error).__name__}, not"
+                f" kdkit.ShapeError: {error}"
+            ) from error
 
 
 def reads_layers(cls: type[Loss], options: Mapping[str, Any]) -> bool:
@@ -276,7 +377,8 @@ def reads_layers(cls: type[Loss], options: Mapping[str, Any]) -> bool:
     return issubclass(cls.Options, FeatureOptions) or bool(options.get("layers"))
 
 
-_KNOWN: dict[tuple[type[Loss], str], list[Probe]] = {}  # the last few: every check asks for the same ones
+# the last few: every check asks for the same ones
+_KNOWN: dict[tuple[type[Loss], str], list[Probe]] = {}
 
 
 def probes(cls: type[Loss], options: Mapping[str, Any]) -> list[Probe]:
@@ -292,7 +394,9 @@ def probes(cls: type[Loss], options: Mapping[str, Any]) -> list[Probe]:
 
 def some_probes(cls: type[Loss], options: Mapping[str, Any]) -> list[Probe]:
     """The first two of those forms, of which a map of one pixel says too little."""
-    return [p for p in probes(cls, options) if p.form != "maps of one pixel"][:2] or probes(cls, options)[:1]
+    return [p for p in probes(cls, options) if p.form != "maps of one pixel"][:2] or probes(
+        cls, options
+    )[:1]
 
 
 def a_probe_of_each_kind(cls: type[Loss], options: Mapping[str, Any]) -> list[Probe]:
@@ -315,7 +419,9 @@ def _probes(cls: type[Loss], options: Mapping[str, Any]) -> Iterator[Probe]:
             continue
         yield accepted
     if len(refusals) == len(forms):
-        raise AssertionError(f"{cls.name}: setup refuses every form tried; the last: {refusals[-1]}")
+        raise AssertionError(
+            f"{cls.name}: setup refuses every form tried; the last: {refusals[-1]}"
+        )
 
 
 def varied_options(cls: type[Loss]) -> list[str]:
@@ -336,7 +442,11 @@ def other_values(cls: type[Loss], options: Mapping[str, Any], name: str) -> Iter
     """Valid values of an option other than its present one."""
     field = cls.Options.model_fields[name]
     now = options.get(name, field.get_default(call_default_factory=True))
-    choices: list[Any] = [choice for part in (field.annotation, *get_args(field.annotation)) for choice in get_args(part)]
+    choices: list[Any] = [
+        choice
+        for part in (field.annotation, *get_args(field.annotation))
+        for choice in get_args(part)
+    ]
     found: list[Any] = [choice for choice in choices if isinstance(choice, str | int | float)]
     if isinstance(now, bool):
         found = [not now]
@@ -360,7 +470,10 @@ def observed(p: Probe) -> list[Tensor]:
     found = [value.detach(), *weights]
     if value.requires_grad:
         slopes = torch.autograd.grad(value, [*inputs, *weights], allow_unused=True)
-        found += [torch.zeros_like(x) if g is None else g for x, g in zip([*inputs, *weights], slopes, strict=True)]
+        found += [
+            torch.zeros_like(x) if g is None else g
+            for x, g in zip([*inputs, *weights], slopes, strict=True)
+        ]
     return [*found, probe.value(loss, seed=1).detach()]
 
 
@@ -378,17 +491,23 @@ def with_noise(outputs: Outputs, name: str) -> Outputs:
 
 def with_impossible(outputs: Outputs) -> Outputs:
     """The same answer over twice as many classes, the new ones of probability 0."""
-    return replace(outputs, logits=torch.cat([outputs.logits, torch.full_like(outputs.logits, -1e4)], 1))
+    return replace(
+        outputs, logits=torch.cat([outputs.logits, torch.full_like(outputs.logits, -1e4)], 1)
+    )
 
 
 def twice_as_high(outputs: Outputs) -> Outputs:
     """The same answer, with maps that hold everything twice, one above the other."""
-    return replace(outputs, features={name: torch.cat([x, x], 2) for name, x in outputs.features.items()})
+    return replace(
+        outputs, features={name: torch.cat([x, x], 2) for name, x in outputs.features.items()}
+    )
 
 
 def leaves(value: Tensor) -> list[Tensor]:
     """The tensors that a backward pass from `value` would give a gradient."""
-    todo, seen, found = [value.grad_fn], set(), []
+    todo = [value.grad_fn]
+    seen = set()
+    found = []
     while todo:
         node = todo.pop()
         if node is None or node in seen:
@@ -440,13 +559,19 @@ DEGENERATE: Mapping[str, tuple[Change, Change]] = {
     "equal rows": (equal_rows, as_it_is),
     "equal rows of the teacher": (as_it_is, equal_rows),
     "two equal rows": (lambda x: torch.cat([x[:1], x[:1], x[2:]]), as_it_is),
-    "two rows equal but for rounding": (lambda x: torch.cat([x[:1], x[:1] * (1 + 2e-7), x[2:]]), as_it_is),
+    "two rows equal but for rounding": (
+        lambda x: torch.cat([x[:1], x[:1] * (1 + 2e-7), x[2:]]),
+        as_it_is,
+    ),
     "a row of zeros": (lambda x: torch.cat([0 * x[:1], x[1:]]), as_it_is),
     "a row of zeros of the teacher": (as_it_is, lambda x: torch.cat([0 * x[:1], x[1:]])),
     "zeros": (torch.zeros_like, as_it_is),
     "zeros of the teacher": (as_it_is, torch.zeros_like),
     "zeros on both sides": (torch.zeros_like, torch.zeros_like),
-    "a dead channel": (lambda x: torch.cat([0 * x[:, :1], x[:, 1:]], 1), lambda x: torch.cat([0 * x[:, :1], x[:, 1:]], 1)),
+    "a dead channel": (
+        lambda x: torch.cat([0 * x[:, :1], x[:, 1:]], 1),
+        lambda x: torch.cat([0 * x[:, :1], x[:, 1:]], 1),
+    ),
     "constant maps": (constant, as_it_is),
     "constant maps on both sides": (constant, constant),
     "constant maps of 1e-6": (tiny, as_it_is),

@@ -1,4 +1,6 @@
-"""A folder of images that comes as a zip archive: fetched, unpacked beside its place, and moved there whole."""
+"""A folder of images that comes as a zip archive: fetched, unpacked beside its place, and moved
+there whole.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +20,23 @@ MOST_FILES = 2_000_000
 SCHEMES = ("https://", "http://")
 
 
-def fetch(url: str, folder: Path, kinds: tuple[str, ...], most: float, sha256: str | None = None) -> None:
-    """Make a folder of the zip archive at `url`: of its only top folder, or of all that is in it. Nothing is left behind on failure.
+def fetch(
+    url: str, folder: Path, kinds: tuple[str, ...], most: float, sha256: str | None = None
+) -> None:
+    """Make a folder of the zip archive at `url`: of its only top folder, or of all that is in
+    it. Nothing is left behind on failure.
 
     Args:
         url: where it is, by http or https.
         folder: is made; its parents too.
-        kinds: endings of the files that are unpacked, such as `.jpg`. Others, links among them, stay in the archive.
+        kinds: endings of the files that are unpacked, such as `.jpg`. Others, links among them,
+            stay in the archive.
         most: bytes that the archive, and what is unpacked of it, may have.
         sha256: of the archive, in hexadecimal (None: any).
 
     Raises:
-        DataError: it cannot be fetched, is no zip archive or another one, is too large, or would write outside of the folder.
+        DataError: it cannot be fetched, is no zip archive or another one, is too large, or would
+            write outside of the folder.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +49,8 @@ def fetch(url: str, folder: Path, kinds: tuple[str, ...], most: float, sha256: s
             only.replace(folder)
     except kdkit.DataError:
         raise
-    except Exception as error:  # no network, no such page, cut short, no archive, no room: each raises something else
+    # no network, no such page, cut short, no archive, no room: each raises something else
+    except Exception as error:
         if isinstance(error, urllib.error.HTTPError):
             error.close()  # it is the page that says so
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -58,16 +66,25 @@ def _download(url: str, file: Path, most: float, sha256: str | None) -> None:
             digest.update(block)
             written.write(block)
     if sha256 is not None and digest.hexdigest() != sha256.lower():
-        raise kdkit.DataError(f"{url}: is another archive: its SHA-256 is {digest.hexdigest()}, not {sha256}")
+        raise kdkit.DataError(
+            f"{url}: is another archive: its SHA-256 is {digest.hexdigest()}, not {sha256}"
+        )
 
 
 def _web() -> urllib.request.OpenerDirector:
-    """Reads http and https, and follows them nowhere else: urllib's own opener also reads files of this machine."""
+    """Reads http and https, and follows them nowhere else: urllib's own opener also reads files
+    of this machine.
+    """
     opener = urllib.request.OpenerDirector()
     for handler in (
-        urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler, urllib.request.HTTPRedirectHandler,
-        urllib.request.HTTPDefaultErrorHandler, urllib.request.HTTPErrorProcessor, urllib.request.UnknownHandler,
-    ):  # fmt: skip
+        urllib.request.ProxyHandler,
+        urllib.request.HTTPHandler,
+        urllib.request.HTTPSHandler,
+        urllib.request.HTTPRedirectHandler,
+        urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.HTTPErrorProcessor,
+        urllib.request.UnknownHandler,
+    ):
         opener.add_handler(handler())
     return opener
 
@@ -77,23 +94,34 @@ def _unpack(url: str, file: Path, content: Path, kinds: tuple[str, ...], most: f
         entries = archive.infolist()
         for entry in entries:
             if _leads_outside(entry.filename):
-                raise kdkit.DataError(f"{url}: '{entry.filename}' would be written outside of the folder; nothing was unpacked")
-        wanted = [entry for entry in entries if entry.filename.lower().endswith(kinds) and "__MACOSX" not in entry.filename]
+                raise kdkit.DataError(
+                    f"{url}: '{entry.filename}' would be written outside of the folder; nothing was"
+                    " unpacked"
+                )
+        wanted = [
+            entry
+            for entry in entries
+            if entry.filename.lower().endswith(kinds) and "__MACOSX" not in entry.filename
+        ]
         if not wanted:
             raise kdkit.DataError(f"{url}: the archive has no images ({', '.join(kinds)})")
         if len(wanted) > MOST_FILES:
             raise kdkit.DataError(f"{url}: has {len(wanted):,} images, more than {MOST_FILES:,}")
-        _refuse_larger(url, sum(entry.file_size for entry in wanted), most)  # no entry gives more than it says
+        # no entry gives more than it says
+        _refuse_larger(url, sum(entry.file_size for entry in wanted), most)
         for entry in wanted:
             target = content / entry.filename.replace("\\", "/")
             target.parent.mkdir(parents=True, exist_ok=True)
-            with archive.open(entry) as packed, target.open("xb") as written:  # a plain file, whatever the entry says that it is
+            # a plain file, whatever the entry says that it is
+            with archive.open(entry) as packed, target.open("xb") as written:
                 shutil.copyfileobj(packed, written, CHUNK)
 
 
 def _refuse_larger(url: str, count: int, most: float) -> None:
     if count > most:
-        raise kdkit.DataError(f"{url}: has more than {most / 1e9:g} GB, packed or unpacked; `max_gb` allows more")
+        raise kdkit.DataError(
+            f"{url}: has more than {most / 1e9:g} GB, packed or unpacked; `max_gb` allows more"
+        )
 
 
 def _leads_outside(name: str) -> bool:

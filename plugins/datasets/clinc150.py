@@ -1,6 +1,7 @@
 """CLINC150: short requests to an assistant, of 150 intents, and requests out of scope.
 
-Larson et al., "An Evaluation Dataset for Intent Classification and Out-of-Scope Prediction", EMNLP 2019, arXiv:1909.02027.
+Larson et al., "An Evaluation Dataset for Intent Classification and Out-of-Scope Prediction", EMNLP
+2019, arXiv:1909.02027.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from ._text.tokens import TextOptions, digest_of, tokenized
 
 URL = "https://raw.githubusercontent.com/clinc/oos-eval/master/data/{file}"
 FILES = {"plus": "data_oos_plus.json", "full": "data_full.json"}
-SIZES = {"plus": (15_250, 5_500), "full": (15_100, 5_500)}  # training and test, requests out of scope included
+# training and test, requests out of scope included
+SIZES = {"plus": (15_250, 5_500), "full": (15_100, 5_500)}
 OUT_OF_SCOPE = "oos"
 INTENTS = 151  # that included
 
@@ -28,16 +30,28 @@ class Clinc150Options(TextOptions):
     """Where the files are, and which."""
 
     root: kdkit.RecipePath = Field(
-        default=Path("data"), description="Folder that has, or gets, the folder `clinc150`.", json_schema_extra=kdkit.BOOKKEEPING
+        default=Path("data"),
+        description="Folder that has, or gets, the folder `clinc150`.",
+        json_schema_extra=kdkit.BOOKKEEPING,
     )
-    download: bool = Field(default=False, description="Fetch the file if it is not there.", json_schema_extra=kdkit.BOOKKEEPING)
+    download: bool = Field(
+        default=False,
+        description="Fetch the file if it is not there.",
+        json_schema_extra=kdkit.BOOKKEEPING,
+    )
     config: Literal["plus", "full"] = Field(
-        default="plus", description="plus: 250 training requests out of scope, as `clinc_oos`'s configuration of that name; full: 100."
+        default="plus",
+        description=(
+            "plus: 250 training requests out of scope, as `clinc_oos`'s configuration of that name;"
+            " full: 100."
+        ),
     )
 
 
 class Clinc150(kdkit.DatasetSource):
-    """Requests of 150 intents, and of none of them (`oos`): 15,250 for training and 5,500 for the test, as the authors' JSON has them."""
+    """Requests of 150 intents, and of none of them (`oos`): 15,250 for training and 5,500 for
+    the test, as the authors' JSON has them.
+    """
 
     name = "clinc150"
     split_at_check = False
@@ -48,9 +62,14 @@ class Clinc150(kdkit.DatasetSource):
         """What the file has, or, before it is fetched, what is known of it."""
         if self.lacks():
             return kdkit.DataInfo((self.options.max_length,), INTENTS, *SIZES[self.options.config])
-        counts = [len(self._content[part]) + len(self._content[f"{OUT_OF_SCOPE}_{part}"]) for part in ("train", "test")]
+        counts = [
+            len(self._content[part]) + len(self._content[f"{OUT_OF_SCOPE}_{part}"])
+            for part in ("train", "test")
+        ]
         shape, tokens = (self.options.max_length,), digest_of(self.options.tokenizer)
-        return kdkit.DataInfo(shape, len(self._intents), counts[0], counts[1], tuple(self._intents), (), *tokens)
+        return kdkit.DataInfo(
+            shape, len(self._intents), counts[0], counts[1], tuple(self._intents), (), *tokens
+        )
 
     def lacks(self) -> kdkit.Lacking | None:
         """The authors' JSON."""
@@ -67,13 +86,17 @@ class Clinc150(kdkit.DatasetSource):
             self._file.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(self._file), progress=False)
         except Exception as error:  # no network, no room...
-            raise kdkit.DataError(f"{url} cannot be fetched to {self._file}: {type(error).__name__}: {error}") from error
+            raise kdkit.DataError(
+                f"{url} cannot be fetched to {self._file}: {type(error).__name__}: {error}"
+            ) from error
 
     def split(self, part: Literal["train", "test"]) -> kdkit.Texts:
         """Requests in scope, then those out of scope."""
         pairs = [*self._content[part], *self._content[f"{OUT_OF_SCOPE}_{part}"]]
         number = {intent: i for i, intent in enumerate(self._intents)}
-        return tokenized(self.options, [text for text, _ in pairs], [number[intent] for _, intent in pairs])
+        return tokenized(
+            self.options, [text for text, _ in pairs], [number[intent] for _, intent in pairs]
+        )
 
     @property
     def _file(self) -> Path:
@@ -87,13 +110,21 @@ class Clinc150(kdkit.DatasetSource):
     @cached_property
     def _content(self) -> dict[str, Any]:
         if not self._file.is_file():
-            raise kdkit.DataError(f"dataset 'clinc150': there is no {self._file}; `download: true` fetches it")
+            raise kdkit.DataError(
+                f"dataset 'clinc150': there is no {self._file}; `download: true` fetches it"
+            )
         try:
             content: dict[str, Any] = json.loads(self._file.read_text())
-            if missing := {"train", "test", f"{OUT_OF_SCOPE}_train", f"{OUT_OF_SCOPE}_test"} - content.keys():
+            if (
+                missing := {"train", "test", f"{OUT_OF_SCOPE}_train", f"{OUT_OF_SCOPE}_test"}
+                - content.keys()
+            ):
                 raise ValueError(f"it has no '{min(missing)}'")
         except (OSError, ValueError) as error:
-            raise kdkit.DataError(f"{self._file}: cannot be read: {error}; `download: true` fetches it anew once it is removed") from error
+            raise kdkit.DataError(
+                f"{self._file}: cannot be read: {error}; `download: true` fetches it anew once it"
+                " is removed"
+            ) from error
         return content
 
 

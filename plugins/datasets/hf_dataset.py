@@ -1,6 +1,7 @@
 """Texts of Hugging Face datasets (extra `text`): of the hub, or of CSV, JSON and Parquet files.
 
-Lhoest et al., "Datasets: A Community Library for Natural Language Processing", EMNLP 2021 demos, arXiv:2109.02846.
+Lhoest et al., "Datasets: A Community Library for Natural Language Processing", EMNLP 2021 demos,
+arXiv:2109.02846.
 """
 
 from __future__ import annotations
@@ -21,20 +22,35 @@ PICKLES = "pandas"  # a kind of files of the library's whose reading runs what i
 class HfDatasetOptions(TextOptions):
     """Which dataset, and which of its columns."""
 
-    dataset: str = Field(description="Name on the hub (`clinc_oos`), or the kind of the files: csv, json, parquet, text.")
+    dataset: str = Field(
+        description=(
+            "Name on the hub (`clinc_oos`), or the kind of the files: csv, json, parquet, text."
+        )
+    )
     config: str | None = Field(default=None, description="Configuration of it, such as `plus`.")
     files: dict[Literal["train", "test"], kdkit.RecipePath] | None = Field(
-        default=None, description="Files of the parts, `{train: FILE, test: FILE}`, where `dataset` is a kind of files."
+        default=None,
+        description=(
+            "Files of the parts, `{train: FILE, test: FILE}`, where `dataset` is a kind of files."
+        ),
     )
     train: str = Field(default="train", description="Split to train on.")
     test: str = Field(default="test", description="Split to test on.")
-    text: str | tuple[str, str] = Field(default="text", description="Column of the texts, or two of pairs of texts.")
-    label: str = Field(default="label", description="Column of the classes: class labels, numbers from 0, or words.")
+    text: str | tuple[str, str] = Field(
+        default="text", description="Column of the texts, or two of pairs of texts."
+    )
+    label: str = Field(
+        default="label",
+        description="Column of the classes: class labels, numbers from 0, or words.",
+    )
 
     @model_validator(mode="after")
     def _files_without_code(self) -> Self:
         if self.dataset == PICKLES or (self.files and self.dataset not in KINDS):
-            raise ValueError(f"dataset: '{self.dataset}' is no kind of files that is read here; allowed: {', '.join(KINDS)}")
+            raise ValueError(
+                f"dataset: '{self.dataset}' is no kind of files that is read here; allowed:"
+                f" {', '.join(KINDS)}"
+            )
         return self
 
 
@@ -55,32 +71,61 @@ class HfDataset(kdkit.DatasetSource):
 
     def split(self, part: Literal["train", "test"]) -> kdkit.Texts:
         rows, number = self._parts[part], {name: i for i, name in enumerate(self._classes)}
-        columns = [self.options.text] if isinstance(self.options.text, str) else list(self.options.text)
+        columns = (
+            [self.options.text] if isinstance(self.options.text, str) else list(self.options.text)
+        )
         texts = list(zip(*(rows[column] for column in columns), strict=True))
-        labels = [label if isinstance(label, int) else number.get(label, -1) for label in rows[self.options.label]]
-        if unknown := [label for label, i in zip(rows[self.options.label], labels, strict=True) if i < 0]:
-            raise kdkit.DataError(f"{part}: {unknown[0]!r} is no class of the training part, which has: {', '.join(self._classes[:20])}")
-        return tokenized(self.options, [pair[0] for pair in texts] if len(columns) == 1 else texts, labels)
+        labels = [
+            label if isinstance(label, int) else number.get(label, -1)
+            for label in rows[self.options.label]
+        ]
+        if unknown := [
+            label for label, i in zip(rows[self.options.label], labels, strict=True) if i < 0
+        ]:
+            raise kdkit.DataError(
+                f"{part}: {unknown[0]!r} is no class of the training part, which has:"
+                f" {', '.join(self._classes[:20])}"
+            )
+        return tokenized(
+            self.options, [pair[0] for pair in texts] if len(columns) == 1 else texts, labels
+        )
 
     @cached_property
     def _parts(self) -> dict[str, Any]:
         try:
             import datasets
         except ImportError:
-            raise kdkit.DataError("dataset 'hf_dataset' needs datasets: pip install 'kdkit[text]'") from None
+            raise kdkit.DataError(
+                "dataset 'hf_dataset' needs datasets: pip install 'kdkit[text]'"
+            ) from None
         options = self.options
-        files = {"data_files": {part: str(path) for part, path in options.files.items()}} if options.files else {}
-        wanted = {"train": "train", "test": "test"} if options.files else {"train": options.train, "test": options.test}
+        files = (
+            {"data_files": {part: str(path) for part, path in options.files.items()}}
+            if options.files
+            else {}
+        )
+        wanted = (
+            {"train": "train", "test": "test"}
+            if options.files
+            else {"train": options.train, "test": options.test}
+        )
         try:
             loaded = {
-                part: datasets.load_dataset(options.dataset, options.config, split=name, trust_remote_code=False, **files)
+                part: datasets.load_dataset(
+                    options.dataset, options.config, split=name, trust_remote_code=False, **files
+                )
                 for part, name in wanted.items()
             }
         except Exception as error:  # whatever a hub or a file makes it raise
             cause = error.__cause__ or error  # the library wraps what went wrong
             reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
-            raise kdkit.DataError(f"dataset '{options.dataset}' cannot be loaded: {reason}") from error
-        columns = (*([options.text] if isinstance(options.text, str) else options.text), options.label)
+            raise kdkit.DataError(
+                f"dataset '{options.dataset}' cannot be loaded: {reason}"
+            ) from error
+        columns = (
+            *([options.text] if isinstance(options.text, str) else options.text),
+            options.label,
+        )
         for part, rows in loaded.items():
             if absent := [column for column in columns if column not in rows.column_names]:
                 says = f"has no column '{absent[0]}'; it has: {', '.join(rows.column_names)}"
@@ -95,8 +140,15 @@ class HfDataset(kdkit.DatasetSource):
             return list(names)
         found = set(train[self.options.label])
         if strangers := [label for label in found if not isinstance(label, int | str)]:
-            raise kdkit.DataError(f"column '{self.options.label}': a class is a number from 0 or a word, not {strangers[0]!r}")
-        return [*map(str, range(max(found) + 1))] if all(isinstance(label, int) for label in found) else sorted(found)
+            raise kdkit.DataError(
+                f"column '{self.options.label}': a class is a number from 0 or a word, not"
+                f" {strangers[0]!r}"
+            )
+        return (
+            [*map(str, range(max(found) + 1))]
+            if all(isinstance(label, int) for label in found)
+            else sorted(found)
+        )
 
 
 @kdkit.hookimpl

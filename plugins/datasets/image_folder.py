@@ -19,10 +19,14 @@ class ImageFolderOptions(kdkit.DatasetOptions):
 
     root: kdkit.RecipePath = Field(description="Folder that holds the parts' folders.")
     train: str = Field(default="train", description="Training folder inside `root`.")
-    test: str | None = Field(default=None, description="Test folder inside `root` (default: `test`, or else `val`).")
+    test: str | None = Field(
+        default=None, description="Test folder inside `root` (default: `test`, or else `val`)."
+    )
     url: str | None = Field(
         default=None,
-        description="Address (https or http) of a zip archive whose only top folder, or content, is `root`.",
+        description=(
+            "Address (https or http) of a zip archive whose only top folder, or content, is `root`."
+        ),
         json_schema_extra=kdkit.BOOKKEEPING,
     )
     sha256: str | None = Field(
@@ -39,7 +43,10 @@ class ImageFolderOptions(kdkit.DatasetOptions):
     )
     download: bool = Field(
         default=False,
-        description="Fetch the archive at `url` before training, if `root` is not there; only its images are unpacked.",
+        description=(
+            "Fetch the archive at `url` before training, if `root` is not there; only its images"
+            " are unpacked."
+        ),
         json_schema_extra=kdkit.BOOKKEEPING,
     )
 
@@ -71,16 +78,21 @@ class Files:
 
         try:
             with Image.open(self.paths[index]) as image:
-                wide = image.mode.startswith(("I", "F"))  # more than 8 bits, which kdkit refuses and RGB would cut off
+                # more than 8 bits, which kdkit refuses and RGB would cut off
+                wide = image.mode.startswith(("I", "F"))
                 return image.convert(image.mode if wide else "RGB"), self.labels[index]
         except Exception as error:  # a broken file raises whatever its format's reader raises
-            raise kdkit.DataError(f"{self.paths[index]}: cannot be read as an image: {error}") from error
+            raise kdkit.DataError(
+                f"{self.paths[index]}: cannot be read as an image: {error}"
+            ) from error
 
 
 class ImageFolder(kdkit.DatasetSource):
-    """Your own images, in folders: train/CLASS/*.jpg and test/CLASS/*.jpg (or val/). Needs `data.image_size`.
+    """Your own images, in folders: train/CLASS/*.jpg and test/CLASS/*.jpg (or val/). Needs
+    `data.image_size`.
 
-    Training images that lie in train/ itself, without class folders, have no labels; the classes are then the test part's folders.
+    Training images that lie in train/ itself, without class folders, have no labels; the classes
+    are then the test part's folders.
     """
 
     name = "image_folder"
@@ -91,7 +103,9 @@ class ImageFolder(kdkit.DatasetSource):
     def lacks(self) -> kdkit.Lacking | None:
         """The archive, where there is no folder yet."""
         o = self.options
-        return kdkit.Lacking(o.url, o.root) if o.download and o.url and not o.root.exists() else None
+        return (
+            kdkit.Lacking(o.url, o.root) if o.download and o.url and not o.root.exists() else None
+        )
 
     def fetch(self) -> None:
         """The images of the archive."""
@@ -104,7 +118,9 @@ class ImageFolder(kdkit.DatasetSource):
     def info(self) -> kdkit.DataInfo:
         train, test = self._parts["train"], self._parts["test"]
         names = tuple(self._classes)
-        return kdkit.DataInfo((3, 0, 0), len(names), len(train), len(test), names, labelled=self._labelled)
+        return kdkit.DataInfo(
+            (3, 0, 0), len(names), len(train), len(test), names, labelled=self._labelled
+        )
 
     def own_files(self) -> Sequence[Path]:
         """The folders of both parts."""
@@ -134,7 +150,11 @@ class ImageFolder(kdkit.DatasetSource):
     @cached_property
     def _parts(self) -> dict[str, Files]:
         unlabelled = [] if self._labelled else _images_in(self._folder(self.options.train))
-        train = Files([(str(path), -1) for path in unlabelled]) if unlabelled else self._list(self.options.train)
+        train = (
+            Files([(str(path), -1) for path in unlabelled])
+            if unlabelled
+            else self._list(self.options.train)
+        )
         return {"train": train, "test": self._list(self._test)}
 
     @property
@@ -146,9 +166,21 @@ class ImageFolder(kdkit.DatasetSource):
     def _folder(self, name: str) -> Path:
         folder = self.options.root / name
         if not folder.is_dir():
-            inside = sorted(path.name for path in self.options.root.iterdir() if path.is_dir()) if self.options.root.is_dir() else []
-            has = f"{self.options.root} has {', '.join(inside[:10])}" if inside else f"{self.options.root} is no folder or has none in it"
-            hint = f"; `download: true` fetches it from {self.options.url}" if self.options.url and not self.options.root.exists() else ""
+            inside = (
+                sorted(path.name for path in self.options.root.iterdir() if path.is_dir())
+                if self.options.root.is_dir()
+                else []
+            )
+            has = (
+                f"{self.options.root} has {', '.join(inside[:10])}"
+                if inside
+                else f"{self.options.root} is no folder or has none in it"
+            )
+            hint = (
+                f"; `download: true` fetches it from {self.options.url}"
+                if self.options.url and not self.options.root.exists()
+                else ""
+            )
             raise kdkit.DataError(f"{folder}: no such folder; {has}{hint}")
         return folder
 
@@ -156,12 +188,21 @@ class ImageFolder(kdkit.DatasetSource):
         from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
         folder = self._folder(name)
-        strangers = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name not in self._classes)
+        strangers = sorted(
+            path.name
+            for path in folder.iterdir()
+            if path.is_dir() and path.name not in self._classes
+        )
         if strangers:
-            raise kdkit.DataError(f"{folder / strangers[0]}: no such class in {self.options.root / self.options.train}")
+            raise kdkit.DataError(
+                f"{folder / strangers[0]}: no such class in"
+                f" {self.options.root / self.options.train}"
+            )
         found = make_dataset(folder, self._classes, extensions=IMG_EXTENSIONS, allow_empty=True)
         if not found:
-            raise kdkit.DataError(f"{folder}: has no images in class folders (looked for {', '.join(IMG_EXTENSIONS)})")
+            raise kdkit.DataError(
+                f"{folder}: has no images in class folders (looked for {', '.join(IMG_EXTENSIONS)})"
+            )
         return Files(found)
 
 

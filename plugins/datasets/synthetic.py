@@ -1,4 +1,6 @@
-"""Images made from a seed: a smooth pattern per class, shifted, in noise. For tests, trials and timing without any file."""
+"""Images made from a seed: a smooth pattern per class, shifted, in noise. For tests, trials and
+timing without any file.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +19,26 @@ COARSE = 4  # pixels a side of a class's pattern before it is smoothed to the im
 class SyntheticOptions(kdkit.DatasetOptions):
     """How many images of what kind."""
 
-    num_classes: int = Field(default=10, ge=2, le=100_000, description="Classes; the images are shared out equally among them.")
+    num_classes: int = Field(
+        default=10,
+        ge=2,
+        le=100_000,
+        description="Classes; the images are shared out equally among them.",
+    )
     image_size: int = Field(default=32, ge=4, le=4096, description="Side of the square images.")
     channels: int = Field(default=3, ge=1, le=64, description="Channels.")
     train: int = Field(default=2000, gt=0, le=10_000_000, description="Training images.")
     test: int = Field(default=500, gt=0, le=10_000_000, description="Test images.")
-    noise: float = Field(default=0.25, ge=0, description="Standard deviation of the noise, of pixels in [0, 1].")
+    noise: float = Field(
+        default=0.25, ge=0, description="Standard deviation of the noise, of pixels in [0, 1]."
+    )
     seed: int = Field(default=0, ge=0, description="Gives the patterns and the images.")
 
 
 class Synthetic(kdkit.DatasetSource):
-    """Random images that can be learned: a pattern per class, shifted by up to an eighth of the side, with noise."""
+    """Random images that can be learned: a pattern per class, shifted by up to an eighth of the
+    side, with noise.
+    """
 
     name = "synthetic"
     split_at_check = False
@@ -36,11 +47,19 @@ class Synthetic(kdkit.DatasetSource):
 
     def info(self) -> kdkit.DataInfo:
         o = self.options
-        return kdkit.DataInfo((o.channels, o.image_size, o.image_size), num_classes=o.num_classes, num_train=o.train, num_test=o.test)
+        return kdkit.DataInfo(
+            (o.channels, o.image_size, o.image_size),
+            num_classes=o.num_classes,
+            num_train=o.train,
+            num_test=o.test,
+        )
 
     def split(self, part: Literal["train", "test"]) -> kdkit.InMemory:
         o = self.options
-        coarse = torch.rand((o.num_classes, o.channels, COARSE, COARSE), generator=torch.Generator().manual_seed(3 * o.seed))
+        coarse = torch.rand(
+            (o.num_classes, o.channels, COARSE, COARSE),
+            generator=torch.Generator().manual_seed(3 * o.seed),
+        )
         patterns = F.interpolate(coarse, size=(o.image_size, o.image_size), mode="bilinear")
         random = torch.Generator().manual_seed(3 * o.seed + (1 if part == "train" else 2))
         count = o.train if part == "train" else o.test

@@ -1,7 +1,9 @@
-"""Datasets through timm's `create_dataset`: Hugging Face, webdataset and TensorFlow datasets, and torchvision's others.
+"""Datasets through timm's `create_dataset`: Hugging Face, webdataset and TensorFlow datasets,
+and torchvision's others.
 
-Hugging Face's (hfds/) and torchvision's have their images in places, as kdkit's own datasets do. The others are streams: see
-`kdkit.Stream` for what those cannot do. Webdataset's (wds/) can be read by several processes, each with shards of its own.
+Hugging Face's (hfds/) and torchvision's have their images in places, as kdkit's own datasets do.
+The others are streams: see `kdkit.Stream` for what those cannot do. Webdataset's (wds/) can be read
+by several processes, each with shards of its own.
 """
 
 from __future__ import annotations
@@ -23,22 +25,39 @@ class TimmOptions(kdkit.DatasetOptions):
     """What timm's `create_dataset` is told, and what it cannot tell."""
 
     dataset: str = Field(
-        pattern="^((hfds|hfids|wds|torch)/|tfds/[^:]*$)",  # tfds/OWNER:NAME would be fetched and run as Python
+        # tfds/OWNER:NAME would be fetched and run as Python
+        pattern="^((hfds|hfids|wds|torch)/|tfds/[^:]*$)",
         description="timm's name: hfds/NAME, hfids/NAME, wds/, tfds/NAME, torch/NAME.",
     )
-    root: kdkit.RecipePath | None = Field(default=None, description="Folder of the files (hfds, tfds: of the cache).")
-    train_split: str = Field(default="train", description="Name of the training part; wds: also `part-{0000..0009}.tar|10000`.")
+    root: kdkit.RecipePath | None = Field(
+        default=None, description="Folder of the files (hfds, tfds: of the cache)."
+    )
+    train_split: str = Field(
+        default="train",
+        description="Name of the training part; wds: also `part-{0000..0009}.tar|10000`.",
+    )
     test_split: str = Field(default="validation", description="Name of the test part.")
-    class_map: kdkit.RecipePath | None = Field(default=None, description="Text file with a class name per line.")
-    input_key: str | None = Field(default=None, description="Field of the image, where the format has fields.")
+    class_map: kdkit.RecipePath | None = Field(
+        default=None, description="Text file with a class name per line."
+    )
+    input_key: str | None = Field(
+        default=None, description="Field of the image, where the format has fields."
+    )
     target_key: str | None = Field(default=None, description="Field of the class, likewise.")
-    num_classes: int | None = Field(default=None, gt=1, description="Classes, where timm does not know (wds).")
-    image_shape: tuple[int, int, int] = Field(default=(3, 0, 0), description="Channels, height, width; without it set `data.image_size`.")
-    download: bool = Field(default=False, description="Fetch the files if they are not there (tfds, torch).")
+    num_classes: int | None = Field(
+        default=None, gt=1, description="Classes, where timm does not know (wds)."
+    )
+    image_shape: tuple[int, int, int] = Field(
+        default=(3, 0, 0), description="Channels, height, width; without it set `data.image_size`."
+    )
+    download: bool = Field(
+        default=False, description="Fetch the files if they are not there (tfds, torch)."
+    )
 
 
 class Indexed:
-    """A dataset with images in places; read through timm's reader, as timm's dataset puts the next image in a broken one's place.
+    """A dataset with images in places; read through timm's reader, as timm's dataset puts the
+    next image in a broken one's place.
 
     Args:
         items: item i is (open file or PIL image, class index).
@@ -59,18 +78,22 @@ class Indexed:
         if isinstance(image, Image.Image):
             return image, self.labels[index]
         with image, Image.open(image) as opened:
-            return opened.convert(opened.mode), self.labels[index]  # decoded before the file is closed
+            # decoded before the file is closed
+            return opened.convert(opened.mode), self.labels[index]
 
 
 class Streamed:
-    """A dataset of timm's that is read from start to end. Images that timm cannot decode are left out, with a log line."""
+    """A dataset of timm's that is read from start to end. Images that timm cannot decode are
+    left out, with a log line.
+    """
 
     def __init__(self, source: Timm, part: str) -> None:
         self.source, self.part = source, part
         self.length = len(source.opened[part])
         if not self.length:
             raise kdkit.DataError(
-                f"timm dataset '{source.options.dataset}': how many images has its {part} part? wds: `{{0..9}}.tar|10000`"
+                f"timm dataset '{source.options.dataset}': how many images has its {part} part?"
+                " wds: `{0..9}.tar|10000`"
             )
 
     def __len__(self) -> int:
@@ -78,7 +101,9 @@ class Streamed:
 
     def read(self, seed: int | None, workers: int, batch_size: int) -> Iterable[tuple[Any, int]]:
         # a reader of its own for each epoch, so that its order follows from the seed
-        dataset: Any = self.source.create(self.part, is_training=seed is not None, seed=seed or 0, batch_size=batch_size)
+        dataset: Any = self.source.create(
+            self.part, is_training=seed is not None, seed=seed or 0, batch_size=batch_size
+        )
         self.choose(dataset.reader, seed is not None)
         dataset.set_loader_cfg(workers)
         samples: Iterable[tuple[Any, int]] = dataset
@@ -101,13 +126,16 @@ class Shards(Streamed):
     def __init__(self, source: Timm, part: str, rank: int = 0, world: int = 1) -> None:
         self.rank, self.world = rank, world
         super().__init__(source, part)
-        self.length = source.opened[part].reader.num_samples  # timm's own length is that of a process
+        # timm's own length is that of a process
+        self.length = source.opened[part].reader.num_samples
 
     def share(self, rank: int, world: int) -> Shards:
         return Shards(self.source, self.part, rank, world)
 
     def choose(self, reader: Any, training: bool) -> None:
-        """timm shuffles the shards and deals them out in each epoch anew; where each image counts once, it would repeat and miss some."""
+        """timm shuffles the shards and deals them out in each epoch anew; where each image
+        counts once, it would repeat and miss some.
+        """
         reader.dist_rank, reader.dist_num_replicas = (self.rank, self.world) if training else (0, 1)
         if not training:
             info = reader.split_info
@@ -115,7 +143,9 @@ class Shards(Streamed):
 
 
 class Timm(kdkit.DatasetSource):
-    """timm's datasets: Hugging Face (hfds/), webdataset (wds/), TensorFlow (tfds/), torchvision (torch/), folders, tar files."""
+    """timm's datasets: Hugging Face (hfds/), webdataset (wds/), TensorFlow (tfds/), torchvision
+    (torch/), folders, tar files.
+    """
 
     name = "timm"
     split_at_check = False
@@ -125,7 +155,9 @@ class Timm(kdkit.DatasetSource):
     def lacks(self) -> kdkit.Lacking | None:
         """Whatever timm finds missing: it alone knows."""
         o = self.options
-        return kdkit.Lacking(f"what is missing of {o.dataset} by timm", o.root) if o.download else None
+        return (
+            kdkit.Lacking(f"what is missing of {o.dataset} by timm", o.root) if o.download else None
+        )
 
     def fetch(self) -> None:
         for part in ("train", "test"):
@@ -133,11 +165,20 @@ class Timm(kdkit.DatasetSource):
 
     def info(self) -> kdkit.DataInfo:
         train, test = len(self.split("train")), len(self.split("test"))
-        return kdkit.DataInfo(self.options.image_shape, num_classes=self._num_classes(), num_train=train, num_test=test)
+        return kdkit.DataInfo(
+            self.options.image_shape,
+            num_classes=self._num_classes(),
+            num_train=train,
+            num_test=test,
+        )
 
     def own_files(self) -> Sequence[Path]:
         """The folder of the shards; the other kinds are named, and their folders are caches."""
-        return [self.options.root] if self._kind == "wds" and self.options.root and self.options.root.is_dir() else []
+        return (
+            [self.options.root]
+            if self._kind == "wds" and self.options.root and self.options.root.is_dir()
+            else []
+        )
 
     def split(self, part: Literal["train", "test"]) -> kdkit.Split | kdkit.Stream:
         kind, dataset = self._kind, self.opened[part]
@@ -162,15 +203,24 @@ class Timm(kdkit.DatasetSource):
 
         o = self.options
         if self._kind != "torch":
-            settings |= {"input_key": o.input_key, "target_key": o.target_key, "class_map": str(o.class_map) if o.class_map else None}
+            settings |= {
+                "input_key": o.input_key,
+                "target_key": o.target_key,
+                "class_map": str(o.class_map) if o.class_map else None,
+            }
         try:
-            root, split = str(o.root) if o.root else None, o.train_split if part == "train" else o.test_split
+            root, split = (
+                str(o.root) if o.root else None,
+                (o.train_split if part == "train" else o.test_split),
+            )
             if self._kind in ("hfds", "hfids"):
                 settings["trust_remote_code"] = False
             return create_dataset(o.dataset, root=root, split=split, **settings)
         except Exception as error:  # each of the libraries behind it has errors of its own
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise kdkit.DataError(f"timm dataset '{o.dataset}', split '{split}', root {o.root}: {reason}") from error
+            raise kdkit.DataError(
+                f"timm dataset '{o.dataset}', split '{split}', root {o.root}: {reason}"
+            ) from error
 
     @property
     def _kind(self) -> str:
@@ -182,7 +232,10 @@ class Timm(kdkit.DatasetSource):
         dataset = self.opened["train"]
         classes = dataset.classes if self._kind == "torch" else dataset.reader.class_to_idx
         if not classes:
-            raise kdkit.DataError(f"timm dataset '{self.options.dataset}': its classes are not known; set num_classes or class_map")
+            raise kdkit.DataError(
+                f"timm dataset '{self.options.dataset}': its classes are not known; set num_classes"
+                " or class_map"
+            )
         return len(classes)
 
 

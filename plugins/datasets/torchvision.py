@@ -1,7 +1,9 @@
-"""The small sets that torchvision reads: MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100, held in memory.
+"""The small sets that torchvision reads: MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100, held in
+memory.
 
-LeCun, Cortes, Burges: The MNIST database of handwritten digits, 1998. Xiao, Rasul, Vollgraf: Fashion-MNIST, 2017,
-arXiv:1708.07747. Krizhevsky: Learning multiple layers of features from tiny images, 2009.
+LeCun, Cortes, Burges: The MNIST database of handwritten digits, 1998. Xiao, Rasul, Vollgraf:
+Fashion-MNIST, 2017, arXiv:1708.07747. Krizhevsky: Learning multiple layers of features from tiny
+images, 2009.
 """
 
 from __future__ import annotations
@@ -15,20 +17,41 @@ from pydantic import Field
 
 import kdkit
 
-CLOTHES = ("T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+CLOTHES = (
+    "T-shirt/top",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
 THINGS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
-IDX = tuple(f"raw/{part}-{what}-ubyte" for part in ("train", "t10k") for what in ("images-idx3", "labels-idx1"))
+IDX = tuple(
+    f"raw/{part}-{what}-ubyte"
+    for part in ("train", "t10k")
+    for what in ("images-idx3", "labels-idx1")
+)
 
 
 class SmallSetOptions(kdkit.DatasetOptions):
     """Where the files are."""
 
     root: kdkit.RecipePath = Field(
-        default=Path("data"), description="Folder that has, or gets, the dataset's own folder.", json_schema_extra=kdkit.BOOKKEEPING
+        default=Path("data"),
+        description="Folder that has, or gets, the dataset's own folder.",
+        json_schema_extra=kdkit.BOOKKEEPING,
     )
-    download: bool = Field(default=False, description="Fetch the files if they are not there.", json_schema_extra=kdkit.BOOKKEEPING)
+    download: bool = Field(
+        default=False,
+        description="Fetch the files if they are not there.",
+        json_schema_extra=kdkit.BOOKKEEPING,
+    )
 
 
 class SmallSet(kdkit.DatasetSource):
@@ -46,14 +69,19 @@ class SmallSet(kdkit.DatasetSource):
         """torchvision's files, whose digests it compares with those that it knows."""
         if not self.options.download or self._complete:
             return None
-        return kdkit.Lacking(f"{self.torchvision_name} by torchvision", self.options.root / self.folder)
+        return kdkit.Lacking(
+            f"{self.torchvision_name} by torchvision", self.options.root / self.folder
+        )
 
     def fetch(self) -> None:
         self._open("train", download=True)
 
     def info(self) -> kdkit.DataInfo:
         if not self.options.download and not (self.options.root / self.folder).is_dir():
-            raise kdkit.DataError(f"dataset '{self.name}' is not in {self.options.root.absolute()}; `download: true` fetches its files")
+            raise kdkit.DataError(
+                f"dataset '{self.name}' is not in {self.options.root.absolute()}; `download: true`"
+                " fetches its files"
+            )
         return self.facts
 
     def split(self, part: Literal["train", "test"]) -> kdkit.InMemory:
@@ -71,11 +99,15 @@ class SmallSet(kdkit.DatasetSource):
 
         root = self.options.root
         try:
-            return getattr(datasets, self.torchvision_name)(root, train=part == "train", download=download)
-        except Exception as error:  # missing, cut short, altered, no network: each raises something else
+            return getattr(datasets, self.torchvision_name)(
+                root, train=part == "train", download=download
+            )
+        # missing, cut short, altered, no network: each raises something else
+        except Exception as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise kdkit.DataError(
-                f"dataset '{self.name}' cannot be read from {root} ({reason}); `download: true` fetches its files"
+                f"dataset '{self.name}' cannot be read from {root} ({reason}); `download: true`"
+                " fetches its files"
             ) from error
 
 
@@ -83,16 +115,28 @@ class Mnist(SmallSet):
     """Handwritten digits, 28 x 28, grey: 60,000 for training and 10,000 for the test."""
 
     name = "mnist"
-    torchvision_name, folder, files = "MNIST", "MNIST", IDX
-    facts = kdkit.DataInfo((1, 28, 28), num_classes=10, num_train=60_000, num_test=10_000, class_names=tuple("0123456789"))
+    torchvision_name = "MNIST"
+    folder = "MNIST"
+    files = IDX
+    facts = kdkit.DataInfo(
+        (1, 28, 28),
+        num_classes=10,
+        num_train=60_000,
+        num_test=10_000,
+        class_names=tuple("0123456789"),
+    )
 
 
 class FashionMnist(SmallSet):
     """Pictures of clothes, 28 x 28, grey: 60,000 for training and 10,000 for the test."""
 
     name = "fashion_mnist"
-    torchvision_name, folder, files = "FashionMNIST", "FashionMNIST", IDX
-    facts = kdkit.DataInfo((1, 28, 28), num_classes=10, num_train=60_000, num_test=10_000, class_names=CLOTHES)
+    torchvision_name = "FashionMNIST"
+    folder = "FashionMNIST"
+    files = IDX
+    facts = kdkit.DataInfo(
+        (1, 28, 28), num_classes=10, num_train=60_000, num_test=10_000, class_names=CLOTHES
+    )
 
 
 class Cifar10(SmallSet):
@@ -101,14 +145,18 @@ class Cifar10(SmallSet):
     name = "cifar10"
     torchvision_name, folder = "CIFAR10", "cifar-10-batches-py"
     files = ("batches.meta", "test_batch", *(f"data_batch_{i}" for i in range(1, 6)))
-    facts = kdkit.DataInfo((3, 32, 32), num_classes=10, num_train=50_000, num_test=10_000, class_names=THINGS)
+    facts = kdkit.DataInfo(
+        (3, 32, 32), num_classes=10, num_train=50_000, num_test=10_000, class_names=THINGS
+    )
 
 
 class Cifar100(SmallSet):
     """A hundred kinds of things, 32 x 32, RGB: 50,000 for training and 10,000 for the test."""
 
     name = "cifar100"
-    torchvision_name, folder, files = "CIFAR100", "cifar-100-python", ("meta", "train", "test")
+    torchvision_name = "CIFAR100"
+    folder = "cifar-100-python"
+    files = ("meta", "train", "test")
     facts = kdkit.DataInfo((3, 32, 32), num_classes=100, num_train=50_000, num_test=10_000)
 
 

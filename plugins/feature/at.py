@@ -1,8 +1,9 @@
 """Attention transfer: the student's maps are strong where the teacher's are.
 
-Zagoruyko, Komodakis, "Paying More Attention to Attention", ICLR 2017, arXiv:1612.03928, eq. 1 and 2. The paper's equation has the
-norm of the difference; its released code, and this, the mean of the squares. Where sizes differ, the paper asks for equal ones; here
-the larger map is average-pooled before attention is taken.
+Zagoruyko, Komodakis, "Paying More Attention to Attention", ICLR 2017, arXiv:1612.03928, eq. 1 and
+2. The paper's equation has the norm of the difference; its released code, and this, the mean of the
+squares. Where sizes differ, the paper asks for equal ones; here the larger map is average-pooled
+before attention is taken.
 """
 
 import torch
@@ -16,17 +17,24 @@ import kdkit
 class AttentionTransfer(kdkit.Loss):
     """Mean squared difference of spatial attention maps of unit length.
 
-    Formula: (A(f_s) - A(f_t))^2 with A(f) = normalise(mean_c abs(f)^p), mean over the batch and the positions, then over the layer pairs
+    Formula: (A(f_s) - A(f_t))^2 with A(f) = normalise(mean_c abs(f)^p), mean over the batch and the
+    positions, then over the layer pairs
 
-    `normalise` divides by the L2 norm over the positions. Maps (B, C, H, W) with any number of channels, or tokens of a
-    square grid; the larger one is average-pooled to the smaller. A map of zeros has attention 0 and no gradient.
+    `normalise` divides by the L2 norm over the positions. Maps (B, C, H, W) with any number of
+    channels, or tokens of a square grid; the larger one is average-pooled to the smaller. A map of
+    zeros has attention 0 and no gradient.
     """
 
     name = "at"
     knowledge = "feature"
 
     class Options(kdkit.MapOptions):
-        p: float = Field(default=2.0, ge=1, le=8, description="Power of the activations; a larger one looks more at the strongest.")
+        p: float = Field(
+            default=2.0,
+            ge=1,
+            le=8,
+            description="Power of the activations; a larger one looks more at the strongest.",
+        )
 
     options: Options
 
@@ -34,7 +42,9 @@ class AttentionTransfer(kdkit.Loss):
         errors = []
         for f_s, f_t in self.options.pairs(student, teacher):
             f_s, f_t = kdkit.pooled_alike(f_s, f_t)
-            errors.append(F.mse_loss(attention(f_s, self.options.p), attention(f_t, self.options.p)))
+            errors.append(
+                F.mse_loss(attention(f_s, self.options.p), attention(f_t, self.options.p))
+            )
         return torch.stack(errors).mean()
 
 

@@ -1,8 +1,9 @@
 """Hints: a small regressor on the student's features predicts the teacher's.
 
-Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, arXiv:1412.6550, eq. 3. The paper has half the squared norm per sample and
-a valid convolution as large as the difference in size; this is the plain mean over all elements, with the regressor of later public
-benchmarks (batch normalisation and ReLU after it). It suits teacher layers after a ReLU; for others take `adapter: linear`.
+Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, arXiv:1412.6550, eq. 3. The paper has
+half the squared norm per sample and a valid convolution as large as the difference in size; this is
+the plain mean over all elements, with the regressor of later public benchmarks (batch normalisation
+and ReLU after it). It suits teacher layers after a ReLU; for others take `adapter: linear`.
 """
 
 from typing import Literal
@@ -16,14 +17,17 @@ import kdkit
 
 
 class Hint(kdkit.Loss):
-    """Mean squared error of the teacher's features, predicted from the student's by a learnt regressor r.
+    """Mean squared error of the teacher's features, predicted from the student's by a learnt
+    regressor r.
 
     Formula: (r(f_s) - f_t)^2, mean over all elements, then over the layer pairs
 
-    Maps (B, C, H, W): r is a convolution, then batch normalisation and ReLU: 1x1 where the sizes agree, 3x3 with stride 2 where the
-    student's is twice the teacher's (odd sizes rounded up), 4x4 transposed with stride 2 where it is half, 1x1 and a bilinear resize
-    at the end elsewhere. With `adapter: linear`, r is a 1x1 convolution alone, resized likewise. Tokens (B, N, D), equally many on both
-    sides, and vectors (B, D): r is a linear layer. Tokens and a map, or unequally many tokens, are compared as maps.
+    Maps (B, C, H, W): r is a convolution, then batch normalisation and ReLU: 1x1 where the sizes
+    agree, 3x3 with stride 2 where the student's is twice the teacher's (odd sizes rounded up), 4x4
+    transposed with stride 2 where it is half, 1x1 and a bilinear resize at the end elsewhere. With
+    `adapter: linear`, r is a 1x1 convolution alone, resized likewise. Tokens (B, N, D), equally
+    many on both sides, and vectors (B, D): r is a linear layer. Tokens and a map, or unequally many
+    tokens, are compared as maps.
     """
 
     name = "hint"
@@ -32,13 +36,18 @@ class Hint(kdkit.Loss):
     class Options(kdkit.FeatureOptions):
         adapter: Literal["regressor", "linear"] = Field(
             default="regressor",
-            description="What predicts maps: `regressor`, a convolution by size, batch norm and ReLU; or `linear`, a bare 1x1 convolution.",
+            description=(
+                "What predicts maps: `regressor`, a convolution by size, batch norm and ReLU; or"
+                " `linear`, a bare 1x1 convolution."
+            ),
         )
 
     options: Options
     adapters: nn.ModuleList
 
-    def setup(self, student: kdkit.Outputs, teacher: kdkit.Outputs, context: kdkit.Context | None = None) -> None:
+    def setup(
+        self, student: kdkit.Outputs, teacher: kdkit.Outputs, context: kdkit.Context | None = None
+    ) -> None:
         self.adapters = nn.ModuleList()
         for f_s, f_t in self.options.pairs(student, teacher):
             if f_s.ndim < 4:
@@ -46,11 +55,17 @@ class Hint(kdkit.Loss):
             elif self.options.adapter == "linear":
                 self.adapters.append(nn.Conv2d(f_s.shape[1], f_t.shape[1], 1))
             else:
-                self.adapters.append(nn.Sequential(convolution(f_s, f_t), kdkit.AnyBatchNorm(f_t.shape[1]), nn.ReLU()))
+                self.adapters.append(
+                    nn.Sequential(
+                        convolution(f_s, f_t), kdkit.AnyBatchNorm(f_t.shape[1]), nn.ReLU()
+                    )
+                )
 
     def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
         errors = []
-        for adapter, (f_s, f_t) in zip(self.adapters, self.options.pairs(student, teacher), strict=True):
+        for adapter, (f_s, f_t) in zip(
+            self.adapters, self.options.pairs(student, teacher), strict=True
+        ):
             guess = adapter(f_s)
             guess = kdkit.resized(guess, f_t.shape[2:]) if guess.ndim == 4 else guess
             errors.append(F.mse_loss(guess, f_t))
@@ -58,7 +73,9 @@ class Hint(kdkit.Loss):
 
 
 def convolution(f_s: Tensor, f_t: Tensor) -> nn.Module:
-    """From the student's channels to the teacher's, and to its size where that is the same, half or double."""
+    """From the student's channels to the teacher's, and to its size where that is the same, half
+    or double.
+    """
     sizes = list(zip(f_s.shape[2:], f_t.shape[2:], strict=True))
     if all(s == t for s, t in sizes):
         return nn.Conv2d(f_s.shape[1], f_t.shape[1], 1, bias=False)

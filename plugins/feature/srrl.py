@@ -1,9 +1,12 @@
-"""Softmax regression: the teacher's own classifier judges the student's features, and must judge them as it does the teacher's.
+"""Softmax regression: the teacher's own classifier judges the student's features, and must judge
+them as it does the teacher's.
 
 Yang et al., "Knowledge Distillation via Softmax Regression Representation Learning", ICLR 2021,
-https://openreview.net/forum?id=ZzwDy_wiWv, section 3: L_FM and L_SR, the latter as a squared error of logits; both are means over all
-elements, as in the released code. Vectors are taken as maps of one position, as in the comparison of Chen et al., "Knowledge Distillation
-with the Reused Teacher Classifier", CVPR 2022. The teacher's head is checked, not assumed, to be pooling and a linear layer.
+https://openreview.net/forum?id=ZzwDy_wiWv, section 3: L_FM and L_SR, the latter as a squared error
+of logits; both are means over all elements, as in the released code. Vectors are taken as maps of
+one position, as in the comparison of Chen et al., "Knowledge Distillation with the Reused Teacher
+Classifier", CVPR 2022. The teacher's head is checked, not assumed, to be pooling and a linear
+layer.
 """
 
 import torch.nn.functional as F
@@ -13,12 +16,15 @@ import kdkit
 
 
 class SoftmaxRegression(kdkit.Loss):
-    """Squared error of the pooled features, and of the logits that the teacher's frozen classifier gives for them.
+    """Squared error of the pooled features, and of the logits that the teacher's frozen
+    classifier gives for them.
 
-    Formula: mean of (v_s - v_t)^2 + mean of (C(v_s) - z_t)^2, each over all elements, with v = the mean over the positions of r(f_s) or f_t
+    Formula: mean of (v_s - v_t)^2 + mean of (C(v_s) - z_t)^2, each over all elements, with v = the
+    mean over the positions of r(f_s) or f_t
 
-    r is a learnt 1x1 convolution, batch normalisation and ReLU; C is the teacher's classifier and z_t the teacher's logits. One pair of
-    layers, the last before the classifiers: maps (B, C, H, W) of any sizes, tokens (B, N, D), or vectors ('penultimate').
+    r is a learnt 1x1 convolution, batch normalisation and ReLU; C is the teacher's classifier and
+    z_t the teacher's logits. One pair of layers, the last before the classifiers: maps (B, C, H, W)
+    of any sizes, tokens (B, N, D), or vectors ('penultimate').
     """
 
     name = "srrl"
@@ -30,14 +36,26 @@ class SoftmaxRegression(kdkit.Loss):
     connector: nn.Sequential
     classifier: nn.Linear
 
-    def setup(self, student: kdkit.Outputs, teacher: kdkit.Outputs, context: kdkit.Context | None = None) -> None:
+    def setup(
+        self, student: kdkit.Outputs, teacher: kdkit.Outputs, context: kdkit.Context | None = None
+    ) -> None:
         if context is None:
-            raise kdkit.ShapeError("it needs the teacher's classifier: give `setup` a context with the networks")
+            raise kdkit.ShapeError(
+                "it needs the teacher's classifier: give `setup` a context with the networks"
+            )
         if len(self.options.layers) != 1:
-            raise kdkit.ShapeError(f"it compares the last layers before the classifiers: one pair, not {len(self.options.layers)}")
+            raise kdkit.ShapeError(
+                "it compares the last layers before the classifiers: one pair, not"
+                f" {len(self.options.layers)}"
+            )
         ((v_s, v_t),) = self.options.pairs(student, teacher)
         layer = self.options.layers[0].teacher
-        self.classifier = kdkit.pooled_head(context.teacher_classifier(), teacher.features[layer], teacher.logits, f"teacher '{layer}'")
+        self.classifier = kdkit.pooled_head(
+            context.teacher_classifier(),
+            teacher.features[layer],
+            teacher.logits,
+            f"teacher '{layer}'",
+        )
         positions(student.features[self.options.layers[0].student], student.mask)  # refuses texts
         convolution = nn.Conv2d(v_s.shape[1], v_t.shape[1], 1, bias=False)
         self.connector = nn.Sequential(convolution, kdkit.AnyBatchNorm(v_t.shape[1]), nn.ReLU())
@@ -56,7 +74,10 @@ def positions(f: Tensor, mask: Tensor | None) -> Tensor:
         ShapeError: texts, some of whose positions are padding.
     """
     if f.ndim == 3 and mask is not None:
-        raise kdkit.ShapeError(f"hidden states {tuple(f.shape)} of texts have no positions that all samples have; name 'penultimate'")
+        raise kdkit.ShapeError(
+            f"hidden states {tuple(f.shape)} of texts have no positions that all samples have; name"
+            " 'penultimate'"
+        )
     if f.ndim == 3:
         return f.transpose(1, 2)[..., None]
     return f[:, :, None, None] if f.ndim == 2 else kdkit.as_map(f)

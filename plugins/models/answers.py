@@ -18,7 +18,8 @@ ROWS = "a row of floating-point logits for each training image"
 class AnswersSource(kdkit.KnownAnswers):
     """Answers that a teacher gave: `model: answers/ARRAY` with `file: FILE`.
 
-    ARRAY is the name of an array (N, K) in the file. Row i answers image i of the dataset's whole training part.
+    ARRAY is the name of an array (N, K) in the file. Row i answers image i of the dataset's whole
+    training part.
     """
 
     name = "answers"
@@ -26,20 +27,26 @@ class AnswersSource(kdkit.KnownAnswers):
     class Options(kdkit.AnswersOptions):
         """Where the answers are."""
 
-        file: kdkit.RecipePath = Field(description="An npz or safetensors file; reading it runs no code.")
+        file: kdkit.RecipePath = Field(
+            description="An npz or safetensors file; reading it runs no code."
+        )
 
     options: Options
 
     def shape(self) -> tuple[int, ...]:
         """What the file says of the array."""
         try:
-            shape, kind = (_npz if self._is_npz else _safetensors)(self.options.file, self.model_name)
+            shape, kind = (_npz if self._is_npz else _safetensors)(
+                self.options.file, self.model_name
+            )
         except kdkit.ModelError:
             raise
         except Exception as error:  # whatever a damaged file makes a reader raise
             raise self._damaged(error) from None
         if kind not in FLOATING:
-            raise kdkit.ModelError(f"{self.options.file.name}: '{self.model_name}' is {kind}, not {ROWS}")
+            raise kdkit.ModelError(
+                f"{self.options.file.name}: '{self.model_name}' is {kind}, not {ROWS}"
+            )
         return shape
 
     def read(self) -> torch.Tensor:
@@ -67,12 +74,18 @@ class AnswersSource(kdkit.KnownAnswers):
 
 
 def _npz(path: Path, name: str) -> tuple[tuple[int, ...], str]:
-    """Shape and type of an array, from the first bytes of it: the rest may not fit into the memory."""
+    """Shape and type of an array, from the first bytes of it: the rest may not fit into the
+    memory.
+    """
     with zipfile.ZipFile(path) as archive:
         _refuse_unknown(path, name, [entry.removesuffix(".npy") for entry in archive.namelist()])
         with archive.open(f"{name}.npy") as entry:
             version = numpy.lib.format.read_magic(entry)
-            header = numpy.lib.format.read_array_header_1_0 if version == (1, 0) else numpy.lib.format.read_array_header_2_0
+            header = (
+                numpy.lib.format.read_array_header_1_0
+                if version == (1, 0)
+                else numpy.lib.format.read_array_header_2_0
+            )
             shape, _, kind = header(entry)
     return shape, str(kind.newbyteorder("="))
 
@@ -86,7 +99,9 @@ def _safetensors(path: Path, name: str) -> tuple[tuple[int, ...], str]:
 
 def _refuse_unknown(path: Path, name: str, names: list[str]) -> None:
     if name not in names:
-        raise kdkit.ModelError(f"{path.name}: has no array '{name}'; it has {', '.join(names[:8]) or 'none'}")
+        raise kdkit.ModelError(
+            f"{path.name}: has no array '{name}'; it has {', '.join(names[:8]) or 'none'}"
+        )
 
 
 @kdkit.hookimpl

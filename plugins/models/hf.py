@@ -1,8 +1,8 @@
 """Text classifiers of Hugging Face transformers (extra `text`).
 
-Wolf et al., "Transformers: State-of-the-Art Natural Language Processing", EMNLP 2020 demos, arXiv:1910.03771.
-`AutoModelForSequenceClassification` builds them: an encoder, and a classifier on its pooled answer. Layers have the paths of
-`named_modules()`, such as `bert.encoder.layer.3`.
+Wolf et al., "Transformers: State-of-the-Art Natural Language Processing", EMNLP 2020 demos,
+arXiv:1910.03771. `AutoModelForSequenceClassification` builds them: an encoder, and a classifier on
+its pooled answer. Layers have the paths of `named_modules()`, such as `bert.encoder.layer.3`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ import kdkit
 
 from ..datasets._text.tokens import digest_of
 
-# Said to every loader of the library, whatever a folder or the hub says: no Python that comes with a network runs. Left out, it asks
-# on the terminal.
+# Said to every loader of the library, whatever a folder or the hub says: no Python that comes with
+# a network runs. Left out, it asks on the terminal.
 OWN_CODE_ONLY = {"trust_remote_code": False}
 
-# How DistilBERT calls what BERT calls otherwise, so that it can begin with BERT's layers (Sanh et al. 2019, arXiv:1910.01108, section 3).
+# How DistilBERT calls what BERT calls otherwise, so that it can begin with BERT's layers (Sanh et
+# al. 2019, arXiv:1910.01108, section 3).
 DISTILBERT = (
     (r"^bert\.encoder\.", "distilbert.transformer."),
     (r"^bert\.", "distilbert."),
@@ -50,7 +51,9 @@ def _beside_its_file(value: Any) -> Any:
 
 
 class HuggingFaceSource(kdkit.ModelSource):
-    """Text classifiers of transformers: `model: hf/bert-base-uncased`, a local folder (`hf/./folder`), or a `config` alone."""
+    """Text classifiers of transformers: `model: hf/bert-base-uncased`, a local folder
+    (`hf/./folder`), or a `config` alone.
+    """
 
     name = "hf"
     takes = "texts"
@@ -59,15 +62,25 @@ class HuggingFaceSource(kdkit.ModelSource):
         """Where the weights come from, and what the network is."""
 
         model: Annotated[str, BeforeValidator(_beside_its_file)] = Field(
-            description="hf/NAME, as the hub has it, or hf/FOLDER: a path that begins with `.` is relative to this file."
+            description=(
+                "hf/NAME, as the hub has it, or hf/FOLDER: a path that begins with `.` is relative"
+                " to this file."
+            )
         )
         pretrained: bool = Field(
-            default=True, description="Begin with NAME's weights (downloaded once); a classifier that it has not stays random."
+            default=True,
+            description=(
+                "Begin with NAME's weights (downloaded once); a classifier that it has not stays"
+                " random."
+            ),
         )
         config: kdkit.NetworkArguments = Field(
             default_factory=dict,
-            description="What the network is, in the place of NAME's own: `model_type` (bert, distilbert...) and what differs from its "
-            "defaults, such as `num_hidden_layers: 3`. Without `model_type`: what differs from NAME's own.",
+            description=(
+                "What the network is, in the place of NAME's own: `model_type` (bert,"
+                " distilbert...) and what differs from its defaults, such as `num_hidden_layers:"
+                " 3`. Without `model_type`: what differs from NAME's own."
+            ),
         )
 
     options: Options
@@ -76,9 +89,14 @@ class HuggingFaceSource(kdkit.ModelSource):
         """The network with random weights."""
         with self._asking("built") as transformers:
             config = self._config(transformers, num_classes)
-            network: nn.Module = transformers.AutoModelForSequenceClassification.from_config(config, **OWN_CODE_ONLY)
+            network: nn.Module = transformers.AutoModelForSequenceClassification.from_config(
+                config, **OWN_CODE_ONLY
+            )
         if (most := _positions(config)) is not None and image_shape[0] > most:
-            raise kdkit.ModelError(f"reads {most} tokens at most, and texts have up to {image_shape[0]}: see the dataset's `max_length`")
+            raise kdkit.ModelError(
+                f"reads {most} tokens at most, and texts have up to {image_shape[0]}: see the"
+                " dataset's `max_length`"
+            )
         names = set(inspect.signature(network.forward).parameters)
         network.register_forward_pre_hook(_KnownOnly(names), with_kwargs=True)
         return network
@@ -89,14 +107,21 @@ class HuggingFaceSource(kdkit.ModelSource):
             return
         with self._asking("loaded") as transformers:
             donor, found = transformers.AutoModelForSequenceClassification.from_pretrained(
-                self.model_name, config=module.config, ignore_mismatched_sizes=True, output_loading_info=True, **OWN_CODE_ONLY
+                self.model_name,
+                config=module.config,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **OWN_CODE_ONLY,
             )
         encoder = f"{module.base_model_prefix}."
         absent = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
-        if lacking := sorted(key for key in absent if key.startswith(encoder) and ".pooler." not in key):
+        if lacking := sorted(
+            key for key in absent if key.startswith(encoder) and ".pooler." not in key
+        ):
             raise kdkit.ModelError(
-                f"'{self.model_name}' has not the weights of such a network ({len(lacking)} tensors are missing, {lacking[0]} for one): "
-                "leave `config` out, or begin with none of them (`pretrained: false`)"
+                f"'{self.model_name}' has not the weights of such a network ({len(lacking)} tensors"
+                f" are missing, {lacking[0]} for one): leave `config` out, or begin with none of"
+                " them (`pretrained: false`)"
             )
         module.load_state_dict(donor.state_dict())
 
@@ -111,18 +136,33 @@ class HuggingFaceSource(kdkit.ModelSource):
         """The classes that its configuration names, and the tokenizer in its folder."""
         config: Any = module.config
         names = tuple(str(config.id2label[number]) for number in sorted(config.id2label))
-        numbered = all(name == f"LABEL_{number}" for number, name in enumerate(names))  # what the library calls them by itself
-        tokenizer = digest_of(self.model_name)[0] if self.options.pretrained and Path(self.model_name).is_dir() else ""
+        # what the library calls them by itself
+        numbered = all(name == f"LABEL_{number}" for number, name in enumerate(names))
+        tokenizer = (
+            digest_of(self.model_name)[0]
+            if self.options.pretrained and Path(self.model_name).is_dir()
+            else ""
+        )
         known = self.options.pretrained and not numbered
-        return kdkit.Meaning(names if known else (), tokenizer, int(getattr(config, "vocab_size", 0) or 0))
+        return kdkit.Meaning(
+            names if known else (), tokenizer, int(getattr(config, "vocab_size", 0) or 0)
+        )
 
     def portable(self, module: nn.Module) -> kdkit.Portable:
         """A folder that transformers loads."""
         config: Any = module.config
         about = {**config.to_dict(), "architectures": [type(module).__name__]}
-        own = {key: value for key, value in config.to_diff_dict().items() if key not in ("id2label", "label2id", "transformers_version")}
+        own = {
+            key: value
+            for key, value in config.to_diff_dict().items()
+            if key not in ("id2label", "label2id", "transformers_version")
+        }
         options = {"model": f"hf/{config.model_type}", "pretrained": False, "config": own}
-        return kdkit.Portable(options, about, 'load it by AutoModelForSequenceClassification.from_pretrained("{folder}")')
+        return kdkit.Portable(
+            options,
+            about,
+            'load it by AutoModelForSequenceClassification.from_pretrained("{folder}")',
+        )
 
     def _config(self, transformers: Any, num_classes: int) -> Any:
         said = dict(self.options.config)
@@ -131,13 +171,18 @@ class HuggingFaceSource(kdkit.ModelSource):
         def made(**arguments: Any) -> Any:
             if kind is not None:
                 return transformers.AutoConfig.for_model(kind, **arguments)
-            # attn_implementation: what computes attention is not a folder's to say, for it may be code of the hub
-            found = transformers.AutoConfig.from_pretrained(self.model_name, attn_implementation=None, **OWN_CODE_ONLY, **arguments)
-            vars(found).pop("auto_map", None)  # nor does an export hand on where its author has Python files
+            # attn_implementation: what computes attention is not a folder's to say, for it may be
+            # code of the hub
+            found = transformers.AutoConfig.from_pretrained(
+                self.model_name, attn_implementation=None, **OWN_CODE_ONLY, **arguments
+            )
+            # nor does an export hand on where its author has Python files
+            vars(found).pop("auto_map", None)
             return found
 
         config = made()
-        known = {*type(config)().to_dict(), *config.attribute_map}  # or it would keep whatever it is given
+        # or it would keep whatever it is given
+        known = {*type(config)().to_dict(), *config.attribute_map}
         if unknown := [key for key in said if key not in known]:
             close = difflib.get_close_matches(unknown[0], known, n=1)
             hint = f"; did you mean '{close[0]}'?" if close else ""
@@ -148,7 +193,8 @@ class HuggingFaceSource(kdkit.ModelSource):
     def _asking(self, what: str) -> Iterator[Any]:
         """The library, told to be quiet; what it raises becomes one line."""
         try:
-            transformers: Any = importlib.import_module("transformers")  # many of its functions have no types
+            # many of its functions have no types
+            transformers: Any = importlib.import_module("transformers")
         except ImportError:
             raise kdkit.ModelError("needs transformers: pip install 'kdkit[text]'") from None
         level = transformers.logging.get_verbosity()
@@ -162,9 +208,14 @@ class HuggingFaceSource(kdkit.ModelSource):
             name = self.model_name
             if name.startswith("/") and not Path(name).is_dir():
                 raise kdkit.ModelError(f"there is no folder {name}") from error
-            where = "" if Path(name).is_dir() else "; a folder of this machine is written hf/./FOLDER"
+            where = (
+                "" if Path(name).is_dir() else "; a folder of this machine is written hf/./FOLDER"
+            )
             reason = " ".join(str(error).split())
-            raise kdkit.ModelError(f"'{self.model_name}' cannot be {what}: {type(error).__name__}: {reason[:300]}{where}") from error
+            raise kdkit.ModelError(
+                f"'{self.model_name}' cannot be {what}: {type(error).__name__}:"
+                f" {reason[:300]}{where}"
+            ) from error
         finally:
             transformers.logging.set_verbosity(level)
             transformers.logging.enable_progress_bar()
@@ -179,12 +230,16 @@ def _positions(config: Any) -> int | None:
 
 
 class _KnownOnly:
-    """A hook that keeps back what the network does not take: tokenizers also give what only other networks ask for."""
+    """A hook that keeps back what the network does not take: tokenizers also give what only
+    other networks ask for.
+    """
 
     def __init__(self, names: set[str]) -> None:
         self.names = names
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return args, {name: value for name, value in kwargs.items() if name in self.names}
 
 

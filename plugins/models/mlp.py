@@ -1,4 +1,6 @@
-"""Multi-layer perceptrons, as in the first distillation experiments on MNIST (Hinton et al., arXiv:1503.02531, section 3)."""
+"""Multi-layer perceptrons, as in the first distillation experiments on MNIST (Hinton et al.,
+arXiv:1503.02531, section 3).
+"""
 
 import re
 from typing import Literal
@@ -12,14 +14,29 @@ ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh}
 
 
 class MLP(nn.Module):
-    """Fully connected layers `layer1`, `layer2`, ... and a classifier `fc`, on the flattened image."""
+    """Fully connected layers `layer1`, `layer2`, ... and a classifier `fc`, on the flattened
+    image.
+    """
 
-    def __init__(self, inputs: int, hidden: list[int], num_classes: int, activation: str, dropout: float, input_dropout: float) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        hidden: list[int],
+        num_classes: int,
+        activation: str,
+        dropout: float,
+        input_dropout: float,
+    ) -> None:
         super().__init__()
         self.input_dropout = nn.Dropout(input_dropout)
         self.depth = len(hidden)
         for number, (before, after) in enumerate(zip([inputs, *hidden], hidden, strict=False), 1):
-            self.add_module(f"layer{number}", nn.Sequential(nn.Linear(before, after), ACTIVATIONS[activation](), nn.Dropout(dropout)))
+            self.add_module(
+                f"layer{number}",
+                nn.Sequential(
+                    nn.Linear(before, after), ACTIVATIONS[activation](), nn.Dropout(dropout)
+                ),
+            )
         self.fc = nn.Linear(hidden[-1], num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -39,9 +56,15 @@ class MLPSource(kdkit.ModelSource):
     class Options(kdkit.ModelOptions):
         """How its layers work; their sizes are the model's name."""
 
-        activation: Literal["relu", "gelu", "tanh"] = Field(default="relu", description="What follows each hidden layer.")
-        dropout: float = Field(default=0.0, ge=0, lt=1, description="Share of the hidden units dropped while training.")
-        input_dropout: float = Field(default=0.0, ge=0, lt=1, description="Share of the pixels dropped while training.")
+        activation: Literal["relu", "gelu", "tanh"] = Field(
+            default="relu", description="What follows each hidden layer."
+        )
+        dropout: float = Field(
+            default=0.0, ge=0, lt=1, description="Share of the hidden units dropped while training."
+        )
+        input_dropout: float = Field(
+            default=0.0, ge=0, lt=1, description="Share of the pixels dropped while training."
+        )
 
     options: Options
 
@@ -49,12 +72,20 @@ class MLPSource(kdkit.ModelSource):
         """A perceptron for flattened images."""
         if not re.fullmatch(r"[1-9]\d{0,5}(-[1-9]\d{0,5}){0,99}", self.model_name):
             raise kdkit.ModelError(
-                f"'{self.model_name}' is no list of hidden sizes, each below a million; write mlp/800-800 for two layers of 800 units"
+                f"'{self.model_name}' is no list of hidden sizes, each below a million; write"
+                " mlp/800-800 for two layers of 800 units"
             )
         channels, height, width = image_shape
         hidden = [int(size) for size in self.model_name.split("-")]
         options = self.options
-        return MLP(channels * height * width, hidden, num_classes, options.activation, options.dropout, options.input_dropout)
+        return MLP(
+            channels * height * width,
+            hidden,
+            num_classes,
+            options.activation,
+            options.dropout,
+            options.input_dropout,
+        )
 
 
 @kdkit.hookimpl

@@ -14,7 +14,8 @@ import kdkit
 
 
 class PythonSource(kdkit.ModelSource):
-    """A class or function of a Python file: `model: python/Net` with `file: net.py`, called with `num_classes` and `args`.
+    """A class or function of a Python file: `model: python/Net` with `file: net.py`, called with
+    `num_classes` and `args`.
 
     Modules in the file's folder that it imports as it is read are part of it.
     """
@@ -25,10 +26,17 @@ class PythonSource(kdkit.ModelSource):
         """Where the class is, and what it is called with."""
 
         file: kdkit.RecipePath = Field(
-            description="Python file that defines the class or function; it is executed.", json_schema_extra=kdkit.CODE
+            description="Python file that defines the class or function; it is executed.",
+            json_schema_extra=kdkit.CODE,
         )
-        args: kdkit.Arguments = Field(default_factory=dict, description="Arguments beside `num_classes`.")
-        in_channels: int | None = Field(default=None, gt=0, description="Channels that the network takes (default: the images').")
+        args: kdkit.Arguments = Field(
+            default_factory=dict, description="Arguments beside `num_classes`."
+        )
+        in_channels: int | None = Field(
+            default=None,
+            gt=0,
+            description="Channels that the network takes (default: the images').",
+        )
 
     options: Options
 
@@ -37,13 +45,20 @@ class PythonSource(kdkit.ModelSource):
         file = self.options.file
         make = getattr(_import(file), self.model_name, None)
         if not callable(make):
-            raise kdkit.ModelError(f"{file} defines no '{self.model_name}'{_near(self.model_name, file)}")
+            raise kdkit.ModelError(
+                f"{file} defines no '{self.model_name}'{_near(self.model_name, file)}"
+            )
         try:
             module = make(num_classes=num_classes, **self.options.args)
         except Exception as error:
-            raise kdkit.ModelError(f"{file}: {self.model_name}(num_classes={num_classes}, ...) failed: {_cause(error)}") from error
+            raise kdkit.ModelError(
+                f"{file}: {self.model_name}(num_classes={num_classes}, ...) failed: {_cause(error)}"
+            ) from error
         if not isinstance(module, nn.Module):
-            raise kdkit.ModelError(f"{file}: {self.model_name}() returned {type(module).__name__}, not a torch.nn.Module")
+            raise kdkit.ModelError(
+                f"{file}: {self.model_name}() returned {type(module).__name__}, not a"
+                " torch.nn.Module"
+            )
         return module
 
     def in_channels(self, image_channels: int) -> int:
@@ -73,9 +88,15 @@ def _import(file: Path) -> ModuleType:
 
 
 def _near(name: str, file: Path) -> str:
-    own = [key for key, value in vars(_import(file)).items() if getattr(value, "__module__", None) == _import(file).__name__]
+    own = [
+        key
+        for key, value in vars(_import(file)).items()
+        if getattr(value, "__module__", None) == _import(file).__name__
+    ]
     close = difflib.get_close_matches(name, own, n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else f"; it defines: {', '.join(own) or 'nothing'}"
+    return (
+        f"; did you mean '{close[0]}'?" if close else f"; it defines: {', '.join(own) or 'nothing'}"
+    )
 
 
 def _cause(error: Exception) -> str:

@@ -17,8 +17,13 @@ class TorchvisionSource(kdkit.ModelSource):
     class Options(kdkit.ModelOptions):
         """Which weights, and what the model is called with."""
 
-        pretrained: bool = Field(default=False, description="Start from torchvision's best ImageNet weights (downloaded once).")
-        args: kdkit.NetworkArguments = Field(default_factory=dict, description="Arguments of torchvision's model function.")
+        pretrained: bool = Field(
+            default=False,
+            description="Start from torchvision's best ImageNet weights (downloaded once).",
+        )
+        args: kdkit.NetworkArguments = Field(
+            default_factory=dict, description="Arguments of torchvision's model function."
+        )
 
     options: Options
 
@@ -29,11 +34,18 @@ class TorchvisionSource(kdkit.ModelSource):
         known = models.list_models(module=models)
         if self.model_name not in known:
             close = difflib.get_close_matches(self.model_name, known, n=3, cutoff=0.4)
-            raise kdkit.ModelError(f"torchvision has no model '{self.model_name}'; did you mean one of: {', '.join(close or known)}")
+            raise kdkit.ModelError(
+                f"torchvision has no model '{self.model_name}'; did you mean one of:"
+                f" {', '.join(close or known)}"
+            )
         try:
-            module: nn.Module = models.get_model(self.model_name, weights=None, num_classes=num_classes, **self.options.args)
+            module: nn.Module = models.get_model(
+                self.model_name, weights=None, num_classes=num_classes, **self.options.args
+            )
         except Exception as error:
-            raise kdkit.ModelError(f"torchvision cannot build '{self.model_name}': {' '.join(str(error).split())}") from error
+            raise kdkit.ModelError(
+                f"torchvision cannot build '{self.model_name}': {' '.join(str(error).split())}"
+            ) from error
         return module
 
     def load(self, module: nn.Module) -> None:
@@ -44,13 +56,24 @@ class TorchvisionSource(kdkit.ModelSource):
             weights = self._weights().get_state_dict(progress=False, check_hash=True)
         except Exception as error:
             cause = " ".join(str(error).split())
-            raise kdkit.ModelError(f"torchvision's weights of '{self.model_name}' cannot be fetched: {cause}") from error
+            raise kdkit.ModelError(
+                f"torchvision's weights of '{self.model_name}' cannot be fetched: {cause}"
+            ) from error
         own = module.state_dict()
-        fitting = {key: value for key, value in weights.items() if key in own and own[key].shape == value.shape}
+        fitting = {
+            key: value
+            for key, value in weights.items()
+            if key in own and own[key].shape == value.shape
+        }
         misfits = (own.keys() | weights.keys()) - fitting.keys()
-        left = sorted({key.rpartition(".")[0] for key in misfits if not key.endswith("num_batches_tracked")})
+        left = sorted(
+            {key.rpartition(".")[0] for key in misfits if not key.endswith("num_batches_tracked")}
+        )
         if len(left) > 1:
-            raise kdkit.ModelError(f"torchvision's weights of '{self.model_name}' do not fit these arguments: {', '.join(left[:3])}")
+            raise kdkit.ModelError(
+                f"torchvision's weights of '{self.model_name}' do not fit these arguments:"
+                f" {', '.join(left[:3])}"
+            )
         module.load_state_dict(fitting, strict=False)
 
     def normalization(self, module: nn.Module) -> kdkit.Normalize:

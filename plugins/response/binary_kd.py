@@ -1,9 +1,11 @@
 """Binary distillation: one yes-or-no question per class, answered as the teacher does.
 
-Target softmax: the binary divergence in the released code of Hao et al., "Revisit the Power of Vanilla Knowledge Distillation: from Small
-Scale to Large Scale", NeurIPS 2023, arXiv:2305.15781. Target sigmoid, for labels that do not exclude each other: Yang et al., "Multi-Label
-Knowledge Distillation", ICCV 2023, arXiv:2308.06453, its logit term. That is a sum of binary KL divergences; a cross-entropy differs from
-it by the teacher's entropy, a constant, and here the mean is taken over the classes too.
+Target softmax: the binary divergence in the released code of Hao et al., "Revisit the Power of
+Vanilla Knowledge Distillation: from Small Scale to Large Scale", NeurIPS 2023, arXiv:2305.15781.
+Target sigmoid, for labels that do not exclude each other: Yang et al., "Multi-Label Knowledge
+Distillation", ICCV 2023, arXiv:2308.06453, its logit term. That is a sum of binary KL divergences;
+a cross-entropy differs from it by the teacher's entropy, a constant, and here the mean is taken
+over the classes too.
 """
 
 from typing import Literal
@@ -18,7 +20,8 @@ import kdkit
 class BinaryKD(kdkit.Loss):
     """Binary cross-entropy of every student logit with the teacher's probability of that class.
 
-    Formula: -(q log sigmoid(z_s) + (1 - q) log sigmoid(-z_s)), mean over the batch and the classes, in nats
+    Formula: -(q log sigmoid(z_s) + (1 - q) log sigmoid(-z_s)), mean over the batch and the classes,
+    in nats
 
     q = softmax(z_t), or sigmoid(z_t) with `target: sigmoid`. Logits (B, K) on both sides.
     """
@@ -28,13 +31,21 @@ class BinaryKD(kdkit.Loss):
 
     class Options(kdkit.ResponseOptions):
         target: Literal["softmax", "sigmoid"] = Field(
-            default="softmax", description="The teacher's probabilities: `softmax` where classes exclude each other, else `sigmoid`."
+            default="softmax",
+            description=(
+                "The teacher's probabilities: `softmax` where classes exclude each other, else"
+                " `sigmoid`."
+            ),
         )
 
     options: Options
 
     def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
-        q = teacher.logits.softmax(1) if self.options.target == "softmax" else teacher.logits.sigmoid()
+        q = (
+            teacher.logits.softmax(1)
+            if self.options.target == "softmax"
+            else teacher.logits.sigmoid()
+        )
         return F.binary_cross_entropy_with_logits(student.logits, q)
 
 

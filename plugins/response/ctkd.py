@@ -1,8 +1,10 @@
-"""Curriculum temperature (CTKD): soft targets at a temperature that is learnt against the student, at first hardly, then fully.
+"""Curriculum temperature (CTKD): soft targets at a temperature that is learnt against the
+student, at first hardly, then fully.
 
-Li et al., "Curriculum Temperature for Knowledge Distillation", AAAI 2023, arXiv:2211.16231, its global temperature: one number, learnt by
-a gradient reversal whose factor rises on half a cosine from 0 to 1 over the first 10 epochs. Start, range and the parameter's first value,
-1, as in the released code. Its instance-wise temperature, a small network on the logits, is not here.
+Li et al., "Curriculum Temperature for Knowledge Distillation", AAAI 2023, arXiv:2211.16231, its
+global temperature: one number, learnt by a gradient reversal whose factor rises on half a cosine
+from 0 to 1 over the first 10 epochs. Start, range and the parameter's first value, 1, as in the
+released code. Its instance-wise temperature, a small network on the logits, is not here.
 """
 
 from typing import Any
@@ -18,12 +20,14 @@ RISING: Any = kdkit.Ramp.model_validate({"from": 0, "to": 1, "epochs": 10, "shap
 
 
 class CurriculumTemperature(kdkit.Loss):
-    """KL divergence of softened predictions, whose temperature climbs the divergence that the student descends.
+    """KL divergence of softened predictions, whose temperature climbs the divergence that the
+    student descends.
 
-    Formula: T^2 * KL(softmax(z_t / T) || softmax(z_s / T)) with T = start + range * sigmoid(theta), mean over the batch, in nats
+    Formula: T^2 * KL(softmax(z_t / T) || softmax(z_s / T)) with T = start + range * sigmoid(theta),
+    mean over the batch, in nats
 
-    theta is learnt; what reaches it is -`reversal` times its gradient. Logits (B, K) on both sides. `reversal` is a ramp by default:
-    whoever calls the loss by hand sets it to a number.
+    theta is learnt; what reaches it is -`reversal` times its gradient. Logits (B, K) on both sides.
+    `reversal` is a ramp by default: whoever calls the loss by hand sets it to a number.
     """
 
     name = "ctkd"
@@ -31,22 +35,36 @@ class CurriculumTemperature(kdkit.Loss):
 
     class Options(kdkit.ResponseOptions):
         start: float = Field(default=1.0, gt=0, description="Lower bound of the temperature.")
-        range: float = Field(default=20.0, gt=0, description="How far above the lower bound the temperature may rise.")
+        range: float = Field(
+            default=20.0,
+            gt=0,
+            description="How far above the lower bound the temperature may rise.",
+        )
         reversal: kdkit.Rampable = Field(
-            default=RISING, ge=0, description="Factor of the reversed gradient: how strongly the temperature makes it hard for the student."
+            default=RISING,
+            ge=0,
+            description=(
+                "Factor of the reversed gradient: how strongly the temperature makes it hard for"
+                " the student."
+            ),
         )
 
     options: Options
     theta: nn.Parameter
 
-    def setup(self, student: kdkit.Outputs, teacher: kdkit.Outputs, context: kdkit.Context | None = None) -> None:
+    def setup(
+        self, student: kdkit.Outputs, teacher: kdkit.Outputs, context: kdkit.Context | None = None
+    ) -> None:
         super().setup(student, teacher, context)
         self.theta = nn.Parameter(torch.ones((), device=student.logits.device))
 
     def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
         theta: Tensor = _Reversal.apply(self.theta, self.options.reversal)
         t = self.options.start + self.options.range * theta.sigmoid()
-        log_p, log_q = F.log_softmax(student.logits / t, dim=1), F.log_softmax(teacher.logits / t, dim=1)
+        log_p, log_q = (
+            F.log_softmax(student.logits / t, dim=1),
+            F.log_softmax(teacher.logits / t, dim=1),
+        )
         return t**2 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
 
 

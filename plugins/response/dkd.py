@@ -1,9 +1,12 @@
-"""Decoupled distillation: how sure the teacher is of the label, and how it ranks the other classes, weighted apart.
+"""Decoupled distillation: how sure the teacher is of the label, and how it ranks the other
+classes, weighted apart.
 
-Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022, arXiv:2203.08679, eq. 7; T^2 and the batch mean as in the released code.
-That code takes the log of a sum of probabilities and hides the label's logit by subtracting 1000: infinite or NaN at margins of 100.
-Here both parts come from log-sum-exp over the non-target logits: the same values, finite everywhere. `standardize`: Sun et al., "Logit
-Standardization in Knowledge Distillation", CVPR 2024, arXiv:2403.01427; rows of equal logits count as uniform and have no gradient.
+Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022, arXiv:2203.08679, eq. 7; T^2 and the
+batch mean as in the released code. That code takes the log of a sum of probabilities and hides the
+label's logit by subtracting 1000: infinite or NaN at margins of 100. Here both parts come from
+log-sum-exp over the non-target logits: the same values, finite everywhere. `standardize`: Sun et
+al., "Logit Standardization in Knowledge Distillation", CVPR 2024, arXiv:2403.01427; rows of equal
+logits count as uniform and have no gradient.
 """
 
 import torch
@@ -15,32 +18,52 @@ import kdkit
 
 
 class DKD(kdkit.Loss):
-    """Decoupled KL divergences: of the label against the rest (TCKD), and among the other classes (NCKD).
+    """Decoupled KL divergences: of the label against the rest (TCKD), and among the other
+    classes (NCKD).
 
     Formula: T^2 * (alpha * TCKD + beta * NCKD), mean over the batch, in nats
 
-    TCKD = KL of (q_y, 1 - q_y) from (p_y, 1 - p_y), with p = softmax(z_s / T), q = softmax(z_t / T) and y the label; NCKD = the KL of
-    the same kind between softmaxes over the K - 1 classes that are not y. Logits (B, K) on both sides, K >= 2.
+    TCKD = KL of (q_y, 1 - q_y) from (p_y, 1 - p_y), with p = softmax(z_s / T), q = softmax(z_t / T)
+    and y the label; NCKD = the KL of the same kind between softmaxes over the K - 1 classes that
+    are not y. Logits (B, K) on both sides, K >= 2.
     """
 
     name = "dkd"
     knowledge = "response"
 
     class Options(kdkit.ResponseOptions):
-        alpha: kdkit.Rampable = Field(default=1.0, ge=0, description="Factor of TCKD, the label against the rest.")
-        beta: kdkit.Rampable = Field(default=8.0, ge=0, description="Factor of NCKD, the classes other than the label.")
-        temperature: kdkit.Rampable = Field(default=4.0, gt=0, description="T: softens both distributions; 1 leaves them as they are.")
-        standardize: bool = Field(default=False, description="Give every sample's logits mean 0 and deviation 1 first, on both sides.")
+        alpha: kdkit.Rampable = Field(
+            default=1.0, ge=0, description="Factor of TCKD, the label against the rest."
+        )
+        beta: kdkit.Rampable = Field(
+            default=8.0, ge=0, description="Factor of NCKD, the classes other than the label."
+        )
+        temperature: kdkit.Rampable = Field(
+            default=4.0,
+            gt=0,
+            description="T: softens both distributions; 1 leaves them as they are.",
+        )
+        standardize: bool = Field(
+            default=False,
+            description="Give every sample's logits mean 0 and deviation 1 first, on both sides.",
+        )
 
     options: Options
 
-    def setup(self, student: kdkit.Outputs, teacher: kdkit.Outputs, context: kdkit.Context | None = None) -> None:
+    def setup(
+        self, student: kdkit.Outputs, teacher: kdkit.Outputs, context: kdkit.Context | None = None
+    ) -> None:
         super().setup(student, teacher, context)
         if student.logits.shape[1] < 2:
-            raise kdkit.ShapeError(f"logits {tuple(student.logits.shape)} have no class beside the label; at least two are needed")
+            raise kdkit.ShapeError(
+                f"logits {tuple(student.logits.shape)} have no class beside the label; at least two"
+                " are needed"
+            )
 
     def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
-        z_s, z_t, t = student.logits, teacher.logits, self.options.temperature
+        z_s = student.logits
+        z_t = teacher.logits
+        t = self.options.temperature
         if self.options.standardize:
             z_s, z_t = kdkit.standardized(z_s), kdkit.standardized(z_t)
         label_s, others_s = log_probabilities(z_s / t, batch.classes)
@@ -51,7 +74,9 @@ class DKD(kdkit.Loss):
 
 
 def log_probabilities(z: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the label and of the rest (B, 2); of each other class, given that it is not the label (B, K - 1)."""
+    """Of the label and of the rest (B, 2); of each other class, given that it is not the label
+    (B, K - 1).
+    """
     k = torch.arange(z.shape[1] - 1, device=z.device)
     others = z.gather(1, k + (k >= classes[:, None]))  # every class but the label, in order
     margin = z.gather(1, classes[:, None]) - others.logsumexp(1, keepdim=True)

@@ -1,8 +1,9 @@
 """Hard distillation: the teacher's decision serves as the label.
 
-Touvron et al., "Training data-efficient image transformers & distillation through attention", ICML 2021, arXiv:2012.12877, eq. 3 (the
-teacher's half of it). There a second head of the student, on a token of its own, learns the teacher's label; here it is the student's
-logits, whatever they come from.
+Touvron et al., "Training data-efficient image transformers & distillation through attention", ICML
+2021, arXiv:2012.12877, eq. 3 (the teacher's half of it). There a second head of the student, on a
+token of its own, learns the teacher's label; here it is the student's logits, whatever they come
+from.
 """
 
 import torch.nn.functional as F
@@ -16,7 +17,8 @@ class HardLabel(kdkit.Loss):
 
     Formula: -log softmax(z_s)_k with k = argmax z_t, mean over the batch, in nats
 
-    Logits (B, K) on both sides; of equal largest ones, a single one counts. Labels are not read, so inputs may be mixed.
+    Logits (B, K) on both sides; of equal largest ones, a single one counts. Labels are not read, so
+    inputs may be mixed.
     """
 
     name = "hard_label"

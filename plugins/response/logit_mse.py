@@ -1,7 +1,8 @@
 """Logit regression: the student's logits approach the teacher's, before any softmax.
 
-Ba, Caruana, "Do Deep Nets Really Need to be Deep?", NeurIPS 2014, arXiv:1312.6184, eq. 1. The paper has half the squared norm
-per sample and normalises the targets once; this is the plain mean over all B * K entries.
+Ba, Caruana, "Do Deep Nets Really Need to be Deep?", NeurIPS 2014, arXiv:1312.6184, eq. 1. The paper
+has half the squared norm per sample and normalises the targets once; this is the plain mean over
+all B * K entries.
 """
 
 import torch.nn.functional as F

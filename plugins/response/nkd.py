@@ -1,8 +1,10 @@
-"""Normalised distillation (NKD): the label's probability as the teacher weighs it, and the other classes among themselves.
+"""Normalised distillation (NKD): the label's probability as the teacher weighs it, and the other
+classes among themselves.
 
-Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with Normalized Loss and Customized Soft
-Labels", ICCV 2023, arXiv:2303.13005, the loss NKD with the T^2 of the released code. As in that code, the label of a mixed sample is the
-class with the largest share.
+Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with
+Normalized Loss and Customized Soft Labels", ICCV 2023, arXiv:2303.13005, the loss NKD with the T^2
+of the released code. As in that code, the label of a mixed sample is the class with the largest
+share.
 """
 
 import torch
@@ -14,34 +16,51 @@ import kdkit
 
 
 class NKD(kdkit.Loss):
-    """Cross-entropies on the label, weighted by the teacher's trust in it, and among the other classes.
+    """Cross-entropies on the label, weighted by the teacher's trust in it, and among the other
+    classes.
 
     Formula: -q_y log p_y - gamma * T^2 * sum_{c != y} q'_c log p'_c, mean over the batch, in nats
 
-    p = softmax(z_s), q = softmax(z_t) and y is the label; p', q' are softmaxes at T over the K - 1 classes that are not y. Logits
-    (B, K) on both sides, K >= 2; of a mixed sample, y is the class with the largest share.
+    p = softmax(z_s), q = softmax(z_t) and y is the label; p', q' are softmaxes at T over the K - 1
+    classes that are not y. Logits (B, K) on both sides, K >= 2; of a mixed sample, y is the class
+    with the largest share.
     """
 
     name = "nkd"
     knowledge = "response"
 
     class Options(kdkit.ResponseOptions):
-        gamma: kdkit.Rampable = Field(default=1.5, ge=0, description="Factor of the part on the classes other than the label.")
-        temperature: kdkit.Rampable = Field(default=1.0, gt=0, description="T: softens the distributions over the other classes.")
+        gamma: kdkit.Rampable = Field(
+            default=1.5, ge=0, description="Factor of the part on the classes other than the label."
+        )
+        temperature: kdkit.Rampable = Field(
+            default=1.0, gt=0, description="T: softens the distributions over the other classes."
+        )
 
     options: Options
 
-    def setup(self, student: kdkit.Outputs, teacher: kdkit.Outputs, context: kdkit.Context | None = None) -> None:
+    def setup(
+        self, student: kdkit.Outputs, teacher: kdkit.Outputs, context: kdkit.Context | None = None
+    ) -> None:
         super().setup(student, teacher, context)
         if student.logits.shape[1] < 2:
-            raise kdkit.ShapeError(f"logits {tuple(student.logits.shape)} have no class beside the label; at least two are needed")
+            raise kdkit.ShapeError(
+                f"logits {tuple(student.logits.shape)} have no class beside the label; at least two"
+                " are needed"
+            )
 
     def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
-        z_s, z_t, t, y = student.logits, teacher.logits, self.options.temperature, batch.classes[:, None]
+        z_s = student.logits
+        z_t = teacher.logits
+        t = self.options.temperature
+        y = batch.classes[:, None]
         label = z_t.softmax(1).gather(1, y) * z_s.log_softmax(1).gather(1, y)
         k = torch.arange(z_s.shape[1] - 1, device=z_s.device)
         others = k + (k >= y)  # every class but the label, in order
-        soft, log_p = (z_t.gather(1, others) / t).softmax(1), F.log_softmax(z_s.gather(1, others) / t, dim=1)
+        soft, log_p = (
+            (z_t.gather(1, others) / t).softmax(1),
+            F.log_softmax(z_s.gather(1, others) / t, dim=1),
+        )
         return -label.mean() - self.options.gamma * t**2 * (soft * log_p).sum(1).mean()
 
 

@@ -1,10 +1,13 @@
-"""Wasserstein distillation of logits (WKD-L): probability moves from the student's classes to the teacher's, cheaply between like ones.
+"""Wasserstein distillation of logits (WKD-L): probability moves from the student's classes to
+the teacher's, cheaply between like ones.
 
-Lv, Yang, Li, "Wasserstein Distance Rivals Kullback-Leibler Divergence for Knowledge Distillation", NeurIPS 2024, arXiv:2412.08139. As in
-the released code, the label has a term of its own and transport is among the other classes, by a fixed number of Sinkhorn steps that the
-gradient passes through. How alike classes are comes from the teacher's classifier, that code's `fc` variant; the paper's main one, CKA of
-each class's features, needs a pass over the training images. That code adds 1e-8 to every Sinkhorn divisor and to the costs and still is
-lost where probabilities vanish; here logarithms keep all of it. The last step, which fits the student's side, is put in closed form.
+Lv, Yang, Li, "Wasserstein Distance Rivals Kullback-Leibler Divergence for Knowledge Distillation",
+NeurIPS 2024, arXiv:2412.08139. As in the released code, the label has a term of its own and
+transport is among the other classes, by a fixed number of Sinkhorn steps that the gradient passes
+through. How alike classes are comes from the teacher's classifier, that code's `fc` variant; the
+paper's main one, CKA of each class's features, needs a pass over the training images. That code
+adds 1e-8 to every Sinkhorn divisor and to the costs and still is lost where probabilities vanish;
+here logarithms keep all of it. The last step, which fits the student's side, is put in closed form.
 """
 
 from typing import Any
@@ -21,14 +24,18 @@ BLOCK = 512  # columns of the cost that are made at a time
 
 
 class WassersteinLogits(kdkit.Loss):
-    """Cost of moving the student's distribution over the non-target classes to the teacher's, with a cross-entropy on the target.
+    """Cost of moving the student's distribution over the non-target classes to the teacher's,
+    with a cross-entropy on the target.
 
-    Formula: -q_y log p_y + gamma * sum_ij F_ij c_ij, mean over the batch; the first part in nats, the second in units of cost
+    Formula: -q_y log p_y + gamma * sum_ij F_ij c_ij, mean over the batch; the first part in nats,
+    the second in units of cost
 
-    p = softmax(z_s), q = softmax(z_t), y is the label (of a mixed sample, the class with the largest share). F is the entropic transport
-    plan, after `iterations` Sinkhorn steps, between softmaxes at T over the K - 1 other classes, student's i and teacher's j. The cost
-    is c_ij = 1 - exp(-sharpness * (1 - cos_ij)), cos_ij being the cosine of rows i and j of the teacher's last linear layer; with
-    sharpness 0 it is 1 - cos_ij itself. c_ii = 0. Logits (B, K) on both sides, K >= 2.
+    p = softmax(z_s), q = softmax(z_t), y is the label (of a mixed sample, the class with the
+    largest share). F is the entropic transport plan, after `iterations` Sinkhorn steps, between
+    softmaxes at T over the K - 1 other classes, student's i and teacher's j. The cost is c_ij = 1 -
+    exp(-sharpness * (1 - cos_ij)), cos_ij being the cosine of rows i and j of the teacher's last
+    linear layer; with sharpness 0 it is 1 - cos_ij itself. c_ii = 0. Logits (B, K) on both sides, K
+    >= 2.
     """
 
     name = "wkd_logit"
@@ -36,15 +43,25 @@ class WassersteinLogits(kdkit.Loss):
     needs_networks = True
 
     class Options(kdkit.ResponseOptions):
-        gamma: kdkit.Rampable = Field(default=1.0, ge=0, description="Factor of the transport cost.")
-        temperature: kdkit.Rampable = Field(default=4.0, gt=0, description="T: softens the distributions that transport is between.")
+        gamma: kdkit.Rampable = Field(
+            default=1.0, ge=0, description="Factor of the transport cost."
+        )
+        temperature: kdkit.Rampable = Field(
+            default=4.0, gt=0, description="T: softens the distributions that transport is between."
+        )
         sharpness: float = Field(
-            default=1.0, ge=0, le=100, description="How fast the cost rises with unlikeness; 0: the cost is 1 - cosine."
+            default=1.0,
+            ge=0,
+            le=100,
+            description="How fast the cost rises with unlikeness; 0: the cost is 1 - cosine.",
         )
         regularization: float = Field(
             default=0.05,
             ge=0.025,
-            description="Weight of the plan's entropy: a smaller one is nearer to exact transport, and slower to settle.",
+            description=(
+                "Weight of the plan's entropy: a smaller one is nearer to exact transport, and"
+                " slower to settle."
+            ),
         )
         iterations: int = Field(default=10, ge=1, le=1000, description="Sinkhorn steps.")
 
@@ -56,21 +73,31 @@ class WassersteinLogits(kdkit.Loss):
         """What moving from one class to another costs, (K, K)."""
         return costs(self.kernel, self.options.regularization)
 
-    def setup(self, student: kdkit.Outputs, teacher: kdkit.Outputs, context: kdkit.Context | None = None) -> None:
+    def setup(
+        self, student: kdkit.Outputs, teacher: kdkit.Outputs, context: kdkit.Context | None = None
+    ) -> None:
         super().setup(student, teacher, context)
         if context is None:
-            raise kdkit.ShapeError("the cost is made of the teacher's classifier; give setup a kdkit.Context with the teacher network")
+            raise kdkit.ShapeError(
+                "the cost is made of the teacher's classifier; give setup a kdkit.Context with the"
+                " teacher network"
+            )
         rows = context.teacher_classifier().get_parameter("weight").detach().flatten(1)
         if len(rows) != teacher.logits.shape[1] or len(rows) < 2:
             raise kdkit.ShapeError(
-                f"the teacher's classifier {tuple(rows.shape)} must have a row for each class of its logits {tuple(teacher.logits.shape)}, "
-                "and two at least"
+                f"the teacher's classifier {tuple(rows.shape)} must have a row for each class of"
+                f" its logits {tuple(teacher.logits.shape)}, and two at least"
             )
-        # Of K x K numbers, the one thing that is kept: with 21,841 classes it takes 1.9 GB. It follows from the frozen teacher.
-        self.register_buffer("kernel", self.kernel_of(F.normalize(rows.to(student.logits), dim=1)), persistent=False)
+        # Of K x K numbers, the one thing that is kept: with 21,841 classes it takes 1.9 GB. It
+        # follows from the frozen teacher.
+        self.register_buffer(
+            "kernel", self.kernel_of(F.normalize(rows.to(student.logits), dim=1)), persistent=False
+        )
 
     def kernel_of(self, rows: Tensor) -> Tensor:
-        """exp(-cost / regularization) (K, K), symmetric and nowhere 0, by the bound on `regularization`; made in place."""
+        """exp(-cost / regularization) (K, K), symmetric and nowhere 0, by the bound on
+        `regularization`; made in place.
+        """
         kernel = (rows @ rows.T).neg_().add_(1).clamp_min_(0).fill_diagonal_(0)
         if sharpness := self.options.sharpness:
             kernel.mul_(-sharpness).expm1_().neg_()
@@ -81,7 +108,10 @@ class WassersteinLogits(kdkit.Loss):
         super()._load_from_state_dict(state, prefix, *arguments)
 
     def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
-        z_s, z_t, t, y = student.logits, teacher.logits, self.options.temperature, batch.classes[:, None]
+        z_s = student.logits
+        z_t = teacher.logits
+        t = self.options.temperature
+        y = batch.classes[:, None]
         label = z_t.softmax(1).gather(1, y) * z_s.log_softmax(1).gather(1, y)
         target = torch.zeros_like(z_s, dtype=torch.bool).scatter(1, y, True)
         log_p, log_q = ((z / t).masked_fill(target, -torch.inf).log_softmax(1) for z in (z_s, z_t))
@@ -105,7 +135,9 @@ def costs(kernel: Tensor, regularization: float) -> Tensor:
 
 
 class CostProduct(torch.autograd.Function):
-    """v @ (kernel * cost), for v (B, K) and the symmetric kernel (K, K), whose product with the cost is never there as a whole."""
+    """v @ (kernel * cost), for v (B, K) and the symmetric kernel (K, K), whose product with the
+    cost is never there as a whole.
+    """
 
     @staticmethod
     def forward(ctx: Any, v: Tensor, kernel: Tensor, regularization: float) -> Tensor:

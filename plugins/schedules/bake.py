@@ -1,10 +1,12 @@
-"""Batch knowledge ensembling (BAKE): an image's soft target is spread over the images of the batch that look like it.
+"""Batch knowledge ensembling (BAKE): an image's soft target is spread over the images of the
+batch that look like it.
 
-Ge, Choi, Zhang, Luo, Zhu, Zhao, Li, "Self-distillation with Batch Knowledge Ensembling Improves ImageNet Classification", 2021,
-arXiv:2104.13298, section 3: A_ij is the softmax over j != i of the cosines of embeddings, Q = softmax(z / T), and the targets are
-(1 - omega) (I - omega A)^-1 Q, the limit of omega A Q + (1 - omega) Q. With `cross_entropy` and `logit_kl` at the same T = 4 the total is
-the paper's. As in the released code, all processes' images make one batch. It counts the images drawn for similarity on top of the batch
-size; here the batch size counts all of them.
+Ge, Choi, Zhang, Luo, Zhu, Zhao, Li, "Self-distillation with Batch Knowledge Ensembling Improves
+ImageNet Classification", 2021, arXiv:2104.13298, section 3: A_ij is the softmax over j != i of the
+cosines of embeddings, Q = softmax(z / T), and the targets are (1 - omega) (I - omega A)^-1 Q, the
+limit of omega A Q + (1 - omega) Q. With `cross_entropy` and `logit_kl` at the same T = 4 the total
+is the paper's. As in the released code, all processes' images make one batch. It counts the images
+drawn for similarity on top of the batch size; here the batch size counts all of them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,9 +23,10 @@ import kdkit
 class BatchEnsemble(kdkit.Schedule):
     """The student's own answers, ensembled over similar images of the batch, teach it.
 
-    Images of one class come in groups, so that some are similar. The targets are given as logits T log q, so that T must be the temperature
-    of `logit_kl`; tapped layers are averaged with the same weights. Cost: one forward and one backward per image, as the student alone, and
-    an inverse of (B, B). No model is kept beside the student.
+    Images of one class come in groups, so that some are similar. The targets are given as logits T
+    log q, so that T must be the temperature of `logit_kl`; tapped layers are averaged with the same
+    weights. Cost: one forward and one backward per image, as the student alone, and an inverse of
+    (B, B). No model is kept beside the student.
     """
 
     name = "bake"
@@ -32,11 +35,30 @@ class BatchEnsemble(kdkit.Schedule):
     students_teach = True
 
     class Options(kdkit.ScheduleOptions):
-        layer: str = Field(default="penultimate", description="Layer whose outputs say how similar images are.")
-        omega: float = Field(default=0.5, ge=0, lt=1, description="Share of an image's target that comes from the other images.")
-        temperature: float = Field(default=4.0, gt=0, description="T at which answers are ensembled: the one of `logit_kl`.")
-        tau: float = Field(default=1.0, gt=0, description="Divides the cosines: a small one looks at the most similar images only.")
-        similar: int = Field(default=1, ge=0, description="Images of its class that come together with each image; 0: chance alone.")
+        layer: str = Field(
+            default="penultimate", description="Layer whose outputs say how similar images are."
+        )
+        omega: float = Field(
+            default=0.5,
+            ge=0,
+            lt=1,
+            description="Share of an image's target that comes from the other images.",
+        )
+        temperature: float = Field(
+            default=4.0,
+            gt=0,
+            description="T at which answers are ensembled: the one of `logit_kl`.",
+        )
+        tau: float = Field(
+            default=1.0,
+            gt=0,
+            description="Divides the cosines: a small one looks at the most similar images only.",
+        )
+        similar: int = Field(
+            default=1,
+            ge=0,
+            description="Images of its class that come together with each image; 0: chance alone.",
+        )
 
     options: Options
 
@@ -62,8 +84,11 @@ class BatchEnsemble(kdkit.Schedule):
             mean = shares @ F.softmax(everyone / t, dim=1)
             return t * mean.clamp_min(torch.finfo(mean.dtype).tiny).log()
 
-        with torch.autocast("cpu" if device == "meta" else device, enabled=False):  # there is none on the meta device
-            shares = self._shares(kdkit.gather(kdkit.as_vectors(_exact(answer.features[self.options.layer]))))
+        # there is none on the meta device
+        with torch.autocast("cpu" if device == "meta" else device, enabled=False):
+            shares = self._shares(
+                kdkit.gather(kdkit.as_vectors(_exact(answer.features[self.options.layer])))
+            )
             shares = shares.narrow(0, rank * len(answer.logits), len(answer.logits))
             return answer.map(change)
 
@@ -73,8 +98,12 @@ class BatchEnsemble(kdkit.Schedule):
         if len(f) == 1:
             return one
         f = F.normalize(f, dim=1)
-        affinity = F.softmax((f @ f.T / self.options.tau).masked_fill(one.bool(), -torch.inf), dim=1)
-        shares: Tensor = (1 - self.options.omega) * torch.linalg.inv(one - self.options.omega * affinity)
+        affinity = F.softmax(
+            (f @ f.T / self.options.tau).masked_fill(one.bool(), -torch.inf), dim=1
+        )
+        shares: Tensor = (1 - self.options.omega) * torch.linalg.inv(
+            one - self.options.omega * affinity
+        )
         return shares
 
 

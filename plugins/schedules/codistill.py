@@ -1,10 +1,12 @@
 """Codistillation: students learn from each other's weights of some steps ago.
 
-Anil, Pereyra, Passos, Ormandi, Dahl, Hinton, "Large scale distributed neural network training through online distillation", ICLR 2018,
-arXiv:1804.03235, algorithm 1. Each of K students learns from the labels and from the mean over the others' predictions, made with weights
-that are exchanged every n steps only, so that students on different machines need to talk seldom. The paper switches distillation on
-after a burn-in; here a loss's weight does: `weight: {from: 0, to: 1, start: 2, epochs: 1}`. It averages the others' predictions, here each
-loss is averaged over them. No code was released.
+Anil, Pereyra, Passos, Ormandi, Dahl, Hinton, "Large scale distributed neural network training
+through online distillation", ICLR 2018, arXiv:1804.03235, algorithm 1. Each of K students learns
+from the labels and from the mean over the others' predictions, made with weights that are exchanged
+every n steps only, so that students on different machines need to talk seldom. The paper switches
+distillation on after a burn-in; here a loss's weight does: `weight: {from: 0, to: 1, start: 2,
+epochs: 1}`. It averages the others' predictions, here each loss is averaged over them. No code was
+released.
 """
 
 import copy
@@ -19,13 +21,16 @@ import kdkit
 
 
 class Codistill(kdkit.Schedule):
-    """One stage: each of K students learns from frozen copies of the others, renewed every n steps.
+    """One stage: each of K students learns from frozen copies of the others, renewed every n
+    steps.
 
-    In one process all are trained there: a step costs K forwards and K backwards an image, and K forwards of copies; memory K times a
-    student's training and its weights once more. In K processes (`torchrun`, `accelerate launch`) each trains one of them, on its own share
-    of every batch (so give `data.batch_size` K times what a student should see), and every n steps they exchange weights: one forward and
-    backward and K - 1 forwards of copies a process. All are measured; the first process's student is exported. Until the first exchange
-    the copies have the others' initial weights.
+    In one process all are trained there: a step costs K forwards and K backwards an image, and K
+    forwards of copies; memory K times a student's training and its weights once more. In K
+    processes (`torchrun`, `accelerate launch`) each trains one of them, on its own share of every
+    batch (so give `data.batch_size` K times what a student should see), and every n steps they
+    exchange weights: one forward and backward and K - 1 forwards of copies a process. All are
+    measured; the first process's student is exported. Until the first exchange the copies have the
+    others' initial weights.
     """
 
     name = "codistill"
@@ -36,7 +41,9 @@ class Codistill(kdkit.Schedule):
     class Options(kdkit.PeerOptions):
         """Who the students are, and how often they see each other."""
 
-        every: int = Field(default=50, ge=1, description="n: optimizer steps between two exchanges of weights.")
+        every: int = Field(
+            default=50, ge=1, description="n: optimizer steps between two exchanges of weights."
+        )
 
     options: Options
 
@@ -46,14 +53,22 @@ class Codistill(kdkit.Schedule):
         mine = range(len(peers))
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             if (world := dist.get_world_size()) != len(peers):
-                raise kdkit.RunError(f"codistill: {len(peers)} students cannot be trained by {world} processes, one in each; set `size`")
+                raise kdkit.RunError(
+                    f"codistill: {len(peers)} students cannot be trained by {world} processes, one"
+                    " in each; set `size`"
+                )
             mine = range(dist.get_rank(), dist.get_rank() + 1)
 
         def step(batch: kdkit.Batch) -> Sequence[kdkit.Lesson]:
             with torch.no_grad():
                 wanted = [k for k in range(len(peers)) if [*mine] != [k]]
                 taught = {k: copies[k](batch.inputs).detach() for k in wanted}
-            return [kdkit.Lesson(peers[k](batch.inputs), [answer for j, answer in taught.items() if j != k]) for k in mine]
+            return [
+                kdkit.Lesson(
+                    peers[k](batch.inputs), [answer for j, answer in taught.items() if j != k]
+                )
+                for k in mine
+            ]
 
         def exchange() -> None:
             clock.steps += 1
@@ -66,13 +81,21 @@ class Codistill(kdkit.Schedule):
                             dist.broadcast(value, src=k)
 
         yield kdkit.Stage(
-            "codistill", [peers[k] for k in mine], step, after_step=exchange, buffers=copies, parts=clock, apart=True,
+            "codistill",
+            [peers[k] for k in mine],
+            step,
+            after_step=exchange,
+            buffers=copies,
+            parts=clock,
+            apart=True,
             result=self.options.result,
-        )  # fmt: skip
+        )
 
 
 class Clock(nn.Module):
-    """Counts optimizer steps. The number is saved, but is no tensor: asking a device for it would hold up every step."""
+    """Counts optimizer steps. The number is saved, but is no tensor: asking a device for it
+    would hold up every step.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,9 +1,11 @@
 """Class-wise self-distillation (CS-KD): another image of the same class is the teacher.
 
-Yun, Park, Lee, Shin, "Regularizing Class-wise Predictions via Self-knowledge Distillation", CVPR 2020, arXiv:2003.13964, eq. 1 and 2: with
-`cross_entropy` and `logit_kl` at T = 4 the total is CE(x, y) + lambda T^2 KL(P(x'; T) || P(x; T)), where x' is of the class of x and a
-constant. The paper draws x and x' alike, so here each of a pair learns from the other in one forward. The released code draws a second
-image for each of a batch, and answers it without gradient; labels and soft targets then count for the first ones only (`mutual: false`).
+Yun, Park, Lee, Shin, "Regularizing Class-wise Predictions via Self-knowledge Distillation", CVPR
+2020, arXiv:2003.13964, eq. 1 and 2: with `cross_entropy` and `logit_kl` at T = 4 the total is CE(x,
+y) + lambda T^2 KL(P(x'; T) || P(x; T)), where x' is of the class of x and a constant. The paper
+draws x and x' alike, so here each of a pair learns from the other in one forward. The released code
+draws a second image for each of a batch, and answers it without gradient; labels and soft targets
+then count for the first ones only (`mutual: false`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,10 +18,12 @@ import kdkit
 
 
 class ClassWise(kdkit.Schedule):
-    """Images come in pairs of one class; the student's answer to the one teaches it about the other.
+    """Images come in pairs of one class; the student's answer to the one teaches it about the
+    other.
 
-    An epoch shows each image once, but for classes with an odd number of images. Cost: one forward and one backward per image, as the
-    student alone; without `mutual`, one forward per image and one backward for every second. No model is kept beside the student.
+    An epoch shows each image once, but for classes with an odd number of images. Cost: one forward
+    and one backward per image, as the student alone; without `mutual`, one forward per image and
+    one backward for every second. No model is kept beside the student.
     """
 
     name = "cs_kd"
@@ -30,7 +34,10 @@ class ClassWise(kdkit.Schedule):
     class Options(kdkit.ScheduleOptions):
         mutual: bool = Field(
             default=True,
-            description="Each of a pair learns from the other; false: the first from the second, which has no gradient and no label.",
+            description=(
+                "Each of a pair learns from the other; false: the first from the second, which has"
+                " no gradient and no label."
+            ),
         )
 
     options: Options
@@ -50,7 +57,13 @@ class ClassWise(kdkit.Schedule):
                 teacher = student(other.inputs).pooled().detach()
             return [kdkit.Lesson(student(one.inputs).pooled(), [teacher], batch=one)]
 
-        yield kdkit.Stage("class_wise", [student], both if self.options.mutual else first, arrange=kdkit.by_class(2), teachers=[student])
+        yield kdkit.Stage(
+            "class_wise",
+            [student],
+            both if self.options.mutual else first,
+            arrange=kdkit.by_class(2),
+            teachers=[student],
+        )
 
 
 def _swapped(x: Tensor) -> Tensor:
@@ -59,7 +72,10 @@ def _swapped(x: Tensor) -> Tensor:
 
 def _refuse_odd(batch: kdkit.Batch) -> None:
     if len(batch.labels) % 2:
-        raise kdkit.RunError(f"cs_kd: a process got {len(batch.labels)} images of a batch, which are no pairs; change `data.batch_size`")
+        raise kdkit.RunError(
+            f"cs_kd: a process got {len(batch.labels)} images of a batch, which are no pairs;"
+            " change `data.batch_size`"
+        )
 
 
 @kdkit.hookimpl

@@ -1,14 +1,18 @@
-"""Collaborative learning (KDCL): students that are trained together learn from an ensemble of their own answers.
+"""Collaborative learning (KDCL): students that are trained together learn from an ensemble of
+their own answers.
 
-Guo, Wang, Wu, Yu, Liang, Hu, Luo, "Online Knowledge Distillation via Collaborative Learning", CVPR 2020, doi:10.1109/CVPR42600.2020.01103,
-section 3. With the peers' logits z_1..z_K of a batch, all of them learn from one target z:
+Guo, Wang, Wu, Yu, Liang, Hu, Luo, "Online Knowledge Distillation via Collaborative Learning", CVPR
+2020, doi:10.1109/CVPR42600.2020.01103, section 3. With the peers' logits z_1..z_K of a batch, all
+of them learn from one target z:
 
     mean    z = 1/K sum_k z_k
     best    z = z_k of the peer whose cross-entropy on the batch's labels is the lowest (KDCL-Naive)
-    lowest  z = sum_k w_k z_k, w the convex weights whose z has the lowest cross-entropy on the batch's labels (KDCL-Linear)
+    lowest  z = sum_k w_k z_k, w the convex weights whose z has the lowest cross-entropy on the
+    batch's labels (KDCL-Linear)
 
-What they learn by is the recipe's losses (the paper: `cross_entropy` and `logit_kl`). In the paper each peer sees an augmentation of its
-own, which `own_views: true` gives. KDCL-MinLogit and KDCL-General are not offered. No code was released.
+What they learn by is the recipe's losses (the paper: `cross_entropy` and `logit_kl`). In the paper
+each peer sees an augmentation of its own, which `own_views: true` gives. KDCL-MinLogit and
+KDCL-General are not offered. No code was released.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,10 +31,12 @@ TINY = 1e-20
 
 
 class EnsemblePeers(kdkit.Schedule):
-    """One stage: each of K peers learns from an ensemble of all their logits, its own among them.
+    """One stage: each of K peers learns from an ensemble of all their logits, its own among
+    them.
 
-    Losses that read layers see those of the other peers, and their mean counts. A step costs K forwards and K backwards an image, one of
-    each peer; memory K times a student's training. `lowest` adds a few passes over the logits.
+    Losses that read layers see those of the other peers, and their mean counts. A step costs K
+    forwards and K backwards an image, one of each peer; memory K times a student's training.
+    `lowest` adds a few passes over the logits.
     """
 
     name = "ensemble_peers"
@@ -40,9 +46,16 @@ class EnsemblePeers(kdkit.Schedule):
 
     class Options(kdkit.PeerOptions):
         target: Literal["mean", "best", "lowest"] = Field(
-            default="lowest", description="The ensemble: the mean of the logits, the best peer's, or the convex mixture of lowest loss."
+            default="lowest",
+            description=(
+                "The ensemble: the mean of the logits, the best peer's, or the convex mixture of"
+                " lowest loss."
+            ),
         )
-        own_views: bool = Field(default=False, description="Show each peer another augmentation of the images, as the paper does.")
+        own_views: bool = Field(
+            default=False,
+            description="Show each peer another augmentation of the images, as the paper does.",
+        )
 
     options: Options
 
@@ -52,15 +65,21 @@ class EnsemblePeers(kdkit.Schedule):
         def step(batch: kdkit.Batch) -> Sequence[kdkit.Lesson]:
             shown = (batch.inputs, *batch.views) if batch.views else (batch.inputs,) * len(peers)
             answers = [peer(images) for peer, images in zip(peers, shown, strict=True)]
-            target = self.target(torch.stack([answer.logits.detach().float() for answer in answers]), batch.labels)
+            target = self.target(
+                torch.stack([answer.logits.detach().float() for answer in answers]), batch.labels
+            )
             taught = [kdkit.with_logits(answer.detach(), target) for answer in answers]
-            return [kdkit.Lesson(own, taught[:k] + taught[k + 1 :]) for k, own in enumerate(answers)]
+            return [
+                kdkit.Lesson(own, taught[:k] + taught[k + 1 :]) for k, own in enumerate(answers)
+            ]
 
         views = len(peers) if self.options.own_views else 1
         yield kdkit.Stage("ensemble_peers", peers, step, views=views, result=self.options.result)
 
     def target(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The ensemble's logits (B, C) from the peers' (K, B, C); what it chooses, it chooses by the whole batch of all processes."""
+        """The ensemble's logits (B, C) from the peers' (K, B, C); what it chooses, it chooses by
+        the whole batch of all processes.
+        """
         if self.options.target == "mean":
             return logits.mean(0)
         everyones = kdkit.gather(logits.transpose(0, 1).contiguous()).transpose(0, 1)
@@ -72,9 +91,11 @@ class EnsemblePeers(kdkit.Schedule):
 
 
 def lowest(logits: Tensor, labels: Tensor) -> Tensor:
-    """The convex weights (K,) of the logits (K, B, C) whose mixture has the lowest cross-entropy.
+    """The convex weights (K,) of the logits (K, B, C) whose mixture has the lowest
+    cross-entropy.
 
-    The problem is convex. From equal weights, each round multiplies them by exp(- stride * slope) and keeps the best of a few strides.
+    The problem is convex. From equal weights, each round multiplies them by exp(- stride * slope)
+    and keeps the best of a few strides.
     """
     newton, change = logits.new_tensor(NEWTON), logits.new_tensor(CHANGE)
     log_weights = logits.new_zeros(len(logits)).log_softmax(0)
@@ -83,7 +104,8 @@ def lowest(logits: Tensor, labels: Tensor) -> Tensor:
         p = mixed(logits, weights).softmax(1)
         slope = ((p - shares(logits, labels)) * logits).sum(2).mean(1)
         slope = slope - (weights * slope).sum()
-        way = mixed(logits, weights * slope)  # where the mixture goes for a small stride, up to sign
+        # where the mixture goes for a small stride, up to sign
+        way = mixed(logits, weights * slope)
         bend = ((p * way.square()).sum(1) - (p * way).sum(1).square()).mean()
         steps = newton * (weights * slope.square()).sum() / bend.clamp_min(TINY)
         strides = torch.cat([steps, change / slope.abs().amax().clamp_min(TINY)])
@@ -105,7 +127,11 @@ def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
 
 def shares(logits: Tensor, labels: Tensor) -> Tensor:
     """Labels as shares of the classes (B, C)."""
-    return labels if labels.ndim == 2 else torch.nn.functional.one_hot(labels, logits.shape[-1]).to(logits)
+    return (
+        labels
+        if labels.ndim == 2
+        else torch.nn.functional.one_hot(labels, logits.shape[-1]).to(logits)
+    )
 
 
 @kdkit.hookimpl

@@ -1,14 +1,18 @@
-"""Progressive self-knowledge distillation (PS-KD): the student as it was after the previous epoch teaches it.
+"""Progressive self-knowledge distillation (PS-KD): the student as it was after the previous
+epoch teaches it.
 
-Kim, Ji, Yoon, Hwang, "Self-Knowledge Distillation with Progressive Refinement of Targets", ICCV 2021, arXiv:2006.12000, section 3. The
-paper's loss is `soft_labels` with a share of the teacher that grows over all E epochs, `alpha: {from: 0, to: 0.8, epochs: E}`, without
-`cross_entropy`. The paper's share is a_T (e + 1) / E all through epoch e, counted from 0; the ramp moves with every step and has come to
-that value at the epoch's end. The released code keeps what the student said of each image when it was last trained on it; here the
-student of the epoch's end answers, in eval mode, to the very images of the batch.
+Kim, Ji, Yoon, Hwang, "Self-Knowledge Distillation with Progressive Refinement of Targets", ICCV
+2021, arXiv:2006.12000, section 3. The paper's loss is `soft_labels` with a share of the teacher
+that grows over all E epochs, `alpha: {from: 0, to: 0.8, epochs: E}`, without `cross_entropy`. The
+paper's share is a_T (e + 1) / E all through epoch e, counted from 0; the ramp moves with every step
+and has come to that value at the epoch's end. The released code keeps what the student said of each
+image when it was last trained on it; here the student of the epoch's end answers, in eval mode, to
+the very images of the batch.
 
-In the first epoch there is no teacher yet, and the released code puts the labels in its place. Here the student's own answer of the moment
-stands there, as a constant: under any loss that is 0 when student and teacher agree nothing is learnt from it (a run warns of that), and
-`soft_labels` follows the labels with 1 - alpha of their gradient.
+In the first epoch there is no teacher yet, and the released code puts the labels in its place. Here
+the student's own answer of the moment stands there, as a constant: under any loss that is 0 when
+student and teacher agree nothing is learnt from it (a run warns of that), and `soft_labels` follows
+the labels with 1 - alpha of their gradient.
 """
 
 import copy
@@ -21,9 +25,11 @@ import kdkit
 
 
 class ProgressiveSelf(kdkit.Schedule):
-    """One stage: the student learns from a frozen copy of itself, taken at the end of the previous epoch.
+    """One stage: the student learns from a frozen copy of itself, taken at the end of the
+    previous epoch.
 
-    A step costs two forwards and one backward of the student an image; memory a second copy of its weights.
+    A step costs two forwards and one backward of the student an image; memory a second copy of its
+    weights.
     """
 
     name = "ps_kd"
@@ -38,13 +44,19 @@ class ProgressiveSelf(kdkit.Schedule):
         def step(batch: kdkit.Batch) -> Sequence[kdkit.Lesson]:
             answer = student(batch.inputs)
             with torch.no_grad():
-                return [kdkit.Lesson(answer, [either(count.epochs == 0, answer, previous(batch.inputs)).detach()])]
+                return [
+                    kdkit.Lesson(
+                        answer, [either(count.epochs == 0, answer, previous(batch.inputs)).detach()]
+                    )
+                ]
 
         def remember() -> None:
             previous.module.load_state_dict(student.module.state_dict())
             count.epochs += 1
 
-        yield kdkit.Stage("train", [student], step, after_epoch=remember, buffers=[previous], parts=count)
+        yield kdkit.Stage(
+            "train", [student], step, after_epoch=remember, buffers=[previous], parts=count
+        )
 
 
 class Count(nn.Module):
@@ -58,8 +70,13 @@ class Count(nn.Module):
 
 
 def either(condition: Tensor, one: kdkit.Outputs, other: kdkit.Outputs) -> kdkit.Outputs:
-    """The one answer where the condition (a truth value) holds, else the other; the device need not be waited for."""
-    features = {name: torch.where(condition, one.features[name], value) for name, value in other.features.items()}
+    """The one answer where the condition (a truth value) holds, else the other; the device need
+    not be waited for.
+    """
+    features = {
+        name: torch.where(condition, one.features[name], value)
+        for name, value in other.features.items()
+    }
     return kdkit.Outputs(torch.where(condition, one.logits, other.logits), features)
 
 

@@ -1,7 +1,9 @@
-"""Offline distillation in several stages, each with its own losses, epochs, learning rate and parts that learn.
+"""Offline distillation in several stages, each with its own losses, epochs, learning rate and
+parts that learn.
 
-Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, arXiv:1412.6550, section 2.3: first the hint layers, then the whole
-network. Activation boundaries (AB), factor transfer (FT) and FSP begin with a stage of their own too.
+Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, arXiv:1412.6550, section 2.3: first
+the hint layers, then the whole network. Activation boundaries (AB), factor transfer (FT) and FSP
+begin with a stage of their own too.
 """
 
 from collections.abc import Iterator
@@ -16,14 +18,24 @@ class StagePlan(kdkit.Options):
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="What the logs call it.")
     losses: tuple[str, ...] | dict[str, float] | None = Field(
-        default=None, description="Names of the losses that count; a mapping gives them other weights than the recipe's; none: all of them."
+        default=None,
+        description=(
+            "Names of the losses that count; a mapping gives them other weights than the recipe's;"
+            " none: all of them."
+        ),
     )
     epochs: int | None = Field(default=None, ge=1, description="Epochs; none: `train.epochs`.")
-    lr: float | None = Field(default=None, gt=0, description="Learning rate before its schedule; none: `train.optimizer.lr`.")
+    lr: float | None = Field(
+        default=None,
+        gt=0,
+        description="Learning rate before its schedule; none: `train.optimizer.lr`.",
+    )
     train: tuple[str, ...] | None = Field(
         default=None,
-        description="What learns: `student`, a layer of it (`student.stage1`), a loss's parts by its name (`hint`, `ft.paraphrasers`); "
-        "none: everything.",
+        description=(
+            "What learns: `student`, a layer of it (`student.stage1`), a loss's parts by its name"
+            " (`hint`, `ft.paraphrasers`); none: everything."
+        ),
     )
 
 
@@ -35,9 +47,15 @@ class Staged(kdkit.Schedule):
     needs_teacher = True
 
     class Options(kdkit.ScheduleOptions):
-        stages: tuple[StagePlan, ...] = Field(min_length=1, description="The stages in order; a loss keeps what it learnt in earlier ones.")
+        stages: tuple[StagePlan, ...] = Field(
+            min_length=1,
+            description="The stages in order; a loss keeps what it learnt in earlier ones.",
+        )
         turned: bool = Field(
-            default=False, description="Also show each image turned by 90, 180 and 270 degrees, to losses that ask for it."
+            default=False,
+            description=(
+                "Also show each image turned by 90, 180 and 270 degrees, to losses that ask for it."
+            ),
         )
 
         @model_validator(mode="after")
@@ -50,9 +68,19 @@ class Staged(kdkit.Schedule):
 
     def stages(self, models: kdkit.Models) -> Iterator[kdkit.Stage]:
         student, teacher = models.student(), models.teacher()
-        step = kdkit.teach(student, by=[teacher], views={"turned": kdkit.turned} if self.options.turned else {})
+        step = kdkit.teach(
+            student, by=[teacher], views={"turned": kdkit.turned} if self.options.turned else {}
+        )
         for plan in self.options.stages:
-            yield kdkit.Stage(plan.name, [student], step, losses=plan.losses, epochs=plan.epochs, lr=plan.lr, train=plan.train)
+            yield kdkit.Stage(
+                plan.name,
+                [student],
+                step,
+                losses=plan.losses,
+                epochs=plan.epochs,
+                lr=plan.lr,
+                train=plan.train,
+            )
 
 
 @kdkit.hookimpl

@@ -1,8 +1,8 @@
 """How alike two networks' layers are: linear centred kernel alignment (CKA).
 
-Kornblith et al., "Similarity of neural network representations revisited" (ICML 2019, arXiv 1905.00414), over batches as Nguyen et al.
-(ICLR 2021, arXiv 2010.15327, eq. 3) do it:
-sums of each batch's unbiased HSIC, so that neither small batches nor wide layers raise the value.
+Kornblith et al., "Similarity of neural network representations revisited" (ICML 2019, arXiv
+1905.00414), over batches as Nguyen et al. (ICLR 2021, arXiv 2010.15327, eq. 3) do it: sums of each
+batch's unbiased HSIC, so that neither small batches nor wide layers raise the value.
 """
 
 from __future__ import annotations
@@ -26,21 +26,33 @@ class LayerSimilarity:
         self.rows, self.columns = rows, columns
         self.samples = 0
         self._across = torch.zeros(len(rows), len(columns), dtype=torch.float64)
-        self._own = torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(columns), dtype=torch.float64)
+        self._own = (
+            torch.zeros(len(rows), dtype=torch.float64),
+            torch.zeros(len(columns), dtype=torch.float64),
+        )
 
     def add(self, one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
-        """Features (B, ...) of both networks for the same batch; one of fewer than four samples adds nothing."""
-        ours, theirs = [gram(one[name]) for name in self.rows], [gram(other[name]) for name in self.columns]
+        """Features (B, ...) of both networks for the same batch; one of fewer than four samples
+        adds nothing.
+        """
+        ours, theirs = (
+            [gram(one[name]) for name in self.rows],
+            [gram(other[name]) for name in self.columns],
+        )
         count = len(ours[0])
         if count < LEAST:
             return
         self.samples += count
         self._own[0].add_(torch.stack([hsic(k, k) for k in ours]))
         self._own[1].add_(torch.stack([hsic(k, k) for k in theirs]))
-        self._across += torch.stack([torch.stack([hsic(k, other) for other in theirs]) for k in ours])
+        self._across += torch.stack(
+            [torch.stack([hsic(k, other) for other in theirs]) for k in ours]
+        )
 
     def matrix(self) -> Tensor:
-        """(rows, columns), at most 1; about 0 for layers that have nothing in common; NaN for a layer that says the same of all samples."""
+        """(rows, columns), at most 1; about 0 for layers that have nothing in common; NaN for a
+        layer that says the same of all samples.
+        """
         return (self._across / (self._own[0][:, None] * self._own[1][None]).sqrt()).cpu()
 
 
@@ -59,14 +71,19 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
 
 def gram(features: Tensor) -> Tensor:
     """Scalar products (B, B) of the samples' features (B, ...) about their mean, fp64."""
-    flat = (features.cpu() if features.device.type == "mps" else features).flatten(1).double()  # mps has no fp64
+    # mps has no fp64
+    flat = (features.cpu() if features.device.type == "mps" else features).flatten(1).double()
     flat = flat - flat.mean(0)  # the unbiased HSIC is the same without; the sums are smaller
     return (flat @ flat.T).cpu()
 
 
 def hsic(k: Tensor, m: Tensor) -> Tensor:
-    """Unbiased estimate of the Hilbert-Schmidt independence criterion of two Gram matrices (B, B), B > 3 (Song et al. 2012, eq. 5)."""
+    """Unbiased estimate of the Hilbert-Schmidt independence criterion of two Gram matrices (B,
+    B), B > 3 (Song et al. 2012, eq. 5).
+    """
     n = len(k)
     k, m = k - k.diag().diag(), m - m.diag().diag()
-    product = (k * m).sum() + k.sum() * m.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * k.sum(0) @ m.sum(0)
+    product = (
+        (k * m).sum() + k.sum() * m.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * k.sum(0) @ m.sum(0)
+    )
     return product / (n * (n - 3))

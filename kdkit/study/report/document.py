@@ -1,4 +1,6 @@
-"""What a report is made of, whatever it is written as: sections of paragraphs, tables, pictures, listings."""
+"""What a report is made of, whatever it is written as: sections of paragraphs, tables, pictures,
+listings.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Listing:
-    """A text to be kept as it is, such as a recipe; `folded` shows its title only, until it is asked for."""
+    """A text to be kept as it is, such as a recipe; `folded` shows its title only, until it is
+    asked for.
+    """
 
     title: str
     text: str
@@ -112,4 +116,10 @@ class Document:
     @property
     def pictures(self) -> list[Picture]:
         """All of them, in order."""
-        return [one for part in self.sections for block in part.blocks if isinstance(block, Pictures) for one in block.pictures]
+        return [
+            one
+            for part in self.sections
+            for block in part.blocks
+            if isinstance(block, Pictures)
+            for one in block.pictures
+        ]

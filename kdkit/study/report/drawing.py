@@ -1,4 +1,6 @@
-"""What all pictures of a report share: their size and type, the look of a variant, the file they become."""
+"""What all pictures of a report share: their size and type, the look of a variant, the file they
+become.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 170
-WIDTH, HEIGHT = 5.2, 3.5  # inches of a picture that stands beside another; at 9 points its text is readable on a phone
+# inches of a picture that stands beside another; at 9 points its text is readable on a phone
+WIDTH, HEIGHT = 5.2, 3.5
 LETTERS = 30  # of a name in a picture
 COLORS_OF_FILE = 256
 FURTHER = COLORS[:-1]  # black is the baseline's
@@ -33,14 +36,25 @@ class Look:
 
     def line(self) -> dict[str, Any]:
         """Arguments of matplotlib's `plot`."""
-        return {"color": self.color, "linestyle": self.dashes, "marker": self.marker, "linewidth": self.width, "markersize": 4.5}
+        return {
+            "color": self.color,
+            "linestyle": self.dashes,
+            "marker": self.marker,
+            "linewidth": self.width,
+            "markersize": 4.5,
+        }
 
 
 def looks(names: Sequence[str], baseline: str) -> dict[str, Look]:
     """The look of each variant; the baseline's line is black, solid and thicker."""
     others = [name for name in names if name != baseline]
     found = {
-        name: Look(FURTHER[i % len(FURTHER)], DASHES[1 + i % (len(DASHES) - 1)], MARKERS[1 + i % (len(MARKERS) - 1)], 1.7)
+        name: Look(
+            FURTHER[i % len(FURTHER)],
+            DASHES[1 + i % (len(DASHES) - 1)],
+            MARKERS[1 + i % (len(MARKERS) - 1)],
+            1.7,
+        )
         for i, name in enumerate(others)
     }
     return {**found, baseline: Look("#000000", "-", "o", 2.2)}
@@ -50,7 +64,9 @@ def labels(names: Sequence[str], letters: int = LETTERS) -> dict[str, str]:
     """The names, those too long for a picture cut in their middle, and still different."""
     found: dict[str, str] = {}
     for name in names:
-        short = name if len(name) <= letters else f"{name[: letters // 2 - 1]}…{name[-letters // 2 :]}"
+        short = (
+            name if len(name) <= letters else f"{name[: letters // 2 - 1]}…{name[-letters // 2 :]}"
+        )
         number = 2
         while short in found.values():
             ending = f"…({number})"
@@ -85,9 +101,16 @@ def keyed(figure: Figure, handles: Sequence[Any], names: Sequence[str]) -> None:
     """What the lines are, below the axes; in two columns where the names are short."""
     columns = 1 if max(map(len, names), default=0) > 24 else 2
     figure.legend(
-        handles, [plain(name) for name in names], loc="outside lower left", ncols=columns, frameon=False, fontsize=8.5, labelcolor=INK,
-        handlelength=3.6, columnspacing=1.5,
-    )  # fmt: skip
+        handles,
+        [plain(name) for name in names],
+        loc="outside lower left",
+        ncols=columns,
+        frameon=False,
+        fontsize=8.5,
+        labelcolor=INK,
+        handlelength=3.6,
+        columnspacing=1.5,
+    )
 
 
 def plain(text: str) -> str:
@@ -96,7 +119,9 @@ def plain(text: str) -> str:
 
 
 def png(figure: Figure) -> bytes:
-    """The file, with a palette: lines and flat colours need no more, and a page with many pictures stays small."""
+    """The file, with a palette: lines and flat colours need no more, and a page with many
+    pictures stays small.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
@@ -104,5 +129,7 @@ def png(figure: Figure) -> bytes:
     canvas.draw()
     image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     small = io.BytesIO()
-    image.quantize(COLORS_OF_FILE, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
+    image.quantize(COLORS_OF_FILE, dither=Image.Dither.NONE).save(
+        small, format="png", optimize=True
+    )
     return small.getvalue()

@@ -55,14 +55,18 @@ def of_runs(folders: Sequence[Path], plugins: Sequence[Path] = ()) -> Findings:
 
     Args:
         folders: of the runs, finished or not.
-        plugins: Python files and folders of theirs that may run; networks that need others are not timed.
+        plugins: Python files and folders of theirs that may run; networks that need others are not
+            timed.
 
     Raises:
         RunError: none is finished.
     """
     runs = [_open(folder, plugins) for folder in dict.fromkeys(folders)]
     if not any(run.result for run in runs):
-        raise RunError(f"{folders[0]}: no run here is finished; `kdkit train` with the same recipe goes on with one")
+        raise RunError(
+            f"{folders[0]}: no run here is finished; `kdkit train` with the same recipe goes on"
+            " with one"
+        )
     groups: dict[str, list[_Run]] = {}
     for run in runs:
         groups.setdefault(run.kind, []).append(run)
@@ -78,7 +82,8 @@ def of_runs(folders: Sequence[Path], plugins: Sequence[Path] = ()) -> Findings:
         baseline=baseline,
         command="\n".join(_again(run.folder.path) for run in runs if run.result),
         variants=intervals.corrected(
-            _variant(name, each, None if name == baseline else base, costs.get(name)) for name, each in named.items()
+            _variant(name, each, None if name == baseline else base, costs.get(name))
+            for name, each in named.items()
         ),
         teacher=teacher,
         together={},
@@ -89,7 +94,9 @@ def of_runs(folders: Sequence[Path], plugins: Sequence[Path] = ()) -> Findings:
 
 def _again(folder: Path) -> str:
     """The command that trains a run once more, from the recipe that it keeps."""
-    return shlex.join(["kdkit", "train", str(folder / "recipe.yaml"), "--run", f"again/{folder.name}"])
+    return shlex.join(
+        ["kdkit", "train", str(folder / "recipe.yaml"), "--run", f"again/{folder.name}"]
+    )
 
 
 def _open(path: Path, plugins: Sequence[Path]) -> _Run:
@@ -98,7 +105,9 @@ def _open(path: Path, plugins: Sequence[Path]) -> _Run:
 
 
 def _named(groups: Sequence[Sequence[_Run]]) -> dict[str, list[_Run]]:
-    """The groups by their recipe's name, and the first run's folder where two have the same; runs by seed, each seed once."""
+    """The groups by their recipe's name, and the first run's folder where two have the same;
+    runs by seed, each seed once.
+    """
     names = [str(each[0].recipe["name"]) for each in groups]
     found: dict[str, list[_Run]] = {}
     for name, each in zip(names, groups, strict=True):
@@ -110,7 +119,9 @@ def _named(groups: Sequence[Sequence[_Run]]) -> dict[str, list[_Run]]:
     return found
 
 
-def _variant(name: str, runs: Sequence[_Run], base: Mapping[int, float] | None, network: Profile | None) -> Variant:
+def _variant(
+    name: str, runs: Sequence[_Run], base: Mapping[int, float] | None, network: Profile | None
+) -> Variant:
     done = [run for run in runs if run.result]
     told = dict(brief(runs[0].recipe))
     own = _last(runs, "top1")
@@ -123,9 +134,15 @@ def _variant(name: str, runs: Sequence[_Run], base: Mapping[int, float] | None, 
         best=_columns([run.result.best["test"] for run in done if run.result and run.result.best]),
         difference=intervals.paired(own, base) if base is not None else None,
         cost=_cost(done, network) if done and network else None,
-        failures={int(run.recipe["seed"]): f"not finished, {_epochs(run)} epochs so far" for run in runs if not run.result},
+        failures={
+            int(run.recipe["seed"]): f"not finished, {_epochs(run)} epochs so far"
+            for run in runs
+            if not run.result
+        },
         averaged=runs[0].recipe["train"].get("average_best") or 0,
-        validation=_columns([run.result.validation for run in done if run.result and run.result.validation]),
+        validation=_columns(
+            [run.result.validation for run in done if run.result and run.result.validation]
+        ),
         length=_length(done),
     )
 
@@ -143,7 +160,11 @@ def _last(runs: Sequence[_Run], key: str) -> dict[int, float]:
 
 def _columns(rows: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, ...]]:
     """What all rows have, by name."""
-    return {key: tuple(row[key] for row in rows) for key in (rows[0] if rows else ()) if all(key in row for row in rows)}
+    return {
+        key: tuple(row[key] for row in rows)
+        for key in (rows[0] if rows else ())
+        if all(key in row for row in rows)
+    }
 
 
 def _epochs(run: _Run) -> int:
@@ -165,11 +186,16 @@ def _cost(runs: Sequence[_Run], network: Profile) -> Cost:
     )
 
 
-def _profiles(named: Mapping[str, Sequence[_Run]], taught: _Run | None) -> tuple[Teacher | None, dict[str, Profile]]:
-    """The costs of the networks, timed together on one thread: of the common teacher, and of each variant's first student."""
+def _profiles(
+    named: Mapping[str, Sequence[_Run]], taught: _Run | None
+) -> tuple[Teacher | None, dict[str, Profile]]:
+    """The costs of the networks, timed together on one thread: of the common teacher, and of
+    each variant's first student.
+    """
     models: dict[str, tuple[TappedModel, Shape]] = {}
     for name, runs in named.items():
-        with contextlib.suppress(KdkitError):  # what it needs is gone, such as a teacher of which the student has a part
+        # what it needs is gone, such as a teacher of which the student has a part
+        with contextlib.suppress(KdkitError):
             run = next(one for one in runs if one.result).opened()
             models[name] = run.student(), run.info.image_shape
     teachers: list[tuple[TappedModel, Shape]] = []

@@ -1,4 +1,6 @@
-"""Pictures of a report that are fields of numbers or images: classes, confusions, softened answers, similar layers."""
+"""Pictures of a report that are fields of numbers or images: classes, confusions, softened
+answers, similar layers.
+"""
 
 from __future__ import annotations
 
@@ -37,14 +39,22 @@ def class_accuracy(names: Sequence[str], classes: Sequence[str], accuracy: Tenso
     axes.set_xlabel("class", color=INK)
     titled(figure, "Accuracy by class, %", width)
     rows = zip(names, accuracy.tolist(), strict=True)
-    told = "; ".join(f"{name}: worst {min(row):.0f} %, class {classes[row.index(min(row))]}" for name, row in rows)
-    return Picture("class-accuracy", png(figure), f"Heat map of test accuracy by class. {told}.", wide=True)
+    told = "; ".join(
+        f"{name}: worst {min(row):.0f} %, class {classes[row.index(min(row))]}"
+        for name, row in rows
+    )
+    return Picture(
+        "class-accuracy", png(figure), f"Heat map of test accuracy by class. {told}.", wide=True
+    )
 
 
 def confusion_change(name: str, baseline: str, classes: Sequence[str], change: Tensor) -> Picture:
-    """Of the images of a class, how many more percent the variant puts into each class than the baseline (true, predicted)."""
+    """Of the images of a class, how many more percent the variant puts into each class than the
+    baseline (true, predicted).
+    """
     title = f"{labels([name])[name]} less {labels([baseline])[baseline]}"
-    bound = max(1.0, float((change - change.diag().diag()).abs().max()))  # the diagonal changes most
+    # the diagonal changes most
+    bound = max(1.0, float((change - change.diag().diag()).abs().max()))
     width = max(WIDTH, 1.2 + CELL * len(classes))
     across = _short(classes, range(len(classes)))
     figure = blank(width, 1.0 + 0.8 * width)
@@ -54,8 +64,15 @@ def confusion_change(name: str, baseline: str, classes: Sequence[str], change: T
     axes.set_xlabel("predicted", color=INK)
     axes.set_ylabel("true", color=INK)
     titled(figure, f"{title}: share of a class's images, points", width)
-    told = ", ".join(f"{classes[t]} as {classes[p]} {change[t, p]:+.1f}" for t, p in _strongest(change, 4))
-    return Picture("confusion-change", png(figure), f"Change of the confusion matrix from {baseline} to {name}, points: {told}.", wide=True)
+    told = ", ".join(
+        f"{classes[t]} as {classes[p]} {change[t, p]:+.1f}" for t, p in _strongest(change, 4)
+    )
+    return Picture(
+        "confusion-change",
+        png(figure),
+        f"Change of the confusion matrix from {baseline} to {name}, points: {told}.",
+        wide=True,
+    )
 
 
 def confusion_pairs(name: str, baseline: str, classes: Sequence[str], change: Tensor) -> Picture:
@@ -64,21 +81,41 @@ def confusion_pairs(name: str, baseline: str, classes: Sequence[str], change: Te
     values = [float(change[pair]) for pair in pairs]
     figure = blank(WIDTH, 1.2 + 0.24 * len(pairs))
     axes = figure.subplots()
-    axes.barh(range(len(pairs)), values, color=[COLORS[0] if v < 0 else COLORS[1] for v in values], edgecolor=INK, linewidth=0.6)
+    axes.barh(
+        range(len(pairs)),
+        values,
+        color=[COLORS[0] if v < 0 else COLORS[1] for v in values],
+        edgecolor=INK,
+        linewidth=0.6,
+    )
     short = labels(classes, CLASS_LETTERS)
-    axes.set_yticks(range(len(pairs)), [plain(f"{short[classes[t]]} as {short[classes[p]]}") for t, p in pairs])
+    axes.set_yticks(
+        range(len(pairs)), [plain(f"{short[classes[t]]} as {short[classes[p]]}") for t, p in pairs]
+    )
     axes.axvline(0, color=INK, linewidth=0.8)
     axes.tick_params(colors=INK, labelsize=8.5)
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_xlabel("points", color=INK)
     for place, value in enumerate(values):
-        axes.annotate(f"{value:+.1f}", (value, place), (3 if value > 0 else -3, 0), textcoords="offset points",
-                      ha="left" if value > 0 else "right", va="center", fontsize=8, color=INK)  # fmt: skip
+        axes.annotate(
+            f"{value:+.1f}",
+            (value, place),
+            (3 if value > 0 else -3, 0),
+            textcoords="offset points",
+            ha="left" if value > 0 else "right",
+            va="center",
+            fontsize=8,
+            color=INK,
+        )
     axes.margins(x=0.3)
     titled(figure, f"Confusions: {labels([name])[name]} less {labels([baseline])[baseline]}")
     told = ", ".join(f"{classes[t]} as {classes[p]} {change[t, p]:+.1f}" for t, p in pairs)
-    return Picture("confusion-change", png(figure), f"Confusions that changed most from {baseline} to {name}, points: {told}.")
+    return Picture(
+        "confusion-change",
+        png(figure),
+        f"Confusions that changed most from {baseline} to {name}, points: {told}.",
+    )
 
 
 def _strongest(change: Tensor, count: int) -> list[tuple[int, int]]:
@@ -88,27 +125,52 @@ def _strongest(change: Tensor, count: int) -> list[tuple[int, int]]:
     return [(int(i) // len(change), int(i) % len(change)) for i in order if size[i] > 0]
 
 
-def softened(number: int, image: Tensor, label: int, logits: Tensor, classes: Sequence[str]) -> Picture:
-    """An image (C, H, W) in [0, 1], and beside it the teacher's answer (K,) at several temperatures, on one scale."""
-    shown = logits.argsort(descending=True)[:BARS] if len(logits) > BARS else torch.arange(len(logits))
+def softened(
+    number: int, image: Tensor, label: int, logits: Tensor, classes: Sequence[str]
+) -> Picture:
+    """An image (C, H, W) in [0, 1], and beside it the teacher's answer (K,) at several
+    temperatures, on one scale.
+    """
+    shown = (
+        logits.argsort(descending=True)[:BARS] if len(logits) > BARS else torch.arange(len(logits))
+    )
     first, second = logits.topk(2).indices.tolist()
     answers = {t: (logits / t).softmax(0) for t in TEMPERATURES}
     names = _short(classes, shown.tolist())
     long = max(map(len, names)) > 1
     figure = blank(WHOLE, 2.0 + (0.07 * max(map(len, names)) if long else 0))
-    panels = figure.subplots(1, 1 + len(TEMPERATURES), width_ratios=(1, *(1.2 for _ in TEMPERATURES)))
+    panels = figure.subplots(
+        1, 1 + len(TEMPERATURES), width_ratios=(1, *(1.2 for _ in TEMPERATURES))
+    )
     panels[0].imshow(_visible(image).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     panels[0].set_axis_off()
     colors = [COLORS[1] if i == label else COLORS[0] for i in shown.tolist()]
     for place, (axes, (t, answer)) in enumerate(zip(panels[1:], answers.items(), strict=True)):
-        axes.bar(range(len(shown)), answer[shown].tolist(), width=0.8, color=colors, edgecolor=INK, linewidth=0.5)
+        axes.bar(
+            range(len(shown)),
+            answer[shown].tolist(),
+            width=0.8,
+            color=colors,
+            edgecolor=INK,
+            linewidth=0.5,
+        )
         axes.set_ylim(0, 1.15 * float(answers[1].max()))
         axes.tick_params(labelleft=place == 0, labelsize=8, colors=INK, length=2, pad=1.5)
-        axes.set_xticks(range(len(shown)), [plain(name) for name in names], rotation=90 if long else 0)
+        axes.set_xticks(
+            range(len(shown)), [plain(name) for name in names], rotation=90 if long else 0
+        )
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set_title(f"T = {t}\n{plain(labels(classes, CLASS_LETTERS)[classes[second]])}: {answer[second]:.2f}", fontsize=9, color=INK)
+        axes.set_title(
+            f"T = {t}\n{plain(labels(classes, CLASS_LETTERS)[classes[second]])}:"
+            f" {answer[second]:.2f}",
+            fontsize=9,
+            color=INK,
+        )
     titled(figure, f"label: {labels(classes)[classes[label]]}", WHOLE)
-    chances = "; ".join(f"T {t}: {classes[first]} {p[first]:.2f}, {classes[second]} {p[second]:.2f}" for t, p in answers.items())
+    chances = "; ".join(
+        f"T {t}: {classes[first]} {p[first]:.2f}, {classes[second]} {p[second]:.2f}"
+        for t, p in answers.items()
+    )
     alt = f"A test image of class {classes[label]}, and the teacher's probabilities. {chances}."
     return Picture(f"softened-{number}", png(figure), alt, wide=True)
 
@@ -124,7 +186,9 @@ def _visible(image: Tensor) -> Tensor:
     return image.permute(1, 2, 0).clamp(0, 1) if len(image) == 3 else image[0].clamp(0, 1)
 
 
-def similar_layers(number: int, name: str, rows: Sequence[str], columns: Sequence[str], values: Tensor) -> Picture:
+def similar_layers(
+    number: int, name: str, rows: Sequence[str], columns: Sequence[str], values: Tensor
+) -> Picture:
     """Heat map of CKA (teacher's layers, student's layers), 0 to 1."""
     down, across = list(labels(rows).values()), list(labels(columns).values())
     figure = blank(WIDTH, 1.4 + 0.36 * len(rows))
@@ -135,12 +199,25 @@ def similar_layers(number: int, name: str, rows: Sequence[str], columns: Sequenc
     axes.set_ylabel("teacher", color=INK)
     axes.set_xlabel("student", color=INK)
     titled(figure, labels([name])[name])
-    told = "; ".join(f"teacher's {row}: " + ", ".join(f"{c} {v:.2f}" for c, v in zip(columns, line, strict=True))
-                     for row, line in zip(rows, values.tolist(), strict=True))  # fmt: skip
-    return Picture(f"similar-layers-{number}", png(figure), f"Linear CKA of layers, student of {name}. {told}.")
+    told = "; ".join(
+        f"teacher's {row}: " + ", ".join(f"{c} {v:.2f}" for c, v in zip(columns, line, strict=True))
+        for row, line in zip(rows, values.tolist(), strict=True)
+    )
+    return Picture(
+        f"similar-layers-{number}", png(figure), f"Linear CKA of layers, student of {name}. {told}."
+    )
 
 
-def _heat(axes: Axes, values: Tensor, colors: str, low: float, high: float, number: str, size: float, least: float = -1.0) -> None:
+def _heat(
+    axes: Axes,
+    values: Tensor,
+    colors: str,
+    low: float,
+    high: float,
+    number: str,
+    size: float,
+    least: float = -1.0,
+) -> None:
     """Cells with their numbers; those closer to 0 than `least` have none."""
     image = axes.imshow(values.numpy(), cmap=colors, vmin=low, vmax=high, aspect="auto")
     for y, row in enumerate(values.tolist()):
@@ -149,12 +226,25 @@ def _heat(axes: Axes, values: Tensor, colors: str, low: float, high: float, numb
                 continue
             red, green, blue, _ = image.cmap(image.norm(value))
             dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.6
-            axes.text(x, y, number.format(value + 0.0), ha="center", va="center", fontsize=size, color="white" if dark else INK)
+            axes.text(
+                x,
+                y,
+                number.format(value + 0.0),
+                ha="center",
+                va="center",
+                fontsize=size,
+                color="white" if dark else INK,
+            )
 
 
 def _ticks(axes: Axes, down: Sequence[str], across: Sequence[str], rotation: int) -> None:
     axes.set_yticks(range(len(down)), [plain(name) for name in down])
-    axes.set_xticks(range(len(across)), [plain(name) for name in across], rotation=rotation, ha="right" if rotation == 45 else "center",
-                    rotation_mode="anchor" if rotation == 45 else "default")  # fmt: skip
+    axes.set_xticks(
+        range(len(across)),
+        [plain(name) for name in across],
+        rotation=rotation,
+        ha="right" if rotation == 45 else "center",
+        rotation_mode="anchor" if rotation == 45 else "default",
+    )
     axes.tick_params(colors=INK, labelsize=8.5, length=0)
     axes.spines[:].set_visible(False)

@@ -14,7 +14,9 @@ from kdkit.students.curves import Curve, Curves
 
 @dataclass(frozen=True)
 class Course:
-    """A quantity over the epochs of all stages: its mean over the seeds and its standard deviation (empty for one seed)."""
+    """A quantity over the epochs of all stages: its mean over the seeds and its standard
+    deviation (empty for one seed).
+    """
 
     x: tuple[float, ...]
     mean: tuple[float, ...]
@@ -28,7 +30,8 @@ class Courses:
     Attributes:
         top1: test accuracy in percent.
         losses: "loss" (the total) and each term as it counts in the total.
-        to_teacher: `agreement`, `logit_difference`, `kl_to_teacher` on the test data, as far as they were measured.
+        to_teacher: `agreement`, `logit_difference`, `kl_to_teacher` on the test data, as far as
+            they were measured.
         stages: where each begins, and its name.
         epochs: of all stages.
         seeds: how many runs these are means of.

@@ -39,10 +39,12 @@ def write(
     plugins: Sequence[Path] = (),
     say: Callable[[str], None] = lambda _: None,
 ) -> Report:
-    """Write a study's report: `report.html`, `report.md` with its pictures, `report.csv` (a row a run) and `report.json` (all figures).
+    """Write a study's report: `report.html`, `report.md` with its pictures, `report.csv` (a row
+    a run) and `report.json` (all figures).
 
     Args:
-        paths: a study's folder or its `study.json`; or run folders, or folders that hold some: the recipe of the first is the baseline.
+        paths: a study's folder or its `study.json`; or run folders, or folders that hold some: the
+            recipe of the first is the baseline.
         output: folder of the files (default: the study's; of runs, the one that holds the first).
         overrides: `data.` keys, where the data lie now.
         plugins: Python files and folders of the runs that may run; what needs others is left out.
@@ -65,7 +67,9 @@ def write(
     (folder / PICTURES).mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_atomically(folder / name, content)
-    return Report(folder / "report.html", tuple(folder / name for name in files), tuple(material.missing))
+    return Report(
+        folder / "report.html", tuple(folder / name for name in files), tuple(material.missing)
+    )
 
 
 def _refuse_foreign(folder: Path, files: Iterable[str]) -> None:
@@ -75,14 +79,20 @@ def _refuse_foreign(folder: Path, files: Iterable[str]) -> None:
         RunError: there is one, or the pictures would go elsewhere.
     """
     if (folder / PICTURES).is_symlink():
-        raise RunError(f"{folder / PICTURES}: is a link, and pictures would be written where it leads; choose another --output")
+        raise RunError(
+            f"{folder / PICTURES}: is a link, and pictures would be written where it leads; choose"
+            " another --output"
+        )
     there = [folder / name for name in files if (folder / name).exists()]
     try:
         known = "findings" in json.loads((folder / "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
         known = False
     if there and not known:
-        raise RunError(f"{there[0]}: is there already, and is no report of kdkit's; choose another --output, or move it away")
+        raise RunError(
+            f"{there[0]}: is there already, and is no report of kdkit's; choose another --output,"
+            " or move it away"
+        )
 
 
 def gather(paths: Sequence[Path], plugins: Sequence[Path] = ()) -> tuple[Findings, Path]:
@@ -94,7 +104,8 @@ def gather(paths: Sequence[Path], plugins: Sequence[Path] = ()) -> tuple[Finding
     file = paths[0] if paths[0].name == STUDY else paths[0] / STUDY
     if len(paths) == 1 and file.is_file():
         found = Findings.load(file)
-        found = replace(found, variants=intervals.corrected(found.variants))  # which an older kdkit did not do
+        # which an older kdkit did not do
+        found = replace(found, variants=intervals.corrected(found.variants))
         return _moved(found, file.parent), file.parent
     runs = [run for path in paths for run in _runs(path)]
     only = paths[0] if len(paths) == 1 and not (paths[0] / "run.json").is_file() else None
@@ -102,12 +113,19 @@ def gather(paths: Sequence[Path], plugins: Sequence[Path] = ()) -> tuple[Finding
 
 
 def _moved(findings: Findings, home: Path) -> Findings:
-    """The findings with the run folders that lie beside them now, where they are not in their old place."""
+    """The findings with the run folders that lie beside them now, where they are not in their
+    old place.
+    """
 
     def place(folder: Path) -> Path:
-        return home / folder.name if not folder.is_dir() and (home / folder.name).is_dir() else folder
+        return (
+            home / folder.name if not folder.is_dir() and (home / folder.name).is_dir() else folder
+        )
 
-    return replace(findings, variants=tuple(replace(v, folders=tuple(map(place, v.folders))) for v in findings.variants))
+    return replace(
+        findings,
+        variants=tuple(replace(v, folders=tuple(map(place, v.folders))) for v in findings.variants),
+    )
 
 
 def _runs(path: Path) -> list[Path]:
@@ -116,17 +134,30 @@ def _runs(path: Path) -> list[Path]:
     Raises:
         RunError: there are none.
     """
-    found = [path] if (path / "run.json").is_file() else sorted(marker.parent for marker in path.glob("*/run.json"))
+    found = (
+        [path]
+        if (path / "run.json").is_file()
+        else sorted(marker.parent for marker in path.glob("*/run.json"))
+    )
     if not found:
-        raise RunError(f"{path}: neither a study (it has no {STUDY}) nor a run folder (no run.json), and it holds no runs")
+        raise RunError(
+            f"{path}: neither a study (it has no {STUDY}) nor a run folder (no run.json), and it"
+            " holds no runs"
+        )
     return found
 
 
 def read(
-    findings: Findings, overrides: Mapping[str, Any], plugins: Sequence[Path] = (), say: Callable[[str], None] = lambda _: None
+    findings: Findings,
+    overrides: Mapping[str, Any],
+    plugins: Sequence[Path] = (),
+    say: Callable[[str], None] = lambda _: None,
 ) -> Material:
     """All that the report tells, from the run folders as far as they are there."""
-    there = {v.name: [folder for folder in v.folders if (folder / "run.json").is_file()] for v in findings.variants}
+    there = {
+        v.name: [folder for folder in v.folders if (folder / "run.json").is_file()]
+        for v in findings.variants
+    }
     followed = {name: mean_curves.read(folders) for name, folders in there.items()}
     recipes = {name: _recipe(folders[0]) for name, folders in there.items() if folders}
     return Material(findings, followed, recipes, predictions.ask(findings, overrides, plugins, say))
@@ -137,7 +168,9 @@ def _recipe(folder: Path) -> dict[str, Any]:
 
 
 def _seen_from_here(value: Any) -> Any:
-    """Values of a recipe with the paths below the working directory relative to it: a report is read elsewhere too."""
+    """Values of a recipe with the paths below the working directory relative to it: a report is
+    read elsewhere too.
+    """
     if isinstance(value, dict):
         return {key: _seen_from_here(one) for key, one in value.items()}
     if isinstance(value, list):
@@ -154,11 +187,23 @@ def table(findings: Findings) -> str:
 
 def _rows(findings: Findings) -> Iterator[dict[str, Any]]:
     for variant in findings.variants:
-        about = {"study": findings.name, "variant": variant.name, "baseline": variant.name == findings.baseline}
+        about = {
+            "study": findings.name,
+            "variant": variant.name,
+            "baseline": variant.name == findings.baseline,
+        }
         for i, (seed, folder) in enumerate(zip(variant.seeds, variant.folders, strict=True)):
-            last = {f"last.{key}": values[i] for key, values in variant.last.items() if i < len(values)}
-            validation = {f"validation.{key}": values[i] for key, values in variant.validation.items() if i < len(values)}
-            best = {f"best.{key}": values[i] for key, values in variant.best.items() if i < len(values)}
+            last = {
+                f"last.{key}": values[i] for key, values in variant.last.items() if i < len(values)
+            }
+            validation = {
+                f"validation.{key}": values[i]
+                for key, values in variant.validation.items()
+                if i < len(values)
+            }
+            best = {
+                f"best.{key}": values[i] for key, values in variant.best.items() if i < len(values)
+            }
             yield {
                 **about,
                 "seed": seed,
@@ -170,36 +215,55 @@ def _rows(findings: Findings) -> Iterator[dict[str, Any]]:
                 **_length(variant),
                 **_spent(folder),
             }
-        yield from ({**about, "seed": seed, "folder": "", "failure": reason} for seed, reason in variant.failures.items())
+        yield from (
+            {**about, "seed": seed, "folder": "", "failure": reason}
+            for seed, reason in variant.failures.items()
+        )
 
 
 def _length(variant: Variant) -> dict[str, int]:
-    return {"steps": variant.length.steps, "images": variant.length.images} if variant.length else {}
+    return (
+        {"steps": variant.length.steps, "images": variant.length.images} if variant.length else {}
+    )
 
 
 def _spent(folder: Path) -> dict[str, float]:
     result = RunFolder(folder).result()
-    return {"epochs": result.epochs, "seconds": result.seconds, "cpu_seconds": result.cpu_seconds} if result else {}
+    return (
+        {"epochs": result.epochs, "seconds": result.seconds, "cpu_seconds": result.cpu_seconds}
+        if result
+        else {}
+    )
 
 
 def figures(material: Material) -> dict[str, Any]:
     """Everything that the page draws or says, as plain data."""
     said = material.answers
-    found: dict[str, Any] = without_nan({
-        "findings": asdict(material.findings),
-        "courses": {name: asdict(one) for name, one in material.courses.items()},
-        "recipes": material.recipes,
-        "classes": said.classes,
-        "class_accuracy": {name: said.class_accuracy(name).tolist() for name in said.students},
-        "confusion": {
-            name: {seed: predictions.confusion(found).tolist() for seed, found in seeds.items()}
-            for name, seeds in said.students.items()
-        },
-        "examples": [{"index": one.index, "label": one.label, "logits": one.logits.tolist()} for one in said.examples],
-        "similar_layers": {
-            name: {"teacher": one.rows, "student": one.columns, "cka": one.values.tolist(), "images": one.images}
-            for name, one in said.alike.items()
-        },
-        "missing": material.missing,
-    })  # fmt: skip
+    found: dict[str, Any] = without_nan(
+        {
+            "findings": asdict(material.findings),
+            "courses": {name: asdict(one) for name, one in material.courses.items()},
+            "recipes": material.recipes,
+            "classes": said.classes,
+            "class_accuracy": {name: said.class_accuracy(name).tolist() for name in said.students},
+            "confusion": {
+                name: {seed: predictions.confusion(found).tolist() for seed, found in seeds.items()}
+                for name, seeds in said.students.items()
+            },
+            "examples": [
+                {"index": one.index, "label": one.label, "logits": one.logits.tolist()}
+                for one in said.examples
+            ],
+            "similar_layers": {
+                name: {
+                    "teacher": one.rows,
+                    "student": one.columns,
+                    "cka": one.values.tolist(),
+                    "images": one.images,
+                }
+                for name, one in said.alike.items()
+            },
+            "missing": material.missing,
+        }
+    )
     return found

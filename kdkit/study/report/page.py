@@ -20,7 +20,11 @@ def html(document: Document) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("kdkit.study", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("kdkit.study", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {"base64": lambda png: base64.b64encode(png).decode(), "width": width}
     return environment.get_template(TEMPLATE).render(document=document)
@@ -40,7 +44,10 @@ def markdown(document: Document, pictures: str) -> str:
         pictures: folder of their files, relative to the page.
     """
     parts = [f"# {escaped(document.title)}", escaped(document.question)]
-    parts += [f"**{escaped(text)}**" if i == 0 else escaped(text) for i, text in enumerate(document.answer)]
+    parts += [
+        f"**{escaped(text)}**" if i == 0 else escaped(text)
+        for i, text in enumerate(document.answer)
+    ]
     for section in document.sections:
         parts.append(f"## {escaped(section.title)}")
         for block in section.blocks:
@@ -66,7 +73,10 @@ def _block(block: Block, pictures: str) -> Iterator[str]:
 
 def _table(block: Figures) -> str:
     lines = [block.header, [":--", *("--:" for _ in block.header[1:])], *block.rows]
-    return "\n".join(f"| {' | '.join(cell if i == 1 else escaped(cell) for cell in line)} |" for i, line in enumerate(lines))
+    return "\n".join(
+        f"| {' | '.join(cell if i == 1 else escaped(cell) for cell in line)} |"
+        for i, line in enumerate(lines)
+    )
 
 
 def escaped(text: str) -> str:

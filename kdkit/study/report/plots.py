@@ -1,4 +1,6 @@
-"""Pictures of a report with points and lines: accuracy against cost, and what happened over the epochs."""
+"""Pictures of a report with points and lines: accuracy against cost, and what happened over the
+epochs.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,33 @@ from typing import TYPE_CHECKING, Any
 
 from kdkit.students.curves import COLORS, DASHES, INK, MARKERS, TALL, broken, furnish, over_epochs
 from kdkit.study.report.document import Picture
-from kdkit.study.report.drawing import HEIGHT, WIDTH, Look, blank, groups, keyed, labels, looks, plain, png, titled
+from kdkit.study.report.drawing import (
+    HEIGHT,
+    WIDTH,
+    Look,
+    blank,
+    groups,
+    keyed,
+    labels,
+    looks,
+    plain,
+    png,
+    titled,
+)
 from kdkit.study.report.mean_curves import Course, Courses
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-TEACHER: dict[str, Any] = {"color": "#777777", "linestyle": (0, (6, 3)), "linewidth": 1.3, "zorder": 1}
-STEEP = 10.0  # ratio of largest to smallest distance to the teacher from which they are drawn on a logarithmic scale
+TEACHER: dict[str, Any] = {
+    "color": "#777777",
+    "linestyle": (0, (6, 3)),
+    "linewidth": 1.3,
+    "zorder": 1,
+}
+# ratio of largest to smallest distance to the teacher from which they are drawn on a logarithmic
+# scale
+STEEP = 10.0
 ZOOM = 0.4  # share of the epochs, the last ones, that are drawn again on a scale of their own
 TO_TEACHER = {
     "agreement": ("Agreement with the teacher", "same top-1 class, %"),
@@ -35,8 +56,12 @@ class Priced:
     cost: float
 
 
-def against_cost(points: Sequence[Priced], baseline: str, unit: str, teacher: float | None) -> Picture:
-    """Accuracy against the cost of training, each point with its name beside the picture, where no two names overlap."""
+def against_cost(
+    points: Sequence[Priced], baseline: str, unit: str, teacher: float | None
+) -> Picture:
+    """Accuracy against the cost of training, each point with its name beside the picture, where
+    no two names overlap.
+    """
     height = max(HEIGHT, 1.4 + 0.19 * len(points))
     look, short = looks([p.name for p in points], baseline), labels([p.name for p in points])
     beside = 0.35 + 0.078 * max(map(len, short.values()))  # inches
@@ -44,7 +69,13 @@ def against_cost(points: Sequence[Priced], baseline: str, unit: str, teacher: fl
     axes, margin = figure.subplots(1, 2, width_ratios=(WIDTH - 0.7 - beside, beside), sharey=True)
     margin.set_axis_off()
     for point in points:
-        form = {"color": look[point.name].color, "marker": look[point.name].marker, "markersize": 7, "capsize": 3, "linewidth": 1.3}
+        form = {
+            "color": look[point.name].color,
+            "marker": look[point.name].marker,
+            "markersize": 7,
+            "capsize": 3,
+            "linewidth": 1.3,
+        }
         deviation = statistics.stdev(point.top1) if len(point.top1) > 1 else 0.0
         axes.errorbar(point.cost, statistics.fmean(point.top1), deviation, linestyle="", **form)
     if teacher is not None:
@@ -55,27 +86,43 @@ def against_cost(points: Sequence[Priced], baseline: str, unit: str, teacher: fl
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)
     room = (high - low) * 0.19 / (height - 0.9)
-    named: list[tuple[float, str, Look | None]] = [(statistics.fmean(p.top1), short[p.name], look[p.name]) for p in points]
+    named: list[tuple[float, str, Look | None]] = [
+        (statistics.fmean(p.top1), short[p.name], look[p.name]) for p in points
+    ]
     named += [(teacher, "teacher", None)] if teacher is not None else []
     named.sort(key=lambda one: one[0])
     margin.set_xlim(0, beside)
-    for (_, name, style), place in zip(named, spaced([y for y, _, _ in named], room, low, high), strict=True):
+    for (_, name, style), place in zip(
+        named, spaced([y for y, _, _ in named], room, low, high), strict=True
+    ):
         if style is None:
             margin.plot((0.0, 0.16), (place, place), **TEACHER)
         else:
             margin.plot(0.08, place, marker=style.marker, color=style.color, markersize=6)
         margin.text(0.25, place, plain(name), va="center", fontsize=9, color=INK)
     titled(figure, "Accuracy against cost")
-    names = ", ".join(f"{p.name}: {statistics.fmean(p.top1):.2f} % for {p.cost:.3g} {unit}" for p in points)
-    return Picture("accuracy-against-cost", png(figure), f"Test top-1 against {unit} of training. {names}.", wide=False)
+    names = ", ".join(
+        f"{p.name}: {statistics.fmean(p.top1):.2f} % for {p.cost:.3g} {unit}" for p in points
+    )
+    return Picture(
+        "accuracy-against-cost",
+        png(figure),
+        f"Test top-1 against {unit} of training. {names}.",
+        wide=False,
+    )
 
 
 def spaced(wanted: Sequence[float], room: float, low: float, high: float) -> list[float]:
-    """Places as near to those wanted (ascending) as they can be, at least `room` apart, between low and high if there is space."""
-    blocks: list[list[float]] = []  # of neighbours that touch: the lowest place wanted by each, less its offset in the block
+    """Places as near to those wanted (ascending) as they can be, at least `room` apart, between
+    low and high if there is space.
+    """
+    # of neighbours that touch: the lowest place wanted by each, less its offset in the block
+    blocks: list[list[float]] = []
     for value in wanted:
         blocks.append([value])
-        while len(blocks) > 1 and _bottom(blocks[-1], room) < _bottom(blocks[-2], room) + room * len(blocks[-2]):
+        while len(blocks) > 1 and _bottom(blocks[-1], room) < _bottom(
+            blocks[-2], room
+        ) + room * len(blocks[-2]):
             later = blocks.pop()
             blocks[-1] += later
     places = [_bottom(block, room) + room * i for block in blocks for i in range(len(block))]
@@ -90,14 +137,21 @@ def _bottom(block: Sequence[float], room: float) -> float:
     return statistics.fmean(value - room * i for i, value in enumerate(block))
 
 
-def learning_curves(courses: Mapping[str, Courses], baseline: str, teacher: float | None) -> Iterator[Picture]:
-    """Test accuracy over the epochs, all of them and the last ones larger, a few variants a picture."""
+def learning_curves(
+    courses: Mapping[str, Courses], baseline: str, teacher: float | None
+) -> Iterator[Picture]:
+    """Test accuracy over the epochs, all of them and the last ones larger, a few variants a
+    picture.
+    """
     shown = {name: one.top1 for name, one in courses.items() if one.top1}
     panels = groups(list(shown), baseline) if shown else []
     for number, names in enumerate(panels, 1):
         of = f" ({number} of {len(panels)})" if len(panels) > 1 else ""
         for late in (False, True):
-            lines = {name: _late(shown[name], courses[name].epochs) if late else shown[name] for name in names}
+            lines = {
+                name: _late(shown[name], courses[name].epochs) if late else shown[name]
+                for name in names
+            }
             title = f"Test accuracy, the last epochs{of}" if late else f"Test accuracy{of}"
             reference = teacher if not late or teacher is None or _near(teacher, lines) else None
             yield _panel(
@@ -115,24 +169,58 @@ def learning_curves(courses: Mapping[str, Courses], baseline: str, teacher: floa
 def training_loss(courses: Mapping[str, Courses], baseline: str) -> Iterator[Picture]:
     """The training loss of every variant over the epochs, a few variants a picture."""
     shown = {name: one.losses["loss"] for name, one in courses.items() if "loss" in one.losses}
-    yield from _panels("training-loss", "Training loss", "training loss, total", shown, courses, baseline, low_is_good=True)
+    yield from _panels(
+        "training-loss",
+        "Training loss",
+        "training loss, total",
+        shown,
+        courses,
+        baseline,
+        low_is_good=True,
+    )
 
 
 def to_teacher(courses: Mapping[str, Courses], baseline: str) -> Iterator[Picture]:
     """How near each variant's answers come to the teacher's, over the epochs."""
     for key, (title, label) in TO_TEACHER.items():
-        shown = {name: one.to_teacher[key] for name, one in courses.items() if key in one.to_teacher}
-        yield from _panels(key.replace("_", "-"), title, label, shown, courses, baseline, low_is_good=key != "agreement")
+        shown = {
+            name: one.to_teacher[key] for name, one in courses.items() if key in one.to_teacher
+        }
+        yield from _panels(
+            key.replace("_", "-"),
+            title,
+            label,
+            shown,
+            courses,
+            baseline,
+            low_is_good=key != "agreement",
+        )
 
 
 def _panels(
-    file: str, title: str, label: str, shown: Mapping[str, Course], courses: Mapping[str, Courses], baseline: str, low_is_good: bool
+    file: str,
+    title: str,
+    label: str,
+    shown: Mapping[str, Course],
+    courses: Mapping[str, Courses],
+    baseline: str,
+    low_is_good: bool,
 ) -> Iterator[Picture]:
     panels = groups(list(shown), baseline) if shown else []
     for number, names in enumerate(panels, 1):
         of = f" ({number} of {len(panels)})" if len(panels) > 1 else ""
         lines = {name: shown[name] for name in names}
-        yield _panel(f"{file}-{number}", title + of, label, lines, courses, list(courses), baseline, None, low_is_good)
+        yield _panel(
+            f"{file}-{number}",
+            title + of,
+            label,
+            lines,
+            courses,
+            list(courses),
+            baseline,
+            None,
+            low_is_good,
+        )
 
 
 def _late(course: Course, epochs: int) -> Course:
@@ -148,15 +236,24 @@ def _near(level: float, lines: Mapping[str, Course]) -> bool:
 
 
 def _panel(
-    file: str, title: str, label: str, lines: Mapping[str, Course], courses: Mapping[str, Courses], everyone: Sequence[str], baseline: str,
-    teacher: float | None, low_is_good: bool = False,
-) -> Picture:  # fmt: skip
+    file: str,
+    title: str,
+    label: str,
+    lines: Mapping[str, Course],
+    courses: Mapping[str, Courses],
+    everyone: Sequence[str],
+    baseline: str,
+    teacher: float | None,
+    low_is_good: bool = False,
+) -> Picture:
     rows = -(-(len(lines) + 1) // 2) if max(map(len, lines)) <= 24 else len(lines)
     figure = blank(WIDTH, HEIGHT - 0.4 + 0.18 * rows)
     axes = figure.subplots()
     look, short = looks(everyone, baseline), labels(everyone)
     stages = _shared_stages([courses[name] for name in lines])
-    handles = [_line(axes, course, look[name], courses[name].stages) for name, course in lines.items()]
+    handles = [
+        _line(axes, course, look[name], courses[name].stages) for name, course in lines.items()
+    ]
     names = [short[name] for name in lines]
     if teacher is not None:
         handles.append(axes.axhline(teacher, **TEACHER))
@@ -177,13 +274,21 @@ def _panel(
 
 def _line(axes: Axes, course: Course, look: Look, stages: Sequence[tuple[float, str]]) -> object:
     """The mean, and its deviation as a band."""
-    drawn = axes.plot(*broken(course.x, course.mean, stages), **look.line(), markevery=max(1, len(course.x) // 9))[0]
+    drawn = axes.plot(
+        *broken(course.x, course.mean, stages), **look.line(), markevery=max(1, len(course.x) // 9)
+    )[0]
     if course.deviation:
-        lowest = min((m for m in course.mean if m > 0), default=0.0) / 2  # a band that reaches 0 has no end on a logarithmic scale
-        low = [m - d if axes.get_yscale() != "log" else max(m - d, lowest) for m, d in zip(course.mean, course.deviation, strict=True)]
+        # a band that reaches 0 has no end on a logarithmic scale
+        lowest = min((m for m in course.mean if m > 0), default=0.0) / 2
+        low = [
+            m - d if axes.get_yscale() != "log" else max(m - d, lowest)
+            for m, d in zip(course.mean, course.deviation, strict=True)
+        ]
         high = [m + d for m, d in zip(course.mean, course.deviation, strict=True)]
         x, lower = broken(course.x, low, stages)
-        axes.fill_between(x, lower, broken(course.x, high, stages)[1], color=look.color, alpha=0.13, linewidth=0)
+        axes.fill_between(
+            x, lower, broken(course.x, high, stages)[1], color=look.color, alpha=0.13, linewidth=0
+        )
     return drawn
 
 
@@ -194,13 +299,23 @@ def _shared_stages(found: Sequence[Courses]) -> Sequence[tuple[float, str]]:
 
 
 def loss_terms(courses: Mapping[str, Courses]) -> Iterator[Picture]:
-    """The training loss of each variant and its terms, weighted as they count, a variant a picture."""
+    """The training loss of each variant and its terms, weighted as they count, a variant a
+    picture.
+    """
     for number, (name, one) in enumerate(((n, c) for n, c in courses.items() if c.losses), 1):
-        lines = one.losses if len(one.losses) > 2 else {k: v for k, v in one.losses.items() if k != "loss"} or one.losses
-        styles = itertools.cycle(zip(itertools.cycle(COLORS), itertools.cycle(DASHES), MARKERS, strict=False))
+        lines = (
+            one.losses
+            if len(one.losses) > 2
+            else {k: v for k, v in one.losses.items() if k != "loss"} or one.losses
+        )
+        styles = itertools.cycle(
+            zip(itertools.cycle(COLORS), itertools.cycle(DASHES), MARKERS, strict=False)
+        )
         figure = blank(WIDTH, 2.7 + 0.18 * (-(-len(lines) // 2)))
         axes = figure.subplots()
-        handles = [_line(axes, line, Look(*next(styles), 1.7), one.stages) for line in lines.values()]
+        handles = [
+            _line(axes, line, Look(*next(styles), 1.7), one.stages) for line in lines.values()
+        ]
         values = [y for line in lines.values() for y in line.mean]
         if min(values) > 0 and max(values) / min(values) > TALL:
             axes.set_yscale("log")
@@ -209,6 +324,15 @@ def loss_terms(courses: Mapping[str, Courses]) -> Iterator[Picture]:
         over_epochs(axes, one.epochs, one.stages)
         axes.set_xlabel("epoch" if len(one.stages) < 2 else "epoch, over all stages", color=INK)
         titled(figure, labels([name])[name])
-        keyed(figure, handles, ["total" if term == "loss" else labels([term])[term] for term in lines])
-        ends = ", ".join(f"{'total' if term == 'loss' else term} {line.mean[-1]:.4g}" for term, line in lines.items())
-        yield Picture(f"losses-{number}", png(figure), f"Training loss of {name} by epoch, terms as they count. At the end: {ends}.")
+        keyed(
+            figure, handles, ["total" if term == "loss" else labels([term])[term] for term in lines]
+        )
+        ends = ", ".join(
+            f"{'total' if term == 'loss' else term} {line.mean[-1]:.4g}"
+            for term, line in lines.items()
+        )
+        yield Picture(
+            f"losses-{number}",
+            png(figure),
+            f"Training loss of {name} by epoch, terms as they count. At the end: {ends}.",
+        )

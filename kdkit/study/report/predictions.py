@@ -1,4 +1,6 @@
-"""Predictions of a study's networks on the test data: classes, confusions, the teacher's soft targets, CKA of layers."""
+"""Predictions of a study's networks on the test data: classes, confusions, the teacher's soft
+targets, CKA of layers.
+"""
 
 from __future__ import annotations
 
@@ -73,11 +75,16 @@ class Answers:
 
     def class_accuracy(self, variant: str) -> Tensor:
         """In percent (K,), mean over the seeds; NaN for a class without test images."""
-        return torch.stack([confusion(one).diag() for one in self.students[variant].values()]).mean(0)
+        return torch.stack([confusion(one).diag() for one in self.students[variant].values()]).mean(
+            0
+        )
 
     def confusion_change(self, variant: str, baseline: str) -> Tensor:
         """Points (true, predicted) of a class's images, mean over the seeds of each."""
-        ours, theirs = (torch.stack([confusion(one) for one in self.students[name].values()]).mean(0) for name in (variant, baseline))
+        ours, theirs = (
+            torch.stack([confusion(one) for one in self.students[name].values()]).mean(0)
+            for name in (variant, baseline)
+        )
         return (ours - theirs).nan_to_num(0)
 
 
@@ -89,8 +96,14 @@ def confusion(found: Predictions) -> Tensor:
     return 100 * counts / counts.sum(1, keepdim=True)
 
 
-def ask(findings: Findings, overrides: Mapping[str, object], plugins: Sequence[Path], say: Callable[[str], None]) -> Answers:
-    """Let the first seeds of each variant, and the teacher, answer the test data again; what is gone is told in `missing`.
+def ask(
+    findings: Findings,
+    overrides: Mapping[str, object],
+    plugins: Sequence[Path],
+    say: Callable[[str], None],
+) -> Answers:
+    """Let the first seeds of each variant, and the teacher, answer the test data again; what is
+    gone is told in `missing`.
 
     Args:
         findings: the study.
@@ -105,8 +118,17 @@ def ask(findings: Findings, overrides: Mapping[str, object], plugins: Sequence[P
 
 
 class _Asking:
-    def __init__(self, findings: Findings, overrides: Mapping[str, object], plugins: Sequence[Path], say: Callable[[str], None]) -> None:
-        self.findings, self.overrides, self.plugins, self.say = findings, overrides, plugins, say
+    def __init__(
+        self,
+        findings: Findings,
+        overrides: Mapping[str, object],
+        plugins: Sequence[Path],
+        say: Callable[[str], None],
+    ) -> None:
+        self.findings = findings
+        self.overrides = overrides
+        self.plugins = plugins
+        self.say = say
         self.answers = Answers()
         self._gone: dict[str, list[str]] = {}  # who, by the reason why they do not answer
         self._batches: Iterable[Batch] | None = None
@@ -119,8 +141,15 @@ class _Asking:
         for name, each in runs.items():
             for place, (seed, run) in enumerate(each):
                 self.say(f"{name}, seed {seed}: answers the test data")
-                self._student(name, seed, run, teachers[0] if teachers and place == 0 and name in compared else None)
-        self.answers.missing = [f"the answers of {_listed(who)}: {reason}" for reason, who in self._gone.items()]
+                self._student(
+                    name,
+                    seed,
+                    run,
+                    teachers[0] if teachers and place == 0 and name in compared else None,
+                )
+        self.answers.missing = [
+            f"the answers of {_listed(who)}: {reason}" for reason, who in self._gone.items()
+        ]
         return self.answers
 
     def _runs(self, variant: Variant) -> Iterator[tuple[int, TrainedRun]]:
@@ -130,7 +159,9 @@ class _Asking:
 
     @contextlib.contextmanager
     def _told(self, of: str) -> Iterator[None]:
-        """What cannot be read any more is taken down, and left out; a wrong override is an error."""
+        """What cannot be read any more is taken down, and left out; a wrong override is an
+        error.
+        """
         try:
             yield
         except Unasked as error:
@@ -148,7 +179,9 @@ class _Asking:
             found = run.data(device=device)
             small = found.test.num_samples * math.prod(found.info.image_shape) * 4 < HELD
             self._batches, self._asked = list(found.test) if small else found.test, content
-            self.answers.classes = found.info.class_names or tuple(map(str, range(found.info.num_classes)))
+            self.answers.classes = found.info.class_names or tuple(
+                map(str, range(found.info.num_classes))
+            )
         return self._batches
 
     def _student(self, name: str, seed: int, run: TrainedRun, teacher: TappedModel | None) -> None:
@@ -161,7 +194,9 @@ class _Asking:
                 self.answers.alike[name] = alike(student, teacher, batches)
 
     def _teachers(self, runs: Sequence[TrainedRun]) -> list[TappedModel]:
-        """The teachers that the findings tell of; the predictions of all together, and what is to be drawn of them."""
+        """The teachers that the findings tell of; the predictions of all together, and what is
+        to be drawn of them.
+        """
         taught = [run for run in runs if run.recipe.spec.all_teachers()]
         if not taught or self.findings.teacher is None:
             return []
@@ -183,7 +218,9 @@ def _listed(names: Sequence[str], most: int = 4) -> str:
 def _by_accuracy(findings: Findings) -> list[Variant]:
     """The baseline, then the others that have runs, the best first."""
     ran = [v for v in findings.variants if v.last.get("top1")]
-    return sorted(ran, key=lambda v: (v.name != findings.baseline, -sum(v.last["top1"]) / len(v.last["top1"])))
+    return sorted(
+        ran, key=lambda v: (v.name != findings.baseline, -sum(v.last["top1"]) / len(v.last["top1"]))
+    )
 
 
 def _device(batches: Iterable[Batch]) -> torch.device:
@@ -192,27 +229,42 @@ def _device(batches: Iterable[Batch]) -> torch.device:
 
 def _examples(teacher: Predictions, batches: Iterable[Batch]) -> Iterator[Example]:
     """Images that the teacher gets right: of which it is least sure, and ordinary ones."""
-    order = torch.cat([batch.index.cpu() for batch in batches]).sort().values  # that of the predictions
+    # that of the predictions
+    order = torch.cat([batch.index.cpu() for batch in batches]).sort().values
     chosen = {int(order[place]): place for place in _chosen(teacher)}
     images: dict[int, Tensor] = {}
     for batch in batches:
         if not isinstance(batch.inputs, Tensor):
             return  # token ids are nothing to look at
-        images |= {i: image.cpu() for i, image in zip(batch.index.tolist(), batch.inputs, strict=True) if i in chosen}
+        images |= {
+            i: image.cpu()
+            for i, image in zip(batch.index.tolist(), batch.inputs, strict=True)
+            if i in chosen
+        }
     for index, place in chosen.items():
         yield Example(place, images[index], int(teacher.labels[place]), teacher.logits[place])
 
 
 def _chosen(teacher: Predictions) -> list[int]:
-    """Places of the images with the most probable second class, then of the median one of further classes; of each, one a class."""
-    second = teacher.logits.softmax(1).topk(2).values[:, 1] * (teacher.logits.argmax(1) == teacher.labels)
+    """Places of the images with the most probable second class, then of the median one of
+    further classes; of each, one a class.
+    """
+    second = teacher.logits.softmax(1).topk(2).values[:, 1] * (
+        teacher.logits.argmax(1) == teacher.labels
+    )
     right: dict[int, list[int]] = {}  # by class, the least sure first
     for place in second.argsort(descending=True, stable=True).tolist():
         if second[place] > 0:
             right.setdefault(int(teacher.labels[place]), []).append(place)
     unsure = {label: places[0] for label, places in list(right.items())[:EXAMPLES]}
-    ordinary = [right[label][len(right[label]) // 2] for label in sorted(right, key=lambda label: (label in unsure, label))]
-    return [*unsure.values(), *[place for place in ordinary if place not in unsure.values()][:EXAMPLES]]
+    ordinary = [
+        right[label][len(right[label]) // 2]
+        for label in sorted(right, key=lambda label: (label in unsure, label))
+    ]
+    return [
+        *unsure.values(),
+        *[place for place in ordinary if place not in unsure.values()][:EXAMPLES],
+    ]
 
 
 @torch.no_grad()
@@ -233,8 +285,14 @@ def alike(student: TappedModel, teacher: TappedModel, batches: Iterable[Batch]) 
 
 
 def _observed(model: TappedModel, batch: Batch) -> TappedModel:
-    """The model with taps on its stages, embedding and logits, those of them that it lets observe."""
-    names = [*(f"stage{i}" for i in range(1, len(stage_paths(model.module)) + 1)), "penultimate", "logits"]
+    """The model with taps on its stages, embedding and logits, those of them that it lets
+    observe.
+    """
+    names = [
+        *(f"stage{i}" for i in range(1, len(stage_paths(model.module)) + 1)),
+        "penultimate",
+        "logits",
+    ]
     seen = [name for name in names if _answers(model, name, batch)]
     if not seen:
         raise TapError(f"{model.role}: no stage of it can be observed")
@@ -251,5 +309,10 @@ def _answers(model: TappedModel, name: str, batch: Batch) -> bool:
 
 def _tapped(model: TappedModel, names: Sequence[str]) -> TappedModel:
     return TappedModel(
-        model.module, names, adapt=model.adapt, role=model.role, channels_last=model.channels_last, precision=model.precision
+        model.module,
+        names,
+        adapt=model.adapt,
+        role=model.role,
+        channels_last=model.channels_last,
+        precision=model.precision,
     )

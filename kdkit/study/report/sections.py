@@ -1,4 +1,6 @@
-"""The parts of a report, top to bottom, from what was found, how it went and what the networks answer."""
+"""The parts of a report, top to bottom, from what was found, how it went and what the networks
+answer.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,11 @@ class Material:
     def missing(self) -> list[str]:
         """What is left out, and why, a phrase each."""
         gone = [v.name for v in self.findings.variants if v.folders and v.name not in self.recipes]
-        gone = [f"the curves and recipes of {', '.join(gone)}: their runs are not there any more"] if gone else []
+        gone = (
+            [f"the curves and recipes of {', '.join(gone)}: their runs are not there any more"]
+            if gone
+            else []
+        )
         return [*gone, *self.answers.missing]
 
 
@@ -67,7 +73,10 @@ def _protocol(material: Material) -> Iterator[Block]:
     about = [(v.name, v.about) for v in material.findings.variants]
     if any(text for _, text in about):
         if len(about) > LINES // 2:
-            yield Listing("What each variant learns from", "\n".join(f"{name}: {text}" for name, text in about))
+            yield Listing(
+                "What each variant learns from",
+                "\n".join(f"{name}: {text}" for name, text in about),
+            )
         else:
             yield Words("What each variant learns from:")
             yield Facts(about)
@@ -94,15 +103,29 @@ def _cost(material: Material) -> Iterator[Block]:
         yield Words(_all_in_all(together))
     shown = [v for v in findings.variants if v.cost and v.last.get("top1")]
     measured = all(v.cost and v.cost.cpu_seconds > 0 for v in shown)
-    points = [Priced(v.name, v.last["top1"], v.cost.cpu_seconds if measured else v.cost.seconds) for v in shown if v.cost]
+    points = [
+        Priced(v.name, v.last["top1"], v.cost.cpu_seconds if measured else v.cost.seconds)
+        for v in shown
+        if v.cost
+    ]
     if len(points) > 1:
         teacher = findings.teacher.last.get("top1") if findings.teacher else None
-        yield Pictures([plots.against_cost(points, findings.baseline, "CPU seconds" if measured else "seconds", teacher)])
+        yield Pictures(
+            [
+                plots.against_cost(
+                    points, findings.baseline, "CPU seconds" if measured else "seconds", teacher
+                )
+            ]
+        )
 
 
 def _all_in_all(together: Mapping[str, float]) -> str:
     trained, reused = int(together.get("trained", 0)), int(together.get("reused", 0))
-    seconds = f", which took {together['wall']:,.0f} s and {together['cpu']:,.0f} CPU s in all" if trained and "wall" in together else ""
+    seconds = (
+        f", which took {together['wall']:,.0f} s and {together['cpu']:,.0f} CPU s in all"
+        if trained and "wall" in together
+        else ""
+    )
     return f"{trained} runs were trained for this study{seconds}; {reused} were there already."
 
 
@@ -114,13 +137,22 @@ def _learning(material: Material) -> Iterator[Block]:
         yield Words("The runs are not there any more, so there are no curves.")
         return
     bands = any(one.seeds > 1 for one in courses.values())
-    yield Words("Means over the seeds; the bands are one standard deviation to each side." if bands else "One seed each, so no bands.")
+    yield Words(
+        "Means over the seeds; the bands are one standard deviation to each side."
+        if bands
+        else "One seed each, so no bands."
+    )
     yield Pictures(curves)
     if totals := list(plots.training_loss(courses, findings.baseline)):
-        yield Words("The training loss: the whole objective of each variant. Different objectives have different scales.")
+        yield Words(
+            "The training loss: the whole objective of each variant. Different objectives have"
+            " different scales."
+        )
         yield Pictures(totals)
     if losses := list(plots.loss_terms(courses)):
-        yield Words("The training loss of each variant and its terms, weighted as they count in the total.")
+        yield Words(
+            "The training loss of each variant and its terms, weighted as they count in the total."
+        )
         yield Pictures(losses)
 
 
@@ -130,7 +162,11 @@ def _agreement(material: Material) -> Iterator[Block]:
         yield Words("No run was measured against a teacher while it was trained.")
         return
     silent = [v.name for v in material.findings.variants if not material.courses[v.name].to_teacher]
-    without = f" Not measured while training, for want of a teacher: {', '.join(silent)}." if silent else ""
+    without = (
+        f" Not measured while training, for want of a teacher: {', '.join(silent)}."
+        if silent
+        else ""
+    )
     yield Words(f"On the test data, over the epochs. Bands as above.{without}")
     yield Pictures(drawn)
 
@@ -143,29 +179,51 @@ def _classes(material: Material) -> Iterator[Block]:
         return
     accuracy = torch.stack([answers.class_accuracy(name) for name in names])
     chosen = list(range(accuracy.shape[1]))
-    many = f"Of {len(chosen)} classes, the {MANY} on which the variants differ most. " if len(chosen) > MANY else ""
+    many = (
+        f"Of {len(chosen)} classes, the {MANY} on which the variants differ most. "
+        if len(chosen) > MANY
+        else ""
+    )
     if many:
-        chosen = sorted((accuracy.amax(0) - accuracy.amin(0)).nan_to_num(-1).topk(MANY).indices.tolist())
+        chosen = sorted(
+            (accuracy.amax(0) - accuracy.amin(0)).nan_to_num(-1).topk(MANY).indices.tolist()
+        )
     yield Words(f"{many}{_asked(material)}.")
     rows = names
     if answers.teacher is not None:
-        rows, accuracy = [*names, "(teacher)"], torch.cat([accuracy, confusion(answers.teacher).diag()[None]])
-    yield Pictures([heatmaps.class_accuracy(rows, [answers.classes[i] for i in chosen], accuracy[:, chosen])])
+        rows, accuracy = (
+            [*names, "(teacher)"],
+            torch.cat([accuracy, confusion(answers.teacher).diag()[None]]),
+        )
+    yield Pictures(
+        [heatmaps.class_accuracy(rows, [answers.classes[i] for i in chosen], accuracy[:, chosen])]
+    )
     leader = _leader(findings, names)
     if leader is not None and findings.baseline in names:
         change = answers.confusion_change(leader, findings.baseline)
         yield Words(
-            f"Confusions of {leader} less those of {findings.baseline}: of the images of a class, how many more percent are taken for each "
-            "class. On the diagonal, more is better; elsewhere, less."
+            f"Confusions of {leader} less those of {findings.baseline}: of the images of a class,"
+            " how many more percent are taken for each class. On the diagonal, more is better;"
+            " elsewhere, less."
         )
-        draw = heatmaps.confusion_pairs if len(answers.classes) > MANY else heatmaps.confusion_change
+        draw = (
+            heatmaps.confusion_pairs if len(answers.classes) > MANY else heatmaps.confusion_change
+        )
         yield Pictures([draw(leader, findings.baseline, answers.classes, change)])
 
 
 def _leader(findings: Findings, names: list[str]) -> str | None:
     """The best of those but the baseline."""
-    others = [v for v in findings.variants if v.name in names and v.name != findings.baseline and v.last.get("top1")]
-    return max(others, key=lambda v: sum(v.last["top1"]) / len(v.last["top1"])).name if others else None
+    others = [
+        v
+        for v in findings.variants
+        if v.name in names and v.name != findings.baseline and v.last.get("top1")
+    ]
+    return (
+        max(others, key=lambda v: sum(v.last["top1"]) / len(v.last["top1"])).name
+        if others
+        else None
+    )
 
 
 def _asked(material: Material) -> str:
@@ -173,24 +231,45 @@ def _asked(material: Material) -> str:
     answers, most = material.answers.students, max(len(v.seeds) for v in material.findings.variants)
     seeds = sorted({seed for found in answers.values() for seed in found})
     of = f" (the first {SEEDS} of {most} of each variant)" if most > SEEDS else ""
-    return f"Seed {seeds[0]}" if len(seeds) == 1 else f"Mean over the seeds {', '.join(map(str, seeds))}{of}"
+    return (
+        f"Seed {seeds[0]}"
+        if len(seeds) == 1
+        else f"Mean over the seeds {', '.join(map(str, seeds))}{of}"
+    )
 
 
 def _softened(material: Material) -> Iterator[Block]:
     examples, classes = material.answers.examples, material.answers.classes
     if not examples:
-        several = "The variants have no teacher in common" if material.findings.teacher is None else "The teacher cannot be asked again"
+        several = (
+            "The variants have no teacher in common"
+            if material.findings.teacher is None
+            else "The teacher cannot be asked again"
+        )
         asked = material.answers.teacher is not None
-        reason = "The test data are texts, or the teacher gets none of them right" if asked else several
+        reason = (
+            "The test data are texts, or the teacher gets none of them right" if asked else several
+        )
         yield Words(f"{reason}, so its answers are not drawn.")
         return
     yield Words(
-        "Test images that the teacher gets right: first those to which it gives the most probable second class, then ordinary ones, of "
-        "which it is as sure as of half of their class; of each kind, at most one of a class. Its probabilities softmax(z / T), and above "
-        "them that of its second choice: a higher temperature T shows what else the image resembles. The light bar is the label."
-        + (f" Of {len(classes)} classes, the {heatmaps.BARS} most probable." if len(classes) > heatmaps.BARS else "")
+        "Test images that the teacher gets right: first those to which it gives the most probable"
+        " second class, then ordinary ones, of which it is as sure as of half of their class; of"
+        " each kind, at most one of a class. Its probabilities softmax(z / T), and above them that"
+        " of its second choice: a higher temperature T shows what else the image resembles. The"
+        " light bar is the label."
+        + (
+            f" Of {len(classes)} classes, the {heatmaps.BARS} most probable."
+            if len(classes) > heatmaps.BARS
+            else ""
+        )
     )
-    yield Pictures([heatmaps.softened(i, one.image, one.label, one.logits, classes) for i, one in enumerate(examples, 1)])
+    yield Pictures(
+        [
+            heatmaps.softened(i, one.image, one.label, one.logits, classes)
+            for i, one in enumerate(examples, 1)
+        ]
+    )
 
 
 def _layers(material: Material) -> Iterator[Block]:
@@ -199,16 +278,29 @@ def _layers(material: Material) -> Iterator[Block]:
         yield Words("Teacher and students cannot be compared layer by layer here.")
         return
     images = next(iter(found.values())).images
-    first = "first " if any(len(recipe.get("teachers") or ()) > 1 for recipe in material.recipes.values()) else ""
-    rest = len(findings.variants) - len(found)
-    only = f" Drawn are the baseline and the {len(found) - 1} best of the others." if rest and len(found) == COMPARED else ""
-    yield Words(
-        f"Linear CKA (Kornblith et al. 2019; unbiased, over batches) of the "
-        f"{first}teacher's layers with the student's, on the first {images} "
-        f"test images: 1 says that one is a rotation and rescaling of the other, 0 that they have nothing in common. The first seed "
-        f"of each variant.{only}"
+    first = (
+        "first "
+        if any(len(recipe.get("teachers") or ()) > 1 for recipe in material.recipes.values())
+        else ""
     )
-    yield Pictures([heatmaps.similar_layers(i, name, one.rows, one.columns, one.values) for i, (name, one) in enumerate(found.items(), 1)])
+    rest = len(findings.variants) - len(found)
+    only = (
+        f" Drawn are the baseline and the {len(found) - 1} best of the others."
+        if rest and len(found) == COMPARED
+        else ""
+    )
+    yield Words(
+        f"Linear CKA (Kornblith et al. 2019; unbiased, over batches) of the {first}teacher's layers"
+        f" with the student's, on the first {images} test images: 1 says that one is a rotation and"
+        " rescaling of the other, 0 that they have nothing in common. The first seed of each"
+        f" variant.{only}"
+    )
+    yield Pictures(
+        [
+            heatmaps.similar_layers(i, name, one.rows, one.columns, one.values)
+            for i, (name, one) in enumerate(found.items(), 1)
+        ]
+    )
 
 
 def _repeat(material: Material) -> Iterator[Block]:
@@ -220,9 +312,14 @@ def _repeat(material: Material) -> Iterator[Block]:
     for variant in findings.variants:
         if variant.name in material.recipes:
             baseline = " (baseline)" if variant.name == findings.baseline else ""
-            text = yaml.safe_dump(dict(material.recipes[variant.name]), sort_keys=False, allow_unicode=True, width=100)
+            text = yaml.safe_dump(
+                dict(material.recipes[variant.name]), sort_keys=False, allow_unicode=True, width=100
+            )
             yield Listing(f"Recipe of {variant.name}{baseline}, seed {variant.seeds[0]}", text)
-    yield Listing("Run folders", "\n".join(line for variant in findings.variants for line in _folders(variant)))
+    yield Listing(
+        "Run folders",
+        "\n".join(line for variant in findings.variants for line in _folders(variant)),
+    )
     for sentence in material.missing:
         yield Words(f"Left out: {sentence}")
 

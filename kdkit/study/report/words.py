@@ -1,4 +1,6 @@
-"""What a report says in words and tables: the answer, how it was found, the figures, how to repeat them."""
+"""What a report says in words and tables: the answer, how it was found, the figures, how to
+repeat them.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,10 @@ from kdkit.study.findings import SIGNIFICANT, Cost, Difference, Findings, Teache
 from kdkit.study.report.document import Figures
 
 NONE = "–"
-Column = tuple[str, Callable[[Variant], str], str]  # title, what a variant has there, the metric that the teacher has there
-LENGTHS = {"steps": "steps", "images": "images seen"}  # attributes of a `Length` that are told, and their titles
+# title, what a variant has there, the metric that the teacher has there
+Column = tuple[str, Callable[[Variant], str], str]
+# attributes of a `Length` that are told, and their titles
+LENGTHS = {"steps": "steps", "images": "images seen"}
 SHARED = ("data", "student", "train")  # what one protocol has in common
 
 
@@ -30,14 +34,22 @@ def gain(difference: Difference | None) -> str:
 
 
 def best(findings: Findings) -> Variant | None:
-    """The variant with the highest mean accuracy on validation data, or on test data where some variant has no validation data."""
+    """The variant with the highest mean accuracy on validation data, or on test data where some
+    variant has no validation data.
+    """
     ran = [v for v in findings.variants if v.last.get("top1")]
     scores = [(v.validation if chosen_by_validation(findings) else v.last)["top1"] for v in ran]
-    return max(zip(ran, scores, strict=True), key=lambda pair: statistics.fmean(pair[1]))[0] if ran else None
+    return (
+        max(zip(ran, scores, strict=True), key=lambda pair: statistics.fmean(pair[1]))[0]
+        if ran
+        else None
+    )
 
 
 def chosen_by_validation(findings: Findings) -> bool:
-    """Whether all variants were measured on validation data, so that the best needs not be chosen by the test data."""
+    """Whether all variants were measured on validation data, so that the best needs not be
+    chosen by the test data.
+    """
     return all(v.validation.get("top1") for v in findings.variants if v.last.get("top1"))
 
 
@@ -51,14 +63,20 @@ def answer(findings: Findings) -> Iterator[str]:
     taught = f"; the teacher has {findings.teacher.last['top1']:.2f} %" if findings.teacher else ""
     baseline = next((v for v in findings.variants if v.name == findings.baseline), leader)
     if len(findings.variants) == 1:
-        yield f"{leader.name} reaches {score} on the test data {findings.moment} ({_seeds(leader)}){taught}."
+        yield (
+            f"{leader.name} reaches {score} on the test data {findings.moment}"
+            f" ({_seeds(leader)}){taught}."
+        )
     elif leader is baseline:
         chosen = " on validation data" if chosen_by_validation(findings) else ""
         reaches = f"which reaches {score} on test data {findings.moment} ({_seeds(leader)}){taught}"
         yield f"No variant is better{chosen} than the baseline, {leader.name}, {reaches}."
     else:
         chosen = " on validation data" if chosen_by_validation(findings) else ""
-        yield f"Best{chosen} {findings.moment}: {leader.name}, {score} on test data{_over(leader, baseline)}{taught}."
+        yield (
+            f"Best{chosen} {findings.moment}: {leader.name}, {score} on test"
+            f" data{_over(leader, baseline)}{taught}."
+        )
         yield _carried(leader, findings)
         yield from _next_best(leader, findings)
     if (tally := sentences.verdicts(findings)) is not None:
@@ -94,7 +112,9 @@ def _carried(leader: Variant, findings: Findings) -> str:
 
 
 def _next_best(leader: Variant, findings: Findings) -> Iterator[str]:
-    """How far the best variant is from the next best one, the baseline aside: the best need not be worth its cost."""
+    """How far the best variant is from the next best one, the baseline aside: the best need not
+    be worth its cost.
+    """
     others = tuple(v for v in findings.variants if v.name not in (leader.name, findings.baseline))
     second = best(replace(findings, variants=others))
     if second is None:
@@ -108,7 +128,9 @@ def _seeds(variant: Variant) -> str:
     return f"{len(variant.seeds)} seeds" if len(variant.seeds) != 1 else "one seed, so no deviation"
 
 
-def protocol(findings: Findings, recipes: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+def protocol(
+    findings: Findings, recipes: Mapping[str, Mapping[str, Any]]
+) -> Iterator[tuple[str, str]]:
     """(title, text): what all runs share, what was compared, how it was measured."""
     told = {name: dict(brief(shortened(recipe))) for name, recipe in recipes.items()}
     for key in SHARED if told else ():
@@ -125,11 +147,21 @@ def protocol(findings: Findings, recipes: Mapping[str, Mapping[str, Any]]) -> It
     count = sum(len(v.seeds) for v in findings.variants)
     seeds = sorted({seed for v in findings.variants for seed in v.seeds})
     if len(findings.variants) > 1:
-        yield "Compared", f"{len(findings.variants)} variants, the baseline is {findings.baseline}; {count} finished runs"
+        yield (
+            "Compared",
+            (
+                f"{len(findings.variants)} variants, the baseline is {findings.baseline}; {count}"
+                " finished runs"
+            ),
+        )
     yield "Seeds", ", ".join(map(str, seeds)) or NONE
     if searched := list(sentences.search(findings)):
         yield "Search", f"{'. '.join(searched)}."
-    chosen = "the epoch that is best on validation is told beside it; " if any(v.best for v in findings.variants) else ""
+    chosen = (
+        "the epoch that is best on validation is told beside it; "
+        if any(v.best for v in findings.variants)
+        else ""
+    )
     yield "Measured", f"on the test data {findings.moment}; {chosen}no epoch is chosen by test data"
 
 
@@ -137,31 +169,48 @@ def shortened(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe with the names of its teachers' recipe files only, not their folders."""
 
     def short(teacher: Mapping[str, Any]) -> dict[str, Any]:
-        return {**teacher, "recipe": Path(teacher["recipe"]).name} if teacher.get("recipe") else dict(teacher)
+        return (
+            {**teacher, "recipe": Path(teacher["recipe"]).name}
+            if teacher.get("recipe")
+            else dict(teacher)
+        )
 
     one, several = recipe.get("teacher"), recipe.get("teachers") or ()
-    return {**recipe, "teacher": short(one) if one else None, "teachers": [short(each) for each in several]}
+    return {
+        **recipe,
+        "teacher": short(one) if one else None,
+        "teachers": [short(each) for each in several],
+    }
 
 
 def accuracy_table(findings: Findings) -> Figures:
     """One row a variant, the teacher last."""
     numbers = sorted({len(v.seeds) for v in findings.variants})
-    several = f"mean ± standard deviation over {f'{numbers[0]} seeds' if len(numbers) == 1 else 'the seeds'}"
+    several = (
+        "mean ± standard deviation over"
+        f" {f'{numbers[0]} seeds' if len(numbers) == 1 else 'the seeds'}"
+    )
     deviation = several if numbers[-1] > 1 else "one seed, so there is no deviation and no interval"
     interval = (
-        "; difference: mean over the seeds, 95 % interval by the paired t distribution; p: of that difference, corrected for the number of "
-        "variants (Holm)"
+        "; difference: mean over the seeds, 95 % interval by the paired t distribution; p: of that"
+        " difference, corrected for the number of variants (Holm)"
         if numbers[-1] > 1
         else ""
     )
     leader = best(findings)
-    caption = f"Test data, {findings.moment} unless the column says otherwise; {deviation}{interval}."
+    caption = (
+        f"Test data, {findings.moment} unless the column says otherwise; {deviation}{interval}."
+    )
     columns: list[Column] = [
         ("top-1 %", _last("top1", 2), "top1"),
         ("difference, points", lambda v: gain(v.difference), ""),
         ("p", lambda v: intervals.p_value_shown(v.difference) or NONE, ""),
         ("chosen", lambda v: v.tuned.point if v.tuned else NONE, ""),
-        ("top-1 % at the best epoch on validation", lambda v: spread(v.best.get("top1", ()), 2), ""),
+        (
+            "top-1 % at the best epoch on validation",
+            lambda v: spread(v.best.get("top1", ()), 2),
+            "",
+        ),
         ("difference there, points", lambda v: gain(intervals.at_best(findings, v)), ""),
         ("agreement with the teacher %", _last("agreement", 2), ""),
     ]
@@ -183,7 +232,10 @@ def further_table(findings: Findings) -> Figures:
         ("NLL, nats", _last("nll", 3), "nll"),
         ("ECE %", _last("ece", 2), "ece"),
     ]
-    caption = "z: logits; KL divergence of the student's answers from the teacher's; negative log-likelihood; calibration error, 15 bins."
+    caption = (
+        "z: logits; KL divergence of the student's answers from the teacher's; negative"
+        " log-likelihood; calibration error, 15 bins."
+    )
     return _table(findings, columns, caption)
 
 
@@ -191,7 +243,9 @@ def _table(findings: Findings, columns: Sequence[Column], caption: str) -> Figur
     shown = [column for column in columns if any(column[1](v) != NONE for v in findings.variants)]
     rows = [[_called(v, findings), *(text(v) for _, text, _ in shown)] for v in findings.variants]
     if findings.teacher:
-        rows.append([_named(findings.teacher), *(_of_teacher(findings.teacher, key) for _, _, key in shown)])
+        rows.append(
+            [_named(findings.teacher), *(_of_teacher(findings.teacher, key) for _, _, key in shown)]
+        )
     return Figures(["variant", *(title for title, _, _ in shown)], rows, caption)
 
 
@@ -204,7 +258,11 @@ def _of_teacher(teacher: Teacher, key: str) -> str:
 
 
 def _called(variant: Variant, findings: Findings) -> str:
-    return f"{variant.name} (baseline)" if variant.name == findings.baseline and len(findings.variants) > 1 else variant.name
+    return (
+        f"{variant.name} (baseline)"
+        if variant.name == findings.baseline and len(findings.variants) > 1
+        else variant.name
+    )
 
 
 def _named(teacher: Teacher) -> str:
@@ -217,10 +275,25 @@ def intervals_table(findings: Findings) -> Figures | None:
     for v in findings.variants:
         if v.difference and v.difference.t and v.difference.bootstrap:
             each = ", ".join(f"{value:+.2f}" for value in v.difference.values)
-            t, resampled = (f"[{one.low:+.2f}, {one.high:+.2f}]" for one in (v.difference.t, v.difference.bootstrap))
-            rows.append([cell.replace("-", "−") if i else cell for i, cell in enumerate((v.name, each, t, resampled))])
-    caption = f"Top-1 less that of {findings.baseline} with the same seed, points; 95 % intervals of the mean."
-    return Figures(["variant", "seed by seed", "paired t", "bootstrap"], rows, caption) if rows else None
+            t, resampled = (
+                f"[{one.low:+.2f}, {one.high:+.2f}]"
+                for one in (v.difference.t, v.difference.bootstrap)
+            )
+            rows.append(
+                [
+                    cell.replace("-", "−") if i else cell
+                    for i, cell in enumerate((v.name, each, t, resampled))
+                ]
+            )
+    caption = (
+        f"Top-1 less that of {findings.baseline} with the same seed, points; 95 % intervals of the"
+        " mean."
+    )
+    return (
+        Figures(["variant", "seed by seed", "paired t", "bootstrap"], rows, caption)
+        if rows
+        else None
+    )
 
 
 def cost_table(findings: Findings) -> Figures | None:
@@ -228,7 +301,8 @@ def cost_table(findings: Findings) -> Figures | None:
     shown = [(v, v.cost) for v in findings.variants if v.cost]
     if not shown:
         return None
-    whole = findings.teacher if findings.teacher and findings.teacher.parameters else None  # its network may be gone
+    # its network may be gone
+    whole = findings.teacher if findings.teacher and findings.teacher.parameters else None
     columns = [c for c in _cost_columns(whole) if any(c[1](cost) != NONE for _, cost in shown)]
     told = [what for what in LENGTHS if any(v.length for v, _ in shown)]
     rows = []
@@ -239,11 +313,16 @@ def cost_table(findings: Findings) -> Figures | None:
         length = [sentences.teacher_trained(whole, what) or NONE for what in told]
         rows.append([_named(whole), *length, *(text for _, _, text in columns)])
     caption = (
-        "Training: steps of the optimizer in all stages, the images that they show, each as often as it comes (×: times the baseline's); "
-        "means over the seeds, measurements included, as a run alone would need them. "
-        "Network: as it is exported; latency: median of one image on one thread."
+        "Training: steps of the optimizer in all stages, the images that they show, each as often"
+        " as it comes (×: times the baseline's); means over the seeds, measurements included, as a"
+        " run alone would need them. Network: as it is exported; latency: median of one image on"
+        " one thread."
     )
-    return Figures(["variant", *(LENGTHS[what] for what in told), *(title for title, _, _ in columns)], rows, caption)
+    return Figures(
+        ["variant", *(LENGTHS[what] for what in told), *(title for title, _, _ in columns)],
+        rows,
+        caption,
+    )
 
 
 def _cost_columns(teacher: Teacher | None) -> list[tuple[str, Callable[[Cost], str], str]]:
@@ -259,11 +338,23 @@ def _cost_columns(teacher: Teacher | None) -> list[tuple[str, Callable[[Cost], s
     return [
         ("CPU seconds", lambda c: positive(c.cpu_seconds, f"{c.cpu_seconds:,.1f}"), NONE),
         ("seconds", lambda c: positive(c.seconds, f"{c.seconds:,.1f}"), NONE),
-        ("peak memory of a step", lambda c: positive(c.memory, f"{c.memory / 2**20:,.1f} MiB"), NONE),
+        (
+            "peak memory of a step",
+            lambda c: positive(c.memory, f"{c.memory / 2**20:,.1f} MiB"),
+            NONE,
+        ),
         ("images/s", lambda c: positive(c.images_per_second, f"{c.images_per_second:,.0f}"), NONE),
-        ("parameters", lambda c: f"{c.parameters:,}", f"{teacher.parameters:,}" if teacher else NONE),
+        (
+            "parameters",
+            lambda c: f"{c.parameters:,}",
+            f"{teacher.parameters:,}" if teacher else NONE,
+        ),
         ("MACs per image", lambda c: count(c.macs), count(teacher.macs) if teacher else NONE),
-        ("size", lambda c: f"{c.bytes / 1024:,.0f} KiB", f"{teacher.bytes / 1024:,.0f} KiB" if teacher else NONE),
+        (
+            "size",
+            lambda c: f"{c.bytes / 1024:,.0f} KiB",
+            f"{teacher.bytes / 1024:,.0f} KiB" if teacher else NONE,
+        ),
         (
             "latency (× the teacher's)" if teacher else "latency",
             lambda c: latency(c.latency),
@@ -274,5 +365,7 @@ def _cost_columns(teacher: Teacher | None) -> list[tuple[str, Callable[[Cost], s
 
 def count(number: float) -> str:
     """`1.23 M`."""
-    unit, sign = next(((u, s) for u, s in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if number >= u), (1.0, ""))
+    unit, sign = next(
+        ((u, s) for u, s in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if number >= u), (1.0, "")
+    )
     return f"{number / unit:.2f} {sign}" if sign else f"{number:.0f}"

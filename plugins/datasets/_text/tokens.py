@@ -17,29 +17,46 @@ import kdkit
 def _beside_its_file(value: Any) -> Any:
     """A folder (`./NAME`, `../NAME`) is meant from the file in which it is written."""
     folder = getattr(value, "folder", None)
-    return str((folder / Path(value).expanduser()).resolve()) if folder is not None and value.startswith((".", "~")) else value
+    return (
+        str((folder / Path(value).expanduser()).resolve())
+        if folder is not None and value.startswith((".", "~"))
+        else value
+    )
 
 
 class TextOptions(kdkit.DatasetOptions):
     """How texts become tokens."""
 
     tokenizer: Annotated[str, BeforeValidator(_beside_its_file)] = Field(
-        description="Tokenizer of transformers, which must be that of teacher and student: a name of the hub, or a folder."
+        description=(
+            "Tokenizer of transformers, which must be that of teacher and student: a name of the"
+            " hub, or a folder."
+        )
     )
-    max_length: int = Field(default=64, ge=2, description="Tokens of a text at most, special ones included; the rest is cut off.")
+    max_length: int = Field(
+        default=64,
+        ge=2,
+        description="Tokens of a text at most, special ones included; the rest is cut off.",
+    )
 
 
 @functools.lru_cache(maxsize=8)
 def digest_of(tokenizer: str) -> tuple[str, int]:
-    """A digest of a tokenizer's words and their ids, and how many ids there are; nothing is fetched, and ("", 0) if it is not here."""
+    """A digest of a tokenizer's words and their ids, and how many ids there are; nothing is
+    fetched, and ("", 0) if it is not here.
+    """
     try:
         from transformers import AutoTokenizer
 
-        known: Any = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True, trust_remote_code=False)
+        known: Any = AutoTokenizer.from_pretrained(
+            tokenizer, local_files_only=True, trust_remote_code=False
+        )
     except Exception:  # whatever the library raises: `tokenized` says it, when the texts are read
         return "", 0
     words = sorted(known.get_vocab().items())
-    return hashlib.sha256(repr(words).encode()).hexdigest(), 1 + max((number for _, number in words), default=-1)
+    return hashlib.sha256(repr(words).encode()).hexdigest(), 1 + max(
+        (number for _, number in words), default=-1
+    )
 
 
 def tokenized(options: TextOptions, texts: Sequence[Any], labels: Sequence[int]) -> kdkit.Texts:
@@ -58,9 +75,13 @@ def tokenized(options: TextOptions, texts: Sequence[Any], labels: Sequence[int])
         if options.tokenizer.startswith("/") and not Path(options.tokenizer).is_dir():
             raise kdkit.DataError(f"tokenizer: there is no folder {options.tokenizer}") from error
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise kdkit.DataError(f"tokenizer '{options.tokenizer}' cannot be loaded: {reason}") from error
+        raise kdkit.DataError(
+            f"tokenizer '{options.tokenizer}' cannot be loaded: {reason}"
+        ) from error
     for number, text in enumerate(texts):
-        if not isinstance(text, str) and not (isinstance(text, tuple) and all(isinstance(part, str) for part in text)):
+        if not isinstance(text, str) and not (
+            isinstance(text, tuple) and all(isinstance(part, str) for part in text)
+        ):
             raise kdkit.DataError(f"text {number} is none: {text!r}")
     found: Mapping[str, Sequence[Sequence[int]]] = tokenizer(
         list(texts), truncation=True, max_length=options.max_length, return_attention_mask=False
@@ -68,5 +89,8 @@ def tokenized(options: TextOptions, texts: Sequence[Any], labels: Sequence[int])
     tokens = {name: found[name] for name in found}
     if "token_type_ids" in tokens and not any(map(any, tokens["token_type_ids"])):
         del tokens["token_type_ids"]  # of single texts they are what a network takes them to be
-    padding = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": tokenizer.pad_token_type_id}
+    padding = {
+        "input_ids": tokenizer.pad_token_id or 0,
+        "token_type_ids": tokenizer.pad_token_type_id,
+    }
     return kdkit.Texts(tokens, torch.tensor(list(labels), dtype=torch.int64), padding)

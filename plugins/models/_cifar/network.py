@@ -1,4 +1,6 @@
-"""What the CIFAR networks share: features, global average pooling, one linear classifier; and timm's ways to ask for them."""
+"""What the CIFAR networks share: features, global average pooling, one linear classifier; and
+timm's ways to ask for them.
+"""
 
 import abc
 from collections.abc import Mapping, Sequence
@@ -9,7 +11,8 @@ from torch.nn import functional as F
 
 
 class CifarNetwork(nn.Module, abc.ABC):
-    """A classifier of small images with timm's interface. `feature_info` lists the stages that the tables compare, without the stem.
+    """A classifier of small images with timm's interface. `feature_info` lists the stages that
+    the tables compare, without the stem.
 
     No activation works in place, so that every layer can be tapped.
     """
@@ -17,7 +20,9 @@ class CifarNetwork(nn.Module, abc.ABC):
     head: ClassVar[str] = "fc"
     """Name of the classifier."""
     other_names: ClassVar[Mapping[str, str]] = {}
-    """Steps of a weight's path as other public code bases call them, and as they are called here."""
+    """Steps of a weight's path as other public code bases call them, and as they are called
+    here.
+    """
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -26,9 +31,14 @@ class CifarNetwork(nn.Module, abc.ABC):
         self.feature_info: list[dict[str, str | int]] = []
 
     def finish(self, num_features: int, stages: Sequence[tuple[str, int, int]]) -> None:
-        """Add the classifier, and tell the stages: path, channels, by how much the image has become smaller."""
+        """Add the classifier, and tell the stages: path, channels, by how much the image has
+        become smaller.
+        """
         self.num_features = self.head_hidden_size = num_features
-        self.feature_info = [{"module": path, "num_chs": channels, "reduction": reduction} for path, channels, reduction in stages]
+        self.feature_info = [
+            {"module": path, "num_chs": channels, "reduction": reduction}
+            for path, channels, reduction in stages
+        ]
         self.reset_classifier(self.num_classes)
 
     @abc.abstractmethod
@@ -51,11 +61,16 @@ class CifarNetwork(nn.Module, abc.ABC):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Put in a new classifier; for 0 classes, none."""
         self.num_classes = num_classes
-        self.set_submodule(self.head, nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity())
+        self.set_submodule(
+            self.head, nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        )
 
 
-def initialize(network: nn.Module, linear_std: float | None = None, *, zero_linear_bias: bool = False) -> None:
-    """Draw convolutions as He et al. do (fan-out); linear layers with deviation `linear_std` and bias 0, or else as torch does.
+def initialize(
+    network: nn.Module, linear_std: float | None = None, *, zero_linear_bias: bool = False
+) -> None:
+    """Draw convolutions as He et al. do (fan-out); linear layers with deviation `linear_std` and
+    bias 0, or else as torch does.
 
     Batch norms have weight 1 and bias 0 from the start.
     """

@@ -15,19 +15,31 @@ from .vgg import VGG
 from .wide_resnet import WideResNet
 
 PREFIX = "cifar_"
-MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # CIFAR-100, as the code bases of the tables have it
+# CIFAR-100, as the code bases of the tables have it
+MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 
 
 def _resnet(depth: int, factor: int = 1) -> tuple[type[CifarNetwork], dict[str, Any]]:
     stem = 16 if factor == 1 else 32
-    return ResNet, {"depths": [(depth - 2) // 6] * 3, "widths": [16 * factor, 32 * factor, 64 * factor], "stem": stem}
+    return ResNet, {
+        "depths": [(depth - 2) // 6] * 3,
+        "widths": [16 * factor, 32 * factor, 64 * factor],
+        "stem": stem,
+    }
 
 
 ARCHITECTURES: Mapping[str, tuple[type[CifarNetwork], dict[str, Any]]] = {
     **{f"resnet{depth}": _resnet(depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
     **{f"resnet{depth}x4": _resnet(depth, 4) for depth in (8, 32)},
-    "resnet50": (ResNet, {"depths": [3, 4, 6, 3], "widths": [64, 128, 256, 512], "stem": 64, "block": "bottleneck"}),
-    **{f"wrn_{depth}_{factor}": (WideResNet, {"depth": depth, "factor": factor}) for depth in (16, 40) for factor in (1, 2)},
+    "resnet50": (
+        ResNet,
+        {"depths": [3, 4, 6, 3], "widths": [64, 128, 256, 512], "stem": 64, "block": "bottleneck"},
+    ),
+    **{
+        f"wrn_{depth}_{factor}": (WideResNet, {"depth": depth, "factor": factor})
+        for depth in (16, 40)
+        for factor in (1, 2)
+    },
     "vgg8": (VGG, {"depths": [1, 1, 1, 1, 1]}),
     "vgg11": (VGG, {"depths": [1, 1, 2, 2, 2]}),
     "vgg13": (VGG, {"depths": [2, 2, 2, 2, 2]}),
@@ -40,7 +52,13 @@ ARCHITECTURES: Mapping[str, tuple[type[CifarNetwork], dict[str, Any]]] = {
 
 
 def _config(network: type[CifarNetwork]) -> dict[str, Any]:
-    sizes = {"input_size": (3, 32, 32), "fixed_input_size": False, "num_classes": 100, "crop_pct": 1.0, "interpolation": "bilinear"}
+    sizes = {
+        "input_size": (3, 32, 32),
+        "fixed_input_size": False,
+        "num_classes": 100,
+        "crop_pct": 1.0,
+        "interpolation": "bilinear",
+    }
     first = "conv1.0" if network is MobileNetV2 else "block0.0" if network is VGG else "conv1"
     return {**sizes, "mean": MEAN, "std": STD, "first_conv": first, "classifier": network.head}
 
@@ -50,13 +68,17 @@ def _entry(name: str) -> Callable[..., nn.Module]:
 
     def build(pretrained: bool = False, **others: Any) -> nn.Module:
         make = functools.partial(build_model_with_cfg, network, PREFIX + name, pretrained)
-        built: nn.Module = make(feature_cfg={"feature_cls": "hook", "out_indices": ()}, **{**arguments, **others})
+        built: nn.Module = make(
+            feature_cfg={"feature_cls": "hook", "out_indices": ()}, **{**arguments, **others}
+        )
         return built
 
     build.__name__ = PREFIX + name
     return build
 
 
-default_cfgs = generate_default_cfgs({PREFIX + name: _config(network) for name, (network, _) in ARCHITECTURES.items()})
+default_cfgs = generate_default_cfgs(
+    {PREFIX + name: _config(network) for name, (network, _) in ARCHITECTURES.items()}
+)
 for _name in ARCHITECTURES:
     register_model(_entry(_name))

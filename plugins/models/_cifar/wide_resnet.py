@@ -1,7 +1,8 @@
 """Wide residual networks.
 
-Zagoruyko and Komodakis, "Wide Residual Networks", BMVC 2016, arXiv:1605.07146: normalisation and activation come before each
-convolution, so a stage's output is a sum without activation; the next stage's first batch norm begins its pre-activation.
+Zagoruyko and Komodakis, "Wide Residual Networks", BMVC 2016, arXiv:1605.07146: normalisation and
+activation come before each convolution, so a stage's output is a sum without activation; the next
+stage's first batch norm begins its pre-activation.
 """
 
 from collections import OrderedDict
@@ -12,7 +13,8 @@ from .network import CifarNetwork, conv1x1, conv3x3, initialize
 
 
 class WideResNet(CifarNetwork):
-    """Stages `block1` to `block3`; the pre-activations behind them are `block2.layer.0.bn1`, `block3.layer.0.bn1` and `bn1`.
+    """Stages `block1` to `block3`; the pre-activations behind them are `block2.layer.0.bn1`,
+    `block3.layer.0.bn1` and `bn1`.
 
     Weights have the names that RepDistiller and mdistiller give them.
     """
@@ -39,8 +41,12 @@ class PreactivatedBlock(nn.Module):
 
     def __init__(self, inside: int, outside: int, stride: int) -> None:
         super().__init__()
-        self.bn1, self.act1, self.conv1 = nn.BatchNorm2d(inside), nn.ReLU(), conv3x3(inside, outside, stride)
-        self.bn2, self.act2, self.conv2 = nn.BatchNorm2d(outside), nn.ReLU(), conv3x3(outside, outside)
+        self.bn1 = nn.BatchNorm2d(inside)
+        self.act1 = nn.ReLU()
+        self.conv1 = conv3x3(inside, outside, stride)
+        self.bn2 = nn.BatchNorm2d(outside)
+        self.act2 = nn.ReLU()
+        self.conv2 = conv3x3(outside, outside)
         self.convShortcut = conv1x1(inside, outside, stride) if inside != outside else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,5 +56,8 @@ class PreactivatedBlock(nn.Module):
 
 
 def _stage(inside: int, outside: int, stride: int, depth: int) -> nn.Sequential:
-    blocks = [PreactivatedBlock(outside if i else inside, outside, 1 if i else stride) for i in range(depth)]
+    blocks = [
+        PreactivatedBlock(outside if i else inside, outside, 1 if i else stride)
+        for i in range(depth)
+    ]
     return nn.Sequential(OrderedDict(layer=nn.Sequential(*blocks)))
