@@ -204,14 +204,19 @@ def _rest(norm: nn.Module) -> nn.Module:
 def _fold(module: nn.Module, conv_path: str, norm_path: str) -> None:
     conv: Any = module.get_submodule(conv_path)
     norm: Any = module.get_submodule(norm_path)
-    statistics = [
-        None if value is None else value.double() for value in (norm.running_mean, norm.running_var)
-    ]
-    affine = [None if value is None else value.double() for value in (norm.weight, norm.bias)]
-    bias = None if conv.bias is None else conv.bias.double()
+
+    def double(value: Any) -> Any:
+        return None if value is None else value.double()
+
     fused = fuse_conv_bn_weights(
-        conv.weight.double(), bias, statistics[0], statistics[1], norm.eps, affine[0], affine[1]
-    )  # type: ignore[arg-type]
+        conv.weight.double(),
+        double(conv.bias),
+        double(norm.running_mean),
+        double(norm.running_var),
+        norm.eps,
+        double(norm.weight),
+        double(norm.bias),
+    )
     kind = conv.weight.dtype
     conv.weight, conv.bias = (nn.Parameter(value.to(kind), requires_grad=False) for value in fused)
     parent, _, name = norm_path.rpartition(".")

@@ -27,7 +27,7 @@ class Entry:
         group: knowledge of a loss, scheme of a schedule, else empty.
         summary: first paragraph of the class's docstring.
         details: the rest of it, with the formula.
-        paper: the module's docstring behind its first line.
+        paper: the module's docstring behind its first paragraph.
         origin: file or distribution.
         source: the module of an installed plugin; of another one, its file.
     """
@@ -69,7 +69,7 @@ def entries(plugins: Registry) -> Iterator[Entry]:
         first, _, rest = inspect.cleandoc(plugin.__doc__ or "").partition("\n\n")
         module = (
             inspect.cleandoc(sys.modules[plugin.__module__].__doc__ or "")
-            .partition("\n")[2]
+            .partition("\n\n")[2]
             .strip()
         )
         group = str(getattr(plugin, "knowledge", getattr(plugin, "scheme", "")))
