@@ -34,6 +34,7 @@ from kdkit.runs.context import Setting
 from kdkit.runs.folder import RunFolder
 from kdkit.runs.interrupts import StopRequest
 from kdkit.runs.progress import Reporter
+from kdkit.runs.shared import Alone
 from kdkit.runs.stage import StageRun
 
 # teacher, student: images of an epoch
@@ -89,6 +90,7 @@ def by_kdkit(one: sides.Opened, folder: Path) -> sides.Side:
         one.data,
         one.factory,
         clock,
+        Alone(),
     )
     turns = StageRun(setting, 0, one.trainer).carry_out()
     next(turns)  # it gives way before the first batch

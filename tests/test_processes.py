@@ -110,7 +110,8 @@ def test_processes_of_kdkit_s_own_launch(tmp_path):
         128 + signal.SIGKILL,
         f"process 2 of 2 (rank 1, pid {ranks[1]}) was killed by SIGKILL; the others were ended; {LEFT}",
     )
-    assert len(log) <= 2 and "Traceback" not in "".join(log)
+    own = [line for line in log if not line.startswith("[")]  # torch's C++ code may warn of the lost connection
+    assert len(own) <= 2 and "Traceback" not in "".join(log), log
     steps = len(metrics(run))
     second = launched(steps + 30)
     second.send_signal(signal.SIGTERM)

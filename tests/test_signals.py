@@ -8,7 +8,8 @@ import time
 import pytest
 from training import PATIENCE, PROCESSES
 
-from kdkit.runs.interrupts import StopRequest, leave_to_parent
+from kdkit.data.workers import leave_to_parent
+from kdkit.runs.interrupts import StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

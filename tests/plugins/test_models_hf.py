@@ -138,7 +138,7 @@ def test_without_the_extra_it_says_what_to_install():
     code = """
 import sys
 sys.modules["transformers"] = None
-from kdkit import registry
+from kdkit.recipe import registry
 source = registry.load().models["hf"]
 try:
     source(source.Options(model="hf/bert"), "bert").build(2, (4,))
