@@ -9,6 +9,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
@@ -63,7 +64,7 @@ class Crew:
         self._process = f"{name} process "
         store.set(
             f"{self._process}{rank}",
-            json.dumps([socket.gethostname(), os.getpid(), psutil.Process().create_time()]),
+            json.dumps([_machine(), os.getpid(), psutil.Process().create_time()]),
         )
 
     @classmethod
@@ -125,14 +126,21 @@ class Crew:
     def _has_ended(self, rank: int) -> bool:
         if not self._store.check([f"{self._process}{rank}"]):
             return False  # it is not there yet
-        host, pid, born = json.loads(self._store.get(f"{self._process}{rank}"))
-        if host != socket.gethostname():
-            return False
+        machine, pid, born = json.loads(self._store.get(f"{self._process}{rank}"))
+        if machine != _machine():
+            return False  # its process ids mean nothing here
         try:
             process = psutil.Process(pid)
             return bool(process.create_time() != born or process.status() == psutil.STATUS_ZOMBIE)
         except psutil.NoSuchProcess:
             return True
+
+
+def _machine() -> list[Any]:
+    """Equal for processes that know each other by process id: one boot, and one container."""
+    namespace = Path("/proc/self/ns/pid")
+    container = os.readlink(namespace) if namespace.is_symlink() else ""
+    return [socket.gethostname(), psutil.boot_time(), container]
 
 
 @contextlib.contextmanager
