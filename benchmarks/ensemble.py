@@ -17,7 +17,7 @@ from pathlib import Path
 
 from kdkit import recipe
 from kdkit.runs import training
-from kdkit.runs.folder import Result
+from kdkit.runs.result import Result
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes" / "fashion_mnist"
 MEMBERS = range(100, 110)  # seeds, as in ensemble.yaml

@@ -29,8 +29,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from kdkit.engine.evaluate import Judge
 from kdkit.engine.turns import Stopwatch
-from kdkit.runs.context import Setting
+from kdkit.runs.context import RunContext
 from kdkit.runs.folder import RunFolder
 from kdkit.runs.interrupts import StopRequest
 from kdkit.runs.progress import Reporter
@@ -81,7 +82,7 @@ def content(pair: str, options: argparse.Namespace, *, folded: bool) -> dict[str
 def by_kdkit(one: sides.Opened, folder: Path) -> sides.Side:
     """An epoch of a run, with what belongs to it."""
     clock = Stopwatch()
-    setting = Setting(
+    setting = RunContext(
         one.recipe,
         RunFolder(folder),
         Reporter(quiet=True),
@@ -91,6 +92,7 @@ def by_kdkit(one: sides.Opened, folder: Path) -> sides.Side:
         one.factory,
         clock,
         Alone(),
+        Judge.of(one.recipe, one.data.info),
     )
     turns = StageRun(setting, 0, one.trainer).carry_out()
     next(turns)  # it gives way before the first batch

@@ -113,7 +113,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     source = loaded.plugins.datasets["synthetic"](loaded.spec.data.dataset)
     held = source.split("train")
-    prepared = loaders.prepare(loaded.spec.data, source, seed=0, device=torch.device("cpu"))
+    prepared = loaders.prepare(
+        loaded.spec.data, source, loaded.task, seed=0, device=torch.device("cpu")
+    )
     turns = {
         f"PIL, {workers or 'no'} workers": by_torchvision(
             held.images, held.labels, options, workers

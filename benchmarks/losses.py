@@ -35,7 +35,8 @@ import kdkit
 from kdkit.contracts.options import at_epoch
 from kdkit.recipe import registry
 from kdkit.study.step_memory import peak_memory
-from kdkit.testing.probes import random_outputs, readable
+from kdkit.testing.outputs import random_outputs
+from kdkit.testing.probe import readable
 
 # by layer: the student's and the teacher's, without the batch
 Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]

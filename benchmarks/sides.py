@@ -21,6 +21,7 @@ from rich.table import Table
 
 from kdkit import recipe
 from kdkit.data.loaders import Data
+from kdkit.engine.loop import train_epoch
 from kdkit.engine.trainer import Trainer, build_accelerator
 from kdkit.models.tapped import TappedModel
 from kdkit.randomness import reseed
@@ -142,7 +143,7 @@ class Opened:
         return self.trainer.stage.students[0]  # type: ignore[return-value]
 
     def epoch(self) -> None:
-        for _ in self.trainer.train_epoch():
+        for _ in train_epoch(self.trainer):
             pass
 
 

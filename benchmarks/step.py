@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from kdkit import recipe
 from kdkit.contracts.records import Batch
 from kdkit.data import loaders
+from kdkit.engine.loop import optimize
 from kdkit.engine.trainer import build_accelerator
 from kdkit.runs import training
 from kdkit.runs.networks import ModelFactory
@@ -65,7 +66,9 @@ def engine(loss: str, size: str) -> tuple[Callable[[], None], Batch, nn.Module, 
         loaded = recipe.load(path)
     accelerator = build_accelerator(loaded.spec.train)
     source = loaded.plugins.datasets["synthetic"](loaded.spec.data.dataset)
-    prepared = loaders.prepare(loaded.spec.data, source, seed=0, device=accelerator.device)
+    prepared = loaders.prepare(
+        loaded.spec.data, source, loaded.task, seed=0, device=accelerator.device
+    )
     factory = ModelFactory(loaded, prepared.info, {}, device=accelerator.device)
     stage = next(iter(loaded.plugins.schedules["offline"](loaded.spec.schedule).stages(factory)))
     trainer = training.build_trainer(loaded, prepared, factory, accelerator, 0, stage)
@@ -74,7 +77,7 @@ def engine(loss: str, size: str) -> tuple[Callable[[], None], Batch, nn.Module, 
     student = (
         training.ModelFactory(loaded, prepared.info, {}, device=accelerator.device).student().module
     )
-    return lambda: void(trainer.optimize([batch])), batch, student, factory.teacher().module
+    return lambda: void(optimize(trainer, [batch])), batch, student, factory.teacher().module
 
 
 def by_hand(loss: str, batch: Batch, student: nn.Module, teacher: nn.Module) -> Callable[[], None]:

@@ -35,7 +35,9 @@ import torch
 
 import kdkit
 from kdkit import recipe
-from kdkit.study.lockstep import Job, train_together
+from kdkit.engine.loop import optimize
+from kdkit.runs.run import Run
+from kdkit.study.lockstep import train_together
 from kdkit.study.step_memory import peak_memory
 
 HERE = Path(__file__).resolve()
@@ -102,7 +104,7 @@ def together(paths: Sequence[Path]) -> None:
     """All at once."""
     with tempfile.TemporaryDirectory() as folder, unsaid():
         outcomes = train_together(
-            [Job(recipe.load(path), Path(folder) / path.stem) for path in paths]
+            [Run(recipe.load(path), Path(folder) / path.stem) for path in paths]
         )
     if failed := [outcome.reason for outcome in outcomes if outcome.result is None]:
         raise SystemExit("\n".join(map(str, failed)))
@@ -127,7 +129,7 @@ def teacher_share(options: argparse.Namespace) -> float:
             teacher(batch.inputs)
 
     found = sides.in_turns(
-        {"teacher": ask, "student": lambda: len(alone.trainer.optimize([batch]))},
+        {"teacher": ask, "student": lambda: len(optimize(alone.trainer, [batch]))},
         options.steps,
         warm_up=3,
     )
@@ -255,7 +257,7 @@ def own_state(options: argparse.Namespace) -> tuple[int, int]:
     alone = sides.opened(content(options, None))
     trainer, batch = alone.trainer, next(iter(alone.data.train.epoch(0)))
     trainer.learner.train()
-    activations = peak_memory(lambda: len(trainer.optimize([batch])), warm_up=True)
+    activations = peak_memory(lambda: len(optimize(trainer, [batch])), warm_up=True)
     parameters = [p for p in trainer.learner.parameters() if p.requires_grad]
     # the momentum is as large as the parameters
     stays = [*trainer.learner.parameters(), *trainer.learner.buffers(), *parameters]

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdkit.engine.loop import optimize
 from kdkit.models.tapped import TappedModel
 
 STAGES = ["layer1", "layer2", "layer3", "layer4"]
@@ -165,8 +166,8 @@ def step(options: argparse.Namespace) -> None:
         spare = by_engine(pair, options, folded=False)
         batch = next(iter(plain.data.train.epoch(0)))
         turns: dict[str, sides.Side] = {
-            "plain": lambda one=plain, batch=batch: len(one.trainer.optimize([batch])),
-            "folded": lambda one=folded, batch=batch: len(one.trainer.optimize([batch])),
+            "plain": lambda one=plain, batch=batch: len(optimize(one.trainer, [batch])),
+            "folded": lambda one=folded, batch=batch: len(optimize(one.trainer, [batch])),
             "torch": by_hand(
                 batch.inputs, batch.labels, spare.student.module, spare.factory.teacher().module
             ),

@@ -40,13 +40,15 @@ from kdkit.recipe.types import recipe_type
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "docs" / "reference"
-GROUPS = {"loss": "knowledge", "schedule": "scheme"}
+GROUPS = {"loss": "knowledge", "schedule": "scheme", "task": "rows are"}
 NOTE = "<!-- Written by docs/generate.py; do not edit. -->"
 
 # Every section of a recipe: its key path, the record behind it, and what there is to say beside the
 # record's own docstring.
 SECTIONS: list[tuple[str, type[Options], str]] = [
     ("recipe", sections.RecipeBase, ""),
+    ("task", sections.TaskEntry, "Each task plugin adds [options of its own](plugins.md#tasks)."),
+    ("metrics", sections.MetricEntry, ""),
     ("data", sections.DataSpec, ""),
     (
         "data.dataset",
@@ -147,7 +149,12 @@ def recipe_page() -> Iterator[str]:
 def plugins_page() -> Iterator[str]:
     """Every standard plugin that is no loss, with its options and source."""
     yield from ("# Plugins", "", "The standard plugins, beside the [losses](losses.md).", *COMMAND)
-    titles = {"schedule": "Schedules", "model source": "Model sources", "dataset": "Datasets"}
+    titles = {
+        "schedule": "Schedules",
+        "model source": "Model sources",
+        "dataset": "Datasets",
+        "task": "Tasks",
+    }
     for kind, title in titles.items():
         entries = _entries(kind)
         yield from (f"## {title}", "")
@@ -445,7 +452,7 @@ def _about(name: str, value: Any) -> str:
     if name == "hookimpl":
         return (
             "Marks a function of a plugin file as a hook: `kdkit_losses`, `kdkit_schedules`,"
-            " `kdkit_models` or `kdkit_datasets`."
+            " `kdkit_models`, `kdkit_datasets`, `kdkit_tasks` or `kdkit_metrics`."
         )
     if inspect.isclass(value) and value.__doc__:
         return _line(inspect.cleandoc(value.__doc__).split("\n\n")[0])

@@ -1,4 +1,6 @@
-"""What a script calls: the same as the command line, with values instead of printing."""
+"""The functions for scripts: the same as the command line, but they return values instead of
+printing.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,9 @@ from kdkit.errors import PluginError, suggest
 from kdkit.recipe import registry
 from kdkit.recipe.explain import explain
 from kdkit.runs import checks, training
-from kdkit.runs.folder import Result
 from kdkit.runs.plan import Plan
-from kdkit.study import comparison, variants
+from kdkit.runs.result import Result
+from kdkit.study import comparison, loading
 from kdkit.study.findings import Findings
 
 
@@ -30,20 +32,20 @@ def train(
     restart: bool = False,
     quiet: bool = False,
 ) -> Result:
-    """Carry out a recipe file, or what is left of it.
+    """Run a recipe file, or what is left of it.
 
     Args:
         path: the recipe.
         overrides: values by key path, such as `{"train.epochs": 3, "losses.1.temperature": 2}`.
         plugins: further plugin files or folders.
         folder: the run folder (default: `run.folder`/`name`).
-        restart: throw away what is in the folder and begin anew.
+        restart: delete the content of the folder and start over.
         quiet: print warnings only.
 
     Raises:
         RecipeError: the recipe is wrong; all problems, one a line.
         RunError: the folder is another recipe's, or a loss is not finite.
-        Interrupted: a signal stopped it; it is saved, and a further call goes on.
+        Interrupted: a signal stopped it; the state is saved, and another call resumes.
     """
     found = recipe.load(path, overrides, _paths(plugins))
     return training.train(found, Path(folder) if folder else None, restart=restart, quiet=quiet)
@@ -55,7 +57,7 @@ def check(
     overrides: Mapping[str, Any] | None = None,
     plugins: Sequence[Path | str] = (),
 ) -> Plan:
-    """What a recipe would do, without doing it.
+    """Determine what a recipe would do, without doing it.
 
     Raises:
         RecipeError: what cannot work, one problem a line.
@@ -71,33 +73,33 @@ def compare(
     plugins: Sequence[Path | str] = (),
     max_parallel: int | None = None,
 ) -> Findings | None:
-    """Carry out a study, or what is left of it: train every variant with every seed, and measure
-    all alike.
+    """Run a study, or what is left of it: train every variant with every seed, and measure all in
+    the same way.
 
     Args:
         *paths: a study file, or recipes (the first is the baseline).
-        seeds: how many, in place of the study's own.
+        seeds: number of seeds, in place of the study's own.
         allow: keys in which variants may differ although they are not what is compared.
         overrides: values by key path, for all variants.
         plugins: further plugin files or folders.
         max_parallel: runs in memory at once (None: all that share data and seed).
 
     Returns:
-        What was found; None in processes of a launch that are not its first.
+        The findings; None in all processes of a launch but the first.
 
     Raises:
         RecipeError: the study or a recipe is wrong, or the comparison would not be fair; all
             problems, one a line.
-        Interrupted: a signal stopped it; all is saved, and a further call goes on.
+        Interrupted: a signal stopped it; everything is saved, and another call resumes.
     """
-    loaded = variants.load(
+    loaded = loading.load(
         [Path(path) for path in paths], overrides, _paths(plugins), seeds=seeds, allow=allow
     )
     return comparison.compare(loaded, max_parallel=max_parallel)
 
 
 def build_loss(name: str, *, plugins: Sequence[Path | str] = (), **options: Any) -> Loss:
-    """A loss for a loop of your own: call `setup(student, teacher)` once, then `loss(student,
+    """Build a loss for your own loop: call `setup(student, teacher)` once, then `loss(student,
     teacher, batch)`.
 
     Args:

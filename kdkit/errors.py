@@ -1,4 +1,5 @@
-"""Everything kdkit raises on purpose; each message is one line per problem and says what to do.
+"""The errors that kdkit raises on purpose; each message is one line per problem and names a way
+out.
 
 KdkitError
   RecipeError   the recipe is wrong: file:line, key, what, did you mean, allowed
@@ -19,14 +20,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 LONGEST_LINE = 2000
-"""Characters of a message's line."""
+"""Maximum number of characters in a line of a message."""
 
 
 class KdkitError(Exception):
     """Base of every error kdkit raises on purpose.
 
-    Its text is safe to print: what a terminal would act on is spelt out, and a line is never longer
-    than `LONGEST_LINE`.
+    Its text is safe to print: control sequences for a terminal are escaped, and a line is never
+    longer than `LONGEST_LINE`.
     """
 
     def __str__(self) -> str:
@@ -88,15 +89,15 @@ class BusyError(RunError):
 
 
 def one_line(text: str) -> str:
-    """A text as one line that is safe to print: line ends, control characters and the like as
-    escapes, such as `\\n`.
+    """Convert a text to one line that is safe to print: line ends, control characters and the like
+    as escapes, such as `\n`.
     """
     plain = text if text.isprintable() else "".join(map(_escaped, text))
     return shorten(plain, LONGEST_LINE)
 
 
 def shorten(text: str, limit: int = 80) -> str:
-    """A text with its middle left out where it is longer than `limit`."""
+    """Leave out the middle of a text that is longer than `limit`."""
     if len(text) <= limit:
         return text
     end = limit // 4
@@ -104,21 +105,21 @@ def shorten(text: str, limit: int = 80) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as messages show it: its `repr` in one short line."""
+    """Format a value for messages: its `repr` in one short line."""
     return shorten(one_line(repr(value)))
 
 
 def dotted(location: Iterable[object]) -> str:
-    """`key.path` of a place in a recipe, in one line."""
+    """Format a place in a recipe as `key.path`, in one line."""
     return ".".join(shorten(one_line(str(step))) for step in location)
 
 
 def suggest(word: str, allowed: Iterable[str], limit: int = 20, meant: Sequence[str] = ()) -> str:
-    """Say which name was probably meant and which exist: `did you mean 'x'? allowed: x, y`.
+    """Suggest the most similar name and list the existing ones: `did you mean 'x'? allowed: x, y`.
 
-    Names that begin with the word come before those that are spelt like it. Of more than `limit`
-    names those are listed that are most like the word. What the caller knows to be `meant` comes
-    before both.
+    Names that begin with the word come before those with a similar spelling. If there are more than
+    `limit` names, the most similar ones are listed. A `meant` name from the caller comes before
+    both.
     """
     names, said = sorted(set(allowed)), word[:100].lower()
     if not names:
@@ -129,14 +130,16 @@ def suggest(word: str, allowed: Iterable[str], limit: int = 20, meant: Sequence[
         reverse=True,
     )
     begin = [name for name in names if len(said) > 1 and name.lower().startswith(said)]
-    close = meant or begin[:4] or difflib.get_close_matches(said, names, n=1, cutoff=0.5)
+    spelt = {name.lower(): name for name in names}
+    like = [spelt[name] for name in difflib.get_close_matches(said, spelt, n=1, cutoff=0.5)]
+    close = meant or begin[:4] or like
     hint = f"did you mean {either(close)}? " if close else ""
     more = f", ... ({len(names)} in all)" if len(names) > limit else ""
     return f"{hint}allowed: {', '.join(sorted(near[:limit]))}{more}"
 
 
 def either(names: Sequence[str]) -> str:
-    """`'a'`, `'a' or 'b'`, `'a', 'b' or 'c'`."""
+    """Join words as `'a'`, `'a' or 'b'`, `'a', 'b' or 'c'`."""
     *most, last = (f"'{name}'" for name in names)
     return f"{', '.join(most)} or {last}" if most else last
 

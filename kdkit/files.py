@@ -1,11 +1,11 @@
 """Reads and writes the files of runs, studies, caches and exported students, and notices damage.
 
-JSON that kdkit writes carries a SHA-256 of its own content under the key `sha256` (the seal), a
-line of a log a CRC-32 under `crc`, a text file its SHA-256 in a first comment line. Where a file
-belongs to something, such as a run, its owner's name goes into the digest, so that another owner's
-file is noticed. Other files are compared with digests that such a file holds. Files of an older
-kdkit, which have none of this, are read without the comparison. All damage is told in one line: the
-file, what is wrong, the way out.
+JSON that kdkit writes contains a SHA-256 of its own content under the key `sha256` (the seal), a
+line of a log a CRC-32 under `crc`, a text file its SHA-256 in a first comment line. If a file
+belongs to something, such as a run, its owner's name is part of the digest, so that another owner's
+file is detected. Other files are compared with digests stored in such a file. Files of an older
+kdkit without digests are read without the comparison. All damage is reported in one line: the file,
+the error, the way out.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ Line = dict[str, Any]
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a crash at any moment, finds the old one or the new one.
+    """Write a file so that a reader, or a crash at any moment, finds either the old or the new
+    version.
 
     Raises:
         OSError: it cannot be written; `filename` is the file's.
@@ -47,9 +48,13 @@ def write_atomically(path: Path, content: bytes) -> None:
             with os.fdopen(handle, "wb") as stream:
                 stream.write(content)
                 stream.flush()
+                # before the rename: after a power failure the new name must not point to missing
+                # content
                 os.fsync(stream.fileno())
+            # mkstemp creates files that only their owner can read
             Path(name).chmod(0o644)
             os.replace(name, path)
+        # BaseException: remove the temporary file on Ctrl-C too
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name)
@@ -58,7 +63,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let an OSError name this file: that of a full disk names none, others a temporary one."""
+    """Make an OSError name this file: that of a full disk names none, others a temporary one."""
     try:
         yield
     except OSError as error:
@@ -71,7 +76,7 @@ def write_json(path: Path, content: Mapping[str, Any], owner: str = "") -> None:
 
 
 def sealed(content: Mapping[str, Any], owner: str = "") -> dict[str, Any]:
-    """Plain values, as JSON gives them back, together with their digest."""
+    """Return plain values in the form in which JSON returns them, together with their digest."""
     plain = json.loads(to_json(content))  # tuples become lists, keys text
     return {**plain, SEAL: _content_digest(plain, owner)}
 
@@ -83,9 +88,9 @@ def read_json(
 
     Args:
         path: the file.
-        kind: what it must hold, for pydantic.
-        way_out: what the user can do if it is damaged.
-        owner: what it belongs to (None: not known, and its seal is not compared).
+        kind: the type of its content, for pydantic.
+        way_out: advice for the user if it is damaged.
+        owner: what it belongs to (None: unknown, and its seal is not compared).
 
     Raises:
         DamagedFile: the file is damaged, or holds something else.
@@ -99,7 +104,8 @@ def read_json(
 
 
 def unsealed(path: Path, content: Any, way_out: str, owner: str | None = "") -> Any:
-    """Plain values without their seal, if they have one; see `read_json`.
+    """Return plain values after comparing and removing their seal, if they have one; see
+    `read_json`.
 
     Raises:
         DamagedFile: it does not match.
@@ -115,7 +121,7 @@ def unsealed(path: Path, content: Any, way_out: str, owner: str | None = "") -> 
 
 
 def fitting(path: Path, content: Any, kind: type[T] | TypeAdapter[T], way_out: str) -> T:
-    """What a file holds, as the type that it must be; see `read_json`."""
+    """Validate a file's content as the type that it must be; see `read_json`."""
     adapter: TypeAdapter[T] = kind if isinstance(kind, TypeAdapter) else _adapter(cast("Any", kind))
     try:
         return adapter.validate_python(content)
@@ -128,7 +134,7 @@ def fitting(path: Path, content: Any, kind: type[T] | TypeAdapter[T], way_out: s
 
 
 def read_text(path: Path, way_out: str) -> str:
-    """Read a text file that cannot be empty.
+    """Read a text file that must not be empty.
 
     Raises:
         RunError: the file is missing, empty, or no UTF-8.
@@ -189,7 +195,7 @@ def read_yaml(
 
 
 def log_line(content: Mapping[str, Any], owner: str = "") -> str:
-    """One line of a log, with its check sum."""
+    """Format one line of a log, with its check sum."""
     plain = json.loads(to_json(content))
     return json.dumps({**plain, CRC: _crc(plain, owner)}) + "\n"
 
@@ -197,7 +203,7 @@ def log_line(content: Mapping[str, Any], owner: str = "") -> str:
 def read_log(
     path: Path, kind: TypeAdapter[Line], way_out: str, owner: str | None = ""
 ) -> Iterator[Line | RunError]:
-    """Read a log line by line; instead of a damaged line, the error that tells it.
+    """Read a log line by line; for a damaged line, yield the error that reports it.
 
     A last line without its end is left out: the process was killed while it wrote it.
     """
@@ -230,13 +236,14 @@ def _log_content(
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file; it is read once in a process, as long as nobody writes it."""
+    """Compute the SHA-256 of a file; cached in this process as long as the file does not change."""
     about = path.stat()
     return _file_digest(path, about.st_ino, about.st_size, about.st_mtime_ns)
 
 
 def refuse_other(path: Path, digest: str | None, record: Path, way_out: str) -> None:
-    """Make sure that a file is the one whose digest a record has (None: an older kdkit's has none).
+    """Check that a file is the one whose digest a record has (None: a record of an older kdkit
+    without digests).
 
     Raises:
         DamagedFile: it is another, or damaged.
@@ -259,6 +266,7 @@ def refuse_other(path: Path, digest: str | None, record: Path, way_out: str) -> 
 def _parsed(path: Path, text: str, way_out: str) -> Any:
     try:
         return json.loads(text)
+    # deeply nested damaged content raises RecursionError
     except (ValueError, RecursionError) as error:
         raise DamagedFile(
             path, f"it is not JSON ({shorten(one_line(str(error)), 200)})", way_out

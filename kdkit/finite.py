@@ -1,4 +1,4 @@
-"""Numbers that are NaN or infinite: found in networks and in their answers, and kept out of JSON
+"""Detection of NaN and infinity in networks and in their answers, and their representation in JSON
 files.
 """
 
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from kdkit.errors import RunError
 
 LOOK = "look at its weights, at the range of its inputs (`normalize`) and at its `precision`"
-MEASURED = {"test", "validation", "teacher", "ensemble"}  # what has metrics in a run's files
+MEASURED = {"test", "validation", "teacher", "ensemble"}  # keys of metrics in a run's files
 
 
 def faulty_weight(module: nn.Module) -> str | None:
-    """A weight that is not finite, in words; None where all are.
+    """Describe a weight that is not finite; None if all are.
 
     A buffer may hold minus infinity, as attention masks do.
     """
@@ -36,27 +36,28 @@ def faulty_weight(module: nn.Module) -> str | None:
 
 
 class FiniteAnswers:
-    """Notes on the device whether a network's answers are finite, so that nothing waits until
-    someone asks.
+    """Records on the device whether a network's answers are finite, so that no synchronisation is
+    needed until the result is read.
 
     Args:
-        role: how messages call the network.
+        role: name of the network in messages.
     """
 
     def __init__(self, role: str) -> None:
         self.role = role
-        self._finite: dict[str, Tensor] = {}  # by what it says: the logits, or a layer
+        self._finite: dict[str, Tensor] = {}  # by output: the logits, or a layer
 
     def note(self, answer: Mapping[str, Tensor]) -> None:
-        """Look at one answer."""
+        """Record whether one answer is finite."""
         for name, value in answer.items():
             if value.device.type == "meta" or not value.is_floating_point():
                 continue
+            # stays on the device: `bool()` would synchronise in every step
             finite = value.detach().isfinite().all()
             self._finite[name] = self._finite[name] & finite if name in self._finite else finite
 
     def verify(self) -> None:
-        """Look at what was noted.
+        """Raise an error if a recorded answer was not finite.
 
         Raises:
             RunError: an answer was not finite; names the network and what it said.
@@ -72,12 +73,12 @@ class FiniteAnswers:
 
 
 def to_json(content: Any, *, indent: int | None = None) -> str:
-    """JSON of plain values. NaN and infinity, for which JSON has no words, become null."""
+    """Convert plain values to JSON. NaN and infinity, which JSON cannot express, become null."""
     return json.dumps(without_nan(content), indent=indent, default=str, allow_nan=False)
 
 
 def without_nan(value: Any) -> Any:
-    """Plain values, with None in the place of NaN and infinity."""
+    """Return plain values with None in place of NaN and infinity."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -86,7 +87,7 @@ def without_nan(value: Any) -> Any:
 
 
 def or_nan(value: Any) -> Any:
-    """What was read from JSON; null, which stands for no number, is NaN again."""
+    """Convert a number that was read from JSON: null becomes NaN again."""
     return math.nan if value is None else value
 
 
@@ -95,14 +96,12 @@ Number = Annotated[float, BeforeValidator(or_nan)]
 
 
 def with_nan(content: Any) -> Any:
-    """What was read from JSON; of what was measured, a number that is null is NaN again."""
+    """Convert content that was read from JSON: null becomes NaN again in measured numbers."""
     return json.loads(json.dumps(content), object_hook=metrics_with_nan)
 
 
 def metrics_with_nan(found: dict[str, Any]) -> dict[str, Any]:
-    """For `json.loads(object_hook=...)`: of what was measured, a number that is null is NaN
-    again.
-    """
+    """Convert null to NaN in measured numbers, as an object hook of `json.loads`."""
     for part in MEASURED & found.keys():
         if isinstance(found[part], dict):
             found[part] = {name: or_nan(value) for name, value in found[part].items()}

@@ -1,6 +1,4 @@
-"""Starts a command in several processes of this machine, and says in one line what became of
-them.
-"""
+"""Starts a command in several processes of this machine, and reports their failure in one line."""
 
 from __future__ import annotations
 
@@ -14,8 +12,8 @@ from collections.abc import Mapping, Sequence
 
 from kdkit.errors import RecipeError
 
-ENDED_WITH_ANOTHER = 1  # exit code of a process that ends because another one has
-# exit codes of those that end, or are ended, after the first
+ENDED_WITH_ANOTHER = 1  # exit code of a process that ends because another one has ended
+# exit codes of processes that end, or are terminated, after the first
 FOLLOWING = (ENDED_WITH_ANOTHER, -signal.SIGTERM, 128 + signal.SIGTERM)
 GOES_ON = "the same command goes on from the last checkpoint"
 WORKER_ENDED = (
@@ -28,23 +26,23 @@ LOST = (
     "Broken pipe",
     "failed to recv",
 )
-"""What torch's errors say, in one backend or another, when a process waits for one that is not
-there any more.
+"""Texts in torch's errors, of several backends, when a process waits for one that no longer
+exists.
 """
 
 
 def of_launch() -> tuple[int, int]:
-    """This process's number from 0, and how many there are, as its launcher has said."""
+    """Return this process's number, from 0, and the number of processes, as set by the launcher."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def is_first() -> bool:
-    """Whether this is the launch's first process, or was started alone."""
+    """Check whether this is the launch's first process, or was started alone."""
     return of_launch()[0] == 0
 
 
 def must_launch(processes: int) -> bool:
-    """Whether so many processes are still to be started; this may be one of them.
+    """Check whether `processes` processes are still to be started; this may be one of them.
 
     Raises:
         RecipeError: a launcher has started another number of them.
@@ -61,17 +59,18 @@ def must_launch(processes: int) -> bool:
 
 
 def launch(processes: int, arguments: Sequence[str]) -> int:
-    """Carry out `kdkit ARGUMENTS` in so many processes that train together; the exit code, once
-    all have ended.
+    """Run `kdkit ARGUMENTS` in `processes` processes that train together; return the exit code
+    after all have ended.
 
-    Where one fails, the others are ended. A process says itself why it fails; of one that dies by a
-    signal, it is said here.
+    If one fails, the others are terminated. A process reports its own errors; a death by a signal
+    is reported here.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.disable(logging.CRITICAL)  # torch would tell a failure in a page
+    logging.disable(logging.CRITICAL)  # torch reports a failure in a page of text
+    # divide the cores: otherwise every process would use all of them
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     with tempfile.TemporaryDirectory() as logs:
         config = LaunchConfig(
@@ -100,12 +99,12 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
 
 
 def first_failure(failures: Mapping[int, tuple[int, int]], processes: int) -> tuple[str, int]:
-    """What is to be said of the process that failed before the others, and its exit code as a
-    shell gives it.
+    """Describe the process that failed before the others, and return its exit code in the form of a
+    shell.
 
     Args:
         failures: by the process's number: its pid and exit code, which is below 0 for a signal.
-        processes: how many there were.
+        processes: the number of processes.
     """
     rank = min(failures, key=lambda rank: (failures[rank][1] in FOLLOWING, failures[rank][1] >= 0))
     pid, code = failures[rank]
@@ -120,8 +119,8 @@ def first_failure(failures: Mapping[int, tuple[int, int]], processes: int) -> tu
 
 
 def told_of_another(error: BaseException) -> str | None:
-    """The line in place of an error that says no more than that another process has ended; None:
-    it says something else.
+    """Return the message that replaces an error which only states that another process has ended;
+    None for other errors.
     """
     if not isinstance(error, RuntimeError):
         return None

@@ -1,4 +1,4 @@
-"""Random numbers as a function of where training is, never of how it got there.
+"""Random numbers as a function of the position in training, independent of its history.
 
 Every model draws its initial weights from (seed, its number), every optimizer step from (seed,
 stage, step, rank). So resuming needs no random state, and a run gives the same numbers whatever
@@ -19,7 +19,7 @@ import torch
 
 
 def derived(*parts: int | str) -> int:
-    """A seed of 32 bits that depends on all the parts and their order."""
+    """Derive a seed of 32 bits that depends on all the parts and their order."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4], "big")
 
 
@@ -28,7 +28,7 @@ def reseed(*parts: int | str) -> None:
     seed = derived(*parts)
     random.seed(seed)
     np.random.seed(seed)
-    # torch.manual_seed asks for every backend there could be, at each step anew
+    # torch.manual_seed checks every possible backend, which is slow at each step
     torch.default_generator.manual_seed(seed)
     if (accelerator := _accelerator()) is not None:
         accelerator.manual_seed_all(seed)
@@ -36,17 +36,16 @@ def reseed(*parts: int | str) -> None:
 
 @functools.cache
 def _accelerator() -> Any:
-    """The module of the kind of accelerator that this machine has: torch.cuda or a relative of
-    it.
-    """
+    """Return the module of this machine's kind of accelerator: torch.cuda or an equivalent."""
     return torch.get_device_module() if torch.accelerator.is_available() else None
 
 
 @contextlib.contextmanager
 def seeded(*parts: int | str) -> Iterator[None]:
-    """Draw from the parts inside, and leave the random state outside as it was."""
+    """Seed from the parts inside the block, and restore the random state afterwards."""
     python, numeric = random.getstate(), np.random.get_state()
     devices = [_accelerator().current_device()] if _accelerator() is not None else []
+    # by default, fork_rng saves the state of every device, which is slow
     with torch.random.fork_rng(devices):
         try:
             reseed(*parts)

@@ -1,4 +1,4 @@
-"""CSV that a spreadsheet program opens without computing anything."""
+"""Writes CSV that a spreadsheet program opens without evaluating anything."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 
-# how a cell begins that spreadsheet programs take for a formula
+# first characters of cells that spreadsheet programs take for formulas
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def as_csv(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Columns and rows as CSV. Texts that a spreadsheet would take for formulas get an
-    apostrophe before them; numbers stay numbers.
+    """Format columns and rows as CSV. Texts that a spreadsheet would take for formulas are prefixed
+    with an apostrophe; numbers stay numbers.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -25,7 +25,7 @@ def _plain(cell: object) -> object:
         return cell
     text = str(cell)
     safe = f"'{text}" if text.startswith(FORMULA) and not _is_number(text) else text
-    return safe.replace("\r", " ")  # or some programs would begin a row there
+    return safe.replace("\r", " ")  # otherwise some programs would begin a row there
 
 
 def _is_number(text: str) -> bool:

@@ -1,5 +1,5 @@
-"""A console for text that may be a stranger's: nothing in it moves the cursor, sets a title or
-is taken for markup.
+"""A console for untrusted text: nothing in it moves the cursor, sets a title or is taken for
+markup.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Terminal(Console):
 
 
 def printable(text: str) -> str:
-    """A text, of any number of lines, that is safe to print."""
+    """Escape a text, of any number of lines, so that it is safe to print."""
     return "".join(
         sign if sign == "\n" or sign.isprintable() else ascii(sign)[1:-1] for sign in text
     )

@@ -12,7 +12,8 @@ from training import PATIENCE
 
 from kdkit.cache import store as answer_store
 from kdkit.cache.folder import clear, look, stores
-from kdkit.cache.store import EMPTY, ON_DISK, WRITTEN, AnswerStore, Column
+from kdkit.cache.rows import Column
+from kdkit.cache.store import EMPTY, ON_DISK, WRITTEN, AnswerStore
 from kdkit.errors import RunError
 
 COLUMNS = [Column("logits", (5,), "float16"), Column("tap a", (3, 2), "bfloat16"), Column("best", (2,), "int16")]

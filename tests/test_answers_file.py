@@ -11,7 +11,8 @@ import kdkit
 from kdkit import recipe
 from kdkit.errors import RecipeError
 from kdkit.runs import checks
-from kdkit.study.lockstep import Job, train_together
+from kdkit.runs.run import Run
+from kdkit.study.lockstep import train_together
 
 NETWORK = {"model": "mlp/8"}
 BASE = {**PLAIN, "student": {"model": "mlp/4"}, "train": {"epochs": 1, "optimizer": {"lr": 0.05}}}
@@ -47,7 +48,7 @@ def answers_of(folder, teacher):
 
     read = recipe.load(write(folder, {**BASE, "teacher": teacher}))
     source = read.plugins.datasets["synthetic"](read.spec.data.dataset)
-    opened = loaders.prepare(read.spec.data, source, seed=0, device=torch.device("cpu"))
+    opened = loaders.prepare(read.spec.data, source, read.task, seed=0, device=torch.device("cpu"))
     network = ModelFactory(read, opened.info, {}, device=torch.device("cpu")).teacher()
     rows = torch.empty(48, 6)
     for batch in opened.train.epoch(0):
@@ -143,7 +144,7 @@ def test_runs_side_by_side_read_the_same_answers(tmp_path):
     found = []
     for name, rate in (("slow", 0.01), ("fast", 0.1)):
         path = write(tmp_path, merged(FILE, {"name": name, "train": {"optimizer": {"lr": rate}}}), f"{name}.yaml")
-        found.append(Job(recipe.load(path), tmp_path / "together" / name))
+        found.append(Run(recipe.load(path), tmp_path / "together" / name))
     assert [outcome.reason for outcome in train_together(found)] == [None, None]
     for job in found:
         alone = kdkit.train(job.recipe.source.path, folder=tmp_path / job.recipe.spec.name, quiet=True)

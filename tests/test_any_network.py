@@ -13,7 +13,7 @@ from kdkit import recipe
 from kdkit.errors import RecipeError
 from kdkit.runs import checks
 from kdkit.students.export import export
-from kdkit.students.loaded import TrainedRun, evaluate
+from kdkit.students.loaded import LoadedRun, evaluate
 
 CPU = torch.device("cpu")
 
@@ -43,7 +43,7 @@ def refused(folder, base=OWN, **changes):
 
 def opened(result):
     """The run, read again by somebody who trusts its `net.py`."""
-    return TrainedRun(result.folder, plugins=[result.folder.parent / "net.py"])
+    return LoadedRun(result.folder, plugins=[result.folder.parent / "net.py"])
 
 
 def refused_lines(folder, base, **changes):

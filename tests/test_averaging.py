@@ -15,6 +15,7 @@ from kdkit import cli, recipe
 from kdkit.errors import RecipeError, RunError
 from kdkit.runs import checks
 from kdkit.runs.best_epochs import BestEpochs
+from kdkit.runs.run import Run
 from kdkit.study import lockstep
 
 CHANGES = {"data": {"validation": 16, "augment": {"flip": 0.5}}, "train": {"epochs": 5, "average_best": 2}}
@@ -158,7 +159,7 @@ def test_of_several_students_each_is_its_own_mean(tmp_path):
 def test_side_by_side_it_is_what_it_is_alone(tmp_path):
     alone = train(tmp_path, **CHANGES, into="alone")
     files = [write(tmp_path, name=f"{i}.yaml", **CHANGES, losses=losses) for i, losses in enumerate([PLAIN["losses"], PLAIN["losses"][1:]])]
-    jobs = [lockstep.Job(recipe.load(file), tmp_path / file.stem) for file in files]
+    jobs = [Run(recipe.load(file), tmp_path / file.stem) for file in files]
     results = [outcome.result for outcome in lockstep.train_together(jobs)]
     assert results[0].student.read_bytes() == alone.student.read_bytes() != results[1].student.read_bytes()
     assert results[0].averaged == alone.averaged

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -73,11 +74,104 @@ class TestLoss:
 class TestStage:
     def test_by_default_all_losses_count_for_the_usual_time(self):
         stage = kdkit.Stage("train", [], lambda batch: [])
-        assert (stage.losses, stage.epochs, list(stage.buffers), stage.after_step()) == (None, None, [], None)
+        assert (stage.data, stage.training) == (kdkit.StageData(1, None), kdkit.StageTraining(None, None, None, None))
+        assert (list(stage.buffers), stage.after_step(), stage.after_epoch(kdkit.Moment(1, 3))) == ([], None, None)
+
+    def test_keywords_of_its_own_fill_the_records(self):
+        data = {"views": 2, "arrange": kdkit.by_class(2)}
+        train = {"losses": [], "epochs": 3, "lr": 0.1, "train": ["student"]}
+        stage = kdkit.Stage("train", [], lambda batch: [], **data, **train)
+        assert (stage.data, stage.training) == (kdkit.StageData(**data), kdkit.StageTraining(**train))
+        stage = kdkit.Stage("train", [], lambda batch: [], training=kdkit.StageTraining(epochs=3), lr=0.1)
+        assert stage.training == kdkit.StageTraining(epochs=3, lr=0.1)
+
+    def test_does_not_change_but_has_changed_copies(self):
+        stage = kdkit.Stage("train", [], lambda batch, moment: [batch, moment], epochs=3)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            stage.name = "other"
+        other = dataclasses.replace(stage, name="other", data=kdkit.StageData(2))
+        assert (other.name, other.data.views, other.training.epochs) == ("other", 2, 3)
+        assert other.step(0, kdkit.Moment(1, 3)) == [0, kdkit.Moment(1, 3)]
 
     def test_a_schedule_needs_stages(self):
         with pytest.raises(TypeError, match="stages"):
             kdkit.Schedule(kdkit.ScheduleOptions())
+
+
+class Hooks:
+    """Hooks of every kind, which say what they were given."""
+
+    def __call__(self, batch, moment):
+        return batch, moment
+
+    def plain(self, batch):
+        return batch
+
+    def told(self, batch, moment):
+        return batch, moment
+
+    @staticmethod
+    def beside(scale, batch, moment):
+        return batch, moment
+
+
+def keyword_only(batch, *, moment):
+    return batch, moment
+
+
+def after_another(batch, scale=2, moment=None):
+    return batch, moment
+
+
+def with_default(batch, scale=2):
+    assert scale == 2
+    return batch
+
+
+@functools.wraps(Hooks.beside)
+def wrapped(*args):
+    return Hooks.beside(*args)
+
+
+class TestMoment:
+    NOW = kdkit.Moment(epoch=2, step=7)
+
+    @pytest.mark.parametrize(
+        "step",
+        [
+            Hooks(),
+            Hooks().told,
+            functools.partial(Hooks.beside, 2),
+            functools.partial(wrapped, 2),
+            lambda batch, moment: (batch, moment),
+            lambda batch, now: (batch, now),
+            keyword_only,
+            after_another,
+        ],
+    )
+    def test_a_step_that_asks_is_told(self, step):
+        stage = kdkit.Stage("train", [], step)
+        assert stage.step("batch", self.NOW) == ("batch", self.NOW)
+        assert stage.step("batch") == ("batch", kdkit.Moment(0, 0))
+
+    @pytest.mark.parametrize(
+        "step",
+        [Hooks().plain, functools.partial(Hooks.plain, 2), lambda batch: batch, lambda *args, **options: args[-1], with_default, str],
+    )
+    def test_a_step_that_does_not_ask_is_not_told(self, step):
+        stage = kdkit.Stage("train", [], step)
+        assert stage.step("batch", self.NOW) == stage.step("batch") == "batch"
+
+    @pytest.mark.parametrize("name", ["after_step", "after_epoch"])
+    def test_hooks_are_told_if_they_ask(self, name):
+        seen = []
+        asking = [seen.append, lambda moment: seen.append(moment), lambda *, moment=None: seen.append(moment)]
+        for hook in asking:
+            getattr(kdkit.Stage("train", [], lambda batch: [], **{name: hook}), name)(self.NOW)
+        assert seen == [self.NOW] * 3
+        for hook in (seen.clear, lambda: None, lambda count=1: seen.extend([count]), torch.zeros(()).zero_):
+            getattr(kdkit.Stage("train", [], lambda batch: [], **{name: hook}), name)(self.NOW)
+        assert seen == [1]
 
 
 class TestTeach:

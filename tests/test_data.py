@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from training import task
 
 from kdkit.contracts.dataset_source import DataInfo, DatasetSource, InMemory
 from kdkit.data.augment import crop_flip, draw_crop_flip
@@ -75,7 +76,7 @@ def spec(**settings: Any) -> DataSpec:
 
 
 def data(source: type[DatasetSource] = Held, seed: int = 1, rank: int = 0, world: int = 1, **settings: Any) -> Data:
-    return prepare(spec(**settings), source(source.Options()), seed=seed, device=CPU, rank=rank, world=world)
+    return prepare(spec(**settings), source(source.Options()), task(), seed=seed, device=CPU, rank=rank, world=world)
 
 
 def with_files(**change: Any) -> type[DatasetSource]:
@@ -315,7 +316,7 @@ def test_choice_is_disjoint_nested_and_by_seed(labels, seed, drawn):
 
 def test_choice_depends_on_the_data_seed_alone():
     def chosen(seed: int, data_seed: int) -> list[int]:
-        return prepare(spec(train_fraction=0.5, seed=data_seed), Held(Held.Options()), seed=seed, device=CPU).train.indices.tolist()
+        return prepare(spec(train_fraction=0.5, seed=data_seed), Held(Held.Options()), task(), seed=seed, device=CPU).train.indices.tolist()
 
     assert len(chosen(1, 0)) == 20
     assert chosen(1, 0) == chosen(2, 0) != chosen(1, 3)
@@ -441,6 +442,6 @@ def test_importing_the_loaders_does_not_load_what_only_some_need():
 @pytest.mark.parametrize("kind", ["held, batched", "read, batched"])
 def test_batches_on_a_cuda_device_are_the_same(kind):
     source, settings = KINDS[kind]
-    there = prepare(spec(**settings), source(source.Options()), seed=1, device=torch.device("cuda"))
+    there = prepare(spec(**settings), source(source.Options()), task(), seed=1, device=torch.device("cuda"))
     for mine, other in zip(data(source, **settings).train.epoch(0), there.train.epoch(0), strict=True):
         assert other.inputs.device.type == "cuda" and torch.equal(mine.inputs, other.inputs.cpu())

@@ -8,11 +8,11 @@ import torch
 from training import PLAIN, assert_same_run, merged, train, weights, write
 
 import kdkit
-from kdkit.engine.evaluate import metrics, predict
+from kdkit.engine.evaluate import Judge, measure
 from kdkit.recipe import load
 from kdkit.runs.deployment import deployed, deploying
 from kdkit.students.export import export
-from kdkit.students.loaded import TrainedRun
+from kdkit.students.loaded import LoadedRun
 
 LAYERS = [{"student": "stage4", "teacher": "stage4"}]
 SIMKD = merged(
@@ -36,20 +36,21 @@ def test_the_run_saves_what_it_measures(run):
     names = {name.split(".")[0] for name in weights(run)}
     assert names == {"backbone", "projector", "classifier"} and not any(".fc." in name for name in weights(run))
     result = json.loads((run / "result.json").read_text())
-    parameters = {id(p): p.numel() for p in TrainedRun(run).student().module.parameters()}
+    parameters = {id(p): p.numel() for p in LoadedRun(run).student().module.parameters()}
     assert result["parameters"] == sum(parameters.values())
 
 
 @pytest.mark.parametrize("best", [False, True])
 def test_the_student_of_the_run_is_loaded_as_it_was_measured(run, best):
-    finished = TrainedRun(run)
+    finished = LoadedRun(run)
     student = finished.student(best=best)
     saved = weights(run, "best.safetensors" if best else "student.safetensors")
     assert all(torch.equal(value, saved[name]) for name, value in student.module.state_dict().items())
     assert not any(part.training for part in student.module.modules())
     if not best:
         told = json.loads((run / "result.json").read_text())["test"]
-        found = metrics(predict(student, finished.data().test))
+        data = finished.data()
+        found = measure(student, data.test, Judge.of(finished.recipe, data.info))
         assert found["nll"] == pytest.approx(told["nll"], rel=1e-4) and found["top1"] == told["top1"]
 
 
@@ -69,18 +70,18 @@ def test_a_stopped_run_goes_on_to_the_same_network(run, tmp_path):
 
     calls = 0
 
-    def stopping(self, *args, **named):
+    def stopping(*args, **named):
         nonlocal calls
         calls += 1
         if calls == 7:
             raise Stop
-        return original(self, *args, **named)
+        return original(*args, **named)
 
-    from kdkit.engine.trainer import Trainer
+    from kdkit.engine import loop
 
-    original = Trainer.optimize
+    original = loop.optimize
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "optimize", stopping)
+        patch.setattr(loop, "optimize", stopping)
         with pytest.raises(Stop):
             train(tmp_path, SIMKD)
     train(tmp_path, SIMKD)
@@ -89,14 +90,14 @@ def test_a_stopped_run_goes_on_to_the_same_network(run, tmp_path):
 
 def test_timm_is_refused_in_one_line(run, tmp_path):
     with pytest.raises(kdkit.ModelError, match=r"deployed with parts of simkd, which timm cannot build; use --format onnx") as caught:
-        export(TrainedRun(run), "timm", tmp_path / "out")
+        export(LoadedRun(run), "timm", tmp_path / "out")
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
 def test_onnx_gives_the_same_logits(run, tmp_path):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
-    made = export(TrainedRun(run), "onnx", tmp_path)
+    made = export(LoadedRun(run), "onnx", tmp_path)
     assert made.files[0].name == "model.onnx"
 
 
@@ -117,7 +118,7 @@ def test_a_stage_without_the_loss_leaves_the_student_itself(tmp_path):
     images = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         assert kdkit.load_student(folder)(images).logits.shape == (2, 6)
-    export(TrainedRun(folder), "timm", tmp_path / "out")
+    export(LoadedRun(folder), "timm", tmp_path / "out")
 
 
 def test_a_teacher_of_another_recipe_lends_its_classifier_too(tmp_path):

@@ -20,10 +20,10 @@ from torch import nn
 import kdkit
 from kdkit import cli, recipe
 from kdkit.errors import KdkitError
-from kdkit.recipe import registry, types
-from kdkit.study import comparison as study
-from kdkit.study import variants as study_file
+from kdkit.recipe import catalogue, registry, types
+from kdkit.study import loading as study_file
 from kdkit.study.report.heatmaps import TEMPERATURES
+from kdkit.study.trainings import trainings
 from kdkit.testing import check_loss
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -145,7 +145,7 @@ def test_the_recipe_schema_is_fresh():
 
 def test_every_plugin_has_an_entry():
     page = "".join((DOCS / "reference" / name).read_text() for name in ("losses.md", "plugins.md"))
-    kinds = {"losses": "loss", "schedules": "schedule", "models": "model source", "datasets": "dataset"}
+    kinds = catalogue.KINDS
     plugins = list(registry.load())
     assert len(plugins) >= 20
     for kind, plugin in plugins:
@@ -205,7 +205,7 @@ def test_the_readme_shows_the_real_recipe_and_its_commands_work(checkout):
     assert shown == (ROOT / "recipes" / "digits" / "response.yaml").read_text()
     (checkout / "recipes/digits/compared.yaml").write_text(compared)
     loaded = study_file.load([checkout / "recipes/digits/compared.yaml"])
-    assert len(study.trainings(loaded)) == 5 * (1 + 2 + 2)  # two of the three variants have a temperature
+    assert len(trainings(loaded)) == 5 * (1 + 2 + 2)  # two of the three variants have a temperature
     printed = "".join(
         carry_out(line) for block in blocks(ROOT / "README.md") if block.language == "bash" for line in block.text.splitlines()
     )
@@ -261,7 +261,7 @@ def test_recipes_in_a_guide_are_valid(page, folder):
     for number, block in enumerate(block for block in blocks(page) if block.language == "yaml"):
         if "variants:" in block.text:
             Path(f"study{number}.yaml").write_text(block.text)
-            study.trainings(study_file.load([Path(f"study{number}.yaml")]))
+            trainings(study_file.load([Path(f"study{number}.yaml")]))
             continue
         path = folder / f"shown{number}.yaml"
         path.write_text(yaml.safe_dump(completed(block.text)))

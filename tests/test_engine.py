@@ -11,6 +11,7 @@ from training import PLAIN, metrics, train, weights, write
 import kdkit
 from kdkit import recipe
 from kdkit.engine.evaluate import predict
+from kdkit.engine.loop import train_epoch
 from kdkit.engine.trainer import build_accelerator
 from kdkit.randomness import reseed
 from kdkit.runs import training
@@ -31,7 +32,7 @@ def trainer_of(folder, base=PLAIN, **changes):
 
 
 def epoch(trainer):
-    return list(trainer.train_epoch())
+    return list(train_epoch(trainer))
 
 
 def test_three_steps_equal_a_plain_loop(tmp_path):
@@ -110,7 +111,7 @@ def test_gradients_are_clipped_all_together(tmp_path):
 def test_average_equals_one_made_by_hand(tmp_path):
     trainer, _ = trainer_of(tmp_path, train={"ema": {"decay": 0.7}})
     average = None
-    for _ in trainer.train_epoch():
+    for _ in train_epoch(trainer):
         now = {name: value.clone() for name, value in trainer.stage.students[0].module.state_dict().items()}
         before = average or now  # it begins at the first step's weights
         average = {n: 0.7 * before[n] + 0.3 * v if v.is_floating_point() else v for n, v in now.items()}
@@ -124,7 +125,7 @@ def test_mixup_ends_at_its_epoch(tmp_path):
     trainer, _ = trainer_of(tmp_path, train={"mixup": {"mixup_alpha": 0.5, "off_epoch": 1}})
     seen = []
     step = trainer.learner._lessons
-    trainer.learner._lessons = lambda batch: (seen.append(batch), step(batch))[1]
+    trainer.learner._lessons = lambda batch, moment: (seen.append(batch), step(batch, moment))[1]
     epoch(trainer)
     assert all(batch.labels.shape == (8, 6) and torch.allclose(batch.labels.sum(1), torch.ones(8)) for batch in seen)
     plain = list(trainer.loader._loader.epoch(0))
@@ -176,7 +177,7 @@ def test_every_learnable_part_of_every_loss_moves_in_one_step(tmp_path):
     losses = [*PLAIN["losses"], {"use": "hint", "layers": layers}, {"use": "hint", "adapter": "linear", "layers": layers}]
     trainer, _ = trainer_of(tmp_path, losses=losses)
     before = {name: value.detach().clone() for name, value in trainer.learner.named_parameters()}
-    next(trainer.train_epoch())
+    next(train_epoch(trainer))
     assert sum(name.startswith("objectives") for name in before) == 3 * 3 + 3 * 2
     still = [name for name, value in trainer.learner.named_parameters() if torch.equal(before[name], value)]
     assert still == []
@@ -230,7 +231,7 @@ def test_state_dict_goes_on_to_the_same_bits(tmp_path):
     }
     whole, _ = trainer_of(tmp_path, **changes)
     half, _ = trainer_of(tmp_path, **changes)
-    steps = half.train_epoch()
+    steps = train_epoch(half)
     for _ in range(4):
         next(steps)
     saved = copy.deepcopy(half.state_dict())

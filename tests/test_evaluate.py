@@ -10,8 +10,10 @@ import torch
 
 import kdkit
 from kdkit import cli
-from kdkit.engine.evaluate import Predictions, metrics
-from kdkit.students.loaded import TrainedRun, evaluate
+from kdkit.contracts.task import Rows
+from kdkit.engine.evaluate import Tally
+from kdkit.recipe import registry
+from kdkit.students.loaded import LoadedRun, evaluate
 
 MLP = {"name": "net", "data": {"dataset": {"use": "digits"}, "batch_size": 50, "train_samples": 200, "validation": 100}}
 CPU = torch.device("cpu")
@@ -42,6 +44,16 @@ def taught(tmp_path_factory):
     return folder, kdkit.train(file, quiet=True)
 
 
+def metrics(logits, labels, teacher=None, size=7):
+    """The scores of classification, gathered in batches of that size."""
+    task = registry.load().tasks["classification"]()
+    info = kdkit.DataInfo((3, 8, 8), logits.shape[1], 9, 9)
+    tally = Tally([*task.scores(info), *(task.agreement(info) if teacher is not None else ())], together=False)
+    for part in torch.arange(len(logits)).split(size):
+        tally.add(Rows(logits[part], labels[part], None if teacher is None else teacher[part]))
+    return tally.values()
+
+
 def run_cli(monkeypatch, *words):
     """Exit code of the command line."""
     monkeypatch.setattr(sys, "argv", ["kdkit", *map(str, words)])
@@ -53,7 +65,7 @@ def run_cli(monkeypatch, *words):
 def test_metrics_are_the_naive_formulas():
     torch.manual_seed(0)
     logits, theirs, labels = torch.randn(40, 7).double(), torch.randn(40, 7).double(), torch.randint(7, (40,))
-    found = metrics(Predictions(logits, labels), Predictions(theirs, labels))
+    found = metrics(logits, labels, theirs)
     rows, their_rows, classes = logits.tolist(), theirs.tolist(), labels.tolist()
 
     def shares(row):
@@ -77,12 +89,12 @@ def test_metrics_are_the_naive_formulas():
 
 
 def test_few_classes_have_no_top5():
-    assert "top5" not in metrics(Predictions(torch.randn(9, 5), torch.zeros(9, dtype=torch.int64)))
+    assert "top5" not in metrics(torch.randn(9, 5), torch.zeros(9, dtype=torch.int64))
 
 
 def test_a_run_measured_again_gives_exactly_its_result(taught):
     folder, result = taught
-    scores = {(s.role, s.part): s.metrics for s in evaluate(TrainedRun(folder / "net"), device=CPU)}
+    scores = {(s.role, s.part): s.metrics for s in evaluate(LoadedRun(folder / "net"), device=CPU)}
     assert scores["student", "test"] == result.test
     assert scores["teacher", "test"] == result.teacher
     assert result.validation.items() <= scores["student", "validation"].items()
@@ -92,17 +104,17 @@ def test_a_run_measured_again_gives_exactly_its_result(taught):
 
 def test_best_is_the_epoch_that_was_best_on_validation(taught):
     folder, result = taught
-    scores = {(s.role, s.part): s.metrics for s in evaluate(TrainedRun(folder / "net"), best=True, device=CPU)}
+    scores = {(s.role, s.part): s.metrics for s in evaluate(LoadedRun(folder / "net"), best=True, device=CPU)}
     assert scores["student", "test"] == result.best["test"]
     assert result.best["validation"].items() <= scores["student", "validation"].items()
 
 
 def test_data_can_be_changed_and_nothing_else(taught):
     folder, result = taught
-    whole = TrainedRun(folder / "net", {"data.validation": 50}).data(device=CPU)
+    whole = LoadedRun(folder / "net", {"data.validation": 50}).data(device=CPU)
     assert whole.validation.num_samples == 50
     with pytest.raises(kdkit.RecipeError, match=r"train\.epochs: .* only `data\.`"):
-        TrainedRun(folder / "net", {"train.epochs": 3})
+        LoadedRun(folder / "net", {"train.epochs": 3})
 
 
 def test_the_command_prints_the_table(taught, monkeypatch, capsys):
@@ -122,7 +134,7 @@ def test_load_student_is_the_run_s_student(taught):
     assert student(images).logits.shape == (3, 10)
     assert sum(p.numel() for p in student.module.parameters()) == result.parameters
     best = kdkit.load_student(folder / "net", best=True)
-    assert torch.equal(best(images).logits, TrainedRun(folder / "net").student(best=True)(images).logits)
+    assert torch.equal(best(images).logits, LoadedRun(folder / "net").student(best=True)(images).logits)
 
 
 def test_a_teacher_s_run_that_has_gone_is_told_not_trained_again(taught, tmp_path, monkeypatch, capsys):
@@ -142,7 +154,7 @@ def test_a_teacher_is_found_beside_the_run_wherever_both_were_moved(taught, tmp_
     folder, result = taught
     shutil.copytree(folder / "net", tmp_path / "renamed")
     shutil.copytree(folder / "teacher", tmp_path / "other_name")
-    moved = TrainedRun(tmp_path / "renamed")
+    moved = LoadedRun(tmp_path / "renamed")
     assert moved._taught_by()["teacher"].file.parent == tmp_path / "other_name"  # not the one in the folder that the recipe names
     images = torch.rand(2, 1, 8, 8)
     assert torch.equal(moved.teachers()[0](images).logits, kdkit.load_student(folder / "teacher")(images).logits)
@@ -165,7 +177,7 @@ def test_without_validation_there_is_no_best_epoch(taught):
     folder, _ = taught
     text = (folder / "net" / "recipe.yaml").read_text()
     assert "validation: 100" in text
-    run = TrainedRun(folder / "net", {"data.validation": None})
+    run = LoadedRun(folder / "net", {"data.validation": None})
     (folder / "net" / "best.safetensors").rename(folder / "aside")
     try:
         with pytest.raises(kdkit.RunError, match=r"only `data\.validation` can tell"):
@@ -182,6 +194,6 @@ def test_metrics_of_unequal_classes_are_those_of_scikit_learn(present):
     labels = torch.cat([torch.arange(present), torch.randint(present, (60,), generator=draw) ** 2 % present])
     logits = torch.randn(len(labels), 7, generator=draw)
     logits[:, present:] -= 9  # of those classes, there are neither samples nor predictions
-    found, predicted = metrics(Predictions(logits, labels)), logits.argmax(1)
+    found, predicted = metrics(logits, labels), logits.argmax(1)
     assert found["balanced_accuracy"] == pytest.approx(100 * balanced_accuracy_score(labels, predicted))
     assert found["macro_f1"] == pytest.approx(100 * f1_score(labels, predicted, average="macro"))

@@ -8,6 +8,7 @@ from training import TINY, train, write
 
 import kdkit
 from kdkit import recipe
+from kdkit.engine.loop import train_epoch
 from kdkit.engine.trainer import build_accelerator
 from kdkit.recipe import registry
 from kdkit.runs import checks, training
@@ -92,7 +93,7 @@ def two_steps(path):
     schedule = loaded.plugins.schedules[loaded.spec.schedule.use](loaded.spec.schedule)
     for number, stage in enumerate(schedule.stages(factory)):
         trainer = training.build_trainer(loaded, prepared, factory, accelerator, number, stage, carried)
-        found += itertools.chain(*itertools.islice(trainer.train_epoch(), 2))
+        found += itertools.chain(*itertools.islice(train_epoch(trainer), 2))
         trainer.refuse_non_finite()
         trainer.close()
     factory.verify_frozen()

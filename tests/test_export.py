@@ -15,7 +15,7 @@ from kdkit import cli
 from kdkit.contracts.dataset_source import DataInfo
 from kdkit.students import export as exporting
 from kdkit.students.export import export
-from kdkit.students.loaded import TrainedRun
+from kdkit.students.loaded import LoadedRun
 
 NET = """
 from torch import nn
@@ -73,7 +73,7 @@ def run_cli(monkeypatch, *words):
 
 @pytest.mark.parametrize("name", ["plain", "resized"])
 def test_timm_loads_a_timm_student(name, runs, tmp_path):
-    made = export(TrainedRun(runs[name], plugins=net(runs)), folder=tmp_path / "out")
+    made = export(LoadedRun(runs[name], plugins=net(runs)), folder=tmp_path / "out")
     network = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     student = kdkit.load_student(runs[name], plugins=net(runs))
     batch = images()
@@ -82,7 +82,7 @@ def test_timm_loads_a_timm_student(name, runs, tmp_path):
 
 
 def test_timm_s_config_says_what_images_the_network_takes(runs, tmp_path):
-    export(TrainedRun(runs["resized"]), folder=tmp_path)
+    export(LoadedRun(runs["resized"]), folder=tmp_path)
     network = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     config = timm.data.resolve_data_config({}, model=network)
     assert config["input_size"] == (3, 16, 16)
@@ -93,7 +93,7 @@ def test_timm_s_config_says_what_images_the_network_takes(runs, tmp_path):
 
 @pytest.mark.parametrize("name", STUDENTS)
 def test_weights_are_the_student_s_alone(name, runs, tmp_path):
-    export(TrainedRun(runs[name], plugins=net(runs)), folder=tmp_path)
+    export(LoadedRun(runs[name], plugins=net(runs)), folder=tmp_path)
     written, student = load_file(tmp_path / "model.safetensors"), load_file(runs[name] / "student.safetensors")
     assert written.keys() == student.keys() == kdkit.load_student(runs[name], plugins=net(runs)).module.state_dict().keys()
     assert all(torch.equal(written[key], student[key]) for key in student)
@@ -101,7 +101,7 @@ def test_weights_are_the_student_s_alone(name, runs, tmp_path):
 
 @pytest.mark.parametrize("name", ["plain", "small", "resized", "mlp"])
 def test_kdkit_loads_what_it_exported(name, runs, tmp_path):
-    export(TrainedRun(runs[name], plugins=net(runs)), folder=tmp_path)
+    export(LoadedRun(runs[name], plugins=net(runs)), folder=tmp_path)
     batch = images()
     found, expected = (logits(kdkit.load_student(folder), batch).logits for folder in (tmp_path, runs[name]))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
@@ -117,7 +117,7 @@ def test_a_small_stem_is_refused_to_timm_and_said_so(runs, tmp_path, monkeypatch
 
 
 def test_a_network_of_the_user_s_file_is_described_without_the_file_s_place(runs, tmp_path):
-    made = export(TrainedRun(runs["python"], plugins=net(runs)), folder=tmp_path)
+    made = export(LoadedRun(runs["python"], plugins=net(runs)), folder=tmp_path)
     assert any("build the network by net.py" in note for note in made.notes)
     about = (tmp_path / "config.json").read_text()
     assert json.loads(about)["kdkit"]["options"]["args"] == {"width": 9} and str(runs["python"].parent) not in about
@@ -188,7 +188,7 @@ def test_a_folder_that_holds_no_student_is_told(content, says, tmp_path):
 
 
 def test_options_that_are_not_known_here_are_told(runs, tmp_path):
-    export(TrainedRun(runs["mlp"]), folder=tmp_path)
+    export(LoadedRun(runs["mlp"]), folder=tmp_path)
     about = json.loads((tmp_path / "config.json").read_text())
     about["kdkit"]["options"]["wings"] = 2
     del about["kdkit"]["sha256"]

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from training import PLAIN, merged, train
 
 import kdkit
+from kdkit.engine.evaluate import Tally
 from kdkit.finite import FiniteAnswers, faulty_weight, metrics_with_nan, to_json
-from kdkit.runs import scoring
 from kdkit.runs.folder import RunFolder
 from kdkit.runs.networks import ModelFactory
 
@@ -123,8 +123,8 @@ def test_json_has_null_for_what_is_no_number():
 
 
 def test_a_metric_that_is_no_number_is_null_in_the_files_and_told(tmp_path, monkeypatch):
-    measure = scoring.metrics
-    monkeypatch.setattr(scoring, "metrics", lambda *answers: {**measure(*answers), "nll": math.nan})
+    values = Tally.values
+    monkeypatch.setattr(Tally, "values", lambda self: {**values(self), "nll": math.nan})
     result = train(tmp_path)
     assert "nll of the student on test data is not finite; the files have null for it" in result.warnings
     text = (tmp_path / "run" / "result.json").read_text()

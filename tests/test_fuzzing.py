@@ -18,7 +18,7 @@ from kdkit.recipe import registry
 from kdkit.recipe.sections import BatchAugment, DataSpec, EmaSpec, LrScheduleSpec, MixupSpec, OptimizerSpec, RunSpec, TimmAugment, TrainSpec
 from kdkit.recipe.yaml_source import parse_overrides
 from kdkit.runs import checks, training
-from kdkit.study import variants
+from kdkit.study import loading
 
 SECONDS = 60  # of the processor, on a slow machine; nearly all need less than one
 TRIED = {"taken": 0, "refused": 0}
@@ -285,7 +285,7 @@ def a_recipe(folder, text):
 
 def a_study(folder, text):
     (folder / "s.yaml").write_text(text, errors="surrogatepass")
-    holds(lambda: variants.load([folder / "s.yaml"]))
+    holds(lambda: loading.load([folder / "s.yaml"]))
 
 
 def an_override(folder, said):

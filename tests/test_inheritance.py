@@ -11,7 +11,7 @@ from kdkit import recipe
 from kdkit.errors import ModelError, RecipeError
 from kdkit.models.inheritance import inherit
 from kdkit.runs import checks
-from kdkit.students.loaded import TrainedRun
+from kdkit.students.loaded import LoadedRun
 
 VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 8, "num_heads": 2, "num_classes": 6}
 
@@ -94,7 +94,7 @@ def test_a_recipe_s_student_begins_so(tmp_path):
         for name, value in ours.items()
         if "running" not in name and "num_batches" not in name
     )
-    assert TrainedRun(begun.folder).student() is not None and kdkit.load_student(begun.folder) is not None
+    assert LoadedRun(begun.folder).student() is not None and kdkit.load_student(begun.folder) is not None
 
 
 ALONE = {**PLAIN, "teacher": None, "schedule": {"use": "supervised"}, "losses": [{"use": "cross_entropy"}]}

@@ -9,8 +9,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from kdkit.study.findings import Findings, Interval, Variant
-from kdkit.study.intervals import at_best, bootstrap_interval, corrected, holm, p_value, paired, shown, spread, t_interval
+from kdkit.contracts.task import ScoreInfo
+from kdkit.study.findings import Findings, Interval, Variant, rank
+from kdkit.study.intervals import (
+    bootstrap_interval,
+    corrected,
+    gained,
+    holm,
+    p_value,
+    paired,
+    shown,
+    spread,
+    t_interval,
+    with_differences,
+)
+
+MORE = ScoreInfo(name="top1", title="top-1", unit="%")
+LESS = ScoreInfo(name="nll", title="NLL", unit="nats", digits=4, higher_is_better=False)
 
 T_975 = {1: 12.7062, 2: 4.30265, 4: 2.77645, 9: 2.26216}  # any table of Student's t
 VALUES = (1.25, 0.5, 2.75, -0.25, 1.0)
@@ -20,6 +35,7 @@ def test_spread_is_mean_and_sample_deviation():
     deviation = math.sqrt(sum((v - 1.05) ** 2 for v in VALUES) / 4)
     assert spread(VALUES) == f"1.05 +- {deviation:.2f}"
     assert spread([93.414]) == "93.41" and spread([]) == "" and spread([1, 2], 0) == "2 +- 1"
+    assert spread([math.nan, 1.0]) == "nan" and spread([math.inf, 1.0]) == "inf"
 
 
 @pytest.mark.parametrize("degrees", T_975)
@@ -62,9 +78,10 @@ def test_the_variants_of_a_study_are_corrected_together():
         return Variant(name, "", (0, 1, 2), (), {}, {}, difference, None)
 
     found = corrected([one("base", ()), one("a", (1.0, 1.2, 1.1)), one("b", (1.0, 2.0, -1.0)), one("single", (1.0,))])
-    assert found[0].difference is None and found[3].difference.p_holm is None and found[3].difference.verdict == "inconclusive"
+    assert found[0].difference is None and found[3].difference.p_holm is None and found[3].difference.verdict(MORE) == "inconclusive"
     a, b = found[1].difference, found[2].difference
-    assert a.p_holm == pytest.approx(2 * a.p) and b.p_holm == b.p and (a.verdict, b.verdict) == ("better", "inconclusive")
+    assert a.p_holm == pytest.approx(2 * a.p) and b.p_holm == b.p and b.verdict(MORE) == "inconclusive"
+    assert (a.verdict(MORE), a.verdict(LESS)) == ("better", "worse")
     assert corrected(found) == found
 
 
@@ -110,13 +127,21 @@ def test_a_shift_of_both_changes_no_difference(values, shift):
 def test_shown():
     found = paired(dict(enumerate(VALUES)), dict.fromkeys(range(5), 0.0))
     assert shown(found) == f"+1.05 [{found.t.low:.2f}, {found.t.high:.2f}]"
+    assert shown(found, 4) == f"+1.0500 [{found.t.low:.4f}, {found.t.high:.4f}]"
 
 
-def test_the_difference_at_the_best_epoch_is_paired_by_seed():
+def test_the_rank_of_a_mean_follows_the_direction():
+    assert rank(MORE, [1.0, 2.0]) == 1.5 and rank(LESS, [1.0, 2.0]) == -1.5
+    assert rank(MORE, [math.nan, 1.0]) == rank(LESS, [math.nan, 1.0]) == -math.inf
+
+
+def test_the_difference_is_paired_by_seed():
     def variant(name, seeds, top1):
-        return Variant(name, "", seeds, (), {}, {"top1": top1} if top1 else {}, None, None)
+        return Variant(name, "", seeds, (), {"top1": [v + 1 for v in top1]}, {"top1": top1} if top1 else {}, None, None)
 
     variants = (variant("base", (0, 1, 2), (80.0, 81.0, 82.0)), variant("more", (1, 2), (82.5, 82.5)), variant("none", (0,), ()))
     found = Findings("s", "", "base", "", variants, None, {}, {}, {})
-    assert at_best(found, variants[0]) is None and at_best(found, variants[2]) is None
-    assert at_best(found, variants[1]) == paired({1: 82.5, 2: 82.5}, {1: 81.0, 2: 82.0})
+    assert gained(found, variants[0], best=True) is None and gained(found, variants[2], best=True) is None
+    expected = paired({1: 82.5, 2: 82.5}, {1: 81.0, 2: 82.0})
+    assert gained(found, variants[1], best=True) == gained(found, variants[1]) == expected
+    assert [one.difference and one.difference.values for one in with_differences(found).variants] == [None, expected.values, None]

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from training import PLAIN, merged, train, write
+from training import PLAIN, merged, task, train, write
 
 import kdkit
 from kdkit import recipe as recipes
-from kdkit.data.labels import class_index, class_indices
 from kdkit.errors import DataError
 from kdkit.runs import checks
 
@@ -94,18 +93,19 @@ def test_train_tells_it_where_check_may_not_look(tmp_path, case):
 
 @pytest.mark.parametrize(
     ("labels", "says"),
-    [("[0.5] * 24", "label 0.5 is no whole number"), ("[6] * 24", "go from 6 to 6"), ("torch.zeros(24, 6)", "label tensor([0., 0")],
+    [("[0.5] * 24", "labels are torch.float32 (0.5, "), ("[6] * 24", "go from 6 to 6"), ("torch.zeros(24, 6)", "have the shape (8, 6)")],
 )
 def test_labels_of_a_stream_are_told_on_the_first_batch(tmp_path, labels, says):
     assert says in said(train, tmp_path, mine(tmp_path, labels, "Streamed()"))
 
 
 def test_sound_labels_pass_in_every_form():
-    for labels in (torch.tensor([0, 2]), [0, 2], torch.tensor([0, 2], dtype=torch.uint8)):
-        assert class_indices(labels, 3, "labels").tolist() == [0, 2]
-    assert class_index(torch.tensor(3)) == 3
+    info = kdkit.DataInfo((3, 8, 8), 3, 2, 2)
+    whole = torch.tensor([0, 2])
+    for labels in (whole, [0, 2], whole.to(torch.uint8), whole.numpy(), [*whole]):
+        assert torch.equal(task().targets(labels, info, "labels"), whole)
     with pytest.raises(DataError, match="are no numbers"):
-        class_indices(["cat", "dog"], 3, "labels")
+        task().targets(["cat", "dog"], info, "labels")
 
 
 SINGLE = {

@@ -63,7 +63,7 @@ def test_penultimate_before_a_convolution():
 
 def test_penultimate_of_other_networks():
     net = nn.ModuleDict({"fc": nn.Linear(4, 10), "auxiliary": nn.Linear(4, 3)})
-    assert classifier_path(net, num_classes=10) == "fc"
+    assert classifier_path(net, outputs=10) == "fc"
     assert classifier_path(net) == "auxiliary"
     assert classifier_path(torchvision.models.mobilenet_v2()) == "classifier.1"
     with pytest.raises(kdkit.TapError, match="no linear classifier"):

@@ -11,8 +11,9 @@ from kdkit import recipe
 from kdkit.data import images
 from kdkit.models import tapped
 from kdkit.runs import progress, training
+from kdkit.runs.run import Run
 from kdkit.study import lockstep
-from kdkit.study.lockstep import Job, train_together
+from kdkit.study.lockstep import train_together
 
 TAPS = {"layers": [{"student": "stage3", "teacher": "stage3"}]}
 BASE = merged(
@@ -49,7 +50,7 @@ def jobs(folder, base=BASE, variants=VARIANTS, **changes):
     made = []
     for name, own in variants.items():
         path = write(folder, {**merged(merged(base, own), changes), "name": name}, f"{name}.yaml")
-        made.append(Job(recipe.load(path), folder / "together" / name))
+        made.append(Run(recipe.load(path), folder / "together" / name))
     return made
 
 
@@ -311,7 +312,7 @@ def test_a_group_that_takes_long_says_how_far_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(progress.Seldom, "__call__", lambda self, text: self._say(text))
     write(tmp_path, {**merged(PLAIN, VARIANTS["alone"]), "name": "teacher"}, "t.yaml")
     taught = {**PLAIN, "teacher": {"recipe": "t.yaml"}, "run": {"folder": str(tmp_path / "runs")}}
-    jobs = [Job(recipe.load(write(tmp_path, {**taught, "name": name}, f"{name}.yaml")), tmp_path / name) for name in "ab"]
+    jobs = [Run(recipe.load(write(tmp_path, {**taught, "name": name}, f"{name}.yaml")), tmp_path / name) for name in "ab"]
     said = []
     train_together(jobs, say=said.append)
     assert [line for line in said if "is over" in line] == [

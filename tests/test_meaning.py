@@ -174,4 +174,4 @@ def test_a_teacher_that_is_worse_here_than_on_its_own_test_data(tmp_path, capsys
         (tmp_path / "ours" / part / "eel").rename(tmp_path / "ours" / part / "cat")
         (tmp_path / "ours" / part / "x").rename(tmp_path / "ours" / part / "eel")
     training.train(recipe.load(write(tmp_path, ours, "student", teacher={"recipe": "teacher.yaml"}, **TAUGHT)))
-    assert "% of its own: do both mean the same by their classes" in " ".join(capsys.readouterr().out.split())
+    assert "% on its own: do both mean the same by their classes" in " ".join(capsys.readouterr().out.split())

@@ -15,9 +15,10 @@ from kdkit.contracts.dataset_source import DataInfo
 from kdkit.models.build import build_model
 from kdkit.recipe import registry
 from kdkit.runs import checks
-from kdkit.runs.networks import ModelFactory, options_of
+from kdkit.runs.networks import ModelFactory
+from kdkit.runs.trained_teachers import options_of
 from kdkit.students.export import export
-from kdkit.students.loaded import TrainedRun
+from kdkit.students.loaded import LoadedRun
 
 NET = """\
 from torch import nn
@@ -94,7 +95,7 @@ def test_a_run_goes_on_from_another_runs_student_and_is_read_again(tmp_path, bef
     shutil.copy(before, tmp_path / "begin.safetensors")
     trained = train(tmp_path, after(tmp_path, tmp_path / "begin.safetensors"))
     (tmp_path / "begin.safetensors").unlink()  # a trained network needs it no more
-    run = TrainedRun(tmp_path / "run")
+    run = LoadedRun(tmp_path / "run")
     assert weights(tmp_path / "run")["fc.weight"].shape[0] == 6 and run.folder.result() == trained
     assert all(torch.equal(value, weights(tmp_path / "run")[key]) for key, value in run.student().module.state_dict().items())
     export(run, folder=tmp_path / "exported")
@@ -106,7 +107,7 @@ def test_a_run_goes_on_from_another_runs_student_and_is_read_again(tmp_path, bef
 def test_a_teacher_of_another_recipe_has_its_trained_head(tmp_path, before):
     path = write(tmp_path, after(tmp_path, before), "after.yaml")
     train(tmp_path, {**SHORT, "teacher": {"recipe": str(path)}, "run": {"folder": str(tmp_path)}}, into="taught")
-    (teacher,) = TrainedRun(tmp_path / "taught").teachers()
+    (teacher,) = LoadedRun(tmp_path / "taught").teachers()
     assert all(torch.equal(value, weights(tmp_path / "after")[key]) for key, value in teacher.module.state_dict().items())
 
 

@@ -85,6 +85,6 @@ def test_adapters_are_sized_by_a_half_precision_probe_in_full_precision(tmp_path
     layers = [{"student": "stage2", "teacher": "stage2"}]
     found = objective(tmp_path, [{"use": "hint", "layers": layers}])
     student, teacher = (Outputs(torch.rand(5, 6), {"stage2": torch.rand(5, width, 4, 4, dtype=torch.bfloat16)}) for width in (3, 7))
-    found.setup(Lesson(student, [teacher]), Context(torch.nn.Identity(), None, 6, 5, BATCH.labels))
+    found.setup(Lesson(student, [teacher]), BATCH, Context(torch.nn.Identity(), None, 6, 5, BATCH.labels))
     assert {p.dtype for p in found.parameters()} == {torch.float32}
     assert found(Lesson(student, [teacher]), BATCH).total.requires_grad

@@ -9,7 +9,7 @@ from kdkit import recipe
 from kdkit.errors import KdkitError, RecipeError
 from kdkit.recipe.yaml_source import Source, parse_overrides
 from kdkit.runs import checks
-from kdkit.study import variants
+from kdkit.study import loading
 
 RECIPE = """\
 name: NAME
@@ -211,19 +211,19 @@ def test_a_study(write, case):
     text, says = STUDIES[case]
     write(RECIPE, "base.yaml")
     path = write(f"name: s\nbase: base.yaml\n{text.replace('LIST', ', '.join(f'0.{i:03}1' for i in range(100)))}\n", "s.yaml")
-    told = refused(variants.load, [path])
+    told = refused(loading.load, [path])
     assert any(says in line for line in told), told
 
 
 def test_seeds_of_the_command_line(write):
     with pytest.raises(RecipeError, match="between 1 and 1000 seeds are possible, not 100000000000"):
-        variants.load([write(RECIPE)], seeds=100_000_000_000)
+        loading.load([write(RECIPE)], seeds=100_000_000_000)
 
 
 def test_long_names_of_variants_fit_into_folders(write):
     write(RECIPE, "base.yaml")
     path = write(f"name: s\nbase: base.yaml\nvariants: {{{'n' * 900}: {{}}, {'n' * 901}: {{}}}}\n", "s.yaml")
-    names = [one.spec.name for one in variants.load([path]).variants.values()]
+    names = [one.spec.name for one in loading.load([path]).variants.values()]
     assert len(set(names)) == 2 and all(len(name) < 200 for name in names)
 
 

@@ -5,9 +5,12 @@ import io
 import pytest
 from rich.console import Console
 
+from kdkit.contracts.task import ScoreInfo
 from kdkit.runs import progress
 from kdkit.runs.progress import Reporter, Seldom
 
+SHARE = ScoreInfo(name="top1", title="top-1", unit="%")
+ERROR = ScoreInfo(name="rmse", title="RMSE", unit="m", digits=3, higher_is_better=False)
 TERMS = {"loss": 1.5, "kl": 0.5, "kl.weighted": 1.0, "cross_entropy": 1.0, "cross_entropy.weighted": 0.5}
 
 
@@ -19,7 +22,7 @@ def reporter(quiet=False, terminal=False):
 
 def test_an_epoch_is_a_line_with_every_term():
     made = reporter()
-    made.epoch("distill epoch 1/2", TERMS, 0.05, 1234.4, {"top1": 12.25}, 3725.0)
+    made.epoch("distill epoch 1/2", TERMS, 0.05, 1234.4, [(SHARE, 12.25)], 3725.0)
     expected = (
         "distill epoch 1/2  loss 1.5 = kl 0.5 (1) + cross_entropy 1 (0.5)  test top1 12.25 %  lr 0.05  1,234 images/s  1:02:05 left\n"
     )
@@ -30,10 +33,10 @@ def test_a_line_that_a_terminal_is_too_narrow_for_is_broken_between_its_parts():
     made = reporter(terminal=True)
     made.console.width = 60
     terms = {"loss": 1.5, "kl": 1.5, "kl.weighted": 1.5}
-    made.epoch("distill epoch 1/2", terms, 0.05, 1234.4, {"top1": 12.25, "nll": 2.5}, 5.0)
+    made.epoch("distill epoch 1/2", terms, 0.05, 1234.4, [(SHARE, 12.25), (ERROR, 2.5)], 5.0)
     assert made.console.file.getvalue().splitlines() == [
         "distill epoch 1/2  loss 1.5 = kl 1.5",
-        "    test top1 12.25 %, nll 2.50  lr 0.05  1,234 images/s",
+        "    test top1 12.25 %, rmse 2.500 m  lr 0.05  1,234 images/s",
         "    0:00:05 left",
     ]
 
@@ -77,5 +80,5 @@ def test_a_quiet_run_tells_its_epochs_to_whoever_wants_them():
     told = []
     made = Reporter(quiet=True, instead=told.append)
     made.console = Console(file=io.StringIO())
-    made.epoch("train epoch 1/2", TERMS, 0.05, 100.0, {"top1": 50.0}, 10.0)
+    made.epoch("train epoch 1/2", TERMS, 0.05, 100.0, [(SHARE, 50.0)], 10.0)
     assert made.console.file.getvalue() == "" and len(told) == 1 and told[0].startswith("train epoch 1/2  loss 1.5")

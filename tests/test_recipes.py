@@ -10,8 +10,8 @@ from recipe_files import RECIPES, lay_out
 from kdkit import recipe
 from kdkit.recipe import registry, types
 from kdkit.runs import checks
-from kdkit.study import comparison
-from kdkit.study import variants as study_file
+from kdkit.study import checks as study_checks
+from kdkit.study import loading as study_file
 
 EVERY = sorted(RECIPES.rglob("*.yaml"))
 STUDIES = [path for path in EVERY if re.search(r"^(variants|tune):", path.read_text(), re.MULTILINE)]
@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("path", [planned(path) for path in STUDIES])
 def test_a_study_compares_fairly_what_can_be_carried_out(path, folder):
     loaded = study_file.load([folder / path.relative_to(RECIPES)])
-    lengths = comparison.check(loaded)  # which refuses unequal and longer training
+    lengths = study_checks.check(loaded)  # which refuses unequal and longer training
     assert list(lengths) == list(loaded.variants) and all(one.steps > 0 for one in lengths.values())
 
 

@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from kdkit_plugins.tasks._classes import Classes
 from PIL import Image
 from training import PLAIN, merged, write
 from typer.testing import CliRunner
@@ -18,12 +19,12 @@ from typer.testing import CliRunner
 import kdkit
 from kdkit.cli import app
 from kdkit.errors import RecipeError, RunError
-from kdkit.students.loaded import TrainedRun
+from kdkit.students.loaded import LoadedRun
 from kdkit.study.findings import Findings
 from kdkit.study.report import output as report
 
 ALONE = {"teacher": None, "schedule": {"use": "supervised"}, "losses": [{"use": "cross_entropy"}]}
-SHORT = {"data": {"dataset": {"test": 60}}, "train": {"epochs": 3}}
+SHORT = {"data": {"dataset": {"test": 60}}, "train": {"epochs": 3}, "metrics": ["MulticlassCohenKappa"]}
 VOID = ("meta", "link", "img", "br", "hr", "input")
 
 
@@ -92,6 +93,8 @@ def test_the_page_holds_what_it_must(runs, written):
         assert f"Recipe of {name}" in page.text
     assert "use: logit_kl" in page.text and "--run again/taught-seed1" in page.text and torch.__version__.split("+")[0] in page.text
     assert written.missing == ()
+    kappa = [result(runs, "taught", seed)["test"]["MulticlassCohenKappa"] for seed in (0, 1)]
+    assert "MulticlassCohenKappa" in page.text and f"{statistics.mean(kappa):.4f} ± {statistics.stdev(kappa):.4f}" in page.text
 
 
 def test_the_page_stands_alone_and_its_pictures_are_there(written):
@@ -99,7 +102,7 @@ def test_the_page_stands_alone_and_its_pictures_are_there(written):
     assert all(link.startswith(("data:image/png;base64,", "#")) for link in page.links)
     assert "url(" not in written.page.read_text() and "@import" not in written.page.read_text()
     drawn = {file.stem: file for file in (written.page.parent / "report").iterdir()}
-    for start in ("accuracy-against-cost", "learning-curves-1", "training-loss-1", "losses-2", "agreement-1", "logit-difference-1", "kl-to-teacher-1",
+    for start in ("score-against-cost", "learning-curves-1", "training-loss-1", "losses-2", "agreement-1", "logit-difference-1", "kl-to-teacher-1",
                   "class-accuracy", "confusion-change", "similar-layers-2"):  # fmt: skip
         assert start in drawn
     inside = [base64.b64decode(one["src"].split(",")[1]) for one in page.images]
@@ -129,13 +132,14 @@ def test_csv_and_json_are_the_results(runs, written):
         assert variant["last"]["top1"] == [result(runs, name, seed)["test"]["top1"] for seed in (0, 1)]
     gained = [result(runs, "taught", seed)["test"]["top1"] - result(runs, "alone", seed)["test"]["top1"] for seed in (0, 1)]
     assert variants["taught"]["difference"]["values"] == pytest.approx(gained)
-    assert figures["courses"]["taught"]["top1"]["mean"][-1] == pytest.approx(statistics.mean(variants["taught"]["last"]["top1"]))
-    assert figures["courses"]["taught"]["top1"]["deviation"][-1] == pytest.approx(statistics.stdev(variants["taught"]["last"]["top1"]))
+    course = figures["courses"]["taught"]["scores"]["top1"]
+    assert course["mean"][-1] == pytest.approx(statistics.mean(variants["taught"]["last"]["top1"]))
+    assert course["deviation"][-1] == pytest.approx(statistics.stdev(variants["taught"]["last"]["top1"]))
 
 
 def test_classes_and_confusions_are_those_of_the_students(runs, written):
     figures = json.loads((written.page.parent / "report.json").read_text())
-    run = TrainedRun(runs / "taught-seed1")
+    run = LoadedRun(runs / "taught-seed1")
     student, counts = run.student(), torch.zeros(6, 6)
     for batch in run.data().test:
         for true, guess in zip(batch.labels.tolist(), student(batch.inputs).logits.argmax(1).tolist(), strict=True):
@@ -147,7 +151,7 @@ def test_classes_and_confusions_are_those_of_the_students(runs, written):
 
 def test_examples_are_images_that_the_teacher_gets_right_with_its_second_thoughts(runs, written):
     figures = json.loads((written.page.parent / "report.json").read_text())
-    run = TrainedRun(runs / "taught-seed0")
+    run = LoadedRun(runs / "taught-seed0")
     batches = list(run.data().test)
     labels = torch.cat([batch.labels for batch in batches])
     z = torch.cat([run.teachers()[0](batch.inputs).logits for batch in batches])
@@ -184,6 +188,14 @@ def test_one_run_alone_by_the_command(runs, tmp_path):
     page = Reader((tmp_path / "new" / "report.html").read_text())
     assert re.search(r"taught reaches \d+\.\d\d % top-1 on the test data after the last epoch \(one seed, so no deviation\)", page.text)
     assert "±" not in page.text
+
+
+def test_answers_that_are_no_classes_are_not_drawn(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(Classes, "fits", lambda *_: False)
+    page = Reader(report.write([runs], tmp_path).page.read_text())
+    assert "Classes and confusions" not in page.text and "What the teacher knows" not in page.text
+    assert "Similar layers" in page.text and "Linear CKA" in page.text and "Left out" not in page.text
+    assert json.loads((tmp_path / "report.json").read_text())["confusion"] == {}
 
 
 def test_an_override_that_cannot_be_is_an_error(runs, tmp_path):

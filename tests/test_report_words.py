@@ -1,10 +1,12 @@
 """The sentences and tables of a report claim what the figures carry, and no more."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from kdkit.contracts.task import ScoreInfo
 from kdkit.study import intervals
 from kdkit.study.findings import Cost, Difference, Findings, Interval, Length, Search, Teacher, Tuned, Variant
 from kdkit.study.report import words as report_words
@@ -12,6 +14,10 @@ from kdkit.study.report.drawing import LETTERS, groups, labels, looks
 from kdkit.study.report.plots import spaced
 
 COST = Cost(seconds=3, cpu_seconds=4, memory=2**20, images_per_second=1000, parameters=1234, macs=5_000_000, bytes=2048, latency=0.001)
+SCORES = (
+    ScoreInfo(name="top1", title="top-1", unit="%"),
+    ScoreInfo(name="nll", title="NLL", unit="nats", digits=4, higher_is_better=False, meaning="cross-entropy"),
+)
 TEACHER = Teacher("big", {"top1": 99.25, "nll": 0.1}, 99, 10_000_000, 4096, 0.004)
 
 
@@ -26,7 +32,7 @@ def variant(name, values, base=None, interval=None, **more):
 
 
 def findings(*variants, teacher=TEACHER):
-    return Findings("study", "", variants[0].name, "", intervals.corrected(variants), teacher, {}, {}, {})
+    return Findings("study", "", variants[0].name, "", intervals.corrected(variants), teacher, {}, {}, {}, scores=SCORES)
 
 
 def said(*variants, **more):
@@ -104,7 +110,7 @@ def test_a_search_is_told_with_its_cost_and_edges():
     )
     text = dict(report_words.protocol(found, {}))["Search"]
     assert "(lr 0.05, 0.1)" in text and "seeds 2, 3" in text and "8 runs and 24 s" in text and "may lie beyond: alone (lr 0.1)." in text
-    assert [row[list(report_words.accuracy_table(found).header).index("chosen")] for row in report_words.accuracy_table(found).rows][
+    assert [row[list(report_words.score_table(found).header).index("chosen")] for row in report_words.score_table(found).rows][
         0
     ] == "lr 0.1"
 
@@ -125,12 +131,12 @@ def test_averaged_weights_are_told():
     assert f"on the test data {mean} (2 seeds)" in said(averaged, teacher=None)
     both = findings(averaged, variant("taught", (92.0, 94.5), (90.0, 92.0), (0.9, 3.6)))
     assert both.moment == f"after the last epoch, but for alone: {mean}"
-    assert report_words.accuracy_table(both).caption.startswith(f"Test data, {both.moment} unless")
+    assert report_words.score_table(both).caption.startswith(f"Test data, {both.moment} unless")
 
 
 def test_the_tables_have_a_row_each_and_no_empty_column():
     found = findings(BASE, variant("taught", (92.0, 94.5), (90.0, 92.0), (0.9, 3.6)))
-    table = report_words.accuracy_table(found)
+    table = report_words.score_table(found)
     assert list(table.header) == ["variant", "top-1 %", "difference, points", "p"]
     assert [list(row) for row in table.rows] == [
         ["alone (baseline)", "91.00 ± 1.41", "–", "–"], ["taught", "93.25 ± 1.77", "+2.25 [0.90, 3.60]", "0.070"],
@@ -142,7 +148,41 @@ def test_the_tables_have_a_row_each_and_no_empty_column():
     assert all(len(row) == len(cost.header) for row in cost.rows)
     unknown = report_words.cost_table(findings(BASE, teacher=Teacher("gone", {"top1": 99.0}, 0, 0, 0, 0.0)))
     assert [row[0] for row in unknown.rows] == ["alone"] and unknown.rows[0][-1] == "1.00 ms"
-    assert "no deviation" in report_words.accuracy_table(findings(variant("alone", (90.0,)))).caption
+    assert "no deviation" in report_words.score_table(findings(variant("alone", (90.0,)))).caption
+
+
+def test_a_score_of_which_less_is_better_is_told_so():
+    less = dict(scores=SCORES[::-1], agreement=())
+    base, taught, worse = (
+        replace(variant(name, (90.0, 91.0, 92.0)), last={"nll": values, "top1": (90.0, 91.0, 92.0)})
+        for name, values in (("alone", (0.5, 0.6, 0.7)), ("taught", (0.4, 0.5, 0.6001)), ("worse", (0.7, 0.8, 0.9001)))
+    )
+    found = intervals.with_differences(replace(findings(base, worse, taught), **less))
+    text = " ".join(report_words.answer(found))
+    head = "Best after the last epoch: taught, 0.5000 ± 0.1001 nats NLL on test data, −0.1000 [−0.1001, −0.0998] nats against alone; "
+    assert text.startswith(f"{head}the teacher has 0.1000 nats.")
+    assert "Against the next best, worse: −0.3000 [−0.3000, −0.3000] nats (not corrected)." in text
+    assert "1 of 2 variants is better than alone, 1 is worse, none is inconclusive" in text
+    table = report_words.score_table(found)
+    assert list(table.header) == ["variant", "NLL, nats", "difference, nats", "p"] and table.marked == 2
+    further = report_words.further_table(found)
+    assert list(further.header) == ["variant", "top-1 %"] and further.caption == ""
+    assert report_words.further_table(replace(found, scores=SCORES)).caption == "NLL: cross-entropy."
+    plain = replace(SCORES[0], title="kappa", unit="", digits=3)
+    assert list(report_words.score_table(replace(found, scores=(plain,))).header) == ["variant", "kappa", "difference", "p"]
+
+
+def test_findings_of_an_older_kdkit_have_the_names_of_their_scores(tmp_path):
+    last = {"top1": (90.0,), "nll": (0.5,), "agreement": (80.0,), "loss": (0.1,), "late_loss": (0.2,)}
+    Findings("s", "", "a", "", (replace(variant("a", (90.0,)), last=last),), TEACHER, {}, {}, {}).save(tmp_path / "new.json")
+    older = {
+        key: value for key, value in json.loads((tmp_path / "new.json").read_text()).items() if key not in ("scores", "agreement", "sha256")
+    }
+    (tmp_path / "old.json").write_text(json.dumps(older))
+    found = Findings.load(tmp_path / "old.json")
+    assert [one.title for one in found.scores] == ["top1", "nll"] and found.deciding.higher_is_better
+    assert [one.title for one in found.agreement] == ["agreement"] and found == Findings.load(tmp_path / "new.json")
+    assert list(report_words.score_table(found).header) == ["variant", "top1", "agreement"]
 
 
 def test_names_in_pictures_are_short_and_stay_different():

@@ -1,18 +1,24 @@
 """The folder of a run, apart from training in it."""
 
 import json
+import multiprocessing
+import os
 import resource
+import signal
+import time
 from pathlib import Path
 
 import pytest
-from training import write
+from training import PATIENCE, write
 
 from kdkit import recipe
 from kdkit.contracts.dataset_source import DataInfo
 from kdkit.errors import RunError
-from kdkit.runs.folder import Result, RunFolder
+from kdkit.runs.folder import RunFolder
+from kdkit.runs.result import Result
 
 INFO = DataInfo((1, 8, 8), num_classes=10, num_train=1000, num_test=797)
+FORK = multiprocessing.get_context("fork")
 
 
 def lines(*what):
@@ -148,6 +154,41 @@ def test_a_folder_that_cannot_be_made_is_told_with_its_place(tmp_path, monkeypat
     says = rf"{tmp_path}/file/run: cannot be written: Not a directory; the run is written there .`run.folder`, or `--run FOLDER`"
     with pytest.raises(RunError, match=says), RunFolder(Path("file/run")).claimed(loaded, INFO):
         pass
+
+
+def claim_and_fork(recipe_file, folder, pipe):
+    with RunFolder(folder).claimed(recipe.load(recipe_file), INFO):
+        worker = FORK.Process(target=time.sleep, args=(PATIENCE,))
+        worker.start()
+        pipe.send(worker.pid)
+        time.sleep(PATIENCE)
+
+
+def test_a_worker_that_outlives_a_killed_process_does_not_keep_the_folder(tmp_path):
+    path, (here, there) = write(tmp_path), FORK.Pipe()
+    owner = FORK.Process(target=claim_and_fork, args=(path, tmp_path / "run", there))
+    owner.start()
+    worker = here.recv()
+    try:
+        with pytest.raises(RunError, match="another process"), RunFolder(tmp_path / "run").claimed(recipe.load(path), INFO):
+            pass
+        owner.kill()
+        owner.join()
+        RunFolder(tmp_path / "run").wait()
+        with RunFolder(tmp_path / "run").claimed(recipe.load(path), INFO):
+            os.kill(worker, 0)  # it is still there
+    finally:
+        owner.kill()
+        os.kill(worker, signal.SIGKILL)
+
+
+def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "precious").write_text("text")
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(RunError, match="run: cannot be written"), RunFolder(tmp_path / "run").claimed(recipe.load(write(tmp_path)), INFO):
+        pass
+    assert (tmp_path / "precious").read_text() == "text"
 
 
 @pytest.mark.parametrize("write_it", ["whole", "a line"])

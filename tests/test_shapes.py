@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kdkit.contracts.inputs import first_tensor, kind_of, moved, parse_shape, random_inputs, rows
+from kdkit.contracts.inputs import TextShape, first_tensor, kind_of, moved, parse_shape, random_inputs, rows
 from kdkit.errors import ModelError
 
 
@@ -16,15 +16,15 @@ def test_images_are_in_0_1_and_the_same_each_time():
 
 
 def test_texts_are_full():
-    texts = random_inputs((7,), 3)
+    texts = random_inputs(TextShape((7,)), 3)
     assert texts["input_ids"].shape == (3, 7) and texts["input_ids"].min() > 0 and texts["attention_mask"].eq(1).all()
 
 
 def test_texts_without_data_have_no_mask():
-    assert list(random_inputs((7,), 3, "meta")) == ["input_ids"]
+    assert list(random_inputs(TextShape((7,)), 3, "meta")) == ["input_ids"]
 
 
-@pytest.mark.parametrize(("shape", "kind"), [((3, 4, 5), "images"), ((7,), "texts")])
+@pytest.mark.parametrize(("shape", "kind"), [((3, 4, 5), "images"), (TextShape((7,)), "texts")])
 def test_what_is_done_to_either(shape, kind):
     inputs = random_inputs(shape, 3)
     assert kind_of(shape) == kind and len(first_tensor(inputs)) == 3

@@ -13,7 +13,7 @@ from kdkit import cli
 from kdkit.runs.folder import RunFolder
 from kdkit.students import curves
 from kdkit.students.curves import Curve
-from kdkit.students.show import Story, brief
+from kdkit.students.show import Story, brief, score_table
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def run(tmp_path_factory):
         "{name: told, seed: 3, data: {dataset: {use: digits}, train_samples: 64, validation: 64, augment: {crop_padding: 1}}, "
         "student: {model: mlp/8}, teacher: {model: mlp/32, activation: gelu}, schedule: {use: offline}, "
         "losses: [{use: cross_entropy, weight: 0.1}, {use: logit_kl, weight: {from: 0, to: 1, epochs: 2}, temperature: 3}], "
-        "train: {epochs: 1, optimizer: {lr: 0.1}, device: cpu}}"
+        "metrics: [MulticlassCohenKappa], train: {epochs: 1, optimizer: {lr: 0.1}, device: cpu}}"
     )
     return kdkit.train(folder / "r.yaml", folder=folder / "r", quiet=True)
 
@@ -42,7 +42,8 @@ def unfinished(run, tmp_path):
     """The folder of a run of two stages that has not come to its end."""
     folder = tmp_path / "run"
     folder.mkdir()
-    shutil.copy(run.folder / "recipe.yaml", folder)
+    for name in ("run.json", "recipe.yaml"):
+        shutil.copy(run.folder / name, folder)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines(4)))
     return folder
 
@@ -64,6 +65,32 @@ def test_a_finished_run_is_told(run, monkeypatch, capsys):
     assert f"{run.teacher['nll']:.4f}" in next(line for line in out.splitlines() if line.startswith("teacher, test"))
     assert "cross_entropy, weighted" in out and "top-1 %, validation" in out
     assert (run.folder / "curves.png").is_file() and str(run.folder / "curves.png") in out
+
+
+def scores_shown(folder):
+    """The headings of the table of scores, and the cells of its last row, the teacher's."""
+    table = score_table([("student", folder.result().test), ("teacher", folder.result().teacher)], folder.scores())
+    return [str(column.header) for column in table.columns[1:]], [list(column.cells)[-1] for column in table.columns[1:]]
+
+
+def test_scores_have_the_titles_and_digits_that_the_run_has_taken_down(run):
+    heads, cells = scores_shown(RunFolder(run.folder))
+    assert heads[:2] == ["top-1 %", "top-5 %"]
+    assert heads[-5:] == ["ECE %", "MulticlassCohenKappa", "agreement %", "KL to teacher, nats", "mean |z_s - z_t|"]
+    assert cells[-4:] == [f"{run.teacher['MulticlassCohenKappa']:.4f}", "-", "-", "-"] and cells[0] == f"{run.teacher['top1']:.2f}"
+
+
+def test_a_run_of_an_older_kdkit_is_one_of_classification(run, tmp_path, monkeypatch, capsys):
+    shutil.copytree(run.folder, tmp_path / "older")
+    about = json.loads((run.folder / "run.json").read_text())
+    for key in ("scores", "agreement", "sha256"):
+        del about[key]
+    (tmp_path / "older" / "run.json").write_text(json.dumps(about))
+    heads, cells = scores_shown(RunFolder(tmp_path / "older"))
+    assert heads[0] == "top-1 %" and cells[heads.index("NLL, nats")] == f"{run.teacher['nll']:.4f}"
+    assert run_cli(monkeypatch, "show", tmp_path / "older") == 0
+    said = capsys.readouterr().out
+    assert "top-1 %, validation" in said and (tmp_path / "older" / "curves.png").is_file()
 
 
 def test_the_recipe_in_brief(run):
@@ -123,9 +150,15 @@ def test_curves_run_on_over_the_stages(unfinished):
     assert found.stages == [(0, "warm"), (4, "main")] and found.epochs == 8
     assert found.losses["loss"].x == list(range(1, 9))
     assert found.losses["term2"] == Curve([5, 6, 7, 8], [4.0, 2.0, 4.0 / 3, 1.0])
-    assert found.top1["test"] == Curve([2, 4, 6, 8], [12.0, 14.0, 22.0, 24.0])
-    assert found.top1["test, student 2"].y == [5.0] * 4
+    assert found.scores["test"]["top1"] == Curve([2, 4, 6, 8], [12.0, 14.0, 22.0, 24.0])
+    assert found.scores["test, student 2"]["top1"].y == [5.0] * 4
     assert found.lr.y[:2] == [0.1, 0.05]
+
+
+def test_what_is_no_number_has_no_point(unfinished):
+    measured = [{**line, "test": {"top1": None if line["epoch"] == 2 else 3.0, "nll": None}} for line in lines(4, ("main",))]
+    (unfinished / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in measured))
+    assert curves.read(RunFolder(unfinished)).scores["test"] == {"top1": Curve([1, 3, 4], [3.0] * 3)}
 
 
 def test_a_stage_that_comes_again_is_another_stretch(unfinished):

@@ -1,6 +1,7 @@
 """What a stage may ask for beside its students and its step."""
 
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from training import PLAIN, Command, assert_same_run, lines, metrics, train, wei
 
 import kdkit
 from kdkit import recipe
+from kdkit.engine.loop import train_epoch
 from kdkit.engine.trainer import batches, build_accelerator
 from kdkit.runs import training
 from kdkit.runs.networks import ModelFactory
@@ -103,18 +105,42 @@ def test_views_are_the_same_images_augmented_otherwise(folder):
     (other,) = one.views
     assert other.shape == one.inputs.shape and not torch.equal(other, one.inputs)
     assert torch.equal(other, again.views[0]) and torch.equal(one.inputs, again.inputs)
-    assert torch.equal(one.inputs, next(prepared.train.epoch(3, arrange=trainer.stage.arrange)).inputs)
+    assert torch.equal(one.inputs, next(prepared.train.epoch(3, arrange=trainer.stage.data.arrange)).inputs)
     assert (one.inputs.flatten(1).sort(1)[0] == other.flatten(1).sort(1)[0]).float().mean() > 0.5  # the same pixels, mostly
 
 
 def test_parts_learn_and_hooks_are_called(folder):
     trainer, _ = first_stage(folder)
     for _ in range(2):
-        list(trainer.train_epoch())
+        list(train_epoch(trainer))
     memory = trainer.stage.parts
     assert (memory.steps, memory.epochs) == (12, 2)
     assert memory.scale != 1 and memory.scale.grad is None
     assert any(memory.scale is p for p in trainer.updaters[0].parameters)
+
+
+def test_hooks_are_told_the_moment(folder):
+    trainer, _ = first_stage(folder)
+    seen = []
+
+    def step(batch, moment):
+        seen.append(("step", moment))
+        return trainer.stage.step(batch, moment)
+
+    trainer.learner._lessons = step
+    trainer.stage = replace(
+        trainer.stage,
+        after_step=lambda moment: seen.append(("after_step", moment)),
+        after_epoch=lambda moment: seen.append(("after_epoch", moment)),
+    )
+    for _ in range(2):
+        list(train_epoch(trainer))
+    wanted = []
+    for epoch in range(2):
+        for done in range(6 * epoch, 6 * epoch + 6):
+            wanted += [("step", kdkit.Moment(epoch, done)), ("after_step", kdkit.Moment(epoch, done + 1))]
+        wanted.append(("after_epoch", kdkit.Moment(epoch + 1, 6 * epoch + 6)))
+    assert seen == wanted
 
 
 def test_what_a_schedule_remembers_is_gone_on_with(folder):

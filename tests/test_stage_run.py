@@ -126,24 +126,24 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, whole, number, code, gro
 
 def interrupt_at(monkeypatch, step):
     """Let a signal come once so many steps are done."""
-    from kdkit.engine.trainer import Trainer
+    from kdkit.engine import loop
     from kdkit.runs.interrupts import StopRequest
 
     requests = []
-    enter, optimize = StopRequest.__enter__, Trainer.optimize
+    enter, optimize = StopRequest.__enter__, loop.optimize
 
     def entered(self):
         requests.append(self)
         return enter(self)
 
-    def optimized(self, group):
-        values = optimize(self, group)
-        if self.steps + 1 == step:
+    def optimized(trainer, group):
+        values = optimize(trainer, group)
+        if trainer.steps == step:
             requests[-1].signal = signal.SIGTERM
         return values
 
     monkeypatch.setattr(StopRequest, "__enter__", entered)
-    monkeypatch.setattr(Trainer, "optimize", optimized)
+    monkeypatch.setattr(loop, "optimize", optimized)
 
 
 def interrupted(folder, step, **changes):

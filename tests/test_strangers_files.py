@@ -11,6 +11,7 @@ import yaml
 from training import PLAIN, write
 
 from kdkit import recipe
+from kdkit.contracts.inputs import TextShape
 from kdkit.errors import KdkitError
 from kdkit.runs import checks
 
@@ -100,7 +101,7 @@ def test_a_folder_with_python_of_its_own_runs_nothing(tmp_path, trap, kind, pret
     source = registry.load().models["hf"]
     options = source.Options(model=f"hf/{folder}", pretrained=pretrained)
     try:
-        module = build_model(options, source(options, str(folder)), 3, (8,)).module
+        module = build_model(options, source(options, str(folder)), 3, TextShape((8,))).module
     except KdkitError as error:
         assert "\n" not in str(error)
         assert kind != "bert" or pretrained  # its weights are not there
@@ -637,13 +638,13 @@ def test_what_a_run_says_of_itself_is_not_proved(home, capsys):
 
 def test_a_run_fetches_data_when_it_is_asked_to(home, monkeypatch):
     from kdkit.recipe import fetching
-    from kdkit.students.loaded import TrainedRun
+    from kdkit.students.loaded import LoadedRun
 
     asked = []
     monkeypatch.setattr(fetching, "fetch", lambda recipe, source, say: asked.append(source.name))
-    TrainedRun(home / "taught", plugins=[home / "own.py"]).data()
+    LoadedRun(home / "taught", plugins=[home / "own.py"]).data()
     assert not asked
-    run = TrainedRun(home / "taught", plugins=[home / "own.py"])
+    run = LoadedRun(home / "taught", plugins=[home / "own.py"])
     run._fetch = True  # what `data.dataset.download=true` sets, which this dataset has not
     run.data()
     assert asked == ["synthetic"]
@@ -653,7 +654,8 @@ def test_a_run_fetches_data_when_it_is_asked_to(home, monkeypatch):
 
 
 def store_at(path, rows=4):
-    from kdkit.cache.store import AnswerStore, Column
+    from kdkit.cache.rows import Column
+    from kdkit.cache.store import AnswerStore
 
     about = {"teacher": EVIL_TEXT, "data": "[/red]", "images": rows, "views": 1}
     return AnswerStore(path, [Column("logits", (2,), "float32")], rows, about)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from test_data import CPU, CROPS, spec
+from training import task
 
 from kdkit.contracts.dataset_source import DataInfo, DatasetSource, SharedStream, Stream
 from kdkit.data.loaders import prepare
@@ -53,7 +54,7 @@ class Alone(Source):
 
 
 def load(source=Source, rank=0, world=1, **settings):
-    return prepare(spec(batch_size=6, **settings), source(source.Options()), seed=1, device=CPU, rank=rank, world=world)
+    return prepare(spec(batch_size=6, **settings), source(source.Options()), task(), seed=1, device=CPU, rank=rank, world=world)
 
 
 def shades(batches):

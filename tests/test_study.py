@@ -11,20 +11,21 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from training import merged, write
 
 from kdkit import cli
 from kdkit.engine.evaluate import predict
 from kdkit.errors import Interrupted, RecipeError, RunError
 from kdkit.runs.folder import RunFolder
 from kdkit.runs.networks import ModelFactory
-from kdkit.students.loaded import TrainedRun
+from kdkit.runs.run import Run
+from kdkit.students.loaded import LoadedRun
 from kdkit.students.profile import measure
 from kdkit.study import comparison as study
+from kdkit.study import finder
+from kdkit.study import loading as study_file
 from kdkit.study import table as study_table
-from kdkit.study import variants as study_file
 from kdkit.study.findings import Findings, Length
-from kdkit.study.measurements import FinishedRun
-from tests.training import merged, write
 
 BASE = {
     "name": "base",
@@ -94,7 +95,7 @@ def test_a_study_from_start_to_end(compare, tmp_path):
 def test_costs_are_those_of_the_network(compare):
     found, _ = compare({"seeds": 1})
     for variant in found.variants:
-        run = TrainedRun(variant.folders[0])
+        run = LoadedRun(variant.folders[0])
         known = measure(run.student(), run.info.image_shape, runs=1)
         assert (variant.cost.parameters, variant.cost.macs, variant.cost.bytes) == (known.parameters, known.macs, known.bytes)
         assert variant.cost.latency > 0 and variant.cost.memory > 4 * known.parameters and variant.cost.images_per_second > 0
@@ -105,7 +106,7 @@ def test_a_student_without_a_teacher_is_compared_with_the_common_one(compare):
     found, _ = compare()
     for seed, folder in enumerate(found.variants[0].folders):
         assert "agreement" not in RunFolder(folder).result().test
-        student, taught = TrainedRun(folder), TrainedRun(found.variants[1].folders[0])
+        student, taught = LoadedRun(folder), LoadedRun(found.variants[1].folders[0])
         ours = predict(student.student(), student.data().test).logits
         theirs = predict(taught.teachers()[0], student.data().test).logits
         assert found.variants[0].last["agreement"][seed] == pytest.approx(100 * (ours.argmax(1) == theirs.argmax(1)).float().mean().item())
@@ -226,7 +227,7 @@ def test_a_seed_gives_every_variant_the_same_start(compare):
 
 def _start(folder):
     """A run's initial weights of the student, and the images of its first epoch, each as one row."""
-    run = TrainedRun(folder)
+    run = LoadedRun(folder)
     prepared = run.data()
     factory = ModelFactory(run.recipe, prepared.info, run._taught_by(), device=torch.device("cpu"))
     schedule = run.recipe.plugins.schedules[run.recipe.spec.schedule.use](run.recipe.spec.schedule)
@@ -286,6 +287,65 @@ def test_a_point_that_cannot_be_trained_is_not_chosen(compare):
     wild = {**TUNED, "tune": {"train.optimizer.lr": [1e30, 0.1]}, "variants": {"alone": {"data": {"validation": 16}}, "response": None}}
     found, _ = compare({**wild, "base": {**BASE, "data": {**BASE["data"], "validation": 16}}, "variants": {"alone": {}}, "seeds": 1})
     assert found.variants[0].tuned.point == "lr 0.1" and list(found.variants[0].tuned.validation) == ["lr 0.1"]
+
+
+BY_LOSS = """
+import kdkit
+from kdkit_plugins.tasks.classification import Classification
+
+class ByLoss(Classification):
+    "Classification whose cross-entropy decides."
+    name = "by_loss"
+
+    def scores(self, info):
+        return sorted(super().scores(info), key=lambda one: one.name != "nll")
+
+@kdkit.hookimpl
+def kdkit_tasks():
+    return [ByLoss]
+"""
+
+
+def test_of_a_score_that_is_better_lower_the_lowest_is_chosen(compare, tmp_path):
+    (tmp_path / "by_loss.py").write_text(BY_LOSS)
+    base = merged(BASE, {"plugins": ["by_loss.py"], "task": "by_loss", "data": {"validation": 16}})
+    found, _ = compare({"base": base, "tune": {"train.optimizer.lr": [0.001, 0.1, 1.0]}, "tune_seeds": 1})
+    assert found.deciding.name == "nll" and found == Findings.load(tmp_path / "runs/s/study.json")
+    alone, response = found.variants
+    for variant in found.variants:
+        assert variant.tuned.validation[variant.tuned.point] == min(variant.tuned.validation.values())
+        best = [RunFolder(folder).result().best for folder in variant.folders]
+        assert variant.best["nll"] == tuple(one["test"]["nll"] for one in best)
+    assert len(set(alone.tuned.validation.values())) == 3
+    assert response.difference.values == tuple(b - a for a, b in zip(alone.last["nll"], response.last["nll"], strict=True))
+    assert any("by NLL on validation data" in line for line in study_table.caption(found))
+    (table,) = study_table.tables(found, 1000)
+    assert [column.header for column in table.columns[1:4]] == ["NLL, nats", "difference", "p"]
+
+
+def test_scores_that_recipes_name_are_columns_of_the_table(compare, tmp_path):
+    found, _ = compare({"base": merged(BASE, {"metrics": ["MulticlassCohenKappa"]}), "show": ["nll", "top5"], "seeds": 1})
+    results = [RunFolder(variant.folders[0]).result() for variant in found.variants]
+    columns = study_file.load([tmp_path / "s.yaml"]).columns(found.scores)
+    assert columns == ["nll", "top5", "MulticlassCohenKappa"]
+    (table,) = study_table.tables(found, 1000, columns)
+    heads = [column.header for column in table.columns]
+    assert heads[heads.index("NLL, nats") :][:3] == ["NLL, nats", "top-5 %", "MulticlassCohenKappa"]
+    told = [f"{one['MulticlassCohenKappa']:.4f}" for one in (results[1].teacher, *(result.test for result in results))]
+    assert list(table.columns[heads.index("MulticlassCohenKappa")].cells) == told
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("top9", "did you mean 'top5'?"), ("MulticlassCohenKappa", "allowed: agreement, balanced_accuracy")]
+)
+def test_a_column_that_no_run_has_is_refused_before_anything_is_trained(compare, tmp_path, name, hint):
+    with pytest.raises(RecipeError) as caught:
+        compare({"show": ["loss", name]})
+    line = 1 + (tmp_path / "s.yaml").read_text().splitlines().index(f"- {name}")
+    assert str(caught.value).startswith(f"s.yaml:{line}: show.1: got '{name}'; {hint}") and not (tmp_path / "runs").exists()
+    found, _ = compare({"show": ["loss", "kl_to_teacher"], "seeds": 1})
+    with pytest.raises(RecipeError, match=f"show.1: got '{name}'"):  # of finished runs too
+        compare({"show": ["loss", name], "seeds": 1})
 
 
 def test_lengths_are_those_of_the_logs(compare):
@@ -427,14 +487,16 @@ def test_late_losses_are_those_of_the_last_stage(tmp_path):
     for stage, losses in (("hints", [9.0, 9.0, 9.0]), ("labels", [5.0, 4.0, 3.0, 2.0, 1.0])):
         for epoch, value in enumerate(losses, 1):
             folder.log(kind="epoch", stage=stage, epoch=epoch, step=epoch, train={"loss": value})
-    assert study._losses(FinishedRun(None, tmp_path)) == {"loss": 1.0, "late_loss": 2.0}
-    assert study._losses(FinishedRun(None, tmp_path / "none")) == {}
+    assert finder._losses(Run(None, tmp_path)) == {"loss": 1.0, "late_loss": 2.0}
+    assert finder._losses(Run(None, tmp_path / "none")) == {}
 
 
 def test_a_wide_table_becomes_two(compare):
     found, _ = compare({"seeds": 1})
     assert [table.row_count for table in study_table.tables(found, 200)] == [3]
     assert [table.row_count for table in study_table.tables(found, 80)] == [3, 3]
+    further = ["top5", "balanced_accuracy", "macro_f1", "nll", "ece", "kl_to_teacher"]
+    assert [len(table.columns) for table in study_table.tables(found, 100, further)][1:] == [7, 10]
 
 
 def _written(changes):

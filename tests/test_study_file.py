@@ -10,8 +10,9 @@ import yaml
 from kdkit.errors import RecipeError
 from kdkit.recipe import registry
 from kdkit.recipe.yaml_source import Source
+from kdkit.study import loading as study_file
 from kdkit.study import schema as study_schema
-from kdkit.study import variants as study_file
+from kdkit.study import variants
 from tests.training import write as write_recipe
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -74,7 +75,7 @@ def test_variants_over_a_grid(study):
 
 
 def test_names_of_folders_are_safe_and_unique():
-    called = study_file.safe(["a, b 0.5", "a b 0.5", "../x", "é", "a-b-0.5-2"])
+    called = variants.safe(["a, b 0.5", "a b 0.5", "../x", "é", "a-b-0.5-2"])
     assert list(called.values()) == ["a-b-0.5", "a-b-0.5-2", "x", "variant", "a-b-0.5-2-2"]
 
 

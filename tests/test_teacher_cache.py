@@ -19,6 +19,7 @@ from kdkit.cache.packing import KeptAnswers, Slots
 from kdkit.contracts.model_source import CacheOptions
 from kdkit.contracts.records import Outputs
 from kdkit.data import augment
+from kdkit.engine.loop import train_epoch
 from kdkit.engine.trainer import build_accelerator
 from kdkit.errors import RecipeError, RunError
 from kdkit.runs import checks, training
@@ -62,7 +63,7 @@ class Wired:
 
     def train(self, epochs=2):
         for _ in range(epochs):
-            for _ in self.trainer.train_epoch():
+            for _ in train_epoch(self.trainer):
                 pass
         if self.cache:
             self.cache.store.close()

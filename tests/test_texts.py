@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from small_texts import BERT, LAYER, lay_out, recipe, write
 from test_imports import imports
-from training import together, weights
+from training import task, together, weights
 
 import kdkit
 from kdkit import cli
@@ -23,7 +23,7 @@ from kdkit.models.tapped import TappedModel
 from kdkit.recipe.sections import DataSpec
 from kdkit.runs import checks
 from kdkit.students.export import export
-from kdkit.students.loaded import TrainedRun
+from kdkit.students.loaded import LoadedRun
 from kdkit.study.report import output as report
 
 CPU = torch.device("cpu")
@@ -43,7 +43,7 @@ class Source(kdkit.DatasetSource):
 
 
 def six(**settings):
-    return prepare(DataSpec(dataset={"use": "six"}, **{"batch_size": 2, **settings}), Source(None), seed=0, device=CPU)
+    return prepare(DataSpec(dataset={"use": "six"}, **{"batch_size": 2, **settings}), Source(None), task("text_classification"), seed=0, device=CPU)
 
 
 def test_a_batch_is_as_long_as_its_longest_text():
@@ -114,7 +114,7 @@ def run(folder):
 
 
 def test_a_student_learns(folder, run):
-    losses = [line["train"]["loss"] for line in TrainedRun(run.folder).folder.metrics("epoch")]
+    losses = [line["train"]["loss"] for line in LoadedRun(run.folder).folder.metrics("epoch")]
     assert losses[1] < losses[0] and run.test["nll"] < 5.1
 
 
@@ -125,7 +125,7 @@ def test_a_further_run_ends_with_the_same_weights(folder, run):
 
 def test_hidden_states_are_compared_where_there_are_tokens(folder, run):
     """A second derivation of hint and rkd_distance by plain loops over the texts of a batch."""
-    trained = TrainedRun(run.folder)
+    trained = LoadedRun(run.folder)
     batch = next(iter(trained.data().test))
     batch = kdkit.Batch({name: value[:5] for name, value in batch.inputs.items()}, batch.labels[:5], batch.index[:5])
     lengths = batch.inputs["attention_mask"].sum(1).tolist()
@@ -156,7 +156,7 @@ def test_answers_are_kept_and_give_the_same_student_up_to_rounding(folder):
     plain = kdkit.train(write(folder, losses=losses), folder=folder / "plain", quiet=True)
     cached = {**teacher, "cache": {"views": "all", "dtype": "fp32"}}
     checkpoint = folder / "teacher.safetensors"
-    save_file(TrainedRun(plain.folder).teachers()[0].module.state_dict(), checkpoint)
+    save_file(LoadedRun(plain.folder).teachers()[0].module.state_dict(), checkpoint)
     kept = kdkit.train(write(folder, losses=losses, teacher={**cached, "checkpoint": str(checkpoint)}), folder=folder / "kept", quiet=True)
     assert len(list((folder / "runs" / "teacher-cache").iterdir())) == 1
     one, other = weights(plain.folder), weights(kept.folder)
@@ -166,12 +166,12 @@ def test_answers_are_kept_and_give_the_same_student_up_to_rounding(folder):
 def test_transformers_loads_the_exported_student(folder, run):
     from transformers import AutoModelForSequenceClassification
 
-    made = export(TrainedRun(run.folder), folder=folder / "exported")
+    made = export(LoadedRun(run.folder), folder=folder / "exported")
     network = AutoModelForSequenceClassification.from_pretrained(folder / "exported").eval()
     ids = {"input_ids": torch.tensor([[2, 5, 6, 3]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
     with torch.no_grad():
         found = network(**ids).logits
-        for ours in (TrainedRun(run.folder).student(), kdkit.load_student(folder / "exported")):
+        for ours in (LoadedRun(run.folder).student(), kdkit.load_student(folder / "exported")):
             assert torch.allclose(found, ours(ids).logits, atol=1e-6)
     assert "from_pretrained" in made.notes[0]
     assert "/" not in json.loads((folder / "exported" / "config.json").read_text())["kdkit"]["options"]["model"].removeprefix("hf/")
@@ -180,12 +180,12 @@ def test_transformers_loads_the_exported_student(folder, run):
 @pytest.mark.filterwarnings("ignore")  # the exporter's, about itself
 def test_onnx_gives_the_student_s_logits_for_texts_of_any_length(folder, run):
     onnxruntime = pytest.importorskip("onnxruntime")
-    made = export(TrainedRun(run.folder), "onnx", folder / "onnx")
+    made = export(LoadedRun(run.folder), "onnx", folder / "onnx")
     session = onnxruntime.InferenceSession(str(made.files[0]))
     for ids in (torch.tensor([[2, 9, 3]]), torch.tensor([[2, 5, 6, 7, 3], [2, 8, 3, 0, 0]])):
         given = {"input_ids": ids, "attention_mask": (ids > 0).long()}
         with torch.no_grad():
-            wanted = TrainedRun(run.folder).student()(given).logits
+            wanted = LoadedRun(run.folder).student()(given).logits
         (found,) = session.run(None, {name: value.numpy() for name, value in given.items()})
         assert torch.allclose(torch.from_numpy(found), wanted, atol=1e-4)
 
@@ -245,7 +245,7 @@ def test_no_schedule_reads_padding(tmp_path_factory, schedule, losses):
     [
         (
             {"train": {"epochs": 1, "optimizer": {"lr": 0.1}, "mixup": {"mixup_alpha": 0.2}}},
-            "train.mixup: mixes images, and the data are texts",
+            "train.mixup: targets of task 'text_classification' cannot be mixed",
         ),
         ({"teacher": None, "schedule": {"use": "ddgsd"}}, "compares views of images, and texts have one"),
         ({"teacher": None, "schedule": {"use": "mean_teacher", "second_view": True}}, "compares views of images, and texts have one"),

@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 import kdkit
+from kdkit.recipe import registry
 
 PATIENCE = 3000
 """Seconds that a test waits for another process: what takes longer on any machine hangs."""
@@ -27,7 +28,7 @@ PROCESSES.set_forkserver_preload(
         "timm.optim",
         "timm.scheduler",
         "timm.utils",
-        "torchmetrics.functional.classification",
+        "torchmetrics.classification",
     ]
 )
 TIMES = ("seconds", "images_per_second", "crc")  # what differs between two runs of one recipe, and the check sum of it
@@ -68,6 +69,11 @@ EVERYTHING = {
     },
     "run": {"log_steps": 1, "checkpoint_steps": 2},
 }
+
+
+def task(name="classification"):
+    """A standard task."""
+    return registry.load().tasks[name]()
 
 
 def merged(base, changes):

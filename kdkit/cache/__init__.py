@@ -1,1 +1,1 @@
-"""Teachers that keep their answers on disk."""
+"""Caches of teachers' answers on disk."""

@@ -1,4 +1,4 @@
-"""What a teacher's kept answers depend on, as plain values and as one fingerprint."""
+"""The dependencies of a teacher's cached answers, as plain values and as one fingerprint."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from kdkit.models.tapped import TappedModel
 from kdkit.recipe import Recipe, content_of
 from kdkit.recipe.dependencies import code_digest
 
-FORMAT = 2  # of the files and of this key
-LOOKED_AT = 64  # images of those that are read one by one
+FORMAT = 2  # version of the store's files and of this key
+LOOKED_AT = 64  # number of images to digest if they are read one by one
 
 
 def key(
@@ -35,15 +35,15 @@ def key(
     slots: Slots,
     part: Split | InMemory | Texts,
 ) -> dict[str, Any]:
-    """All that the answers follow from; what changes nothing in them (the training subset, the
-    batch size, the student) is left out.
+    """Collect everything that the answers depend on; leaves out what does not affect them (the
+    training subset, the batch size, the student).
 
     Args:
         recipe: of the run.
         name: of the teacher.
-        teacher: as it answers.
-        kept: what of its answers is kept.
-        slots: in which views.
+        teacher: the model in the form that answers.
+        kept: which parts of its answers are cached.
+        slots: the views that are cached.
         part: the dataset's training part.
     """
     options = content_of(recipe.spec.all_teachers()[name])
@@ -66,7 +66,7 @@ def key(
             adapter.get("interpolation"),
         ],
         "channels_last": teacher.channels_last,
-        # devices autocast other operations
+        # the set of autocast operations depends on the device
         "precision": [
             precision,
             next(teacher.module.parameters()).device.type if autocast else None,
@@ -82,12 +82,12 @@ def key(
 
 
 def fingerprint(values: Mapping[str, Any]) -> str:
-    """SHA-256 of the key."""
+    """Return the SHA-256 of the key."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def weights_digest(module: nn.Module) -> str:
-    """SHA-256 of all parameters and buffers, with their names and types."""
+    """Return the SHA-256 of all parameters and buffers, with their names and types."""
     digest = hashlib.sha256()
     # state_dict leaves some buffers out
     for name, value in itertools.chain(module.named_parameters(), module.named_buffers()):
@@ -97,8 +97,8 @@ def weights_digest(module: nn.Module) -> str:
 
 
 def _network_digest(module: nn.Module) -> str:
-    """SHA-256 of what the network is made of: its modules, what they say of themselves, and the
-    files of their classes.
+    """Return the SHA-256 of the network's structure: its modules, their `extra_repr`, and the files
+    of their classes.
     """
     digest = hashlib.sha256()
     for path, part in module.named_modules():
@@ -111,11 +111,12 @@ def _network_digest(module: nn.Module) -> str:
 
 
 def _file(kind: type[nn.Module]) -> str:
-    """Where a class is defined; nothing for torch's own, whose version is in the key, and for
-    those made in an interactive session.
+    """Return the file that defines a class; empty for torch's own classes, whose version is in the
+    key, and for those defined in an interactive session.
     """
     try:
         return "" if kind.__module__.startswith("torch.") else inspect.getfile(kind)
+    # classes without a file: built in, or defined interactively
     except (OSError, TypeError):
         return ""
 
@@ -129,7 +130,7 @@ def _source_digest(module: str, file: str) -> str:
 
 
 def _data(recipe: Recipe, slots: Slots) -> dict[str, Any]:
-    """What gives an image its pixels."""
+    """Collect everything that the pixels of an image depend on."""
     spec = recipe.spec.data
     found = {
         "dataset": content_of(spec.dataset),
@@ -137,7 +138,7 @@ def _data(recipe: Recipe, slots: Slots) -> dict[str, Any]:
         "interpolation": spec.interpolation,
         "slots": slots.count,
     }
-    if slots.exact:  # what is drawn depends on the seed, but not what an outcome looks like
+    if slots.exact:  # the seed decides which outcome is drawn, not what it looks like
         return {
             **found,
             "padding": slots.padding,
@@ -151,8 +152,8 @@ def _data(recipe: Recipe, slots: Slots) -> dict[str, Any]:
 
 
 def _images_digest(part: Split | InMemory | Texts) -> str:
-    """SHA-256 of the labels and of the images: of all that are in memory, or of some that are
-    read.
+    """Return the SHA-256 of the labels and of the images: of all images in memory, or of a sample
+    of those that are read.
     """
     digest = hashlib.sha256(np.asarray(part.labels, dtype=np.int64).tobytes())
     for path in getattr(part, "paths", ()):  # of image files

@@ -1,4 +1,4 @@
-"""The folder in which teacher caches lie: what there is, and how to be rid of it."""
+"""Lists and removes the teacher caches in a folder."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Found:
 
     Attributes:
         path: its folder.
-        about: what its cache.json says; None where that is damaged.
+        about: content of its cache.json; None if that is damaged.
         bytes: on disk.
-        filled: rows that are there.
-        written: when it was last written, in seconds.
-        damage: what is wrong with its cache.json.
+        filled: number of rows written.
+        written: time of the last write, in seconds.
+        damage: the error in its cache.json.
     """
 
     path: Path
@@ -48,20 +48,20 @@ class Found:
 
 
 def stores(folder: Path) -> list[Found]:
-    """All stores in a folder, by name."""
+    """List all stores in a folder, by name."""
     markers = [
         marker
         for marker in sorted(folder.glob(f"*/{MARKER}"))
         if NAME.fullmatch(marker.parent.name)
     ]
-    # which another program's folder has not
+    # a folder of another program has no such file
     return [look(marker.parent) for marker in markers if (marker.parent / LOCK).is_file()]
 
 
 def look(path: Path) -> Found:
-    """What a store's files say."""
+    """Read the state of a store from its files."""
     marks = path / STATES
-    # damaged: nothing is there
+    # treat a damaged store as empty
     states = np.fromfile(marks, dtype=np.uint8) if marks.is_file() else np.zeros(0, dtype=np.uint8)
     written = max(file.stat().st_mtime for file in path.iterdir())
     size, filled = allocated(path), int(np.count_nonzero(states))
@@ -73,7 +73,7 @@ def look(path: Path) -> Found:
 
 
 def clear(folder: Path, name: str | None = None) -> list[Found]:
-    """Remove the stores of a folder, or the one of that name; what was removed.
+    """Remove the stores of a folder, or the one of that name; return what was removed.
 
     Raises:
         RunError: there is none of that name, or one is in use; then nothing is removed.
@@ -95,11 +95,13 @@ def clear(folder: Path, name: str | None = None) -> list[Found]:
 
 
 def _remove(store: Path) -> None:
-    """A store's own files, and its folder once nothing else is in it; of a link the link alone."""
+    """Remove a store's own files, and its folder if nothing else is in it; of a link, only the
+    link.
+    """
     if store.is_symlink():
         store.unlink()
         return
-    (store / MARKER).unlink()  # first, so that half a store is none
+    (store / MARKER).unlink()  # first, so that a half-removed folder is no longer a store
     for file in store.iterdir():
         if (
             file.name in (LOCK, WRITING, STATES, CHECKS)
@@ -107,5 +109,5 @@ def _remove(store: Path) -> None:
             or file.suffix == ".part"
         ):
             file.unlink()
-    with contextlib.suppress(OSError):  # there is more in it
+    with contextlib.suppress(OSError):  # the folder contains other files
         store.rmdir()

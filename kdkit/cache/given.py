@@ -1,6 +1,4 @@
-"""A teacher whose answers to the training images are there already: it gives them in the place
-of a network.
-"""
+"""A teacher without a network, whose answers to the training images are read from a file."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from kdkit.cache.teacher import Forward
 from kdkit.contracts.inputs import first_tensor
-from kdkit.contracts.model_source import AnswersOptions, KnownAnswers
+from kdkit.contracts.model_source import OWN_OUTPUTS, AnswersOptions, KnownAnswers
 from kdkit.contracts.records import Batch, Inputs, Outputs
 from kdkit.contracts.schedule import Arrange
 from kdkit.data.loaders import TrainLoader
@@ -33,15 +31,15 @@ STREAM = (
 
 
 def has_answers_alone(recipe: Recipe, name: str) -> bool:
-    """Whether a teacher of the recipe is a set of answers, without a network."""
+    """Check whether a teacher of the recipe is a set of answers, without a network."""
     return isinstance(recipe.spec.all_teachers()[name], AnswersOptions)
 
 
 def read_answers(recipe: Recipe, name: str, images: int, classes: int) -> Tensor:
-    """The answers (N, K) of a teacher.
+    """Read the answers (N, K) of a teacher.
 
     Args:
-        recipe: whose.
+        recipe: the recipe.
         name: of the teacher.
         images: N, of the dataset's whole training part.
         classes: K, of the teacher.
@@ -66,7 +64,7 @@ def read_answers(recipe: Recipe, name: str, images: int, classes: int) -> Tensor
             )
         if shape[1] != classes:
             says = (
-                f"'{called}' has {shape[1]:,} columns, for {classes:,} classes (`num_classes` and"
+                f"'{called}' has {shape[1]:,} columns, for {classes:,} classes (`{OWN_OUTPUTS}` and"
                 " `classes` say what they are)"
             )
             raise ModelError(says)
@@ -82,11 +80,13 @@ def read_answers(recipe: Recipe, name: str, images: int, classes: int) -> Tensor
 
 
 class GivenAnswers:
-    """Gives a teacher's answers to the images of a batch, by their places in the training part.
+    """Returns a teacher's answers to the images of a batch, by their positions in the training
+    part.
 
     Args:
         rows: its answers (N, K).
-        teacher: whose; what it does to answers (a choice of classes, say) is done to these.
+        teacher: the teacher; its post-processing of answers (such as a choice of classes) is
+            applied to these too.
     """
 
     def __init__(self, rows: Tensor, teacher: TappedModel) -> None:
@@ -94,28 +94,30 @@ class GivenAnswers:
         self._places: Any = WeakIdKeyDictionary()  # the images of a batch -> their places (B,)
 
     def loader(self, train: TrainLoader) -> TrainLoader:
-        """The training batches, whose images are known then."""
+        """Wrap the training batches, so that their images become known."""
         return _KnownImages(train, self)
 
     def note(self, batch: Batch) -> None:
-        """Take down which images these are."""
+        """Record which images these are."""
         self._places[first_tensor(batch.inputs)] = batch.index
 
     def answer(self, inputs: Inputs, forward: Forward) -> Outputs:
-        """The answers to a batch's images, in fp32; there is no network whose `forward` could be
-        asked.
+        """Return the answers to a batch's images, in fp32; there is no network, so `forward` is
+        never called.
 
         Raises:
-            RunError: the images are not those of a batch.
+            RunError: the images belong to no batch.
         """
         shown = first_tensor(inputs)
         if shown not in self._places:
             raise RunError(f"{self._teacher.role} {OTHER_IMAGES}")
         places = self._places[shown]
+        # moved on first use: the device is unknown until a batch arrives
         self._rows = self._rows.to(places.device)
         with torch.no_grad():
             logits: Tensor = self._teacher.module(self._rows[places].float())
-        features = dict.fromkeys(self._teacher.layers, logits)  # `logits` is the only layer
+        # the only layer that such a teacher can have is `logits`
+        features = dict.fromkeys(self._teacher.layers, logits)
         return (
             Outputs(logits, features)
             if self._teacher.needs_logits
@@ -123,11 +125,11 @@ class GivenAnswers:
         )
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no file is open."""
 
 
 class _KnownImages:
-    """Training batches that are noted before anyone sees them."""
+    """Training batches that are recorded before anything else reads them."""
 
     def __init__(self, loader: TrainLoader, answers: GivenAnswers) -> None:
         self.labels = loader.labels

@@ -1,5 +1,5 @@
-"""Opens the caches that a recipe wants: what its teachers say, how large that may grow, under
-which name it lies.
+"""Opens the caches of a recipe: determines the form of its teachers' answers, the maximum size, and
+the name of the folder.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ PROBE = 4  # images
 
 
 def wanted(recipe: Recipe, name: str) -> CacheOptions | None:
-    """What the recipe says of the cache of a teacher."""
+    """Return the options of a teacher's cache, if the recipe has any."""
     options = recipe.spec.all_teachers()[name]
     return options.cache if isinstance(options, TeacherOptions) else None
 
 
 def directory(recipe: Recipe, options: CacheOptions) -> Path:
-    """The folder in which the recipe's caches lie."""
+    """Return the folder of the recipe's caches."""
     return options.dir or recipe.spec.run.folder / DIRECTORY
 
 
@@ -53,15 +53,15 @@ def open_cache(
     train: TrainLoader,
     tell: Callable[[str], None] = lambda _: None,
 ) -> TeacherCache | None:
-    """The cache of one of the recipe's teachers; None where it wants none.
+    """Open the cache of one of the recipe's teachers; None if it has no cache.
 
     Args:
         recipe: of the run.
         name: of the teacher.
-        teacher: with its taps, on its device.
+        teacher: the model with its taps, on its device.
         info: of the data, as batches have them.
         train: the training batches.
-        tell: told of damage that is made good.
+        tell: called with a message about damage that is repaired.
 
     Raises:
         RecipeError: the answers cannot be kept (a stream of images, a random teacher), or they
@@ -101,8 +101,8 @@ def open_answers(
     train: TrainLoader,
     tell: Callable[[str], None] = lambda _: None,
 ) -> TeacherCache | GivenAnswers | None:
-    """What answers in the place of one of the recipe's teachers: its cache, or answers that were
-    there already; None: it answers itself.
+    """Open what answers in place of one of the recipe's teachers: its cache, or given answers;
+    None: the teacher answers itself.
 
     Raises:
         RecipeError: see `open_cache` and `read_answers`.
@@ -112,7 +112,7 @@ def open_answers(
     if not train.indexed:
         raise recipe.error([*recipe.spec.place_of(name), "model"], STREAM)
     return GivenAnswers(
-        read_answers(recipe, name, info.num_train, int(cast("Any", teacher.module).num_classes)),
+        read_answers(recipe, name, info.num_train, int(cast("Any", teacher.module).outputs)),
         teacher,
     )
 
@@ -124,10 +124,10 @@ def answering(
     opened: Data,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Data]:
-    """Let the teachers whose recipe wants it answer from their caches, inside the `with` block;
-    gives the data whose images these know.
+    """Let the teachers with a cache answer from it inside the block; yield the data whose images
+    the caches know.
 
-    `tell` is told of damage that is made good.
+    `tell` is called with a message about damage that is repaired.
 
     Raises:
         RecipeError: see `open_cache`.
@@ -148,13 +148,15 @@ def answering(
 def _look(
     recipe: Recipe, options: CacheOptions, teacher: TappedModel, info: DataInfo
 ) -> KeptAnswers:
-    """Ask the teacher twice about some noise, to see what it says and that it says it again."""
+    """Ask the teacher twice about noise, to see the form of its answer and whether it is
+    deterministic.
+    """
     plain = TappedModel(
         teacher.module,
         teacher.layers,
         adapt=teacher.adapt,
         role=teacher.role,
-        num_classes=info.num_classes,
+        outputs=info.outputs,
         needs_logits=teacher.needs_logits,
         channels_last=teacher.channels_last,
         precision=teacher.precision,
@@ -179,7 +181,7 @@ def _look(
     last = [name for name in shapes if _is_channels_last(said.features[name])]
     if not shapes and not teacher.needs_logits:
         raise RunError(f"no loss reads anything that {teacher.role} says; leave `cache` out")
-    return KeptAnswers(options, info.num_classes, teacher.needs_logits, shapes, aliases, last)
+    return KeptAnswers(options, info.outputs, teacher.needs_logits, shapes, aliases, last)
 
 
 def _open_store(
@@ -222,7 +224,7 @@ def _open_store(
 
 
 def _called(recipe: Recipe, name: str) -> str:
-    """What people call a teacher: its network, or the recipe that trains it."""
+    """Return the usual name of a teacher: its network, or the recipe that trains it."""
     options = recipe.spec.all_teachers()[name]
     return options.recipe.stem if isinstance(options, RecipeTeacher) else options.model
 
@@ -236,7 +238,9 @@ def _is_channels_last(value: Tensor) -> bool:
 
 
 def _same(one: Outputs, other: Outputs, *, exactly: bool) -> bool:
-    """Whether two answers agree; on an accelerator, as far as sums in another order do."""
+    """Check whether two answers agree; on an accelerator, up to the rounding of a different
+    summation order.
+    """
     pairs = list(zip(tensors(one), tensors(other), strict=True))
     if exactly:
         return all(torch.equal(a, b) for a, b in pairs)

@@ -1,5 +1,5 @@
-"""Which tensors of a teacher's answer are kept, in what form, and how they become an answer
-again; and in which views images are shown.
+"""The form in which a teacher's answers are cached: which tensors, in which type, and for which
+views of an image.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdkit.cache.store import Column
+from kdkit.cache.rows import Column
 from kdkit.contracts.model_source import CacheOptions
 from kdkit.contracts.records import Outputs
 from kdkit.data.augment import crop_flip_count, draw_crop_flip
@@ -20,7 +20,7 @@ from kdkit.models.tapped import features_only
 from kdkit.recipe.sections import DataSpec
 
 TYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
-# layers' columns begin with TAP
+# prefix of the columns of layers
 VALUES = "logits.values"
 INDICES = "logits.indices"
 REST = "logits.rest"
@@ -30,12 +30,12 @@ TAP = "tap "
 
 @dataclass(frozen=True)
 class Slots:
-    """The views of an image that are kept: for each, a slot.
+    """The views of an image that are cached: one slot for each.
 
     Attributes:
-        count: how many.
-        exact: whether a slot is one outcome of the crop and flip; else it is one view, as the
-            loader numbers them.
+        count: number of slots.
+        exact: whether a slot is one outcome of the crop and flip; otherwise it is one view, in the
+            loader's numbering.
         padding, flip: of `data.augment`.
         seed: of the augmentation.
     """
@@ -48,8 +48,8 @@ class Slots:
 
     @classmethod
     def of(cls, options: CacheOptions, data: DataSpec, seed: int) -> Slots:
-        """Those of a recipe: with images that always look the same there is one slot, however
-        many views are asked for.
+        """Determine the slots of a recipe: if images always look the same there is one slot,
+        regardless of the number of views requested.
         """
         padding, flip = (data.augment.crop_padding, data.augment.flip) if data.augment else (0, 0.0)
         outcomes = crop_flip_count(padding) // (1 if 0 < flip < 1 else 2)
@@ -63,24 +63,24 @@ class Slots:
         )
 
     def view(self, number: int) -> int:
-        """The view that is shown in the place of view `number`."""
+        """Return the view that is shown in place of view `number`."""
         return number if self.exact else number % self.count
 
     def shown(self, view: int, index: Tensor) -> Tensor:
-        """The slot of each image (N,) in a view."""
+        """Return the slot of each image (N,) in a view."""
         if not self.exact:
             return torch.full_like(index, view % self.count)
         outcome = draw_crop_flip(self.seed, view, index, self.padding, self.flip)
         return outcome if 0 < self.flip < 1 else outcome // 2
 
     def outcome(self, slot: int) -> int:
-        """The crop and flip that a slot is, as `crop_flip` numbers them."""
+        """Return the crop and flip of a slot, in `crop_flip`'s numbering."""
         return slot if 0 < self.flip < 1 else 2 * slot + int(self.flip == 1)
 
 
 @dataclass(frozen=True)
 class KeptAnswers:
-    """The form in which one teacher's answers are kept.
+    """The form in which one teacher's answers are cached.
 
     Attributes:
         options: the recipe's.
@@ -88,8 +88,8 @@ class KeptAnswers:
         logits: whether the answer has any.
         taps: shape of each tapped layer's output by name, without the batch.
         aliases: tapped layers that are the logits.
-        channels_last: layers whose maps are (B, C, H, W) with channels last in memory, and are kept
-            so.
+        channels_last: layers whose maps are (B, C, H, W) with channels last in memory, and are
+            stored that way.
     """
 
     options: CacheOptions
@@ -100,7 +100,7 @@ class KeptAnswers:
     channels_last: Sequence[str] = ()
 
     def columns(self) -> list[Column]:
-        """What a row of the store consists of."""
+        """List the columns of a row of the store."""
         k, dtype = self.options.top_k, TYPES[self.options.dtype]
         found = []
         if self.logits and k is None:
@@ -124,11 +124,11 @@ class KeptAnswers:
 
     @property
     def bytes(self) -> int:
-        """Of one answer."""
+        """Size of one answer in bytes."""
         return sum(column.bytes for column in self.columns())
 
     def pack(self, outputs: Outputs) -> dict[str, Tensor]:
-        """The columns of an answer (B, ...), on its device.
+        """Convert an answer (B, ...) to columns, on its device.
 
         Raises:
             RunError: a number is too large for the type.
@@ -150,7 +150,7 @@ class KeptAnswers:
         return packed
 
     def unpack(self, values: Mapping[str, Tensor], role: str) -> Outputs:
-        """The answer in fp32 that the columns hold; of a teacher that messages call so."""
+        """Convert columns to an answer in fp32; `teacher` is its name in messages."""
         features = {name: values[TAP + name].float() for name in self.taps}
         features |= {name: features[name].permute(0, 3, 1, 2) for name in self.channels_last}
         if not self.logits:
@@ -175,8 +175,8 @@ class KeptAnswers:
 
 
 def _largest(logits: Tensor, k: int) -> dict[str, Tensor]:
-    """The k largest logits of (B, K), their classes, and the one logit that gives the other
-    classes all the rest, (B, 1).
+    """Return the k largest logits of (R, K), their classes, and the one logit that gives the other
+    classes the remaining probability, (B, 1).
     """
     values, indices = logits.topk(k, dim=1)
     rest = logits.scatter(1, indices, -torch.inf).logsumexp(1, keepdim=True) - math.log(

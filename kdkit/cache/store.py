@@ -1,37 +1,35 @@
 """Rows of tensors in memory-mapped files: each is written once, and read by many processes, runs
 and studies.
 
-A store is a folder: `cache.json` says what is in it, each column is one sparse file, `checks.bin`
-has a check sum of each row, and `states.bin` a byte. A row is marked WRITTEN when its values are in
-all columns, and ON_DISK when they have also reached the disk. Whoever opens a store that nobody
-else uses takes WRITTEN rows for empty ones: the machine may have failed before they were on disk.
-So a crash can cost rows, and never leaves a wrong one. Rows are written under a lock and do not
-change afterwards, so that readers need none. Only a damaged row is written again; who reads it
-meanwhile sees by its check sum that it is damaged. The files of one store belong on a disk of one
-machine: other machines would not see each other's marks.
+A store is a folder: `cache.json` describes its content, each column is one sparse file,
+`checks.bin` has a check sum of each row, and `states.bin` a byte. A row is marked WRITTEN when its
+values are in all columns, and ON_DISK when they have also reached the disk. A process that opens a
+store without other users treats WRITTEN rows as empty: the machine may have failed before they were
+on disk. So a crash can lose rows, but never leaves a wrong one. Rows are written under a lock and
+do not change afterwards, so that readers need no lock. Only a damaged row is written again; a
+concurrent reader detects the damage by its check sum. The files of one store belong on a disk of
+one machine: other machines would not see each other's marks.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
-import math
 import mmap
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NotRequired, TextIO
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 from typing_extensions import TypedDict
 
 from kdkit import files
+from kdkit.cache.rows import CheckSum, Column
 from kdkit.errors import DamagedFile, RunError
 
 MARKER = "cache.json"
@@ -42,34 +40,15 @@ CHECKS = "checks.bin"
 EMPTY = 0
 WRITTEN = 1
 ON_DISK = 2
+# bytes of a block of the file system, the unit in which sparse files grow
 PAGE = 4096
-READ_AT_ONCE = 1024  # rows that are looked at, of many
-# bytes of the disk that writing leaves free: a full disk would end the process without a word
+READ_AT_ONCE = 1024  # rows per read when many are checked
+# free disk space to preserve, in bytes: writing to a mapping on a full disk kills the process
 RESERVE = 256 << 20
 
 
-@dataclass(frozen=True)
-class Column:
-    """One tensor of each row: what it is called, its shape, and its type by torch's name."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def type(self) -> torch.dtype:
-        found = getattr(torch, self.dtype)
-        assert isinstance(found, torch.dtype)
-        return found
-
-    @property
-    def bytes(self) -> int:
-        """Of one row."""
-        return math.prod(self.shape) * self.type.itemsize
-
-
 class About(TypedDict):
-    """What cache.json says of a store, as far as people are told."""
+    """The entries of cache.json that are shown to users."""
 
     teacher: str
     data: str
@@ -80,7 +59,7 @@ class About(TypedDict):
 
 
 def read_about(path: Path) -> About:
-    """What a store's cache.json says.
+    """Read a store's cache.json.
 
     Raises:
         DamagedFile: it is damaged, or another store's.
@@ -93,13 +72,13 @@ def read_about(path: Path) -> About:
 
 
 class AnswerStore:
-    """The rows of one folder, open; made if they are not there.
+    """The open rows of one folder; created if they do not exist.
 
     Args:
         path: the folder; its name ends in a fingerprint of all that the rows depend on.
-        columns: what a row consists of.
+        columns: the columns of a row.
         count: number of rows.
-        about: plain values that `kdkit cache --list` tells.
+        about: plain values that `kdkit cache --list` shows.
 
     Raises:
         RunError: the files are damaged.
@@ -133,35 +112,35 @@ class AnswerStore:
         self._fresh: list[Tensor] = []
 
     def known(self, rows: Tensor) -> Tensor:
-        """Which of the rows (N,) int64 are there, (N,) bool."""
+        """Look up which of the rows (N,) int64 exist, (N,) bool."""
         return self._states[rows] != EMPTY
 
     def read(self, rows: Tensor, *, pinned: bool = False) -> dict[str, Tensor]:
-        """The values of rows that are there, (N, ...) by column; in page-locked memory for a
-        quick way to a GPU.
+        """Read the values of existing rows, (N, ...) by column; in page-locked memory for a fast
+        transfer to a GPU.
         """
-        found = {}
+        values = {}
         for column in self.columns:
             out = torch.empty((len(rows), *column.shape), dtype=column.type, pin_memory=pinned)
-            found[column.name] = torch.index_select(self._values[column.name], 0, rows, out=out)
-        return found
+            values[column.name] = torch.index_select(self._values[column.name], 0, rows, out=out)
+        return values
 
     def damaged(self, rows: Tensor, values: Mapping[str, Tensor]) -> Tensor:
-        """Which rows (N,) were read as something else than what was written, (N,) bool."""
+        """Compare check sums: return which rows (N,) differ from what was written, (N,) bool."""
         return self._checks[rows] != self._check_sum(rows, values)
 
     def whole(self, rows: Tensor) -> Tensor:
-        """Which of the rows (N,) are there and not damaged, (N,) bool."""
-        found = self.known(rows)
-        there = found.nonzero()[:, 0]
-        for start in range(0, len(there), READ_AT_ONCE):
-            part = there[start : start + READ_AT_ONCE]
-            found[part] = ~self.damaged(rows[part], self.read(rows[part]))
-        return found
+        """Check which of the rows (N,) exist and are not damaged, (N,) bool."""
+        sound = self.known(rows)
+        places = sound.nonzero()[:, 0]
+        for start in range(0, len(places), READ_AT_ONCE):
+            chunk = places[start : start + READ_AT_ONCE]
+            sound[chunk] = ~self.damaged(rows[chunk], self.read(rows[chunk]))
+        return sound
 
     def write(self, rows: Tensor, values: Mapping[str, Tensor]) -> None:
-        """Add rows (N,) with their values (N, ...) by column; a row that is there already, and
-        not damaged, stays as it is.
+        """Add rows (N,) with their values (N, ...) by column; an existing row that is not damaged
+        stays unchanged.
 
         Raises:
             RunError: the disk is nearly full.
@@ -185,7 +164,7 @@ class AnswerStore:
         self._fresh.append(places)
 
     def commit(self) -> None:
-        """Bring what was written to the disk, and then the marks that say so."""
+        """Flush the written values to the disk, and after that the marks that confirm them."""
         if not self._fresh:
             return
         rows, self._fresh = torch.cat(self._fresh), []
@@ -195,53 +174,57 @@ class AnswerStore:
         self._marks.flush()
 
     def close(self) -> None:
-        """Commit, and let others clear it."""
+        """Commit, and release the lock so that others may clear the store."""
         self.commit()
         self._turn.close()
         self._lock.close()
 
     def allocated(self) -> int:
-        """Bytes that it takes on disk by now."""
+        """Return the bytes that its files currently take on disk."""
         return allocated(self.path)
 
     def missing_bytes(self, rows: Tensor) -> int:
-        """Bytes that the disk would give to those of the rows, ascending, that are not there,
-        about: files are given whole pages.
+        """Estimate the bytes that writing the rows, ascending, would still need on the disk, which
+        allocates whole pages.
         """
         absent = rows[~self.known(rows)]
         return sum(_span(absent, column.bytes) for column in self.columns)
 
     def _enter(self, about: Mapping[str, Any]) -> TextIO:
-        """The store's lock, held together with its other users; the store is made first, or
-        mended, if there are none.
+        """Take the store's lock, shared with its other users. If there are none, create or repair
+        the store first.
         """
         while True:
             self.path.mkdir(parents=True, exist_ok=True)
             try:
                 handle = (self.path / LOCK).open("a")
-            except FileNotFoundError:  # it is being cleared
+            except FileNotFoundError:  # another process is clearing the store
                 continue
+            # a forked worker would inherit the lock and hold it after this process has released it
             os.register_at_fork(after_in_child=handle.close)
             try:
                 if locks(handle, fcntl.LOCK_EX | fcntl.LOCK_NB) and self._holds(handle):
                     self._mend(about) if (self.path / MARKER).is_file() else self._make(about)
+                # turns an exclusive lock into a shared one; between the two, the store may be
+                # cleared
                 locks(handle, fcntl.LOCK_SH)
                 if self._holds(handle) and (self.path / MARKER).is_file():
                     return handle
+            # BaseException: a lock must not survive Ctrl-C either
             except BaseException:
                 handle.close()
                 raise
             handle.close()
 
     def _holds(self, handle: TextIO) -> bool:
-        """Whether this lock is still the folder's: who clears a folder removes it."""
+        """Check whether this lock is still the folder's: clearing a folder removes its lock."""
         lock = self.path / LOCK
         return lock.exists() and os.path.samestat(lock.stat(), os.fstat(handle.fileno()))
 
     def _make(self, about: Mapping[str, Any]) -> None:
         for name, size in self._sizes().items():
             with (self.path / name).open("wb") as stream:
-                stream.truncate(size)  # sparse: no block is taken before it is written
+                stream.truncate(size)  # sparse: blocks are allocated when they are written
                 os.fsync(stream.fileno())
         files.write_json(self.path / MARKER, about)
 
@@ -249,7 +232,7 @@ class AnswerStore:
         self._refuse_damaged()
         try:
             read_about(self.path)
-        except DamagedFile:  # nothing but what people are told hangs on it
+        except DamagedFile:  # cache.json is only shown to users, so it can be rewritten
             files.write_json(self.path / MARKER, about)
         pages, states = _map(self.path / STATES, torch.uint8)
         states[states == WRITTEN] = EMPTY
@@ -258,7 +241,7 @@ class AnswerStore:
     def _refuse_damaged(self) -> None:
         for name, size in self._sizes().items():
             file = self.path / name
-            # a link would be written through
+            # writing would follow a link
             if file.is_symlink() or not file.is_file() or file.stat().st_size != size:
                 raise RunError(
                     f"{file} is damaged or missing; `kdkit cache --clear {self.path.name} --dir"
@@ -266,7 +249,7 @@ class AnswerStore:
                 )
 
     def _sizes(self) -> dict[str, int]:
-        """Bytes of the files, by name."""
+        """Return the size of each file in bytes, by name."""
         columns = {
             _file(number): self.count * column.bytes for number, column in enumerate(self.columns)
         }
@@ -295,40 +278,6 @@ class AnswerStore:
             )
 
 
-class CheckSum:
-    """A number that changes with any bit of a row, with its place, and from store to store.
-
-    The 8-byte words w_i of a row r give sum_i a_i w_i + a_0 (r + 1) modulo 2^64, with odd a_i that
-    follow from the store's name: an odd factor keeps every changed bit in the sum. One product of a
-    matrix and a vector, several times as fast as a CRC.
-
-    Args:
-        name: of the store.
-        columns: of a row.
-    """
-
-    def __init__(self, name: str, columns: Sequence[Column]) -> None:
-        seed = int.from_bytes(hashlib.sha256(name.encode()).digest())
-        words = [-(-column.bytes // 8) for column in columns]
-        factors = np.random.PCG64(seed).random_raw(1 + sum(words)) | np.uint64(1)
-        self._of_row, *self._of_columns = np.split(factors, np.cumsum([1, *words[:-1]]))
-        self._columns = columns
-
-    def __call__(self, rows: Tensor, values: Mapping[str, Tensor]) -> Tensor:
-        """Of rows (N,) with their values (N, ...) by column: (N,) int64."""
-        found = (rows.numpy().astype(np.uint64) + np.uint64(1)) * self._of_row
-        for column, factors in zip(self._columns, self._of_columns, strict=True):
-            plain = (
-                values[column.name]
-                .reshape(len(rows), math.prod(column.shape))
-                .contiguous()
-                .view(torch.uint8)
-            )
-            full = functional.pad(plain, (0, -column.bytes % 8)) if column.bytes % 8 else plain
-            found += full.numpy().view(np.uint64) @ factors
-        return torch.from_numpy(found.view(np.int64))
-
-
 SMALLER = (
     "keep less (`what: logits`, `top_k`, `dtype: fp16`, fewer `views`), choose another `dir`, or"
     " make room with `kdkit cache --clear`"
@@ -336,7 +285,7 @@ SMALLER = (
 
 
 def gigabytes(count: int) -> str:
-    """`1.62 GB`; small sizes in smaller units."""
+    """Format a size as `1.62 GB`; small sizes in smaller units."""
     unit, name = next(
         ((size, name) for size, name in ((1e9, "GB"), (1e6, "MB")) if count >= size), (1e3, "kB")
     )
@@ -344,7 +293,9 @@ def gigabytes(count: int) -> str:
 
 
 def allocated(path: Path) -> int:
-    """Bytes that a folder's files take on disk; of sparse ones, what was written."""
+    """Return the bytes that a folder's files take on disk; of sparse files only what was
+    written.
+    """
     return sum(file.stat().st_blocks * 512 for file in path.iterdir())
 
 
@@ -359,7 +310,7 @@ def _map(file: Path, dtype: torch.dtype) -> tuple[mmap.mmap, Tensor]:
 
 
 def _span(rows: Tensor, size: int) -> int:
-    """Bytes of the pages that ascending rows (N,) of that size lie in."""
+    """Return the bytes of all pages that contain ascending rows (N,) of `size` bytes each."""
     return (
         len(rows) * size
         if size >= PAGE
@@ -368,7 +319,7 @@ def _span(rows: Tensor, size: int) -> int:
 
 
 def locks(handle: TextIO, how: int) -> bool:
-    """Take a lock (`fcntl.LOCK_...`) on an open file; False where others hold it and it was not
+    """Take a lock (`fcntl.LOCK_...`) on an open file; False if others hold it and the call was not
     to wait.
     """
     try:

@@ -1,5 +1,5 @@
-"""A frozen teacher's answers on disk: the first epoch that shows an image writes, later epochs
-and other runs read.
+"""Caches a frozen teacher's answers on disk: the first epoch that shows an image writes, later
+epochs and other runs read.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Forward = Callable[[Inputs], Outputs]
 
 @dataclass(frozen=True)
 class _Rows:
-    """Where in the store the images of a batch are; on the host, once the device has got so far."""
+    """The rows in the store of a batch's images; copied to the host asynchronously."""
 
     rows: Tensor
     arrived: torch.Event | None = None
@@ -54,18 +54,18 @@ class TeacherCache:
     """One teacher's answers. Ask it in the teacher's place: `teacher.answers =
     functools.partial(cache.answer, forward=teacher.forward)`.
 
-    Whatever it writes it reads again, so that training comes to the same numbers from an empty
-    cache, a full one, and one in between. The first answer that was there before is compared with
-    the teacher's own. A damaged one is asked for again.
+    Everything it writes it reads back, so that training gives the same numbers with an empty cache,
+    a full one, and one in between. The first answer from the disk is compared with the teacher's
+    own. The teacher is asked again for a damaged one.
 
     Args:
         store: open.
-        kept: what of an answer is in a row of it.
+        kept: the form of an answer in a row of it.
         slots: the views of an image.
         images: in the dataset's whole training part.
-        precision: to which training autocasts (None: fp32).
-        role: how messages call the teacher.
-        tell: told of damaged answers.
+        precision: the type that training autocasts to (None: fp32).
+        role: name of the teacher in messages.
+        tell: called with a message about damaged answers.
     """
 
     def __init__(
@@ -89,20 +89,20 @@ class TeacherCache:
         self._compared = False
 
     def loader(self, train: TrainLoader) -> TrainLoader:
-        """The training batches in the views that are kept; the cache knows their images then."""
+        """Wrap the training batches in the cached views; the cache then knows their images."""
         return _KeptViews(train, self)
 
     def close(self) -> None:
-        """Let go of the disk."""
+        """Close the files."""
         self.store.close()
 
     def answer(self, inputs: Inputs, forward: Forward) -> Outputs:
-        """What the teacher says of a batch's images, in fp32: from the disk if all of them are
-        there, else by a forward that is kept.
+        """Return the teacher's answer to a batch's images, in fp32: from the disk if all of them
+        are there, otherwise from a forward whose answers are stored.
 
         Raises:
-            RunError: the images are not those of a batch; the disk is nearly full; the cache is not
-                this teacher's.
+            RunError: the images belong to no batch; the disk is nearly full; the cache is another
+                teacher's.
         """
         shown = first_tensor(inputs)
         if shown not in self._shown:
@@ -121,7 +121,7 @@ class TeacherCache:
         )
 
     def keep(self, rows: Tensor, inputs: Inputs, forward: Forward) -> None:
-        """Ask the teacher, and write what it says of images whose rows are not there yet.
+        """Ask the teacher, and write its answers to images whose rows do not exist yet.
 
         Raises:
             RunError: see `answer`.
@@ -136,23 +136,25 @@ class TeacherCache:
         self.store.write(rows, packed)
 
     def tell_of_damage(self) -> None:
-        """Say that answers are damaged."""
+        """Report that answers are damaged."""
         self._tell(
             f"{self.store.path}: answers of {self._role} are damaged, and it is asked for them"
             " again"
         )
 
     def rows(self, slot: Tensor | int, index: Tensor) -> Tensor:
-        """Where the answers about images of those indices (N,) are, in their slots; on their
-        device.
+        """Return the rows of the answers to images with those indices (N,), in their slots; on
+        their device.
         """
         return slot * self.images + index
 
     def note(self, inputs: Inputs, view: int, index: Tensor) -> None:
-        """Take down which images these are, in which view."""
+        """Record which images these are, in which view."""
         shown = first_tensor(inputs)
         rows = self.rows(self.slots.shown(view, index), index)
         if rows.is_cuda:
+            # pinned and asynchronous: a synchronous copy would make the host wait for the device in
+            # every step
             host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(
                 rows, non_blocking=True
             )
@@ -163,11 +165,11 @@ class TeacherCache:
             self._shown[shown] = _Rows(rows.cpu())
 
     def _compare(self, rows: Tensor, packed: dict[str, Tensor], device: torch.device) -> None:
-        """Hold what is there against what the teacher says; the fingerprint in the folder's name
-        cannot know everything.
+        """Compare stored answers with the teacher's; the fingerprint in the folder's name cannot
+        cover everything.
 
         Raises:
-            RunError: it is something else.
+            RunError: they differ.
         """
         whole = self.store.whole(rows)
         if not bool(whole.any()):
@@ -191,7 +193,7 @@ class TeacherCache:
 
 
 class _KeptViews:
-    """Training batches in the views that a cache keeps."""
+    """Training batches in the views that a cache stores."""
 
     def __init__(self, loader: TrainLoader, cache: TeacherCache) -> None:
         self.labels = loader.labels
@@ -212,7 +214,7 @@ class _KeptViews:
             for batch in self._loader.epoch(number, start, shown, arrange):
                 self._cache.note(batch.inputs, shown, batch.index)
                 waiting.append(batch)
-                # one ahead: by its turn, a GPU has said which images are in it
+                # read one batch ahead: by then, the GPU has copied the image numbers to the host
                 if len(waiting) > batch.index.is_cuda:
                     yield waiting.popleft()
             yield from waiting
@@ -221,7 +223,7 @@ class _KeptViews:
 
 
 def autocast(device: torch.device, precision: torch.dtype | None) -> torch.autocast:
-    """The precision of training, wherever a teacher is asked: schedules also ask before it
-    begins.
+    """Autocast to the training precision wherever a teacher is asked: schedules also ask before
+    training begins.
     """
     return torch.autocast(device.type, dtype=precision, enabled=precision is not None)

@@ -35,14 +35,14 @@ from kdkit.errors import Interrupted, KdkitError, RunError, one_line
 
 app = typer.Typer(
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # typer's boxes show a flag as if it took a value
+    rich_markup_mode=None,  # typer's rich help shows flags as if they took a value
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Knowledge distillation from recipes: any loss plugin under any schedule plugin.",
 )
 app.add_typer(studies.app)
 RunPath = Annotated[Path, typer.Argument(help="Run folder.", show_default=False)]
 Best = Annotated[
-    bool, typer.Option("--best", help="The epoch with the best validation accuracy, not the last.")
+    bool, typer.Option("--best", help="The epoch that is best on validation, not the last.")
 ]
 
 
@@ -55,7 +55,7 @@ Device = Annotated[
 
 
 class ExportFormat(StrEnum):
-    """What `kdkit export` writes."""
+    """The formats of `kdkit export`."""
 
     timm = "timm"
     onnx = "onnx"
@@ -102,11 +102,12 @@ def train(
     processes: Processes = None,
     no_plugins: NoPlugins = False,
 ) -> None:
-    """Carry out a recipe; an interrupted run goes on."""
+    """Train a recipe; an interrupted run resumes."""
     watch(plugins, no_plugins)
     loaded = load(recipe, overrides, plugins)
     start_processes(processes)
-    from kdkit.runs import training  # after the recipe: a mistake in it is told at once
+    # after the recipe, so that its errors appear before the slow import
+    from kdkit.runs import training
 
     training.train(loaded, run, restart=restart, quiet=quiet)
 
@@ -118,7 +119,7 @@ def check(
     plugins: Plugins = None,
     no_plugins: NoPlugins = False,
 ) -> None:
-    """Say what a recipe would do, without data, weights or training."""
+    """Show what a recipe would do, without data, weights or training."""
     watch(plugins, no_plugins)
     loaded = load(recipe, overrides, plugins)
     from kdkit.runs import checks
@@ -142,18 +143,23 @@ def evaluate(
     plugins: RunPlugins = None,
 ) -> None:
     """Measure a run's student again, beside its teacher."""
+    from kdkit.engine.evaluate import Judge
     from kdkit.engine.trainer import build_accelerator
     from kdkit.recipe.yaml_source import parse_overrides
     from kdkit.students import loaded
     from kdkit.students.show import score_table
 
-    opened = loaded.TrainedRun(run, parse_overrides(overrides or []), absolute(plugins))
+    opened = loaded.LoadedRun(run, parse_overrides(overrides or []), absolute(plugins))
     train = opened.recipe.spec.train
     accelerator = build_accelerator(
         train.model_copy(update={"device": device}) if device else train
     )
-    scores = loaded.evaluate(opened, best=best, device=accelerator.device)
-    out.print(score_table((f"{score.role}, {score.part}", score.metrics) for score in scores))
+    judge = Judge.of(opened.recipe, opened.info)
+    rows = (
+        (f"{one.role}, {one.part}", one.metrics)
+        for one in loaded.evaluate(opened, best=best, device=accelerator.device)
+    )
+    out.print(score_table(rows, (*judge.scores, *judge.agreement)))
 
 
 @app.command()
@@ -177,7 +183,7 @@ def predict(
     from kdkit.students import loaded, predictions
 
     opened, files = (
-        loaded.TrainedRun(run, plugins=absolute(plugins)),
+        loaded.LoadedRun(run, plugins=absolute(plugins)),
         predictions.find_images(images),
     )
     device = build_accelerator(opened.recipe.spec.train).device
@@ -233,7 +239,7 @@ def export(
     from kdkit.students.export import export as write
 
     made = write(
-        loaded.TrainedRun(run, plugins=absolute(plugins)),
+        loaded.LoadedRun(run, plugins=absolute(plugins)),
         "onnx" if form is ExportFormat.onnx else "timm",
         output,
         best=best,
@@ -436,8 +442,8 @@ def schema(
 
 
 def main() -> None:
-    """Run the command line: a mistake of the user's is one line and exit code 2; a stop by a
-    signal is 128 plus its number; 70: a fault.
+    """Run the command line. Exit codes: 2 for a mistake of the user's, reported in one line; 128
+    plus its number for a stop by a signal; 70 for a fault.
     """
     if {"--install-completion", "--show-completion"} & set(sys.argv) and not _in_a_shell():
         sys.exit(
@@ -445,7 +451,7 @@ def main() -> None:
             " none of them"
         )
     try:
-        # what a command watches ends with it
+        # a copied context, so that what a command sets with `consent.watch` ends with the command
         code = copy_context().run(app, prog_name="kdkit", standalone_mode=False)
     except typer.Abort:
         print("stopped", file=sys.stderr)
@@ -466,7 +472,7 @@ def main() -> None:
         if lost := launching.told_of_another(error):
             print(lost, file=sys.stderr)
             sys.exit(2 if lost == launching.WORKER_ENDED else launching.ENDED_WITH_ANOTHER)
-        # as typer's have; where their base is, depends on its version
+        # typer's errors have it; their base class depends on its version
         if hasattr(error, "format_message"):
             print(usage.told(error, sys.argv[1:]), file=sys.stderr)
             sys.exit(2)
@@ -479,7 +485,7 @@ def main() -> None:
 
 
 def _tell_others(error: KdkitError) -> None:
-    """Before this process leaves: the others of its launch may wait for it."""
+    """Report to the other processes of the launch, which may be waiting, that this one leaves."""
     if launching.of_launch()[1] > 1:
         from kdkit.runs import agreement
 
@@ -487,7 +493,7 @@ def _tell_others(error: KdkitError) -> None:
 
 
 def _in_a_shell() -> bool:
-    import shellingham  # comes with typer
+    import shellingham  # installed with typer
 
     try:
         shellingham.detect_shell()

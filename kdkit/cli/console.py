@@ -1,4 +1,4 @@
-"""What the commands share: where they print, arguments, and how a recipe is found."""
+"""Shared parts of the commands: consoles, arguments, and loading a recipe."""
 
 from __future__ import annotations
 
@@ -71,13 +71,13 @@ UNEXPECTED = 70
 
 
 def start_processes(wanted: int | None) -> None:
-    """Carry the command out in so many processes, if this is none of them yet, and leave."""
+    """Run the command in `processes` processes if it is not in one of them yet, and exit."""
     if wanted is not None and launching.must_launch(wanted):
         raise typer.Exit(launching.launch(wanted, sys.argv[1:]))
 
 
 def load(path: Path, overrides: list[str] | None, plugins: list[Path] | None) -> Recipe:
-    """The recipe that a command line means."""
+    """Load the recipe that a command line names."""
     from kdkit import recipe
     from kdkit.recipe import yaml_source
 
@@ -85,8 +85,8 @@ def load(path: Path, overrides: list[str] | None, plugins: list[Path] | None) ->
 
 
 def watch(plugins: list[Path] | None, no_plugins: bool) -> None:
-    """From here on tell, on stderr, of each Python file that a recipe makes run; or let none run
-    but those of --plugins.
+    """From here on announce, on stderr, each Python file that a recipe runs; or let none run but
+    those of --plugins.
     """
     from kdkit.launching import is_first
     from kdkit.recipe import consent
@@ -99,15 +99,15 @@ def watch(plugins: list[Path] | None, no_plugins: bool) -> None:
 
 
 def absolute(plugins: list[Path] | None) -> tuple[Path, ...]:
-    """Plugin files as paths that do not depend on the working directory."""
+    """Make the paths of plugin files independent of the working directory."""
     return tuple(path.expanduser().resolve() for path in plugins or [])
 
 
 def unexpected(error: Exception) -> tuple[str, int]:
-    """One line on an error that nobody meant to raise, and the exit code; its traceback is
-    written to a file.
+    """Format an unexpected error as one line, and choose the exit code; its traceback is written to
+    a file.
 
-    Too little memory is nobody's fault, and torch says it in several ways.
+    Running out of memory is no fault of kdkit's, and torch reports it in several ways.
     """
     if (
         isinstance(error, MemoryError)
@@ -131,7 +131,7 @@ def unexpected(error: Exception) -> tuple[str, int]:
         if module.partition(".")[0].startswith("kdkit")
     ]
     module, last = own[-1] if own else ("kdkit", frames[-1])
-    # of a file; those that come with kdkit are `kdkit_plugins`
+    # a plugin file; the standard plugins are in the package `kdkit_plugins`
     is_plugin = module.startswith("kdkit_plugin_")
     whose = (
         "a fault of this plugin"
@@ -144,6 +144,7 @@ def unexpected(error: Exception) -> tuple[str, int]:
         ) as file:
             file.write("".join(traceback.format_exception(error)))
         where = f"traceback in {file.name}, or here with {DEBUG}=1"
+    # no temporary folder, or a full disk: the message must appear all the same
     except OSError:
         where = f"traceback with {DEBUG}=1"
     says = (

@@ -1,4 +1,4 @@
-"""What `kdkit layers` shows of a model that no recipe names."""
+"""The output of `kdkit layers` for a model outside a recipe."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
-from kdkit.contracts.inputs import Shape, as_image, is_text, parse_shape
+from kdkit.contracts.inputs import Shape, TextShape, as_image, is_text, parse_shape
 from kdkit.contracts.layers import LayerRow, tappable_layers
 from kdkit.errors import ModelError
 from kdkit.recipe import registry
@@ -16,14 +16,14 @@ from kdkit.recipe.explain import explain
 from kdkit.recipe.types import source_of
 from kdkit.recipe.yaml_source import nested, parse_overrides
 
-TOKENS_SHOWN = 16  # where nobody says how long texts are
+TOKENS_SHOWN = 16  # length of texts if none is given
 
 
 def layers(
-    model: str, words: Sequence[str], num_classes: int, size: str, plugins: tuple[Path, ...] = ()
+    model: str, words: Sequence[str], outputs: int, size: str, plugins: tuple[Path, ...] = ()
 ) -> list[LayerRow]:
-    """The layers of `model`, built on the meta device with `key=value` options for images or
-    texts of `size`, as `parse_shape` reads it.
+    """List the layers of `model`, built on the meta device with `key=value` options for images or
+    texts of `size`, in the form of `parse_shape`.
 
     Raises:
         ModelError: no such model, or it does not take such images or options.
@@ -38,10 +38,10 @@ def layers(
         raise ModelError(explain(error, kind, said, lambda _: model)) from None
     builder = sources[source](options, name)
     if builder.takes == "texts":
-        taken: Shape = shape if is_text(shape) else (TOKENS_SHOWN,)
+        taken: Shape = shape if is_text(shape) else TextShape((TOKENS_SHOWN,))
     else:
         channels, *sides = as_image(shape)
         taken = (builder.in_channels(channels), *sides)
     with torch.device("meta"):
-        module = builder.build(num_classes, taken)
+        module = builder.build(outputs, taken)
     return tappable_layers(module, taken)

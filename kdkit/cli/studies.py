@@ -86,15 +86,15 @@ def compare(
 ) -> None:
     """Train the variants of a study with several seeds; compare them.
 
-    Runs that are trained already are reused.
+    Finished runs are reused.
     """
     from kdkit.recipe.yaml_source import parse_overrides
-    from kdkit.study import variants
+    from kdkit.study import loading
 
     watch(plugins, no_plugins)
     changes = [word for word in words if "=" in word and not Path(word).exists()]
     paths = [Path(word) for word in words if word not in changes]
-    loaded = variants.load(
+    loaded = loading.load(
         paths, parse_overrides(changes), absolute(plugins), seeds=seeds, allow=allow or ()
     )
     from kdkit import launching
@@ -114,7 +114,7 @@ def compare(
     )
     if found is None:
         return
-    for one in table.tables(found, out.width, loaded.show):
+    for one in table.tables(found, out.width, loaded.columns(found.scores)):
         out.print(one)
         out.print()
     for line in table.caption(found):
@@ -154,7 +154,7 @@ def report(
     from kdkit.study.report import output as reports
 
     overrides = parse_overrides(f"data.{word.removeprefix('data.')}" for word in data or [])
-    with Terminal(stderr=True).status("reads the runs") as status:  # on a terminal only
+    with Terminal(stderr=True).status("reads the runs") as status:  # shown on a terminal only
         written = reports.write(
             paths, output, overrides, absolute(plugins), say=lambda text: status.update(text)
         )
@@ -196,7 +196,9 @@ def cache(
     wanted = None if clear or listed or recipe is None else load(Path(recipe), overrides, plugins)
     from kdkit.cache import folder as store_folder
     from kdkit.cache.store import gigabytes
-    from kdkit.runs import fill_caches  # after the recipe: a mistake in it is told at once
+
+    # after the recipe, so that its errors appear before the slow import
+    from kdkit.runs import fill_caches
 
     if clear:
         for gone in store_folder.clear(folder, recipe):

@@ -1,4 +1,4 @@
-"""One line for a command line that does not fit the command."""
+"""Reports a command line that the command does not accept, in one line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from kdkit.errors import one_line
 
 
 def told(error: Any, words: Sequence[str]) -> str:
-    """What typer says of the command line `words`, on one line that begins with the command."""
+    """Format typer's error about the command line `words`, on one line that begins with the
+    command.
+    """
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "kdkit"
     says = " ".join(error.format_message().split()).replace("Value error, ", "").rstrip(".")
@@ -29,7 +31,7 @@ def told(error: Any, words: Sequence[str]) -> str:
 
 
 def _value_after(option: str, words: Sequence[str]) -> str:
-    """The value that was meant for an option: `3` of `--epochs 3` and of `--epochs=3`."""
+    """Return the value that was meant for an option: `3` of `--epochs 3` and of `--epochs=3`."""
     for word, following in zip(words, [*words[1:], ""], strict=True):
         if word == option and following and not following.startswith("-"):
             return following
@@ -39,7 +41,7 @@ def _value_after(option: str, words: Sequence[str]) -> str:
 
 
 def _keys_called(option: str) -> Iterator[str]:
-    """Every key of a recipe, of which the last part has the option's name."""
+    """List every key of a recipe whose last part has the option's name."""
     from kdkit.recipe.sections import RecipeBase  # imports torch
 
     name = option.lstrip("-").replace("-", "_")

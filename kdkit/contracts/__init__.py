@@ -1,1 +1,1 @@
-"""What a plugin author implements and receives."""
+"""The interfaces that plugin authors implement, and the records that they receive."""

@@ -1,6 +1,4 @@
-"""Small parts that losses are built of: adapters between widths, frozen copies, logits of one
-scale.
-"""
+"""Building blocks of losses: adapters between widths, frozen copies, standardised logits."""
 
 from __future__ import annotations
 
@@ -15,7 +13,8 @@ from kdkit.contracts.features import as_vectors
 from kdkit.errors import ShapeError
 
 M = TypeVar("M", bound=nn.Module)
-# of the largest logit: mixed precision stays far below, another head far above
+# relative to the largest logit: far above mixed-precision rounding, far below another head's
+# difference
 HEAD_TOLERANCE = 0.05
 
 
@@ -33,25 +32,25 @@ class AnyBatchNorm(nn.BatchNorm2d):
 
 
 def aligned(f_s: Tensor, f_t: Tensor, *, bias: bool = True) -> nn.Module:
-    """From the student's channels to the teacher's: a 1x1 convolution of maps where they differ,
-    nothing where they agree.
+    """Map the student's channels to the teacher's: a 1x1 convolution of maps where the numbers
+    differ, the identity where they agree.
     """
     same = f_s.shape[1] == f_t.shape[1]
     return nn.Identity() if same else nn.Conv2d(f_s.shape[1], f_t.shape[1], 1, bias=bias)
 
 
 def frozen_copy(module: M) -> M:
-    """A copy in eval mode that does not learn."""
+    """Return a copy in eval mode that does not learn."""
     return copy.deepcopy(module).eval().requires_grad_(False)
 
 
 def pooled_head(classifier: nn.Module, f: Tensor, logits: Tensor, whose: str) -> nn.Linear:
-    """A network's classifier, once it is seen to be a linear layer of the mean over a layer's
-    positions.
+    """Return a network's classifier, after checking that it is a linear layer applied to the mean
+    over a layer's positions.
 
     Args:
         classifier: the layer that gives the logits.
-        f: what the layer in question gives: a map, tokens or a vector.
+        f: output of the layer in question: a map, tokens or a vector.
         logits: of the same samples.
         whose: begins the message: "teacher 'stage3'".
 
@@ -77,7 +76,7 @@ def pooled_head(classifier: nn.Module, f: Tensor, logits: Tensor, whose: str) ->
 
 
 def standardized(z: Tensor) -> Tensor:
-    """Logits (B, K) with mean 0 and (unbiased) deviation 1 in each row; rows whose deviation is
+    """Logits (R, K) with mean 0 and (unbiased) deviation 1 in each row; rows whose deviation is
     below 1e-5 become zeros without gradient.
 
     Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024, arXiv:2403.01427,
@@ -85,4 +84,5 @@ def standardized(z: Tensor) -> Tensor:
     """
     centred = z - z.mean(1, keepdim=True)
     variance = centred.square().sum(1, keepdim=True) / max(z.shape[1] - 1, 1)
+    # clamp before the root: its gradient at 0 is infinite, and `where` would turn it into NaN
     return torch.where(variance > 1e-10, centred / (1e-7 + variance.clamp_min(1e-10).sqrt()), 0.0)

@@ -1,4 +1,4 @@
-"""What the author of a dataset implements: where images and texts come from, and in which form."""
+"""The interface of a dataset plugin: where samples come from, and in which form."""
 
 from __future__ import annotations
 
@@ -13,44 +13,47 @@ from torch import Tensor
 
 from kdkit.contracts.inputs import Shape
 from kdkit.contracts.options import Options
+from kdkit.contracts.synonyms import with_synonyms
 from kdkit.errors import DataError
 
 
 class Split(Protocol):
-    """One part of a dataset, as a map-style dataset: item i is (PIL image, class index).
+    """One part of a dataset, as a map-style dataset: item i is (PIL image, target).
 
-    It is read by several processes at once; an image that cannot be read raises, best a DataError
-    that names its file.
+    Several processes read it at once. An image that cannot be read raises an exception, preferably
+    a DataError that names its file.
     """
 
     @property
-    def labels(self) -> Sequence[int]:
-        """Class index of each item, known without reading the images."""
+    def labels(self) -> Sequence[Any]:
+        """Target of each item (a class index, where the task is classification), known without
+        reading the images.
+        """
         ...
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[Any, int]: ...
+    def __getitem__(self, index: int) -> tuple[Any, Any]: ...
 
 
 @runtime_checkable
 class Stream(Protocol):
     """One part of a dataset that can only be read from its start to its end, such as tar shards.
 
-    What needs to know or to reach single images cannot be had with it: train_samples,
+    Whatever needs random access, or the list of all images, is unavailable: train_samples,
     train_fraction, validation, repeats (each raises a DataError), a teacher cache, losses that keep
-    something per image. An interrupted epoch is taken up by reading it again up to that place.
-    Which images come together depends on `data.workers`. Several processes can train on a
-    `SharedStream` only.
+    something per image. An interrupted epoch is resumed by reading it again up to the place where
+    it stopped. Which images share a batch depends on `data.workers`. Several processes can train on
+    a `SharedStream` only.
     """
 
     def __len__(self) -> int:
-        """Images of one epoch."""
+        """Number of images in one epoch."""
         ...
 
-    def read(self, seed: int | None, workers: int, batch_size: int) -> Iterable[tuple[Any, int]]:
-        """(PIL image, class index) of one epoch; iterated in each worker process, it gives that
-        worker's share.
+    def read(self, seed: int | None, workers: int, batch_size: int) -> Iterable[tuple[Any, Any]]:
+        """Return the (PIL image, target) pairs of one epoch; iterated in a worker process, it
+        yields that worker's share.
 
         Args:
             seed: of this epoch's order; None: in the order of the files, every image once.
@@ -66,23 +69,26 @@ class SharedStream(Stream, Protocol):
     """A stream that several training processes can read, each its own share."""
 
     def share(self, rank: int, world: int) -> Stream:
-        """What process `rank` of `world` reads. Its length stays that of the whole.
+        """Return the part that process `rank` of `world` reads; its length is still that of the
+        whole stream.
 
-        Shuffled, it must have its part of an epoch's batches at least, by repetition if need be, so
-        that no process waits for another's. In the order of the files, all processes together read
-        every image once.
+        When shuffled, it must yield at least its part of an epoch's batches, repeating images if
+        necessary, so that no process waits for another. In the order of the files, all processes
+        together read every image once.
         """
         ...
 
 
+@with_synonyms
 @dataclass(frozen=True)
 class DataInfo:
-    """What is known of a dataset before it is read.
+    """Properties of a dataset that are known before it is read.
 
     Attributes:
         image_shape: (C, H, W); H and W are 0 where images have many sizes, so that a recipe must
-            set `data.image_size`. Of texts, (N,): so many tokens at most.
-        num_classes: K.
+            set `data.image_size`. For texts, (N,): at most N tokens.
+        outputs: K, how many values an answer has in each row: classes (`num_classes` is another
+            name for it), labels or numbers, depending on the task.
         num_train, num_test: lengths of the parts.
         class_names: K names, or none.
         further: names of the tensors that a text has beside its token ids and their mask; none for
@@ -94,7 +100,7 @@ class DataInfo:
     """
 
     image_shape: Shape
-    num_classes: int
+    outputs: int
     num_train: int
     num_test: int
     class_names: tuple[str, ...] = ()
@@ -106,11 +112,11 @@ class DataInfo:
 
 @dataclass(frozen=True)
 class Lacking:
-    """Files that a dataset has not, and may fetch.
+    """Files that a dataset does not have yet, and can fetch.
 
     Attributes:
-        what: what they are, and from where they come.
-        folder: where they go to (None: into the cache of the library that fetches them).
+        what: the files and their origin, in words.
+        folder: their destination (None: the cache of the library that fetches them).
     """
 
     what: str
@@ -128,24 +134,26 @@ class DatasetSource(abc.ABC):
     """Reads one dataset."""
 
     name: ClassVar[str]
+    task: ClassVar[str] = "classification"
+    """The task that its targets are made for; a recipe's `task:` may name another one."""
     Options: ClassVar[type[DatasetOptions]] = DatasetOptions
     split_at_check: ClassVar[bool] = True
-    """Whether `kdkit check` calls `split`, to see that labels and lengths are sound. False where
-    that takes long, or downloads.
+    """Whether `kdkit check` calls `split` to verify labels and lengths. Set to False if that is
+    slow, or downloads.
     """
 
     def __init__(self, options: DatasetOptions) -> None:
         self.options = options
 
     def lacks(self) -> Lacking | None:
-        """What `fetch` would bring; None where it is all there, or the options do not allow to
-        fetch it. Connects to nothing.
+        """Describe what `fetch` would download; None if nothing is missing, or if the options do
+        not allow fetching. Makes no connection.
         """
         return None
 
-    def fetch(self) -> None:  # noqa: B027 -- most datasets are there
-        """Bring what it lacks. Called before the rest in training, never by `kdkit check`; kdkit
-        has said what comes from where.
+    def fetch(self) -> None:  # noqa: B027 -- most datasets need no download
+        """Fetch the missing files. Called before everything else in training, never by `kdkit
+        check`; kdkit has announced what comes from where.
 
         Raises:
             DataError: it cannot be fetched.
@@ -153,25 +161,25 @@ class DatasetSource(abc.ABC):
 
     @abc.abstractmethod
     def info(self) -> DataInfo:
-        """Shape and class count, without reading the images.
+        """Return the shape of the samples and the number of outputs, without reading the images.
 
         Raises:
-            DataError: its files are not there.
+            DataError: its files do not exist.
         """
 
     def own_files(self) -> Sequence[Path]:
-        """Files, and folders of files, in which the user's own data lie, as far as they are
-        there (default: none).
+        """List the files and folders that hold the user's own data, as far as they exist (default:
+        none).
 
-        A run's fingerprint covers them, so that changed data make another run. Fetches nothing.
-        Files that a name stands for, such as MNIST's, are none of them.
+        A run's fingerprint covers them, so that changed data give a different run. Fetches nothing.
+        Files that a name identifies, such as MNIST's, are not listed.
         """
         return ()
 
     @abc.abstractmethod
     def split(self, part: Literal["train", "test"]) -> Split | InMemory | Texts | Stream:
-        """One part: images in memory, a map-style dataset of PIL images, a stream of them, or
-        texts.
+        """Return one part: images in memory, a map-style dataset of PIL images, a stream of them,
+        or texts.
 
         Raises:
             DataError: its files are missing or broken.
@@ -180,7 +188,9 @@ class DatasetSource(abc.ABC):
 
 @dataclass(frozen=True)
 class InMemory:
-    """A part of a dataset held as one tensor: images uint8 (N, C, H, W), labels int64 (N,)."""
+    """A part of a dataset held as one tensor: images uint8 (N, C, H, W), labels (N, ...): class
+    indices int64 (N,), or whatever the task's targets are.
+    """
 
     images: Tensor
     labels: Tensor
@@ -206,10 +216,10 @@ class Texts:
     with an `attention_mask`.
 
     Attributes:
-        tokens: whole numbers of each text by the name under which networks take them, such as
-            `input_ids`; of one text, all as many.
-        labels: int64 (N,).
-        padding: what short texts are filled up with, by the same names (default: 0).
+        tokens: integers of each text by the name of the network's argument, such as `input_ids`;
+            for one text, all have the same length.
+        labels: (N, ...), as in `InMemory`.
+        padding: the values that pad short texts, by the same names (default: 0).
     """
 
     tokens: Mapping[str, Sequence[Sequence[int]]]
@@ -229,5 +239,5 @@ class Texts:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each text."""
+        """Return the number of tokens of each text."""
         return [len(ids) for ids in next(iter(self.tokens.values()))]

@@ -1,4 +1,4 @@
-"""The whole batch of several processes, in each of them."""
+"""Gathers the batch of all processes in each of them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def gather(x: Tensor) -> Tensor:
-    """Every process's rows, (B, ...) to (world * B, ...), in the processes' order; with one
-    process, `x` itself.
+    """Gather every process's rows, (B, ...) to (world * B, ...), in the order of the processes;
+    with one process, return `x` itself.
 
-    All processes must call it, with as many rows each.
+    All processes must call it with the same number of rows.
 
     The gradient of a process's rows is summed over all processes' losses. A data-parallel trainer
     then averages the parameters' gradients, so that a loss which each process computes on all rows

@@ -1,5 +1,4 @@
-"""Features of one form from features of another: maps (B, C, H, W), tokens (B, N, D), vectors
-(B, D).
+"""Converts features between forms: maps (B, C, H, W), tokens (B, N, D), vectors (B, D).
 
 A vision transformer's tokens become a map by leaving out what precedes the patches (class,
 distillation and register tokens) and folding the rest to the square grid it came from; a map's
@@ -20,8 +19,8 @@ MOST_PREFIX_TOKENS = 5  # a class token and four registers
 
 
 def prefix_tokens(count: int) -> int | None:
-    """How many of a sequence's tokens come before its patches: the fewest that leave a square;
-    None where no number does.
+    """Count the tokens of a sequence that precede its patches: the fewest that leave a square; None
+    if no number does.
     """
     return next(
         (
@@ -34,18 +33,18 @@ def prefix_tokens(count: int) -> int | None:
 
 
 def is_padded(f: Tensor, mask: Tensor | None) -> bool:
-    """Whether those are hidden states (B, N, D) of texts, whose real tokens the mask (B, N)
-    tells.
+    """Check whether features are hidden states (B, N, D) of texts whose real tokens are marked by
+    the mask (B, N).
     """
     return mask is not None and f.ndim == 3 and f.shape[:2] == mask.shape
 
 
 def as_map(f: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Maps or tokens as maps (B, C, H, W).
+    """Return maps or tokens as maps (B, C, H, W).
 
     Args:
         f: a map or tokens of each sample.
-        mask: `Outputs.mask`: of texts, which have no grid.
+        mask: `Outputs.mask`; set for texts, which have no grid.
 
     Raises:
         ShapeError: there is no grid of positions.
@@ -60,10 +59,10 @@ def as_map(f: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def as_tokens(f: Tensor) -> Tensor:
-    """Maps or tokens as tokens (B, N, D).
+    """Return maps or tokens as tokens (B, N, D).
 
     Raises:
-        ShapeError: neither of the two.
+        ShapeError: they are neither maps nor tokens.
     """
     if f.ndim == 3:
         return f
@@ -73,20 +72,21 @@ def as_tokens(f: Tensor) -> Tensor:
 
 
 def as_vectors(f: Tensor, mask: Tensor | None = None) -> Tensor:
-    """One vector per sample (B, D): a map's mean over its positions, the mean over all tokens, a
-    vector as it is.
+    """Return one vector per sample (B, D): the mean of a map over its positions, the mean over all
+    tokens, or the vector as it is.
 
     Args:
         f: a map, tokens or a vector of each sample.
         mask: `Outputs.mask`: of texts, which tokens (B, N) are real and count.
 
     Raises:
-        ShapeError: nothing of that kind.
+        ShapeError: it is neither a map, nor tokens, nor a vector.
     """
     if f.ndim == 2:
         return f
     if mask is not None and is_padded(f, mask):
         real = mask[:, :, None].to(f.dtype)
+        # a text of padding only would divide by 0
         return (f * real).sum(1) / real.sum(1).clamp_min(1)
     if f.ndim not in (3, 4):
         raise ShapeError("neither a vector (B, D), tokens (B, N, D) nor a map (B, C, H, W)")
@@ -94,7 +94,7 @@ def as_vectors(f: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def resized(f: Tensor, size: Sequence[int]) -> Tensor:
-    """Maps (B, C, H, W) at another size, by bilinear interpolation."""
+    """Resize maps (B, C, H, W) by bilinear interpolation."""
     return (
         f
         if tuple(f.shape[2:]) == tuple(size)
@@ -103,7 +103,7 @@ def resized(f: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def pooled_alike(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
-    """Two maps at the smaller one's height and width: the larger is average-pooled."""
+    """Bring two maps to the smaller height and width: the larger one is average-pooled."""
     size = min(f_s.shape[2], f_t.shape[2]), min(f_s.shape[3], f_t.shape[3])
     one, other = (
         f if tuple(f.shape[2:]) == size else F.adaptive_avg_pool2d(f, size) for f in (f_s, f_t)

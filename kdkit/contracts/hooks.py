@@ -1,4 +1,4 @@
-"""The four questions kdkit asks a plugin. Each returns classes and does nothing else."""
+"""The questions kdkit asks a plugin. Each returns classes and does nothing else."""
 
 from collections.abc import Sequence
 
@@ -6,8 +6,10 @@ import pluggy
 
 from kdkit.contracts.dataset_source import DatasetSource
 from kdkit.contracts.loss import Loss
+from kdkit.contracts.metric_source import MetricSource
 from kdkit.contracts.model_source import ModelSource
 from kdkit.contracts.schedule import Schedule
+from kdkit.contracts.task import Task
 
 hookspec = pluggy.HookspecMarker("kdkit")
 hookimpl = pluggy.HookimplMarker("kdkit")
@@ -31,3 +33,13 @@ def kdkit_models() -> Sequence[type[ModelSource]]:  # type: ignore[empty-body]
 @hookspec
 def kdkit_datasets() -> Sequence[type[DatasetSource]]:  # type: ignore[empty-body]
     """Return the DatasetSource classes this plugin adds."""
+
+
+@hookspec
+def kdkit_tasks() -> Sequence[type[Task]]:  # type: ignore[empty-body]
+    """Return the Task classes this plugin adds."""
+
+
+@hookspec
+def kdkit_metrics() -> Sequence[type[MetricSource]]:  # type: ignore[empty-body]
+    """Return the MetricSource classes this plugin adds."""

@@ -1,4 +1,4 @@
-"""The shape of what a network is shown, and inputs of that shape to try it out with."""
+"""Shapes of network inputs, and inputs of such a shape to try a network with."""
 
 from __future__ import annotations
 
@@ -13,28 +13,36 @@ from kdkit.contracts.records import MASK, Inputs
 from kdkit.errors import ModelError, shown
 
 Shape = tuple[int, ...]
-"""Of one sample: (C, H, W) of an image; (N,) of a text of at most N tokens."""
+"""Shape of one sample: (C, H, W) of an image; a `TextShape` of a text."""
+
+
+class TextShape(tuple[int, ...]):
+    """The shape (N,) of texts of at most N tokens, as the task reports it."""
+
+    __slots__ = ()
+
 
 TOKENS = "input_ids"
-COMMON = 8  # token ids that any vocabulary has
+COMMON = 8  # token ids below this exist in any vocabulary
 
 
 def is_text(shape: Shape) -> bool:
-    """Whether samples of that shape are texts, not images."""
-    return len(shape) == 1
+    """Check whether samples of that shape are texts, not images."""
+    return isinstance(shape, TextShape)
 
 
 def kind_of(shape: Shape) -> str:
-    """images or texts."""
+    """Name the kind of samples: `images` or `texts`."""
     return "texts" if is_text(shape) else "images"
 
 
 def random_inputs(
     shape: Shape, count: int, device: torch.device | str | None = None, seed: int = 0
 ) -> Inputs:
-    """Images in [0, 1], or texts of full length; the same ones for a seed, whatever else is drawn.
+    """Make images in [0, 1], or texts of full length; equal for equal seeds, whatever other random
+    numbers are drawn.
 
-    On the meta device texts have no mask: networks look what is in it, and there is nothing.
+    On the meta device texts have no mask: networks read its values, and meta tensors have none.
     """
     stream = torch.Generator().manual_seed(seed)
     if not is_text(shape):
@@ -44,7 +52,7 @@ def random_inputs(
 
 
 def moved(inputs: Inputs, device: torch.device) -> Inputs:
-    """The same inputs on another device."""
+    """Move the inputs to another device."""
     return (
         inputs.to(device)
         if isinstance(inputs, Tensor)
@@ -53,7 +61,7 @@ def moved(inputs: Inputs, device: torch.device) -> Inputs:
 
 
 def rows(inputs: Inputs, index: Tensor) -> Inputs:
-    """Some of the samples, in that order."""
+    """Select some of the samples, in the given order."""
     return (
         inputs[index]
         if isinstance(inputs, Tensor)
@@ -62,27 +70,29 @@ def rows(inputs: Inputs, index: Tensor) -> Inputs:
 
 
 def first_tensor(inputs: Inputs) -> Tensor:
-    """The images, or one of the tensors of a mapping: it says on which device they are, and how
-    many.
+    """Return the images, or one of the tensors of a mapping: it gives the device and the number of
+    samples.
     """
     return next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs
 
 
 def as_image(shape: Shape, channels: int = 3) -> Shape:
-    """(C, H, W) as it is; a side (N,) as that of square images."""
+    """Return (C, H, W) as it is, and a side (N,) as the shape of square images."""
     return (channels, *shape, *shape) if is_text(shape) else shape
 
 
 def parse_shape(size: str) -> Shape:
-    """(C, H, W) of "C,H,W", and (N,) of "N": tokens of a text, or the side of square images.
+    """Parse "C,H,W" as (C, H, W), and "N" as (N,): the tokens of a text, or the side of square
+    images.
 
     Raises:
         ModelError: it is not of that form.
     """
+    # text that is no number is reported by the error below
     with contextlib.suppress(ValueError):
         shape = tuple(int(side) for side in size.split(","))
         if len(shape) in (1, 3) and min(shape) > 0 and max(shape) <= SIDE:
-            return shape
+            return TextShape(shape) if len(shape) == 1 else shape
     raise ModelError(
         f"--size: {shown(size)} is not of the form C,H,W, such as 3,224,224, nor a whole number,"
         f" the side of square images or tokens of a text; each is {SIDE} at most"

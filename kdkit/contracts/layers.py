@@ -1,4 +1,4 @@
-"""Names of layers: what a recipe writes, and which module of a network that is.
+"""Resolves names of layers: from what a recipe writes to a module of the network.
 
 A layer is a `named_modules()` path, a glob over such paths (`blocks.*.attn`; a star stays within
 one step of the path), or an alias: `stage1`..`stageN`, `penultimate` (the classifier's input),
@@ -36,13 +36,14 @@ class Layer:
     "" is the network itself.
 
     `embedding` says that it is one vector per sample, whatever dimensions of size 1 surround it.
-    `output`: of a network that gives several outputs, which of them, see `outputs_of`.
+    `output`: index of the output, if the network gives several; see `outputs_of`.
     """
 
     path: str
     side: Literal["output", "input"] = "output"
     embedding: bool = False
-    output: int = field(default=0, repr=False)  # caches know layers by their text of before
+    # excluded, because cache keys contain the repr of before this field existed
+    output: int = field(default=0, repr=False)
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class LayerRow:
 
 
 def outputs_of(returned: object) -> list[Tensor]:
-    """The tensors that a network returns, its logits first; none where it returns something
+    """List the tensors that a network returns, its logits first; empty if it returns something
     else.
 
     It returns one tensor, a mapping or a named tuple with `logits`, or a tuple that begins with
@@ -82,8 +83,8 @@ def outputs_of(returned: object) -> list[Tensor]:
 
 
 def output_of(returned: object, number: int) -> object:
-    """The output of that number; the only one, where there are no others (networks average
-    theirs once they are trained).
+    """Return the output of that number, or the only one if there are no others (some networks
+    average theirs once they are trained).
 
     Raises:
         TapError: there are others, but not this one.
@@ -96,11 +97,11 @@ def output_of(returned: object, number: int) -> object:
     return outputs[min(number, len(outputs) - 1)] if outputs else returned
 
 
-def resolve(name: str, module: nn.Module, num_classes: int | None = None) -> Layer:
-    """The place in the network that a name means.
+def resolve(name: str, module: nn.Module, outputs: int | None = None) -> Layer:
+    """Find the place in the network that a name means.
 
     Raises:
-        TapError: no such layer; says which was probably meant and what there is.
+        TapError: no such layer; suggests the closest name and lists the others.
     """
     if name == "logits":
         return Layer("")
@@ -109,9 +110,9 @@ def resolve(name: str, module: nn.Module, num_classes: int | None = None) -> Lay
     ):
         return Layer("", output=int(numbered[1]))
     if name == "penultimate":
-        return Layer(classifier_path(module, num_classes), "input", embedding=True)
+        return Layer(classifier_path(module, outputs), "input", embedding=True)
     if name.endswith(INPUT):
-        return Layer(resolve(name.removesuffix(INPUT), module, num_classes).path, "input")
+        return Layer(resolve(name.removesuffix(INPUT), module, outputs).path, "input")
     paths = dict(module.named_modules())
     if name and name in paths:
         return Layer(name)
@@ -134,8 +135,8 @@ def resolve(name: str, module: nn.Module, num_classes: int | None = None) -> Lay
 
 
 def expand(name: str, module: nn.Module) -> list[str]:
-    """The layers that a name or glob means, in the network's order; a plain name is returned as
-    it is.
+    """List the layers that a name or glob matches, in the network's order; a plain name is returned
+    as it is.
 
     Raises:
         TapError: nothing matches.
@@ -159,7 +160,7 @@ def expand(name: str, module: nn.Module) -> list[str]:
 def expand_pairs(
     pairs: Iterable[LayerPair], student: nn.Module, teacher: nn.Module
 ) -> list[LayerPair]:
-    """The pairs with their globs written out: the student's first match goes with the teacher's
+    """Expand globs in pairs of layers: the student's first match is paired with the teacher's
     first, and so on.
 
     Raises:
@@ -180,26 +181,27 @@ def expand_pairs(
 
 
 def stage_paths(module: nn.Module) -> list[str]:
-    """Paths of a network's stages, from `stage1` on: timm's `feature_info` without the stem.
+    """List the paths of a network's stages, from `stage1` on: timm's `feature_info` without the
+    stem.
 
     Without `feature_info`, top-level blocks numbered from 1 (`layer1`, `layer2`, ...), if there is
     one such row.
     """
     info = getattr(module, "feature_info", None)
-    # timm keeps a list of mappings, or an object that holds one
+    # timm stores a list of mappings, or an object with one
     entries = getattr(info, "info", info)
     if not isinstance(entries, Sequence) or not entries:
         return _numbered_blocks(module)
     paths = [str(entry["module"]) for entry in entries if entry.get("module")]
     known = dict(module.named_modules())
-    # 0: a plain row of layers, as VGG's
+    # 0: a flat row of layers, as in VGG
     start = next((i for i, path in enumerate(paths) if not _is_stem(path, known)), 0)
     return paths[start:]
 
 
-def classifier_path(module: nn.Module, num_classes: int | None = None) -> str:
-    """Path of the layer that turns the embedding into logits: timm's `get_classifier()`, else
-    the last fitting Linear.
+def classifier_path(module: nn.Module, outputs: int | None = None) -> str:
+    """Find the path of the layer that turns the embedding into logits: timm's `get_classifier()`,
+    otherwise the last fitting Linear.
 
     Raises:
         TapError: there is none, or several.
@@ -214,7 +216,7 @@ def classifier_path(module: nn.Module, num_classes: int | None = None) -> str:
     inner = [
         path
         for path, part in found.named_modules()
-        if isinstance(part, nn.Linear) and num_classes in (None, part.out_features)
+        if isinstance(part, nn.Linear) and outputs in (None, part.out_features)
     ]
     if not inner:
         raise TapError("'penultimate': this network has no linear classifier; name a layer instead")
@@ -222,10 +224,10 @@ def classifier_path(module: nn.Module, num_classes: int | None = None) -> str:
 
 
 def norm_path(layer: str, module: nn.Module) -> str:
-    """Path of the batch normalisation that a layer's values come from.
+    """Find the path of the batch normalisation that a layer's values come from.
 
-    That is the layer itself, or, of an activation's input, the last one registered before it in the
-    same block or around it.
+    That is the layer itself or, for an activation's input, the last one registered before it in the
+    same block or in an enclosing one.
 
     Raises:
         TapError: the layer is something else, there is none, or an activation that runs several
@@ -257,7 +259,7 @@ def norm_path(layer: str, module: nn.Module) -> str:
 
 
 def _norm_before(path: str, module: nn.Module) -> str | None:
-    """The batch norm in front of an activation, with no convolution or linear layer between
+    """Find the batch norm in front of an activation, with no convolution or linear layer between
     them.
     """
     block, _, name = path.rpartition(".")
@@ -288,7 +290,7 @@ def _norm_before(path: str, module: nn.Module) -> str | None:
 
 
 def tappable_layers(module: nn.Module, shape: Shape) -> list[LayerRow]:
-    """Every layer that returns one tensor, with its output's shape for two images (C, H, W) or
+    """List every layer that returns one tensor, with its output's shape for two images (C, H, W) or
     texts (N,), in the network's order.
 
     Runs a copy of the network without data (meta device); one that needs data is run on zeros.
@@ -299,6 +301,7 @@ def tappable_layers(module: nn.Module, shape: Shape) -> list[LayerRow]:
     shadow = copy.deepcopy(module).to("meta").eval()
     try:
         shapes = _shapes(shadow, random_inputs(shape, 2, "meta"))
+    # some operations have no meta kernel, or read values of tensors
     except (RuntimeError, NotImplementedError):
         shapes = _shapes_on_zeros(shadow, shape)
     aliases: dict[str, list[str]] = {"": ["logits"]}
@@ -313,7 +316,8 @@ def tappable_layers(module: nn.Module, shape: Shape) -> list[LayerRow]:
 
 
 def _embedding(module: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[LayerRow]:
-    """The classifier's input, where the network has one classifier."""
+    """Find the classifier's input, if the network has exactly one classifier."""
+    # no single classifier, so no `penultimate` alias
     with contextlib.suppress(TapError):
         path = classifier_path(module)
         if (width := getattr(modules[path], "in_features", None)) is not None:
@@ -342,7 +346,7 @@ def _shapes(module: nn.Module, inputs: Inputs) -> dict[str, tuple[int, ...]]:
 def _shapes_on_zeros(module: nn.Module, shape: Shape) -> dict[str, tuple[int, ...]]:
     real = module.to_empty(device="cpu")
     for value in (*real.parameters(), *real.buffers()):
-        value.data.zero_()  # zeros are also valid indices, where a buffer is used as one
+        value.data.zero_()  # zeros are also valid if a buffer is used as an index
     try:
         return _shapes(real, random_inputs(shape, 2))
     except (RuntimeError, AssertionError, ValueError) as error:
@@ -352,8 +356,8 @@ def _shapes_on_zeros(module: nn.Module, shape: Shape) -> dict[str, tuple[int, ..
 
 
 def _is_stem(path: str, known: Mapping[str, nn.Module]) -> bool:
-    """Whether what precedes the stages: named so, or a single layer that is no member of a row
-    of layers.
+    """Check whether a layer is the stem, which precedes the stages: by its name, or because it is a
+    single layer and no member of a row of layers.
     """
     steps = path.split(".")
     if any("stem" in step for step in steps):

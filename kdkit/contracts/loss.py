@@ -1,9 +1,9 @@
-"""What the author of a loss implements and receives: Loss and Context."""
+"""The interface of a loss plugin: Loss and Context."""
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -13,54 +13,55 @@ from kdkit.contracts.adapters import frozen_copy
 from kdkit.contracts.layers import classifier_path, norm_path
 from kdkit.contracts.loss_options import LossOptions
 from kdkit.contracts.records import Batch, Outputs
+from kdkit.contracts.synonyms import with_synonyms
 from kdkit.errors import TapError
 
 
+@with_synonyms
 @dataclass(frozen=True)
 class Context:
-    """What a loss may need beyond two outputs when it is set up.
+    """Information beyond two outputs that a loss may need during `setup`.
 
     Attributes:
         student, teacher: the networks themselves (teacher is None without one).
-        num_classes: K.
+        outputs: K, how many values an answer has in each row (`num_classes` is another name for
+            it).
         num_samples: one more than the largest `Batch.index`; 0 where images have none (a stream).
-        labels: class by `Batch.index`, (num_samples,); -1 where an image is not trained on.
+        labels: target by `Batch.index`, (num_samples, ...); -1 where a sample is not trained on.
     """
 
     student: nn.Module
     teacher: nn.Module | None
-    num_classes: int
+    outputs: int
     num_samples: int
     labels: Tensor
 
     def student_classifier(self) -> nn.Module:
-        """The student's layer from embedding to logits: the live module. Store it in a tuple, so
-        that `nn.Module` does not register it.
+        """Return the student's layer from embedding to logits: the live module. Store it in a
+        tuple, so that `nn.Module` does not register it.
 
         Raises:
             TapError: it has none, or several.
         """
-        return self.student.get_submodule(classifier_path(self.student, self.num_classes))
+        return self.student.get_submodule(classifier_path(self.student, self.outputs))
 
     def teacher_classifier(self) -> nn.Module:
-        """A frozen copy of the teacher's layer from embedding to logits.
+        """Return a frozen copy of the teacher's layer from embedding to logits.
 
         Raises:
-            TapError: it has none, or several, or one of other classes than the data's.
+            TapError: it has none, or several, or its classes are not those of the data.
         """
-        classifier = self._teacher().get_submodule(
-            classifier_path(self._teacher(), self.num_classes)
-        )
-        if (own := getattr(classifier, "out_features", self.num_classes)) != self.num_classes:
+        classifier = self._teacher().get_submodule(classifier_path(self._teacher(), self.outputs))
+        if (own := getattr(classifier, "out_features", self.outputs)) != self.outputs:
             raise TapError(
-                f"the teacher's classifier has {own} classes and the data {self.num_classes}, so"
+                f"the teacher's classifier has {own} classes and the data {self.outputs}, so"
                 " that it cannot be read"
             )
         return frozen_copy(classifier)
 
     def teacher_norm(self, layer: str) -> nn.Module:
-        """The teacher's batch normalisation that a layer's values come from: the layer itself,
-        or the last one in or before it.
+        """Return the teacher's batch normalisation that a layer's values come from: the layer
+        itself, or the last one in or before it.
 
         Raises:
             TapError: there is none.
@@ -86,12 +87,17 @@ class Loss(nn.Module, abc.ABC):
     """Whether a feature or relation loss also reads `teacher.logits` (response losses always
     may).
     """
+    tasks: ClassVar[Set[str] | Literal["any"]] = frozenset()
+    """Names of the supported tasks, or the meaning of their rows (`classes`, `labels`,
+    `numbers`), or `any`. Default: `classes` for a loss that reads labels or the teacher's
+    logits, otherwise any task.
+    """
     needs_networks: ClassVar[bool] = False
     """Whether `setup` reads the networks of its context. `kdkit check` then runs real ones;
     batch norms are not folded away.
     """
     needs_views: ClassVar[Mapping[str, int]] = {}
-    """The views it reads in `Outputs.views`, with how many copies of each image they hold;
+    """The views it reads in `Outputs.views`, with the number of copies of each image in them;
     `setup` refuses outputs without them.
     """
     exceptions: ClassVar[Mapping[str, str]] = {}
@@ -104,8 +110,16 @@ class Loss(nn.Module, abc.ABC):
         super().__init__()
         self.options = options
 
+    @classmethod
+    def for_tasks(cls, options: Any = None) -> Set[str] | Literal["any"]:
+        """Return `tasks`, or its default."""
+        if cls.tasks:
+            return cls.tasks
+        reads_rows = cls.knowledge in ("labels", "response") or cls.needs_teacher_logits
+        return frozenset({"classes"}) if reads_rows else "any"
+
     def __getattr__(self, name: str) -> Any:
-        """What the loss has; an attribute that is not there may be one that `setup` builds."""
+        """Explain in the error that a missing attribute may be one that `setup` builds."""
         try:
             return super().__getattr__(name)
         except AttributeError as error:
@@ -118,7 +132,7 @@ class Loss(nn.Module, abc.ABC):
         """Build learnable parts, sized by a probe batch's outputs. Called once, before the
         optimizer exists.
 
-        By itself it builds nothing, and looks whether the options can compare the two.
+        The default builds nothing, and checks whether the options can compare the two outputs.
 
         Raises:
             ShapeError: the two cannot be compared.
@@ -127,10 +141,10 @@ class Loss(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        """The scalar loss."""
+        """Return the scalar loss."""
 
     def deploy(self, student: nn.Module) -> nn.Module:
-        """The network that is measured and exported in the student's place: the student itself,
-        unless the loss adds a part to it.
+        """Return the network that is measured and exported in the student's place: the student
+        itself, unless the loss adds a part to it.
         """
         return student

@@ -1,4 +1,4 @@
-"""Options of losses: which layers a loss reads, and in which form it gets them."""
+"""Options of losses: which layers a loss reads, and in which form it receives them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Pairs = Iterator[tuple[Tensor, Tensor]]
 
 
 class LayerPair(Options):
-    """Which student layer learns from which teacher layer."""
+    """A student layer and the teacher layer that it learns from."""
 
     student: str = Field(
         description=(
@@ -31,11 +31,13 @@ class LossOptions(Options):
     """Options of a loss; subclass it as `Options` in the loss."""
 
     def taps(self) -> Sequence[LayerPair]:
-        """Layers whose outputs the loss reads; none unless it is a feature or relation loss."""
+        """List the layers whose outputs the loss reads; empty unless it is a feature or relation
+        loss.
+        """
         return ()
 
     def check(self, student: Outputs, teacher: Outputs) -> None:
-        """Look whether the two can be compared.
+        """Check whether the two outputs can be compared.
 
         Raises:
             ShapeError: they cannot.
@@ -46,7 +48,7 @@ class ResponseOptions(LossOptions):
     """Options of a loss that compares logits over the same classes."""
 
     def check(self, student: Outputs, teacher: Outputs) -> None:
-        """Both must give logits (B, K) over the same K classes.
+        """Check that both give rows (R, K) over the same K classes.
 
         Raises:
             ShapeError: they do not.
@@ -55,7 +57,7 @@ class ResponseOptions(LossOptions):
         if z_s.ndim != 2 or z_t.ndim != 2 or z_s.shape[1] != z_t.shape[1]:
             raise ShapeError(
                 f"student logits {tuple(z_s.shape)} and teacher logits {tuple(z_t.shape)} must both"
-                " be (B, K) over the same K classes; train both on one class set, or compare"
+                " be (R, K) over the same K classes; train both on one class set, or compare"
                 " features instead"
             )
 
@@ -64,8 +66,8 @@ class FeatureOptions(LossOptions):
     """Options of a loss that compares layers of any form: two maps, equally many tokens or two
     vectors.
 
-    A map and tokens, or unequally many tokens, come as maps. The hidden states of texts come as
-    vectors, one for each real token.
+    If one is a map and the other tokens, or the numbers of tokens differ, both are passed as maps.
+    The hidden states of texts are passed as vectors, one for each real token.
     """
 
     layers: tuple[LayerPair, ...] = Field(
@@ -76,7 +78,7 @@ class FeatureOptions(LossOptions):
         return self.layers
 
     def pairs(self, student: Outputs, teacher: Outputs) -> Pairs:
-        """The features of each pair, (f_s, f_t), in the form that the loss compares.
+        """Return the features of each pair, (f_s, f_t), in the form that the loss compares.
 
         Raises:
             ShapeError: they do not have that form.
@@ -106,6 +108,7 @@ class FeatureOptions(LossOptions):
             f_s, f_t = student.features[pair.student], _shown(teacher, pair.teacher)
             try:
                 yield form(*self._without_padding(f_s, f_t, student.mask, teacher.mask))
+            # repeat the error with the names of both layers, which `form` does not know
             except ShapeError:
                 raise ShapeError(
                     f"student '{pair.student}' {tuple(f_s.shape)} and teacher '{pair.teacher}'"
@@ -115,8 +118,8 @@ class FeatureOptions(LossOptions):
     def _without_padding(
         self, f_s: Tensor, f_t: Tensor, mask: Tensor | None, others: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Hidden states (B, N, D) of texts in the form that is compared: here a vector for each
-        real token of the batch, (T, D).
+        """Return hidden states (B, N, D) of texts in the form that is compared: here a vector for
+        each real token of the batch, (T, D).
 
         Raises:
             ShapeError: only one side has tokens.
@@ -143,8 +146,8 @@ class MapOptions(FeatureOptions):
 
 
 class TokenOptions(FeatureOptions):
-    """Options of a loss that compares tokens (B, N, D); a map's positions are taken as tokens
-    where the other side has as many.
+    """Options of a loss that compares tokens (B, N, D); a map's positions are taken as tokens if
+    the other side has the same number.
     """
 
     def pairs(self, student: Outputs, teacher: Outputs) -> Pairs:
@@ -184,11 +187,11 @@ class RelationOptions(FeatureOptions):
     )
 
     def pairs(self, student: Outputs, teacher: Outputs) -> Pairs:
-        """The embeddings of each pair, (N, D_s) and (N, D_t); larger features are flattened to
-        that, texts averaged over real tokens.
+        """Return the embeddings of each pair, (N, D_s) and (N, D_t); larger features are flattened
+        to that, texts averaged over real tokens.
 
         Raises:
-            ShapeError: a layer does not give something for each sample.
+            ShapeError: a layer does not give one value per sample.
         """
         wanted = (
             "of something for each sample of the batch, (B, ...); any stage or 'penultimate' does"
@@ -225,7 +228,7 @@ def _alike(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
 def _tokens(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
     if f_s.ndim == f_t.ndim == 3 and f_s.shape[1] == f_t.shape[1]:
         return f_s, f_t
-    # without prefix tokens, which a map has none of
+    # drop prefix tokens, which a map does not have
     one, other = (as_tokens(as_map(f)) for f in (f_s, f_t))
     if one.shape[1] != other.shape[1]:
         raise ShapeError("unequally many tokens")

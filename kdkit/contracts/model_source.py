@@ -1,6 +1,4 @@
-"""What the author of a model source implements: where networks come from, and what a recipe may
-say of them.
-"""
+"""The interface of a model source: where networks come from, and which options a recipe may set."""
 
 from __future__ import annotations
 
@@ -25,7 +23,9 @@ from kdkit.contracts.options import (
 )
 
 FIRST_WEIGHTS = frozenset({"checkpoint", "strip_prefix", "new_head", "init"})
-"""Keys of a model that say what its weights begin with; once it is trained, they say nothing."""
+"""Keys of a model that define its initial weights; they are irrelevant after training."""
+OWN_OUTPUTS = "num_classes"
+"""Key of a teacher for the number of its network's outputs, if it differs from the data's."""
 
 
 class Normalize(Options):
@@ -40,7 +40,7 @@ class Normalize(Options):
 
 
 class ModelOptions(Options):
-    """What a recipe may say of any model; a source's `Options` adds to it."""
+    """Options of every model; a source's `Options` adds to them."""
 
     model: str = Field(
         description="SOURCE/NAME; a bare NAME is timm's. `kdkit plugins` lists the sources."
@@ -87,7 +87,9 @@ class ModelOptions(Options):
 
 
 class InitOptions(Options):
-    """Tensors of a teacher with which a student begins: all that have its names and shapes."""
+    """Initialisation of a student from a teacher: copies all tensors whose names and shapes
+    match.
+    """
 
     from_: str = Field(alias="from", description="Whose: `teacher`, or the name of one of several.")
     layers: tuple[int, ...] | None = Field(
@@ -102,7 +104,7 @@ class InitOptions(Options):
 
 
 class StudentOptions(Options):
-    """What a recipe may say of a student beyond what it says of any model."""
+    """Options of a student beyond those of every model."""
 
     init: InitOptions | None = Field(
         default=None,
@@ -112,8 +114,8 @@ class StudentOptions(Options):
 
 
 class CacheOptions(Options):
-    """Keeps on disk what a frozen teacher says of each image and view, for later epochs and for
-    other runs with this teacher and data.
+    """Options of a cache on disk for a frozen teacher's answers to each image and view, reused in
+    later epochs and by other runs with this teacher and data.
     """
 
     views: Annotated[int, Field(ge=1, le=COUNT)] | Literal["all"] = Field(
@@ -156,7 +158,7 @@ class CacheOptions(Options):
 
 
 class TeacherOptions(Options):
-    """What a recipe may say of a teacher beyond what it says of any model."""
+    """Options of a teacher beyond those of every model."""
 
     name: str | None = Field(
         default=None,
@@ -216,8 +218,8 @@ class TeacherOptions(Options):
 
 
 class RecipeTeacher(TeacherOptions):
-    """A teacher that another recipe trains: its run is made when it is not there yet, and reused
-    when it is.
+    """A teacher that another recipe trains: its run is made if it does not exist yet, and reused if
+    it does.
     """
 
     recipe: RecipePath = Field(description="Recipe file whose student is this teacher.")
@@ -232,13 +234,13 @@ class RecipeTeacher(TeacherOptions):
 
 @dataclass(frozen=True)
 class Portable:
-    """How an exported network lives where its recipe is not.
+    """Instructions for rebuilding an exported network without its recipe.
 
     Attributes:
-        options: what builds it from nothing else, in the place of the recipe's options, which may
-            name files or what is fetched.
-        config: what its source's library reads in `config.json` beside the weights.
-        how: says how that library loads it; `{folder}` stands for where it is.
+        options: options that build it without other files; they replace the recipe's options, which
+            may name files or downloads.
+        config: entries that its source's library reads from `config.json` beside the weights.
+        how: the code with which that library loads it; `{folder}` stands for the exported folder.
     """
 
     options: Mapping[str, Any]
@@ -248,13 +250,13 @@ class Portable:
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a network's numbers stand for, as far as its source knows.
+    """The meaning of a network's inputs and outputs, as far as its source knows it.
 
     Attributes:
-        class_names: of its logits, in order; none where nobody knows.
-        tokenizer: digest of the tokenizer that it was trained with (`DataInfo.tokenizer`); empty
-            where nobody knows.
-        num_tokens: of its embedding; 0 where nobody knows.
+        class_names: of its logits, in order; none if unknown.
+        tokenizer: digest of the tokenizer that it was trained with (`DataInfo.tokenizer`); empty if
+            unknown.
+        num_tokens: of its embedding; 0 if unknown.
     """
 
     class_names: tuple[str, ...] = ()
@@ -276,49 +278,53 @@ class ModelSource(abc.ABC):
         self.model_name = model_name
 
     @abc.abstractmethod
-    def build(self, num_classes: int, image_shape: Any) -> nn.Module:
-        """A network for images (C, H, W), or for texts of at most N tokens (N,), with
-        `num_classes` logits. May run on the meta device.
+    def build(self, outputs: int, image_shape: Any) -> nn.Module:
+        """Build a network for images (C, H, W), or for texts of at most N tokens (N,), that gives
+        `outputs` values for each row. May run on the meta device.
 
         Raises:
             ModelError: no such model, or it cannot be built so.
         """
 
     def load(self, module: nn.Module) -> None:  # noqa: B027 -- most sources have no weights of their own
-        """Load the weights that a model has of itself (`pretrained`), in place; `checkpoint` is
-        loaded by kdkit.
+        """Load the model's own weights (`pretrained`) in place; kdkit itself loads a
+        `checkpoint`.
         """
 
     def rename(self, key: str, module: nn.Module) -> str:
-        """The network's own name of what a `checkpoint` calls `key`, where other code bases name
-        its layers otherwise.
+        """Return the network's own name of a key in a `checkpoint`, for code bases that name its
+        layers differently.
         """
         return key
 
     def normalization(self, module: nn.Module) -> Normalize | None:
-        """What the network expects, if the source knows; None for inputs in [0, 1]."""
+        """Return the normalisation that the network expects, if the source knows it; None for
+        inputs in [0, 1].
+        """
         return None
 
     def meaning(self, module: nn.Module) -> Meaning:
-        """What its numbers stand for, if the source knows: `kdkit check` compares it with the
-        data.
+        """Return the meaning of its inputs and outputs, if the source knows it: `kdkit check`
+        compares it with the data.
         """
         return Meaning()
 
     def portable(self, module: nn.Module) -> Portable | None:
-        """How the source's own library loads an exported network; None: it has no way of its
-        own.
+        """Describe how the source's own library loads an exported network; None if it has no way to
+        do so.
         """
         return None
 
     def in_channels(self, image_channels: int) -> int:
-        """Channels that the network takes; grey images are repeated to that many."""
+        """Return the number of channels that the network takes; grey images are repeated to that
+        many.
+        """
         return image_channels
 
 
 class AnswersOptions(ModelOptions):
-    """What a recipe may say of answers that are there already; keys that say something of a
-    network are refused.
+    """Options of a teacher whose answers exist already; keys that describe a network are
+    refused.
     """
 
 
@@ -326,14 +332,14 @@ NETWORK_KEYS = (
     *("checkpoint", "strip_prefix", "new_head", "normalize", "input_size", "interpolation"),
     *("precision", "mode", "fold_batchnorm", "cache"),
 )
-"""Keys of a teacher that say something of its network, or of how it is asked."""
+"""Keys of a teacher that describe its network, or the way it is run."""
 
 
 class KnownAnswers(ModelSource):
-    """A source that has a teacher's answers to the training images, and no network.
+    """A source that has a teacher's answers to the training images, but no network.
 
-    Such a teacher is asked for the images of the training part as they are, and for nothing else:
-    it is not measured.
+    Such a teacher answers only the images of the training part, without augmentation: it is not
+    measured.
     """
 
     takes: ClassVar[Literal["images", "texts", "any"]] = "any"
@@ -341,7 +347,7 @@ class KnownAnswers(ModelSource):
 
     @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """Shape of the answers, which are not read for it; (N, K) is wanted.
+        """Return the shape of the answers without reading them; it must be (N, K).
 
         Raises:
             ModelError: there are none, or they are no floating-point numbers.
@@ -349,28 +355,28 @@ class KnownAnswers(ModelSource):
 
     @abc.abstractmethod
     def read(self) -> Tensor:
-        """The answers (N, K): row i answers the image with `Batch.index` i.
+        """Return the answers (N, K): row i answers the image with `Batch.index` i.
 
         Raises:
             ModelError: they cannot be read.
         """
 
-    def build(self, num_classes: int, image_shape: Any) -> nn.Module:
-        """What stands where a network would."""
-        return _PassedOn(num_classes)
+    def build(self, outputs: int, image_shape: Any) -> nn.Module:
+        """Build a stand-in for the network."""
+        return _PassedOn(outputs)
 
 
 class _PassedOn(nn.Module):
-    """Gives answers (B, K) as they come. Anything else is a batch that a check tries: it gives
-    random numbers of that shape.
+    """Passes answers (N, K) through unchanged. Anything else is a batch that a check tries: it
+    returns random numbers of that shape.
     """
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, outputs: int) -> None:
         super().__init__()
-        self.num_classes = num_classes
+        self.outputs = outputs
 
     def forward(self, *inputs: Tensor, **texts: Tensor) -> Tensor:
         first = inputs[0] if inputs else next(iter(texts.values()))
         if first.ndim == 2 and first.is_floating_point():
             return first
-        return torch.randn(len(first), self.num_classes, device=first.device)
+        return torch.randn(len(first), self.outputs, device=first.device)

@@ -1,4 +1,4 @@
-"""Typed options: what a recipe may say to a plugin, and numbers that change while training."""
+"""Typed options of plugins, and numbers that change during training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from kdkit.errors import shorten, shown
 
 
 class Options(BaseModel):
-    """Base of all option records: unknown keys are errors, values do not change."""
+    """Base of all option records: unknown keys are errors, and instances are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, defer_build=True)
 
@@ -47,7 +47,7 @@ class Ramp(Options):
     )
 
     def at(self, epoch: float) -> float:
-        """The value at a (fractional) epoch of the stage."""
+        """Return the value at a (fractional) epoch of the stage."""
         if epoch < self.start:
             return self.from_
         x = min(1.0, (epoch - self.start) / self.epochs)
@@ -71,9 +71,7 @@ _PROGRESS: dict[str, Callable[[float], float]] = {
 
 
 class _NumberOrRamp:
-    """Lets a float field hold a Ramp until `at_epoch` puts the number of the moment in its
-    place.
-    """
+    """Lets a float field hold a Ramp until `at_epoch` replaces it by the current number."""
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
@@ -81,7 +79,8 @@ class _NumberOrRamp:
         number = handler(source)
         ends = SchemaValidator(number)
 
-        def check_ends(ramp: Ramp) -> Ramp:  # the option's bounds hold at both ends, so all the way
+        # a ramp is monotonic, so bounds that hold at both ends hold in between
+        def check_ends(ramp: Ramp) -> Ramp:
             for key, value in (("from", ramp.from_), ("to", ramp.to)):
                 try:
                     ends.validate_python(value)
@@ -107,7 +106,7 @@ only ever sees the float.
 
 
 def said(message: str) -> str:
-    """What pydantic says, as the end of a line."""
+    """Format pydantic's message as the end of a line."""
     return f"{message[:1].lower()}{message[1:]}"
 
 
@@ -115,7 +114,7 @@ OptionsT = TypeVar("OptionsT", bound=Options)
 
 
 def at_epoch(options: OptionsT, epoch: float) -> OptionsT:
-    """The same options with every Ramp replaced by its value at that epoch."""
+    """Return the same options with every Ramp replaced by its value at that epoch."""
     ramps = {name: value.at(epoch) for name, value in options if isinstance(value, Ramp)}
     return options.model_copy(update=ramps) if ramps else options
 
@@ -141,11 +140,11 @@ def _without_origin(value: Any) -> Any:
 
 
 Arguments = Annotated[dict[str, Any], AfterValidator(_without_origin)]
-"""Arguments that are passed on as they are written, in plain types."""
+"""Arguments that are passed on unchanged, in plain types."""
 
 LOADER_KEYS = frozenset(
     {
-        # transformers and datasets
+        # arguments of transformers and datasets
         "trust_remote_code",
         "code_revision",
         "revision",
@@ -179,7 +178,7 @@ LOADER_KEYS = frozenset(
         "kernel_config",
         "quantization_config",
         "name_or_path",
-        # timm
+        # arguments of timm
         "pretrained",
         "pretrained_cfg",
         "checkpoint_path",
@@ -192,16 +191,18 @@ LOADER_KEYS = frozenset(
         "kwargs_filter",
         "model_cfg",
         "feature_cfg",
-        # torchvision
+        # arguments of torchvision
         "weights",
         "weights_backbone",
         "progress",
-        # what the data say
+        # values from the data
         "num_classes",
         "num_labels",
     }
 )
-"""What tells a library how to load a network, or what the data say; never what the network is."""
+"""Arguments that control how a library loads a network, or that follow from the data; none of
+them defines the network.
+"""
 
 
 def _without_loader_keys(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -214,22 +215,22 @@ def _without_loader_keys(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 NetworkArguments = Annotated[Arguments, AfterValidator(_without_loader_keys)]
-"""Arguments for a library that builds a network. Those that tell it how to load one, such as
+"""Arguments for a library that builds a network. Those that control loading, such as
 `trust_remote_code`, are refused.
 """
 
 
 def path_of(text: str) -> Path:
-    """What a text means as a path: relative to the file in which it is written, or else to the
+    """Resolve a text as a path: relative to the file in which it is written, otherwise to the
     current folder.
 
     Raises:
-        ValueError: nothing can be called so.
+        ValueError: no file can have this name.
     """
     folder = text.folder if isinstance(text, Text) else Path.cwd()
     try:
         path = Path(os.path.realpath(folder / Path(text).expanduser()))
-    except (RuntimeError, ValueError) as error:  # no such user; a NUL
+    except (RuntimeError, ValueError) as error:  # `~name` of an unknown user, or a NUL character
         raise ValueError(f"{shown(text)} is no path: {error}") from None
     return _fitting(path)
 
@@ -257,23 +258,23 @@ FolderPath = Annotated[Path, AfterValidator(_fitting)]
 """A folder that is relative to the current one."""
 
 LARGEST_INT = 2**63 - 1
-"""Beyond it a whole number is a mistake."""
+"""Larger integers in a recipe are treated as mistakes: they fit no int64."""
 
 SIDE, COUNT = 4_096, 1_000_000
-"""Bounds of options: pixels of an image's side; how many of something that is made or done one
-by one.
+"""Upper bounds of options: pixels of an image's side; number of things that are processed one by
+one.
 """
 
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 TERM_NAME = r"^[a-z][a-z0-9_]*$"
 LONGEST_NAME = 200
-"""Letters of a run's name, whose folder and files are called after it."""
+"""Maximum length of a run's name, which is also the name of its folder and files."""
 
 IN_WORDS = {
     RUN_NAME: "letters, digits, '.', '_' and '-', a letter or digit first",
     TERM_NAME: "small letters, digits and '_', a letter first",
 }
-"""What patterns ask for."""
+"""Descriptions of patterns for error messages."""
 
 BOOKKEEPING: dict[str, JsonValue] = {"bookkeeping": True}
 """`Field(json_schema_extra=BOOKKEEPING)`: an option that changes no result, such as where files
@@ -281,8 +282,8 @@ lie; a run may change it and go on.
 """
 
 CODE: dict[str, JsonValue] = {"code": True}
-"""Likewise for the path of a Python file that is run. kdkit tells of it, and does not let it run
-unasked where a run folder names it.
+"""`Field(json_schema_extra=CODE)`: the path of a Python file that is run. kdkit announces it,
+and asks for consent if a run folder names it.
 """
 
 LATER: dict[str, JsonValue] = {"later": True}

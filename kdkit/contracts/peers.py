@@ -1,4 +1,4 @@
-"""What schedules of peers share: who the peers are."""
+"""Common part of schedules whose students are peers: who the peers are."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ class PeerOptions(ScheduleOptions):
 
     @property
     def count(self) -> int:
-        """How many students there are."""
+        """Number of students."""
         return len(self.peers) + 1 if self.peers else self.size
 
     def students(self, models: Models, taps: Sequence[str] = ()) -> list[Model]:
-        """Fresh students, the recipe's own first; `taps` are layers that the schedule itself
+        """Build fresh students, the recipe's own first; `taps` are layers that the schedule itself
         reads.
         """
         others: Sequence[ModelOptions | None] = self.peers or (None,) * (self.size - 1)

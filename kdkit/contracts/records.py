@@ -1,4 +1,4 @@
-"""What travels through a training step: a batch, and a model's answer to it."""
+"""Records of a training step: a batch, and a model's answer to it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ class Batch:
 
     Attributes:
         inputs: images (B, C, H, W) in [0, 1], or a mapping of tensors (text).
-        labels: class indices (B,), or shares of the classes (B, K) when inputs are mixed.
+        labels: targets (B, ...) in the task's form: class indices (B,), or shares of the classes
+            when inputs are mixed.
         index: the samples' places in the dataset's whole training part (B,), whatever subset is
             trained on.
-        views: the same images in further augmentations, where the stage asks for some.
+        views: the same images in further augmentations, if the stage asks for them.
     """
 
     inputs: Inputs
@@ -34,11 +35,11 @@ class Batch:
 
     @property
     def classes(self) -> Tensor:
-        """Class indices (B,); of a mixed sample, the class with the largest share."""
+        """Class indices (B,); for a mixed sample, the class with the largest share."""
         return self.labels if self.labels.ndim == 1 else self.labels.argmax(1)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """The same record with every tensor changed."""
+        """Return the same record with a function applied to every tensor."""
         inputs, *views = (
             change(x) if isinstance(x, Tensor) else {k: change(v) for k, v in x.items()}
             for x in (self.inputs, *self.views)
@@ -51,29 +52,29 @@ class Outputs:
     """One model's answer to one batch.
 
     Attributes:
-        logits: scores before softmax, (B, K).
-        features: what the tapped layers gave, by the layer names of the recipe.
-        views: its answers to other views of the same images, where the schedule shows it any.
-        mask: which tokens of a text are real, not padding, (B, N); None where samples are not
+        logits: output of the network; losses on labels and responses, and scores, receive it row by
+            row, (R, K).
+        features: outputs of the tapped layers, by their names in the recipe.
+        views: its answers to other views of the same images, if the schedule shows it any.
+        mask: marks the tokens of a text that are real, not padding, (B, N); None if samples are not
             padded.
     """
 
     logits: Tensor
     features: Mapping[str, Tensor] = field(default_factory=dict)
     views: Mapping[str, Outputs] = field(default_factory=dict)
-    # no plain default, which an answer that lacks it would have
+    # a factory: a plain default would be a class attribute and hide that an answer lacks the mask
     mask: Tensor | None = field(default_factory=lambda: None)
 
     @classmethod
     def lacking(cls, reason: KdkitError, **present: Any) -> Outputs:
-        """An answer of which only these attributes are there; reading another one raises
-        `reason`.
-        """
+        """Return an answer that has only these attributes; reading another one raises `reason`."""
+        # without `__init__`, so that a missing attribute reaches `__getattr__`
         made = object.__new__(cls)
         vars(made).update(present, reason=reason)
         return made
 
-    def __getattr__(self, name: str) -> Any:  # called for attributes that are not there
+    def __getattr__(self, name: str) -> Any:  # called for missing attributes only
         if name in self.__dataclass_fields__ and "reason" in vars(self):
             raise vars(self)["reason"]
         raise AttributeError(f"'Outputs' has no attribute '{name}'")
@@ -88,8 +89,8 @@ class Outputs:
         return made
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Outputs:
-        """The same record with every tensor but the mask changed; a layer that is the logits
-        stays one tensor with them.
+        """Return the same record with a function applied to every tensor but the mask; a layer that
+        is the logits still shares their tensor.
         """
         present, changed = vars(self), dict[str, Any]()
         if (logits := present.get("logits")) is not None:
@@ -104,18 +105,18 @@ class Outputs:
         return self._with(**changed)
 
     def seen_beside(self, views: Mapping[str, Outputs]) -> Outputs:
-        """The same answer, with those to other views."""
+        """Return the same answer with the answers to other views added."""
         return self._with(views=views)
 
     def masked(self, mask: Tensor | None) -> Outputs:
-        """The same answer, of texts of which those tokens are real."""
+        """Return the same answer with a mask of the texts' real tokens."""
         return self._with(mask=mask)
 
     def pooled(self) -> Outputs:
-        """The same answer with a vector for each text, the mean over its real tokens, in the
+        """Return the same answer with one vector for each text, the mean over its real tokens, in
         place of its hidden states.
 
-        For schedules that let a sample learn from another one, whose tokens are others.
+        For schedules in which a sample learns from another one, whose tokens differ.
         """
         if self.mask is None:
             return self
@@ -126,12 +127,12 @@ class Outputs:
         return self._with(features=features, mask=None)
 
     def detach(self) -> Outputs:
-        """The same values as constants."""
+        """Return the same values as constants."""
         return self.map(Tensor.detach)
 
 
 def tensors(record: Batch | Outputs) -> list[Tensor]:
-    """Every tensor in a record, in an order that its shape alone gives."""
+    """List every tensor in a record, in an order that depends on its structure only."""
     found: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:

@@ -1,14 +1,13 @@
-"""What the author of a schedule implements and receives: Schedule, Stage, Lesson, and the usual
-step.
-"""
+"""The interface of a schedule plugin: Schedule, Stage, Lesson, and the usual step."""
 
 from __future__ import annotations
 
 import abc
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +15,17 @@ from torch import Tensor, nn
 from kdkit.contracts.model_source import ModelOptions
 from kdkit.contracts.options import Options
 from kdkit.contracts.records import Batch, Inputs, Outputs
+from kdkit.contracts.task import Task
 from kdkit.errors import RunError, ShapeError
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """A student's answer and those it learns from on this batch.
+    """A student's answer and the answers that it learns from, on one batch.
 
     Attributes:
-        student: what learns.
-        teachers: what it learns from; a loss is averaged over them.
+        student: the answer that learns.
+        teachers: answers that it learns from; a loss is averaged over them.
         weights: shares of the teachers in that average (None: equal ones).
         named: answers that a loss of the recipe may ask for by its `teacher:`, instead of the
             above.
@@ -50,65 +50,123 @@ class Model(Protocol):
     def __call__(self, inputs: Inputs) -> Outputs: ...
 
     def freeze(self) -> Model:
-        """Put it in eval mode without gradients, for good."""
+        """Put it in eval mode without gradients, permanently."""
 
 
 class Models(Protocol):
-    """Hands out the recipe's models."""
+    """Hands out the recipe's models.
+
+    Attributes:
+        task: of the recipe; it combines several answers into one.
+    """
+
+    task: Task
 
     def student(self, options: ModelOptions | None = None, taps: Sequence[str] = ()) -> Model:
-        """A fresh, independent student: the recipe's, or one of the schedule's own options.
+        """Build a fresh, independent student: the recipe's, or one of the schedule's own options.
 
-        `taps` are layers that the schedule itself reads in `Outputs.features`, beside those of the
-        losses.
+        `taps` are layers that the schedule itself reads in `Outputs.features`, in addition to those
+        of the losses.
         """
         ...
 
     def teacher(self, name: str | None = None, epoch: int | None = None) -> Model:
-        """A frozen teacher: the recipe's only one, or the one of that name; as it was after an
-        epoch of its own training.
+        """Return a frozen teacher: the recipe's only one, or the one of that name; `epoch` selects
+        its weights after an epoch of its own training.
         """
         ...
 
     def teachers(self) -> Mapping[str, Model]:
-        """All frozen teachers by name."""
+        """Return all frozen teachers by name."""
         ...
 
 
 Arrange = Callable[[Tensor, Tensor, int], Tensor]
-"""From an epoch's images in random order (N,), their classes (N,) and the batch size to another
-order (N,), some perhaps repeated.
-
-Each process gets a contiguous share of every batch, so images that belong together must stand side
-by side.
+"""Maps an epoch's images in random order (N,), their groups (N,) (classes, see `Task.strata`)
+and the batch size to another order (N,), possibly with repetitions. Each process gets a
+contiguous share of every batch, so images that belong together must be adjacent.
 """
 
 
 @dataclass(frozen=True)
+class Moment:
+    """Progress of a stage.
+
+    Attributes:
+        epoch: finished epochs.
+        step: finished optimizer steps, including those of earlier epochs.
+    """
+
+    epoch: int
+    step: int
+
+
+START = Moment(0, 0)
+
+
+class Step(Protocol):
+    def __call__(self, batch: Batch, moment: Moment = START, /) -> Sequence[Lesson]: ...
+
+
+class Hook(Protocol):
+    def __call__(self, moment: Moment = START, /) -> None: ...
+
+
+@dataclass(frozen=True)
+class StageData:
+    """Requirements of a stage on its batches.
+
+    Attributes:
+        views: augmentations of each image; those beyond the first are in `Batch.views`.
+        arrange: decides which images of an epoch share a batch (None: random).
+    """
+
+    views: int = 1
+    arrange: Arrange | None = None
+
+
+@dataclass(frozen=True)
+class StageTraining:
+    """Length of a stage, the losses that it uses, and the parts that it trains.
+
+    Attributes:
+        losses: names of the recipe's losses that count (None: all); a mapping gives them other
+            weights than the recipe's.
+        epochs: number of epochs (None: the recipe's `train.epochs`).
+        lr: learning rate before its schedule (None: the recipe's `train.optimizer.lr`).
+        train: parts that learn (None: everything): `student`, a layer of it (`student.layer1`,
+            `student.stage2`), a loss's learnable parts by its name (`hint`), or one of them
+            (`ft.paraphrasers`). Everything else is frozen for the stage, including its batch norms.
+    """
+
+    losses: Sequence[str] | Mapping[str, float] | None = None
+    epochs: int | None = None
+    lr: float | None = None
+    train: Sequence[str] | None = None
+
+
+@dataclass(frozen=True, init=False)
 class Stage:
-    """One stretch of training with a fixed set of students.
+    """One phase of training with a fixed set of students.
+
+    `step`, `after_step` and `after_epoch` receive the moment if they have a parameter `moment`, or
+    one more parameter without a default than they otherwise need. The fields of `data` and
+    `training` may also be given to the stage itself: `Stage(..., views=2, epochs=5)`.
 
     Attributes:
         name: unique within the schedule, snake_case.
         students: the models that learn.
-        step: who teaches whom on a batch; one lesson per student, in their order, then any of
-            answers that only `parts` and several students make together: in those, losses that read
-            layers do not count.
-        after_step: called after each optimizer step.
-        losses: names of the recipe's losses that count here (None: all); a mapping gives them other
-            weights than the recipe's.
-        epochs: how long (None: the recipe's `train.epochs`).
-        lr: learning rate before its schedule (None: the recipe's `train.optimizer.lr`).
-        train: what learns (None: everything): `student`, a layer of it (`student.layer1`,
-            `student.stage2`), a loss's learnable parts by its name (`hint`), or one of them
-            (`ft.paraphrasers`). All else is frozen for the stage, its batch norms included.
+        step: decides who teaches whom on a batch, at the moment before the step; returns one lesson
+            per student, in their order, then further lessons about answers that `parts` and several
+            students make together: losses that read layers are ignored in these.
+        after_step: called after each optimizer step, which the moment counts.
+        after_epoch: called after the last step of each epoch, which the moment counts.
+        data: requirements on the batches.
+        training: its length, losses and trained parts.
         buffers: frozen models that `after_step` or `after_epoch` changes (moving averages): saved
             and restored with the stage.
-        after_epoch: called after the last step of each epoch.
-        parts: what the schedule itself learns or remembers: its parameters learn beside the first
-            student's, its buffers are saved.
-        arrange: which images of an epoch come together (None: chance alone).
-        views: augmentations of each image in a batch; those beyond the first are in `Batch.views`.
+        parts: the schedule's own learnable or stored tensors: the parameters are optimised by the
+            first student's optimizer, the buffers are saved.
         company: models that are measured as an ensemble together with the students.
         teachers: for each student, whose network its losses may look into (none: the recipe's first
             teacher's).
@@ -121,21 +179,87 @@ class Stage:
 
     name: str
     students: Sequence[Model]
-    step: Callable[[Batch], Sequence[Lesson]]
-    after_step: Callable[[], None] = lambda: None
-    losses: Sequence[str] | Mapping[str, float] | None = None
-    epochs: int | None = None
-    lr: float | None = None
-    train: Sequence[str] | None = None
-    buffers: Sequence[Model] = ()
-    after_epoch: Callable[[], None] = lambda: None
-    parts: nn.Module | None = None
-    arrange: Arrange | None = None
-    views: int = 1
-    company: Sequence[Model] = ()
-    teachers: Sequence[Model] = ()
-    result: Literal["first", "best"] = "first"
-    apart: bool = False
+    step: Step
+    after_step: Hook
+    after_epoch: Hook
+    data: StageData
+    training: StageTraining
+    buffers: Sequence[Model]
+    parts: nn.Module | None
+    company: Sequence[Model]
+    teachers: Sequence[Model]
+    result: Literal["first", "best"]
+    apart: bool
+
+    def __init__(
+        self,
+        name: str,
+        students: Sequence[Model],
+        step: Callable[[Batch], Sequence[Lesson]] | Callable[[Batch, Moment], Sequence[Lesson]],
+        *,
+        after_step: Callable[[], None] | Callable[[Moment], None] = lambda: None,
+        after_epoch: Callable[[], None] | Callable[[Moment], None] = lambda: None,
+        data: StageData | None = None,
+        training: StageTraining | None = None,
+        buffers: Sequence[Model] = (),
+        parts: nn.Module | None = None,
+        company: Sequence[Model] = (),
+        teachers: Sequence[Model] = (),
+        result: Literal["first", "best"] = "first",
+        apart: bool = False,
+        views: int | None = None,
+        arrange: Arrange | None = None,
+        losses: Sequence[str] | Mapping[str, float] | None = None,
+        epochs: int | None = None,
+        lr: float | None = None,
+        train: Sequence[str] | None = None,
+    ) -> None:
+        lessons = _told(step, 1)
+        follow, close = _told(after_step, 0), _told(after_epoch, 0)
+        more_data = _given(views=views, arrange=arrange)
+        more_training = _given(losses=losses, epochs=epochs, lr=lr, train=train)
+        vars(self).update(  # a frozen instance cannot be assigned to
+            name=name,
+            students=students,
+            step=lambda batch, moment=START: lessons(batch, moment),
+            after_step=lambda moment=START: follow(moment),
+            after_epoch=lambda moment=START: close(moment),
+            data=replace(data or StageData(), **more_data),
+            training=replace(training or StageTraining(), **more_training),
+            buffers=buffers,
+            parts=parts,
+            company=company,
+            teachers=teachers,
+            result=result,
+            apart=apart,
+        )
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+T = TypeVar("T")
+
+
+def _told(hook: Callable[..., T], others: int) -> Callable[..., T]:
+    """Adapt a hook to a function of `others` arguments and the moment; the moment is passed on only
+    if the hook takes it.
+    """
+    try:
+        signature = inspect.signature(hook)
+    except ValueError:  # some functions written in C have no signature
+        return lambda *given: hook(*given[:others])
+    parameters = signature.parameters.values()
+    if "moment" in [p.name for p in parameters if p.kind != p.KEYWORD_ONLY][others : others + 1]:
+        return hook
+    if "moment" in signature.parameters:
+        return lambda *given: hook(*given[:others], moment=given[others])
+    try:
+        signature.bind(*range(others))
+    except TypeError:  # it needs one more argument: the moment
+        return hook
+    return lambda *given: hook(*given[:others])
 
 
 class ScheduleOptions(Options):
@@ -143,11 +267,15 @@ class ScheduleOptions(Options):
 
 
 class Schedule(abc.ABC):
-    """Who teaches whom, and when. It owns no loop and computes no loss."""
+    """Decides who teaches whom, and when. It owns no loop and computes no loss."""
 
     name: ClassVar[str]
     scheme: ClassVar[Literal["none", "offline", "online", "self"]]
     needs_teacher: ClassVar[bool]
+    tasks: ClassVar[Set[str] | Literal["any"]] = "any"
+    """Names of the supported tasks, or the meaning of their rows (`classes`, `labels`,
+    `numbers`).
+    """
     students_teach: ClassVar[bool] = False
     """Whether students teach each other or later ones, so that losses read them at the teacher's
     layers too.
@@ -162,7 +290,7 @@ class Schedule(abc.ABC):
         """Yield the stages in order. Code after a `yield` runs once that stage is trained (or
         restored).
 
-        What the last stage leaves is the run's result.
+        The networks that the last stage leaves are the run's result.
         """
 
 
@@ -172,10 +300,10 @@ View = Callable[[Batch], Tensor]
 def teach(
     student: Model, by: Sequence[Model] = (), views: Mapping[str, View] | None = None
 ) -> Callable[[Batch], Sequence[Lesson]]:
-    """The usual step: one student, fixed teachers.
+    """Make the usual step: one student, fixed teachers.
 
     Args:
-        student: who learns.
+        student: the model that learns.
         by: its teachers.
         views: further views of a batch's images, which all models answer together with the images
             themselves; what a model says of them is in `Outputs.views` under the same names. A view
@@ -192,7 +320,7 @@ def teach(
 
 
 def see(model: Model, inputs: Inputs, views: Mapping[str, Inputs]) -> Outputs:
-    """A model's answer to images and to views of them, in one forward."""
+    """Return a model's answer to images and to views of them, from one forward."""
     if not views:
         return model(inputs)
     shown = [images for images in (inputs, *views.values()) if isinstance(images, Tensor)]
@@ -210,7 +338,7 @@ def _rows(x: Tensor, sizes: Sequence[int], part: int) -> Tensor:
 
 
 def turned(batch: Batch) -> Tensor:
-    """Each image turned by 90, 180 and 270 degrees: (B, C, H, W) to (3B, C, H, W), all images at
+    """Rotate each image by 90, 180 and 270 degrees: (B, C, H, W) to (3B, C, H, W), all images at
     one angle, then at the next.
     """
     images = batch.inputs
@@ -220,12 +348,12 @@ def turned(batch: Batch) -> Tensor:
 
 
 def by_class(size: int) -> Arrange:
-    """An arrangement that puts images of one class side by side in groups of `size`, the groups
-    in random order.
+    """Make an arrangement that puts images of one class next to each other in groups of `size`, the
+    groups in random order.
 
-    An epoch has each image once, but for classes whose number of images the size does not divide:
-    their last group is filled up with images of other groups, and as many groups are left out as
-    that makes too many.
+    An epoch has each image once, except for classes whose number of images is not divisible by the
+    size: their last group is filled up with images of other groups, and the surplus is removed by
+    leaving out whole groups.
     """
 
     def arrange(order: Tensor, classes: Tensor, batch_size: int) -> Tensor:

@@ -1,1 +1,1 @@
-"""From a dataset to batches that are a function of (seed, epoch, sample)."""
+"""Turns a dataset into batches that are a function of (seed, epoch, sample)."""

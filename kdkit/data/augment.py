@@ -1,9 +1,9 @@
 """Random numbers that are a function of (seed, view, sample index), and crops and flips of whole
 batches drawn from them.
 
-Nothing here keeps a state, so an image looks the same whoever augments it, in whatever order, on
-whatever device. The hash is the finaliser of SplitMix64 (Steele, Lea & Flood, OOPSLA 2014), chained
-over the numbers it depends on.
+Nothing here keeps a state, so an image looks the same in every process, in any order, on any
+device. The hash is the finaliser of SplitMix64 (Steele, Lea & Flood, OOPSLA 2014), chained over the
+numbers it depends on.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ _MANTISSA = 24  # bits that a float32 in [0, 1) holds exactly
 
 
 def _signed(value: int) -> int:
-    """The int64 with the same 64 bits."""
+    """Return the int64 with the same 64 bits."""
     return (value & _ALL) - ((value & (1 << 63)) << 1)
 
 
 def _shifted(x: Tensor, places: int) -> Tensor:
-    """x >> places with zeros coming in from the left, as for unsigned numbers."""
+    """Return x >> places with zeros coming in from the left, as for unsigned numbers."""
     return (x >> places) & ((1 << (64 - places)) - 1)
 
 
 def _hash(state: Tensor | int, value: Tensor) -> Tensor:
-    """A new state that depends on the old one and on one more number; both int64, broadcast
+    """Return a new state that depends on the old one and on one more number; both int64, broadcast
     against each other.
     """
-    # int64 arithmetic wraps around, which is what is wanted
+    # int64 arithmetic wraps around, as the hash requires
     x = (value + 1) * _signed(_WEYL) + state
     x = (x ^ _shifted(x, 30)) * _signed(_MIX_1)
     x = (x ^ _shifted(x, 27)) * _signed(_MIX_2)
@@ -41,7 +41,7 @@ def _hash(state: Tensor | int, value: Tensor) -> Tensor:
 
 
 def _hash_number(state: int, value: int) -> int:
-    """`_hash` of plain integers, as unsigned 64 bits."""
+    """Compute `_hash` of plain integers, as unsigned 64 bits."""
     x = (state + (value + 1) * _WEYL) & _ALL
     x = ((x ^ (x >> 30)) * _MIX_1) & _ALL
     x = ((x ^ (x >> 27)) * _MIX_2) & _ALL
@@ -49,20 +49,22 @@ def _hash_number(state: int, value: int) -> int:
 
 
 def sample_seed(seed: int, view: int, index: int) -> int:
-    """One sample's own seed, 0 to 2^64 - 1: what `uniform` draws from, for generators that want
-    a seed.
+    """Return one sample's own seed, 0 to 2^64 - 1: the one that `uniform` draws from, for
+    generators that need a seed.
     """
     return _hash_number(_hash_number(_hash_number(0, seed), view), index)
 
 
 def subseed(seed: int, purpose: str) -> int:
-    """A seed for one purpose, so that two uses of the same recipe seed draw unrelated numbers."""
+    """Return a seed for one purpose, so that two uses of the same recipe seed draw unrelated
+    numbers.
+    """
     return sample_seed(seed, len(purpose), int.from_bytes(purpose.encode(), "little"))
 
 
 def bits(seed: int, view: int | Tensor, index: Tensor, draws: int) -> Tensor:
-    """64 random bits per draw, (B, draws) int64, for sample indices (B,) in one view, or each in
-    its own (B,).
+    """Return 64 random bits per draw, (B, draws) int64, for sample indices (B,) in one view, or
+    each in its own (B,).
     """
     first = _hash_number(0, seed)
     state = (
@@ -75,8 +77,8 @@ def bits(seed: int, view: int | Tensor, index: Tensor, draws: int) -> Tensor:
 
 
 def uniform(seed: int, view: int | Tensor, index: Tensor, draws: int) -> Tensor:
-    """Numbers in [0, 1), (B, draws) float32, that depend on seed, view, sample index (B,) and
-    the draw's place alone.
+    """Draw numbers in [0, 1), (B, draws) float32, that depend only on seed, view, sample index (B,)
+    and the number of the draw.
 
     The values are multiples of 2^-24 and the same on every device.
     """
@@ -86,14 +88,14 @@ def uniform(seed: int, view: int | Tensor, index: Tensor, draws: int) -> Tensor:
 
 
 def permutation(seed: int, number: int, length: int) -> Tensor:
-    """The order (length,) of an epoch: a permutation that depends on (seed, number) alone."""
+    """Return the order (length,) of an epoch: a permutation that depends only on (seed, number)."""
     keys = bits(subseed(seed, "order"), number, torch.arange(length), 1)[:, 0]
     return keys.argsort(stable=True)
 
 
 def crop_flip_count(padding: int) -> int:
-    """How many different pictures `crop_flip` makes of one image: (2p + 1)^2 places, mirrored or
-    not.
+    """Count the different pictures that `crop_flip` makes of one image: (2p + 1)^2 positions,
+    mirrored or not.
     """
     return (2 * padding + 1) ** 2 * 2
 
@@ -101,11 +103,12 @@ def crop_flip_count(padding: int) -> int:
 def draw_crop_flip(
     seed: int, view: int | Tensor, index: Tensor, padding: int, flip: float
 ) -> Tensor:
-    """Which of the `crop_flip_count(padding)` pictures each sample shows in its view, (B,) int64.
+    """Draw which of the `crop_flip_count(padding)` pictures each sample shows in its view, (B,)
+    int64.
 
     Args:
         seed: the run's augmentation seed.
-        view: number of the view, usually the epoch; or of each sample's, (B,) int64.
+        view: number of the view, usually the epoch; or one for each sample, (B,) int64.
         index: sample indices (B,).
         padding: pixels of padding p; the place of the crop is uniform over (2p + 1)^2.
         flip: share of the images that are mirrored, in [0, 1].
@@ -115,22 +118,22 @@ def draw_crop_flip(
     """
     places = 2 * padding + 1
     drawn = uniform(seed, view, index, 3)
-    # below `places`: a float32 product never rounds up to it here
+    # stays below `places`: for so few places, the float32 product never rounds up
     top_left = (drawn[:, :2] * places).to(torch.int64)
     return (top_left[:, 0] * places + top_left[:, 1]) * 2 + (drawn[:, 2] < flip)
 
 
 def crop_flip(images: Tensor, outcome: Tensor, padding: int) -> Tensor:
-    """Pad with zeros, crop every image at its own place, mirror it or not.
+    """Pad with zeros, crop every image at its own position, mirror it or not.
 
     Args:
         images: (B, C, H, W), of any type.
-        outcome: (B,) int64 as `draw_crop_flip` numbers them; `padding, padding, not mirrored`
-            leaves an image as it is.
+        outcome: (B,) int64, in the numbering of `draw_crop_flip`; `padding, padding, not mirrored`
+            leaves an image unchanged.
         padding: pixels of padding p on each side.
 
     Returns:
-        (B, C, H, W) of the same type; the input is left alone.
+        (B, C, H, W) of the same type; the input is not modified.
     """
     places = 2 * padding + 1
     place, mirrored = outcome // 2, outcome % 2
@@ -138,12 +141,12 @@ def crop_flip(images: Tensor, outcome: Tensor, padding: int) -> Tensor:
     numbers = torch.arange(max(count, channels, height), device=images.device)
     if padding:
         padded = F.pad(images, (padding,) * 4)
-        # a view: what begins at each pixel, as long as a row
+        # a strided view: at each pixel, the run of one row's length that begins there
         pieces = padded.reshape(-1).unfold(0, width, 1)
         plane = numbers[:count, None, None] * channels + numbers[:channels, None]  # (B, C, 1)
         # (B, C, H)
         row = plane * padded.shape[2] + (place // places)[:, None, None] + numbers[:height]
         begins = row * padded.shape[3] + (place % places)[:, None, None]
-        # row by row, which pixel by pixel would take twice as long
+        # gather whole rows: pixel by pixel takes twice as long
         images = pieces.index_select(0, begins.flatten()).view(images.shape)
     return torch.cat([images, images.flip(-1)]).index_select(0, numbers[:count] + count * mirrored)

@@ -1,5 +1,5 @@
-"""Batches of images whose places are known: from one tensor on the device, or read one by one by
-worker processes.
+"""Batches of images with random access: from one tensor on the device, or read one by one by worker
+processes.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from kdkit.launching import WORKER_ENDED, told_of_another
 from kdkit.recipe.sections import BatchAugment
 
 View = int | Tensor
-"""Which augmentation images show: a number for all of them, or one for each, (B,) int64."""
+"""The number of the augmentation: one for all images, or one for each, (B,) int64."""
 
 
 @dataclass(frozen=True)
 class Finish:
-    """The last step of a batch, on the device: `data.augment` where a view is given, then floats
-    in [0, 1].
+    """The last step of a batch, on the device: `data.augment` if a view is given, then conversion
+    to floats in [0, 1].
     """
 
     augment: BatchAugment | None
@@ -36,7 +36,7 @@ class Finish:
     device: torch.device
 
     def __call__(self, pixels: Tensor, labels: Tensor, index: Tensor, view: View | None) -> Batch:
-        """A batch of uint8 pixels (B, C, H, W), labels (B,) and sample indices (B,)."""
+        """Finish a batch of uint8 pixels (B, C, H, W), labels (B, ...) and sample indices (B,)."""
         pixels, labels, index = (
             tensor.to(self.device, non_blocking=True) for tensor in (pixels, labels, index)
         )
@@ -53,16 +53,16 @@ class Images(Protocol):
     """Some images of one part of a dataset, numbered 0 to N - 1.
 
     Attributes:
-        labels: class indices, (N,).
-        indices: positions in the whole part, (N,); what `Batch.index` says.
+        labels: targets, (N, ...).
+        indices: positions in the whole part, (N,); the values of `Batch.index`.
     """
 
     labels: Tensor
     indices: Tensor
 
     def batches(self, plan: Sequence[Tensor], views: Sequence[View | None]) -> Iterator[Batch]:
-        """One batch per tensor of image numbers, on the device; augmented for the view that goes
-        with it, or not at all.
+        """Yield one batch per tensor of image numbers, on the device; augmented for the
+        corresponding view, or not at all.
         """
         ...
 
@@ -95,7 +95,7 @@ class HeldImages:
 class ReadImages:
     """Images that worker processes read and transform one by one.
 
-    Workers are told (view, sample index) of each image, so how many there are changes nothing.
+    Workers receive the (view, sample index) of each image, so their number changes nothing.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class ReadImages:
         try:
             yield from map(intact, loaded(self._kept))
         except DataError:
-            self._kept = None  # ends its workers now, not when the traceback is collected
+            self._kept = None  # ends the workers now, not when the traceback is collected
             raise
         finally:
             self._in_use = False
@@ -149,19 +149,19 @@ class ReadImages:
             pin_memory=self._finish.device.type == "cuda",
             persistent_workers=keep,
             worker_init_fn=leave_to_parent,
-            generator=torch.Generator(),  # or it draws from the global one
+            generator=torch.Generator(),  # otherwise it draws from the global generator
         )
 
 
 def loaded(loader: DataLoader[Any]) -> Iterator[Any]:
-    """What a loader's processes read.
+    """Yield what the processes of a loader read.
 
     Raises:
         DataError: one of them has ended.
     """
     try:
         yield from loader
-    except (EOFError, ConnectionError):  # where torch fetches a tensor from it
+    except (EOFError, ConnectionError):  # raised when torch fetches a tensor from a dead worker
         raise DataError(WORKER_ENDED) from None
     except RuntimeError as error:
         if told_of_another(error) == WORKER_ENDED:
@@ -170,7 +170,7 @@ def loaded(loader: DataLoader[Any]) -> Iterator[Any]:
 
 
 def _each(view: View | None, count: int) -> list[int]:
-    """The view of each of so many images."""
+    """Return the view of each of `count` images."""
     return (
         [int(number) for number in view.tolist()]
         if isinstance(view, Tensor)
@@ -179,7 +179,7 @@ def _each(view: View | None, count: int) -> list[int]:
 
 
 class _Keys:
-    """A batch sampler that is told what to say."""
+    """A batch sampler whose batches are set from outside."""
 
     def __init__(self, batches: list[list[tuple[int, int]]] | None = None) -> None:
         self.batches = batches or []
@@ -193,8 +193,8 @@ class _Keys:
 
 @dataclass(frozen=True)
 class Broken:
-    """What a worker sends in place of an image that it could not read; an exception would arrive
-    as a page of traceback.
+    """A worker's replacement for an image that it could not read; an exception would arrive as a
+    page of traceback.
     """
 
     message: str
@@ -219,7 +219,7 @@ class _Reader(Dataset[Any]):
 
 
 def stack(samples: list[Tensor | Broken]) -> Tensor | Broken:
-    """uint8 (B, C, H, W), or the first broken one."""
+    """Stack images to uint8 (B, C, H, W), or return the first broken one."""
     tensors = [sample for sample in samples if isinstance(sample, Tensor)]
     if len(tensors) == len(samples):
         return torch.stack(tensors)
@@ -227,7 +227,7 @@ def stack(samples: list[Tensor | Broken]) -> Tensor | Broken:
 
 
 def intact(pixels: Tensor | Broken) -> Tensor:
-    """The pixels.
+    """Return the pixels.
 
     Raises:
         DataError: an image could not be read.
@@ -238,7 +238,7 @@ def intact(pixels: Tensor | Broken) -> Tensor:
 
 
 class Pictures:
-    """Images held as one tensor, handed out as PIL images."""
+    """Images held as one tensor, returned as PIL images."""
 
     def __init__(self, part: InMemory) -> None:
         if part.images.shape[1] not in MODES:

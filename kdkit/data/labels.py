@@ -1,16 +1,15 @@
-"""What a dataset says of its samples, held against what it gives: how many there are, and a
-class index for each.
-"""
+"""Compares what a dataset declares about its samples with what it returns."""
 
 from __future__ import annotations
 
-import operator
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from kdkit.contracts.dataset_source import DataInfo, DatasetSource, InMemory, Split, Stream, Texts
+from kdkit.contracts.task import Task
 from kdkit.errors import DataError, KdkitError, ShapeError
 
 Part = Split | InMemory | Texts | Stream
@@ -18,8 +17,7 @@ CALLED = {"train": "training", "test": "test"}
 
 
 def split(source: DatasetSource, name: Literal["train", "test"], info: DataInfo) -> Part:
-    """A part of a dataset, as long as the dataset says; what goes wrong in the plugin is told in
-    one line.
+    """Return a part of a dataset after checking its length; errors in the plugin become one line.
 
     Raises:
         DataError: it cannot be read, or has another number of samples.
@@ -42,8 +40,8 @@ def split(source: DatasetSource, name: Literal["train", "test"], info: DataInfo)
 
 
 class NoLabels:
-    """Stands where labels would be, while a recipe is checked for images without labels: whoever
-    reads them is told so.
+    """Stand-in for labels while a recipe is checked for images without labels: reading it raises an
+    error.
     """
 
     def __len__(self) -> int:
@@ -66,51 +64,21 @@ class NoLabels:
 NO_LABELS = cast("Tensor", NoLabels())
 
 
-def class_indices(labels: Any, classes: int, whose: str) -> Tensor:
-    """Labels as int64 (N,).
-
-    Args:
-        labels: of each sample.
-        classes: K.
-        whose: begins the message, such as "dataset 'digits': training labels".
-
-    Raises:
-        DataError: they are no class indices below K.
-    """
-    try:
-        found = torch.as_tensor(labels)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise DataError(f"{whose} are no numbers: {' '.join(str(error).split())}") from None
-    supported = f"a label is one whole number from 0 to {classes - 1}, the class of a sample"
-    if found.ndim != 1:
-        raise DataError(
-            f"{whose} have the shape {tuple(found.shape)}; {supported}: several tags or numbers of"
-            " a sample are not supported"
-        )
-    if found.is_floating_point() or found.is_complex():
-        first = found.flatten()[:3].tolist()
-        raise DataError(
-            f"{whose} are {found.dtype} ({', '.join(map(str, first))}...); {supported}: regression"
-            " is not supported"
-        )
-    found = found.to(torch.int64)
-    if len(found) and not 0 <= int(found.min()) <= int(found.max()) < classes:
-        raise DataError(
-            f"{whose} go from {int(found.min())} to {int(found.max())}, but there are {classes}"
-            " classes"
-        )
-    return found
+def as_values(targets: Any) -> Any:
+    """Stack targets that come one by one as tensors; return others unchanged."""
+    is_rows = isinstance(targets, list | tuple) and len(targets) > 0
+    if is_rows and all(isinstance(target, Tensor) for target in targets):
+        shapes = {target.shape for target in targets}
+        return torch.stack([*targets]) if len(shapes) == 1 else targets
+    return targets
 
 
-def class_index(label: Any) -> int:
-    """A single label.
+def described(source: DatasetSource, task: Task) -> DataInfo:
+    """Return the properties of a dataset, with the sample shape in the task's terms.
 
     Raises:
-        DataError: it is no whole number.
+        DataError: its files do not exist, or the task does not take its samples.
     """
-    try:
-        return operator.index(label)
-    except TypeError:
-        raise DataError(
-            f"label {label!r} is no whole number, the class of a sample; nothing else is supported"
-        ) from None
+    info = source.info()
+    task.check(info)
+    return replace(info, image_shape=task.shape(info.image_shape))

@@ -1,14 +1,15 @@
-"""The batches of a run: which images, in which order, augmented how.
+"""The batches of a run: which images, in which order, with which augmentation.
 
-All of it follows from the recipe, the seed and the epoch's number, so any batch of any epoch can be
-made again, on any number of processes and workers.
+All of it follows from the recipe, the seed and the number of the epoch, so any batch of any epoch
+can be reproduced, with any number of processes and workers.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,10 +19,11 @@ from kdkit.contracts.inputs import Shape, is_text
 from kdkit.contracts.options import SIDE
 from kdkit.contracts.records import Batch
 from kdkit.contracts.schedule import Arrange
+from kdkit.contracts.task import Task
 from kdkit.data import streams
 from kdkit.data.augment import permutation, subseed
 from kdkit.data.images import Finish, HeldImages, Images, Pictures, ReadImages, View
-from kdkit.data.labels import class_indices, split
+from kdkit.data.labels import as_values, described, split
 from kdkit.data.subsets import choose
 from kdkit.data.texts import HeldTexts
 from kdkit.data.transforms import Transform, for_measuring, for_training, resized
@@ -29,12 +31,12 @@ from kdkit.errors import DataError
 from kdkit.recipe.sections import DataSpec
 
 MOST_VIEWS = 1 << 40
-"""The copies of a repeated image are views from multiples of this on: beyond those that a
-stage's further views have.
+"""Copy c of a repeated image has view numbers from c * 2^40 on, beyond those of a stage's
+further views.
 """
 
 LARGEST_IMAGE = 4 * SIDE**2
-"""Values of one image."""
+"""Maximum number of values in one image."""
 
 FOR_IMAGES = ("image_size", "augment", "timm_augment")
 
@@ -47,10 +49,10 @@ class TrainLoader(Protocol):
     be larger than `num_samples`.
 
     Attributes:
-        labels: class indices of the chosen images, (N,); empty for a stream.
+        labels: targets of the chosen images, (N, ...); empty for a stream.
         indices: their places in the whole training part, (N,), ascending; empty for a stream.
         num_samples: N.
-        indexed: whether `Batch.index` names the same image in every epoch (not so for a stream).
+        indexed: whether `Batch.index` names the same image in every epoch (False for a stream).
     """
 
     labels: Tensor
@@ -59,20 +61,20 @@ class TrainLoader(Protocol):
     indexed: bool
 
     def __len__(self) -> int:
-        """Batches per epoch."""
+        """Return the number of batches per epoch."""
         ...
 
     def epoch(
         self, number: int, start: int = 0, view: int | None = None, arrange: Arrange | None = None
     ) -> Iterator[Batch]:
-        """This process's share of the batches of one epoch, from batch `start` on, without
+        """Return this process's share of the batches of one epoch, from batch `start` on, without
         loading those before it.
 
         Args:
-            number: of the epoch; it gives the order.
+            number: of the epoch; it determines the order.
             start: batches to skip.
-            view: number of the augmentation, `number` by default; smaller ones come again where a
-                cache keeps few views.
+            view: number of the augmentation, `number` by default; with a cache of few views,
+                smaller numbers are used repeatedly.
             arrange: changes the order.
 
         Raises:
@@ -91,19 +93,19 @@ class EvalLoader(Protocol):
     num_samples: int
 
     def __len__(self) -> int:
-        """Batches of this process."""
+        """Return the number of batches of this process."""
         ...
 
     def __iter__(self) -> Iterator[Batch]: ...
 
     def whole(self) -> EvalLoader:
-        """The same images, all of them in this process."""
+        """Return a loader of all images in this process."""
         ...
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains and measures on; `info.image_shape` is that of the batches."""
+    """The data that a run trains and measures on; `info.image_shape` is that of the batches."""
 
     info: DataInfo
     train: TrainLoader
@@ -112,7 +114,7 @@ class Data:
 
 
 class _ShuffledLoader:
-    """Epochs over images whose places are known.
+    """Epochs over images with random access.
 
     With `data.repeats` R, position p of an epoch shows image p // R of its order, as copy p % R,
     each in a view of its own (Hoffer et al. 2020; timm's RepeatAugSampler): an epoch keeps its
@@ -122,8 +124,15 @@ class _ShuffledLoader:
 
     indexed = True
 
-    def __init__(self, images: Images, spec: DataSpec, seed: int, rank: int, world: int) -> None:
+    def __init__(
+        self, images: Images, task: Task, spec: DataSpec, seed: int, rank: int, world: int
+    ) -> None:
         self.labels = images.labels
+        self._groups = task.strata(images.labels)
+        if self._groups is None and spec.repeating == "sampling":
+            raise DataError(
+                f"data.sampling: targets of task '{task.name}' make no groups to balance"
+            )
         self.indices = images.indices
         self.num_samples = len(images.labels)
         self._images = images
@@ -151,7 +160,9 @@ class _ShuffledLoader:
         view = number if view is None else view
         order, copies = self._draw(number)
         if arrange is not None:
-            order = arrange(order, self.labels.to(order.device)[order], self._batch_size)
+            if self._groups is None:
+                raise DataError("the schedule brings samples together that the task does not group")
+            order = arrange(order, self._groups.to(order.device)[order], self._batch_size)
             assert len(order) == self._used, "an arrangement keeps the number of images"
         plan = self._shares(order, start)
         views: Sequence[View] = [view] * len(plan)
@@ -160,10 +171,10 @@ class _ShuffledLoader:
         return self._images.batches(plan, views)
 
     def _draw(self, number: int) -> tuple[Tensor, Tensor]:
-        """The image at each place of an epoch, and which copy of it, both (used,)."""
+        """Draw the image at each place of an epoch, and the number of its copy, both (used,)."""
         shuffled = permutation(self._seed, number, self.num_samples)
-        if self._repeating == "sampling":
-            order, copies = balanced(shuffled, self.labels.to(shuffled.device))
+        if self._repeating == "sampling" and self._groups is not None:
+            order, copies = balanced(shuffled, self._groups.to(shuffled.device))
             mixed = permutation(subseed(self._seed, "balanced"), number, self.num_samples)[
                 : self._used
             ]
@@ -172,8 +183,8 @@ class _ShuffledLoader:
         return shuffled[places // self._repeats], places % self._repeats
 
     def _shares(self, whole: Tensor, start: int) -> list[Tensor]:
-        """This process's part of every batch: side by side, but of the copies of one image each
-        process gets others, as timm has it.
+        """Return this process's part of every batch: a contiguous slice, except that the copies of
+        one image go to different processes, as in timm.
         """
         world, rank = self._world, self._rank
         parts = torch.split(whole, self._batch_size)[start:]
@@ -183,8 +194,8 @@ class _ShuffledLoader:
 
 
 def balanced(shuffled: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """As many images, of the classes in turn: their numbers and which copy of it each is, both
-    (N,).
+    """Draw images from the classes in turn, as many as there are: their numbers and the number of
+    each copy, both (N,).
 
     Args:
         shuffled: the images' numbers in random order, (N,): the first ones of each class are taken,
@@ -203,6 +214,10 @@ class _OrderedLoader:
 
     def __init__(self, images: Images, batch_size: int, rank: int, world: int) -> None:
         self.num_samples = len(images.labels)
+        if self.num_samples < world:
+            raise DataError(
+                f"{self.num_samples} images to measure on cannot be shared by {world} processes"
+            )
         self._images, self._batch_size = images, batch_size
         own = torch.arange(rank, self.num_samples, world)
         self._plan: Sequence[Tensor] = torch.split(own, batch_size) if len(own) else ()
@@ -218,11 +233,12 @@ class _OrderedLoader:
 
 
 def image_shape(spec: DataSpec, info: DataInfo) -> Shape:
-    """Shape (C, H, W) of the images in a batch; of texts, the most tokens that one has (N,).
+    """Return the shape (C, H, W) of the images in a batch; for texts, the maximum number of tokens
+    (N,).
 
     Raises:
         DataError: the dataset's images have many sizes and `data.image_size` is not set, or are too
-            large; texts are to be changed as images are.
+            large; image options are set for texts.
     """
     if is_text(info.image_shape):
         if asked := [key for key in FOR_IMAGES if getattr(spec, key) is not None]:
@@ -248,6 +264,7 @@ def image_shape(spec: DataSpec, info: DataInfo) -> Shape:
 def prepare(
     spec: DataSpec,
     source: DatasetSource,
+    task: Task,
     *,
     seed: int,
     device: torch.device,
@@ -259,22 +276,23 @@ def prepare(
     Args:
         spec: the recipe's `data` section; which images are chosen follows from `spec.seed`.
         source: the dataset plugin.
+        task: the task of the recipe.
         seed: of the order and the augmentation.
-        device: where batches are; images held in memory are sent there once.
+        device: device of the batches; images held in memory are sent there once.
         rank: this process's number, below `world`.
         world: training processes; each gets an equal share of every batch.
 
     Raises:
         DataError: files are missing, or the recipe asks for what the dataset cannot give.
     """
-    info = source.info()
+    info = described(source, task)
     shape = image_shape(spec, info)
     if spec.batch_size % world:
         raise DataError(
             f"data.batch_size: {spec.batch_size} images cannot be shared equally by {world}"
             " processes"
         )
-    build = _Builder(spec, replace(info, image_shape=shape), seed, device, rank, world)
+    build = _Builder(spec, task, replace(info, image_shape=shape), seed, device, rank, world)
     train, validation = build.train(split(source, "train", info))
     return Data(build.info, train, validation, build.test(split(source, "test", info)))
 
@@ -282,6 +300,7 @@ def prepare(
 @dataclass(frozen=True)
 class _Builder:
     spec: DataSpec
+    task: Task
     info: DataInfo
     seed: int
     device: torch.device
@@ -299,11 +318,15 @@ class _Builder:
             reader = self._reader(part, self.spec.batch_size // self.world, finish, transform)
             return streams.StreamTrainLoader(reader, self.seed, self.spec.drop_last), None
         labels = self._labels(part, "training")
-        chosen, aside = choose(self.spec, labels.clamp(min=0))
+        groups = self.task.strata(labels) if self.info.labelled else None
+        if groups is None:
+            groups = torch.zeros(len(labels), dtype=torch.int64)
+        chosen, aside = choose(self.spec, groups)
         self._refuse_large_batch(len(chosen))
         images = self._images(part, labels, chosen, finish, training=True)
         validation = self._ordered(part, labels, aside) if len(aside) else None
-        return _ShuffledLoader(images, self.spec, self.seed, self.rank, self.world), validation
+        loader = _ShuffledLoader(images, self.task, self.spec, self.seed, self.rank, self.world)
+        return loader, validation
 
     def test(self, part: Split | InMemory | Texts | Stream) -> EvalLoader:
         if isinstance(part, Stream):
@@ -326,7 +349,7 @@ class _Builder:
             self.spec.workers,
             finish,
             transform,
-            self.info.num_classes,
+            functools.partial(self._targets, name="stream"),
             rank=self.rank,
             world=self.world,
         )
@@ -370,9 +393,11 @@ class _Builder:
             raise DataError(f"dataset '{self.spec.dataset.use}' has no {name} images")
         if name == "training" and not self.info.labelled:
             return torch.full((len(part),), -1)
-        return class_indices(
-            part.labels, self.info.num_classes, f"dataset '{self.spec.dataset.use}': {name} labels"
-        )
+        return self._targets(part.labels, name)
+
+    def _targets(self, values: Any, name: str) -> Tensor:
+        whose = f"dataset '{self.spec.dataset.use}': {name} labels"
+        return self.task.targets(as_values(values), self.info, whose)
 
     def _refuse_large_batch(self, count: int) -> None:
         if self.spec.batch_size > count:

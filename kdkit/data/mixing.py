@@ -1,11 +1,12 @@
-"""timm's mixup and cutmix, as a step of the loader: what an image is mixed with follows from
-(seed, epoch, batch, process) alone.
+"""timm's mixup and cutmix as a step of the loader: the mixing of an image follows only from (seed,
+epoch, batch, process).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -16,12 +17,15 @@ from kdkit.errors import RunError
 from kdkit.randomness import seeded
 from kdkit.recipe.sections import MixupSpec
 
+Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Mixes images (B, C, H, W) and labels in place."""
+
 
 class MixedLoader:
-    """Training batches whose images and labels are mixed; labels become shares (B, K)."""
+    """Training batches whose images and labels are mixed by the task's mixer."""
 
     def __init__(
-        self, loader: TrainLoader, spec: MixupSpec, *, num_classes: int, seed: int, rank: int = 0
+        self, loader: TrainLoader, spec: MixupSpec, mix: Mix, *, seed: int, rank: int = 0
     ) -> None:
         self.labels = loader.labels
         self.indices = loader.indices
@@ -31,7 +35,7 @@ class MixedLoader:
         self._spec = spec
         self._seed = seed
         self._rank = rank
-        self._mix = _timm(spec, num_classes)
+        self._mix = mix
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -57,16 +61,6 @@ class MixedLoader:
         return replace(batch, inputs=inputs, labels=labels)
 
 
-def _timm(spec: MixupSpec, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    from timm.data import Mixup
-
-    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = Mixup(  # type: ignore[no-untyped-call]
-        mixup_alpha=spec.mixup_alpha,
-        cutmix_alpha=spec.cutmix_alpha,
-        prob=spec.prob,
-        switch_prob=spec.switch_prob,
-        mode=spec.mode,
-        label_smoothing=0.0,  # cross_entropy's own option smooths
-        num_classes=num_classes,
-    )
-    return mix
+def options_of(spec: MixupSpec) -> dict[str, Any]:
+    """Return the arguments of timm's Mixup."""
+    return spec.model_dump(exclude={"off_epoch"})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -15,13 +15,12 @@ from kdkit.contracts.records import Batch
 from kdkit.contracts.schedule import Arrange
 from kdkit.data.augment import sample_seed, subseed
 from kdkit.data.images import Broken, Finish, intact, loaded, stack
-from kdkit.data.labels import class_index, class_indices
 from kdkit.data.transforms import Transform
 from kdkit.data.workers import leave_to_parent
 from kdkit.errors import DataError
 from kdkit.recipe.sections import DataSpec
 
-Sample = tuple[Tensor | Broken, int, int]
+Sample = tuple[Tensor | Broken, Any, int]
 
 
 class StreamReader:
@@ -30,9 +29,9 @@ class StreamReader:
     Args:
         part: the whole stream; process `rank` of `world` reads its share.
         batch_size: of this process.
-        workers: that read.
-        finish, transform: what is done to images.
-        classes: K.
+        workers: number of processes that read.
+        finish, transform: the processing of batches and of single images.
+        targets: converts the stream's targets to a tensor.
     """
 
     def __init__(
@@ -42,7 +41,7 @@ class StreamReader:
         workers: int,
         finish: Finish,
         transform: Transform,
-        classes: int,
+        targets: Callable[[Sequence[Any]], Tensor],
         *,
         rank: int = 0,
         world: int = 1,
@@ -54,19 +53,19 @@ class StreamReader:
         self._workers = workers
         self._finish = finish
         self._transform = transform
-        self._classes = classes
+        self._targets = targets
 
     def whole(self) -> StreamReader:
-        """A reader of all of it in this process."""
+        """Return a reader of the whole part in this process."""
         return StreamReader(
-            self.part, self.batch_size, self._workers, self._finish, self._transform, self._classes
+            self.part, self.batch_size, self._workers, self._finish, self._transform, self._targets
         )
 
     def batches(self, seed: int | None, view: int | None) -> Iterator[Batch]:
-        """Batches of one epoch in the order that `seed` (and the number of workers) gives; None:
-        the order of the files.
+        """Yield batches of one epoch in the order that follows from `seed` (and the number of
+        workers); None: the order of the files.
 
-        `Batch.index` numbers the images of this epoch; it is no place in the dataset.
+        `Batch.index` numbers the images of this epoch; it is not a position in the dataset.
         """
         part = (
             self.part.share(self.rank, self.world)
@@ -89,15 +88,10 @@ class StreamReader:
             collate_fn=_collate,
             pin_memory=self._finish.device.type == "cuda",
             worker_init_fn=leave_to_parent,
-            generator=torch.Generator().manual_seed(seed or 0),  # a worker's own seed comes from it
+            generator=torch.Generator().manual_seed(seed or 0),  # determines the workers' own seeds
         )
         for pixels, labels, index in loaded(loader):
-            yield self._finish(
-                intact(pixels),
-                class_indices(labels, self._classes, "the stream's labels"),
-                index,
-                view,
-            )
+            yield self._finish(intact(pixels), self._targets(labels), index, view)
 
 
 class _Share(IterableDataset[Sample]):
@@ -127,20 +121,20 @@ class _Share(IterableDataset[Sample]):
         for place, (image, label) in enumerate(
             self.part.read(self.seed, self.workers, self.batch_size)
         ):
-            index = (first + place * step) * self.world + self.rank  # no other process's
+            index = (first + place * step) * self.world + self.rank  # unique over the processes
             try:
-                yield self.transform(image, self.view, index), class_index(label), index
+                yield self.transform(image, self.view, index), label, index
             except DataError as error:
                 yield Broken(str(error)), 0, index
 
 
-def _collate(samples: list[Sample]) -> tuple[Tensor | Broken, Tensor, Tensor]:
+def _collate(samples: list[Sample]) -> tuple[Tensor | Broken, list[Any], Tensor]:
     pixels, labels, index = zip(*samples, strict=True)
-    return stack(list(pixels)), torch.tensor(labels), torch.tensor(index)
+    return stack(list(pixels)), list(labels), torch.tensor(index)
 
 
 class StreamTrainLoader:
-    """Epochs of a stream. `labels` is empty: they are not known before they are read.
+    """Epochs of a stream. `labels` is empty: labels are unknown before they are read.
 
     An epoch has as many full batches as the stream's length allows; `drop_last: false` adds one
     more, filled up by the source with images of the next round. `start` reads the skipped batches
@@ -168,7 +162,7 @@ class StreamTrainLoader:
                 "this dataset can only be read from start to end, but the schedule chooses which"
                 " images come together"
             )
-        # 31 bits: readers hand it to NumPy and TensorFlow
+        # 31 bits: readers pass it to NumPy and TensorFlow
         seed = sample_seed(self._seed, number, 0) >> 33
         given = start
         for batch in islice(
@@ -189,8 +183,8 @@ class StreamTrainLoader:
 
 
 class StreamEvalLoader:
-    """All images of a stream, once; of several processes each has its share, which may be larger
-    than another's.
+    """All images of a stream, once; with several processes each has its share, and shares may
+    differ in size.
     """
 
     def __init__(self, reader: StreamReader) -> None:
@@ -208,10 +202,10 @@ class StreamEvalLoader:
 
 
 def refuse(spec: DataSpec, part: Stream, world: int) -> None:
-    """Say what a stream cannot do.
+    """Refuse options that a stream cannot fulfil.
 
     Raises:
-        DataError: the recipe asks for it.
+        DataError: the recipe sets such an option.
     """
     for key in ("train_samples", "train_fraction", "validation"):
         if getattr(spec, key) is not None:
@@ -228,10 +222,10 @@ def refuse(spec: DataSpec, part: Stream, world: int) -> None:
 
 
 def refuse_processes(part: Stream, world: int) -> None:
-    """Say whether several processes can read it.
+    """Refuse a stream that several processes cannot share.
 
     Raises:
-        DataError: they cannot.
+        DataError: several processes cannot read it.
     """
     if world > 1 and not isinstance(part, SharedStream):
         raise DataError(

@@ -1,5 +1,5 @@
-"""Which training images are trained on and which are set aside for validation: by class shares,
-by seed, nested.
+"""Splits the training images into those trained on and those set aside for validation: by class
+shares, by seed, nested.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from kdkit.recipe.sections import DataSpec
 
 
 def stratified_order(labels: Tensor, seed: int) -> Tensor:
-    """An order (N,) of the images in which each beginning holds the classes in about their
-    shares.
+    """Return an order (N,) of the images in which each prefix contains the classes in approximately
+    their proportions.
 
     The first K images are one of each of the K classes that occur; after them a class with n images
     puts its j-th one at (j + 1/2) / n of the way. A shorter subset is part of every longer one.
@@ -31,17 +31,18 @@ def stratified_order(labels: Tensor, seed: int) -> Tensor:
     share[place == 0] -= 1  # the first of each class before all others
     position = torch.empty(count, dtype=torch.float64)
     position[by_class] = share
-    return shuffled[position[shuffled].argsort(stable=True)]  # equal places in random order
+    return shuffled[position[shuffled].argsort(stable=True)]  # ties stay in random order
 
 
 def choose(spec: DataSpec, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices of the training images and of the validation images, ascending and disjoint.
+    """Return the indices of the training images and of the validation images, ascending and
+    disjoint.
 
-    The validation images depend on `data.validation` and `data.seed` alone, so subsets of several
+    The validation images depend only on `data.validation` and `data.seed`, so subsets of several
     sizes share them.
 
     Raises:
-        DataError: there are not so many images, or none would be left.
+        DataError: there are too few images, or none would be left.
     """
     total = len(labels)
     aside = _validation_count(spec, total)
@@ -63,13 +64,15 @@ def choose(spec: DataSpec, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def samples(spec: DataSpec, total: int) -> int:
-    """How many images are trained on, of so many in the training part; errors as `choose`."""
+    """Count the images that are trained on, out of `total` in the training part; errors as in
+    `choose`.
+    """
     return len(choose(spec, torch.zeros(total, dtype=torch.int64))[0])
 
 
 def images_per_epoch(spec: DataSpec, count: int) -> int:
-    """How many images an epoch shows of so many that are trained on; those that come repeatedly
-    count each time.
+    """Count the images that an epoch shows if `count` are trained on; repeated images count each
+    time.
     """
     return count - count % spec.batch_size if spec.drop_last else count
 

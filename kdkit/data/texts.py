@@ -23,7 +23,7 @@ class HeldTexts:
         self._labels, self._indices = self.labels.to(device), indices.to(device)
         lengths = torch.tensor(part.lengths)
         starts = lengths.cumsum(0) - lengths
-        # on the host, so that no batch waits for the device to say how long it is
+        # on the host, so that finding a batch's length needs no device synchronisation
         self._longest = lengths[indices]
         self._lengths, self._starts = lengths[indices].to(device), starts[indices].to(device)
         self._padding = {name: part.padding.get(name, 0) for name in part.tokens}
@@ -33,7 +33,7 @@ class HeldTexts:
         }
 
     def batches(self, plan: Sequence[Tensor], views: Sequence[View | None]) -> Iterator[Batch]:
-        """A text has one view: every view of it is that one."""
+        """Yield the batches; a text looks the same in every view."""
         for numbers in plan:
             chosen = numbers.to(self._starts.device)
             lengths = self._lengths[chosen, None]

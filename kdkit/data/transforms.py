@@ -1,4 +1,4 @@
-"""From a PIL image to the uint8 tensor that batches are made of: the size, the channels, timm's
+"""Converts a PIL image to the uint8 tensor that batches are made of: the size, the channels, timm's
 augmentations.
 """
 
@@ -22,14 +22,14 @@ Transform = Callable[[Any, int, int], Tensor]
 """(PIL image, view, sample index) -> uint8 (C, H, W)."""
 
 MODES = {1: "L", 3: "RGB"}
-# PIL's modes of more than 8 bits, which `convert` cuts off
+# PIL's modes of more than 8 bits, which `convert` would clip
 WIDE = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed Python's, NumPy's and torch's CPU generators for a while, and then put them back as
-    they were.
+    """Seed the CPU generators of Python, NumPy and torch inside the block, and restore their states
+    afterwards.
     """
     import numpy as np
 
@@ -82,7 +82,7 @@ class Plain:
 
 
 class Augmented:
-    """timm's training transform, drawn from (seed, view, sample index) and from nothing else."""
+    """timm's training transform, drawn only from (seed, view, sample index)."""
 
     def __init__(self, options: TimmAugment, shape: Shape, seed: int) -> None:
         from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -107,7 +107,7 @@ class Augmented:
                 mean=IMAGENET_DEFAULT_MEAN,
                 std=IMAGENET_DEFAULT_STD,
             )
-        # what timm's policy parser raises
+        # errors of timm's policy parser
         except (AssertionError, KeyError, ValueError, IndexError) as error:
             raise DataError(
                 f"data.timm_augment: timm does not accept {options.auto_augment!r}"
@@ -118,13 +118,13 @@ class Augmented:
         with seeded(sample_seed(self.seed, view, index)):
             # timm's policies fill with three channels
             normalised: Tensor = self.transform(with_channels(image, 3))
-        # undone: batches are in [0, 1]
+        # undo timm's normalisation: batches are in [0, 1]
         pixels = (normalised * self.std + self.mean).mul_(255).round_().clamp_(0, 255)
         return pixels.to(torch.uint8)[: self.channels]
 
 
 def with_channels(image: Any, channels: int) -> Any:
-    """The PIL image in grey (1 channel) or RGB (3)."""
+    """Convert the PIL image to grey (1 channel) or RGB (3)."""
     if channels not in MODES:
         raise DataError(f"PIL images have 1 or 3 channels, the dataset says {channels}")
     if image.mode in WIDE:
@@ -136,8 +136,8 @@ def with_channels(image: Any, channels: int) -> Any:
 
 
 def for_training(spec: DataSpec, shape: Shape, seed: int) -> Transform:
-    """What is done to each training image that is read one by one; `data.augment` comes after
-    it, on whole batches.
+    """Return the transform of each training image that is read individually; `data.augment`
+    follows, on whole batches.
     """
     return (
         Augmented(spec.timm_augment, shape, seed)
@@ -147,13 +147,13 @@ def for_training(spec: DataSpec, shape: Shape, seed: int) -> Transform:
 
 
 def for_measuring(spec: DataSpec, shape: Shape) -> Transform:
-    """What is done to each image of the validation and test parts that is read one by one."""
+    """Return the transform of each validation and test image that is read individually."""
     return Plain(spec, shape, spec.crop_pct)
 
 
 def resized(images: Tensor, size: int | None, interpolation: str) -> Tensor:
-    """uint8 images (N, C, H, W) with the shorter side resized to `size` (antialiased), then the
-    centre: (N, C, size, size).
+    """Resize uint8 images (N, C, H, W) so that the shorter side is `size` (antialiased), then crop
+    the centre: (N, C, size, size).
     """
     if size is None or images.shape[-2:] == (size, size):
         return images
@@ -165,5 +165,6 @@ def resized(images: Tensor, size: int | None, interpolation: str) -> Tensor:
         for part in torch.split(images, 1024)
     ]
     top, left = (target[0] - size) // 2, (target[1] - size) // 2
+    # antialiased interpolation overshoots at edges, hence the clamp
     whole = torch.cat([chunk.round_().clamp_(0, 255).to(torch.uint8) for chunk in chunks])
     return whole[..., top : top + size, left : left + size].contiguous()

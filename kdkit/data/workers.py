@@ -1,4 +1,4 @@
-"""Processes that load data."""
+"""Set-up of processes that load data."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import threading
 
 
 def leave_to_parent(worker: int) -> None:
-    """In a process that loads data: take no notice of what a terminal or a launcher sends to
-    all; only its parent may end it.
+    """Ignore, in a process that loads data, signals that a terminal or a launcher sends to all
+    processes; only its parent may end it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

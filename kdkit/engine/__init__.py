@@ -1,1 +1,1 @@
-"""Trains one stage: answers, lessons, objective, step; measures by the task's scores."""
+"""Trains one stage: answers, lessons, objective, step; and measures with the task's scores."""

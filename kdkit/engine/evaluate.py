@@ -1,59 +1,157 @@
-"""Measures a classifier, and how far it agrees with its teacher."""
+"""Measures models batch by batch: how good their answers are, and how closely they agree with a
+teacher's.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from kdkit.contracts.ensembles import combined
-from kdkit.contracts.records import Batch
+from kdkit.contracts.dataset_source import DataInfo
+from kdkit.contracts.records import Batch, Outputs
 from kdkit.contracts.schedule import Model
+from kdkit.contracts.task import Rows, Score, Task
+from kdkit.engine.scores import scores_of
 from kdkit.engine.turns import Turns, finish
-from kdkit.errors import RunError
+from kdkit.errors import RunError, ShapeError
 from kdkit.finite import LOOK
+from kdkit.models.given_answers import looks_like
+from kdkit.recipe import Recipe
+
+Place = tuple[int, int]
+"""Epoch and part of the data, as in `Turns`."""
+
+NOWHERE = (0, -1)
 
 
 @dataclass(frozen=True)
-class Predictions:
-    """A model's logits (N, K) for a dataset of N samples, in its order, with the class indices
-    (N,), on the CPU.
+class Judge:
+    """The scores that answers are measured with.
+
+    Attributes:
+        task: of the recipe.
+        scores: the scores to compute; the first one decides.
+        agreement: scores that compare answers with a teacher's.
     """
 
-    logits: Tensor
-    labels: Tensor
+    task: Task
+    scores: Sequence[Score]
+    agreement: Sequence[Score]
+
+    @classmethod
+    def of(cls, recipe: Recipe, info: DataInfo) -> Judge:
+        """Make the judge of a recipe's students for a dataset."""
+        return cls(recipe.task, scores_of(recipe, info), recipe.task.agreement(info))
+
+    @property
+    def deciding(self) -> Score:
+        return self.scores[0]
 
 
-def predict(model: Model, batches: Iterable[Batch], *, world: int = 1) -> Predictions:
-    """Answer every batch in eval mode; with several processes, every process gets the answers of
-    all.
+@dataclass(frozen=True)
+class TaughtAnswers:
+    """A teacher's answers to one part of the data, or those of several teachers combined.
+
+    Attributes:
+        scores: the teacher's own scores.
+        index: `Batch.index` of the samples, ascending.
+        remembered: the teacher's answers in the form that students are compared with, an entry for
+            each sample.
+        looks_like: apparent form of its rows: logits, or probabilities by `softmax` or `sigmoid`.
     """
-    return finish(predicting([model], batches, world=world))[0]
+
+    scores: dict[str, float]
+    index: Tensor
+    remembered: Any
+    looks_like: str
+
+    def of(self, index: Tensor) -> Any:
+        """Select the entries of those samples."""
+        places = torch.searchsorted(self.index, index.cpu())
+        if isinstance(self.remembered, Tensor):
+            return self.remembered[places].to(index.device)
+        return [self.remembered[place] for place in places.tolist()]
 
 
-def predicting(
+class Tally:
+    """Accumulates the scores of one model.
+
+    Args:
+        scores: the scores to accumulate.
+        together: whether the values are reduced over all processes.
+    """
+
+    def __init__(self, scores: Sequence[Score], *, together: bool) -> None:
+        self._scores = scores
+        self._together = together
+        self._metrics: list[Any] = []
+
+    def add(self, rows: Rows) -> None:
+        """Add a batch."""
+        device = rows.answer.device
+        if device.type == "mps":  # MPS has no double precision
+            rows, device = rows.to(torch.device("cpu")), torch.device("cpu")
+        for score in self._scores[len(self._metrics) :]:
+            metric = score.build().to(device)
+            metric.sync_on_compute = self._together
+            self._metrics.append(metric)
+        for score, metric in zip(self._scores, self._metrics, strict=True):
+            metric.update(*score.sees(rows))
+
+    def values(self) -> dict[str, float]:
+        """Return the scores by name."""
+        pairs = zip(self._scores, self._metrics, strict=True)
+        return {score.name: _number(score, metric.compute()) for score, metric in pairs}
+
+
+def _number(score: Score, value: Any) -> float:
+    """Return a computed score, scaled.
+
+    Raises:
+        ShapeError: it is not one number.
+    """
+    if not isinstance(value, float | int | Tensor) or torch.as_tensor(value).ndim:
+        raise ShapeError(f"{score.name} gives several numbers, and a score is one")
+    return float(score.scale * value)
+
+
+@contextlib.contextmanager
+def evaluating(models: Iterable[Model]) -> Iterator[None]:
+    """Put models in eval mode inside the block, and restore each module's mode afterwards: only
+    some parts of a teacher may be in eval mode.
+    """
+    modules = [model.module for model in models]
+    training = [part for module in modules for part in module.modules() if part.training]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def asking(
     models: Sequence[Model],
     batches: Iterable[Batch],
+    take: Callable[[Batch, list[Outputs]], None],
     *,
     world: int = 1,
-    place: tuple[int, int] = (0, -1),
-) -> Turns[list[Predictions]]:
-    """Every model's answers, as `predict` gives them, in one pass over the batches.
+    place: Place = NOWHERE,
+) -> Turns[None]:
+    """Show every batch to all models, in eval mode; `take` receives their answers.
 
     Yields (*`place`, batch) before each batch; not in several processes, whose shares can differ by
     one batch.
     """
-    # a teacher may have only some of them so
-    training = [part for model in models for part in model.module.modules() if part.training]
-    for model in models:
-        model.module.eval()
-    found: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in models]
-    try:
+    with evaluating(models):
         coming = iter(batches)
         for number in itertools.count():
             if world == 1:
@@ -61,98 +159,135 @@ def predicting(
             if (batch := next(coming, None)) is None:
                 break
             with torch.no_grad():
-                for parts, model in zip(found, models, strict=True):
-                    parts.append(
-                        (
-                            batch.index.cpu(),
-                            model(batch.inputs).logits.float().cpu(),
-                            batch.labels.cpu(),
-                        )
-                    )
-    finally:
-        for part in training:
-            part.training = True
-    return [_in_order(gather_object(parts) if world > 1 else parts) for parts in found]
+                take(batch, [model(batch.inputs) for model in models])
 
 
-def _in_order(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Predictions:
-    index, logits, labels = (torch.cat(column) for column in zip(*parts, strict=True))
-    order = index.argsort()
-    return Predictions(logits[order], labels[order])
+def measuring(
+    models: Sequence[Model],
+    batches: Iterable[Batch],
+    judge: Judge,
+    taught: TaughtAnswers | None = None,
+    *,
+    world: int = 1,
+    place: Place = NOWHERE,
+    everyones: Callable[[list[Outputs]], list[Outputs]] | None = None,
+) -> Turns[tuple[list[dict[str, float]], dict[str, float]]]:
+    """Measure the scores of every model, and those of their ensemble if there are several.
+
+    Args:
+        models: models to measure, in one pass.
+        batches: this process's share of a part of the data.
+        judge: the scores to compute.
+        taught: the teacher's answers to that part, which the models are compared with.
+        world: processes that measure together.
+        place: see `asking`.
+        everyones: adds the answers of models in other processes, which are shown the same batches,
+            to those here (None: there are none).
+    """
+    counted = [*judge.scores, *(judge.agreement if taught else ())]
+    tallies = [Tally(counted, together=world > 1) for _ in models]
+    several = len(models) > 1 or everyones is not None
+    ensemble = [Tally(counted, together=world > 1)] if several else []
+
+    def take(batch: Batch, answers: list[Outputs]) -> None:
+        known = taught.of(batch.index) if taught else None
+        spoken = [Outputs(answer.logits) for answer in answers] if ensemble else []
+        spoken = everyones(spoken) if everyones else spoken
+        together = [judge.task.combined(spoken)] if ensemble else []
+        rows, asked = judge.task.rows([*answers, *together], batch)
+        for tally, answer in zip([*tallies, *ensemble], rows, strict=True):
+            tally.add(Rows(answer.logits.float(), asked.labels, known))
+
+    yield from asking(models, batches, take, world=world, place=place)
+    found = [tally.values() for tally in tallies]
+    return found, ensemble[0].values() if ensemble else {}
 
 
-def predict_together(
-    models: Sequence[Model], batches: Iterable[Batch], *, world: int = 1
-) -> Predictions | None:
-    """The answer of an ensemble, the mean of its models' probabilities; of one model, its own;
-    of none, none.
+def measure(
+    model: Model, batches: Iterable[Batch], judge: Judge, taught: TaughtAnswers | None = None
+) -> dict[str, float]:
+    """Measure one model's scores, in one process."""
+    return finish(measuring([model], batches, judge, taught))[0][0]
+
+
+def taught_answers(
+    models: Sequence[Model], batches: Iterable[Batch], judge: Judge, *, world: int = 1
+) -> TaughtAnswers | None:
+    """Collect the teachers' answers to a part of the data, combined if there are several; None
+    without a teacher.
 
     Raises:
         RunError: an answer is not finite; names the model.
     """
-    found = finish(predicting(models, batches, world=world)) if models else []
-    for model, one in zip(models, found, strict=True):
-        faulty = (~one.logits.isfinite()).any(1)
-        if count := int(faulty.sum()):
+    if not models:
+        return None
+    tally = Tally(judge.scores, together=world > 1)
+    index: list[Tensor] = []
+    entries: list[Any] = []
+    faulty: list[list[int]] = [[] for _ in models]
+    seen: set[str] = set()
+
+    def take(batch: Batch, answers: list[Outputs]) -> None:
+        for places, answer in zip(faulty, answers, strict=True):
+            wrong = ~answer.logits.isfinite().flatten(1).all(1)
+            places += batch.index[wrong].tolist()
+        whole = answers[0] if len(answers) == 1 else judge.task.combined(answers)
+        (rows,), asked = judge.task.rows([whole], batch)
+        tally.add(Rows(rows.logits.float(), asked.labels))
+        seen.add(looks_like(rows.logits.float()))
+        index.append(batch.index.cpu())
+        kept = judge.task.remembered(whole, batch)
+        entries.append(kept.float().cpu() if isinstance(kept, Tensor) else kept)
+
+    finish(asking(models, batches, take, world=world))
+    ours = [(torch.cat(index), entries, faulty, seen)] if index else []
+    everyones = gather_object(ours) if world > 1 else ours
+    samples = torch.cat([one[0] for one in everyones])
+    for number, model in enumerate(models):
+        if wrong := sorted(place for one in everyones for place in one[2][number]):
             role = getattr(model, "role", type(model.module).__name__)
             raise RunError(
-                f"{role}: its logits are NaN or infinite for {count:,} of the {len(faulty):,}"
-                f" samples that are measured, the first of them number {int(faulty.nonzero()[0])};"
+                f"{role}: its logits are NaN or infinite for {len(wrong):,} of the"
+                f" {len(samples):,} samples that are measured, the first of them number {wrong[0]};"
                 f" {LOOK}"
             )
-    if len(found) < 2:
-        return found[0] if found else None
-    return Predictions(combined([one.logits for one in found]), found[0].labels)
-
-
-def metrics(own: Predictions, teacher: Predictions | None = None) -> dict[str, float]:
-    """What the field reports of a classifier.
-
-    Returns:
-        top1, top5: accuracies in percent (top5 only for more than five classes).
-        balanced_accuracy: mean over the classes in the labels of the share that is found (recall),
-            in percent.
-        macro_f1: mean of the classes' F1 scores, in percent; a class that is neither labelled nor
-            predicted is left out.
-        nll: cross-entropy on the labels, nats per sample.
-        ece: expected calibration error in percent, 15 bins (Guo et al. 2017).
-        agreement: share of samples whose most likely class is the teacher's too, in percent.
-        kl_to_teacher: KL(softmax(z_t) || softmax(z_s)), nats per sample.
-        logit_difference: mean of |z_s - z_t| over samples and classes.
-    """
-    from torchmetrics.functional.classification import (
-        multiclass_accuracy,
-        multiclass_calibration_error,
-        multiclass_f1_score,
-        multiclass_recall,
+    order = samples.argsort()
+    kept = [entry for one in everyones for entry in one[1]]
+    remembered = (
+        torch.cat(kept)[order]
+        if all(isinstance(batch, Tensor) for batch in kept)
+        else _in_order(itertools.chain(*kept), order)
     )
+    found = set().union(*(one[3] for one in everyones))
+    seems = next(form for form in ("logits", "sigmoid", "softmax") if form in found)
+    return TaughtAnswers(tally.values(), samples[order], remembered, seems)
 
-    logits, labels = own.logits, own.labels
-    classes = logits.shape[1]
-    accuracy = {
-        f"top{k}": multiclass_accuracy(logits, labels, classes, average="micro", top_k=k)
-        for k in (1, 5)
-        if k == 1 or classes > 5
-    }
-    found = {
-        **{name: 100 * value for name, value in accuracy.items()},
-        "balanced_accuracy": (
-            100
-            * multiclass_recall(logits, labels, classes, average="none")[
-                torch.unique(labels)
-            ].mean()
-        ),
-        "macro_f1": 100 * multiclass_f1_score(logits, labels, classes, average="macro"),
-        "nll": F.cross_entropy(logits, labels),
-        "ece": 100 * multiclass_calibration_error(logits.softmax(1), labels, classes, n_bins=15),
-    }
-    if teacher is not None:
-        found["agreement"] = 100 * (logits.argmax(1) == teacher.logits.argmax(1)).float().mean()
-        found["kl_to_teacher"] = F.kl_div(
-            logits.log_softmax(1),
-            teacher.logits.log_softmax(1),
-            reduction="batchmean",
-            log_target=True,
-        )
-        found["logit_difference"] = (logits - teacher.logits).abs().mean()
-    return {name: float(value) for name, value in found.items()}
+
+def _in_order(entries: Iterable[Any], order: Tensor) -> list[Any]:
+    listed = [*entries]
+    return [listed[place] for place in order.tolist()]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """A model's answers (N, K) to a part of the data, in its order, with the targets (N, ...), on
+    the CPU.
+    """
+
+    logits: Tensor
+    labels: Tensor
+
+
+def predict(model: Model, batches: Iterable[Batch]) -> Predictions:
+    """Collect a model's complete answers to every batch: for pictures of small parts of the
+    data.
+    """
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def take(batch: Batch, answers: list[Outputs]) -> None:
+        found.append((batch.index.cpu(), answers[0].logits.float().cpu(), batch.labels.cpu()))
+
+    finish(asking([model], batches, take))
+    index, logits, labels = (torch.cat(column) for column in zip(*found, strict=True))
+    order = index.argsort()
+    return Predictions(logits[order], labels[order])

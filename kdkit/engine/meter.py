@@ -1,5 +1,5 @@
-"""Keeps the values of every loss term, reads them off the device in bulk, and notices what is
-wrong with them.
+"""Accumulates the values of every loss term, transfers them from the device in bulk, and reports
+non-finite ones.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ Terms = dict[str, float]
 
 
 class Meter:
-    """Terms per optimizer step: `loss` (the total), NAME unweighted, NAME.weighted; with several
-    students, NAME@1, NAME@2...
+    """Terms of each optimizer step: `loss` (the total), NAME unweighted, NAME.weighted; with
+    several students, NAME@1, NAME@2...
     """
 
     def __init__(self) -> None:
         self._sums: Terms = {}
         self._counts: dict[str, int] = {}
-        self._moving: set[str] = set()  # terms that were something else than zero
+        self._moving: set[str] = set()  # terms that were ever non-zero
         self._waiting: list[tuple[int, dict[str, Tensor]]] = []
 
     def add(self, step: int, values: Sequence[Value], students: int) -> None:
-        """Take the values of one optimizer step (one per student and accumulated batch, batch by
-        batch); nothing is read yet.
+        """Add the values of one optimizer step (one per student and accumulated batch, batch by
+        batch); nothing is transferred yet.
         """
         by_student = [values[i::students] for i in range(students)]
         totals = [
@@ -50,7 +50,7 @@ class Meter:
         self._waiting.append((step, terms))
 
     def read(self) -> Terms:
-        """Read what waits, in one transfer; give the last step's terms.
+        """Transfer the pending values at once; return the last step's terms.
 
         Raises:
             RunError: a term is not finite; names the step, the term and its value.
@@ -65,6 +65,7 @@ class Meter:
         )
         waiting, self._waiting = self._waiting, []
         for step, terms in waiting:
+            # not strict: `numbers` is one iterator over the terms of all steps
             found = dict(zip(terms, numbers, strict=False))
             _refuse_non_finite(step, found)
             for name, value in found.items():
@@ -74,11 +75,11 @@ class Meter:
         return found
 
     def means(self) -> Terms:
-        """Means over the steps read so far, of each term over the steps that had it."""
+        """Return the mean of each term over the steps read so far that had it."""
         return {name: total / self._counts[name] for name, total in self._sums.items()}
 
     def silent(self) -> list[str]:
-        """Terms that were exactly zero at every step: nothing is learnt from them."""
+        """List the terms that were exactly zero at every step: nothing is learnt from them."""
         return [
             name
             for name in self._sums
@@ -95,7 +96,9 @@ class Meter:
 
 
 def _mean(values: Sequence[tuple[Tensor, int]]) -> Tensor:
-    """Mean over the samples of several batches, of (mean over a batch, its size)."""
+    """Compute the mean over the samples of several batches, each given as (mean over the batch, its
+    size).
+    """
     if len(values) == 1:
         return values[0][0]
     samples = sum(size for _, size in values)

@@ -1,4 +1,4 @@
-"""The weighted sum of losses for one student."""
+"""Computes the weighted sum of losses for one student."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from kdkit.contracts.loss_options import LayerPair
 from kdkit.contracts.options import at_epoch
 from kdkit.contracts.records import Batch, Outputs
 from kdkit.contracts.schedule import Lesson
+from kdkit.contracts.task import Task
 from kdkit.errors import PluginError, ShapeError, TapError
 from kdkit.recipe import Recipe
 from kdkit.recipe.sections import LossEntry
 
 
 def no_teacher() -> Outputs:
-    """Stands where a loss on labels has no teacher."""
+    """Return the placeholder for the teacher of a loss on labels."""
     return Outputs.lacking(PluginError("a loss with knowledge 'labels' has no teacher to read"))
 
 
 @dataclass(frozen=True)
 class Value:
-    """What the losses of one lesson came to: the weighted total (with gradient), and each term
-    unweighted and weighted (without).
+    """The losses of one lesson: the weighted total (with gradient), and each term unweighted and
+    weighted (without gradient).
     """
 
     total: Tensor
@@ -37,7 +38,7 @@ class Value:
 
 
 class _ByName(nn.ModuleDict):
-    """Modules by any name, also by that of something every module has, such as `half`."""
+    """Modules by any name, including names of `nn.Module` attributes, such as `half`."""
 
     def __setitem__(self, name: str, module: nn.Module) -> None:
         self._modules[name] = module
@@ -46,18 +47,26 @@ class _ByName(nn.ModuleDict):
 class Objective(nn.Module):
     """total = sum of weight * loss; each loss is averaged over the lesson's teachers."""
 
-    def __init__(self, losses: Mapping[str, tuple[LossEntry, Loss]]) -> None:
+    def __init__(
+        self, losses: Mapping[str, tuple[LossEntry, Loss]], task: Task | None = None
+    ) -> None:
         super().__init__()
+        self.task = task
         self.losses = _ByName({name: loss for name, (_, loss) in losses.items()})
         self.entries = {name: entry for name, (entry, _) in losses.items()}
 
     def setup(
-        self, probe: Lesson, context: Context, teachers: Mapping[str, nn.Module] | None = None
+        self,
+        probe: Lesson,
+        batch: Batch,
+        context: Context,
+        teachers: Mapping[str, nn.Module] | None = None,
     ) -> None:
         """Let each loss build its learnable parts.
 
         Args:
-            probe: a lesson, whose first teacher sizes what a loss learns.
+            probe: a lesson, whose first teacher determines the sizes of learnable parts.
+            batch: the batch of the lesson.
             context: with the teacher's network, if all losses look at one.
             teachers: networks of teachers that losses may ask for by name.
 
@@ -68,7 +77,7 @@ class Objective(nn.Module):
         """
         probe = self._in_full_precision(probe)
         for name, loss in self.active(probe).items():
-            student = self._read(name, probe).student
+            read = self._read(name, probe, batch)
             network = (teachers or {}).get(self.entries[name].teacher or "", context.teacher)
             networks = {
                 id(p)
@@ -78,7 +87,7 @@ class Objective(nn.Module):
             }
             try:
                 loss.setup(
-                    student, self._teachers(name, probe)[0], replace(context, teacher=network)
+                    read.student, self._teachers(name, read)[0], replace(context, teacher=network)
                 )
                 self._compare_teachers(name, loss, probe)
             except (ShapeError, TapError) as error:
@@ -90,8 +99,8 @@ class Objective(nn.Module):
                 )
 
     def _compare_teachers(self, name: str, loss: Loss, probe: Lesson) -> None:
-        """See that a loss can be averaged over the teachers: what it learns or remembers has the
-        size of the first one's layers.
+        """Check that a loss can be averaged over the teachers: all must have the layer sizes of the
+        first, which determine what the loss learns or remembers.
 
         Raises:
             ShapeError: layers of one name have several shapes.
@@ -116,21 +125,30 @@ class Objective(nn.Module):
         return {name: loss for name, loss in self.losses.items() if isinstance(loss, Loss)}
 
     def deploy(self, student: nn.Module) -> nn.Module:
-        """What is measured and exported in the student's place, as the losses have it."""
+        """Return the network that is measured and exported in the student's place, after every loss
+        has deployed it.
+        """
         for loss in self.parts().values():
             student = loss.deploy(student)
         return student
 
     def active(self, lesson: Lesson) -> dict[str, Loss]:
-        """The losses that count for a lesson: those on labels, and those that have a teacher
-        there.
+        """Return the losses that apply to a lesson: those on labels, and those whose teacher it
+        has.
         """
         return {name: loss for name, loss in self.parts().items() if self._teachers(name, lesson)}
 
-    def _read(self, name: str, lesson: Lesson) -> Lesson:
-        """The lesson that a loss gets, with the output of the student that it reads in the place
-        of the logits.
+    def _read(self, name: str, lesson: Lesson, batch: Batch) -> Lesson:
+        """Return a loss's view of the lesson and its batch: the student output that it reads takes
+        the place of the logits, and logits or labels are split into rows.
         """
+        read = self._own(name, lesson)
+        is_on_rows = self.losses[name].knowledge in ("labels", "response")
+        if self.task is None or type(self.task).rows is Task.rows or not is_on_rows:
+            return read  # a row is a sample
+        return by_rows(self.task, read, read.batch or batch)
+
+    def _own(self, name: str, lesson: Lesson) -> Lesson:
         read = lesson.supervised or lesson if self.losses[name].knowledge == "labels" else lesson
         if not (number := self.entries[name].output):
             return read
@@ -139,7 +157,7 @@ class Objective(nn.Module):
         return replace(read, student=with_logits(read.student, other))
 
     def _teachers(self, name: str, lesson: Lesson) -> Sequence[Outputs]:
-        """The answers that a loss looks at."""
+        """Return the answers that a loss learns from."""
         wanted = self.entries[name].teacher
         if self.losses[name].knowledge == "labels":
             return [no_teacher()]
@@ -148,8 +166,8 @@ class Objective(nn.Module):
         return [lesson.named[wanted]] if wanted in lesson.named else []
 
     def _in_full_precision(self, lesson: Lesson) -> Lesson:
-        """The lesson as losses get it, every answer converted once for all of them; of those by
-        name, the ones that are asked for.
+        """Return the lesson in full precision, every answer converted once for all losses; of the
+        named answers, only those in use.
         """
         asked = {entry.teacher for entry in self.entries.values()}
         return replace(
@@ -165,7 +183,9 @@ class Objective(nn.Module):
         )
 
     def forward(self, lesson: Lesson, batch: Batch, epoch: float = 0.0) -> Value:
-        """Value the lesson at a (fractional) epoch of the stage, which sets every ramp."""
+        """Compute the losses of the lesson at a (fractional) epoch of the stage, which sets every
+        ramp.
+        """
         terms: dict[str, Tensor] = {}
         weighted: dict[str, Tensor] = {}
         with torch.autocast(lesson.student.logits.device.type, enabled=False):
@@ -173,10 +193,10 @@ class Objective(nn.Module):
             for name, loss in self.active(lesson).items():
                 entry = at_epoch(self.entries[name], epoch)
                 loss.options = entry
-                read = self._read(name, lesson)
+                read = self._read(name, lesson, batch)
                 values = [
                     loss(read.student, teacher, read.batch or batch)
-                    for teacher in self._teachers(name, lesson)
+                    for teacher in self._teachers(name, read)
                 ]
                 terms[name] = values[0] if len(values) == 1 else mean_of(values, lesson.weights)
                 weighted[name] = terms[name] * entry.weight
@@ -189,15 +209,30 @@ class Objective(nn.Module):
         )
 
 
+def by_rows(task: Task, lesson: Lesson, batch: Batch) -> Lesson:
+    """Return the lesson with its answers and its batch split into the task's rows."""
+    named = [*lesson.named]
+    answers = [lesson.student, *lesson.teachers, *lesson.named.values()]
+    (student, *others), batch = task.rows(answers, batch)
+    count = len(lesson.teachers)
+    return replace(
+        lesson,
+        student=student,
+        teachers=others[:count],
+        named=dict(zip(named, others[count:], strict=True)),
+        batch=batch,
+    )
+
+
 def in_full_precision(outputs: Outputs) -> Outputs:
-    """Half-precision tensors in fp32; fp32 and fp64 as they are."""
+    """Convert half-precision tensors to fp32; fp32 and fp64 stay as they are."""
     return outputs.map(
         lambda value: value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
     )
 
 
 def mean_of(values: Sequence[Tensor], weights: Sequence[float] | None) -> Tensor:
-    """Their mean, by shares where there are some."""
+    """Return the mean of the values, weighted if there are shares."""
     stacked = torch.stack(list(values))
     return (
         stacked.mean()
@@ -207,7 +242,7 @@ def mean_of(values: Sequence[Tensor], weights: Sequence[float] | None) -> Tensor
 
 
 def sum_of(values: Iterable[Tensor], like: Tensor) -> Tensor:
-    """Their sum; zero, on the device of `like`, where there are none."""
+    """Return the sum of the values; zero on the device of `like` if there are none."""
     return sum(values, start=torch.zeros((), device=like.device))
 
 
@@ -225,14 +260,14 @@ def build(
     *,
     layers: bool = True,
 ) -> Objective:
-    """The recipe's objective, or that of the losses called `only`, with its weights where it has
+    """Build the recipe's objective, or that of the losses in `only`, with its weights if it has
     any.
 
     Args:
-        recipe: whose losses.
-        only: names of those that count (None: all); a mapping gives them other weights.
-        expand: writes globs out.
-        layers: False leaves those out that read layers.
+        recipe: the recipe that names the losses.
+        only: names of the losses to use (None: all); a mapping gives them other weights.
+        expand: expands globs in pairs of layers.
+        layers: False omits losses that read layers.
     """
     weights = only if isinstance(only, Mapping) else {}
     losses = {}
@@ -242,7 +277,7 @@ def build(
             entry = _expanded(entry, expand, loss.knowledge == "labels")
             entry = entry.model_copy(update={"weight": weights[name]} if name in weights else {})
             losses[name] = (entry, loss(entry))
-    return Objective(losses)
+    return Objective(losses, recipe.task)
 
 
 def _expanded(entry: LossEntry, expand: Expand, own: bool) -> LossEntry:

@@ -1,4 +1,4 @@
-"""timm's optimizer and learning-rate schedule, with a group of their own for the losses'
+"""timm's optimizer and learning-rate schedule, with a separate parameter group for the losses'
 adapters.
 """
 
@@ -16,8 +16,8 @@ from kdkit.recipe.sections import LrScheduleSpec, TrainSpec
 
 
 class Updater:
-    """What changes one student and the learnable parts of its losses: an optimizer, its
-    learning-rate schedule, clipping.
+    """Updates one student and the learnable parts of its losses: an optimizer, its learning-rate
+    schedule, clipping.
 
     Args:
         spec: the recipe's `train` section.
@@ -43,16 +43,16 @@ class Updater:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self._clip = spec.clip_grad
         self.lr = self._next_lr
-        """Learning rate of the last step, or of the first before there was one."""
+        """Learning rate of the last step; before the first step, that of the first."""
 
     @property
     def _next_lr(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def update(self, steps: int, scaler: Any = None) -> None:
-        """Clip, step, forget the gradients, set the rate that follows `steps` steps.
+        """Clip, step, clear the gradients, set the rate for the step that follows `steps` steps.
 
-        Accelerate's wrappers do as much, and search the disk for packages at each step.
+        Accelerate's wrappers do the same, but search the disk for packages at each step.
         """
         self.lr = self._next_lr
         if self._clip:
@@ -62,7 +62,7 @@ class Updater:
         if scaler is None:
             self.optimizer.step()
         else:
-            scaler.step(self.optimizer)  # which skips it if the scaled gradients overflowed
+            scaler.step(self.optimizer)  # skips the step if the scaled gradients overflowed
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.after_step(steps)
 
@@ -82,7 +82,7 @@ class Updater:
 def build_optimizer(
     spec: TrainSpec, student: nn.Module, adapters: nn.Module, taken: Collection[nn.Parameter] = ()
 ) -> torch.optim.Optimizer:
-    """The recipe's optimizer over a student and its losses' learnable parts.
+    """Build the recipe's optimizer over a student and the learnable parts of its losses.
 
     Args:
         spec: the recipe's `train` section.
@@ -91,7 +91,7 @@ def build_optimizer(
         taken: parameters to leave out.
 
     Raises:
-        RunError: timm has no such optimizer, or it does not take such arguments.
+        RunError: timm has no such optimizer, or the optimizer does not accept its arguments.
     """
     import timm.optim
 
@@ -125,7 +125,7 @@ def build_optimizer(
             momentum=want.momentum,
             **want.args,
         )
-    except Exception as error:  # each optimizer refuses in its own way
+    except Exception as error:  # each optimizer raises its own errors
         raise RunError(
             f"optimizer '{want.name}' cannot be made: {' '.join(str(error).split())}"
         ) from None
@@ -158,9 +158,9 @@ def _groups(
 
 
 class LrSchedule:
-    """timm's schedule, moved on after every optimizer step; plateau after every epoch.
+    """timm's schedule, advanced after every optimizer step; plateau after every epoch.
 
-    The rate is a function of the step, so resuming needs no state but plateau's.
+    The rate is a function of the step, so only plateau needs saved state to resume.
     """
 
     def __init__(
@@ -189,12 +189,13 @@ class LrSchedule:
     def after_step(self, steps: int) -> None:
         """Set the rate for the step that follows `steps` steps."""
         if self._cooldown is not None and steps >= self._cooldown:
-            self._scheduler.update_groups(self._min_lr)  # timm's step schedules would not
+            # timm's step schedules do not go to `min_lr` by themselves
+            self._scheduler.update_groups(self._min_lr)
         elif not self.by_epoch or steps <= self._warmup * self._per_epoch:
             self._scheduler.step_update(steps)
 
     def after_epoch(self, epochs: int, metric: float) -> None:
-        """Tell plateau how good the epoch was."""
+        """Pass the epoch's score to plateau."""
         if (
             self._plateau is not None
             and epochs > self._warmup
@@ -239,7 +240,7 @@ def _scheduler(
         updates_per_epoch=steps_per_epoch,
     )
     if want.name == "multistep":
-        # timm decays one step too early
+        # compensates for timm's decay, which comes one step too early
         scheduler.decay_t = [
             milestone * steps_per_epoch + 1 for milestone in sorted(want.milestones)
         ]
@@ -249,7 +250,7 @@ def _scheduler(
 def _plateau(
     want: LrScheduleSpec, optimizer: torch.optim.Optimizer, maximize: bool
 ) -> ReduceLROnPlateau:
-    """torch's own: timm's wrapper around it keeps no state."""
+    """Build torch's own plateau scheduler: timm's wrapper around it has no state dict."""
     return ReduceLROnPlateau(
         optimizer,
         "max" if maximize else "min",

@@ -1,5 +1,5 @@
-"""Which parameters of a student the losses of a stage reach, read off the graph that a backward
-would walk.
+"""Finds the student parameters that the losses of a stage reach, from the graph that a backward
+pass would walk.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from kdkit.engine.objective import Objective
 
 
 def reached(objective: Objective, lesson: Lesson, pretended: Lesson, batch: Batch) -> set[int]:
-    """The ids of all parameters whose gradient the objective gives.
+    """Return the ids of all parameters that receive a gradient from the objective.
 
     Args:
         objective: set up.
-        lesson: what the networks said, with its graph. It may be on the meta device, where no loss
+        lesson: the networks' answers, with their graph. It may be on the meta device, where no loss
             can be computed.
         pretended: a lesson of the same shapes, for which losses can be computed.
         batch: the batch of `pretended`.
@@ -31,7 +31,9 @@ def reached(objective: Objective, lesson: Lesson, pretended: Lesson, batch: Batc
 
 
 def names_of(parameters: set[int], network: nn.Module) -> tuple[str, ...]:
-    """The largest parts of a network that have these parameters alone; `""` for the whole of it."""
+    """List the largest parts of a network that contain only these parameters; `""` for the whole of
+    it.
+    """
     found: list[str] = []
     for name, part in network.named_modules():
         own = {id(p) for p in part.parameters()}
@@ -42,9 +44,11 @@ def names_of(parameters: set[int], network: nn.Module) -> tuple[str, ...]:
 
 
 def _on_leaves(lesson: Lesson) -> Lesson:
-    """The lesson with the student's answers as leaves of a graph."""
+    """Return the lesson with the student's answers as leaves of a graph."""
 
     def leaf(outputs: Outputs) -> Outputs:
+        # detached, so that the walk ends at the answers; only floating-point tensors can have a
+        # gradient
         return outputs.map(lambda value: value.detach().requires_grad_(value.is_floating_point()))
 
     own = lesson.supervised
@@ -61,7 +65,9 @@ def _student_says(lesson: Lesson) -> list[Tensor]:
 
 
 def _leaves_behind(values: Iterable[Tensor]) -> set[int]:
-    """The ids of the leaves on which values depend, by way of operations that have a gradient."""
+    """Return the ids of the leaves on which values depend, through operations that have a
+    gradient.
+    """
     values = list(values)
     found = {id(value) for value in values if value.is_leaf and value.requires_grad}
     waiting = [value.grad_fn for value in values if value.grad_fn is not None]

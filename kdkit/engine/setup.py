@@ -1,20 +1,26 @@
-"""Sets up a stage's trainer: its losses, by a probe batch."""
+"""Sets up a stage: tries its first step to determine the sizes of its losses."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from kdkit.contracts.dataset_source import DataInfo
 from kdkit.contracts.loss import Context, Loss
 from kdkit.contracts.loss_options import LayerPair
-from kdkit.contracts.schedule import Model, Stage
+from kdkit.contracts.records import Batch
+from kdkit.contracts.schedule import Lesson, Model, Stage
 from kdkit.data import loaders
 from kdkit.engine import objective
+from kdkit.engine.objective import Objective
+from kdkit.engine.processes import processes_of
+from kdkit.engine.scores import deciding
 from kdkit.engine.trainer import Trainer, batches
 from kdkit.errors import RunError
 from kdkit.models.weight_files import adopt_shapes
@@ -23,24 +29,104 @@ from kdkit.recipe import Recipe
 
 
 class Networks(Protocol):
-    """What the set-up of a stage asks of the recipe's networks."""
+    """The part of the model factory that the set-up of a stage uses."""
 
     def verify_finite(self) -> None:
-        """Refuse a teacher whose answers so far are not finite."""
+        """Raise an error if a teacher has given a non-finite answer so far."""
 
     def teacher_modules(self) -> Mapping[str, nn.Module]:
-        """The teachers' networks by name, where they have one."""
+        """Return the networks by name of those teachers that have one."""
 
     def teaching(self, stage: Stage, number: int = 0) -> nn.Module | None:
-        """The network that teaches the stage's student of that number."""
+        """Return the network that teaches the stage's student of that number."""
 
     def expand(
         self, pairs: Sequence[LayerPair], teacher: str | None = None, own: bool = False
     ) -> list[LayerPair]:
-        """The pairs of layers with globs written out."""
+        """Return the pairs of layers with globs expanded."""
 
 
-# of each student (and lesson beyond the students'), its losses so far by name
+@dataclass(frozen=True)
+class Rehearsal:
+    """A stage whose first step was tried: the input for setting up its losses in training, in a
+    check, and when a deployed network is rebuilt.
+
+    Attributes:
+        batch: the probe.
+        lessons: the lessons that the stage's step makes of it.
+    """
+
+    recipe: Recipe
+    networks: Networks
+    stage: Stage
+    info: DataInfo
+    labels: Tensor
+    batch: Batch
+    lessons: Sequence[Lesson]
+
+    def student_of(self, number: int) -> Model:
+        """Return the student of that lesson; lessons beyond the number of students belong to the
+        first.
+        """
+        students = self.stage.students
+        return students[number if number < len(students) else 0]
+
+    def objective(self, number: int, only: Sequence[str] | None = None) -> Objective:
+        """Build the losses of that lesson: those of the stage, or `only` these."""
+        losses = self.stage.training.losses if only is None else only
+        is_students = number < len(self.stage.students)
+        return objective.build(self.recipe, losses, self.networks.expand, layers=is_students)
+
+    def context(self, number: int) -> Context:
+        """Make the context for the losses of that lesson."""
+        last = len(self.stage.students) - 1
+        return Context(
+            self.student_of(number).module,
+            self.networks.teaching(self.stage, min(number, last)),
+            self.recipe.task.row_width(self.info),
+            len(self.labels),
+            self.labels,
+        )
+
+
+def rehearse(
+    recipe: Recipe,
+    networks: Networks,
+    stage: Stage,
+    batch: Batch,
+    info: DataInfo,
+    labels: Tensor,
+) -> Rehearsal:
+    """Try the stage's first step without a trace: no running statistics change, and no state is
+    stored.
+
+    Args:
+        recipe: the recipe that names the losses.
+        networks: of the recipe.
+        stage: the stage to try; its parts are already on the device.
+        batch: a probe.
+        info: of the data.
+        labels: target by `Batch.index`, see `Context`.
+
+    Raises:
+        RunError: the step gives fewer lessons than there are students.
+    """
+    for student in stage.students:
+        student.module.eval()
+    parts = stage.parts if stage.parts is not None else nn.Module()
+    # the step may update the schedule's own buffers (queues, averages)
+    remembered = copy.deepcopy(parts.state_dict())
+    with torch.no_grad():
+        lessons = stage.step(batch)
+    parts.load_state_dict(remembered)
+    if len(lessons) < len(stage.students):
+        raise RunError(
+            f"stage '{stage.name}' gives {len(lessons)} lessons for {len(stage.students)} students"
+        )
+    return Rehearsal(recipe, networks, stage, info, labels, batch, lessons)
+
+
+# for each student (and further lesson), its losses so far by name
 Carried = dict[tuple[Model, int], dict[str, Loss]]
 
 
@@ -53,53 +139,28 @@ def build_trainer(
     stage: Stage,
     carried: Carried | None = None,
 ) -> Trainer:
-    """The trainer of the schedule's stage `number`, its losses set up by a probe batch.
+    """Build the trainer of the schedule's stage `number`, with its losses set up by a probe batch.
 
-    A loss that a student already had in an earlier stage goes on with what it has learnt: `carried`
-    keeps them.
+    A loss that a student already had in an earlier stage continues with its learnt state, which
+    `carried` holds.
     """
     reseed(recipe.spec.seed, "setup", number)
-    for student in stage.students:
-        student.module.eval()  # a probe moves no statistics
-    parts = stage.parts.to(accelerator.device) if stage.parts is not None else torch.nn.Module()
-    remembered = copy.deepcopy(parts.state_dict())  # nor what the schedule remembers
-    with torch.no_grad():
-        lessons = stage.step(next(batches(prepared.train, stage, 0)))
-    parts.load_state_dict(remembered)
-    networks.verify_finite()
+    if stage.parts is not None:
+        stage.parts.to(accelerator.device)
+    batch = next(batches(prepared.train, stage, 0))
     labels = _labels_by_index(prepared.train)
-    if len(lessons) < len(stage.students):
-        raise RunError(
-            f"stage '{stage.name}' gives {len(lessons)} lessons for {len(stage.students)} students"
-        )
-    if stage.apart and accelerator.num_processes > 1:
+    tried = rehearse(recipe, networks, stage, batch, prepared.info, labels)
+    networks.verify_finite()
+    if processes_of(stage, accelerator).groups > 1:
         _refuse_together(recipe, stage)
-    objectives = []
+    carried = {} if carried is None else carried
     teachers = networks.teacher_modules()
-    last = len(stage.students) - 1
-    for i, lesson in enumerate(lessons):
-        student = stage.students[i if i <= last else 0]
-        built = objective.build(recipe, stage.losses, networks.expand, layers=i <= last)
-        context = Context(
-            student.module,
-            networks.teaching(stage, min(i, last)),
-            prepared.info.num_classes,
-            len(labels),
-            labels,
-        )
-        built.setup(lesson, context, teachers)
-        before = (carried if carried is not None else {}).setdefault(
-            (student, max(0, i - last)), {}
-        )
-        for name, loss in built.parts().items():
-            if name in before:
-                copied = {
-                    key: p.detach() for key, p in loss.named_parameters() if not p.requires_grad
-                }  # they come from this stage's teacher
-                learnt = {**before[name].state_dict(), **copied}
-                adopt_shapes(loss, learnt)
-                loss.load_state_dict(learnt)
-        before |= built.parts()
+    objectives = []
+    for i, lesson in enumerate(tried.lessons):
+        built = tried.objective(i)
+        built.setup(lesson, batch, tried.context(i), teachers)
+        beyond = max(0, i + 1 - len(stage.students))
+        _carry(carried.setdefault((tried.student_of(i), beyond), {}), built.parts())
         objectives.append(built)
     return Trainer(
         stage,
@@ -108,12 +169,28 @@ def build_trainer(
         prepared.train,
         accelerator,
         seed=recipe.spec.seed,
-        maximize=prepared.validation is not None,
+        maximize=prepared.validation is not None
+        and deciding(recipe, prepared.info).higher_is_better,
     )
 
 
+def _carry(before: dict[str, Loss], now: Mapping[str, Loss]) -> None:
+    """Load the learnt state of an earlier stage's losses, and store the losses for the next
+    stage.
+    """
+    for name, loss in now.items():
+        if name not in before:
+            continue
+        # frozen copies come from this stage's teacher
+        copied = {key: p.detach() for key, p in loss.named_parameters() if not p.requires_grad}
+        learnt = {**before[name].state_dict(), **copied}
+        adopt_shapes(loss, learnt)
+        loss.load_state_dict(learnt)
+    before.update(now)
+
+
 def _refuse_together(recipe: Recipe, stage: Stage) -> None:
-    """Say what processes that train students of their own cannot do.
+    """Refuse stages and losses that do not work when each process trains students of its own.
 
     Raises:
         RecipeError: a loss would compare the answers of different networks.
@@ -133,11 +210,12 @@ def _refuse_together(recipe: Recipe, stage: Stage) -> None:
 
 
 def _labels_by_index(loader: loaders.TrainLoader) -> Tensor:
-    """Class by `Batch.index`, which counts images that are not trained on too: those have -1.
-    Empty for a stream.
+    """Return the target by `Batch.index`, which also counts images that are not trained on: those
+    have -1. Empty for a stream.
     """
     if not len(loader.indices):
         return loader.labels.cpu()
-    labels = torch.full((int(loader.indices.max()) + 1,), -1)
-    labels[loader.indices.cpu()] = loader.labels.cpu()
+    own = loader.labels.cpu()
+    labels = own.new_full((int(loader.indices.max()) + 1, *own.shape[1:]), -1)
+    labels[loader.indices.cpu()] = own
     return labels

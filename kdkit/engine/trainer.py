@@ -1,9 +1,10 @@
-"""The one training loop: answers, lessons, objective, backward, step. It knows no algorithm."""
+"""A stage's trainer: networks, losses, optimizers, averages, and their state. `kdkit.engine.loop`
+drives it.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -11,25 +12,20 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    broadcast,
-    gather_object,
-    patch_environment,
-)
+from accelerate.utils import gather_object, patch_environment
 from torch import Tensor, nn
 
 from kdkit.contracts.records import Batch
-from kdkit.contracts.schedule import Stage
+from kdkit.contracts.schedule import Moment, Stage
 from kdkit.data.loaders import TrainLoader
 from kdkit.engine.objective import Objective, Value, sum_of
 from kdkit.engine.optim import Updater
+from kdkit.engine.processes import processes_of
 from kdkit.errors import RunError
 from kdkit.models.devices import chosen, trains_on_cpu
-from kdkit.models.freezing import freeze_all_but, rest
+from kdkit.models.freezing import freeze_all_but
 from kdkit.models.tapped import TappedModel
 from kdkit.models.weight_files import adopt_shapes
-from kdkit.randomness import reseed
 from kdkit.recipe.sections import TrainSpec
 
 State = dict[str, Any]
@@ -38,7 +34,7 @@ MOST_EPOCHS = 1 << 20  # view id = epoch + view * 2^20
 
 class Learner(nn.Module):
     """A stage as one module: its students and their objectives inside, so that one wrapper (DDP,
-    autocast) sees every parameter, and one forward does all that needs gradients.
+    autocast) sees every parameter, and one forward computes everything that needs gradients.
     """
 
     def __init__(self, stage: Stage, objectives: Sequence[Objective]) -> None:
@@ -48,36 +44,39 @@ class Learner(nn.Module):
         self.parts = stage.parts if stage.parts is not None else nn.Module()
         self._lessons = stage.step
 
-    def forward(self, batch: Batch, epoch: float) -> tuple[Tensor, list[Value]]:
+    def forward(self, batch: Batch, moment: Moment, progress: float) -> tuple[Tensor, list[Value]]:
+        lessons = self._lessons(batch, moment)
         values = [
-            objective(lesson, batch, epoch)
-            for objective, lesson in zip(self.objectives, self._lessons(batch), strict=True)
+            objective(lesson, batch, progress)
+            for objective, lesson in zip(self.objectives, lessons, strict=True)
         ]
         return sum_of((value.total for value in values), like=batch.labels), values
 
 
 def batches(loader: TrainLoader, stage: Stage, epoch: int, start: int = 0) -> Iterator[Batch]:
-    """An epoch's batches as a stage wants them: arranged, and in several views."""
+    """Return an epoch's batches in the form that a stage requires: arranged, and in several
+    views.
+    """
     first, *others = (
-        loader.epoch(epoch, start, epoch + view * MOST_EPOCHS, stage.arrange)
-        for view in range(stage.views)
+        loader.epoch(epoch, start, epoch + view * MOST_EPOCHS, stage.data.arrange)
+        for view in range(stage.data.views)
     )
     for batch, *more in zip(first, *others, strict=True):
         yield replace(batch, views=tuple(other.inputs for other in more)) if more else batch
 
 
 class Trainer:
-    """Trains one stage. Everything that changes on the way is in `state_dict`.
+    """Trains one stage. All state that changes during training is in `state_dict`.
 
     Args:
-        stage: what is trained.
+        stage: the stage to train.
         objectives: one per lesson, set up: the students' own, then those of any further lessons.
         spec: the recipe's `train` section.
         loader: the training batches.
         accelerator: devices, precision, processes.
-        seed: with the stage's name and the step, gives every random number.
-        maximize: whether what the learning-rate schedules are told after an epoch is an accuracy,
-            not a loss.
+        seed: determines every random number, together with the stage's name and the step.
+        maximize: whether the value passed to the learning-rate schedules after an epoch is an
+            accuracy, not a loss.
     """
 
     def __init__(
@@ -96,17 +95,18 @@ class Trainer:
         self.loader = loader
         self.accelerator = accelerator
         self.seed = seed
-        self.epochs = stage.epochs or spec.epochs
+        self.epochs = stage.training.epochs or spec.epochs
         self.steps_per_epoch = -(-len(loader) // spec.accumulate)
         self.learner = Learner(stage, objectives).to(accelerator.device)
-        self._frozen = [] if stage.train is None else self._freeze(stage.train)
-        if stage.lr is not None:
+        self._frozen = [] if stage.training.train is None else self._freeze(stage.training.train)
+        if stage.training.lr is not None:
             spec = spec.model_copy(
-                update={"optimizer": spec.optimizer.model_copy(update={"lr": stage.lr})}
+                update={"optimizer": spec.optimizer.model_copy(update={"lr": stage.training.lr})}
             )
         self.updaters: list[Updater] = []
         # optimised by the first student's optimizer
         shared = nn.ModuleList([self.learner.parts, *objectives[len(stage.students) :]])
+        # not strict: further objectives belong to lessons without a student of their own
         for student, objective in zip(self.learner.students, self.learner.objectives, strict=False):
             adapters = objective if self.updaters else nn.ModuleList([objective, shared])
             taken = [p for updater in self.updaters for p in updater.parameters]
@@ -119,14 +119,9 @@ class Trainer:
             for student, objective in zip(stage.students, objectives, strict=False)
         ]
         self.averages = [_average(network, spec) for network in self._networks]
-        self._scaler = _scaler(accelerator)
-        self.apart = stage.apart and accelerator.num_processes > 1
-        if accelerator.num_processes > 1 and not self.apart:
-            accelerator.ddp_handler = DistributedDataParallelKwargs(
-                find_unused_parameters=self._leaves_parameters_unused()
-            )
-        # which wraps it for mixed precision alone
-        self._forward = accelerator.prepare_model(self.learner, evaluation_mode=self.apart)
+        self.scaler = _scaler(accelerator)
+        self.processes = processes_of(stage, accelerator)
+        self._forward = self.processes.prepared(self.learner, self._leaves_parameters_unused)
         self.epoch = 0  # finished epochs
         self.step = 0  # optimizer steps done in the current epoch
 
@@ -140,72 +135,62 @@ class Trainer:
         ]
 
     def _leaves_parameters_unused(self) -> bool:
-        """Whether the objective reads only a part of the students: DDP then has to look which,
-        at a cost.
+        """Check whether the objective reads only a part of the students: DDP then has to search for
+        unused parameters, at a cost.
         """
         self.learner.eval()
+        # the forward below changes buffers, such as memory banks of losses
         before = [buffer.clone() for buffer in self.learner.buffers()]
-        total, _ = self.learner(next(batches(self.loader, self.stage, 0)), 0.0)
+        total, _ = self.learner(next(batches(self.loader, self.stage, 0)), Moment(0, 0), 0.0)
         parameters = [p for p in self.learner.parameters() if p.requires_grad]
         found = torch.autograd.grad(total, parameters, allow_unused=True)
         for buffer, value in zip(self.learner.buffers(), before, strict=True):
-            buffer.copy_(value)  # a loss's memory has seen nothing yet
+            buffer.copy_(value)  # the probe must leave no trace in a loss's memory
         return any(gather_object([any(gradient is None for gradient in found)]))
 
     @property
     def steps(self) -> int:
-        """Optimizer steps done in the stage."""
+        """Number of optimizer steps done in the stage."""
         return self.epoch * self.steps_per_epoch + self.step
 
-    def train_epoch(self) -> Iterator[list[Value]]:
-        """Train on what is left of the current epoch; after each optimizer step, give the values
-        of its batches' lessons.
-        """
-        self.learner.train()
-        if self.stage.train is not None:
-            for network in (*self.learner.students, *self.learner.objectives):
-                rest(network)
-        coming = batches(
-            self.loader, self.stage, self.epoch, start=self.step * self.spec.accumulate
-        )
-        while group := list(itertools.islice(coming, self.spec.accumulate)):
-            values = self.optimize(group)
-            self.step += 1
-            yield values
-        self.stage.after_epoch()
-        self.epoch, self.step = self.epoch + 1, 0
+    @property
+    def moment(self) -> Moment:
+        """The current progress of the stage."""
+        return Moment(self.epoch, self.steps)
 
-    def optimize(self, group: Sequence[Batch]) -> list[Value]:
-        """One optimizer step on the mean over the group's samples."""
-        accelerator, seen = self.accelerator, sum(len(batch.labels) for batch in group)
-        reseed(self.seed, self.stage.name, self.steps, accelerator.process_index)
-        values: list[Value] = []
-        for position, batch in enumerate(group):
-            last = position == len(group) - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(self._forward):
-                total, answers = self._forward(batch, self.epoch + self.step / self.steps_per_epoch)
-                self._backward(total * (len(batch.labels) / seen) if len(group) > 1 else total)
-            values += answers
-        for updater in self.updaters:
-            updater.update(self.steps + 1, self._scaler)
-        if self._scaler is not None:
-            self._scaler.update()
+    def forward(self, batch: Batch) -> tuple[Tensor, list[Value]]:
+        """Compute the total of all losses, with gradient, and the value of each."""
+        return cast("tuple[Tensor, list[Value]]", self._forward(batch, self.moment, self.progress))
+
+    @property
+    def progress(self) -> float:
+        """Return the epochs of the stage so far, including the fraction of the current one: the
+        argument of ramps.
+        """
+        return self.epoch + self.step / self.steps_per_epoch
+
+    def backward(self, loss: Tensor) -> None:
+        """Add to the gradients; the loss is scaled in fp16, so that small gradients do not
+        vanish.
+        """
+        torch.autograd.backward(loss if self.scaler is None else self.scaler.scale(loss))
+
+    def without_sync(self) -> contextlib.AbstractContextManager[None]:
+        """Skip the averaging of gradients over processes inside the block."""
+        found: contextlib.AbstractContextManager[None] = self.accelerator.no_sync(self._forward)
+        return found
+
+    def move_averages(self) -> None:
+        """Update the moving averages of the weights (`train.ema`)."""
         for network, average in zip(self._networks, self.averages, strict=True):
             if average is not None:
-                _take_in(average, network, self.steps + 1)
-        if self.stage.buffers:
-            # what goes into frozen copies is the same everywhere, as a checkpoint has it
-            self.synchronise()
-        self.stage.after_step()
-        return values
-
-    def _backward(self, loss: Tensor) -> None:
-        torch.autograd.backward(loss if self._scaler is None else self._scaler.scale(loss))
+                _take_in(average, network, self.steps)
 
     def close(self) -> None:
-        """Let go of what the accelerator and, in several processes, the parameters' hooks keep:
-        the next stage wraps them anew.
+        """Release what the accelerator and, with several processes, the parameters' hooks hold: the
+        next stage wraps the networks again.
         """
+        # the wrapper holds the networks, and DDP its hooks
         del self._forward
         for student, network in zip(self.stage.students, self.deployed(), strict=True):
             cast("TappedModel", student).settle(network)
@@ -214,15 +199,11 @@ class Trainer:
         self.accelerator.free_memory()
 
     def synchronise(self) -> None:
-        """Give every process the first one's buffers, which are what is saved: each has seen its
-        own share of the batches.
-        """
-        if self.accelerator.num_processes > 1 and not self.apart:
-            for module in (self.learner, *self.deployed()):
-                broadcast(list(module.buffers()))
+        """Make the buffers equal in all processes that train the same students."""
+        self.processes.synchronise((self.learner, *self.deployed()))
 
     def refuse_non_finite(self) -> None:
-        """Look at what was learnt.
+        """Check that all parameters are finite.
 
         Raises:
             RunError: a parameter is not finite.
@@ -238,7 +219,7 @@ class Trainer:
                 )
 
     def deployed(self) -> list[nn.Module]:
-        """The networks that are measured and exported: the averages where there are any."""
+        """Return the networks that are measured and exported: the averages if there are any."""
         return [
             n if average is None else average.module
             for n, average in zip(self._networks, self.averages, strict=True)
@@ -255,7 +236,7 @@ class Trainer:
                 None if average is None else average.module.state_dict()
                 for average in self.averages
             ],
-            "scaler": self._scaler.state_dict() if self._scaler else None,
+            "scaler": self.scaler.state_dict() if self.scaler else None,
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -271,12 +252,12 @@ class Trainer:
             if average is not None:
                 adopt_shapes(average.module, saved)
                 average.module.load_state_dict(saved)
-        if self._scaler:
-            self._scaler.load_state_dict(state["scaler"])
+        if self.scaler:
+            self.scaler.load_state_dict(state["scaler"])
 
 
 def build_accelerator(spec: TrainSpec, **options: Any) -> Accelerator:
-    """One process's view of the devices, in the recipe's precision.
+    """Build one process's accelerator for the recipe's device and precision.
 
     Raises:
         RunError: the machine has no such device, or fp16 without a GPU.
@@ -285,7 +266,8 @@ def build_accelerator(spec: TrainSpec, **options: Any) -> Accelerator:
         device = chosen(spec.device)
     except RunError as error:
         raise RunError(f"train.device: {error}") from None
-    AcceleratorState._reset_state()  # another recipe in this process may have had another precision
+    # a previous recipe in this process may have used another precision
+    AcceleratorState._reset_state()
     if PartialState._shared_state and PartialState().num_processes == 1:
         PartialState._reset_state()
     cpu = trains_on_cpu(spec)
@@ -312,9 +294,10 @@ def _average(student: nn.Module, spec: TrainSpec) -> Any:
 
 
 def _take_in(average: Any, network: nn.Module, steps: int) -> None:
-    """Move the average towards a network that has done so many steps."""
+    """Update the average with a network that has done `steps` steps."""
     try:
         average.update(network, step=steps)
+    # shapes differ: the network was pruned, or its buffers have grown
     except RuntimeError:
         theirs = average.module.state_dict()
         changed = [
@@ -329,8 +312,8 @@ def _take_in(average: Any, network: nn.Module, steps: int) -> None:
 
 
 def _scaler(accelerator: Accelerator) -> torch.amp.GradScaler | None:
-    """A scaler of the stage's own, as its scale follows the stage's gradients: the accelerator
-    may serve other runs too.
+    """Build a gradient scaler for this stage alone, as its scale follows the stage's gradients: the
+    accelerator may serve other runs too.
     """
     return (
         torch.amp.GradScaler(accelerator.device.type)

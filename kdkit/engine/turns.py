@@ -12,8 +12,8 @@ from typing import Self, TypeVar
 T = TypeVar("T")
 
 Place = tuple[int, int, int]
-"""Where a run is: finished epochs of its stage, part of the data (below 0: measuring, 0:
-training), batch that it asks for next.
+"""Position of a run: finished epochs of its stage, part of the data (below 0: measuring, 0:
+training), number of the next batch.
 """
 
 BEGINNING: Place = (-1, 0, 0)
@@ -22,7 +22,7 @@ Turns = Generator[Place, None, T]
 
 
 def finish(turns: Turns[T]) -> T:
-    """Take all turns at once."""
+    """Exhaust the generator of turns."""
     while True:
         try:
             next(turns)
@@ -32,7 +32,7 @@ def finish(turns: Turns[T]) -> T:
 
 
 class Stopwatch:
-    """Wall and CPU seconds spent on one run. It stands still while another run has its turn:
+    """Measures wall and CPU seconds spent on one run. It stops while another run has its turn:
     enter it for a turn.
     """
 
@@ -56,12 +56,12 @@ class Stopwatch:
         self._running = False
 
     def set(self, wall: float, cpu: float) -> None:
-        """Say what was spent up to now."""
+        """Set the seconds spent so far."""
         self._wall, self._cpu = wall, cpu
         self._began = time.monotonic(), time.process_time()
 
     def add(self, wall: float, cpu: float) -> None:
-        """Count what another run's turn has done for this one too."""
+        """Add time that another run's turn has spent for this run too."""
         self._wall, self._cpu = self._wall + wall, self._cpu + cpu
 
     @property
@@ -70,5 +70,5 @@ class Stopwatch:
 
     @property
     def cpu(self) -> float:
-        """Of all threads of this process, but not of its loader workers."""
+        """CPU seconds of all threads of this process, without its loader workers."""
         return self._cpu + (time.process_time() - self._began[1] if self._running else 0.0)

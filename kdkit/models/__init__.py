@@ -1,1 +1,1 @@
-"""From a name to a network that is adapted, initialised and observed."""
+"""Builds a network by name: adapted to the batches, initialised and observed."""

@@ -1,4 +1,4 @@
-"""A network up to one of its layers, as a network of its own."""
+"""Returns a network up to one of its layers, as a network of its own."""
 
 from __future__ import annotations
 
@@ -7,34 +7,37 @@ import copy
 from torch import Tensor, nn
 
 from kdkit.contracts.layers import classifier_path, resolve
+from kdkit.contracts.synonyms import with_synonyms
 from kdkit.models.hooks import Keep, Store, register
 
 
+@with_synonyms
 class Backbone(nn.Module):
-    """What a layer of a network gives, from what the network takes. Its parameters and buffers
-    are the network's own, not copies.
+    """The part of a network from its input to one of its layers. Its parameters and buffers are the
+    network's own, not copies.
 
-    The modules around them are: `train`, `eval` and hooks of the one do not reach the other. The
-    classifier is left out.
+    The modules that contain them are new: `train`, `eval` and hooks of one do not affect the other.
+    The classifier is left out.
 
     Args:
-        network: stays as it is.
+        network: not modified.
         layer: named in any of the ways of a recipe.
-        num_classes: number of logits, which helps to find the classifier of a network that does not
+        outputs: number of logits, which helps to find the classifier of a network that does not
             say.
 
     Raises:
         TapError: there is no such layer, or no single classifier.
     """
 
-    def __init__(self, network: nn.Module, layer: str, num_classes: int | None = None) -> None:
+    def __init__(self, network: nn.Module, layer: str, outputs: int | None = None) -> None:
         super().__init__()
-        place, head = resolve(layer, network, num_classes), classifier_path(network, num_classes)
+        place, head = resolve(layer, network, outputs), classifier_path(network, outputs)
+        # the memo maps tensors to themselves: new modules, but shared parameters and buffers
         self.network = copy.deepcopy(
             network, {id(value): value for value in (*network.parameters(), *network.buffers())}
         )
         self.network.set_submodule(head, nn.Identity())
-        # an object, as is the hook that it fills: a copy of this module must not write here
+        # an object, like the hook that fills it, so that a copy of this module gets its own
         self._store = Store()
         register(self.network, {layer: place}, lambda name: Keep(name, self._store))
         self._layer = layer

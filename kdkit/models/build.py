@@ -31,7 +31,7 @@ from kdkit.randomness import seeded
 def build_model(
     options: ModelOptions,
     source: ModelSource,
-    num_classes: int,
+    outputs: int,
     image_shape: Shape,
     layers: Iterable[str] = (),
     role: str = "model",
@@ -44,20 +44,20 @@ def build_model(
     channels_last: bool = False,
     precision: torch.dtype | None = None,
 ) -> TappedModel:
-    """The network with its weights, adapted to the batches and observed at `layers`. Random
-    weights are drawn from the current stream.
+    """Build the network with its weights, adapted to the batches and observed at `layers`. Random
+    weights are drawn from the current generator.
 
     Args:
         options: the recipe's section.
-        source: who builds networks of that kind, with the same options.
-        num_classes: number of logits.
+        source: the source that builds such networks, with the same options.
+        outputs: number of logits.
         image_shape: (C, H, W) of the images in a batch, in [0, 1]; (N,) of texts.
         layers: names of the layers to observe.
-        role: "teacher resnet18": how messages begin.
+        role: "teacher resnet18": the beginning of messages.
         weights: False builds it on the meta device: shapes only, nothing is read or downloaded.
         load: False leaves the weights random: nothing is read or downloaded.
-        file: weights that take the place of the recipe's, such as another run's student.
-        device: where the model goes once it is built; random weights do not depend on it.
+        file: weights that replace the recipe's, such as another run's student.
+        device: device of the finished model; random weights do not depend on it.
         needs_logits: see `TappedModel`.
         channels_last: see `TappedModel`.
         precision: see `TappedModel`.
@@ -68,13 +68,13 @@ def build_model(
     """
     try:
         shape = _own_shape(options, source, image_shape)
-        module = _built(source, num_classes, shape, weights)
+        module = _built(source, outputs, shape, weights)
         with contextlib.nullcontext() if weights else torch.device("meta"):
             adapt = _adapter(options, source, module, image_shape, shape)
         if options.new_head and not file:
-            _head(module, num_classes)  # that there is none is told where no weights are read, too
+            _head(module, outputs)  # report a missing classifier even if no weights are read
         if weights and load:
-            _load(options, source, module, num_classes, file)
+            _load(options, source, module, outputs, file)
             if faulty := faulty_weight(module):
                 whence = file or options.checkpoint or f"the {source.name} model"
                 raise ModelError(f"{whence}: the weights are not finite: {faulty}")
@@ -89,7 +89,7 @@ def build_model(
         layers,
         adapt=adapt,
         role=role,
-        num_classes=num_classes,
+        outputs=outputs,
         needs_logits=needs_logits,
         channels_last=channels_last,
         precision=precision,
@@ -97,14 +97,10 @@ def build_model(
     )
 
 
-def _built(source: ModelSource, num_classes: int, shape: Shape, weights: bool) -> nn.Module:
+def _built(source: ModelSource, outputs: int, shape: Shape, weights: bool) -> nn.Module:
     try:
-        return (
-            source.build(num_classes, shape)
-            if weights
-            else _without_numbers(source, num_classes, shape)
-        )
-    # of the network's own code
+        return source.build(outputs, shape) if weights else _without_numbers(source, outputs, shape)
+    # errors from the network's own code
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         says = (str(error).strip() or "no reason given").splitlines()[0]
         raise ModelError(
@@ -112,32 +108,30 @@ def _built(source: ModelSource, num_classes: int, shape: Shape, weights: bool) -
         ) from error
 
 
-def _without_numbers(source: ModelSource, num_classes: int, shape: Shape) -> nn.Module:
-    """The network on the meta device; with numbers, if it needs some while it is built (it reads
-    weights of its own, say).
+def _without_numbers(source: ModelSource, outputs: int, shape: Shape) -> nn.Module:
+    """Build the network on the meta device; with real numbers, if its constructor needs some (it
+    reads weights of its own, for example).
     """
     try:
         with torch.device("meta"):
-            return source.build(num_classes, shape)
+            return source.build(outputs, shape)
     except ModelError:
-        # which tells once more what is wrong, if it is something else
-        return source.build(num_classes, shape)
+        # it may need real numbers; any other error is raised again here
+        return source.build(outputs, shape)
 
 
-def random_weights(
-    source: ModelSource, num_classes: int, image_shape: Shape
-) -> tuple[list[str], bool]:
-    """Names of the tensors that a fresh network draws at random, and whether it reads others
-    from somewhere as it is built.
+def random_weights(source: ModelSource, outputs: int, image_shape: Shape) -> tuple[list[str], bool]:
+    """Name the tensors that a fresh network draws at random, and report whether its constructor
+    reads others from somewhere.
 
-    Two networks of different seeds differ in what is drawn. Tensors of one value only (zeros, ones)
-    tell nothing.
+    The random tensors are those in which two networks of different seeds differ. Tensors of one
+    value only (zeros, ones) are no evidence.
     """
     shape = _own_shape(source.options, source, image_shape)
     builds = []
     for seed in range(2):
         with seeded("drawn weights", seed):
-            builds.append(source.build(num_classes, shape).state_dict())
+            builds.append(source.build(outputs, shape).state_dict())
     drawn = [name for name, value in builds[0].items() if not torch.equal(value, builds[1][name])]
     read = any(
         name not in drawn and value.numel() and bool((value != value.flatten()[0]).any())
@@ -150,7 +144,7 @@ def load_checkpoint(
     path: Path,
     module: nn.Module,
     strip_prefix: str = "",
-    num_classes: int | None = None,
+    outputs: int | None = None,
     rename: Callable[[str], str] | None = None,
     *,
     new_head: bool = False,
@@ -158,33 +152,33 @@ def load_checkpoint(
     own: bool = False,
     shapes_only: bool = False,
 ) -> tuple[str, ...]:
-    """Load a checkpoint's weights into a network; gives what there is to know about them, see
+    """Load a checkpoint's weights into a network; return notes on them, see
     `kdkit.models.weight_files.fit_weights`.
 
     Args:
         path: the file.
         module: the network.
-        strip_prefix: what to drop from the file's keys.
-        num_classes: number of logits, for the message when the file is of another number.
+        strip_prefix: the prefix to drop from the file's keys.
+        outputs: number of logits, for the message if the file has another number.
         rename: the network's own name of a key, once the prefix is dropped (None: the same).
-        new_head: leave the file's classifier out; the network's own stays as it is.
-        teaches: whether it is a teacher's, which a random classifier would not help.
-        own: whether such a network had them once: it then takes their shapes, but for the number of
-            classes.
-        shapes_only: compare names and shapes only; the network may be on the meta device, and stays
-            as it is.
+        new_head: ignore the file's classifier and keep the network's own.
+        teaches: whether it is a teacher, for which a random classifier is useless.
+        own: whether the weights were saved from such a network: it then adopts their shapes, except
+            for the number of classes.
+        shapes_only: compare names and shapes only; the network may be on the meta device, and is
+            not modified.
 
     Raises:
         CheckpointError: the file is missing, holds more than tensors, or does not fit; the network
             is then unchanged.
     """
-    head = _head(module, num_classes) if new_head else None
+    head = _head(module, outputs) if new_head else None
     if own:
-        _take_shapes(module, read_weights(path), num_classes)
+        _take_shapes(module, read_weights(path), outputs)
     try:
         found = fit_weights(path, module, strip_prefix, rename, head=head, shapes_only=shapes_only)
     except Misfit as error:
-        refuse_other_classes(error, path, module, num_classes, teaches=teaches)
+        refuse_other_classes(error, path, module, outputs, teaches=teaches)
         raise
     if not shapes_only:
         # checked above; old files lack BatchNorm's counters
@@ -192,9 +186,9 @@ def load_checkpoint(
     return found.notes
 
 
-def _take_shapes(module: nn.Module, weights: Weights, num_classes: int | None) -> None:
+def _take_shapes(module: nn.Module, weights: Weights, outputs: int | None) -> None:
     with contextlib.suppress(TapError):
-        head = classifier_path(module, num_classes)
+        head = classifier_path(module, outputs)
         classes = {
             key: value for key, value in module.state_dict().items() if key.startswith(f"{head}.")
         }
@@ -210,13 +204,13 @@ def _load(
     options: ModelOptions,
     source: ModelSource,
     module: nn.Module,
-    num_classes: int,
+    outputs: int,
     file: Path | None,
 ) -> None:
     if file:
-        load_checkpoint(file, module, num_classes=num_classes, own=True)
+        load_checkpoint(file, module, outputs=outputs, own=True)
     elif options.checkpoint:
-        compare_checkpoint(options, source, module, num_classes, shapes_only=False)
+        compare_checkpoint(options, source, module, outputs, shapes_only=False)
     else:
         source.load(module)
 
@@ -225,11 +219,11 @@ def compare_checkpoint(
     options: ModelOptions,
     source: ModelSource,
     module: nn.Module,
-    num_classes: int,
+    outputs: int,
     *,
     shapes_only: bool = True,
 ) -> tuple[str, ...]:
-    """See whether the recipe's checkpoint fits the network, by names and shapes alone; see
+    """Check whether the recipe's checkpoint fits the network, by names and shapes alone; see
     `load_checkpoint`.
     """
     assert options.checkpoint is not None
@@ -237,7 +231,7 @@ def compare_checkpoint(
         options.checkpoint,
         module,
         options.strip_prefix,
-        num_classes,
+        outputs,
         functools.partial(source.rename, module=module),
         new_head=options.new_head,
         teaches=isinstance(options, TeacherOptions),
@@ -246,7 +240,7 @@ def compare_checkpoint(
 
 
 def _own_shape(options: ModelOptions, source: ModelSource, shape: Shape) -> Shape:
-    """What the network itself takes."""
+    """Return the shape of the network's own input."""
     if source.takes not in ("any", kind_of(shape)):
         raise ModelError(
             f"'{source.name}' builds networks for {source.takes}, and the data are {kind_of(shape)}"
@@ -260,7 +254,7 @@ def _own_shape(options: ModelOptions, source: ModelSource, shape: Shape) -> Shap
 def _adapter(
     options: ModelOptions, source: ModelSource, module: nn.Module, shape: Shape, own: Shape
 ) -> nn.Module:
-    """From batches to what the network takes; texts are given as they are."""
+    """Build the adapter from batches to the network's input; texts pass unchanged."""
     if not is_text(shape):
         return _input_adapter(options, source.normalization(module), shape[0], own[0])
     if options.normalize or options.input_size:
@@ -283,26 +277,26 @@ def _input_adapter(
     adapter = NormalizationAdapter(
         0.0, 1.0, _fit(wanted.mean, channels), _fit(wanted.std, channels)
     )
-    # raises where the channels cannot be adapted
+    # raises if the channels cannot be adapted
     adapter(torch.empty(1, image_channels, 1, 1, device=adapter.scale.device))
     return InputAdapter(adapter, options.input_size, options.interpolation)
 
 
 def _fit(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    """One value per channel; colour values become their mean where the network takes another
+    """Return one value per channel; colour values become their mean if the network takes another
     number of channels.
     """
     return values if len(values) == channels else (sum(values) / len(values),) * channels
 
 
-def _head(module: nn.Module, num_classes: int | None) -> str:
-    """Path of the classifier that a checkpoint's would replace.
+def _head(module: nn.Module, outputs: int | None) -> str:
+    """Find the path of the classifier that a checkpoint's would replace.
 
     Raises:
         ModelError: there is no single one.
     """
     try:
-        return classifier_path(module, num_classes)
+        return classifier_path(module, outputs)
     except TapError:
         raise ModelError(
             "new_head: this network has no single linear classifier, so none can be left out of its"

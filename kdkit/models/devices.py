@@ -1,4 +1,4 @@
-"""Where a recipe is trained, and how its images lie in memory there."""
+"""Chooses the device of a recipe, and the memory layout of its images there."""
 
 from __future__ import annotations
 
@@ -21,18 +21,17 @@ backward pass of such a convolution writes a whole vector, beyond the end of a b
 
 
 def present() -> list[str]:
-    """The devices of this machine, by the names that `train.device` gives them."""
+    """List the devices of this machine, by the names that `train.device` uses."""
     if (kind := torch.accelerator.current_accelerator()) is None:
         return ["cpu"]
     return ["cpu", *(f"{kind.type}:{number}" for number in range(torch.accelerator.device_count()))]
 
 
 def chosen(name: str) -> torch.device | None:
-    """The device of that name; None for `auto`.
+    """Return the device of that name; None for `auto`.
 
     Raises:
-        RunError: this machine has no such device, or each of several processes must take another
-            one.
+        RunError: this machine has no such device, or several processes would share it.
     """
     if name == "auto":
         return None
@@ -49,8 +48,8 @@ def chosen(name: str) -> torch.device | None:
 
 
 def for_reading(train: TrainSpec) -> TrainSpec:
-    """The section for a look at a finished run: on its own device where this machine has it,
-    else on the one there is.
+    """Return the `train` section for reading a finished run: with its own device if this machine
+    has it, otherwise with an available one.
     """
     try:
         chosen(train.device)
@@ -60,22 +59,20 @@ def for_reading(train: TrainSpec) -> TrainSpec:
 
 
 def trains_on_cpu(train: TrainSpec) -> bool:
-    """Whether the processor carries the recipe out, because it says so or because there is no
+    """Check whether the recipe runs on the CPU, because it says so or because there is no
     accelerator.
     """
     return train.device == "cpu" or not torch.accelerator.is_available()
 
 
 def is_channels_last(train: TrainSpec, device: torch.device) -> bool:
-    """Whether networks on that device, and the images that they see, are channels-last in
-    memory.
-    """
+    """Check whether networks on that device, and their images, are channels-last in memory."""
     return device.type != "cpu" if train.channels_last == "auto" else train.channels_last
 
 
 def unsafe_convolution(network: nn.Module) -> str | None:
-    """The name of a convolution that corrupts memory on the CPU where the images are
-    channels-last; None: there is none.
+    """Name a convolution that corrupts memory on the CPU if the images are channels-last; None:
+    there is none.
     """
     for name, part in network.named_modules():
         if not isinstance(part, nn.Conv2d) or part.groups > 1 or part.in_channels >= LEAST_CHANNELS:

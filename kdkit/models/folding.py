@@ -26,25 +26,25 @@ from kdkit.models.tapped import TappedModel
 ModelT = TypeVar("ModelT", TappedModel, nn.Module)
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
-TOLERANCE = 1e-4  # of the largest output: some hundred roundings of fp32
+TOLERANCE = 1e-4  # relative to the largest output: a few hundred roundings of fp32
 
 
 def fold_batchnorm(
     model: ModelT, probe: Inputs | Shape, keep: Iterable[str] = (), *, in_place: bool = False
 ) -> ModelT:
-    """The model with every BatchNorm folded whose input is one convolution's output and goes
-    nowhere else.
+    """Fold every BatchNorm whose input is the output of exactly one convolution and is read by
+    nothing else.
 
     Pairs are found by watching one forward on the probe, so names and registration order do not
-    matter. The module tree stays: an Identity (or what timm's BatchNormAct2d does after
-    normalising) stands where the BatchNorm was.
+    matter. The module tree keeps its structure: an Identity (or the operations of timm's
+    BatchNormAct2d after normalising) replaces the BatchNorm.
 
     Args:
-        model: a network, or a tapped one, whose own taps are kept too; the result is in eval mode
-            and without gradients.
+        model: a network, or a tapped one, whose own taps are preserved too; the result is in eval
+            mode and without gradients.
         probe: a batch (B, C, H, W) or mapping that the model takes, or the shape of one, to be
             drawn at random.
-        keep: layers that are observed; a pair that holds one of them is left alone.
+        keep: layers that are observed; a pair that contains one of them is not folded.
         in_place: change the model itself; otherwise the result shares no tensor with it.
 
     Raises:
@@ -77,13 +77,11 @@ def fold_batchnorm(
     return model
 
 
-def unfoldable(
-    network: nn.Module, layers: Iterable[str], num_classes: int | None = None
-) -> list[str]:
-    """Those of the observed layers whose observation keeps a pair from being folded:
-    convolutions and BatchNorms themselves.
+def unfoldable(network: nn.Module, layers: Iterable[str], outputs: int | None = None) -> list[str]:
+    """List the observed layers whose observation prevents a pair from being folded: convolutions
+    and BatchNorms themselves.
     """
-    paths = {resolve(layer, network, num_classes).path for layer in layers}
+    paths = {resolve(layer, network, outputs).path for layer in layers}
     return sorted(
         path
         for path in paths
@@ -93,9 +91,9 @@ def unfoldable(
 
 @dataclass
 class _Sighting:
-    """What one probe forward shows of convolutions and BatchNorm layers."""
+    """The convolutions and BatchNorm layers that one probe forward shows."""
 
-    # by id; the tensor is held, or its id could be reused
+    # by id; the tensor is kept alive, otherwise its id could be reused
     outputs: dict[int, tuple[str, Tensor]] = field(default_factory=dict)
     fed: list[tuple[str, str]] = field(default_factory=list)
     runs: Counter[str] = field(default_factory=Counter)
@@ -120,9 +118,7 @@ class _Readers(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _probe(module: nn.Module, probe: Inputs) -> tuple[list[Tensor], list[tuple[str, str]]]:
-    """The answer to the probe, and the (convolution, BatchNorm) pairs that it shows to be
-    foldable.
-    """
+    """Return the answer to the probe, and the (convolution, BatchNorm) pairs that can be folded."""
     seen = _Sighting()
     names = {part: path for path, part in module.named_modules()}
     owners = Counter(id(value) for part in names for value in part.parameters(recurse=False))
@@ -159,10 +155,10 @@ def _probe(module: nn.Module, probe: Inputs) -> tuple[list[Tensor], list[tuple[s
 
 
 def _is_linear_in_its_weight(conv: Any, args: tuple[Tensor, ...], output: Tensor) -> bool:
-    """Whether twice the weight gives twice the output: not so where weights are standardised or
-    parametrised.
+    """Check whether twice the weight gives twice the output: not the case if weights are
+    standardised or parametrised.
 
-    Transposed convolutions are left out: their weights are laid out otherwise.
+    Transposed convolutions are excluded: their weights have another layout.
     """
     weight = conv._parameters.get("weight")
     if weight is None or conv.transposed or nn.utils.parametrize.is_parametrized(conv):
@@ -182,8 +178,8 @@ def _is_linear_in_its_weight(conv: Any, args: tuple[Tensor, ...], output: Tensor
 
 
 def _is_normalisation(norm: Any, features: Tensor, output: Tensor) -> bool:
-    """Whether the layer is its running statistics' multiply-add, followed by its children
-    (timm's drop and act).
+    """Check whether the layer computes its running statistics' multiply-add, followed by its
+    children (timm's drop and act).
     """
     if norm.running_mean is None:
         return False
@@ -194,7 +190,7 @@ def _is_normalisation(norm: Any, features: Tensor, output: Tensor) -> bool:
 
 
 def _rest(norm: nn.Module) -> nn.Module:
-    """What the layer does after normalising."""
+    """Return the operations of the layer after normalising."""
     rest = nn.Sequential()
     for name, child in norm.named_children():
         rest.add_module(name, child)  # by the same names, so that `bn1.act` stays a path

@@ -1,4 +1,4 @@
-"""Which parts of a stage learn."""
+"""Decides which parts learn in a stage."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ STUDENT = "student"
 def freeze_all_but(
     wanted: Sequence[str], student: nn.Module, losses: Mapping[str, nn.Module]
 ) -> list[nn.Parameter]:
-    """Take the gradient from everything that is not named, and put what learns nothing into eval
-    mode; gives what was frozen.
+    """Freeze everything that is not named, and put modules without learnable parameters into eval
+    mode; return what was frozen.
 
     Args:
         wanted: `student`, a layer of it (`student.stage1`), a loss by name, or a learnable part of
@@ -46,8 +46,8 @@ def freeze_all_but(
 
 
 def rest(network: nn.Module) -> None:
-    """Put those layers of a student or loss into eval mode whose parameters are all frozen, so
-    that no statistics move.
+    """Put those layers of a student or loss into eval mode whose parameters are all frozen, so that
+    no running statistics change.
     """
     for part in network.modules():
         parameters = list(part.parameters())

@@ -1,4 +1,4 @@
-"""How a teacher's answer is read where it is not one logit for each class of the data."""
+"""Converts a teacher's answers that are not one logit for each class of the data."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from kdkit.contracts.layers import outputs_of
 
 Answers = Literal["logits", "softmax", "sigmoid"]
-ROUNDING = 1e-3  # by which a row of probabilities may miss a sum of 1
+ROUNDING = 1e-3  # tolerance of the sum of a row of probabilities
 
 
 class Reading:
-    """A forward hook of a network: from what it returns to logits of the data's classes.
+    """A forward hook of a network: converts its output to logits of the data's classes.
 
     Probabilities p become logits again, up to a constant that no softmax sees: log p after a
     softmax, log(p / (1 - p)) after a sigmoid.
 
     Args:
-        answers: what the network's last operation gives.
+        answers: the form of the network's output.
         classes: which of its answers are those of the data's classes, in the data's order (None:
             all).
     """
@@ -31,11 +31,12 @@ class Reading:
 
     def __call__(self, module: nn.Module, args: object, output: object) -> object:
         if not (outputs := outputs_of(output)):
-            return output  # which is told where it is read
+            return output  # reported when it is read
         logits = outputs[0]
         if self.answers != "logits":
             logits = logits.float()
             least = torch.finfo(logits.dtype).tiny
+            # clamp: the logarithm of 0 is infinite
             own, rest = (
                 logits.clamp_min(least),
                 (1 - logits).clamp_min(torch.finfo(logits.dtype).eps),
@@ -45,7 +46,9 @@ class Reading:
 
 
 def looks_like(logits: Tensor) -> Answers:
-    """What answers (N, K) seem to be: probabilities lie in [0, 1], those of a softmax sum to 1."""
+    """Guess the form of answers (N, K): probabilities lie in [0, 1], those of a softmax sum to
+    1.
+    """
     if not bool(((logits >= 0) & (logits <= 1)).all()):
         return "logits"
     return "softmax" if bool(((logits.sum(1) - 1).abs() < ROUNDING).all()) else "sigmoid"

@@ -1,4 +1,4 @@
-"""Forward hooks: what one forward of a network shows at its tapped layers."""
+"""Forward hooks that record what one forward of a network shows at its tapped layers."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from kdkit.errors import TapError
 
 
 class Stop(Exception):
-    """Ends a forward once every tapped layer has given what it has to give."""
+    """Ends a forward after every tapped layer has given its output."""
 
 
 class Watch:
-    """What one forward has shown so far: each tapped layer's last output, and how often it ran.
+    """The outputs of one forward so far: each tapped layer's last output, and how often it ran.
 
     Args:
-        role: how messages call the model.
-        enough: how often each layer runs in a whole forward; once they have, `Stop` is raised
-            (None: never).
+        role: name of the model in messages.
+        enough: how often each layer runs in a complete forward; after that, `Stop` is raised (None:
+            never).
     """
 
     def __init__(self, role: str, enough: Counter[str] | None) -> None:
@@ -34,7 +34,7 @@ class Watch:
         self.calls: Counter[str] = Counter()
 
     def keep(self, name: str, output: object) -> None:
-        """Take down what a layer gave.
+        """Record a layer's output.
 
         Raises:
             TapError: it is not one tensor.
@@ -51,8 +51,8 @@ class Watch:
 
 
 class Store:
-    """Where the hooks of a compiled network write while it is open; closed, they let every
-    tensor go.
+    """The place where the hooks of a compiled network write while it is open; closed, it discards
+    every tensor.
     """
 
     def __init__(self) -> None:
@@ -61,8 +61,8 @@ class Store:
 
 
 class Keep:
-    """A hook that stays on a network which is compiled; an object, so that a copied network
-    writes into a copied store.
+    """A hook that stays on a compiled network; an object, so that a copied network writes into a
+    copied store.
     """
 
     def __init__(self, name: str, store: Store) -> None:
@@ -74,7 +74,7 @@ class Keep:
 
 
 class Picked:
-    """A hook that is shown one of a network's outputs; an object, as `Keep` is."""
+    """A hook that receives one of a network's outputs; an object, for the same reason as `Keep`."""
 
     def __init__(self, hook: Callable[..., None], number: int) -> None:
         self.hook, self.number = hook, number
@@ -126,8 +126,8 @@ def observed(
 
 
 def seen(part: nn.Module, args: tuple[object, ...], output: tuple[object, ...]) -> object:
-    """What a hook keeps: the output, or of a hook before the forward the first argument, copied
-    where the module would overwrite it.
+    """Return the tensor that a hook records: the output, or the first argument for a hook before
+    the forward, copied if the module would overwrite it.
     """
     value = (*output, *args, None)[0]
     return (
@@ -138,16 +138,16 @@ def seen(part: nn.Module, args: tuple[object, ...], output: tuple[object, ...]) 
 
 
 def version(tensor: Tensor) -> int | None:
-    """How often a tensor was changed in place; None where torch does not count."""
+    """Return how often a tensor was changed in place; None if torch does not count."""
     return None if tensor.is_inference() else tensor._version
 
 
 def overwriter(module: nn.Module, layer: Layer, forward: Callable[[], object]) -> str:
-    """Run `forward` once more to find what to tap in place of a layer whose output is changed
+    """Run `forward` again to find a module to tap in place of a layer whose output is changed
     later.
 
-    That is the module which changes it, or, where an operation between modules does, the module
-    around both.
+    That is the module which changes it or, if an operation between modules does, the module that
+    encloses both.
     """
     kept: list[tuple[Tensor, int | None]] = []
     guilty: list[str] = []

@@ -1,5 +1,5 @@
-"""Lets a student begin with tensors of its teacher: all that have its names and shapes, and of a
-row of repeated blocks some.
+"""Initialises a student with tensors of its teacher: all whose names and shapes match, and a
+selection from a row of repeated blocks.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ def inherit(
     layers: Sequence[int] | None = None,
     rename: Callable[[str], str] = str,
 ) -> list[str]:
-    """Copy the teacher's tensors into the student, in place; gives the names of those that were
-    copied.
+    """Copy the teacher's tensors into the student, in place; return the names of the copied ones.
 
     Args:
-        student: keeps its own values where the teacher has no tensor of that name and shape.
-        teacher: stays as it is.
+        student: keeps its own values if the teacher has no tensor of that name and shape.
+        teacher: not modified.
         layers: numbers of the teacher's blocks, the first one 0, in the student's order; a
             transformer's layers are such blocks.
-        rename: the student's name of what the teacher calls a tensor.
+        rename: maps the teacher's name of a tensor to the student's.
 
     Raises:
         ModelError: nothing fits; there is no single row of blocks, or not with such numbers.
@@ -44,12 +43,13 @@ def inherit(
     if not any(name.startswith(inside) for name in fitting):
         whose = f"the teacher's {row}" if row else "the teacher"
         raise ModelError(f"no tensor of {whose} has the name and the shape of one of the student's")
+    # not strict: the student has further tensors of its own
     student.load_state_dict(fitting, strict=False)
     return list(fitting)
 
 
 def _row(network: nn.Module, layers: Sequence[int]) -> str:
-    """Path of the longest list of blocks that are made alike."""
+    """Find the path of the longest list of blocks with equal structure."""
     rows = {
         path: len(part)
         for path, part in network.named_modules()
@@ -72,8 +72,8 @@ def _row(network: nn.Module, layers: Sequence[int]) -> str:
 
 
 def _alike(row: nn.ModuleList | nn.Sequential) -> bool:
-    """Whether there are several blocks, each with parameters, all of one class and of the same
-    shapes.
+    """Check whether there are several blocks, each with parameters, all of one class and of the
+    same shapes.
     """
     kinds = {
         (type(part), tuple((name, p.shape) for name, p in part.named_parameters())) for part in row
@@ -98,8 +98,8 @@ def _refuse_other_number(student: nn.Module, row: str, wanted: int) -> None:
 def _renumbered(
     teacher: nn.Module, row: str, layers: Sequence[int] | None
 ) -> Iterator[tuple[str, Tensor]]:
-    """The teacher's tensors; of the row, those of the chosen blocks, numbered as the student
-    numbers its own.
+    """Return the teacher's tensors; in the row, only those of the chosen blocks, with the student's
+    numbers.
     """
     for name, value in teacher.state_dict().items():
         if layers is None or not name.startswith(f"{row}."):

@@ -1,4 +1,6 @@
-"""Adapts images to what one network expects: value range per channel, number of channels, size."""
+"""Adapts images to the input that one network expects: value range per channel, number of channels,
+size.
+"""
 
 from __future__ import annotations
 
@@ -70,11 +72,11 @@ class NormalizationAdapter(nn.Module):
         self.register_buffer("mix", mix, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """The same images (B, C, H, W), normalised as required; uint8 is read as value / 255 and
-        becomes floating.
+        """Return the same images (B, C, H, W), normalised as required; uint8 is read as value / 255
+        and converted to floating point.
 
         Raises:
-            ModelError: the images' shape or type is not what was announced.
+            ModelError: the images' shape or type is not the expected one.
         """
         grey = self._check(images)
         scale, shift = self.scale, self.shift
@@ -88,7 +90,7 @@ class NormalizationAdapter(nn.Module):
         )
 
     def _check(self, images: Tensor) -> bool:
-        """Whether colour images are to become grey."""
+        """Check the images, and return whether colour images must be converted to grey."""
         if images.ndim != 4:
             raise ModelError(f"images have the shape (B, C, H, W), got {tuple(images.shape)}")
         if images.dtype != torch.uint8 and not images.is_floating_point():
@@ -104,12 +106,13 @@ class NormalizationAdapter(nn.Module):
 
 
 class InputAdapter(nn.Module):
-    """All that is done to a batch before one network sees it; mappings (text) pass as they are.
+    """Everything that is done to a batch before one network receives it; mappings (text) pass
+    unchanged.
 
     Args:
-        normalization: what brings values and channels into the network's form.
-        size: side of the square images that the network sees (None: as they come).
-        interpolation: how they are resized; bilinear and bicubic are antialiased when shrinking.
+        normalization: converts values and channels to the network's form.
+        size: side of the network's square images (None: not resized).
+        interpolation: the method of resizing; bilinear and bicubic are antialiased when shrinking.
     """
 
     def __init__(
@@ -124,7 +127,7 @@ class InputAdapter(nn.Module):
         self.interpolation = interpolation
 
     def forward(self, inputs: Inputs) -> Inputs:
-        """Images (B, C, H, W) as the network takes them."""
+        """Convert images (B, C, H, W) to the network's input."""
         if isinstance(inputs, Mapping):
             return inputs
         images: Tensor = self.normalization(inputs)
@@ -140,8 +143,8 @@ class InputAdapter(nn.Module):
 
 
 def _channels(mean: Values, std: Values) -> int | None:
-    """Number of channels that a pair of mean and standard deviation speaks of; None if it is
-    any.
+    """Return the number of channels that a pair of mean and standard deviation implies; None if it
+    fits any number.
     """
     sizes = {len(values) for values in (mean, std) if isinstance(values, Sequence)}
     if len(sizes) > 1:
@@ -152,6 +155,8 @@ def _channels(mean: Values, std: Values) -> int | None:
 
 
 def _column(values: Values) -> Tensor:
-    """The values as a tensor (1, C, 1, 1), in double precision until the arithmetic is done."""
+    """Return the values as a tensor (1, C, 1, 1), in double precision until the arithmetic is
+    done.
+    """
     listed = list(values) if isinstance(values, Sequence) else [values]
     return torch.tensor(listed, dtype=torch.float64, device="cpu").view(1, -1, 1, 1)

@@ -1,5 +1,5 @@
-"""Models as kdkit calls them: adapted inputs on the way in, layers observed by forward hooks on
-the way through.
+"""Models as kdkit calls them: inputs are adapted first, and layers are observed by forward
+hooks.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ BEFORE = ", or, for the values before it, its input ('...@input')"
 
 
 class TappedModel:
-    """Calls a network and returns its Outputs, with what the layers asked for gave. It is no
-    `nn.Module`, so nothing cascades to it.
+    """Calls a network and returns its Outputs, including those of the requested layers. It is no
+    `nn.Module`, so `train`, `to` and the like do not cascade to it.
 
     Hooks live for one call, and nothing is kept between calls. A layer that runs several times in
     one forward gives its last output. Maps with channels last, (B, H, W, C), as Swin transformers
@@ -37,16 +37,16 @@ class TappedModel:
         module: the network; it stays usable without this.
         layers: names as `kdkit.contracts.layers.resolve` takes them; they are the keys of
             `Outputs.features`.
-        adapt: what brings a batch into the network's form (None: nothing).
-        role: how messages call it, such as "teacher resnet18".
-        num_classes: number of logits, which helps to find the classifier of a network that does not
+        adapt: converts a batch to the network's input (None: unchanged).
+        role: its name in messages, such as "teacher resnet18".
+        outputs: number of logits, which helps to find the classifier of a network that does not
             say.
         needs_logits: False stops the forward behind the deepest tapped layer; the first call runs
             whole, to learn which that is.
         channels_last: keep network and images (B, C, H, W) channels-last in memory.
         precision: autocast to that type and return fp32; float32 switches autocast off; None leaves
             it to the caller.
-        input_shape: of what the network itself takes, where known: images (C, H, W), or texts of at
+        input_shape: shape of the network's own input, if known: images (C, H, W), or texts of at
             most N tokens (N,).
 
     Raises:
@@ -60,7 +60,7 @@ class TappedModel:
         *,
         adapt: nn.Module | None = None,
         role: str = "model",
-        num_classes: int | None = None,
+        outputs: int | None = None,
         needs_logits: bool = True,
         channels_last: bool = False,
         precision: torch.dtype | None = None,
@@ -74,27 +74,26 @@ class TappedModel:
         self.precision, self.input_shape = precision, input_shape
         try:
             self.layers: dict[str, Layer] = {
-                name: resolve(name, module, num_classes) for name in layers
+                name: resolve(name, module, outputs) for name in layers
             }
         except TapError as error:
             raise TapError(f"{role}: {error}") from None
-        # how often each tapped layer runs in a whole forward
+        # how often each tapped layer runs in a complete forward
         self._calls: Counter[str] | None = None
         self._store = Store()  # written by a compiled forward, emptied at its end
         self._compile: dict[str, Any] | None = None
         self._compiled: Callable[[Inputs], tuple[Tensor | None, dict[str, Tensor]]] | None = None
         self._hooked = False
         self._settled: nn.Module | None = None
-        self._is_view = False  # of another one, which looks at its own answers
+        self._is_view = False  # a view's owner checks its answers itself
         self.frozen = False
-        # what a frozen one says: there is no other place where NaN would be noticed
+        # answers of a frozen model: nothing else would detect NaN in them
         self.finite = FiniteAnswers(role)
-        # who gives the answers, if not a forward for each call
+        # replaces the forward if answers come from elsewhere, such as a cache
         self.answers: Callable[[Inputs], Outputs] | None = None
 
     def __call__(self, inputs: Inputs) -> Outputs:
-        """The answer to a batch (B, C, H, W) or to a mapping, whose items become keyword
-        arguments.
+        """Answer a batch (B, C, H, W), or a mapping whose items become keyword arguments.
 
         Raises:
             TapError: a tapped layer did not run, returned something else than one tensor, or was
@@ -103,18 +102,20 @@ class TappedModel:
         if not self.needs_logits and not self.layers:
             return features_only({}, self.role, _mask(inputs))
         answer = self.forward(inputs) if self.answers is None else self.answers(inputs)
+        # recorded on the device; `verify_finite` reads it later
         if self.frozen and not self._is_view:
             logits = {"logits": answer.logits} if self.needs_logits else {}
             self.finite.note({**logits, **answer.features})
         return answer
 
     def forward(self, inputs: Inputs) -> Outputs:
-        """The answer by a forward of the network, whoever else could give it."""
+        """Answer by a forward of the network, even if `answers` is replaced."""
         try:
             with self._autocast(inputs):
                 logits, features = (
                     self._run_compiled(inputs) if self._compile is not None else self._run(inputs)
                 )
+        # name a wrong input size, the usual reason, before torch's own message
         except RuntimeError as error:
             given = self.adapt(inputs).shape[1:] if isinstance(inputs, Tensor) else None
             if given is None or self.input_shape in (None, tuple(given)):
@@ -151,8 +152,8 @@ class TappedModel:
         self._settled = None if network is self.module else network
 
     def freeze(self, mode: Literal["eval", "train"] = "eval") -> TappedModel:
-        """Put it in eval mode without gradients, for good; with the averaged weights where a
-        finished stage has some.
+        """Put it in eval mode without gradients, permanently; with the averaged weights if a
+        finished stage has produced some.
 
         Args:
             mode: train normalises with each batch's own statistics in BatchNorm layers; their
@@ -181,8 +182,8 @@ class TappedModel:
         return self
 
     def twin(self, module: nn.Module | None = None) -> TappedModel:
-        """The same model without taps, to be measured or exported; or another network (a moving
-        average) in its place.
+        """Return the same model without taps, for measuring or export; or with another network (a
+        moving average) in its place.
         """
         return TappedModel(
             self.module if module is None else module,
@@ -200,8 +201,8 @@ class TappedModel:
         needs_logits: bool,
         answers: Callable[[Inputs], Outputs] | None,
     ) -> TappedModel:
-        """The same network and adapter, seen at some of the taps, whose answers come from
-        somewhere else.
+        """Return a view of the same network and adapter with some of the taps, whose answers come
+        from another source.
         """
         other = copy.copy(self)
         other._is_view = True
@@ -219,15 +220,15 @@ class TappedModel:
 
     @property
     def compiled(self) -> bool:
-        """Whether calls run compiled code, which hooks put on later do not reach."""
+        """True if calls run compiled code, which hooks that are added later do not reach."""
         return self._compile is not None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Compiled code is bound to this very network: a copy compiles its own."""
+        """Leave out compiled code, which is bound to this network: a copy compiles its own."""
         return {**self.__dict__, "_compiled": None}
 
     def outputs(self, inputs: Inputs) -> list[Tensor]:
-        """All that the network returns for a batch, the logits first.
+        """Return all outputs of the network for a batch, the logits first.
 
         Raises:
             TapError: it returns no tensor of logits.
@@ -250,6 +251,7 @@ class TappedModel:
         watch = Watch(self.role, None if self.needs_logits else self._calls)
         with observed(self.module, self.layers, watch.keep), contextlib.suppress(Stop):
             whole = self._forward(inputs)
+            # reached only if no `Stop` ended the forward: a complete forward counts the calls
             self._calls = watch.calls
         if silent := self.layers.keys() - watch.kept.keys():
             raise TapError(
@@ -273,7 +275,7 @@ class TappedModel:
             if not self._hooked:
                 register(self.module, self.layers, functools.partial(Keep, store=self._store))
                 self._hooked = True
-            # networks of one architecture share its graphs
+            # networks of one architecture share compiled graphs
             self._compiled = torch.compile(self._collect, **(self._compile or {}))
         self._store.open = True
         try:
@@ -287,13 +289,14 @@ class TappedModel:
             name: self._shaped(name, self._store.values[name], inputs) for name in self.layers
         }
         self._store.values.clear()
-        # what nobody reads, the compiler leaves out
+        # the compiler removes outputs that are not read
         return (logits if self.needs_logits else None), features
 
     def _check(self, inputs: Inputs) -> None:
-        """One plain forward that leaves no trace: a compiled one cannot tell what became of a
-        tensor.
+        """Run one plain forward without side effects, because a compiled one cannot detect what
+        happened to a tensor.
         """
+        # eval mode, so that the check does not change running statistics
         training = [part for part in self.module.modules() if part.training]
         try:
             self.module.eval()
@@ -331,8 +334,8 @@ def _mask(inputs: Inputs) -> Tensor | None:
 
 
 def _has_channels_last(f: Tensor, inputs: Inputs, module: nn.Module) -> bool:
-    """Whether a map is (B, H, W, C): timm's networks say so; else square images have maps with
-    two equal sides, which tell.
+    """Check whether a map is (B, H, W, C): timm's networks declare it; otherwise the map of a
+    square image reveals it by its two equal sides.
     """
     said = getattr(module, "output_fmt", None)
     if said is not None:
@@ -342,8 +345,8 @@ def _has_channels_last(f: Tensor, inputs: Inputs, module: nn.Module) -> bool:
 
 
 def features_only(features: Mapping[str, Tensor], role: str, mask: Tensor | None = None) -> Outputs:
-    """An answer whose forward stopped behind the deepest tapped layer: reading its logits raises
-    a TapError.
+    """Return an answer whose forward stopped after the deepest tapped layer: reading its logits
+    raises a TapError.
     """
     says = (
         f"{role}: stops at its deepest tapped layer, no loss having asked for its logits; a loss"
@@ -355,9 +358,9 @@ def features_only(features: Mapping[str, Tensor], role: str, mask: Tensor | None
 
 def taps(model: nn.Module, layers: Iterable[str]) -> TappedModel:
     """Observe layers of any network: call the result with a batch, and read `logits` and
-    `features[name]` of what it returns.
+    `features[name]` of the returned record.
 
-    The batch reaches the network as it is. Globs are written out, so that `blocks.*` gives
+    The batch reaches the network unchanged. Globs are expanded, so that `blocks.*` gives
     `features["blocks.0"]` and so on.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Several networks of one architecture with a common trunk, which is computed once."""
+"""Several networks of one architecture with a common trunk, which is computed only once."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ class Trunk:
     """Makes students share everything up to a layer, that layer included; call it with images
     for the trunk's and all students' answers.
 
-    What the first student's layer depends on, parameters and buffers, takes the place of the
-    others' own. Each stays a whole network, with all of its names, to be measured, averaged and
-    exported by itself.
+    The parameters and buffers that the first student's layer depends on replace those of the other
+    students. Each student stays a complete network, with all of its names, and can be measured,
+    averaged and exported alone.
 
-    A call runs the first student as it is. Each other runs on one image up to the layer, at rest
-    and without gradient, and from there on with what the first one's layer gave for the whole
-    batch. Where that gives another answer than the whole network (code behind the layer that looks
-    back before it), for texts and for compiled networks, every student runs whole: `once` says
-    which.
+    A call runs the first student normally. Every other student runs on one image up to the layer,
+    in eval mode and without gradient, and from there on with the first student's output for the
+    whole batch. If that does not give the answer of the whole network (code after the layer reads
+    something from before it), for texts and for compiled networks, every student runs completely:
+    `once` tells which case applies.
 
     Args:
-        students: fresh ones of one architecture.
-        layer: where the trunk ends, named in any of the ways of a recipe.
+        students: fresh students of one architecture.
+        layer: the last layer of the trunk, named in any of the ways of a recipe.
 
     Raises:
-        TapError: there is no such layer, it does not give one tensor, or nothing that learns lies
-            behind it.
+        TapError: there is no such layer, it does not give one tensor, or no learnable part follows
+            it.
     """
 
     def __init__(self, students: Sequence[Model], layer: str) -> None:
@@ -66,12 +66,12 @@ class Trunk:
                 raise TapError(
                     f"'{layer}': nothing that learns lies behind it; end the trunk earlier"
                 )
-            # beside one text, the network would see no more than that text's mask
+            # with one text, the network would get only that text's mask
             whole = is_text(shape) or any(student.compiled for student in self.students)
             self.once = not whole and self._agrees(images, given)
 
     def __call__(self, inputs: Inputs) -> tuple[Tensor, list[Outputs]]:
-        """What the trunk gives, and each student's answer."""
+        """Return the output of the trunk, and each student's answer."""
         first, *others = self.students
         kept: list[Tensor] = []
         handle = first.module.get_submodule(self.place.path).register_forward_hook(
@@ -108,7 +108,9 @@ class Trunk:
 
     @contextlib.contextmanager
     def _from_layer(self, network: nn.Module, given: Tensor) -> Iterator[None]:
-        """Let the network begin, in effect, with what the trunk's last layer gave."""
+        """Replace the output of the trunk's last layer, so that the network effectively starts from
+        there.
+        """
         learning = torch.is_grad_enabled()
 
         def give(part: nn.Module, args: object, output: object) -> Tensor:
@@ -132,8 +134,8 @@ class Trunk:
 
     @torch.no_grad()
     def _agrees(self, images: Inputs, given: Tensor) -> bool:
-        """Whether a network that begins with what the trunk gave answers as the whole network
-        does.
+        """Check whether a network that starts from the trunk's output gives the same answer as the
+        whole network.
         """
         network = self.students[-1].module
         assert isinstance(images, Tensor)
@@ -141,7 +143,7 @@ class Trunk:
         try:
             with self._from_layer(network, given):
                 short = _logits(network(images[:1]))
-        # what the code behind the layer makes of one image and a batch
+        # errors of the code behind the layer when one image meets a whole batch
         except (RuntimeError, ValueError, AssertionError, IndexError):
             return False
         return whole.shape == short.shape and (
@@ -150,8 +152,8 @@ class Trunk:
 
 
 def channels(student: Model, layer: str) -> int:
-    """How many channels a tapped layer of a student has, or how long its vectors are; found by
-    running it.
+    """Return the number of channels of a student's tapped layer, or the length of its vectors;
+    found by running it.
     """
     model = _tapped(student)
     probe = TappedModel(model.module, input_shape=model.input_shape)
@@ -165,8 +167,8 @@ def channels(student: Model, layer: str) -> int:
 def _extent(
     network: nn.Module, path: str, images: Inputs, layer: str
 ) -> tuple[set[str], set[str], Tensor, set[str]]:
-    """Modules that begin, and those that end, before a layer has given its output; the output;
-    the parameters that it depends on.
+    """Return the modules that begin and those that end before a layer has returned its output; the
+    output; the parameters that it depends on.
     """
     began: set[str] = set()
     ended: set[str] = set()
@@ -211,11 +213,12 @@ def _extent(
     shared = {
         name for name, p in network.named_parameters(remove_duplicate=False) if id(p) in reached
     }
+    # detached: the graph would keep every activation of the probe alive
     return began, ended, given[0].detach(), shared
 
 
 def _share(source: nn.Module, target: nn.Module, parameters: set[str], modules: set[str]) -> None:
-    """Put parameters, and the buffers of modules, of one network into another."""
+    """Replace parameters and buffers of one network by those of another."""
     for path, part in source.named_modules():
         other, prefix = target.get_submodule(path), f"{path}." if path else ""
         for name, parameter in part.named_parameters(recurse=False, remove_duplicate=False):
@@ -228,7 +231,7 @@ def _share(source: nn.Module, target: nn.Module, parameters: set[str], modules: 
 
 @contextlib.contextmanager
 def _at_rest(*networks: nn.Module) -> Iterator[None]:
-    """Eval mode inside, whatever it was before outside."""
+    """Put the network in eval mode inside the block; restore its modes afterwards."""
     training = [part for network in networks for part in network.modules() if part.training]
     try:
         for network in networks:

@@ -1,5 +1,5 @@
-"""Reads files of weights, and fits what is in them to a network by names and shapes. No code
-that a file may hold is run.
+"""Reads files of weights, and fits their content to a network by names and shapes. Code in such a
+file is never run.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from kdkit.contracts.layers import classifier_path
+from kdkit.contracts.model_source import OWN_OUTPUTS
 from kdkit.errors import CheckpointError, ModelError, TapError
 
 # Where training scripts keep weights within a file, the likeliest first.
@@ -44,8 +45,8 @@ OwnName = Callable[[str, str], str]  # from a file's key and the prefix to drop
 
 @dataclass(frozen=True)
 class Fitted:
-    """A file's weights under the network's own names, and what there is to know about their way
-    there, a clause each.
+    """A file's weights under the network's own names, and notes on how they were matched, a clause
+    each.
     """
 
     weights: Weights
@@ -61,19 +62,19 @@ def fit_weights(
     head: str | None = None,
     shapes_only: bool = False,
 ) -> Fitted:
-    """Fit a file's weights to a network, which stays as it is.
+    """Fit a file's weights to a network, without changing the network.
 
-    A prefix that all keys of the file have (`module.` of DataParallel) is dropped without being
-    asked, where every key then fits.
+    A prefix of all keys in the file (`module.` of DataParallel) is dropped automatically, if every
+    key fits without it.
 
     Args:
         path: the file.
         module: the network; it may be on the meta device.
-        strip_prefix: what to drop from the file's keys. Keys without it may still fit; those that
-            do not are left out.
+        strip_prefix: the prefix to drop from the file's keys. Keys without it may still fit; keys
+            that do not fit are ignored.
         rename: the network's own name of a key, once the prefix is dropped (None: the same).
-        head: the network's classifier, if it is to be left out of both.
-        shapes_only: read no number; the weights are on the meta device.
+        head: the network's classifier, if it is to be ignored on both sides.
+        shapes_only: do not read the values; the weights are on the meta device.
 
     Raises:
         CheckpointError: the file is missing, holds more than tensors, or does not fit.
@@ -117,10 +118,10 @@ def _own_name(key: str, prefix: str, rename: Callable[[str], str] | None) -> str
 
 
 def _named(content: Weights, prefix: str, own: OwnName, head: str | None, path: Path) -> Weights:
-    """The file's weights under the network's own names.
+    """Return the file's weights under the network's own names.
 
     Raises:
-        CheckpointError: two of them have one.
+        CheckpointError: two of them have the same name.
     """
     found: Weights = {}
     for key, value in content.items():
@@ -143,8 +144,8 @@ def _dropped_unasked(
     own: OwnName,
     head: str | None,
 ) -> str:
-    """A prefix that all keys have and without which each of them fits, where they do not fit
-    with it; empty if there is none.
+    """Return a prefix of all keys without which each of them fits, if they do not fit with it;
+    otherwise an empty string.
     """
     if not _lacking(wanted, (own(key, "") for key in content)):
         return ""
@@ -161,16 +162,17 @@ def _dropped_unasked(
 
 
 def adopt_shapes(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Give a network's tensors the shapes that it has given them itself before: it prunes, or
-    its observers grow with what they see.
+    """Give a network's tensors the shapes of weights that it has saved: it may have pruned itself,
+    or its observers may have grown.
 
-    A parameter stays the same object, so that an optimizer goes on with it. Tensors that the
-    network has not stay out.
+    A parameter stays the same object, so that an optimizer can continue with it. Tensors that the
+    network does not have are ignored.
     """
     for name, value in weights.items():
         path, _, attribute = name.rpartition(".")
         try:
             part = module.get_submodule(path)
+        # the network has no such module
         except AttributeError:
             continue
         if isinstance(own := part._parameters.get(attribute), nn.Parameter) and not is_lazy(own):
@@ -209,37 +211,36 @@ class Misfit(CheckpointError):
 
 
 def refuse_other_classes(
-    error: Misfit, path: Path, module: nn.Module, num_classes: int | None, *, teaches: bool
+    error: Misfit, path: Path, module: nn.Module, outputs: int | None, *, teaches: bool
 ) -> None:
-    """Where only the classifier is of another size, say so, and what helps.
+    """Report a classifier of another size, with advice, if nothing else differs.
 
     Raises:
-        CheckpointError: it is.
+        CheckpointError: only the classifier's size differs.
     """
     try:
-        head = classifier_path(module, num_classes)
+        head = classifier_path(module, outputs)
+    # without a single classifier there is no special advice
     except TapError:
         return
     if error.missing or error.unexpected or not all(_within(key, head) for key in error.reshaped):
         return
     theirs = next(iter(error.reshaped.values()))[0][0]
-    says = (
-        f"{path} is a classifier ('{head}') of {theirs} classes, not of {num_classes or 'as many'}"
-    )
+    says = f"{path} is a classifier ('{head}') of {theirs} classes, not of {outputs or 'as many'}"
     if not teaches:
         raise CheckpointError(
             f"{says}; `new_head: true` leaves it out and begins with a random one"
         )
     more = (
-        f", or say which of its answers they are: `num_classes: {theirs}` and `classes`"
-        if theirs > (num_classes or theirs)
+        f", or say which of its answers they are: `{OWN_OUTPUTS}: {theirs}` and `classes`"
+        if theirs > (outputs or theirs)
         else ""
     )
     raise CheckpointError(f"{says}; a teacher needs weights for these classes{more}")
 
 
 def read_weights(path: Path, strip_prefix: str = "") -> Weights:
-    """The weights in a safetensors or torch file, also where a training script nested them.
+    """Read the weights in a safetensors or torch file, even if a training script nested them.
 
     Raises:
         CheckpointError: the file is missing, broken, or holds more than tensors and plain values.
@@ -248,8 +249,8 @@ def read_weights(path: Path, strip_prefix: str = "") -> Weights:
 
 
 def read_groups(path: Path, *, shapes_only: bool = False) -> dict[str, Weights]:
-    """Every mapping of tensors in a file, by where it lies there: "" is the file itself,
-    `model.` what it holds under that key.
+    """Read every mapping of tensors in a file, by its place there: "" is the file itself, `model.`
+    the mapping under that key.
 
     Raises:
         CheckpointError: there is none; the file is missing, broken, or holds more than tensors and
@@ -270,7 +271,7 @@ def read_groups(path: Path, *, shapes_only: bool = False) -> dict[str, Weights]:
             f"{path}: no checkpoint, or holds more than tensors; code in a file is never run: save"
             " a state_dict()"
         ) from None
-    except Exception as error:  # whatever a broken file makes a reader raise
+    except Exception as error:  # readers raise errors of any type on a broken file
         raise CheckpointError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
     groups = dict(_groups(content, shapes_only))
     if not groups:
@@ -316,7 +317,7 @@ def _torch_file(path: Path, shapes_only: bool) -> Any:
 def _groups(
     content: Any, shapes_only: bool, place: str = "", depth: int = 3, met: set[int] | None = None
 ) -> Iterator[tuple[str, Weights]]:
-    """Each mapping once, and not too deep: a file may hold itself, under many keys."""
+    """Yield each mapping once, to a limited depth: a file may contain itself, under many keys."""
     met = set() if met is None else met
     if not isinstance(content, Mapping) or not content or id(content) in met:
         return
@@ -330,8 +331,8 @@ def _groups(
 
 
 def _is_plain(value: object, shapes_only: bool) -> bool:
-    """Whether it is a tensor with a number for each of its places, of which only the shape may
-    have been read.
+    """Check whether it is an ordinary tensor with a value for each element, or one of which only
+    the shape was read.
     """
     return (
         isinstance(value, Tensor)
@@ -343,10 +344,10 @@ def _is_plain(value: object, shapes_only: bool) -> bool:
 def _chosen(
     groups: Mapping[str, Weights], path: Path, strip_prefix: str
 ) -> tuple[Weights, str, list[str]]:
-    """The group that is meant, what is left of the prefix within it, and what to tell.
+    """Return the group that is meant, the rest of the prefix within it, and a note.
 
     Raises:
-        CheckpointError: it is not known which.
+        CheckpointError: the choice is ambiguous.
     """
     known = [place for place in groups if all(step in CONTAINERS for step in place.split(".")[:-1])]
     likely = sorted(
@@ -372,7 +373,7 @@ def _chosen(
 
 
 def _prefixes(content: Weights, wanted: Mapping[str, Tensor]) -> list[str]:
-    """What may precede the network's own names in the file."""
+    """List the prefixes that may precede the network's own names in the file."""
     first = next(iter(wanted), "")
     return list(
         dict.fromkeys(
@@ -402,7 +403,7 @@ def _within(key: str, layer: str | None) -> bool:
 
 
 def _listed(items: list[str], what: str, kind: str = "") -> str:
-    """`4 keys missing (a, b, c, ...)`."""
+    """Format keys as `4 keys missing (a, b, c, ...)`."""
     more = ["..."] if len(items) > SHOWN else []
     counted = f"{len(items)} {what}{'s' if len(items) > 1 else ''}"
     return f"{counted}{' ' * bool(kind)}{kind} ({', '.join([*items[:SHOWN], *more])})"

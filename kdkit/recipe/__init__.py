@@ -1,17 +1,16 @@
-"""From YAML files and plugins to one typed recipe with a fingerprint; every complaint has file
-and line.
+"""Reads YAML files and plugins into one typed recipe with a fingerprint; every error has file and
+line.
 """
 
 from kdkit.recipe.loading import (
     Recipe,
-    code_in,
     code_of_all,
     content_of,
     load,
-    models_in,
     read,
     teacher_recipes,
 )
+from kdkit.recipe.walk import code_in, models_in
 
 __all__ = [
     "Recipe",

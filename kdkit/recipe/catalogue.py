@@ -1,4 +1,4 @@
-"""What `kdkit plugins` says of each plugin, from its own file."""
+"""The descriptions of plugins that `kdkit plugins` shows, each from the plugin's own file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from pydantic.fields import FieldInfo
 from kdkit.contracts.options import Options, Ramp
 from kdkit.recipe.registry import FROM_A_FILE, Plugin, Registry
 
-KINDS = {"losses": "loss", "schedules": "schedule", "models": "model source", "datasets": "dataset"}
+KINDS = {
+    "losses": "loss",
+    "schedules": "schedule",
+    "models": "model source",
+    "datasets": "dataset",
+    "tasks": "task",
+    "metrics": "metric",
+}
 
 
 @dataclass(frozen=True)
@@ -23,8 +30,8 @@ class Entry:
     """One plugin.
 
     Attributes:
-        name, kind: as in a recipe; loss, schedule, model source or dataset.
-        group: knowledge of a loss, scheme of a schedule, else empty.
+        name, kind: as in a recipe; loss, schedule, model source, dataset, task or metric.
+        group: knowledge of a loss, scheme of a schedule, what the rows of a task are, else empty.
         summary: first paragraph of the class's docstring.
         details: the rest of it, with the formula.
         paper: the module's docstring behind its first paragraph.
@@ -44,7 +51,7 @@ class Entry:
 
     @property
     def formula(self) -> str:
-        """What stands behind `Formula:` in the docstring, on one line; empty if it has none."""
+        """Text after `Formula:` in the docstring, on one line; empty if there is none."""
         match = re.search(
             r"^Formula:\s*(.+?)(?:\n\n|\Z)", self.details, flags=re.MULTILINE | re.DOTALL
         )
@@ -64,7 +71,7 @@ class Option:
 
 
 def entries(plugins: Registry) -> Iterator[Entry]:
-    """Every plugin found, by kind and name."""
+    """List every plugin found, by kind and name."""
     for kind, plugin in plugins:
         first, _, rest = inspect.cleandoc(plugin.__doc__ or "").partition("\n\n")
         module = (
@@ -72,7 +79,8 @@ def entries(plugins: Registry) -> Iterator[Entry]:
             .partition("\n\n")[2]
             .strip()
         )
-        group = str(getattr(plugin, "knowledge", getattr(plugin, "scheme", "")))
+        said = ("knowledge", "scheme", "rows_are")
+        group = next((str(getattr(plugin, name)) for name in said if hasattr(plugin, name)), "")
         origin = _shown(plugins.origins[plugin])
         source = origin if plugin.__module__.startswith(FROM_A_FILE) else plugin.__module__
         yield Entry(
@@ -94,7 +102,7 @@ def _shown(origin: str) -> str:
 
 
 def options(plugin: Plugin) -> Iterator[Option]:
-    """The options of a plugin, its own and those of every plugin of its kind."""
+    """List the options of a plugin: its own, and those of every plugin of its kind."""
     for name, info in plugin.Options.model_fields.items():
         default = (
             "required"

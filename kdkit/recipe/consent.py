@@ -1,4 +1,4 @@
-"""Which Python files a recipe may make run, and who is told. Files that the user names by
+"""Decides which Python files a recipe may run, and announces them. Files that the user names by
 `--plugins` need no consent.
 """
 
@@ -14,7 +14,9 @@ from kdkit.errors import RecipeError
 
 
 class Unasked(RecipeError):
-    """Python files that do not run; `says` leaves out where they are named."""
+    """Python files that were not run for lack of consent; `says` leaves out where they are
+    named.
+    """
 
     def __init__(self, place: str, says: str) -> None:
         super().__init__(f"{place}: {says}")
@@ -23,8 +25,8 @@ class Unasked(RecipeError):
 
 @dataclass(frozen=True)
 class _Watch:
-    """Who is told of files that run, the files of `--plugins` if no others may run, and what was
-    told already.
+    """The state of `watch`: the function that announces files, the files of `--plugins` if no
+    others may run, and what was announced already.
     """
 
     say: Callable[[str], None]
@@ -36,11 +38,11 @@ _watch: ContextVar[_Watch | None] = ContextVar("who is told of Python files that
 
 
 def watch(say: Callable[[str], None], only: Sequence[Path] | None = None) -> None:
-    """From here on, in this context of the process, tell of each Python file that recipes make
-    run, once.
+    """From here on, in this context of the process, announce each Python file that recipes run,
+    once.
 
     Args:
-        say: told of it, before it runs.
+        say: called with the announcement, before the file runs.
         only: files and folders that may run although a recipe names them (None: all that recipes
             name).
     """
@@ -48,12 +50,12 @@ def watch(say: Callable[[str], None], only: Sequence[Path] | None = None) -> Non
 
 
 def meet(named: Mapping[Path, str], allowed: Sequence[Path] | None = None) -> None:
-    """Called before Python files run that a recipe names.
+    """Check and announce Python files that a recipe names, before they run.
 
     Args:
         named: `file:line` of the recipe by the files and folders.
-        allowed: of a recipe in a run folder, the files and folders that its user has named (None:
-            another recipe).
+        allowed: for a recipe in a run folder, the files and folders that its user has named (None:
+            any other recipe).
 
     Raises:
         Unasked: some of them may not run; it names all of these.
@@ -79,8 +81,8 @@ def meet(named: Mapping[Path, str], allowed: Sequence[Path] | None = None) -> No
 
 
 def moved(named: Mapping[str, Path], given: Sequence[Path]) -> dict[str, Path]:
-    """Files that a run's recipe names at another place than its user: by the recipe's key path,
-    the user's own of that name.
+    """Map each file that a run's recipe names at another place, by its key path, to the user's file
+    of the same name.
     """
     own = {path.name: path for path in given}
     return {

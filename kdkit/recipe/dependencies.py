@@ -1,8 +1,8 @@
-"""Digests of what a run depends on beside the text of its recipe: data files, and Python files
-with the modules they import.
+"""Digests of a run's dependencies besides its recipe: data files, and Python files with the modules
+they import.
 
-A digest follows from what is in the files and how they are called in their folder, never from where
-the folder lies or when it was written: a copy or a clone of the data gives the same run.
+A digest depends on the content of the files and on their names within their folder, never on the
+folder's path or on modification times: a copy or a clone of the data gives the same run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _of_large_sets: dict[tuple[Path, ...], str] = {}  # listed once in a process
 
 
 def files_digest(paths: Sequence[Path]) -> str | None:
-    """SHA-256 that stands for data files; None where there are none.
+    """Compute the SHA-256 of data files; None if there are none.
 
     Args:
         paths: files, and folders with all that is below them.
@@ -55,8 +55,8 @@ def files_digest(paths: Sequence[Path]) -> str | None:
 
 
 def code_digest(file: Path) -> str:
-    """SHA-256 of a Python file and of the modules in its folder that it imports; of the file
-    alone where there are none.
+    """Compute the SHA-256 of a Python file and of the modules in its folder that it imports; of the
+    file alone if there are none.
     """
     modules = local_modules(file)
     if not modules:
@@ -68,8 +68,8 @@ def code_digest(file: Path) -> str:
 
 
 def local_modules(file: Path) -> list[Path]:
-    """Files in the folder of a Python file, or below it, that it imports by `import`, itself or
-    by way of others; sorted.
+    """List the files in or below the folder of a Python file that it imports by `import`, directly
+    or indirectly; sorted.
 
     What a program imports by other means, such as `importlib`, is not seen.
     """
@@ -86,7 +86,7 @@ def local_modules(file: Path) -> list[Path]:
 def beside(file: Path) -> Iterator[None]:
     """Let a Python file import the modules in its folder, inside the `with` block.
 
-    Modules of their names that are there already, from elsewhere, are set aside and come back.
+    Modules of the same names that were loaded from elsewhere are set aside and restored afterwards.
     """
     folder = file.parent
     names = {
@@ -104,7 +104,7 @@ def beside(file: Path) -> Iterator[None]:
         return Path(getattr(module, "__file__", None) or "/").is_relative_to(folder)
 
     others = {name: module for name, module in known().items() if not is_own(module)}
-    for name in known():  # the file's own may be of an older text
+    for name in known():  # the file's own modules may come from an older version of it
         del sys.modules[name]
     sys.path.insert(0, str(folder))
     try:
@@ -124,10 +124,13 @@ def _imports(file: Path, root: Path) -> Iterator[Path]:
 
 @functools.lru_cache(maxsize=1000)
 def _imported_names(digest: str, file: Path) -> list[tuple[int, list[str]]]:
-    """What a file of that content imports: dots before a relative name, and its parts."""
+    """Parse the imports of a file with that content: the number of dots before a relative name, and
+    the parts of the name.
+    """
     try:
         tree = ast.parse(file.read_bytes())
-    except (OSError, SyntaxError, ValueError, RecursionError):  # whoever imports it says so
+    # importing the file reports the error
+    except (OSError, SyntaxError, ValueError, RecursionError):
         return []
     found: list[tuple[int, list[str]]] = []
     for node in ast.walk(tree):
@@ -140,7 +143,7 @@ def _imported_names(digest: str, file: Path) -> list[tuple[int, list[str]]]:
 
 
 def _modules(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
-    """The files that importing a dotted name runs."""
+    """List the files that importing a dotted name runs."""
     for count in range(1, len(parts) + 1):
         path = folder.joinpath(*parts[:count])
         for file in (path.with_name(f"{path.name}.py"), path / "__init__.py"):
@@ -149,8 +152,8 @@ def _modules(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
 
 
 def _below(path: Path) -> Iterator[tuple[str, Path]]:
-    """(name, file) of a file, or of all files in a folder but hidden ones; names begin with the
-    folder's own.
+    """List the (name, file) of a file, or of all files in a folder except hidden ones; names begin
+    with the folder's own.
     """
     if path.is_file():
         yield path.name, path
@@ -165,7 +168,7 @@ def _below(path: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _spread(files: Sequence[tuple[str, Path]], count: int) -> list[tuple[str, Path]]:
-    """So many of them, evenly spread; all, if they are fewer."""
+    """Select `count` of them, evenly spaced; all, if there are fewer."""
     if len(files) <= count:
         return list(files)
     return [files[round(place)] for place in np.linspace(0, len(files) - 1, count)]

@@ -1,4 +1,4 @@
-"""Turns what pydantic says of a recipe into lines for its author: file:line, key, what, did you
+"""Turns pydantic's errors in a recipe into lines for its author: file:line, key, what, did you
 mean, what is allowed.
 """
 
@@ -20,9 +20,9 @@ from kdkit.recipe.yaml_source import Source
 Location = Sequence[str | int]
 
 MOST_PROBLEMS = 50
-"""Lines that one file gets."""
+"""Maximum number of error lines for one file."""
 DEEPEST_KEY = 4
-"""Sections inside each other in which a key is looked for."""
+"""Maximum nesting of sections in which a key is searched."""
 
 
 def explain(
@@ -31,12 +31,12 @@ def explain(
     data: Any,
     place: Callable[[Location], str],
 ) -> str:
-    """One line for each thing that is wrong: place, key, what, did you mean, allowed.
+    """Format one line for each error: place, key, what, did you mean, allowed.
 
     Args:
-        error: what pydantic says.
-        model: the type that was asked for, for the names of its keys (None: none are told).
-        data: what was to be of that type.
+        error: the error from pydantic.
+        model: the type that was validated, for the names of its keys (None: list none).
+        data: the value that was validated.
         place: of a key, such as `file:line`.
     """
     errors = [e for e in error.errors(include_url=False) if not _is_echo(e)]
@@ -55,12 +55,12 @@ def explain(
 
 
 def explain_source(error: ValidationError, model: type[BaseModel], source: Source) -> str:
-    """Likewise for what a recipe or a study says."""
+    """Format the errors in a recipe or a study, with the places of its source."""
     return explain(error, model, source.data, source.where)
 
 
 def _is_echo(error: ErrorDetails) -> bool:
-    """A list that is called too short because its items are wrong."""
+    """Check whether an error calls a list too short only because its items are wrong."""
     return error["type"] == "too_short" and len(error["input"]) >= error["ctx"]["min_length"]
 
 
@@ -143,7 +143,7 @@ _WITHOUT_VALUE = {"union_tag_not_found", "too_short", "missing", "value_error"}
 
 
 def _in_file(error: ErrorDetails, data: Any) -> list[str | int]:
-    """The error's location without the names of union members that pydantic puts into it."""
+    """Return the error's location without the names of union members that pydantic adds to it."""
     if data is None:
         return list(error["loc"])
     location: list[str | int] = []
@@ -167,7 +167,7 @@ def _in_file(error: ErrorDetails, data: Any) -> list[str | int]:
 def _places_of(
     key: str, model: type[BaseModel], data: Any, above: tuple[str, ...] = ()
 ) -> list[tuple[str, ...]]:
-    """Where else a key of that name could stand in a recipe that says `data`."""
+    """List other places where a key of that name could stand in the recipe `data`."""
     found: list[tuple[str, ...]] = []
     for name, field in model.model_fields.items():
         called = field.alias or name
@@ -188,7 +188,7 @@ def _places_of(
 
 
 def _is_chosen(member: type[BaseModel], value: Any) -> bool:
-    """Whether a part of a recipe is of this one of several types."""
+    """Check whether a part of a recipe is of this one of several types."""
     names = (
         [value.get("use"), str(value.get("model")).partition("/")[0]]
         if isinstance(value, dict)
@@ -198,7 +198,7 @@ def _is_chosen(member: type[BaseModel], value: Any) -> bool:
 
 
 def _nearest(places: list[tuple[str, ...]], location: Location) -> list[str]:
-    """The two that have most in common with where the key stands, and lie least deep."""
+    """Return the two places that share most with the key's own, the less deeply nested first."""
 
     def distance(place: tuple[str, ...]) -> tuple[int, int]:
         common = sum(
@@ -210,13 +210,13 @@ def _nearest(places: list[tuple[str, ...]], location: Location) -> list[str]:
 
 
 def _keys_at(location: Location, model: type[BaseModel]) -> list[str]:
-    """The keys allowed in the mapping at pydantic's `location`, which names the members of
-    unions.
+    """List the keys allowed in the mapping at pydantic's `location`, which contains the names of
+    union members.
     """
     here: list[type[BaseModel]] = [model]
     for step in location:
         fields = [m.model_fields[step] for m in here if step in m.model_fields]
-        # of a union; another one may have a key of that name
+        # a union member; another member may have a key of that name
         members = [m for m in here if _is_called(m, step)] if len(here) > 1 else []
         if members:
             here = members
@@ -228,7 +228,7 @@ def _keys_at(location: Location, model: type[BaseModel]) -> list[str]:
 
 
 def _is_called(member: type[BaseModel], step: str | int) -> bool:
-    """Whether pydantic's name of a union's member is this model's."""
+    """Check whether pydantic's name of a union member is this model's."""
     # `hint_loss` is called `hint`
     names = {member.__name__, member.__name__.lower(), member.__name__.rpartition("_")[0]}
     return step in names or (step == TAUGHT and member is RecipeTeacher)

@@ -1,4 +1,4 @@
-"""Whether recipes that are compared differ in what is compared, and in nothing else."""
+"""Checks that compared recipes differ only in what is compared."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from kdkit.errors import RecipeError
 from kdkit.recipe.loading import Recipe
 
 COMPARED = ("losses", "schedule", "teacher", "teachers", "plugins", "seed")
-"""Keys of a recipe that say what is learnt from whom; a study's variants may differ in them. The
-seed differs by design.
+"""Keys of a recipe that define what is learnt from whom; a study's variants may differ in them.
+The seed differs by design.
 """
 
 VIEWS = "teacher.cache.views"
-"""What also says which augmentations a student sees, so that it may not differ."""
+"""A compared key that also determines the student's augmentations, and so must not differ."""
 
 
 @dataclass(frozen=True)
 class Unequal:
-    """A key in which a variant differs from the baseline, though it is not what is compared."""
+    """A key in which a variant differs from the baseline, although it is not part of the
+    comparison.
+    """
 
     variant: str
     key: str
@@ -29,7 +31,9 @@ class Unequal:
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(key, old value, new value) of the deepest keys in which two plain values differ."""
+    """Yield the (key, old value, new value) of the deepest keys in which two plain values
+    differ.
+    """
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *(k for k in new if k not in old)]:
             yield from differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
@@ -43,8 +47,8 @@ def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any
 def unequal(
     recipes: Mapping[str, Recipe], baseline: str, allowed: Sequence[str] = ()
 ) -> Iterator[Unequal]:
-    """Where the variants differ from the baseline in more than `COMPARED` and the `allowed` keys
-    (and what is below them).
+    """Find where the variants differ from the baseline in more than `COMPARED` and the `allowed`
+    keys (and keys below them).
     """
     known = recipes[baseline].content()
     for name, recipe in recipes.items():
@@ -60,7 +64,9 @@ def unequal(
 
 
 def _views(recipe: Recipe) -> int | None:
-    """How many views of an image the recipe trains on at most, which caches of teachers say."""
+    """Return the maximum number of views of an image that the recipe trains on, as its teachers'
+    caches specify it.
+    """
     data, caches = (
         recipe.spec.data,
         [getattr(one, "cache", None) for one in recipe.spec.all_teachers().values()],
@@ -72,10 +78,10 @@ def _views(recipe: Recipe) -> int | None:
 def refuse_unequal(
     recipes: Mapping[str, Recipe], baseline: str, allowed: Sequence[str] = ()
 ) -> None:
-    """Make sure that a comparison is fair.
+    """Check that a comparison is fair.
 
     Raises:
-        RecipeError: it is not; a line for each key, with its place, and how to allow it.
+        RecipeError: it is not; one line a key, with its place and the way to allow it.
     """
     found = list(unequal(recipes, baseline, allowed))
     if found:
@@ -99,7 +105,7 @@ def _told(one: Unequal, recipes: Mapping[str, Recipe], baseline: str) -> str:
 
 
 def advice(keys: Iterable[str]) -> str:
-    """How to let variants differ in further keys."""
+    """Explain how to let variants differ in further keys."""
     words = " ".join(f"--allow {key}" for key in dict.fromkeys(keys))
     return f"to let them differ in this too: {words} (in a study file: `allow:`)"
 

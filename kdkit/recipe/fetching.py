@@ -1,5 +1,5 @@
-"""What a recipe may bring onto this machine: announced first, to where its user can expect it,
-and never while it is only checked.
+"""Downloads for a recipe: announced first, to a folder that the user expects, and never during a
+check.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _nothing: ContextVar[bool] = ContextVar("nothing is fetched", default=False)
 
 
 def fetch(recipe: Recipe, source: DatasetSource, say: Callable[[str], None]) -> None:
-    """Bring what the recipe's dataset lacks, once its options allow it. Other processes of this
-    machine wait meanwhile.
+    """Fetch the missing files of the recipe's dataset, if its options allow it. Other processes of
+    this machine wait meanwhile.
 
     Args:
         recipe: names the dataset.
         source: the dataset.
-        say: told from where to where, before anything is fetched.
+        say: called with source and destination, before anything is fetched.
 
     Raises:
         DataError: the folder is not one that a recipe may fill; it cannot be fetched.
@@ -43,14 +43,14 @@ def fetch(recipe: Recipe, source: DatasetSource, say: Callable[[str], None]) -> 
         return
     refuse_elsewhere(recipe, lacking.folder)
     with _alone(lacking.folder):
-        if source.lacks() is not None:  # nobody has brought it meanwhile
+        if source.lacks() is not None:  # another process may have fetched it while this one waited
             say(f"fetches {lacking}")
             source.fetch()
 
 
 def refuse_elsewhere(recipe: Recipe, folder: Path) -> None:
-    """Files are brought only below the folder of the recipe, the current one or that of
-    KDKIT_DATA, and into no hidden folder.
+    """Refuse folders outside the recipe's folder, the current one and that of KDKIT_DATA, and
+    hidden folders.
 
     Raises:
         DataError: this folder is another one.
@@ -71,7 +71,7 @@ def refuse_elsewhere(recipe: Recipe, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Keep other processes waiting that want to fetch something into the same folder."""
+    """Make other processes wait that fetch into the same folder."""
     while not folder.is_dir():
         folder = folder.parent
     handle = os.open(folder, os.O_RDONLY)
@@ -85,16 +85,16 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 class NothingFetched(ConnectionError):
-    """What Python says of a connection while nothing may be fetched."""
+    """The error of a connection while fetching is forbidden."""
 
 
 @contextlib.contextmanager
 def nothing_fetched() -> Iterator[None]:
-    """Refuse every connection to another machine that this thread's Python wants; Hugging Face's
-    libraries look into their caches only.
+    """Refuse every connection to another machine from Python code of this thread; Hugging Face's
+    libraries use only their caches.
 
-    It keeps honest plugins and libraries from fetching. It holds nothing back that is not Python,
-    or does not want to be held back.
+    It keeps honest plugins and libraries from fetching. It is no protection against code outside
+    Python or against malicious code.
     """
     _watch()
     token = _nothing.set(True)
@@ -107,8 +107,8 @@ def nothing_fetched() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _hub_offline() -> Iterator[None]:
-    """By their own switch, for otherwise they try a refused connection several times, with
-    pauses.
+    """Set the libraries' own offline switch, as they otherwise retry a refused connection several
+    times, with pauses.
     """
     from huggingface_hub import constants
 
@@ -118,13 +118,13 @@ def _hub_offline() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
-        # it copies the switch when it is imported, which may have been just now
+        # this module copies the switch on import, which may have just happened
         if "datasets.config" in sys.modules:
             sys.modules["datasets.config"].HF_HUB_OFFLINE = before  # type: ignore[attr-defined]
 
 
 def wanted_to_fetch(error: BaseException | None) -> bool:
-    """Whether an error goes back to something that was not fetched."""
+    """Check whether an error was caused by a refused download."""
     while error is not None:
         if isinstance(error, ConnectionError) or type(error).__name__ == "LocalEntryNotFoundError":
             return True
@@ -136,8 +136,8 @@ _watching = False
 
 
 def _watch() -> None:
-    """Ask for Python's audit events, once: who has asked cannot take it back."""
-    global _watching  # noqa: PLW0603 -- as the hook itself, it is the process's
+    """Register the audit hook once: Python cannot remove one."""
+    global _watching  # noqa: PLW0603 -- like the hook itself, it belongs to the process
     if not _watching:
         _watching = True
         sys.addaudithook(_hook)

@@ -1,7 +1,7 @@
-"""Reads a small part of YAML, within bounds, into nodes that know where they stand.
+"""Reads a small subset of YAML, within limits, into nodes that know their place.
 
-What may stand there: text, whole and decimal numbers, true and false, null, lists, and mappings
-whose keys are words. Dates are text.
+Supported: text, whole and decimal numbers, true and false, null, lists, and mappings whose keys are
+words. Dates are text.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from kdkit.errors import RecipeError, dotted, one_line, shorten, shown
 COMMAND_LINE = "override"
 
 LARGEST_FILE = 1_000_000
-"""Bytes of a file."""
+"""Maximum size of a file in bytes."""
 MOST_NODES = 50_000
-"""Values and keys of a file, each counted as often as an alias repeats it."""
+"""Maximum number of values and keys in a file, counted again for each alias."""
 DEEPEST = 32
-"""Lists and mappings inside each other."""
+"""Maximum nesting of lists and mappings."""
 
 _TAG = "tag:yaml.org,2002:"
 _STRANGE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
 
 
 class _Composer(yaml.SafeLoader):
-    """Composes nodes, and refuses what no recipe needs as soon as it is met.
+    """Composes nodes, and refuses YAML features that no recipe needs as soon as they occur.
 
     Numbers and booleans are those of YAML 1.2: `5e-4` is a float, `no` and `off` are words.
     """
@@ -38,7 +38,7 @@ class _Composer(yaml.SafeLoader):
         super().__init__(text)
         self.name = name
         self._depth = 0
-        # of each finished node: how many nodes it is, and how deep
+        # for each finished node: its number of nodes, and its depth
         self._sizes: dict[yaml.Node, tuple[int, int]] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
@@ -51,7 +51,8 @@ class _Composer(yaml.SafeLoader):
         assert node is not None
         self._depth -= 1
         if node not in self._sizes:
-            if isinstance(event, yaml.AliasEvent):  # of a node that is not finished
+            # refers to an unfinished node, so it is recursive
+            if isinstance(event, yaml.AliasEvent):
                 raise _refused("contains itself", event.start_mark)
             self._sizes[node] = self._measured(node)
         size, depth = self._sizes[node]
@@ -88,7 +89,9 @@ class _Composer(yaml.SafeLoader):
         return node
 
     def _merged(self, node: yaml.MappingNode) -> list[tuple[yaml.Node, yaml.Node]]:
-        """What `<<: *other` brings into a mapping that has no such keys itself."""
+        """Return the items that `<<: *other` adds to a mapping that does not have these keys
+        itself.
+        """
         found: dict[str, tuple[yaml.Node, yaml.Node]] = {}
         own = {key.value for key, _ in node.value}
         for key, value in node.value:
@@ -116,7 +119,7 @@ class _Composer(yaml.SafeLoader):
 
     def _check_tag(self, event: yaml.Event) -> None:
         tag = getattr(event, "tag", None)
-        # a number may say that it is one, and anything that it is text
+        # explicit tags are allowed for numbers, and `!!str` for anything
         if isinstance(event, yaml.ScalarEvent):
             usual = {f"{_TAG}str", self.resolve(yaml.ScalarNode, event.value, (True, False))}  # type: ignore[no-untyped-call]
         else:
@@ -146,7 +149,7 @@ _Composer.add_implicit_resolver(
 
 
 def read(path: Path) -> yaml.MappingNode:
-    """The mapping that a file holds.
+    """Read the mapping in a file.
 
     Raises:
         RecipeError: it cannot be read, is no YAML, or no mapping.
@@ -171,7 +174,7 @@ def read(path: Path) -> yaml.MappingNode:
 
 
 def compose(text: str, name: str) -> yaml.Node | None:
-    """The node that a text holds; None where it holds nothing.
+    """Compose the node of a text; None if the text is empty.
 
     Args:
         text: YAML.
@@ -195,7 +198,7 @@ def compose(text: str, name: str) -> yaml.Node | None:
 
 
 def value(node: yaml.Node, location: tuple[str | int, ...] = ()) -> Any:
-    """What a node holds, in plain values; text knows the folder of its file.
+    """Convert a node to plain values; text remembers the folder of its file.
 
     Raises:
         RecipeError: a number is too large.
@@ -220,6 +223,7 @@ def _scalar(node: yaml.ScalarNode, location: tuple[str | int, ...]) -> Any:
                 if kind == "int"
                 else yaml.SafeLoader("").construct_yaml_float
             )(node)
+        # too many digits for Python's conversion: treat the number as too large
         except (ValueError, OverflowError, IndexError):
             number = LARGEST_INT + 1
         if isinstance(number, int) and abs(number) > LARGEST_INT:
@@ -238,7 +242,7 @@ def _scalar(node: yaml.ScalarNode, location: tuple[str | int, ...]) -> Any:
 
 
 def place(mark: yaml.Mark) -> str:
-    """`file:line`, or that it was on the command line."""
+    """Format a place as `file:line`, or as the command line."""
     return (
         COMMAND_LINE
         if mark.name == COMMAND_LINE
@@ -247,7 +251,7 @@ def place(mark: yaml.Mark) -> str:
 
 
 def seen_from_here(name: str) -> str:
-    """A path, relative to the current folder where it lies in that."""
+    """Return a path relative to the current folder if it lies below that."""
     path = Path(name)
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else name
 
@@ -276,7 +280,7 @@ def _told(error: yaml.YAMLError, text: str, name: str) -> str:
 
 
 _UNCLOSED = "what is opened here is not closed"
-_IN_PLAIN_WORDS = {  # what PyYAML says, from its beginning on
+_IN_PLAIN_WORDS = {  # by the beginning of PyYAML's message
     "found character '\\t'": "a tab, which cannot indent YAML: use spaces",
     "found character": "begins with a character that has a meaning in YAML: write text in quotes",
     "could not find expected ':'": (

@@ -9,7 +9,7 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -21,53 +21,69 @@ import pluggy
 from kdkit.contracts import hooks
 from kdkit.contracts.dataset_source import DatasetSource
 from kdkit.contracts.loss import Loss
+from kdkit.contracts.metric_source import MetricSource
 from kdkit.contracts.model_source import ModelSource
 from kdkit.contracts.options import Options
 from kdkit.contracts.schedule import Schedule
+from kdkit.contracts.task import Task
 from kdkit.errors import PluginError, suggest
 from kdkit.recipe.dependencies import beside
 
-Plugin = type[Loss] | type[Schedule] | type[ModelSource] | type[DatasetSource]
+Plugin = (
+    type[Loss]
+    | type[Schedule]
+    | type[ModelSource]
+    | type[DatasetSource]
+    | type[Task]
+    | type[MetricSource]
+)
 
 KINDS: Mapping[str, type] = {
     "kdkit_losses": Loss,
     "kdkit_schedules": Schedule,
     "kdkit_models": ModelSource,
     "kdkit_datasets": DatasetSource,
+    "kdkit_tasks": Task,
+    "kdkit_metrics": MetricSource,
 }
 ENTRY_POINTS = "kdkit"
 FROM_A_FILE = "kdkit_plugin_"
-"""How the module of a plugin that is not installed begins."""
+"""Prefix of the module name of a plugin that is not installed."""
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 RESERVED = {"use", "weight", "name", "teacher"}
 KNOWLEDGE = {"labels", "response", "feature", "relation"}
+ROWS = {"classes", "labels", "numbers"}
 SCHEMES = {"none", "offline", "online", "self"}
 
 
 @dataclass(frozen=True)
 class Registry:
-    """The plugin classes found, by kind and name, and the file or distribution each came from."""
+    """The plugin classes found, by kind and name, and the file or distribution of each."""
 
     losses: Mapping[str, type[Loss]]
     schedules: Mapping[str, type[Schedule]]
     models: Mapping[str, type[ModelSource]]
     datasets: Mapping[str, type[DatasetSource]]
+    tasks: Mapping[str, type[Task]]
+    metrics: Mapping[str, type[MetricSource]]
     origins: Mapping[Plugin, str]
 
     def __iter__(self) -> Iterator[tuple[str, Plugin]]:
-        """(kind, class) of every plugin: losses, schedules, models, datasets."""
-        for kind in ("losses", "schedules", "models", "datasets"):
+        """Iterate over (kind, class) of every plugin: losses, schedules, models, datasets, tasks,
+        metrics.
+        """
+        for kind in (hook.removeprefix("kdkit_") for hook in KINDS):
             for plugin in getattr(self, kind).values():
                 yield kind, plugin
 
 
 def load(files: tuple[Path, ...] = (), *, installed: bool = True) -> Registry:
-    """Ask every plugin: installed ones (entry-point group `kdkit`; the standard plugins are
-    such), then files and folders.
+    """Load all plugins: installed ones (entry-point group `kdkit`, which includes the standard
+    plugins), then files and folders.
 
     An entry point names a module, or a package whose modules are all plugins. Folders are searched
-    through; names that begin with `_` are left out. The result depends on nothing that was loaded
-    before.
+    recursively; names that begin with `_` are skipped. The result does not depend on what was
+    loaded before.
 
     Raises:
         PluginError: naming the plugin and what is wrong with it.
@@ -80,7 +96,7 @@ def load(files: tuple[Path, ...] = (), *, installed: bool = True) -> Registry:
 
 @functools.lru_cache(maxsize=8)
 def _load(files: tuple[tuple[Path, int, int], ...], installed: bool) -> Registry:
-    """Plugins of these files as they are now: an edited file is read again."""
+    """Load the plugins in the current content of these files: an edited file is read again."""
     manager = pluggy.PluginManager("kdkit")
     manager.add_hookspecs(hooks)
     found = [
@@ -94,10 +110,11 @@ def _load(files: tuple[tuple[Path, int, int], ...], installed: bool) -> Registry
             raise PluginError(f"{origin}: {str(error).splitlines()[-1].strip()}") from error
     _refuse_misspelt_hooks(found)
     origins: dict[Plugin, str] = {}
-    losses, schedules, models, datasets = (
-        _collect(getattr(manager.hook, hook), base, origins) for hook, base in KINDS.items()
-    )
-    return Registry(losses, schedules, models, datasets, origins)
+    by_kind = {
+        hook.removeprefix("kdkit_"): _collect(getattr(manager.hook, hook), base, origins)
+        for hook, base in KINDS.items()
+    }
+    return Registry(**by_kind, origins=origins)
 
 
 def _installed() -> Iterator[tuple[str, ModuleType]]:
@@ -140,18 +157,20 @@ def _import(path: Path, package: str = "", root: Path | None = None) -> ModuleTy
     else:
         digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()
         name = f"{FROM_A_FILE}{path.stem}_{digest[:8]}"
+    # modules of a package may be imported already, by one another
     if package and name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise PluginError(f"{path}: a plugin file is Python source and ends in .py")
     module = importlib.util.module_from_spec(spec)
-    # before it runs, so that pickle, inspect and pydantic find its classes
+    # registered before it runs, so that pickle, inspect and pydantic find its classes
     sys.modules[name] = module
     try:
         with contextlib.nullcontext() if root else beside(path):
             spec.loader.exec_module(module)
     except Exception as error:
+        # a half-initialised module must not be found by a later import
         del sys.modules[name]
         raise PluginError(f"{path}: cannot be imported: {_cause(error)}") from error
     return module
@@ -187,7 +206,7 @@ def _collect(
     hook: pluggy.HookCaller, base: type[Any], origins: dict[Plugin, str]
 ) -> dict[str, Any]:
     found: dict[str, Plugin] = {}
-    for impl in reversed(hook.get_hookimpls()):  # one by one, so that a fault names its plugin
+    for impl in reversed(hook.get_hookimpls()):  # one by one, so that an error names its plugin
         try:
             returned = impl.function()
         except Exception as error:
@@ -245,6 +264,21 @@ def _check(cls: Any, base: type, plugin: str) -> None:
         require(
             knowledge in KNOWLEDGE,
             f"{cls.__name__}.knowledge is {knowledge!r}; {suggest(str(knowledge), KNOWLEDGE)}",
+        )
+    if base is Task:
+        meaning = getattr(cls, "rows_are", None)
+        require(
+            meaning in ROWS,
+            f"{cls.__name__}.rows_are is {meaning!r}; {suggest(str(meaning), ROWS)}",
+        )
+        require(
+            isinstance(getattr(cls, "default_loss", None), str),
+            f"{cls.__name__}.default_loss must be the name of a loss",
+        )
+    if base is MetricSource:
+        require(
+            getattr(cls, "tasks", None) == "any" or isinstance(getattr(cls, "tasks", None), Set),
+            f"{cls.__name__}.tasks must be a set of names, or 'any'",
         )
     if base is Schedule:
         scheme = getattr(cls, "scheme", None)

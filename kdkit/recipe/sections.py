@@ -1,4 +1,4 @@
-"""The sections of a recipe, apart from what plugins add to it."""
+"""The sections of a recipe, without the options that plugins add."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    field_validator,
+    model_validator,
+)
 
 from kdkit.contracts.dataset_source import DatasetOptions
 from kdkit.contracts.loss_options import LossOptions
@@ -27,10 +35,11 @@ from kdkit.contracts.options import (
     RecipePath,
 )
 from kdkit.contracts.schedule import ScheduleOptions
+from kdkit.contracts.task import TaskOptions
 
 
 class BatchAugment(Options):
-    """Augmentation on whole batches, drawn anew for every image."""
+    """Augmentation on whole batches, drawn independently for every image."""
 
     crop_padding: int = Field(
         default=0,
@@ -49,7 +58,7 @@ class BatchAugment(Options):
 class TimmAugment(Options):
     """Augmentation by timm's `create_transform`, image by image, in worker processes.
 
-    Erased rectangles and the borders of rotated images are filled as timm does for ImageNet's mean
+    Erased rectangles and the borders of rotated images are filled as in timm for ImageNet's mean
     and deviation.
     """
 
@@ -84,13 +93,49 @@ class TimmAugment(Options):
 
 
 class DatasetEntry(DatasetOptions):
-    """Which dataset plugin reads the images."""
+    """The dataset plugin that reads the samples."""
 
     use: str = Field(description="Name of a dataset plugin.")
 
 
+def named(value: Any) -> Any:
+    """Expand a plugin's name to the section that it abbreviates."""
+    return {"use": value} if isinstance(value, str) else value
+
+
+class TaskEntry(TaskOptions):
+    """The task: the question that is asked of every sample."""
+
+    use: str = Field(description="Name of a task plugin.")
+
+
+class MetricEntry(Options):
+    """A metric that is reported in addition to the task's scores; further keys are its
+    arguments.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, JsonValue]
+
+    use: str = Field(
+        description=(
+            "Name of a metric plugin, or of a torchmetrics class, such as `MulticlassCohenKappa`."
+        )
+    )
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Return all keys except `use`."""
+        return dict(self.model_extra or {})
+
+
+MetricOrName = Annotated[
+    MetricEntry, BeforeValidator(named, json_schema_input_type=MetricEntry | str)
+]
+
+
 class DataSpec(Options):
-    """What is trained and measured on."""
+    """The data for training and measuring."""
 
     dataset: DatasetEntry = Field(description="A dataset plugin and its options.")
     image_size: int | None = Field(
@@ -193,7 +238,7 @@ class DataSpec(Options):
 
     @property
     def repeating(self) -> str | None:
-        """The key that makes an image come several times in an epoch, if one does."""
+        """Name of the key that repeats images within an epoch, if one does."""
         return (
             "repeats" if self.repeats > 1 else "sampling" if self.sampling == "balanced" else None
         )
@@ -231,7 +276,7 @@ class LossEntry(LossOptions):
 
 
 class ScheduleEntry(ScheduleOptions):
-    """Who teaches whom."""
+    """The schedule: who teaches whom."""
 
     use: str = Field(description="Name of a schedule plugin.")
 
@@ -315,8 +360,8 @@ class LrScheduleSpec(Options):
     )
 
     def within(self, epochs: int) -> Self:
-        """The same shape for a stage of so many epochs, of which warm-up and cool-down take at
-        most half if they are longer than it.
+        """Return the same shape for a stage of `epochs` epochs, of which warm-up and cool-down take
+        at most half if they are longer than it.
         """
         both = self.warmup_epochs + self.cooldown_epochs
         if both <= epochs:
@@ -328,7 +373,7 @@ class LrScheduleSpec(Options):
         return self.model_copy(update=shorter)
 
     def shortened(self, stage: str, epochs: int) -> str | None:
-        """What `within` changes, in words; None where it changes nothing."""
+        """Describe what `within` changes, in words; None if it changes nothing."""
         used = self.within(epochs)
         if used is self:
             return None
@@ -338,9 +383,7 @@ class LrScheduleSpec(Options):
 
 
 class EmaSpec(Options):
-    """Exponential moving average of the student's weights, which then is what is measured and
-    exported.
-    """
+    """Exponential moving average of the student's weights, which is then measured and exported."""
 
     decay: float = Field(
         default=0.9999, gt=0, lt=1, description="Share of the old average kept at each step."
@@ -384,7 +427,7 @@ Device = Annotated[str, AfterValidator(_name_of_a_device)]
 
 
 class TrainSpec(Options):
-    """How a student is trained, whatever it learns from."""
+    """Training of a student, whatever it learns from."""
 
     epochs: int = Field(gt=0, le=COUNT, description="Epochs per stage.")
     optimizer: OptimizerSpec = Field(description="Optimizer.")
@@ -410,7 +453,7 @@ class TrainSpec(Options):
         default=None,
         gt=0,
         description=(
-            "End a stage when its validation top-1 has not risen for so many epochs. The last"
+            "End a stage when its validation score has not improved for so many epochs. The last"
             " epoch's weights are left; with `average_best: 1`, the best epoch's. Needs"
             " `data.validation`."
         ),
@@ -447,7 +490,7 @@ class TrainSpec(Options):
 
 
 class RunSpec(Options):
-    """Where a run is kept and what it says; changes no result."""
+    """The folder and the logging of a run; changes no result."""
 
     folder: FolderPath = Field(
         default=Path("runs"),
@@ -489,6 +532,19 @@ class RecipeBase(Options):
         default=(), description="Plugin files or folders of your own."
     )
     seed: int = Field(default=0, ge=0, description="Everything random follows from it.")
+    task: TaskEntry | None = Field(
+        default=None,
+        description="A task plugin, by name or with options (default: the one of the dataset).",
+        json_schema_extra=LATER,
+    )
+    metrics: tuple[MetricOrName, ...] = Field(
+        default=(),
+        description=(
+            "Numbers to tell beside the task's own: names of torchmetrics classes or of metric"
+            " plugins, each alone or with arguments (`{use: NAME, ...}`)."
+        ),
+        json_schema_extra=BOOKKEEPING,
+    )
     data: DataSpec
     teacher: ModelOptions | RecipeTeacher | None = Field(
         default=None, description="Who teaches; none for schedules without a teacher."
@@ -517,7 +573,7 @@ class RecipeBase(Options):
         return value
 
     def all_teachers(self) -> dict[str, ModelOptions | RecipeTeacher]:
-        """Its teachers by name; a single one is called `teacher`."""
+        """Return its teachers by name; a single one is called `teacher`."""
         if self.teacher is not None:
             return {"teacher": self.teacher}
         return {
@@ -526,7 +582,7 @@ class RecipeBase(Options):
         }
 
     def place_of(self, teacher: str) -> list[str | int]:
-        """Where in the recipe a teacher stands."""
+        """Return the place of a teacher in the recipe."""
         return (
             ["teacher"]
             if self.teacher is not None

@@ -1,4 +1,4 @@
-"""The type of a recipe, built from whatever plugins there are, and its JSON Schema."""
+"""The type of a recipe, built from the available plugins, and its JSON Schema."""
 
 from __future__ import annotations
 
@@ -8,17 +8,25 @@ from collections.abc import Iterable, Mapping
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, Discriminator, Field, Tag, create_model
+from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, create_model
 
 from kdkit.contracts.model_source import ModelOptions, RecipeTeacher, StudentOptions, TeacherOptions
 from kdkit.contracts.options import Options
 from kdkit.errors import ModelError, suggest
 from kdkit.recipe.registry import Registry
-from kdkit.recipe.sections import DatasetEntry, DataSpec, LossEntry, RecipeBase, ScheduleEntry
+from kdkit.recipe.sections import (
+    DatasetEntry,
+    DataSpec,
+    LossEntry,
+    RecipeBase,
+    ScheduleEntry,
+    TaskEntry,
+    named,
+)
 
 DEFAULT_SOURCE = "timm"
 RECIPE = "recipe"  # key of a teacher that another recipe trains
-TAUGHT = "@recipe"  # what pydantic calls that kind of teacher; no key can be called so
+TAUGHT = "@recipe"  # pydantic's tag of that kind of teacher; no key can have this name
 
 
 @functools.lru_cache(maxsize=8)
@@ -27,6 +35,7 @@ def _recipe_type(
     schedules: tuple[Any, ...],
     models: tuple[Any, ...],
     datasets: tuple[Any, ...],
+    tasks: tuple[Any, ...],
 ) -> type[RecipeBase]:
     def variants(
         plugins: Iterable[Any], kind: str, base: type[Options]
@@ -56,10 +65,13 @@ def _recipe_type(
             Field(description="A dataset plugin and its options."),
         ),
     )
+    task: Any = _by_use(variants(tasks, "task", TaskEntry)) | None
+    task = Annotated[task, BeforeValidator(named, json_schema_input_type=task | str)]
     return create_model(
         "Recipe",
         __base__=RecipeBase,
         __doc__=RecipeBase.__doc__,
+        task=(task, RecipeBase.model_fields["task"]),
         data=(data, Field(description="What is trained and measured on.")),
         teacher=(teacher | None, RecipeBase.model_fields["teacher"]),
         teachers=(_several(teacher), RecipeBase.model_fields["teachers"]),
@@ -80,11 +92,17 @@ def _several(item: Any) -> Any:
 
 
 def recipe_type(plugins: Registry) -> type[RecipeBase]:
-    """A RecipeBase that accepts exactly the registered plugins and their options."""
+    """Build a RecipeBase that accepts exactly the registered plugins and their options."""
     return _recipe_type(
         *(
             tuple(kind.values())
-            for kind in (plugins.losses, plugins.schedules, plugins.models, plugins.datasets)
+            for kind in (
+                plugins.losses,
+                plugins.schedules,
+                plugins.models,
+                plugins.datasets,
+                plugins.tasks,
+            )
         )
     )
 
@@ -96,7 +114,9 @@ def _variant(
     use: str | None = None,
     model: Any = None,
 ) -> type[Options]:
-    """A section's type; where a plugin's options say `ModelOptions`, any `model` may stand."""
+    """Build a section's type; where a plugin's options have a `ModelOptions`, any `model` is
+    allowed.
+    """
     fields: dict[str, Any] = (
         {"use": (Literal[use], Field(description="Name of the plugin."))} if use else {}
     )
@@ -112,7 +132,7 @@ def _variant(
 
 
 def _filled(annotation: Any, model: Any) -> Any:
-    """A type with `model` in the place of `ModelOptions`."""
+    """Return a type with `model` in place of `ModelOptions`."""
     if annotation is ModelOptions:
         return model
     parts = get_args(annotation)
@@ -144,13 +164,14 @@ def _by_source(variants: Mapping[str, type[Options]]) -> Any:
         try:
             return source_of(model, variants)[0] if isinstance(model, str) else DEFAULT_SOURCE
         except ModelError:
-            return DEFAULT_SOURCE  # told by kdkit.recipe, with the place
+            return DEFAULT_SOURCE  # kdkit.recipe reports it, with the place
 
     return Annotated[Union[tagged], Discriminator(which)]  # noqa: UP007
 
 
 def source_of(model: str, sources: Iterable[str]) -> tuple[str, str]:
-    """Source and name of `model:`; a bare name, and one that begins with `hf-hub:`, is timm's.
+    """Return source and name of `model:`; a bare name, and one that begins with `hf-hub:`, is
+    timm's.
 
     Raises:
         ModelError: there is no such source.
@@ -165,20 +186,20 @@ def source_of(model: str, sources: Iterable[str]) -> tuple[str, str]:
 
 
 def schema(plugins: Registry) -> str:
-    """The recipe's JSON Schema, for editors."""
+    """Return the recipe's JSON Schema, for editors."""
     content = recipe_type(plugins).model_json_schema(by_alias=True)
     content["properties"]["extends"] = {
         "type": "string",
         "description": "Recipe file that this one builds on: mappings merge, lists replace.",
     }
-    content.pop("required", None)  # what is required may come from the parent
+    content.pop("required", None)  # required keys may come from the parent
     _allow_seeds(content)
     _allow_overlap(content)
     return json.dumps(content, indent=1, sort_keys=True) + "\n"
 
 
 def _allow_seeds(content: dict[str, Any]) -> None:
-    """Several teachers may also be one recipe with several seeds."""
+    """Allow several teachers to be one recipe with several seeds."""
     one = content["$defs"]["RecipeTeacher"]
     seeds = {
         "type": "array",
@@ -201,8 +222,8 @@ def _allow_seeds(content: dict[str, Any]) -> None:
 
 
 def _allow_overlap(node: Any) -> None:
-    """Model sources take many of the same keys, and only kdkit knows which name is whose: any
-    may fit, not exactly one.
+    """Accept any of the model sources in the schema, not exactly one: they share many keys, and
+    only kdkit knows which name belongs to which source.
     """
     for child in (
         node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()

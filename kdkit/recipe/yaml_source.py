@@ -1,4 +1,4 @@
-"""A recipe's data with their places, put together from a file, those that it extends, and
+"""A recipe's data with their places, merged from a file, the files that it extends, and
 overrides.
 """
 
@@ -17,11 +17,11 @@ from kdkit.recipe import reading
 from kdkit.recipe.reading import COMMAND_LINE, place, seen_from_here
 
 LONGEST_CHAIN = 20
-"""Files that extend each other."""
+"""Maximum number of files that extend each other."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what overrides may hold beside YAML's own types."""
+    """Writes the types that overrides may contain besides YAML's own."""
 
 
 for _kind in (Text, PosixPath, WindowsPath):
@@ -30,19 +30,19 @@ _Dumper.add_representer(tuple, lambda dumper, value: dumper.represent_list(value
 
 
 class Source:
-    """A recipe's data and where each key of it stands.
+    """A recipe's data and the place of each key.
 
     `extends: other.yaml` is merged in (mappings merge, lists replace), then the overrides
     (`key.path` to value; a list's item is named by its position, or by its `name` or `use`).
 
     Args:
         path: the file.
-        overrides: values, or nodes of a file, which keep their places.
-        root: what is taken for the file's content (None: the file is read).
+        overrides: values, or nodes of a file, which retain their places.
+        root: used as the file's content (None: the file is read).
 
     Raises:
-        RecipeError: unreadable file, broken YAML, a key given twice, an override that leads
-            nowhere.
+        RecipeError: unreadable file, broken YAML, a duplicate key, an override of something that
+            does not exist.
     """
 
     def __init__(
@@ -59,8 +59,8 @@ class Source:
         self.data: dict[str, Any] = reading.value(self._root)
 
     def section(self, location: Sequence[str], *, but: Sequence[str] = ()) -> Source:
-        """A mapping in it as a source of its own, with what it `extends`; empty where nothing
-        stands there. The keys `but` are left out.
+        """Return a mapping in it as a separate source, merged with what it `extends`; empty if
+        there is none. The keys `but` are left out.
         """
         node = self._node(location)
         if not isinstance(node, yaml.MappingNode):
@@ -72,7 +72,7 @@ class Source:
         return Source(self.path, root=_with_parent(root, ()))
 
     def items(self, location: Sequence[str]) -> list[yaml.Node]:
-        """What stands in a list, to override something with."""
+        """Return the items of a list, as values for an override."""
         node = self._node(location)
         return list(node.value) if isinstance(node, yaml.SequenceNode) else []
 
@@ -81,7 +81,7 @@ class Source:
         return Source(self.path, root=_merge(base._root, self._root))
 
     def changed(self, overrides: Mapping[str, Any]) -> Source:
-        """The same with overrides."""
+        """Return the same source with overrides."""
         return Source(self.path, overrides, root=self._root)
 
     def _node(self, location: Sequence[str]) -> yaml.Node | None:
@@ -92,8 +92,8 @@ class Source:
         return node
 
     def where(self, location: Sequence[str | int]) -> str:
-        """`file:line` of the deepest part of `location` that exists; a key counts where it is
-        written.
+        """Return `file:line` of the deepest existing part of `location`; for a key, the line where
+        it is written.
         """
         node: yaml.Node = self._root
         mark = node.start_mark
@@ -111,7 +111,7 @@ class Source:
 
 
 def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
-    """`key.path=value` words as a mapping; values are read as YAML.
+    """Parse `key.path=value` words into a mapping; values are read as YAML.
 
     Raises:
         RecipeError: a word without `=`, or whose value is not YAML.
@@ -135,7 +135,7 @@ def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
 
 
 def override_words(overrides: Mapping[str, Any]) -> list[str]:
-    """Overrides as the words of a command line that `parse_overrides` reads."""
+    """Format overrides as command-line words that `parse_overrides` reads."""
 
     def plain(value: Any) -> str:
         text: str = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=10_000)
@@ -145,7 +145,7 @@ def override_words(overrides: Mapping[str, Any]) -> list[str]:
 
 
 def nested(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by `key.path` as mappings in mappings."""
+    """Convert values by `key.path` to nested mappings."""
     tree: dict[str, Any] = {}
     for path, value in overrides.items():
         *above, last = path.split(".")
@@ -173,7 +173,7 @@ def _merged(path: Path, children: tuple[Path, ...]) -> yaml.MappingNode:
 
 
 def _with_parent(root: yaml.MappingNode, children: tuple[Path, ...]) -> yaml.MappingNode:
-    """A mapping over the file that it `extends`, if it does."""
+    """Merge a mapping over the file that it `extends`, if any."""
     entry = _entry(root, "extends")
     if entry is None:
         return root
@@ -191,8 +191,8 @@ def _with_parent(root: yaml.MappingNode, children: tuple[Path, ...]) -> yaml.Map
 
 
 def _copied(node: Any) -> Any:
-    """A node that can be changed without changing another; what has two names (`&a`, `*a`) is
-    two things.
+    """Copy a node, so that changing it changes no other; a node with two names (`&a`, `*a`) becomes
+    two nodes.
     """
     if isinstance(node, yaml.MappingNode):
         children: list[Any] = [(key, _copied(value)) for key, value in node.value]
@@ -249,7 +249,7 @@ def _override(root: yaml.MappingNode, path: str, value: Any) -> None:
 
 
 def _node_of(data: Any, path: str, mark: yaml.Mark) -> yaml.Node:
-    """A value as a node that stands where the override stands."""
+    """Convert a value to a node with the place of the override."""
     if isinstance(data, yaml.Node):
         return cast("yaml.Node", _copied(data))
     at = f"{place(mark)}: {dotted([path])}"
@@ -257,6 +257,7 @@ def _node_of(data: Any, path: str, mark: yaml.Mark) -> yaml.Node:
         node = cast("yaml.Node", reading.compose(yaml.dump(data, Dumper=_Dumper), COMMAND_LINE))
     except yaml.representer.RepresenterError:
         raise RecipeError(f"{at}: no value of a recipe: {shown(data)}") from None
+    # raised while dumping, before the reader's own limit is checked
     except RecursionError:
         raise RecipeError(
             f"{at}: lists and mappings are more than {reading.DEEPEST} deep"

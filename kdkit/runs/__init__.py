@@ -1,1 +1,1 @@
-"""Carries a recipe out in a folder, and checks before what it would do."""
+"""Runs a recipe in a folder, and checks beforehand what it would do."""

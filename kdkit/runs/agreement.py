@@ -1,6 +1,4 @@
-"""The processes of a launch agree on what they do before they do it: what one of them refuses,
-all refuse.
-"""
+"""Makes the processes of a launch agree before they act: if one of them refuses, all do."""
 
 from __future__ import annotations
 
@@ -14,23 +12,23 @@ from kdkit.launching import of_launch
 from kdkit.recipe.fairness import differences
 from kdkit.runs.spreading import Crew, launch_store
 
-_said: list[Any] = []  # what this process has told the others
+_said: list[Any] = []  # messages of this process to the others
 
 
 @contextlib.contextmanager
 def agreed(what: str = "recipe") -> Iterator[dict[str, Any]]:
-    """Do something in all processes of a launch; go on only if none of them refuses it, and all
-    are asked for the same.
+    """Run the block in all processes of a launch; continue only if none of them raises, and all
+    have the same request.
 
-    Nothing inside may wait for another process. Gives a mapping that takes up what this process is
-    asked for, in plain values.
+    Nothing inside may wait for another process. Yields a mapping in which the block records this
+    process's request, in plain values.
 
     Args:
-        what: how the thing asked for is called.
+        what: name of the request, for messages.
 
     Raises:
-        KdkitError: the refusal of this process, or else of the first that has one; or they are
-            asked for different things.
+        KdkitError: the error of this process, or else of the first that has one; or the requests
+            differ.
     """
     asked: dict[str, Any] = {}
     try:
@@ -54,7 +52,9 @@ def agreed(what: str = "recipe") -> Iterator[dict[str, Any]]:
 
 
 def refuse(error: KdkitError) -> None:
-    """Tell the others, which wait for this process's first word, that it has refused."""
+    """Report to the other processes, which wait for this one's first message, that it has
+    refused.
+    """
     if not _said:
         _tell(_refusal(error))
 
@@ -64,7 +64,7 @@ def _refusal(error: KdkitError) -> dict[str, Any]:
 
 
 def _tell(mine: Mapping[str, Any]) -> list[Any]:
-    """What all processes have to tell each other, by rank."""
+    """Gather every process's message, by rank."""
     rank, world = of_launch()
     if world == 1:
         return [mine]

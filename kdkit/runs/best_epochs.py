@@ -1,5 +1,5 @@
-"""The epochs of a stage that are best on validation, with their weights in files, and the mean
-of those weights.
+"""Keeps the weights of a stage's best epochs on validation in files, and computes the mean of those
+weights.
 """
 
 from __future__ import annotations
@@ -17,44 +17,47 @@ from torch import Tensor
 from kdkit.errors import RunError
 from kdkit.files import write_atomically
 
-Ranked = list[tuple[int, float]]  # (epoch, top-1 on validation), best first
+Ranked = list[
+    tuple[int, float]
+]  # (epoch, deciding score on validation, more is better), best first
 
 
 class BestEpochs:
-    """Of each student of a stage, by its number, the epochs that are best on validation; the
-    earlier of two that are equally good.
+    """The best epochs on validation of each student of a stage, by the student's number; of equally
+    good epochs, the earlier.
 
-    A file goes only when no checkpoint that is there names its epoch any more: a run that was
-    killed goes on from one of the two newest.
+    A file is removed only when no existing checkpoint names its epoch any more: a killed run
+    resumes from one of the two newest.
 
     Args:
         folder: of the files.
-        count: epochs of a student.
+        count: number of epochs for each student.
     """
 
     def __init__(self, folder: Path, count: int) -> None:
         self.folder, self.count = folder, count
         self.ranked: dict[int, Ranked] = {}
         self.digests: dict[str, str] = {}  # SHA-256 of the files by name
-        self._saved: set[Path] = set()  # what the newest checkpoint names
+        self._saved: set[Path] = set()  # files that the newest checkpoint names
 
-    def offer(self, student: int, epoch: int, top1: float) -> bool:
-        """Rank one more epoch; whether it is among the best so far, so that its weights are
-        wanted.
+    def offer(self, student: int, epoch: int, score: float) -> bool:
+        """Rank one more epoch; return whether it is among the best so far, so that its weights must
+        be written.
         """
+        # ties: the earlier epoch first
         ranked = sorted(
-            [*self.ranked.get(student, []), (epoch, top1)], key=lambda one: (-one[1], one[0])
+            [*self.ranked.get(student, []), (epoch, score)], key=lambda one: (-one[1], one[0])
         )
         self.ranked[student] = ranked[: self.count]
         return epoch in self.epochs(student)
 
     def epochs(self, student: int) -> tuple[int, ...]:
-        """A student's best epochs so far, ascending."""
+        """Return a student's best epochs so far, ascending."""
         return tuple(sorted(epoch for epoch, _ in self.ranked.get(student, [])))
 
     def write(self, student: int, epoch: int, weights: bytes) -> dict[str, str]:
-        """Keep a student's weights after an epoch, as safetensors; their digest, by the file's
-        name.
+        """Write a student's weights after an epoch, as safetensors; record their digest by the
+        file's name.
         """
         write_atomically(self._file(student, epoch), weights)
         return {self._file(student, epoch).name: hashlib.sha256(weights).hexdigest()}
@@ -62,19 +65,20 @@ class BestEpochs:
     def load(
         self, ranked: dict[int, Ranked], digests: Mapping[str, str] = MappingProxyType({})
     ) -> None:
-        """Go on from what a checkpoint names; one of an older kdkit has no digests."""
+        """Restore the state from a checkpoint; one of an older kdkit has no digests."""
         self.digests = dict(digests)
         self.ranked = {
-            student: [(int(epoch), float(top1)) for epoch, top1 in each]
+            student: [(int(epoch), float(score)) for epoch, score in each]
             for student, each in ranked.items()
         }
         self._saved = set(self._files())
 
     def tidy(self, *, for_good: bool) -> None:
-        """Remove what is not named any more, once a checkpoint has been saved; `for_good` if it
-        is the only one that is left.
+        """Remove files that are no longer named, after a checkpoint has been saved; `for_good` if
+        it is the only remaining one.
         """
         named = set(self._files())
+        # a killed run may resume from the checkpoint before the newest, which names other files
         needed = named if for_good else named | self._saved
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
             if path not in needed:
@@ -86,14 +90,15 @@ class BestEpochs:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def mean(self, student: int) -> dict[str, Tensor]:
-        """The mean of a student's weights over its best epochs; of what is not floating, the
-        best epoch's.
+        """Return the mean of a student's weights over its best epochs; for non-floating tensors,
+        those of the best epoch.
 
         Raises:
             RunError: a file is gone or damaged.
         """
         ranked = self.ranked[student]
         best = self._read(student, ranked[0][0])
+        # summed in fp64 and in a fixed order, so that the mean is reproducible
         sums = {name: value.double() for name, value in best.items() if value.is_floating_point()}
         for epoch in sorted(epoch for epoch, _ in ranked[1:]):
             other = self._read(student, epoch)

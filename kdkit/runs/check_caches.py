@@ -1,5 +1,5 @@
-"""What `kdkit check` says of teacher caches: what of a recipe cannot be kept, and how large it
-may grow.
+"""Checks of teacher caches: which parts of a recipe cannot be cached, and how large each cache may
+grow.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def refused(recipe: Recipe, factory: ModelFactory, info: DataInfo) -> Iterator[str]:
-    """What each cache asks for and cannot have, one line each."""
+    """Yield a line for each thing that a cache's options ask for and that is impossible."""
     spec, views = recipe.spec, set()
     for name, options in _wanted(recipe):
         teacher, place = spec.all_teachers()[name], [*spec.place_of(name), "cache"]
@@ -76,16 +76,21 @@ def refused(recipe: Recipe, factory: ModelFactory, info: DataInfo) -> Iterator[s
 def _unreadable(
     recipe: Recipe, factory: ModelFactory, info: DataInfo, name: str, options: CacheOptions
 ) -> Iterator[tuple[str, str]]:
-    """What a loss reads of the teacher and the cache does not keep: at which key, and why."""
+    """Yield what a loss reads of the teacher and the cache does not store: the key, and the
+    reason.
+    """
     layers = [layer for layer in factory.teacher_layers(name) if layer != "logits"]
     if options.what == "logits" and layers:
         yield "what", f"losses look at {', '.join(layers)}, which is not kept; write `what: taps`"
     if options.top_k is None:
         return
-    if options.top_k >= info.num_classes:
+    if recipe.task.rows_are != "classes":
+        says = f"keeps the likeliest classes, and task '{recipe.task.name}' has rows of"
+        yield "top_k", f"{says} {recipe.task.rows_are}; leave it out"
+    if options.top_k >= info.outputs:
         yield (
             "top_k",
-            f"{options.top_k} of {info.num_classes} classes; leave it out to keep all logits",
+            f"{options.top_k} of {info.outputs} classes; leave it out to keep all logits",
         )
     for called, entry in zip(recipe.loss_names(), recipe.spec.losses, strict=True):
         loss = recipe.plugins.losses[entry.use]
@@ -106,14 +111,14 @@ def sizes(
     num_train: int,
     shapes: Mapping[str, Shapes],
 ) -> Iterator[tuple[str, str | None]]:
-    """How large each cache may grow, in words, and what of that the recipe does not allow (None:
-    nothing).
+    """Yield for each cache how large it may grow, in words, and how that exceeds the recipe's limit
+    (None: it does not).
 
     Args:
-        recipe: whose.
-        factory: which teachers have the data's classes.
+        recipe: the recipe.
+        factory: knows which teachers have the data's classes.
         info: class count.
-        num_train: images that are trained on.
+        num_train: number of training images.
         shapes: of the layers tapped of each teacher, by its name.
     """
     for name, options in _wanted(recipe):
@@ -131,7 +136,7 @@ def sizes(
             )
             yield says, recipe.problem([*place, "what"], says)
             continue
-        kept = KeptAnswers(options, info.num_classes, factory.has_classes(name), taps)
+        kept = KeptAnswers(options, info.outputs, factory.classes.are_known(name), taps)
         size = slots.count * num_train * kept.bytes
         views = "1 view" if slots.count == 1 else f"{slots.count} views"
         says = (
@@ -150,7 +155,9 @@ def sizes(
 
 
 def refused_answers(recipe: Recipe, factory: ModelFactory, name: str) -> Iterator[str]:
-    """What the recipe asks of a teacher that is answers alone, and cannot have, one line each."""
+    """Yield a line for each thing that the recipe asks of a teacher without a network and that is
+    impossible.
+    """
     spec, place = recipe.spec, recipe.spec.place_of(name)
     teacher = spec.all_teachers()[name]
     for key in NETWORK_KEYS:
@@ -178,7 +185,7 @@ def refused_answers(recipe: Recipe, factory: ModelFactory, name: str) -> Iterato
 
 
 def _refused_losses(recipe: Recipe, factory: ModelFactory, name: str) -> Iterator[str]:
-    """Losses that read more of a teacher than its answers."""
+    """List losses that read more of a teacher than its answers."""
     for i, entry in enumerate(recipe.spec.losses):
         loss = recipe.plugins.losses[entry.use]
         if loss.knowledge == "labels" or entry not in factory.looking_at(name):
@@ -197,7 +204,7 @@ def _refused_losses(recipe: Recipe, factory: ModelFactory, name: str) -> Iterato
 
 
 def notes_on_answers(recipe: Recipe, name: str, rows: Tensor) -> Iterator[str]:
-    """What is strange about a teacher's answers."""
+    """Yield notes on unusual values in a teacher's answers."""
     teacher = recipe.spec.all_teachers()[name]
     if getattr(teacher, "answers", None) == "logits" and (seen := looks_like(rows)) != "logits":
         yield (
@@ -207,8 +214,8 @@ def notes_on_answers(recipe: Recipe, name: str, rows: Tensor) -> Iterator[str]:
 
 
 class Rehearsal:
-    """Stands in the place of caches while a recipe is checked: a teacher may only be shown the
-    images of the batch, as they are.
+    """Stands in for caches while a recipe is checked: a teacher may only be shown the images of the
+    batch, unchanged.
     """
 
     def __init__(self, recipe: Recipe, factory: ModelFactory) -> None:
@@ -225,12 +232,12 @@ class Rehearsal:
             )
 
     def noting(self, stage: Stage, batch: Callable[[int], Batch]) -> Callable[[int], Batch]:
-        """The same source of batches, whose images are known.
+        """Wrap a source of batches, so that their images become known.
 
         Raises:
             RecipeError: they come in several views.
         """
-        if stage.views > 1 and self._places:
+        if stage.data.views > 1 and self._places:
             name, place = next(iter(self._places.items()))
             alone = has_answers_alone(self._recipe, name)
             why = (
@@ -240,7 +247,7 @@ class Rehearsal:
             )
             raise self._recipe.error(
                 place,
-                f"stage '{stage.name}' shows {stage.views} views of each image at once, {why}",
+                f"stage '{stage.name}' shows {stage.data.views} views of each image at once, {why}",
             )
 
         def noted(count: int) -> Batch:

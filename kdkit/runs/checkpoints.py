@@ -1,5 +1,5 @@
-"""Files that are whole or not there: written aside, moved into place, named by a digest of what
-is in them.
+"""Checkpoints: files that are either complete or absent, written to a temporary name, moved into
+place, and named by a digest of their content.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Checkpoints:
         self.folder = folder
 
     def save(self, kind: str, number: int, state: Any, *, keep: int = 2) -> Path:
-        """Save a state under its kind and number; of that kind, keep `keep`: this one and the
-        newest before it.
+        """Save a state under its kind and number; keep the newest `keep` of that kind, this one
+        included.
         """
         buffer = io.BytesIO()
         torch.save(state, buffer)
@@ -34,7 +34,7 @@ class Checkpoints:
         path = self.folder / f"{kind}-{number:08d}-{hashlib.sha256(content).hexdigest()[:16]}.pt"
         write_atomically(path, content)
         before = [p for p in self._newest_first(kind) if p != path and _number(p) <= number]
-        # later ones are damaged, or it would not be saved anew
+        # later states must be damaged, otherwise this one would not be saved again
         for other in set(self._newest_first(kind)) - {path, *before[: keep - 1]}:
             other.unlink()
         for part in self.folder.glob(".*.part"):  # what a killed process left behind
@@ -42,11 +42,12 @@ class Checkpoints:
         return path
 
     def load_newest(self, kind: str, run: str | None = None) -> tuple[Any, dict[Path, str]]:
-        """The newest state that is whole, or None; and what is wrong with the newer files.
+        """Load the newest state that is intact, or None; also return what is wrong with newer
+        files.
 
         Args:
             kind: of the states.
-            run: fingerprint that a state must hold under `run`; a state of an older kdkit holds
+            run: fingerprint that a state must store under `run`; states of an older kdkit have
                 none.
         """
         wrong: dict[Path, str] = {}
@@ -86,6 +87,6 @@ def _read(path: Path) -> Any:
         return None
     try:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    # whatever a file that is no checkpoint makes torch raise; nothing in it has been run
+    # torch raises errors of any type if the file is no checkpoint; no code in it was run
     except Exception:
         return None

@@ -1,4 +1,4 @@
-"""What the stages of a run share."""
+"""State that the stages of a run share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from kdkit.data.loaders import Data
-from kdkit.engine.evaluate import Predictions
+from kdkit.engine.evaluate import Judge, TaughtAnswers
 from kdkit.engine.turns import Stopwatch
 from kdkit.recipe import Recipe
 from kdkit.runs.folder import RunFolder
@@ -19,7 +19,7 @@ from kdkit.runs.shared import Shared
 
 
 @dataclass
-class Setting:
+class RunContext:
     """One process's view of a run."""
 
     recipe: Recipe
@@ -30,9 +30,10 @@ class Setting:
     data: Data
     factory: ModelFactory
     clock: Stopwatch  # over all attempts
-    shared: Shared  # with runs beside this one
-    teacher: Predictions | None = None  # on the test data
-    best: dict[str, Any] | None = None  # of the epoch with the best validation accuracy
+    shared: Shared  # with runs trained side by side
+    judge: Judge
+    teacher: TaughtAnswers | None = None  # on the test data
+    best: dict[str, Any] | None = None  # of the epoch with the best score on validation
 
     @property
     def is_main(self) -> bool:

@@ -1,6 +1,4 @@
-"""The network of a run some of whose losses put another in the student's place, built again
-without training.
-"""
+"""Rebuilds the deployed network of a run without training, if a loss replaces the student."""
 
 from __future__ import annotations
 
@@ -11,24 +9,25 @@ import torch
 
 from kdkit.contracts.dataset_source import DataInfo
 from kdkit.contracts.inputs import Shape, random_inputs
-from kdkit.contracts.loss import Context, Loss
+from kdkit.contracts.loss import Loss
 from kdkit.contracts.model_source import ModelOptions
 from kdkit.contracts.records import Batch
-from kdkit.engine import objective
+from kdkit.engine.setup import rehearse
 from kdkit.errors import KdkitError
 from kdkit.models.build import build_model, load_checkpoint
 from kdkit.models.tapped import TappedModel
 from kdkit.randomness import seeded
 from kdkit.recipe import Recipe
 from kdkit.recipe.types import source_of
-from kdkit.runs.networks import ModelFactory, TrainedTeacher, options_of
+from kdkit.runs.networks import ModelFactory
+from kdkit.runs.random_batches import PROBE
+from kdkit.runs.trained_teachers import TrainedTeacher, options_of
 
-PROBE = 4  # images, of which a schedule may compare only half
-SAME = 0.01  # of the largest logit: more is another network, not another order of sums
+SAME = 0.01  # relative to the largest logit: more than rounding, so another network
 
 
 def deploying(recipe: Recipe) -> list[str]:
-    """Names of the losses that may put another network in the student's place."""
+    """List the losses that may replace the student by another network."""
     pairs = zip(recipe.loss_names(), recipe.spec.losses, strict=True)
     return [
         name for name, entry in pairs if recipe.plugins.losses[entry.use].deploy is not Loss.deploy
@@ -41,15 +40,14 @@ def deployed(
     trained: Mapping[str, TrainedTeacher],
     network: ModelOptions | None = None,
 ) -> TappedModel | None:
-    """What the last stage leaves in the student's place, with random weights, in eval mode; None
-    where that is the student itself.
+    """Build the network that the last stage deploys in the student's place, with random weights, in
+    eval mode; None if that is the student itself.
 
     Args:
         recipe: of the run.
         info: of its data.
-        trained: teachers by name, where other recipes trained them; their weights are not read.
-        network: of several students, the one that is built from these options (None: the recipe's
-            `student`).
+        trained: teachers by name, if other recipes trained them; their weights are not read.
+        network: options of the student, if there are several (None: the recipe's `student`).
     """
     if not (names := deploying(recipe)):
         return None
@@ -57,28 +55,26 @@ def deployed(
     *_, stage = recipe.plugins.schedules[recipe.spec.schedule.use](recipe.spec.schedule).stages(
         factory
     )
-    used = [name for name in names if stage.losses is None or name in stage.losses]
+    used = [
+        name for name in names if stage.training.losses is None or name in stage.training.losses
+    ]
     built = [options_of(recipe, factory.network(one)) for one in stage.students]
     number = built.index(network) if network in built else 0
     student = stage.students[number]
     assert isinstance(student, TappedModel)
-    student.module.eval()
     index = torch.arange(PROBE)
-    labels = index % info.num_classes
+    labels = recipe.task.random_targets(info, index)
+    # seeded: loading a student must not change the caller's random state
     with torch.no_grad(), seeded("deployed"):
-        views = tuple(random_inputs(info.image_shape, PROBE, seed=i) for i in range(stage.views))
-        lesson = stage.step(Batch(views[0], labels, index, views[1:]))[number]
-        parts = objective.build(recipe, used, factory.expand)
+        views = tuple(
+            random_inputs(info.image_shape, PROBE, seed=i) for i in range(stage.data.views)
+        )
+        batch = Batch(views[0], labels, index, views[1:])
+        tried = rehearse(recipe, factory, stage, batch, info, labels)
+        lesson, parts = tried.lessons[number], tried.objective(number, used)
         if not parts.active(lesson):
             return None
-        teachers = factory.teacher_modules()
-        parts.setup(
-            lesson,
-            Context(
-                student.module, factory.teaching(stage, number), info.num_classes, PROBE, labels
-            ),
-            teachers,
-        )
+        parts.setup(lesson, batch, tried.context(number), factory.teacher_modules())
         left = parts.deploy(student.module)
     return None if left is student.module else student.twin(left.eval())
 
@@ -93,23 +89,23 @@ def rebuilt(
     device: torch.device | None = None,
     channels_last: bool = False,
 ) -> TappedModel:
-    """A run's student, built again from its file, in eval mode.
+    """Rebuild a run's student from its file, in eval mode.
 
     Args:
         recipe: of the run.
         info: of its data.
-        trained: teachers by name, where other recipes trained them; read only if a loss deploys a
-            part of one.
-        network: what it is built from.
+        trained: teachers by name, if other recipes trained them; read only if a loss deploys a part
+            of a teacher.
+        network: its options.
         file: its weights.
-        device: where it goes.
+        device: its device.
         channels_last: its memory format.
 
     Raises:
         ModelError: it cannot be built so; the weights do not fit.
     """
     if (model := deployed(recipe, info, trained, network)) is not None:
-        load_checkpoint(file, model.module, num_classes=info.num_classes, own=True)
+        load_checkpoint(file, model.module, outputs=info.outputs, own=True)
         model.module.to(device).to(
             memory_format=torch.channels_last if channels_last else torch.contiguous_format
         )
@@ -121,7 +117,7 @@ def rebuilt(
     model = build_model(
         network,
         sources[source](network, name),
-        info.num_classes,
+        info.outputs,
         info.image_shape,
         role="student",
         file=file,
@@ -133,13 +129,13 @@ def rebuilt(
 
 
 def unreadable(again: Callable[[], TappedModel], student: TappedModel, shape: Shape) -> str:
-    """Why a student that was written cannot be read again as it was measured; empty if it can,
-    and gives the same logits.
+    """Explain why a written student cannot be read back as it was measured; empty if it can, and
+    gives the same logits.
 
     Args:
-        again: builds it from its file, on its device.
-        student: as it was measured.
-        shape: of what batches hold.
+        again: rebuilds it from its file, on its device.
+        student: the student in the form that was measured.
+        shape: shape of a sample in a batch.
     """
     try:
         with seeded("read again"):
@@ -152,5 +148,6 @@ def unreadable(again: Callable[[], TappedModel], student: TappedModel, shape: Sh
         ours, theirs = (
             model(random_inputs(shape, PROBE, device)).logits.float() for model in (student, other)
         )
+    # the clamp avoids 0 / 0 if all logits are 0
     gap = float((ours - theirs).abs().max() / ours.abs().max().clamp_min(1e-12))
     return f"its logits would differ by {100 * gap:.2g} %" if gap > SAME else ""

@@ -1,27 +1,31 @@
-"""What the files of a run hold, as far as kdkit reads them again: checked by pydantic."""
+"""The content of a run's files, as far as kdkit reads them back: validated by pydantic."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, NotRequired, cast
+from typing import Annotated, Any, Literal, NotRequired, cast
 
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter
 from typing_extensions import TypedDict
 
 from kdkit.contracts.dataset_source import DataInfo
+from kdkit.contracts.synonyms import renamed
+from kdkit.contracts.task import ScoreInfo
 from kdkit.finite import Number
 
 
 class Marker(TypedDict):
-    """What run.json holds."""
+    """Content of run.json."""
 
     fingerprint: str
     content: Content
-    data: DataInfo
+    data: Annotated[DataInfo, BeforeValidator(renamed)]
     versions: dict[str, str]
+    scores: NotRequired[list[ScoreInfo]]
+    agreement: NotRequired[list[ScoreInfo]]
 
 
 class Content(TypedDict):
-    """What the weights depend on; see `Recipe.content`."""
+    """Everything that the weights depend on; see `Recipe.content`."""
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
 
@@ -31,7 +35,7 @@ class Content(TypedDict):
 
 
 class Line(TypedDict):
-    """What every line of metrics.jsonl holds, and what else those of an epoch do."""
+    """Fields of every line of metrics.jsonl, and further ones of an epoch's line."""
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
 
@@ -49,7 +53,7 @@ LINE: TypeAdapter[dict[str, Any]] = TypeAdapter(cast("Any", Line))
 
 
 class PlainRecipe(TypedDict):
-    """What a resolved recipe holds at least, as far as it is read without its plugins."""
+    """Minimum content of a resolved recipe when it is read without its plugins."""
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
 

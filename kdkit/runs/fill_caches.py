@@ -1,4 +1,4 @@
-"""Fills the teacher caches of a recipe ahead of its training, and tells what caches there are."""
+"""Fills the teacher caches of a recipe before its training, and lists caches."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from kdkit.runs.progress import Reporter
 
 BETWEEN_COMMITS = 10.0  # seconds
 
-Step = tuple[Tensor, Inputs]  # rows of the store and the images that belong there
+Step = tuple[Tensor, Inputs]  # rows of the store and their images
 
 
 def fill(recipe: Recipe, *, quiet: bool = False) -> list[Found]:
-    """Ask the teachers that have a `cache` about every view of every training image; what is
-    there already stays. The caches, filled.
+    """Ask the teachers that have a `cache` for every view of every training image, leaving existing
+    answers as they are; return the filled caches.
 
     Raises:
         RecipeError: no teacher has one, or something does not fit.
-        RunError: the disk is nearly full; what was done stays.
+        RunError: the disk is nearly full; the answers so far are kept.
     """
     spec = recipe.spec
     options = {name: one for name in spec.all_teachers() if (one := wanted(recipe, name))}
@@ -50,11 +50,12 @@ def fill(recipe: Recipe, *, quiet: bool = False) -> list[Found]:
     trained = training.trained_teachers(recipe, spec.run.folder / spec.name, quiet=quiet)
     device = build_accelerator(spec.train).device
     exact = Slots.of(next(iter(options.values())), spec.data, spec.seed).exact
-    plain = {"augment": None} if exact else {}  # its outcomes are gone through in turn
+    plain = {"augment": None} if exact else {}  # every outcome is visited in turn, without drawing
     source = recipe.plugins.datasets[spec.data.dataset.use](spec.data.dataset)
     prepared = loaders.prepare(
         spec.data.model_copy(update={"drop_last": False, **plain}),
         source,
+        recipe.task,
         seed=spec.seed,
         device=device,
     )
@@ -75,7 +76,7 @@ def fill(recipe: Recipe, *, quiet: bool = False) -> list[Found]:
 
 
 def table(found: Sequence[Found]) -> Table:
-    """A line for each cache."""
+    """Return a line for each cache."""
     rows = Table(
         "cache",
         "teacher",
@@ -139,7 +140,7 @@ def _fill(
 
 
 def _steps(cache: TeacherCache, train: TrainLoader) -> Iterator[Step]:
-    """Every view of every image, some images at a time."""
+    """Yield every view of every image, a few images at a time."""
     slots = cache.slots
     if slots.exact:
         for batch in train.epoch(0):
@@ -155,7 +156,7 @@ def _steps(cache: TeacherCache, train: TrainLoader) -> Iterator[Step]:
         return
     for slot in range(slots.count):
         if bool(cache.store.whole(cache.rows(slot, train.indices).cpu()).all()):
-            continue  # so that its images need not be read
+            continue  # avoids reading the images
         for batch in train.epoch(0, view=slot):
             yield cache.rows(slot, batch.index).cpu(), batch.inputs
 

@@ -1,107 +1,49 @@
-"""The folder of a run: the resolved recipe, versions, metrics as they come, checkpoints, the
-student, the result.
+"""The folder of a run: the resolved recipe, versions, metrics, checkpoints, the student, the
+result.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import hashlib
-import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from kdkit import files
 from kdkit import recipe as recipes
-from kdkit.contracts.dataset_source import DataInfo
+from kdkit.contracts.dataset_source import DataInfo, DatasetSource
+from kdkit.contracts.task import ScoreInfo
+from kdkit.engine.scores import scores_of
 from kdkit.errors import BusyError, DamagedFile, RunError
 from kdkit.finite import with_nan
-from kdkit.recipe import Recipe, consent
+from kdkit.recipe import Recipe, consent, registry
 from kdkit.recipe.fairness import differences
 from kdkit.recipe.yaml_source import Source
 from kdkit.runs.checkpoints import Checkpoints
 from kdkit.runs.file_shapes import LINE, RECIPE, Marker
+from kdkit.runs.result import Result
 
 LOCK = ".lock"
-DATA_FILES = "data.files"  # in the content: no key of a recipe
+DATA_FILES = "data.files"  # key in the content; no recipe has such a key
 AGAIN = "`kdkit train` with the same recipe makes it again"
 ANEW = "`kdkit train` with the same recipe and `--restart` trains the run again"
 VERSIONS = ("kdkit", "torch", "torchvision", "timm", "accelerate")
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a finished run came to.
-
-    Attributes:
-        folder: the run folder.
-        name, seed: the recipe's.
-        test: metrics of the student (`kdkit.engine.evaluate.metrics`): after the last epoch, or of
-            the mean of its best epochs' weights.
-        validation: likewise on the validation split, if there is one.
-        best: of the epoch with the best validation accuracy: `epoch`, `validation` and `test`
-            metrics.
-        averaged: the epochs over which `train.average_best` took the mean; none without it.
-        last: what the student was worth after the last epoch, where it is such a mean: `validation`
-            and `test` metrics.
-        files: SHA-256 of each file of weights that the run leaves, and of its metrics.jsonl, by its
-            path in the folder (none: of an older kdkit).
-        teacher: the teacher's own metrics on the test data.
-        peers: metrics of the other students on the test data.
-        ensemble: of all students (and models in their company) together, on the test data.
-        network: what the student's network is built from, where it is not the recipe's `student` (a
-            peer that a schedule names).
-        parameters: of the student.
-        seconds: training time, measurements included.
-        cpu_seconds: likewise, of this process on the processor (its loader workers aside).
-    """
-
-    folder: Path
-    name: str
-    seed: int
-    test: Mapping[str, float]
-    parameters: int
-    seconds: float
-    cpu_seconds: float
-    epochs: int
-    validation: Mapping[str, float] | None = None
-    best: Mapping[str, Any] | None = None
-    teacher: Mapping[str, float] | None = None
-    peers: tuple[Mapping[str, float], ...] = ()
-    ensemble: Mapping[str, float] | None = None
-    network: Mapping[str, Any] | None = None
-    warnings: tuple[str, ...] = field(default=())
-    averaged: tuple[int, ...] = ()
-    last: Mapping[str, Mapping[str, float]] | None = None
-    files: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def moment(self) -> str:
-        """Which weights were measured, in words."""
-        return (
-            f"mean of epochs {', '.join(map(str, self.averaged))}"
-            if self.averaged
-            else "last epoch"
-        )
-
-    @property
-    def student(self) -> Path:
-        """The student's weights, safetensors."""
-        return self.folder / "student.safetensors"
 
 
 class RunFolder:
     """Paths and files of one run.
 
     Attributes:
-        digests: SHA-256 of the files of weights that were written or gone on with in this process,
-            by path in the folder.
+        digests: SHA-256 of the files of weights that this process has written or resumed from, by
+            path in the folder.
     """
 
     def __init__(self, path: Path) -> None:
@@ -116,11 +58,11 @@ class RunFolder:
         self.checkpoints = Checkpoints(path / "checkpoints")
 
     def check(self, recipe: Recipe, *, restart: bool = False) -> None:
-        """Make sure that this recipe may be carried out here; nothing is changed.
+        """Check that this recipe may run here; nothing is changed.
 
         Raises:
             RunError: the folder belongs to another recipe (the message says in which keys) and is
-                not to be begun anew; or it is no run folder.
+                not to be restarted; or it is no run folder.
         """
         if self.marker.is_file():
             if not restart and not self.is_untrained():
@@ -147,8 +89,8 @@ class RunFolder:
             )
 
     def is_untrained(self) -> bool:
-        """Whether nothing has been trained here that could be lost: the run was refused, or
-        failed, before its first epoch's end.
+        """Check that no training here could be lost: the run was refused, or failed, before the end
+        of its first epoch.
         """
         kept = (
             self.result_file,
@@ -163,25 +105,18 @@ class RunFolder:
 
     @contextlib.contextmanager
     def claimed(self, recipe: Recipe, info: DataInfo, *, restart: bool = False) -> Iterator[None]:
-        """Make the folder for this recipe, or find it made for the same one, and keep other
-        processes from training in it.
+        """Make the folder for this recipe, or reuse it if it belongs to the same one, and lock it
+        against other processes.
 
-        The lock ends with the process, however it ends.
+        The lock ends with the process, even if it crashes.
 
         Raises:
             RunError: as `check`, or another process trains here.
         """
         self.check(recipe, restart=restart)
-        with self._open_lock() as handle:
-            # or a worker that outlives a killed process keeps its lock
-            os.register_at_fork(after_in_child=handle.close)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise BusyError(
-                    f"{self.path}: another process is training in this folder"
-                ) from None
-            self.check(recipe, restart=restart)  # it may have been made in the meantime
+        with self._locked():
+            # another process may have made it before the lock was taken
+            self.check(recipe, restart=restart)
             anew = restart or self.is_untrained()
             here = [path for path in self.path.iterdir() if path.name != LOCK]
             # the marker is never missing
@@ -191,20 +126,25 @@ class RunFolder:
                 "content": recipe.content(),
                 "data": asdict(info),
                 "versions": versions(),
+                "scores": [asdict(one.info()) for one in scores_of(recipe, info)],
+                "agreement": [asdict(one.info()) for one in recipe.task.agreement(info)],
             }
             files.write_json(self.marker, about)
             files.write_sealed_text(self.recipe_file, recipe.dump(), recipe.fingerprint)
             yield
 
     def wait(self) -> None:
-        """Wait until no process trains here any more."""
-        with (self.path / LOCK).open("a") as handle:
-            fcntl.flock(handle, fcntl.LOCK_SH)
+        """Wait until no process trains here."""
+        with FileLock(self.path / LOCK, poll_interval=1, fallback_to_soft=False):
+            pass
 
-    def _open_lock(self) -> Any:
+    def _locked(self) -> contextlib.AbstractContextManager[object]:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            return (self.path / LOCK).open("w")
+            # only the system's own lock: a lock file would outlive a killed process
+            return FileLock(self.path / LOCK, fallback_to_soft=False).acquire(blocking=False)
+        except Timeout:
+            raise BusyError(f"{self.path}: another process is training in this folder") from None
         except OSError as error:
             says = "the run is written there (`run.folder`, or `--run FOLDER`)"
             raise RunError(
@@ -212,7 +152,7 @@ class RunFolder:
             ) from None
 
     def about(self, way_out: str = ANEW) -> Marker:
-        """What run.json says.
+        """Return the content of run.json.
 
         Raises:
             RunError: this is no run folder, or the file is damaged.
@@ -223,7 +163,8 @@ class RunFolder:
 
     @property
     def owner(self) -> str | None:
-        """The run's fingerprint, to which its other files belong (None: there is no run.json).
+        """Return the run's fingerprint, to which its other files belong (None: there is no
+        run.json).
 
         Raises:
             RunError: run.json is damaged.
@@ -234,29 +175,41 @@ class RunFolder:
         return _fingerprint(self, about.st_ino, about.st_size, about.st_mtime_ns)
 
     def holds(self, recipe: Recipe) -> bool:
-        """Whether a run of this very recipe is here."""
+        """Check whether a run of exactly this recipe is here."""
         if not self.marker.is_file():
             return False
         about = self.about()
         return recipe.is_of(about["fingerprint"], about["content"])
 
     def info(self) -> DataInfo:
-        """Class count and image shape of the data that the run was made for, which may be gone.
+        """Return the class count and image shape of the data that the run was made for, even if the
+        data no longer exist.
 
         Raises:
             RunError: this is no run folder.
         """
         return self.about()["data"]
 
+    def scores(self) -> tuple[ScoreInfo, ...]:
+        """Return the descriptions of its metrics in order: the deciding score first, agreement with
+        a teacher last. For an older kdkit's run, names only.
+        """
+        if self.marker.is_file() and "scores" in (about := self.about()):
+            return (*about["scores"], *about.get("agreement", ()))
+        lines = self.metrics("epoch")
+        measured: dict[str, float] = next((each["test"] for each in lines if "test" in each), {})
+        known = _usual_scores(self.info()) if self.marker.is_file() else {}
+        return tuple(known.get(name) or ScoreInfo(name=name, title=name) for name in measured)
+
     def recipe(
         self, overrides: Mapping[str, Any] | None = None, plugins: Sequence[Path] = ()
     ) -> Recipe:
-        """The resolved recipe.
+        """Load the resolved recipe.
 
         Args:
             overrides: values by `key.path`.
-            plugins: the Python files and folders that may run; of those that the recipe names at
-                another place, these take the place.
+            plugins: the Python files and folders that may run; they replace files of the same name
+                that the recipe has at another place.
 
         Raises:
             RunError: this is no run folder.
@@ -269,7 +222,7 @@ class RunFolder:
         return recipes.read(source, files=False, allowed=tuple(plugins))
 
     def plain_recipe(self) -> dict[str, Any]:
-        """The resolved recipe as plain values: no plugin of it needs to be there.
+        """Return the resolved recipe as plain values: no plugin of it has to be installed.
 
         Raises:
             RunError: this is no run folder, or the recipe is damaged.
@@ -283,7 +236,7 @@ class RunFolder:
         files.read_sealed_text(self.recipe_file, ANEW, self.owner)
 
     def result(self) -> Result | None:
-        """The result, once the run is finished (and its student not taken away).
+        """Read the result if the run is finished and its student still exists.
 
         Raises:
             RunError: it is damaged.
@@ -291,21 +244,21 @@ class RunFolder:
         if not self.result_file.is_file() or not self.student_file.is_file():
             return None
         saved = with_nan(files.read_json(self.result_file, dict[str, Any], AGAIN, self.owner))
-        saved.setdefault("cpu_seconds", 0.0)  # a run of an older kdkit, which did not count them
+        saved.setdefault("cpu_seconds", 0.0)  # older versions of kdkit did not record it
         return files.fitting(self.result_file, {**saved, "folder": self.path}, Result, AGAIN)
 
     def finished(
         self, recipe: Recipe, tell: Callable[[str], None] = lambda _: None
     ) -> Result | None:
-        """The result of a run of this very recipe that is finished and whole; weights that were
-        taken away are no damage.
+        """Return the result of a run of exactly this recipe if it is finished and intact; deleted
+        weights are no damage.
 
-        Where its student or its result are damaged, it counts as unfinished: training makes them
-        again from the last checkpoint.
+        If its student or its result is damaged, it counts as unfinished: training makes them again
+        from the last checkpoint.
 
         Args:
-            recipe: which.
-            tell: told of such damage.
+            recipe: the recipe.
+            tell: called with a message about such damage.
 
         Raises:
             RunError: other weights, which training does not make again, are damaged.
@@ -325,15 +278,27 @@ class RunFolder:
                 " checkpoint"
             )
             return None
+        if result is not None and recipe.spec.metrics:
+            told = [score.name for score in scores_of(recipe, self._seen_info(recipe))]
+            if missing := [name for name in told if name not in result.test]:
+                tell(
+                    f"{self.path}: was trained without {', '.join(missing)}; `kdkit evaluate` with"
+                    f" `metrics=[{', '.join(missing)}]` counts it"
+                )
         return result
 
+    def _seen_info(self, recipe: Recipe) -> DataInfo:
+        """Describe the data as the recipe's task sees them."""
+        info = self.info()
+        return replace(info, image_shape=recipe.task.shape(info.image_shape))
+
     def digest(self, file: Path) -> str | None:
-        """The SHA-256 that a finished run has recorded of a file in its folder."""
+        """Return the SHA-256 that a finished run has recorded of a file in its folder."""
         result = self.result()
         return result.files.get(str(file.relative_to(self.path))) if result else None
 
     def refuse_damaged(self, file: Path) -> None:
-        """Make sure that a file is what the finished run has left.
+        """Check that a file is the one that the finished run has written.
 
         Raises:
             RunError: it is damaged, or another run's.
@@ -344,12 +309,14 @@ class RunFolder:
         files.refuse_other(file, self.digest(file), self.result_file, way_out)
 
     def keep(self, file: Path, content: bytes) -> None:
-        """Write a file of weights, and take down its digest."""
+        """Write a file of weights, and record its digest."""
         files.write_atomically(file, content)
         self.digests[str(file.relative_to(self.path))] = hashlib.sha256(content).hexdigest()
 
     def finish(self, result: Result) -> Result:
-        """Write result.json, with the digests of all that is left; the result with them."""
+        """Write result.json with the digests of all files that the run leaves; return the result
+        with them.
+        """
         left = [
             self.student_file,
             self.best_file,
@@ -367,15 +334,15 @@ class RunFolder:
         return result
 
     def snapshot_file(self, stage: str, epoch: int) -> Path:
-        """The student's weights after an epoch of a stage."""
+        """Return the file of the student's weights after an epoch of a stage."""
         return self.path / "snapshots" / stage / f"epoch-{epoch:04d}.safetensors"
 
     def best_epochs(self, stage: int) -> Path:
-        """The folder of the weights that a stage's mean is taken of."""
+        """Return the folder of the weights that a stage averages."""
         return self.path / "best-epochs" / f"stage{stage}"
 
     def snapshots(self) -> dict[int, Path]:
-        """The snapshots of the last stage, the one that trained what the run leaves, by their
+        """Return the snapshots of the last stage, which trained the resulting student, by their
         epochs.
         """
         stage = next((line["stage"] for line in reversed(self.metrics("epoch"))), None)
@@ -390,12 +357,11 @@ class RunFolder:
             stream.write(files.log_line(line, self.owner or ""))
 
     def forget(self, stage: str, epochs: int, steps: int) -> list[str]:
-        """Drop the rows of metrics.jsonl after a checkpoint: all after so many finished epochs
-        and optimizer steps.
+        """Drop the rows of metrics.jsonl after a checkpoint: all beyond these numbers of finished
+        epochs and optimizer steps.
 
         Returns:
-            What was lost, a sentence each: damaged lines, which are left out too, and epochs that
-                are not there.
+            The losses, a sentence each: damaged lines, which are dropped too, and missing epochs.
         """
 
         def stays(line: Mapping[str, Any]) -> bool:
@@ -425,10 +391,10 @@ class RunFolder:
         return [*(str(line) for line in lines if isinstance(line, RunError)), *gone]
 
     def metrics(self, kind: str) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl of one kind ("step" or "epoch").
+        """Read the lines of metrics.jsonl of one kind ("step" or "epoch").
 
         Raises:
-            RunError: a line is damaged, or, of a finished run, the file is another.
+            RunError: a line is damaged, or the file is not the one of the finished run.
         """
         way_out = "delete this line to do without it"
         if self.metrics_file.exists() and (result := self.result()):
@@ -445,13 +411,23 @@ class RunFolder:
 
 
 @functools.lru_cache(maxsize=1000)
+def _usual_scores(info: DataInfo) -> dict[str, ScoreInfo]:
+    """Describe the scores of the task that all runs had before there were others."""
+    if (task := registry.load().tasks.get(DatasetSource.task)) is None:
+        return {}
+    scores = (*task().scores(info), *task().agreement(info))
+    return {score.name: score.info() for score in scores}
+
+
 def _fingerprint(folder: RunFolder, inode: int, size: int, modified: int) -> str:
-    """That of a run.json, which is read again when it has changed."""
+    """Read the fingerprint in a run.json; the file's size and time in the cache key make a changed
+    file be read again.
+    """
     return folder.about()["fingerprint"]
 
 
 def _remove(paths: Sequence[Path]) -> None:
-    """Remove what a run has left.
+    """Remove the files of a run.
 
     Raises:
         RunError: one is a link to a folder; then all stay.
@@ -467,7 +443,7 @@ def _remove(paths: Sequence[Path]) -> None:
 
 
 def _python_in(value: Any, key: str = "") -> Iterator[tuple[str, Path]]:
-    """Every path in a resolved recipe that is a plugin's or a Python file's, by its key path."""
+    """List every path of a plugin or a Python file in a resolved recipe, by its key path."""
     if isinstance(value, str):
         if key.startswith("plugins.") or value.endswith(".py"):
             yield key, Path(value)
@@ -484,10 +460,10 @@ def _python_in(value: Any, key: str = "") -> Iterator[tuple[str, Path]]:
 
 
 def _leftover(path: Path) -> bool:
-    """Whether a killed process may leave this in a folder before it is a run's."""
+    """Check whether a process killed before the folder became a run's may have left this file."""
     return path.name == LOCK or (path.name.startswith(".") and path.suffix == ".part")
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that a run's numbers depend on."""
+    """Return the versions of Python and of the packages that a run's numbers depend on."""
     return {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}}

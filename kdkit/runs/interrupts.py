@@ -20,8 +20,8 @@ class Terminated(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def sigterm_raises() -> Iterator[None]:
-    """Let SIGTERM raise `Terminated` while no `StopRequest` is entered; by itself it would end
-    the process without a word.
+    """Let SIGTERM raise `Terminated` while no `StopRequest` is active; by default it would end the
+    process without a message.
     """
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -39,7 +39,7 @@ def sigterm_raises() -> Iterator[None]:
 
 
 class StopRequest:
-    """Catches SIGINT and SIGTERM while it is entered; a second one ends the process as usual."""
+    """Catches SIGINT and SIGTERM while it is active; a second one ends the process as usual."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -53,6 +53,7 @@ class StopRequest:
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
+        # restore the handlers at once, so that a second signal ends the process
         self._restore()
 
     def _restore(self) -> None:

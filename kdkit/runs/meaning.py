@@ -1,6 +1,4 @@
-"""What the numbers that go into a network and come out of it stand for, compared with what the
-data mean by them.
-"""
+"""Compares the meaning of a network's inputs and outputs with that of the data."""
 
 from __future__ import annotations
 
@@ -16,15 +14,15 @@ from kdkit.errors import ModelError
 
 
 def meaning_of(options: ModelOptions, source: ModelSource, module: Any) -> Meaning:
-    """What is known of a network: by the files beside its checkpoint, where a run or an export
-    left them, or by its source.
+    """Return the known meaning of a network: from the files of the run or export beside its
+    checkpoint, or from its source.
     """
     beside = _beside(options.checkpoint) if options.checkpoint else None
     return beside or source.meaning(module)
 
 
 def refuse_other_meaning(theirs: Meaning, info: DataInfo, whose: str) -> None:
-    """Compare what both sides know.
+    """Compare what is known of a network's classes and tokens with those of the data.
 
     Args:
         theirs: of a network.
@@ -32,8 +30,9 @@ def refuse_other_meaning(theirs: Meaning, info: DataInfo, whose: str) -> None:
         whose: the network, for the message.
 
     Raises:
-        ModelError: it takes a class, or a token, for another one than the data do.
+        ModelError: a class or a token has another number than in the data.
     """
+    # not strict: either side may have no names
     for number, (name, ours) in enumerate(zip(theirs.class_names, info.class_names, strict=False)):
         if name != ours and (name in info.class_names or ours in theirs.class_names):
             raise ModelError(
@@ -52,14 +51,17 @@ def refuse_other_meaning(theirs: Meaning, info: DataInfo, whose: str) -> None:
 
 
 def other_class_names(theirs: Meaning, info: DataInfo) -> str:
-    """A name that only one side has, where both name their classes; empty if there is none."""
+    """Return a name that only one side has, if both name their classes; otherwise an empty
+    string.
+    """
     strangers = [name for name in theirs.class_names if name not in info.class_names]
     return strangers[0] if strangers and info.class_names else ""
 
 
 def _beside(checkpoint: Path) -> Meaning | None:
-    """What a run folder, or an exported folder, says of the weights in it."""
+    """Read the meaning of the weights in a run folder or an exported folder."""
     for file, key in (("run.json", "data"), ("config.json", "kdkit")):
+        # without a readable file nothing is known, which is no error
         with contextlib.suppress(OSError, ValueError):
             about = json.loads((checkpoint.parent / file).read_text(encoding="utf-8"))
             told = about.get(key) if isinstance(about, Mapping) else None

@@ -1,4 +1,4 @@
-"""What a recipe would do, in words: `kdkit check` prints it."""
+"""The plan of a recipe, which `kdkit check` prints."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from kdkit.runs.step_cost import StepCost
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """One model: parameters, multiply-accumulates per image, and the shape (without the batch)
-    of each tap.
+    """Plan of one model: parameters, multiply-accumulates per image, and the shape (without the
+    batch) of each tap.
     """
 
     role: str
@@ -27,8 +27,8 @@ class ModelPlan:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage: its objective as a formula, the learnable parts of its losses, how long it
-    takes, and what a step costs.
+    """Plan of one stage: its objective as a formula, the learnable parts of its losses, its length,
+    and the cost of a step.
     """
 
     name: str
@@ -42,10 +42,11 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that `kdkit check` prints."""
+    """The complete plan that `kdkit check` prints."""
 
     name: str
     info: DataInfo
+    rows_are: str
     num_train: int
     student: ModelPlan
     teachers: tuple[ModelPlan, ...]
@@ -65,7 +66,7 @@ class Plan:
         one = what.split()[0][:-1]
         yield (
             f"{self.name}: {self.num_train:,} training and {info.num_test:,} test {what},"
-            f" {info.num_classes} classes"
+            f" {info.outputs} {self.rows_are}"
         )
         for model in (*self.teachers, self.student):
             yield (
@@ -88,8 +89,8 @@ class Plan:
 
 
 def formula(entries: Mapping[str, LossEntry]) -> str:
-    """`0.1 * cross_entropy + 1 * hint(layer2 ~ layer3, adapter linear)`: each loss with its
-    weight, layers and options.
+    """Format an objective as `0.1 * cross_entropy + 1 * hint(layer2 ~ layer3, adapter linear)`:
+    each loss with its weight, layers and options.
     """
     return " + ".join(
         f"{_short(entry.weight)} * {name}{_details(entry)}" for name, entry in entries.items()
@@ -97,8 +98,8 @@ def formula(entries: Mapping[str, LossEntry]) -> str:
 
 
 def adapters(losses: Mapping[str, nn.Module]) -> Iterator[tuple[str, str, int]]:
-    """Name, learnable parts with the shapes of their weights, and parameters of each loss that
-    has any.
+    """List the name, the learnable parts with the shapes of their weights, and the number of
+    parameters of each loss that has any.
     """
     for name, loss in losses.items():
         if count := sum(p.numel() for p in loss.parameters()):

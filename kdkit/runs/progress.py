@@ -1,4 +1,4 @@
-"""What a training run says while it goes: a live bar on a terminal, plain lines elsewhere."""
+"""Shows the progress of a training run: a live bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from kdkit.contracts.task import ScoreInfo
 from kdkit.terminal import Terminal
 
+# seconds between updates of a live bar: reading the losses synchronises with the device
 REFRESH = 0.25
-IN_PERCENT = {"top1", "top5", "balanced_accuracy", "macro_f1", "ece", "agreement"}
 
 
 class _Free(ProgressColumn):
@@ -21,7 +22,9 @@ class _Free(ProgressColumn):
 
 
 class Seldom:
-    """Passes a text on if none was for so many seconds: signs of life in a log that stays short."""
+    """Passes a text on if none was passed for some seconds: signs of life in a log that stays
+    short.
+    """
 
     def __init__(self, say: Callable[[str], None], seconds: float = 10.0) -> None:
         self._say, self._seconds = say, seconds
@@ -34,8 +37,8 @@ class Seldom:
 
 
 class Reporter:
-    """Prints what happens in a run; `quiet` keeps all but warnings to itself, and tells its
-    epochs to `instead`.
+    """Prints the events of a run; `quiet` prints warnings only, and passes the lines of epochs to
+    `instead`.
     """
 
     def __init__(
@@ -52,14 +55,14 @@ class Reporter:
             self.console.print(text, markup=False)
 
     def warn(self, text: str) -> None:
-        """Say it once, and keep it for the result."""
+        """Print a warning once, and store it for the result."""
         if text not in self.warnings:
             self.warnings.append(text)
             self.console.print(f"warning: {text}", style="yellow", markup=False)
 
     @contextmanager
     def training(self, label: str, steps: int, done: int) -> Iterator[None]:
-        """Show a bar while a stage of so many steps is trained, `done` of them already."""
+        """Show a bar while a stage of `steps` steps is trained, `done` of them already."""
         if self.quiet or not self.console.is_terminal:
             yield
             return
@@ -79,7 +82,7 @@ class Reporter:
                 self._progress = None
 
     def due(self) -> bool:
-        """Whether a live bar wants fresh numbers."""
+        """Check whether a live bar needs new numbers."""
         return self._progress is not None and time.monotonic() - self._shown > REFRESH
 
     def step(
@@ -97,14 +100,11 @@ class Reporter:
         terms: Mapping[str, float],
         lr: float,
         images_per_second: float,
-        scores: Mapping[str, float],
+        scores: Sequence[tuple[ScoreInfo, float]],
         left: float,
     ) -> None:
-        """One line for a finished epoch."""
-        test = ", ".join(
-            f"{name} {value:.2f}{' %' if name in IN_PERCENT else ''}"
-            for name, value in scores.items()
-        )
+        """Print one line for a finished epoch."""
+        test = ", ".join(f"{score.name} {score.text(value)}" for score, value in scores)
         parts = [label, _terms(terms), *([f"test {test}"] if test else [])]
         parts += [f"lr {lr:.2g}", f"{images_per_second:,.0f} images/s", f"{_clock(left)} left"]
         if self.quiet:
@@ -113,8 +113,8 @@ class Reporter:
 
 
 def _filled(parts: Sequence[str], width: int | None) -> str:
-    """The parts on one line; where a terminal is narrower than that, on several, broken between
-    parts.
+    """Join the parts on one line, or on several, broken between parts, if the terminal is
+    narrower.
     """
     lines = [parts[0]]
     for part in parts[1:]:
@@ -127,8 +127,8 @@ def _filled(parts: Sequence[str], width: int | None) -> str:
 
 
 def _terms(terms: Mapping[str, float]) -> str:
-    """`loss 1.2 = cross_entropy 0.3 (0.03) + hint 1.17`: each term unweighted, and weighted in
-    brackets where that is another number.
+    """Format `loss 1.2 = cross_entropy 0.3 (0.03) + hint 1.17`: each term unweighted, and weighted
+    in brackets if that differs.
     """
     shown = []
     for name in terms:

@@ -1,6 +1,4 @@
-"""What stands for batches and answers while a recipe is checked: random ones, of the real
-shapes.
-"""
+"""Random batches and answers of the real shapes, used while a recipe is checked."""
 
 from __future__ import annotations
 
@@ -12,39 +10,45 @@ from kdkit.contracts.dataset_source import DataInfo
 from kdkit.contracts.inputs import first_tensor, is_text, random_inputs, rows
 from kdkit.contracts.records import Batch, Inputs, Outputs, tensors
 from kdkit.contracts.schedule import Lesson
+from kdkit.contracts.task import Task
 from kdkit.data.labels import NO_LABELS
 
+PROBE = 4
+"""Number of samples in a probe; a schedule may compare only half of them."""
 
-def batch_of(images: Inputs, info: DataInfo, views: int, count: int) -> Batch:
-    """So many images, the same ones again where they are not enough."""
+
+def batch_of(task: Task, images: Inputs, info: DataInfo, views: int, count: int) -> Batch:
+    """Make a batch of `count` images, repeating the given ones if they are too few."""
     index = torch.arange(count, device=first_tensor(images).device)
     shown = rows(images, index % len(first_tensor(images)))
-    return Batch(shown, labels_of(index, info), index, (shown,) * (views - 1))
+    return Batch(shown, labels_of(task, index, info), index, (shown,) * (views - 1))
 
 
-def labels_of(index: torch.Tensor, info: DataInfo) -> torch.Tensor:
-    """Every class in turn; where training images have no labels, what says so when it is read."""
-    return index % info.num_classes if info.labelled else NO_LABELS
+def labels_of(task: Task, index: torch.Tensor, info: DataInfo) -> torch.Tensor:
+    """Make random targets; if training samples have no labels, return an object that raises when it
+    is read.
+    """
+    return task.random_targets(info, index) if info.labelled else NO_LABELS
 
 
 def _mask(samples: int, tokens: int) -> torch.Tensor:
-    """Texts of unequal lengths, the first of them full."""
+    """Make a mask of texts of unequal lengths, the first of them full."""
     return torch.arange(tokens) < tokens - torch.arange(samples)[:, None] % max(1, tokens // 2)
 
 
 def shapes_of(lesson: Lesson) -> list[torch.Size]:
-    """Of all that it shows."""
+    """List the shapes of all tensors in a lesson."""
     return [value.shape for said in (lesson.student, *lesson.teachers) for value in tensors(said)]
 
 
-def on_random_numbers(lesson: Lesson, info: DataInfo) -> Lesson:
-    """The lesson with normally distributed numbers in the place of what networks without weights
-    said.
+def on_random_numbers(task: Task, lesson: Lesson, info: DataInfo) -> Lesson:
+    """Replace the lesson's answers, which come from networks without weights, by normally
+    distributed numbers.
     """
 
     def like(outputs: Outputs) -> Outputs:
         drawn = outputs.map(lambda value: torch.randn(value.shape))
-        # of texts some are shorter, so that a loss shows whether it minds
+        # some texts are shorter, to test whether a loss handles padding
         return (
             drawn.masked(_mask(len(tensors(drawn)[0]), shape[0]))
             if is_text(shape) and tensors(drawn)
@@ -62,8 +66,9 @@ def on_random_numbers(lesson: Lesson, info: DataInfo) -> Lesson:
     if lesson.batch is not None:
         index = torch.arange(len(lesson.batch.index))
         changed = replace(
-            changed, batch=Batch(random_inputs(shape, len(index)), labels_of(index, info), index)
+            changed,
+            batch=Batch(random_inputs(shape, len(index)), labels_of(task, index, info), index),
         )
     if lesson.supervised is not None:
-        changed = replace(changed, supervised=on_random_numbers(lesson.supervised, info))
+        changed = replace(changed, supervised=on_random_numbers(task, lesson.supervised, info))
     return changed

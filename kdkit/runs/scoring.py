@@ -1,37 +1,38 @@
-"""How good a stage's models are, and which of them are kept."""
+"""Measures how good a stage's models are, and decides which of them to keep."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
 from safetensors.torch import save
 
-from kdkit.contracts.ensembles import combined
 from kdkit.contracts.schedule import Model
-from kdkit.engine.evaluate import Predictions, metrics, predicting
+from kdkit.engine.evaluate import measuring
 from kdkit.engine.trainer import Trainer
 from kdkit.engine.turns import Turns
 from kdkit.models.tapped import TappedModel
 from kdkit.runs.best_epochs import BestEpochs
-from kdkit.runs.context import Setting
+from kdkit.runs.context import RunContext
 
 Scores = dict[str, dict[str, float]]  # part of the data -> metrics
 
 
 class Standing:
-    """Where a stage's students stand.
+    """The scores of a stage's students, and their best epochs.
 
     Attributes:
-        scores: of each student, when last measured; of all processes' where they train apart.
-        ensemble: of all together.
-        best_epochs: whose mean each student is to be in the end, where the recipe says so.
-        last: scores after the last epoch, where those above are of the mean.
+        scores: of each student at the last measurement; of all processes' students if they train
+            apart.
+        ensemble: of the ensemble of all models.
+        best_epochs: the epochs whose weights are averaged at the end, if the recipe says so.
+        last: scores after the last epoch, if `scores` are those of the mean.
     """
 
-    def __init__(self, setting: Setting, number: int, trainer: Trainer) -> None:
+    def __init__(self, setting: RunContext, number: int, trainer: Trainer) -> None:
         self.setting, self.trainer = setting, trainer
         self.scores: list[Scores] = []
         self.ensemble: Scores = {}
@@ -52,75 +53,75 @@ class Standing:
 
     @property
     def own_scores(self) -> list[Scores]:
-        """Those of this process's students."""
+        """Return the scores of this process's students."""
         return [self.scores[number] for number in self._own]
 
     @property
     def _own(self) -> range:
-        """The numbers of this process's students among all."""
+        """Return the numbers of this process's students among all."""
         count = len(self.trainer.stage.students)
-        begin = self.setting.accelerator.process_index * count if self.trainer.apart else 0
+        begin = self.trainer.processes.group * count
         return range(begin, begin + count)
 
     def deployed(self) -> list[Model]:
-        """The students as they are measured and exported."""
+        """Return the networks that are measured and exported in the students' places."""
         pairs = zip(self.trainer.stage.students, self.trainer.deployed(), strict=True)
         return [cast("TappedModel", student).twin(module) for student, module in pairs]
 
     def measure(self, epoch: int) -> Turns[None]:
-        """Measure each student, and, where there are several models, their ensemble (the mean of
-        their probabilities).
+        """Measure each student and, if there are several models, their ensemble.
 
-        Processes that train apart measure their own students on the whole data, and tell each
-        other. Runs that are trained side by side meet by the number of the epoch.
+        Processes that train apart measure their own students on the whole data, and exchange the
+        scores. Runs that are trained side by side meet by the number of the epoch.
         """
-        setting, apart = self.setting, self.trainer.apart
-        world = 1 if apart else setting.accelerator.num_processes
-        models = [*self.deployed(), *(() if apart else self.trainer.stage.company)]
-        self.scores = [
-            {}
-            for _ in range(
-                len(self.trainer.stage.students)
-                * (setting.accelerator.num_processes if apart else 1)
-            )
-        ]
+        setting, processes, stage = self.setting, self.trainer.processes, self.trainer.stage
+        models = [*self.deployed(), *(stage.company if processes.groups == 1 else ())]
+        self.scores = [{} for _ in range(len(stage.students) * processes.groups)]
         self.ensemble = {}
         for number, (part, batches) in enumerate(
             (("test", setting.data.test), ("validation", setting.data.validation)), -2
         ):
             if batches is None:
                 continue
-            teacher = setting.teacher if part == "test" else None
-            place = (epoch, number)
-            found = yield from predicting(
-                models, batches.whole() if apart else batches, world=world, place=place
+            taught = setting.teacher if part == "test" else None
+            found, together = yield from measuring(
+                models,
+                processes.measured(batches),
+                setting.judge,
+                taught,
+                world=processes.measure_together,
+                place=(epoch, number),
+                everyones=processes.everyones_answers,
             )
-            found = gather_object(found) if apart else found
-            # the company has no scores of its own
-            for scores, one in zip(self.scores, found, strict=False):
-                scores[part] = metrics(one, teacher)
-                for name in (
-                    name for name, value in scores[part].items() if not math.isfinite(value)
-                ):
-                    setting.reporter.warn(
-                        f"{name} of the student on {part} data is not finite; the files have null"
-                        " for it"
-                    )
-            if len(found) > 1:
-                self.ensemble[part] = metrics(
-                    Predictions(combined([one.logits for one in found]), found[0].labels), teacher
-                )
+            everyones = processes.everyones(found)
+            # company models have no scores of their own
+            for scores, values in zip(self.scores, everyones, strict=False):
+                scores[part] = values
+                self._warn_of_non_finite(values, part)
+            if together:
+                self.ensemble[part] = together
+
+    def _warn_of_non_finite(self, values: Mapping[str, float], part: str) -> None:
+        for name in (name for name, value in values.items() if not math.isfinite(value)):
+            self.setting.reporter.warn(
+                f"{name} of the student on {part} data is not finite; the files have null for it"
+            )
 
     @property
     def chosen(self) -> int:
-        """Which student the stage leaves, by its number."""
+        """Number of the student that the stage leaves."""
         if self.trainer.stage.result == "first":
             return 0
-        return max(range(len(self.scores)), key=lambda i: self.scores[i]["validation"]["top1"])
+        return max(range(len(self.scores)), key=lambda i: self._rank(self.scores[i]))
+
+    def _rank(self, scores: Scores) -> float:
+        """Return the deciding score on validation data, with the sign that makes larger better."""
+        deciding = self.setting.judge.deciding
+        return deciding.rank(scores["validation"][deciding.name])
 
     def keep_best(self) -> None:
-        """Remember the epoch (and, where the stage leaves the best student, which one it is)
-        that is best on validation, never on test.
+        """Store the epoch (and, if the stage leaves the best student, that student's number) that
+        is best on validation, never on test.
         """
         setting, stage = self.setting, self.trainer.stage.name
         if "validation" not in self.scores[0]:
@@ -128,7 +129,7 @@ class Standing:
         scores, student = self.scores[self.chosen], self.trainer.stage.students[self.chosen]
         # an earlier stage trained something else
         known = setting.best if setting.best and setting.best["stage"] == stage else None
-        if known is None or scores["validation"]["top1"] > known["validation"]["top1"]:
+        if known is None or self._rank(scores) > self._rank(known):
             setting.best = {"stage": stage, "epoch": self.trainer.epoch, **scores}
             if (network := setting.factory.network(student)) is not None:
                 setting.best["network"] = network
@@ -136,29 +137,28 @@ class Standing:
                 setting.folder.keep(setting.folder.best_file, weights(self.deployed()[self.chosen]))
 
     def keep_best_epochs(self) -> None:
-        """Keep the weights that may become a part of the mean."""
+        """Store weights that may become a part of the mean."""
         if self.best_epochs is None:
             return
         epoch = self.trainer.epoch
         wanted = [
-            self.best_epochs.offer(i, epoch, scores["validation"]["top1"])
+            self.best_epochs.offer(i, epoch, self._rank(scores))
             for i, scores in enumerate(self.scores)
         ]
-        writes = self.setting.is_main or self.trainer.apart
         written: dict[str, str] = {}
         for number, model in zip(self._own, self.deployed(), strict=True):
-            if wanted[number] and writes:
+            if wanted[number] and self.trainer.processes.writes:
                 written |= self.best_epochs.write(number, epoch, weights(model))
-        for one in gather_object([written]):  # each process reads all files in the end
+        for one in gather_object([written]):  # each process reads all files at the end
             self.best_epochs.digests |= one
 
     def average(self) -> Turns[None]:
-        """Put the mean of its best epochs' weights into each student, and measure them again;
-        for the last stage, when it is trained.
+        """Load the mean of its best epochs' weights into each student, and measure them again; only
+        at the end of the last stage.
         """
         if self.best_epochs is None:
             return
-        self.setting.accelerator.wait_for_everyone()  # until the files are there
+        self.setting.accelerator.wait_for_everyone()  # until all files are written
         if self.setting.is_main:
             self.best_epochs.tidy(for_good=True)
         for number, network in zip(self._own, self.trainer.deployed(), strict=True):
@@ -180,9 +180,9 @@ class Standing:
 
 
 def weights(model: Model, metadata: dict[str, str] | None = None) -> bytes:
-    """A network's weights as safetensors."""
+    """Serialise a network's weights as safetensors."""
     state = model.module.state_dict()
-    # tied ones apart
+    # clone tensors that share memory: safetensors refuses them
     plain = {
         name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, value in state.items()

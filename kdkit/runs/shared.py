@@ -1,5 +1,5 @@
-"""What a run may share with runs beside it: batches, frozen teachers and their answers. A run by
-itself shares nothing.
+"""Resources that a run may share with runs trained side by side: batches, frozen teachers and their
+answers. A single run shares nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 
 from kdkit.cache import opening
 from kdkit.data.loaders import Data, TrainLoader
-from kdkit.engine.evaluate import Predictions, predict_together
+from kdkit.engine.evaluate import Judge, TaughtAnswers, taught_answers
 from kdkit.models.tapped import TappedModel
 from kdkit.recipe import Recipe
 
@@ -19,7 +19,9 @@ BuildTeacher = Callable[[Sequence[str], bool], TappedModel]
 
 
 class Demand(NamedTuple):
-    """What a run reads of one of its teachers; teachers of one key answer every batch alike."""
+    """The outputs that a run reads of one of its teachers; teachers with equal keys give equal
+    answers to every batch.
+    """
 
     key: str
     layers: Sequence[str]
@@ -27,18 +29,20 @@ class Demand(NamedTuple):
 
 
 class Shared(Protocol):
-    """Where a run gets its data and its frozen teachers."""
+    """Provides a run's data and its frozen teachers."""
 
     def opened(self, read: Callable[[], Data]) -> Data:
-        """The data; `read` opens them for a run by itself."""
+        """Return the data; `read` opens them for a single run."""
 
     def changed(
         self, key: str, train: TrainLoader, change: Callable[[TrainLoader], TrainLoader]
     ) -> TrainLoader:
-        """The training batches, changed in a way that the key names (mixed, fewer views)."""
+        """Return the training batches with a change that the key identifies (mixed, fewer
+        views).
+        """
 
     def expect(self, demands: Iterable[Demand]) -> None:
-        """Take note of what a run reads of its teachers, before any of them is built."""
+        """Register what a run reads of its teachers, before any of them is built."""
 
     def teacher(
         self,
@@ -49,14 +53,14 @@ class Shared(Protocol):
         needs_logits: bool,
         build: BuildTeacher,
     ) -> TappedModel:
-        """A run's view of a frozen teacher.
+        """Return a run's view of a frozen teacher.
 
         Args:
-            key: gives the key that the teacher was expected under.
-            state: which weights, where there are several.
+            key: returns the key under which the teacher was registered.
+            state: selects the weights if there are several.
             layers: taps of this run.
             needs_logits: of this run.
-            build: makes the teacher.
+            build: builds the teacher.
         """
 
     def answering(
@@ -66,16 +70,16 @@ class Shared(Protocol):
         data: Data,
         warn: Callable[[str], None],
     ) -> contextlib.AbstractContextManager[Data]:
-        """Open the caches of a run's teachers; gives the data in the views that they keep."""
+        """Open the caches of a run's teachers; return the data with the views that they store."""
 
-    def predictions(
-        self, teachers: Sequence[TappedModel], data: Data, *, world: int
-    ) -> Predictions | None:
-        """The teachers' combined answer to the test data."""
+    def taught_answers(
+        self, teachers: Sequence[TappedModel], data: Data, judge: Judge, *, world: int
+    ) -> TaughtAnswers | None:
+        """Return the teachers' combined answer to the test data."""
 
 
 class Alone:
-    """Shares nothing."""
+    """Shares nothing: for a single run."""
 
     def opened(self, read: Callable[[], Data]) -> Data:
         return read()
@@ -108,7 +112,7 @@ class Alone:
     ) -> contextlib.AbstractContextManager[Data]:
         return opening.answering(recipe, teachers, data, warn)
 
-    def predictions(
-        self, teachers: Sequence[TappedModel], data: Data, *, world: int
-    ) -> Predictions | None:
-        return predict_together(teachers, data.test, world=world)
+    def taught_answers(
+        self, teachers: Sequence[TappedModel], data: Data, judge: Judge, *, world: int
+    ) -> TaughtAnswers | None:
+        return taught_answers(teachers, data.test, judge, world=world)

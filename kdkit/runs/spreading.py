@@ -24,36 +24,36 @@ from kdkit.launching import of_launch
 T = TypeVar("T")
 
 LONGEST = timedelta(days=365)
-BETWEEN_LOOKS = timedelta(seconds=2)  # for a process that has ended, where no launcher watches
+# interval of checks for a dead process, as no launcher may watch
+BETWEEN_LOOKS = timedelta(seconds=2)
 GONE = "another process of this launch has ended, so this one ends too; the same command goes on"
 OF_A_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def part() -> None:
-    """Leave the process group: from here on, torch and Accelerate take this process for the only
-    one.
-    """
+    """Leave the process group: from here on, torch and Accelerate see a single process."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    # Accelerate caches the group and its environment for the whole process
     PartialState._reset_state()
     for name in OF_A_LAUNCH:
         os.environ.pop(name, None)
 
 
 def launch_store() -> Any:
-    """What all processes of this launch can write to and read from."""
+    """Return the store that all processes of this launch can write to and read from."""
     store, *_ = next(rendezvous("env://", timeout=LONGEST))
     return store
 
 
 class Crew:
-    """This process among those that the launcher has started, each of which works alone.
+    """This process among those that the launcher has started, each of which works on its own runs.
 
     Args:
         rank: its number.
-        world: how many there are.
-        store: through which they tell each other.
-        name: of what they tell there; other crews may use the store too.
+        world: the number of processes.
+        store: the store through which they exchange messages.
+        name: prefix of their keys; other crews may use the store too.
     """
 
     def __init__(self, rank: int, world: int, store: Any, name: str = "crew") -> None:
@@ -69,23 +69,24 @@ class Crew:
 
     @classmethod
     def of_launch(cls) -> Crew | None:
-        """What the launcher's environment says, which is forgotten then; None for a process that
-        was started alone.
+        """Read the launcher's environment and clear it; None for a process that was started
+        alone.
         """
         if int(os.environ.get("WORLD_SIZE", 1)) < 2:
             return None
         store, (rank, world) = launch_store(), of_launch()
+        # select the device before the launcher's variables are removed
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
         part()
         return cls(rank, world, store)
 
     def share(self, work: Sequence[T]) -> list[T]:
-        """This process's part."""
+        """Return this process's part."""
         return list(work[self.rank :: self.world])
 
     def in_turn(self, do: Callable[[], T]) -> T:
-        """Do something in one process after the other, in the order of their ranks."""
+        """Run something in one process after the other, in the order of their ranks."""
         time = next(self._times)
         if self.rank:
             with _others_there():
@@ -96,8 +97,8 @@ class Crew:
             self._store.set(f"{time} over {self.rank}", "")
 
     def gather(self, mine: Any) -> list[Any]:
-        """What all processes have to tell, by rank, in plain values. The first, which keeps the
-        store, stays until all have read it.
+        """Gather every process's message, by rank, in plain values. The first process, which hosts
+        the store, waits until all have read it.
         """
         time, everyone = next(self._times), range(self.world)
         with _others_there():
@@ -110,11 +111,11 @@ class Crew:
         return found
 
     def _wait(self, key: str, rank: int) -> Any:
-        """What process `rank` writes under `key` and its number; ends if that process has ended
-        without, as far as this machine knows.
+        """Wait for the value that process `rank` writes under `key` and its number; fail if that
+        process has ended without writing, as far as this machine can tell.
         """
         while True:
-            ended = self._has_ended(rank)  # before the last look: it may write and then end
+            ended = self._has_ended(rank)  # checked before the last read: it may write and then end
             try:
                 self._store.wait([f"{key}{rank}"], BETWEEN_LOOKS)
             except torch.distributed.DistStoreError:
@@ -125,10 +126,10 @@ class Crew:
 
     def _has_ended(self, rank: int) -> bool:
         if not self._store.check([f"{self._process}{rank}"]):
-            return False  # it is not there yet
+            return False  # the key is not there yet
         machine, pid, born = json.loads(self._store.get(f"{self._process}{rank}"))
         if machine != _machine():
-            return False  # its process ids mean nothing here
+            return False  # process ids of another machine mean nothing here
         try:
             process = psutil.Process(pid)
             return bool(process.create_time() != born or process.status() == psutil.STATUS_ZOMBIE)
@@ -137,7 +138,9 @@ class Crew:
 
 
 def _machine() -> list[Any]:
-    """Equal for processes that know each other by process id: one boot, and one container."""
+    """Return a value that is equal for processes that can see each other's process ids: one boot,
+    and one container.
+    """
     namespace = Path("/proc/self/ns/pid")
     container = os.readlink(namespace) if namespace.is_symlink() else ""
     return [socket.gethostname(), psutil.boot_time(), container]
@@ -145,7 +148,7 @@ def _machine() -> list[Any]:
 
 @contextlib.contextmanager
 def _others_there() -> Iterator[None]:
-    """Say in one line what torch tells when the process that keeps the store is gone."""
+    """Turn torch's error about a store whose host process is gone into one line."""
     try:
         yield
     except torch.distributed.DistError:

@@ -1,4 +1,4 @@
-"""Trains one stage into a run folder: logs, measurements, checkpoints, and going on after a
+"""Trains one stage into a run folder: logs, measurements, checkpoints, and resuming after a
 stop.
 """
 
@@ -6,33 +6,40 @@ from __future__ import annotations
 
 import itertools
 import signal
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import gather_object
 
+from kdkit.engine.loop import train_stage
 from kdkit.engine.meter import Meter
+from kdkit.engine.objective import Value
 from kdkit.engine.trainer import Trainer
 from kdkit.engine.turns import Place, Turns
 from kdkit.errors import Interrupted, RunError
-from kdkit.runs.context import Setting
+from kdkit.runs import stage_log
+from kdkit.runs.context import RunContext
 from kdkit.runs.scoring import Standing
 
+# processes exchange whether a signal came only this often: each exchange synchronises them
 STEPS_BETWEEN_QUESTIONS = 10
 
 
 class StageRun:
-    """One stage's way through a run."""
+    """The execution of one stage of a run."""
 
-    def __init__(self, setting: Setting, number: int, trainer: Trainer) -> None:
+    def __init__(self, setting: RunContext, number: int, trainer: Trainer) -> None:
         self.setting, self.trainer = setting, trainer
         self.kind = f"stage{number}"
         self.meter = Meter()
         self.standing = Standing(setting, number, trainer)
         self._clock, self._clock_step = setting.clock.wall, 0
+        self._means: dict[str, float] = {}  # of the losses in the last epoch
+        self._epoch_speed = 0.0
 
     def carry_out(self) -> Turns[None]:
-        """Train to the end of the stage from where it was, giving way before each step and each
+        """Train the stage from its current place to its end, yielding before each step and each
         batch that is measured.
 
         Raises:
@@ -48,73 +55,39 @@ class StageRun:
         with setting.reporter.training(
             trainer.stage.name, trainer.epochs * trainer.steps_per_epoch, trainer.steps
         ):
-            while not self._finished:
-                yield from self._train_epoch()
-                yield from self._close_epoch()
-                if self._finished and trainer.epoch < trainer.epochs:
-                    best = (
-                        f"validation top-1 was best in epoch {setting.best['epoch']}"
-                        if setting.best
-                        else ""
-                    )
-                    setting.reporter.say(
-                        f"stage '{trainer.stage.name}' ends after epoch {trainer.epoch}: {best}"
-                        " (train.patience)"
-                    )
-                self.standing.keep_snapshot()
-                if self._finished or trainer.epoch % setting.recipe.spec.run.checkpoint_epochs == 0:
-                    self._save()
+            yield from train_stage(trainer, self)
         trainer.close()
 
-    def _train_epoch(self) -> Turns[None]:
-        setting = self.setting
-        trainer = self.trainer
-        run = self.setting.recipe.spec.run
-        self._clock, self._clock_step = setting.clock.wall, trainer.step
-        yield self._place
-        for values in trainer.train_epoch():
-            self.meter.add(trainer.steps, values, len(trainer.learner.objectives))
-            logging = trainer.steps % run.log_steps == 0
-            saving = bool(run.checkpoint_steps) and trainer.steps % (run.checkpoint_steps or 1) == 0
-            stopping = self._must_stop()
-            if (
-                logging
-                or saving
-                or stopping
-                or (setting.reporter.due() and setting.accelerator.num_processes == 1)
-            ):
-                terms = self._read(together=logging)
-                setting.reporter.step(
-                    trainer.steps,
-                    f"epoch {trainer.epoch + 1}/{trainer.epochs}",
-                    terms,
-                    self.lr,
-                    self._speed(),
-                )
-                if logging and setting.is_main:
-                    stage = trainer.stage.name
-                    setting.folder.log(
-                        kind="step",
-                        stage=stage,
-                        epoch=trainer.epoch,
-                        step=trainer.steps,
-                        lr=self.lr,
-                        terms=terms,
-                    )
-                    setting.accelerator.log(
-                        {f"{stage}/{name}": value for name, value in terms.items()},
-                        step=trainer.steps,
-                    )
-            if saving or stopping:
-                self._save()
-            if stopping:
-                self._leave()
-            yield self._place
-        self._read()
+    def begin_epoch(self) -> None:
+        """Record the start time, for the speed of the epoch."""
+        self._clock, self._clock_step = self.setting.clock.wall, self.trainer.step
+
+    def after_step(self, values: Sequence[Value]) -> None:
+        """Log and save if due, and stop if a signal requests it.
+
+        Raises:
+            RunError: a loss is not finite.
+            Interrupted: a signal stopped it, after saving.
+        """
+        setting, trainer = self.setting, self.trainer
+        run = setting.recipe.spec.run
+        self.meter.add(trainer.steps, values, len(trainer.learner.objectives))
+        logging = trainer.steps % run.log_steps == 0
+        saving = run.checkpoint_steps is not None and trainer.steps % run.checkpoint_steps == 0
+        stopping = self._must_stop()
+        # reading is collective with several processes, so it must not depend on one's clock
+        showing = setting.reporter.due() and setting.accelerator.num_processes == 1
+        if logging or saving or stopping or showing:
+            terms = self._read(together=logging)
+            stage_log.tell_step(setting, trainer, terms, self._speed(), log=logging)
+        if saving or stopping:
+            self._save()
+        if stopping:
+            self._leave()
 
     @property
-    def _finished(self) -> bool:
-        """Whether no epoch is left, or validation has not been better for long enough."""
+    def finished(self) -> bool:
+        """True if no epoch is left, or if validation has not improved for long enough."""
         trainer = self.trainer
         best = self.setting.best
         patience = self.setting.recipe.spec.train.patience
@@ -128,70 +101,65 @@ class StageRun:
 
     @property
     def _measures(self) -> bool:
-        """Whether the epoch that has just ended is one to measure after."""
+        """True if the epoch that has just ended is one to measure after."""
         trainer, setting = self.trainer, self.setting
         if self.standing.best_epochs or (
             trainer.updaters[0].schedule.by_epoch and setting.data.validation is not None
         ):
-            return True  # the weights that are left, or the learning rate, depend on it
+            return True  # the resulting weights, or the learning rate, depend on the score
         return (
             trainer.epoch % setting.recipe.spec.train.evaluate_every == 0
             or trainer.epoch == trainer.epochs
         )
 
     @property
-    def _place(self) -> Place:
+    def place(self) -> Place:
         """The batch that the next step begins with."""
         return self.trainer.epoch, 0, self.trainer.step * self.trainer.spec.accumulate
 
-    def _close_epoch(self) -> Turns[None]:
-        """Measure, warn, log, and begin to count anew."""
-        setting = self.setting
-        trainer = self.trainer
-        standing = self.standing
-        means, speed = self._over_processes(self.meter.means()), self._speed(whole_epoch=True)
-        for name in (name for name in self.meter.silent() if means[name] == 0):
+    def measure(self) -> Turns[None]:
+        """Score the students if due, and keep the best ones so far."""
+        self._read()
+        self._means = self._over_processes(self.meter.means())
+        self._epoch_speed = self._speed(whole_epoch=True)
+        trainer, standing = self.trainer, self.standing
+        for name in (name for name in self.meter.silent() if self._means[name] == 0):
             place = f"epoch {trainer.epoch} of stage '{trainer.stage.name}'"
-            setting.reporter.warn(
+            self.setting.reporter.warn(
                 f"{name} was exactly 0 in all of {place}: nothing is learnt from it"
             )
-        if measured := self._measures:
+        if self._measures:
             trainer.synchronise()
             yield from standing.measure(trainer.epoch)
             standing.keep_best()
             standing.keep_best_epochs()
-        validation = standing.scores[0].get("validation") if measured else None
-        for updater, scores in itertools.zip_longest(
-            trainer.updaters, standing.own_scores if validation else []
-        ):
-            updater.schedule.after_epoch(
-                trainer.epoch, scores["validation"]["top1"] if scores else means["loss"]
-            )
-        spent, done = setting.clock.wall, trainer.epoch / trainer.epochs
-        test = standing.scores[0]["test"] if measured else {}
-        label = f"{trainer.stage.name} epoch {trainer.epoch}/{trainer.epochs}"
-        setting.reporter.epoch(label, means, self.lr, speed, test, spent / done - spent)
-        if setting.is_main:
-            setting.folder.log(
-                kind="epoch",
-                stage=trainer.stage.name,
-                epoch=trainer.epoch,
-                step=trainer.steps,
-                seconds=round(spent, 3),
-                lr=self.lr,
-                images_per_second=round(speed, 1),
-                train=means,
-                **(standing.line() if measured else {}),
-            )
-            setting.accelerator.log(
-                {f"test/{name}": value for name, value in test.items()}, step=trainer.steps
-            )
-        self.meter = Meter()
 
-    @property
-    def lr(self) -> float:
-        """Learning rate of the last step."""
-        return self.trainer.updaters[0].lr
+    def end_epoch(self) -> None:
+        """Set the learning rate from the measured scores, log, save."""
+        trainer, spec = self.trainer, self.setting.recipe.spec
+        self._set_rate()
+        standing = self.standing if self._measures else None
+        stage_log.tell_epoch(self.setting, trainer, self._means, self._epoch_speed, standing)
+        self.meter = Meter()
+        if self.finished and trainer.epoch < trainer.epochs:
+            best = self.setting.best or {}
+            self.setting.reporter.say(
+                f"stage '{trainer.stage.name}' ends after epoch {trainer.epoch}: validation"
+                f" {self.setting.judge.deciding.title} was best in epoch {best.get('epoch')}"
+                " (train.patience)"
+            )
+        self.standing.keep_snapshot()
+        if self.finished or trainer.epoch % spec.run.checkpoint_epochs == 0:
+            self._save()
+
+    def _set_rate(self) -> None:
+        """Pass the validation score, or the training loss, to the learning-rate schedules."""
+        name = self.setting.judge.deciding.name
+        is_validated = self._measures and "validation" in self.standing.scores[0]
+        scores = self.standing.own_scores if is_validated else []
+        for updater, each in itertools.zip_longest(self.trainer.updaters, scores):
+            value = each["validation"][name] if each else self._means["loss"]
+            updater.schedule.after_epoch(self.trainer.epoch, value)
 
     def _speed(self, *, whole_epoch: bool = False) -> float:
         """Training images per second in this epoch so far, over all processes."""
@@ -202,12 +170,12 @@ class StageRun:
         return images / max(self.setting.clock.wall - self._clock, 1e-9)
 
     def _read(self, *, together: bool = False) -> dict[str, float]:
-        """The last step's terms: this process's, or `together` the mean over all. Any process's
-        error is raised in all.
+        """Return the last step's terms: this process's, or `together` the mean over all. Any
+        process's error is raised in all.
         """
         terms, told = {}, ""
         try:
-            # first, as losses of such answers may be finite, and else say less
+            # first: losses of such answers may be finite, and their own error would say less
             self.setting.factory.verify_finite()
             terms = self.meter.read()
         except RunError as error:
@@ -248,7 +216,7 @@ class StageRun:
         if setting.is_main:
             for lost in setting.folder.forget(trainer.stage.name, trainer.epoch, trainer.steps):
                 setting.reporter.warn(lost)
-        if saved is not None and not self._finished:
+        if saved is not None and not self.finished:
             setting.reporter.say(
                 f"going on with stage '{trainer.stage.name}' at epoch {trainer.epoch + 1}, step"
                 f" {trainer.step}"
@@ -271,6 +239,7 @@ class StageRun:
             setting.reporter.warnings[:] = dict.fromkeys(
                 [*saved["warnings"], *setting.reporter.warnings]
             )
+        # a checkpoint of other code: missing keys, other lengths, other shapes
         except (KeyError, ValueError, RuntimeError) as error:
             raise RunError(
                 f"{setting.folder.path}: the checkpoint of stage '{self.trainer.stage.name}' was"
@@ -279,27 +248,23 @@ class StageRun:
             ) from None
 
     def _own_part(self, learnt: dict[str, Any]) -> dict[str, Any]:
-        """What this process saved, where each trains students of its own."""
-        accelerator, saved = self.setting.accelerator, learnt.get("processes", [learnt])
-        now = accelerator.num_processes if self.trainer.apart else 1
-        if len(saved) != now:
+        """Return this process's own state, if each process trains students of its own."""
+        try:
+            return self.trainer.processes.own_part(learnt)
+        except RunError as error:
             raise RunError(
-                f"{self.setting.folder.path}: stage '{self.trainer.stage.name}' was begun by"
-                f" {len(saved)} process(es), each with students of its own, and goes on with as"
-                f" many, not with {accelerator.num_processes}; `--restart` begins anew"
-            )
-        return cast("dict[str, Any]", saved[accelerator.process_index if self.trainer.apart else 0])
+                f"{self.setting.folder.path}: stage '{self.trainer.stage.name}' {error};"
+                " `--restart` begins anew"
+            ) from None
 
     def _save(self) -> None:
         setting = self.setting
         meter = self.meter.state_dict()
         meter["sums"] = self._over_processes(meter["sums"])
-        # before, so that nothing learnt from a changed teacher is ever gone on with
+        # before saving, so that no run resumes from what a changed teacher taught
         setting.factory.verify_frozen()
         self._refuse_non_finite()
-        learnt = self.trainer.state_dict()
-        if self.trainer.apart:
-            learnt = {"processes": gather_object([send_to_device(learnt, "cpu")])}
+        learnt = self.trainer.processes.saved(self.trainer.state_dict())
         kept = self.standing.best_epochs
         if setting.is_main:
             state = {
@@ -317,10 +282,10 @@ class StageRun:
                 "best_epoch_files": kept.digests if kept else {},
             }
             setting.folder.checkpoints.save(
-                self.kind, self.trainer.steps, state, keep=1 if self._finished else 2
+                self.kind, self.trainer.steps, state, keep=1 if self.finished else 2
             )
             if kept:
-                kept.tidy(for_good=self._finished)
+                kept.tidy(for_good=self.finished)
 
     def _refuse_non_finite(self) -> None:
         told: list[str | None] = [None]
@@ -328,13 +293,14 @@ class StageRun:
             self.trainer.refuse_non_finite()
         except RunError as error:
             told = [str(error)]
-        # or one would leave while the others wait for it
-        everyones = gather_object(told) if self.trainer.apart else told
-        for says in filter(None, everyones):
+        # otherwise one process would stop while the others wait for it
+        for says in filter(None, self.trainer.processes.everyones(told)):
             raise self._lost(RunError(says))
 
     def _must_stop(self) -> bool:
-        """Whether a signal came; several processes ask each other, every few steps."""
+        """Check whether a signal was received; several processes synchronise this every few
+        steps.
+        """
         here, accelerator = self.setting.stop.signal is not None, self.setting.accelerator
         if accelerator.num_processes == 1:
             return here
@@ -348,7 +314,8 @@ class StageRun:
         setting, trainer = self.setting, self.trainer
         # a launcher ends all processes once the first has ended: not while one still saves
         setting.accelerator.wait_for_everyone()
-        received = setting.stop.signal or signal.SIGTERM  # another process may have got it
+        # another process may have received the signal
+        received = setting.stop.signal or signal.SIGTERM
         place = f"epoch {trainer.epoch + 1} of stage '{trainer.stage.name}'"
         says = (
             f"stopped by {received.name} in {place}, saved in {setting.folder.path}; the same"

@@ -1,4 +1,4 @@
-"""What a step of a stage costs, counted by running it."""
+"""The cost of a training step, counted by running it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdkit.contracts.records import Batch
-from kdkit.contracts.schedule import Stage
+from kdkit.contracts.schedule import Moment, Stage
 from kdkit.models.tapped import TappedModel
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """Per image of a batch, as multiples of one whole pass through the model that runs.
+    """Cost per image of a batch, as multiples of one complete forward pass of the model.
 
     Attributes:
         forwards, backwards: of students, all together.
@@ -39,16 +39,22 @@ class StepCost:
 
 
 def step_cost(
-    stage: Stage, models: Iterable[TappedModel], batch: Callable[[int], Batch], images: int
+    stage: Stage,
+    models: Iterable[TappedModel],
+    batch: Callable[[int], Batch],
+    images: int,
+    moment: Moment,
 ) -> StepCost:
     """Count a step's passes by the floating-point operations that they take.
 
     Args:
-        stage: whose step; what its `parts` remember is left as it was.
-        models: all that may run beside the stage's students.
-        batch: makes one of so many images, on the models' device.
-        images: how many. The step is run with these and with twice as many, so that what it does
-            once a batch does not count.
+        stage: the stage whose step is counted; the state of its `parts` is restored.
+        models: all models that may run in addition to the stage's students.
+        batch: makes a batch of a given number of images, on the models' device.
+        images: the number of images. The step is run with these and with twice as many, so that
+            what it does once a batch does not count.
+        moment: progress of the stage. Some schedules do not use their teachers at the start of a
+            stage.
     """
     students = {id(student.module) for student in stage.students}
     others = [model for model in (*models, *stage.buffers) if isinstance(model, TappedModel)]
@@ -58,7 +64,7 @@ def step_cost(
         if isinstance(model, TappedModel)
     }
     few, many = (
-        _passes(stage, [model.module for model in known.values()], batch(count))
+        _passes(stage, [model.module for model in known.values()], batch(count), moment)
         for count in (images, 2 * images)
     )
     forwards = backwards = teachers = 0.0
@@ -74,10 +80,13 @@ def step_cost(
     return StepCost(forwards, backwards, teachers)
 
 
-def _passes(stage: Stage, networks: Iterable[nn.Module], batch: Batch) -> Counter[tuple[int, bool]]:
-    """Operations in each network's forwards, apart by whether a backward follows."""
+def _passes(
+    stage: Stage, networks: Iterable[nn.Module], batch: Batch, moment: Moment
+) -> Counter[tuple[int, bool]]:
+    """Count the operations in each network's forwards, separately by whether a backward follows."""
     spent: Counter[tuple[int, bool]] = Counter()
     began: dict[int, int] = {}
+    # the counted step may update the schedule's own buffers
     remembered = copy.deepcopy(stage.parts.state_dict()) if stage.parts is not None else {}
     with torch.enable_grad(), FlopCounterMode(display=False) as counter:
 
@@ -91,10 +100,10 @@ def _passes(stage: Stage, networks: Iterable[nn.Module], batch: Batch) -> Counte
             spent[id(part), learns] += counter.get_total_flops() - began[id(part)]
 
         handles = [network.register_forward_pre_hook(starts) for network in networks]
-        # a teacher may stop on its way
+        # a teacher may stop after its deepest tap
         handles += [network.register_forward_hook(ends, always_call=True) for network in networks]
         try:
-            stage.step(batch)
+            stage.step(batch, moment)
         finally:
             for handle in handles:
                 handle.remove()
@@ -108,7 +117,7 @@ def _values(output: object) -> Iterable[object]:
 
 
 def _whole(model: TappedModel, batch: Batch) -> float:
-    """Operations of one whole forward with a batch."""
+    """Count the operations of one complete forward with a batch."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.twin()(batch.inputs)
     return max(1.0, float(counter.get_total_flops()))

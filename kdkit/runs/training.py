@@ -1,4 +1,4 @@
-"""Carries out a recipe: its teacher, its stages in order, its result."""
+"""Runs a recipe: its teacher, its stages in order, its result."""
 
 from __future__ import annotations
 
@@ -16,29 +16,31 @@ from accelerate import Accelerator
 from kdkit.contracts.dataset_source import DataInfo
 from kdkit.data import loaders
 from kdkit.data.mixing import MixedLoader
-from kdkit.engine.evaluate import metrics
+from kdkit.data.mixing import options_of as mixing_options
+from kdkit.engine.evaluate import Judge
 from kdkit.engine.setup import Carried, build_trainer
 from kdkit.engine.trainer import build_accelerator
 from kdkit.engine.turns import BEGINNING, Stopwatch, Turns, finish
 from kdkit.errors import BusyError, DataError, RunError
 from kdkit.launching import is_first, of_launch
-from kdkit.models.given_answers import looks_like
 from kdkit.models.tapped import TappedModel
 from kdkit.randomness import reseed
 from kdkit.recipe import Recipe, teacher_recipes
 from kdkit.runs import checks
 from kdkit.runs.agreement import agreed
-from kdkit.runs.context import Setting
+from kdkit.runs.context import RunContext
 from kdkit.runs.deployment import rebuilt, unreadable
-from kdkit.runs.folder import Result, RunFolder
+from kdkit.runs.folder import RunFolder
 from kdkit.runs.interrupts import StopRequest
-from kdkit.runs.networks import ModelFactory, TrainedTeacher, options_of
+from kdkit.runs.networks import ModelFactory
 from kdkit.runs.progress import Reporter, Seldom
+from kdkit.runs.result import Result
 from kdkit.runs.scoring import weights
 from kdkit.runs.shared import Alone, Shared
 from kdkit.runs.stage import StageRun
+from kdkit.runs.trained_teachers import TrainedTeacher, options_of
 
-MUCH = 10  # points of accuracy that a teacher loses on other data without a word
+MUCH = 0.1  # share of its score that a teacher may lose on other data without a warning
 
 
 def train(
@@ -49,19 +51,19 @@ def train(
     quiet: bool = False,
     instead: Callable[[str], None] = lambda _: None,
 ) -> Result:
-    """Carry out a recipe, or what is left of it; a finished run is returned as it is.
+    """Run a recipe, or what is left of it; a finished run is returned as it is.
 
     Args:
-        recipe: what to do.
+        recipe: the recipe to run.
         folder: the run folder (default: `run.folder`/`name`).
-        restart: throw away what is in the folder and begin anew.
+        restart: delete the content of the folder and start over.
         quiet: print warnings only.
-        instead: told of every finished epoch where it is quiet.
+        instead: called with a message for every finished epoch when `quiet` is set.
 
     Raises:
         RecipeError: a layer, shape or class count does not fit.
         RunError: the folder is another recipe's; a loss is not finite.
-        Interrupted: a signal stopped it; it is saved, and a further call goes on.
+        Interrupted: a signal stopped it; the state is saved, and another call resumes.
     """
     run_folder = RunFolder(folder or recipe.spec.run.folder / recipe.spec.name)
     quiet = quiet or not is_first()
@@ -72,7 +74,7 @@ def train(
         Reporter(quiet=quiet).say(f"{recipe.spec.name}: trained already, see {run_folder.path}")
         return result
     prepared = Prepared.make(recipe, run_folder, restart=restart, quiet=quiet, instead=instead)
-    # anew: the teacher's training has had its own
+    # after `make`: training a teacher sets up an accelerator of its own
     accelerator = accelerator_for(recipe, run_folder)
     with StopRequest() as stop, Stopwatch() as clock:
         return finish(prepared.turns(accelerator, stop, clock))
@@ -80,7 +82,9 @@ def train(
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that can begin: its recipe is sound, its folder free, its teachers are trained."""
+    """A run that is ready to begin: its recipe is valid, its folder free, its teachers are
+    trained.
+    """
 
     recipe: Recipe
     folder: RunFolder
@@ -102,11 +106,10 @@ class Prepared:
         say: Callable[[str], None] | None = None,
         instead: Callable[[str], None] = lambda _: None,
     ) -> Self:
-        """See that all is there, and train what teachers are not; for what may be raised, see
-        `train`.
+        """Check that everything exists, and train the missing teachers; see `train` for the errors.
 
-        `info` is that of the data, where the recipe is known to be sound because another seed's is;
-        `say` is told of teachers.
+        `info` describes the data, if the recipe is known to be valid because another seed's is;
+        `say` is called with messages about teachers.
         """
         _, world = of_launch()
         with agreed():
@@ -136,13 +139,13 @@ class Prepared:
         clock: Stopwatch,
         shared: Shared | None = None,
     ) -> Turns[Result]:
-        """Carry the run out.
+        """Run the recipe, yielding before each turn.
 
         Args:
             accelerator: of the recipe's device and precision.
             stop: whether a signal wants it to end.
-            clock: runs in its turns.
-            shared: where its data and teachers come from (default: its own).
+            clock: measures the time of its turns.
+            shared: provides its data and teachers (default: its own).
         """
         recipe, shared = self.recipe, shared or Alone()
         reporter = Reporter(
@@ -166,16 +169,25 @@ class Prepared:
                 recipe, opened.info, self.teachers, device=accelerator.device, shared=shared
             )
             shared.expect(factory.demands())
-            yield BEGINNING  # until every run that shares with this one has said what it wants
+            yield BEGINNING  # until every run of the group has registered what it reads
             with shared.answering(recipe, factory.teachers(), opened, reporter.warn) as known:
-                setting = Setting(
-                    recipe, self.folder, reporter, stop, accelerator, known, factory, clock, shared
+                setting = RunContext(
+                    recipe,
+                    self.folder,
+                    reporter,
+                    stop,
+                    accelerator,
+                    known,
+                    factory,
+                    clock,
+                    shared,
+                    Judge.of(recipe, opened.info),
                 )
                 return (yield from _carry_out(setting))
 
 
 def accelerator_for(recipe: Recipe, folder: RunFolder) -> Accelerator:
-    """The devices and trackers that a recipe asks for.
+    """Set up the devices and trackers that a recipe asks for.
 
     Raises:
         RunError: the machine has no such device or precision.
@@ -202,7 +214,7 @@ def trained_teachers(
     quiet: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> dict[str, TrainedTeacher]:
-    """The teachers that other recipes train, by name; trains those that are not there yet."""
+    """Return the teachers that other recipes train, by name; train those that do not exist yet."""
     teachers = {}
     for name, source in teacher_recipes(recipe.spec).items():
         folder = folder_for(source, recipe.spec.run.folder, source.spec.name, taken=student_folder)
@@ -210,7 +222,7 @@ def trained_teachers(
             (say or Reporter(quiet=quiet).say)(
                 f"{source.spec.name}: the teacher is trained first, in {folder}"
             )
-        # all have looked before one of them makes it
+        # all processes check before one of them creates it
         build_accelerator(source.spec.train).wait_for_everyone()
         result = _train_or_wait(source, RunFolder(folder), quiet, say)
         teachers[name] = TrainedTeacher.of(RunFolder(folder), source, result)
@@ -220,7 +232,7 @@ def trained_teachers(
 def _train_or_wait(
     recipe: Recipe, folder: RunFolder, quiet: bool, say: Callable[[str], None] | None
 ) -> Result:
-    """Train a teacher, unless another process does: then wait until it has."""
+    """Train a teacher, unless another process is training it: then wait until that has finished."""
     epochs = Seldom(say) if say else lambda _: None
     while True:
         try:
@@ -234,7 +246,7 @@ def _train_or_wait(
 
 
 def folder_for(recipe: Recipe, base: Path, name: str, taken: Path | None = None) -> Path:
-    """The folder `name` in `base`; if another recipe's run is there, or it is `taken`, one with
+    """Return the folder `name` in `base`; if it holds another recipe's run, or is `taken`, one with
     the recipe's fingerprint in its name.
     """
     named = base / name
@@ -249,7 +261,7 @@ def folder_for(recipe: Recipe, base: Path, name: str, taken: Path | None = None)
 def open_data(
     recipe: Recipe, accelerator: Accelerator, shared: Shared | None = None
 ) -> loaders.Data:
-    """The recipe's data, this process's share of it, mixed as it wants."""
+    """Open the recipe's data, this process's share of it, mixed if the recipe says so."""
     shared = shared or Alone()
     opened = shared.opened(functools.partial(read_data, recipe, accelerator))
     if (spec := recipe.spec.train.mixup) is None:
@@ -257,7 +269,7 @@ def open_data(
     mixed = functools.partial(
         MixedLoader,
         spec=spec,
-        num_classes=opened.info.num_classes,
+        mix=recipe.task.mixer(mixing_options(spec), opened.info),
         seed=recipe.spec.seed,
         rank=accelerator.process_index,
     )
@@ -265,20 +277,26 @@ def open_data(
 
 
 def read_data(recipe: Recipe, accelerator: Accelerator) -> loaders.Data:
-    """The recipe's data as they are."""
+    """Read the recipe's data without mixing."""
     spec = recipe.spec
     source = recipe.plugins.datasets[spec.data.dataset.use](spec.data.dataset)
     rank, world = accelerator.process_index, accelerator.num_processes
     try:
-        with accelerator.local_main_process_first():  # it may have to download
+        with accelerator.local_main_process_first():  # it may download
             return loaders.prepare(
-                spec.data, source, seed=spec.seed, device=accelerator.device, rank=rank, world=world
+                spec.data,
+                source,
+                recipe.task,
+                seed=spec.seed,
+                device=accelerator.device,
+                rank=rank,
+                world=world,
             )
     except DataError as error:
         raise recipe.error(["data"], str(error)) from error
 
 
-def _carry_out(setting: Setting) -> Turns[Result]:
+def _carry_out(setting: RunContext) -> Turns[Result]:
     spec, factory = setting.recipe.spec, setting.factory
     if spec.run.trackers:
         setting.accelerator.init_trackers(spec.name)
@@ -288,12 +306,12 @@ def _carry_out(setting: Setting) -> Turns[Result]:
     carried: Carried = {}
     stages = iter(schedule.stages(factory))
     for number in itertools.count():
-        # from which a schedule draws the first values of what it learns itself
+        # from this seed a schedule draws the initial values of its own parts
         reseed(spec.seed, "stage", number)
         if (stage := next(stages, None)) is None:
             break
         if last is not None and last.standing.best_epochs and setting.is_main:
-            last.standing.best_epochs.discard()  # only the last stage's are averaged
+            last.standing.best_epochs.discard()  # only the last stage's weights are averaged
         factory.watch(but=stage.buffers)
         trainer = build_trainer(
             setting.recipe, setting.data, factory, setting.accelerator, number, stage, carried
@@ -304,23 +322,21 @@ def _carry_out(setting: Setting) -> Turns[Result]:
         raise RunError(f"schedule '{spec.schedule.use}' has no stage")
     yield from last.standing.average()
     for tracker in setting.accelerator.trackers:
-        # end_training would also part the processes, which may only have trained a teacher so far
+        # end_training would also destroy the process group, which the student's training still
+        # needs
         tracker.finish()
     return _result(setting, last)
 
 
-def _measure_teacher(setting: Setting) -> None:
-    teachers, classes = (
-        setting.factory.whole_teachers(answering=True),
-        setting.data.info.num_classes,
-    )
-    setting.teacher = setting.shared.predictions(
-        teachers, setting.data, world=setting.accelerator.num_processes
+def _measure_teacher(setting: RunContext) -> None:
+    teachers, judge = setting.factory.whole_teachers(answering=True), setting.judge
+    setting.teacher = setting.shared.taught_answers(
+        teachers, setting.data, judge, world=setting.accelerator.num_processes
     )
     if setting.teacher is None:
         return
-    found = metrics(setting.teacher)
-    if (seen := looks_like(setting.teacher.logits)) != "logits" and len(teachers) == 1:
+    found, seen = setting.teacher.scores, setting.teacher.looks_like
+    if seen != "logits" and judge.task.rows_are != "numbers" and len(teachers) == 1:
         setting.reporter.warn(
             "the teacher's answers lie between 0 and"
             f" 1{' and sum to 1' if seen == 'softmax' else ''}, as probabilities do, and are read"
@@ -328,24 +344,36 @@ def _measure_teacher(setting: Setting) -> None:
         )
     setting.reporter.say(
         f"{'teacher' if len(teachers) == 1 else f'{len(teachers)} teachers together'}  "
-        + "  ".join(f"{name} {value:.2f}" for name, value in found.items())
+        + "  ".join(f"{score.name} {score.text(found[score.name])}" for score in judge.scores)
     )
-    own = [known.top1 for known in setting.factory.trained.values() if known.top1 is not None]
-    if len(own) == len(teachers) == 1 and found["top1"] < own[0] - MUCH:
+    _doubt(setting, found, alone=len(teachers) == 1)
+
+
+def _doubt(setting: RunContext, found: Mapping[str, float], *, alone: bool) -> None:
+    """Warn about a teacher that is far worse here than on its own data, or hardly better than
+    chance.
+    """
+    deciding = setting.judge.deciding
+    here, chance = found[deciding.name], deciding.chance
+    trained = [known.scores.get(deciding.name) for known in setting.factory.trained.values()]
+    own = [score for score in trained if score is not None]
+    says = f"the teacher has {deciding.title} {deciding.text(here)} on the test data"
+    whole = 100.0 if deciding.unit == "%" else None
+    if alone and len(own) == 1 and deciding.rank(own[0] - here) > MUCH * (whole or abs(own[0])):
         setting.reporter.warn(
-            f"the teacher is right on {found['top1']:.1f} % of the test data, and on {own[0]:.1f} %"
-            " of its own: do both mean the same by their classes, and are images of the same size"
-            " and range?"
+            f"{says}, and {deciding.text(own[0])} on its own: do both mean the same by their"
+            " classes, and are images of the same size and range?"
         )
-    chance = 100 / classes
-    if found["top1"] < chance + 0.1 * (100 - chance):
+    best = whole if deciding.higher_is_better else 0.0
+    if chance is None or best is None:
+        return
+    if deciding.rank(here - chance) < MUCH * abs(best - chance):
         setting.reporter.warn(
-            f"the teacher is right on {found['top1']:.1f} % of the test data, guessing on"
-            f" {chance:.1f} %: was it trained for these classes?"
+            f"{says}, guessing {deciding.text(chance)}: was it trained for these data?"
         )
 
 
-def _result(setting: Setting, last: StageRun) -> Result:
+def _result(setting: RunContext, last: StageRun) -> Result:
     standing, chosen = last.standing, last.standing.chosen
     student, scores = cast("TappedModel", standing.deployed()[chosen]), standing.scores[chosen]
     peers = [other for i, other in enumerate(standing.scores) if i != chosen]
@@ -384,7 +412,7 @@ def _result(setting: Setting, last: StageRun) -> Result:
         best=setting.best,
         averaged=standing.best_epochs.epochs(chosen) if standing.best_epochs else (),
         last=standing.last[chosen] if standing.last else None,
-        teacher=metrics(setting.teacher) if setting.teacher else None,
+        teacher=setting.teacher.scores if setting.teacher else None,
         peers=tuple(peer["test"] for peer in peers),
         ensemble=standing.ensemble.get("test"),
         network=network,
@@ -393,9 +421,10 @@ def _result(setting: Setting, last: StageRun) -> Result:
     if setting.is_main:
         result = folder.finish(result)
     setting.accelerator.wait_for_everyone()
+    deciding = setting.judge.deciding
     when = f"with the {result.moment}" if result.averaged else "after the last epoch"
     setting.reporter.say(
-        f"{recipe.spec.name}: top-1 {result.test['top1']:.2f} % on test data {when}; see"
-        f" {folder.path}"
+        f"{recipe.spec.name}: {deciding.title} {deciding.text(result.test[deciding.name])} on test"
+        f" data {when}; see {folder.path}"
     )
     return result

@@ -1,1 +1,1 @@
-"""What a run leaves: loads it, measures it, exports it, shows it."""
+"""Loads, measures, exports and shows the result of a run."""

@@ -1,4 +1,4 @@
-"""What `kdkit profile` measures, and the table it shows."""
+"""Measures the quantities of `kdkit profile`, and builds its table."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from pydantic import ValidationError
 from rich.table import Table
 from rich.text import Text
 
-from kdkit.contracts.inputs import Shape, as_image, is_text, kind_of, parse_shape
+from kdkit.contracts.inputs import Shape, TextShape, as_image, is_text, kind_of, parse_shape
 from kdkit.errors import ModelError, RunError
 from kdkit.models.build import build_model
 from kdkit.models.tapped import TappedModel
 from kdkit.recipe import registry
 from kdkit.recipe.explain import explain
 from kdkit.recipe.types import source_of
-from kdkit.students.loaded import TrainedRun
+from kdkit.students.loaded import LoadedRun
 from kdkit.students.profile import Profile
 
 DEFAULT_SHAPE: Shape = (3, 224, 224)
-DEFAULT_TEXT: Shape = (16,)
+DEFAULT_TEXT = TextShape((16,))
 DEFAULT_CLASSES = 1000
 
 
@@ -42,26 +42,26 @@ def subjects(
     device: torch.device,
     plugins: tuple[Path, ...] = (),
 ) -> list[Subject]:
-    """Each run's teacher and student, each named model with random weights; a name goes by the
-    first run's shape and classes.
+    """List each run's teacher and student, and each named model with random weights, which uses the
+    first run's shape and number of classes.
 
     Args:
         words: run folders, and model names as a recipe has them.
         size: "C,H,W" (of texts "N", of square images their side) for all of them (None: a run's
             own; 3,224,224 without a run).
         classes: number of logits of named models (None: the first run's; 1000 without a run).
-        device: where they are measured.
-        plugins: further plugin files or folders; those of runs that may run.
+        device: the device to measure on.
+        plugins: further plugin files or folders, including those of the runs that may run.
 
     Raises:
         RunError: neither a run folder nor a model, or an unfinished run.
         ModelError: a model cannot be built.
     """
-    runs = {word: TrainedRun(Path(word), plugins=plugins) for word in words if Path(word).is_dir()}
+    runs = {word: LoadedRun(Path(word), plugins=plugins) for word in words if Path(word).is_dir()}
     first = next(iter(runs.values()), None)
     asked = parse_shape(size) if size else None
     shape = asked or (first.info.image_shape if first else None)
-    number = classes or (first.info.num_classes if first else DEFAULT_CLASSES)
+    number = classes or (first.info.outputs if first else DEFAULT_CLASSES)
     found: list[Subject] = []
     for word in words:
         found += (
@@ -73,7 +73,7 @@ def subjects(
 
 
 def _of_run(
-    word: str, run: TrainedRun, asked: Shape | None, device: torch.device
+    word: str, run: LoadedRun, asked: Shape | None, device: torch.device
 ) -> Iterator[Subject]:
     shape, name = asked or run.info.image_shape, Path(word).resolve().name
     if not is_text(run.info.image_shape):
@@ -115,8 +115,8 @@ def _of_name(
 
 
 def table(names: Sequence[str], profiles: Sequence[Profile]) -> Table:
-    """One column a model, one row a quantity; how many times the first model's, from the second
-    on.
+    """Build a table with one column a model and one row a quantity; from the second model on, also
+    as a multiple of the first model's.
     """
     shown = Table("", box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for name in names:
@@ -137,7 +137,7 @@ def table(names: Sequence[str], profiles: Sequence[Profile]) -> Table:
 def _rows(
     first: Profile,
 ) -> Iterator[tuple[str, Callable[[Profile], float], Callable[[float], str]]]:
-    """(title, quantity, how it is written)."""
+    """List (title, quantity, formatter) of each row."""
     yield "parameters", lambda p: p.parameters, lambda v: f"{v:,.0f}"
     yield "multiply-accumulates per image", lambda p: p.macs, _macs
     yield "safetensors file, bytes", lambda p: p.bytes, lambda v: f"{v:,.0f}"

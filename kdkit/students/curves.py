@@ -1,16 +1,17 @@
-"""A run's learning curves, from its metrics.jsonl: as rows of numbers, as blocks for a terminal,
-as a picture.
+"""A run's learning curves, from its metrics.jsonl: as rows of numbers, as block characters for a
+terminal, as a picture.
 """
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdkit.contracts.task import ScoreInfo
 from kdkit.files import write_atomically
 from kdkit.runs.folder import RunFolder
 
@@ -21,13 +22,11 @@ BLOCKS = " ▁▂▃▄▅▆▇█"
 # Okabe and Ito's colours, which every kind of eye tells apart, in an order that alternates dark and
 # light; dashes and markers tell the lines apart in grey.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#000000")
-# one more than colours: no pair comes again soon
+# one more than colours, so that pairs repeat late
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (3, 1)), (0, (1, 1)), (0, (8, 2)))
 MARKERS = "os^DvPXph"
 INK, GRID = "#333333", "#dddddd"
-# metrics on the test data that need a teacher
-TO_TEACHER = ("agreement", "logit_difference", "kl_to_teacher")
-TALL = 30.0  # ratio of largest to smallest loss from which they are drawn on a logarithmic scale
+TALL = 30.0  # losses are drawn on a logarithmic scale from this ratio of largest to smallest on
 
 
 @dataclass
@@ -47,24 +46,31 @@ class Curves:
     """All curves of a run.
 
     Attributes:
-        top1: accuracy in percent on "test" and "validation"; of further students on "test, student
-            2"...
-        losses: "loss" (the total) and each term, as it counts in the total.
-        to_teacher: how near the teacher's the answers to the test data are, by `TO_TEACHER`.
-        lr: learning rate of the last step of that many epochs.
-        stages: where each stage begins, and its name.
+        scores: on "test" and "validation", by name; of further students on "test, student 2"... NaN
+            values have no point.
+        losses: "loss" (the total) and each term with its weight.
+        lr: learning rate of the last step of each epoch.
+        stages: the beginning and the name of each stage.
     """
 
-    top1: dict[str, Curve] = field(default_factory=dict)
+    scores: dict[str, dict[str, Curve]] = field(default_factory=dict)
     losses: dict[str, Curve] = field(default_factory=dict)
-    to_teacher: dict[str, Curve] = field(default_factory=dict)
     lr: Curve = field(default_factory=Curve)
     stages: list[tuple[float, str]] = field(default_factory=list)
     epochs: int = 0
 
+    def of(self, score: ScoreInfo) -> dict[str, Curve]:
+        """Return the curves of a score on each part of the data."""
+        return {p: found[score.name] for p, found in self.scores.items() if score.name in found}
+
+
+def deciding(scores: Sequence[ScoreInfo]) -> ScoreInfo:
+    """Return the first score, which decides; if none is known, a score without values."""
+    return scores[0] if scores else ScoreInfo(name="score", title="score")
+
 
 def read(folder: RunFolder) -> Curves:
-    """The curves of a run so far."""
+    """Read the curves of a run so far."""
     curves = Curves()
     for line in folder.metrics("epoch"):
         if not curves.stages or line["stage"] != curves.stages[-1][1]:
@@ -80,18 +86,18 @@ def _take(curves: Curves, line: dict[str, Any], x: float) -> None:
     for name, value in line["train"].items():
         if name == "loss" or name.endswith(".weighted"):
             curves.losses.setdefault(name.removesuffix(".weighted"), Curve()).add(x, value)
-    for part in ("test", "validation"):
-        if part in line:
-            curves.top1.setdefault(part, Curve()).add(x, line[part]["top1"])
-    for name in (name for name in TO_TEACHER if name in line.get("test", {})):
-        curves.to_teacher.setdefault(name, Curve()).add(x, line["test"][name])
-    for number, peer in enumerate(line.get("peers", ()), 2):
-        curves.top1.setdefault(f"test, student {number}", Curve()).add(x, peer["test"]["top1"])
+    measured = [(part, line.get(part, {})) for part in ("test", "validation")]
+    peers = enumerate(line.get("peers", ()), 2)
+    measured += [(f"test, student {number}", peer["test"]) for number, peer in peers]
+    for part, values in measured:
+        for name, value in values.items():
+            if math.isfinite(value):
+                curves.scores.setdefault(part, {}).setdefault(name, Curve()).add(x, value)
 
 
 def blocks(curve: Curve, epochs: int, width: int) -> str:
-    """A curve in one line of text, `epochs` being as long as `width` or, if they are fewer, one
-    character each.
+    """Draw a curve in one line of text: `epochs` are scaled to `width` characters or, if there are
+    fewer, one character each.
 
     Its lowest value is the lowest block, its highest the full one. A character shows the last value
     up to its place; before the first value and after the last one there is nothing.
@@ -109,34 +115,37 @@ def blocks(curve: Curve, epochs: int, width: int) -> str:
     return text
 
 
-def draw(curves: Curves, title: str, file: Path, teacher: float | None = None) -> None:
-    """A picture of accuracy, weighted losses and learning rate, as matplotlib writes it for the
-    file's ending.
+def draw(
+    curves: Curves, title: str, file: Path, score: ScoreInfo, teacher: float | None = None
+) -> None:
+    """Draw a score, weighted losses and learning rate as a picture, in the format of the file's
+    suffix.
 
     Args:
         curves: of at least one epoch.
-        title: what stands above.
-        file: where it goes.
-        teacher: its accuracy in percent, drawn as a line.
+        title: the title of the picture.
+        file: the file to write.
+        score: the deciding score.
+        teacher: the teacher's score, drawn as a line.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 8.4), dpi=150, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    accuracy, loss, rate = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1.3))
+    quality, loss, rate = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1.3))
     figure.suptitle(title, x=0.02, ha="left", fontsize=12, fontweight="bold", color=INK)
-    _lines(accuracy, curves.top1, curves, "{:.2f}")
+    _lines(quality, curves.of(score), curves, score.number)
     if teacher is not None:
-        accuracy.axhline(
+        quality.axhline(
             teacher,
             color="#777777",
             linestyle=(0, (6, 3)),
             linewidth=1.3,
-            label=f"teacher, test ({teacher:.2f})",
+            label=f"teacher, test ({score.number(teacher)})",
             zorder=1,
         )
-    _lines(loss, curves.losses, curves, "{:.4g}")
+    _lines(loss, curves.losses, curves, "{:.4g}".format)
     values = [v for curve in curves.losses.values() for v in curve.y]
     if min(values) > 0 and max(values) / min(values) > TALL:
         loss.set_yscale("log")
@@ -147,12 +156,12 @@ def draw(curves: Curves, title: str, file: Path, teacher: float | None = None) -
         marker="." if len(curves.lr.x) < 20 else None,
     )
     for axes, label in (
-        (accuracy, "top-1, %"),
+        (quality, score.heading),
         (loss, "training loss,\nterms weighted"),
         (rate, "learning rate"),
     ):
         _furnish(axes, label, curves)
-    for axes in (accuracy, loss):
+    for axes in (quality, loss):
         axes.legend(
             loc="upper left",
             bbox_to_anchor=(1.01, 1.0),
@@ -161,14 +170,16 @@ def draw(curves: Curves, title: str, file: Path, teacher: float | None = None) -
             labelcolor=INK,
             handlelength=3.2,
         )
-    _name_stages(accuracy, curves)
+    _name_stages(quality, curves)
     rate.set_xlabel("epoch" if len(curves.stages) == 1 else "epoch, over all stages", color=INK)
     picture = io.BytesIO()
     figure.savefig(picture, format=file.suffix.removeprefix(".") or "png")
-    write_atomically(file, picture.getvalue())  # in the place of a link, not where it leads
+    write_atomically(file, picture.getvalue())  # replaces a link, instead of writing to its target
 
 
-def _lines(axes: Axes, lines: dict[str, Curve], curves: Curves, number: str) -> None:
+def _lines(
+    axes: Axes, lines: Mapping[str, Curve], curves: Curves, number: Callable[[float], str]
+) -> None:
     for i, (name, curve) in enumerate(lines.items()):
         every = max(1, math.ceil(len(curve.x) / 12))
         axes.plot(
@@ -179,15 +190,15 @@ def _lines(axes: Axes, lines: dict[str, Curve], curves: Curves, number: str) -> 
             markevery=every,
             markersize=4.5,
             linewidth=1.8,
-            label=f"{name} ({number.format(curve.y[-1])})",
+            label=f"{name} ({number(curve.y[-1])})",
         )
 
 
 def broken(
     x: Sequence[float], y: Sequence[float], stages: Sequence[tuple[float, str]]
 ) -> tuple[list[float], list[float]]:
-    """The points with a gap wherever a new stage begins: what comes then is not the course of
-    what was before.
+    """Return the points with a gap at the beginning of each stage, because a new stage does not
+    continue the course of the previous one.
     """
     xs = []
     ys = []
@@ -207,8 +218,8 @@ def _furnish(axes: Axes, label: str, curves: Curves) -> None:
 
 
 def furnish(axes: Axes, label: str) -> None:
-    """A quiet frame: grid behind the lines, two spines, dark grey text; `label` stands at the y
-    axis.
+    """Draw a plain frame: grid behind the lines, two spines, dark grey text; `label` is the title
+    of the y axis.
     """
     axes.set_ylabel(label, color=INK)
     axes.grid(color=GRID, linewidth=0.8)
@@ -219,7 +230,9 @@ def furnish(axes: Axes, label: str) -> None:
 
 
 def over_epochs(axes: Axes, epochs: int, stages: Sequence[tuple[float, str]]) -> None:
-    """An x axis from the first epoch to the last, with a line wherever a stage begins."""
+    """Draw an x axis from the first epoch to the last, with a line at the beginning of each
+    stage.
+    """
     from matplotlib.ticker import MaxNLocator
 
     margin = max(0.3, 0.02 * epochs)
@@ -230,7 +243,7 @@ def over_epochs(axes: Axes, epochs: int, stages: Sequence[tuple[float, str]]) ->
 
 
 def _name_stages(axes: Axes, curves: Curves) -> None:
-    """Above the topmost panel, where no line runs."""
+    """Write the names of the stages above the topmost panel, where no curve runs."""
     if len(curves.stages) < 2:
         return
     ends = [start for start, _ in curves.stages[1:]] + [curves.epochs]

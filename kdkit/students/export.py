@@ -1,4 +1,4 @@
-"""Writes a run's student for use without its run: as a folder that timm loads, or as an ONNX
+"""Exports a run's student for use without its run: as a folder that timm loads, or as an ONNX
 file.
 """
 
@@ -32,37 +32,37 @@ from kdkit.models.tapped import TappedModel
 from kdkit.recipe.types import DEFAULT_SOURCE
 from kdkit.runs.deployment import deploying
 from kdkit.runs.scoring import weights
-from kdkit.students.loaded import EXPORTED, WEIGHTS, TrainedRun
+from kdkit.students.loaded import EXPORTED, WEIGHTS, LoadedRun
 
 Format = Literal["timm", "onnx"]
 ONNX_FILE = "model.onnx"
 ONNX_NEEDS = ("onnx", "onnxscript", "onnxruntime")
-TOLERANCE = 1e-4  # of ONNX against torch, relative to the largest logit
+TOLERANCE = 1e-4  # between ONNX and torch, relative to the largest logit
 IMAGES = ["images"]  # name of the only input of a network that takes them
 # bytes of weights from which an ONNX file keeps them beside itself: a single one ends at 2 GiB
 EMBEDDED = 2**30
-# what timm knows of the architecture; the rest is of other weights
+# entries of timm's configuration that describe the architecture; the others describe timm's weights
 TIMM_KEPT = ("classifier", "first_conv", "fixed_input_size", "license")
 
 
 @dataclass(frozen=True)
 class Export:
-    """What was written, and what there is to know about it, a sentence each."""
+    """The written files, and notes on them, a sentence each."""
 
     files: tuple[Path, ...]
     notes: tuple[str, ...]
 
 
 def export(
-    run: TrainedRun, form: Format = "timm", folder: Path | None = None, *, best: bool = False
+    run: LoadedRun, form: Format = "timm", folder: Path | None = None, *, best: bool = False
 ) -> Export:
-    """Write a run's student.
+    """Export a run's student.
 
     Args:
-        run: which.
+        run: the run to export.
         form: timm: weights and a `config.json`; onnx: one network from images in [0, 1] to logits,
             for any batch size.
-        folder: where to (default: `export` in the run folder).
+        folder: the output folder (default: `export` in the run folder).
         best: the epoch with the best validation accuracy, not the last.
 
     Raises:
@@ -93,11 +93,11 @@ def export(
 
 
 def _refuse_foreign(target: Path, home: Path) -> None:
-    """Make sure that nothing is replaced that is not kdkit's, and that a link in a run folder
-    leads nowhere else.
+    """Check that only kdkit's own files are replaced, and that no link in a run folder leads
+    elsewhere.
 
     Raises:
-        RunError: otherwise.
+        RunError: a file is not kdkit's, or a link leads elsewhere.
     """
     if not target.resolve().is_relative_to(home.resolve()):
         raise RunError(
@@ -122,10 +122,10 @@ def _mentions(file: Path, word: bytes) -> bool:
 
 
 def _write_weights(
-    run: TrainedRun, student: TappedModel, network: ModelOptions, source: ModelSource, folder: Path
+    run: LoadedRun, student: TappedModel, network: ModelOptions, source: ModelSource, folder: Path
 ) -> Export:
     own, files = _own_config(run, network), (folder / WEIGHTS, folder / EXPORTED)
-    content = weights(student, {"format": "pt"})  # which transformers asks for
+    content = weights(student, {"format": "pt"})  # transformers requires this metadata
     write_atomically(files[0], content)
     own["files"] = {WEIGHTS: hashlib.sha256(content).hexdigest()}
     if (portable := source.portable(student.module)) is not None:
@@ -157,7 +157,7 @@ def _write_weights(
     # A name that timm does not have, so that its message says what this is.
     about = {
         "architecture": f"kdkit:{source.name}/{source.model_name}",
-        "num_classes": run.info.num_classes,
+        "num_classes": run.info.outputs,
     }
     _write_json(files[1], {**about, "kdkit": sealed(own)})
     how = f'load it by kdkit.load_student("{folder}")'
@@ -168,9 +168,9 @@ def _write_weights(
     )
 
 
-def _own_config(run: TrainedRun, options: ModelOptions) -> dict[str, Any]:
-    """What `kdkit.load_student` builds the network from. Paths stay out of it: they mean nothing
-    on another machine.
+def _own_config(run: LoadedRun, options: ModelOptions) -> dict[str, Any]:
+    """Return the options that `kdkit.load_student` builds the network from. Paths are left out:
+    they mean nothing on another machine.
     """
     files = sorted(key for key, value in options if isinstance(value, Path) and key != "checkpoint")
     return {
@@ -179,17 +179,18 @@ def _own_config(run: TrainedRun, options: ModelOptions) -> dict[str, Any]:
             mode="json", exclude={*FIRST_WEIGHTS, *files}, exclude_none=True
         ),
         "needs_files": [getattr(options, key).name for key in files],
-        "num_classes": run.info.num_classes,
+        "outputs": run.info.outputs,
+        "takes": run.recipe.task.takes,
         "image_shape": list(run.info.image_shape),
         "class_names": list(run.info.class_names),
     }
 
 
 def _timm_config(
-    run: TrainedRun, student: TappedModel, network: ModelOptions, source: ModelSource
+    run: LoadedRun, student: TappedModel, network: ModelOptions, source: ModelSource
 ) -> dict[str, Any]:
-    """timm's own format: an architecture, the arguments to create it with, what its images are
-    like.
+    """Return timm's own configuration: an architecture, the arguments to create it with, the
+    properties of its images.
     """
     spec, built = run.recipe.spec, getattr(student.module, "pretrained_cfg", None) or {}
     mean, std = expected(student)
@@ -199,13 +200,13 @@ def _timm_config(
         "input_size": list(shape),
         "mean": mean,
         "std": std,
-        "num_classes": run.info.num_classes,
+        "num_classes": run.info.outputs,
         "interpolation": spec.data.interpolation,
         "crop_pct": spec.data.crop_pct,
     }
     config = {
         "architecture": built.get("architecture", source.model_name),
-        "num_classes": run.info.num_classes,
+        "num_classes": run.info.outputs,
         "num_features": getattr(student.module, "num_features", None),
         "pretrained_cfg": about,
         "model_args": {"in_chans": shape[0], **getattr(network, "args", {})},
@@ -214,8 +215,8 @@ def _timm_config(
 
 
 def expected(student: TappedModel) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel that the network expects of images in [0, 1], to
-    float32's precision.
+    """Return the mean and standard deviation per channel that the network expects of images in [0,
+    1], to float32's precision.
     """
     adapter = getattr(student.adapt, "normalization", None)
     if not isinstance(adapter, NormalizationAdapter):
@@ -223,7 +224,7 @@ def expected(student: TappedModel) -> tuple[list[float], list[float]]:
     scale, shift = (
         value.detach().double().flatten().cpu() for value in (adapter.scale, adapter.shift)
     )
-    # + 0.0: no minus zero
+    # + 0.0 turns -0.0 into 0.0
     mean, std = (
         [float(f"{v:.7g}") + 0.0 for v in row.tolist()] for row in (-shift / scale, 1 / scale)
     )
@@ -239,8 +240,8 @@ def _expects(student: TappedModel) -> str:
 
 
 def _difference(student: TappedModel, folder: Path) -> str:
-    """How the network that timm makes of the folder differs from the student; empty if it does
-    not.
+    """Describe how the network that timm builds from the folder differs from the student; empty if
+    it does not.
     """
     import timm
 
@@ -258,7 +259,7 @@ def _difference(student: TappedModel, folder: Path) -> str:
         )
         with torch.no_grad():
             gap = _relative_gap(rebuilt(images), student.module(images))
-    except Exception as error:  # whatever a library makes of arguments that it does not know
+    except Exception as error:  # libraries raise errors of any type for unknown arguments
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
     return f"its logits differ by {gap:.1g}" if gap > 1e-6 else ""
 
@@ -276,6 +277,7 @@ def _other_shapes(
 
 
 def _relative_gap(found: Tensor, wanted: Tensor) -> float:
+    # the clamp avoids 0 / 0 if all values are 0
     return float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12))
 
 
@@ -316,7 +318,7 @@ def _write_onnx(student: TappedModel, info: DataInfo, folder: Path) -> Export:
         path = Path(draft) / ONNX_FILE
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the exporter's, about itself
+                warnings.simplefilter("ignore")  # the exporter warns about its own internals
                 torch.onnx.export(
                     network,
                     tuple(given),
@@ -328,11 +330,12 @@ def _write_onnx(student: TappedModel, info: DataInfo, folder: Path) -> Export:
                     output_names=["logits"],
                     verbose=False,
                 )
-        # the exporter raises whatever the network's operations make it raise
+        # the exporter raises errors of any type
         except Exception as error:
             raise ModelError(f"ONNX cannot express this network: {_first_line(error)}") from error
         _describe(path, info)
         gap = _onnx_gap(path, network, dict(zip(names, given, strict=True)))
+        # moved only after the comparison, so that a wrong export leaves no files
         written = sorted(Path(draft).iterdir())
         for file in written:
             os.replace(file, folder / file.name)
@@ -344,7 +347,7 @@ def _write_onnx(student: TappedModel, info: DataInfo, folder: Path) -> Export:
 
 
 def _describe(path: Path, info: DataInfo) -> None:
-    """Write into an ONNX file what its numbers stand for: `metadata_props`, in JSON."""
+    """Write the meaning of inputs and outputs into an ONNX file: `metadata_props`, in JSON."""
     import onnx
 
     about = {
@@ -362,7 +365,9 @@ def _describe(path: Path, info: DataInfo) -> None:
 
 
 def _onnx_gap(path: Path, network: nn.Module, given: Mapping[str, Tensor]) -> float:
-    """Largest absolute difference of the logits, over batches of one and of all samples."""
+    """Return the largest absolute difference of the logits, over batches of one and of all
+    samples.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

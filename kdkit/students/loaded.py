@@ -1,5 +1,5 @@
-"""Rebuilds what a run has trained: its student, the teacher it learnt from, the data it is
-measured on.
+"""Rebuilds what a run has trained: its student, the teacher it learnt from, the data it is measured
+on.
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NotRequired
 
@@ -17,10 +17,11 @@ from typing_extensions import TypedDict
 
 from kdkit import files
 from kdkit.contracts.dataset_source import DataInfo, DatasetSource
-from kdkit.contracts.inputs import Shape
+from kdkit.contracts.inputs import Shape, TextShape
 from kdkit.contracts.model_source import ModelOptions, ModelSource, RecipeTeacher
+from kdkit.contracts.synonyms import renamed
 from kdkit.data import loaders
-from kdkit.engine.evaluate import metrics, predict, predict_together
+from kdkit.engine.evaluate import Judge, measure, taught_answers
 from kdkit.errors import ModelError, RecipeError, RunError
 from kdkit.models.build import build_model
 from kdkit.models.devices import is_channels_last
@@ -30,7 +31,8 @@ from kdkit.recipe.explain import explain
 from kdkit.recipe.types import source_of
 from kdkit.runs.deployment import deployed, deploying, rebuilt
 from kdkit.runs.folder import ANEW, RunFolder
-from kdkit.runs.networks import ModelFactory, TrainedTeacher, options_of
+from kdkit.runs.networks import ModelFactory
+from kdkit.runs.trained_teachers import TrainedTeacher, options_of
 
 EXPORTED = "config.json"  # of an exported student; its `kdkit` key says how to build the network
 WEIGHTS = "model.safetensors"
@@ -38,51 +40,55 @@ EXPORT_AGAIN = "`kdkit export` writes it again"
 
 
 class Exported(TypedDict):
-    """What `kdkit export` writes of a network, under the key `kdkit` of config.json."""
+    """The entry that `kdkit export` writes about a network under the key `kdkit` of config.json."""
 
     options: dict[str, Any]
     needs_files: list[str]
-    num_classes: int
+    outputs: int
     image_shape: Shape
     files: NotRequired[dict[str, str]]
+    takes: NotRequired[str]
 
 
-class TrainedRun:
-    """A run folder, read again. Nothing is trained, and nothing in the folder changes.
+class LoadedRun:
+    """A run folder that is read back. Nothing is trained, and nothing in the folder changes.
 
     Args:
         path: the run folder.
-        overrides: values of the recipe's `data` section, by key path.
+        overrides: values of the recipe's `data` section and its `metrics`, by key path.
         plugins: Python files and folders that may run, of those that the recipe names; no others
             do.
 
     Raises:
-        RunError: no run folder, or an override of something else than data.
-        RecipeError: what the recipe names is no longer there; it names Python files that are not
-            among `plugins`.
+        RunError: no run folder, or an override of something other than data.
+        RecipeError: something that the recipe names no longer exists; it names Python files that
+            are not among `plugins`.
     """
 
     def __init__(
         self, path: Path, overrides: Mapping[str, Any] | None = None, plugins: Sequence[Path] = ()
     ) -> None:
-        if foreign := [key for key in overrides or {} if not key.startswith("data.")]:
+        may = ("data.", "metrics")
+        if foreign := [key for key in overrides or {} if not key.startswith(may)]:
             raise RecipeError(
-                f"{foreign[0]}: the run is trained; only `data.` keys can be changed now"
+                f"{foreign[0]}: the run is trained; only `data.` keys and `metrics` can be changed"
+                " now"
             )
         self.folder = RunFolder(path)
         self.recipe, self._plugins = self.folder.recipe(overrides, plugins), plugins
-        # whoever asks for the data now, not the run
+        # the current caller decides about fetching, not the run
         self._fetch = (overrides or {}).get("data.dataset.download") is True
 
     @functools.cached_property
     def info(self) -> DataInfo:
-        """Class count and image shape that the student was trained for; the data itself need not
-        be there.
+        """Return the class count and image shape that the student was trained for; the data itself
+        need not exist.
         """
-        return self.folder.info()
+        info = self.folder.info()
+        return replace(info, image_shape=self.recipe.task.shape(info.image_shape))
 
     def network(self, *, best: bool = False) -> ModelOptions:
-        """What the student's network is built from: the recipe's `student`, unless a peer was
+        """Return the options of the student's network: the recipe's `student`, unless a peer was
         the best (of the best epoch, or the last).
         """
         if (result := self.folder.result()) is None:
@@ -92,7 +98,7 @@ class TrainedRun:
         )
 
     def model_source(self, *, best: bool = False) -> ModelSource:
-        """Who builds the student's network."""
+        """Return the source that builds the student's network."""
         options, sources = self.network(best=best), self.recipe.plugins.models
         source, name = source_of(options.model, sources)
         return sources[source](options, name)
@@ -104,15 +110,15 @@ class TrainedRun:
         device: torch.device | None = None,
         channels_last: bool | None = None,
     ) -> TappedModel:
-        """The student as it was measured, in eval mode.
+        """Rebuild the student as it was measured, in eval mode.
 
         Args:
             best: of the epoch with the best validation accuracy, not of the last.
-            device: where it goes.
+            device: its device.
             channels_last: memory format (None: the recipe's).
 
         Raises:
-            RunError: its weights are not there (yet).
+            RunError: its weights do not exist (yet).
         """
         spec, file = self.recipe.spec, self._weights(best)
         layout = (
@@ -132,12 +138,11 @@ class TrainedRun:
         )
 
     def deployed(self, *, best: bool = False) -> TappedModel | None:
-        """The network that the losses have put in the student's place, with random weights; None
-        where they have not.
+        """Build the network that the losses deploy in the student's place, with random weights;
+        None if they deploy the student itself.
 
         Raises:
-            RunError: the run that trained the teacher, a part of which is in it, is not there any
-                more.
+            RunError: it contains a part of a teacher whose run no longer exists.
         """
         if not deploying(self.recipe):
             return None
@@ -146,10 +151,10 @@ class TrainedRun:
     def teachers(
         self, *, device: torch.device | None = None, answering: bool = True
     ) -> list[TappedModel]:
-        """The teachers, frozen and whole; `answering`: those that have the data's classes.
+        """Rebuild the teachers, frozen and whole; `answering`: those that have the data's classes.
 
         Raises:
-            RunError: a run that trained one is not there any more.
+            RunError: a run that trained one no longer exists.
         """
         if not self.recipe.spec.all_teachers():
             return []
@@ -158,22 +163,26 @@ class TrainedRun:
         ).whole_teachers(answering=answering)
 
     def teacher_runs(self) -> list[RunFolder]:
-        """The runs that trained those teachers that other recipes train.
+        """Return the runs of those teachers that other recipes train.
 
         Raises:
-            RunError: one is not there any more.
+            RunError: one no longer exists.
         """
         return [RunFolder(one.file.parent) for one in self._taught_by().values() if one.file]
 
     def data(self, *, device: torch.device | None = None) -> loaders.Data:
-        """The data, as one process sees it. Nothing is fetched unless an override asks for it:
+        """Open the data in a single process. Nothing is fetched unless an override requests it:
         `data.dataset.download=true`.
         """
         spec, source = self.recipe.spec, self._dataset()
         if self._fetch:
             fetching.fetch(self.recipe, source, lambda text: print(text, file=sys.stderr))
         return loaders.prepare(
-            spec.data, source, seed=spec.seed, device=device or torch.device("cpu")
+            spec.data,
+            source,
+            self.recipe.task,
+            seed=spec.seed,
+            device=device or torch.device("cpu"),
         )
 
     def _dataset(self) -> DatasetSource:
@@ -199,8 +208,8 @@ class TrainedRun:
         )
 
     def _taught_by(self) -> dict[str, TrainedTeacher]:
-        """The runs of teachers, found by the fingerprints that this run took down: a recipe file
-        may have changed since.
+        """Find the runs of teachers by the fingerprints that this run recorded: a recipe file may
+        have changed since.
         """
         content = self.folder.about()["content"]
         sections = [content["teacher"]] if content["teacher"] else content["teachers"]
@@ -220,7 +229,7 @@ class TrainedRun:
             found = RunFolder(marker.parent)
             try:
                 fingerprint = found.about()["fingerprint"]
-            except RunError as error:  # some other run's, perhaps
+            except RunError as error:  # the result may belong to another run
                 unreadable.append(str(error))
                 continue
             if fingerprint == wanted and found.student_file.is_file():
@@ -234,30 +243,30 @@ class TrainedRun:
 
 
 @dataclass(frozen=True)
-class Score:
-    """The metrics of one model on one part of the data."""
+class Scores:
+    """The scores of one model on one part of the data, by name."""
 
     role: str
     part: str
     metrics: Mapping[str, float]
 
 
-def evaluate(run: TrainedRun, *, best: bool = False, device: torch.device) -> Iterator[Score]:
+def evaluate(run: LoadedRun, *, best: bool = False, device: torch.device) -> Iterator[Scores]:
     """Measure a run's student and teacher again, on test data and on the validation split if
     there is one.
     """
     teachers = run.teachers(device=device)
     student = run.student(best=best, device=device)
     prepared = run.data(device=device)
+    judge = Judge.of(run.recipe, prepared.info)
     for part, batches in (("test", prepared.test), ("validation", prepared.validation)):
         if batches is None:
             continue
-        known = predict_together(teachers, batches)
-        yield Score("student", part, metrics(predict(student, batches), known))
+        known = taught_answers(teachers, batches, judge)
+        yield Scores("student", part, measure(student, batches, judge, known))
         if known:
-            yield Score(
-                "teacher" if len(teachers) == 1 else "teachers together", part, metrics(known)
-            )
+            who = "teacher" if len(teachers) == 1 else "teachers together"
+            yield Scores(who, part, known.scores)
 
 
 def load_student(
@@ -267,26 +276,26 @@ def load_student(
     device: torch.device | str = "cpu",
     plugins: Sequence[Path | str] = (),
 ) -> TappedModel:
-    """The student of a finished run, or one that `kdkit export` wrote: call it with images (B,
+    """Load the student of a finished run, or one that `kdkit export` wrote: call it with images (B,
     C, H, W) in [0, 1].
 
-    Its network is `.module`, in eval mode; what it does to images first is `.adapt`.
+    Its network is `.module`, in eval mode; its preprocessing of images is `.adapt`.
 
     Args:
         folder: a run folder or an exported one.
         best: of a run, the epoch with the best validation accuracy.
-        device: where it goes.
+        device: its device.
         plugins: Python files or folders that may run: plugins that an exported network needs, and
-            what a run's recipe names.
+            those that a run's recipe names.
 
     Raises:
-        RunError: neither of the two, or the run is not finished.
+        RunError: the folder is neither, or the run is not finished.
         RecipeError: the run's recipe names Python files that are not among `plugins`.
         ModelError: the network cannot be built, or the weights do not fit.
     """
     path, files = Path(folder), tuple(Path(p).expanduser().resolve() for p in plugins)
     if (path / "recipe.yaml").is_file():
-        return TrainedRun(path, plugins=files).student(best=best, device=torch.device(device))
+        return LoadedRun(path, plugins=files).student(best=best, device=torch.device(device))
     if not (path / EXPORTED).is_file():
         raise RunError(
             f"{path}: neither a run folder (it has no recipe.yaml) nor an exported student (no"
@@ -301,7 +310,7 @@ def _load_exported(folder: Path, device: torch.device, plugins: tuple[Path, ...]
         raise RunError(f"{folder}: {EXPORTED} was not written by `kdkit export`")
     about = files.fitting(
         folder / EXPORTED,
-        files.unsealed(folder / EXPORTED, config["kdkit"], EXPORT_AGAIN),
+        renamed(files.unsealed(folder / EXPORTED, config["kdkit"], EXPORT_AGAIN)),
         Exported,
         EXPORT_AGAIN,
     )
@@ -324,11 +333,14 @@ def _load_exported(folder: Path, device: torch.device, plugins: tuple[Path, ...]
             explain(error, kind, about["options"], lambda _: str(folder / EXPORTED))
         ) from None
     consent.meet({path: str(folder / EXPORTED) for _, path in code_in(options)}, plugins)
-    builder, shape = sources[source](options, name), about["image_shape"]
+    builder = sources[source](options, name)
+    takes, shape = about.get("takes", builder.takes), about["image_shape"]
+    if takes == "texts":
+        shape = TextShape(shape)
     model = build_model(
         options,
         builder,
-        about["num_classes"],
+        about["outputs"],
         shape,
         role="student",
         file=folder / WEIGHTS,

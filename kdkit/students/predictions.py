@@ -1,4 +1,4 @@
-"""What a run's student says of image files."""
+"""Predicts the classes of image files with a run's student."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kdkit.contracts.inputs import is_text
 from kdkit.data.images import Finish, ReadImages
 from kdkit.data.transforms import for_measuring
 from kdkit.errors import DataError
-from kdkit.students.loaded import TrainedRun
+from kdkit.students.loaded import LoadedRun
 
 COLUMNS = ("file", "class", "probability")
 
@@ -43,13 +43,13 @@ class ImageFiles:
         try:
             with Image.open(self.files[index]) as image:
                 return image.convert(image.mode), 0  # decoded before the file is closed
-        except Exception as error:  # a broken file raises whatever its format's reader raises
+        except Exception as error:  # PIL's readers raise errors of any type on a broken file
             raise DataError(f"{self.files[index]}: cannot be read as an image: {error}") from error
 
 
 def find_images(path: Path) -> list[Path]:
-    """The image files in a folder and the folders in it, in the order of their paths; a file is
-    itself.
+    """List the image files in a folder and its subfolders, in the order of their paths; a file
+    stands for itself.
 
     Raises:
         DataError: there are none.
@@ -67,9 +67,10 @@ def find_images(path: Path) -> list[Path]:
 
 
 def predict_files(
-    run: TrainedRun, files: Sequence[Path], *, best: bool = False, device: torch.device
+    run: LoadedRun, files: Sequence[Path], *, best: bool = False, device: torch.device
 ) -> Iterator[Prediction]:
-    """Ask a run's student about image files, which are prepared as its test images were.
+    """Predict the classes of image files with a run's student; the images are preprocessed as its
+    test images were.
 
     Args:
         run: a finished run.
@@ -83,6 +84,9 @@ def predict_files(
     """
     if is_text(run.info.image_shape):
         raise DataError(f"{run.folder.path}: its student reads texts, not images")
+    task = run.recipe.task
+    if task.rows_are != "classes" or not task.fits((1, run.info.outputs), run.info, 1):
+        raise DataError(f"{run.folder.path}: task '{task.name}' has not one class for an image")
     spec, names = run.recipe.spec, run.info.class_names
     student = run.student(best=best, device=device)
     everything = torch.arange(len(files))
@@ -106,7 +110,7 @@ def predict_files(
 
 
 def as_csv(predictions: Sequence[Prediction], root: Path) -> str:
-    """A table of file (relative to `root`), class and probability."""
+    """Format a CSV table of file (relative to `root`), class and probability."""
 
     def name(file: Path) -> Path:
         return file.relative_to(root) if file != root and file.is_relative_to(root) else file

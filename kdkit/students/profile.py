@@ -1,6 +1,4 @@
-"""What a network costs: parameters, multiply-accumulates, file size, and how long it takes to
-answer.
-"""
+"""The costs of a network: parameters, multiply-accumulates, file size, and inference time."""
 
 from __future__ import annotations
 
@@ -21,25 +19,27 @@ from kdkit.runs.scoring import weights
 
 WARM_UP = 5  # calls before any is counted
 RUNS = 100
-SECONDS = 5.0  # that a model may take per batch size, after which MIN_RUNS are enough
+SECONDS = 5.0  # time limit per model and batch size, after which MIN_RUNS are enough
 MIN_RUNS = 10
 
 
 @dataclass(frozen=True)
 class Latency:
-    """How long single answers took, ascending, in seconds."""
+    """Durations of single answers, ascending, in seconds."""
 
     batch: int
     seconds: tuple[float, ...]
 
     def percentile(self, percent: float) -> float:
-        """Seconds that so many percent of the answers took at most (nearest rank)."""
+        """Return the time in seconds within which that percentage of the answers was done (nearest
+        rank).
+        """
         rank = -(-len(self.seconds) * percent // 100)
         return self.seconds[max(0, int(rank) - 1)]
 
     @property
     def throughput(self) -> float:
-        """Images per second at the median."""
+        """Return the images per second at the median."""
         return self.batch / statistics.median(self.seconds)
 
 
@@ -68,8 +68,8 @@ def measure(
     runs: int = RUNS,
     seconds: float = SECONDS,
 ) -> Profile:
-    """The costs of one model for images (C, H, W) in [0, 1], or texts of N tokens (N,), where it
-    is and as it is called.
+    """Measure the costs of one model for images (C, H, W) in [0, 1], or texts of N tokens (N,), on
+    its device and with its own call.
 
     Raises:
         ModelError: it cannot take such images.
@@ -84,15 +84,14 @@ def measure_together(
     runs: int = RUNS,
     seconds: float = SECONDS,
 ) -> list[Profile]:
-    """The costs of several models, timed in turns, so that whatever else the machine does slows
+    """Measure the costs of several models, timed in turns, so that other load on the machine slows
     all of them.
 
     Args:
-        models: each with the shape of what it is shown.
+        models: each with the shape of its inputs.
         batch_sizes: images per answer.
         runs: answers that are timed, of each model and batch size.
-        seconds: that this may take for each model and batch size; at least `MIN_RUNS` answers are
-            timed.
+        seconds: time limit for each model and batch size; at least `MIN_RUNS` answers are timed.
 
     Raises:
         ModelError: a model cannot take such images.
@@ -110,7 +109,7 @@ def measure_together(
 
 @contextlib.contextmanager
 def threads(number: int | None) -> Iterator[None]:
-    """Let torch use so many threads of the processor (None: as many as before)."""
+    """Limit torch to that number of CPU threads inside the block (None: unchanged)."""
     before = torch.get_num_threads()
     torch.set_num_threads(number or before)
     try:
@@ -121,7 +120,9 @@ def threads(number: int | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _answering(model: Model) -> Iterator[None]:
-    """Eval mode without gradients; each part's own mode comes back afterwards."""
+    """Put the model in eval mode without gradients inside the block; restore the mode of each part
+    afterwards.
+    """
     training = [part for part in model.module.modules() if part.training]
     model.module.eval()
     try:
@@ -133,7 +134,7 @@ def _answering(model: Model) -> Iterator[None]:
 
 
 def _count(model: Model, shape: Shape) -> tuple[int, int, int]:
-    """Parameters, multiply-accumulates and bytes."""
+    """Count parameters, multiply-accumulates and bytes."""
     images = _images(model, shape, 1)
     try:
         with FlopCounterMode(display=False) as counter:
@@ -160,7 +161,7 @@ def _time(
         began = time.perf_counter() if turn == 0 else began
         if turn >= min(MIN_RUNS, runs) and time.perf_counter() - began > seconds:
             break
-        # nobody always comes after the same one
+        # the order rotates, so that no model always follows the same one
         order = range(len(models)) if turn % 2 else range(len(models) - 1, -1, -1)
         for i in order:
             duration = _timed(models[i][0], inputs[i])

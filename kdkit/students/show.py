@@ -1,10 +1,10 @@
-"""What `kdkit show` says of a run, finished or not: the recipe in brief, the result, the
+"""The output of `kdkit show` for a run, finished or not: the recipe in brief, the result, the
 learning curves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +12,23 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from kdkit.contracts.task import ScoreInfo
 from kdkit.errors import RunError
-from kdkit.runs.folder import Result, RunFolder
+from kdkit.runs.folder import RunFolder
+from kdkit.runs.result import Result
 from kdkit.students import curves
 from kdkit.students.curves import Curve, Curves
 from kdkit.terminal import printable
 
 WIDTH = 48  # characters of a curve
 UNTOLD = {"use", "name", "weight", "layers", "model", "recipe", "interpolation", "args"}
-# values that say nothing of their own
+# values that need no mention
 USUAL: tuple[object, ...] = (None, False, "", 0, [], "eval", "logits")
-TITLES = {
-    "top1": "top-1 %",
-    "top5": "top-5 %",
-    "balanced_accuracy": "balanced acc. %",
-    "macro_f1": "macro F1 %",
-    "nll": "NLL, nats",
-    "ece": "ECE %",
-    "agreement": "agreement %",
-    "kl_to_teacher": "KL to teacher, nats",
-    "logit_difference": "mean |z_s - z_t|",
-}
 
 
 class Story:
-    """A run folder, read for people. The recipe is read as plain data: no plugin is run, and
-    none needs to be there.
+    """A run folder, read for display. The recipe is read as plain data: no plugin is run, and none
+    has to exist.
 
     Raises:
         RunError: no run folder.
@@ -47,21 +38,24 @@ class Story:
         self.folder = RunFolder(path)
         self.recipe: dict[str, Any] = self.folder.plain_recipe()
         self.result: Result | None = self.folder.result()
+        self.scores = self.folder.scores()
         self.curves: Curves = curves.read(self.folder)
 
     def report(self) -> RenderableType:
-        """All of it, for a rich console."""
+        """Return the whole report for a rich console."""
         parts: list[RenderableType] = [_facts(brief(self.recipe)), Text()]
         parts += (
-            list(_outcome(self.result)) if self.result else [_text(self._so_far(), style="yellow")]
+            list(_outcome(self.result, self.scores))
+            if self.result
+            else [_text(self._so_far(), style="yellow")]
         )
         if self.curves.epochs:
-            parts += [Text(), _curve_table(self.curves)]
+            parts += [Text(), _curve_table(self.curves, curves.deciding(self.scores))]
         return Group(*parts)
 
     def draw(self, file: Path | None = None) -> Path:
-        """Write the learning curves as a picture (default: `curves.png` in the run folder);
-        gives its path.
+        """Write the learning curves as a picture (default: `curves.png` in the run folder); return
+        its path.
 
         Raises:
             RunError: no epoch has been finished, or the file cannot be written so.
@@ -71,24 +65,24 @@ class Story:
                 f"{self.folder.path}: has not finished an epoch, so there are no curves to draw"
             )
         path = file or self.folder.path / "curves.png"
-        teacher = self.result.teacher["top1"] if self.result and self.result.teacher else None
+        told = (self.result.teacher if self.result else None) or {}
+        title = f"{self.recipe['name']}, seed {self.recipe['seed']}"
+        score = curves.deciding(self.scores)
         try:
-            curves.draw(
-                self.curves, f"{self.recipe['name']}, seed {self.recipe['seed']}", path, teacher
-            )
+            curves.draw(self.curves, title, path, score, told.get(score.name))
+        # matplotlib raises ValueError for an unknown suffix
         except (OSError, ValueError) as error:
             raise RunError(f"{path}: cannot be written: {' '.join(str(error).split())}") from None
         return path
 
     def picture(self, file: Path | None = None) -> str:
-        """Draw the curves, and say where they are; empty where no epoch has been finished and no
-        file was asked for.
+        """Draw the curves, and return a line with their path; empty if no epoch has been finished
+        and no file was requested.
 
-        A run folder that cannot be written into is no error: all that is told of the run is told
-        without the picture.
+        A read-only run folder is no error: the report is then shown without the picture.
 
         Raises:
-            RunError: the file that was asked for cannot be written.
+            RunError: the requested file cannot be written.
         """
         if file is None and not self.curves.epochs:
             return ""
@@ -105,7 +99,7 @@ class Story:
 
 
 def brief(recipe: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(section, what it says) of a resolved recipe."""
+    """List (section, description) of a resolved recipe."""
     data, train = recipe["data"], recipe["train"]
     yield "run", f"{recipe['name']}, seed {recipe['seed']}"
     yield "student", _model(recipe["student"])
@@ -162,7 +156,7 @@ def _model(section: Mapping[str, Any]) -> str:
 
 
 def _named(entry: Mapping[str, Any]) -> str:
-    """A plugin with those of its options that are on."""
+    """Describe a plugin with those of its options that are set."""
     pairs = [f"{pair['student']} ~ {pair['teacher']}" for pair in entry.get("layers", ())]
     told = ", ".join([*pairs, *_on(entry)])
     return str(entry.get("name") or entry["use"]) + (f" ({told})" if told else "")
@@ -180,7 +174,7 @@ def _on(options: Mapping[str, Any]) -> list[str]:
 
 
 def _number(value: Any) -> str:
-    if isinstance(value, Mapping) and "to" in value:  # a ramp
+    if isinstance(value, Mapping) and "to" in value:  # the value is a ramp
         return f"({value['from']:g} -> {value['to']:g} in {value['epochs']:g} epochs)"
     if isinstance(value, Mapping):
         return f"({', '.join(f'{key} {_number(item)}' for key, item in value.items())})"
@@ -190,7 +184,7 @@ def _number(value: Any) -> str:
 
 
 def _text(text: str, style: str = "") -> Text:
-    """What a run's files say, which may be a stranger's."""
+    """Make a text from a run's files safe to print, as they may come from a stranger."""
     return Text(printable(text), style)
 
 
@@ -203,25 +197,25 @@ def _facts(rows: Iterable[tuple[str, str]]) -> Table:
     return table
 
 
-def score_table(rows: Iterable[tuple[str, Mapping[str, float]]]) -> Table:
-    """One row for each (who, metrics); a dash where a metric is not defined."""
+def score_table(
+    rows: Iterable[tuple[str, Mapping[str, float]]], scores: Sequence[ScoreInfo]
+) -> Table:
+    """Build a table with one row for each (who, values by name) and a column for each score that
+    anyone has; a dash if it is not defined.
+    """
     listed = list(rows)
-    known = [key for key in TITLES if any(key in scores for _, scores in listed)]
-    table = Table("", box=None, pad_edge=False, header_style="bold")
-    for key in known:
-        table.add_column(TITLES[key], justify="right")
-    for who, scores in listed:
-        table.add_row(who, *(_score(key, scores.get(key)) for key in known))
+    known = [one for one in scores if any(one.name in values for _, values in listed)]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(no_wrap=True)
+    for one in known:
+        table.add_column(one.heading, justify="right", overflow="fold")
+    for who, values in listed:
+        cells = (one.number(values[one.name]) if one.name in values else "-" for one in known)
+        table.add_row(who, *cells)
     return table
 
 
-def _score(key: str, value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if key in ("nll", "kl_to_teacher", "logit_difference") else f"{value:.2f}"
-
-
-def _outcome(result: Result) -> Iterator[RenderableType]:
+def _outcome(result: Result, scores: Sequence[ScoreInfo]) -> Iterator[RenderableType]:
     rows = [(f"student, test, {result.moment}", result.test)]
     rows += (
         [(f"student, validation, {result.moment}", result.validation)] if result.validation else []
@@ -233,10 +227,10 @@ def _outcome(result: Result) -> Iterator[RenderableType]:
     ]
     if best := result.best:
         rows += [(f"student, test, epoch {best['epoch']} (best on validation)", best["test"])]
-    rows += [(f"student {number}, test", scores) for number, scores in enumerate(result.peers, 2)]
+    rows += [(f"student {number}, test", peer) for number, peer in enumerate(result.peers, 2)]
     rows += [("ensemble, test", result.ensemble)] if result.ensemble else []
     rows += [("teacher, test", result.teacher)] if result.teacher else []
-    yield score_table(rows)
+    yield score_table(rows, scores)
     yield _text(
         f"{result.parameters:,} parameters, {result.epochs} epochs in the last stage, trained for"
         f" {result.seconds:,.0f} s"
@@ -245,22 +239,21 @@ def _outcome(result: Result) -> Iterator[RenderableType]:
         yield _text(f"warning: {warning}", style="yellow")
 
 
-def _curve_table(found: Curves) -> Table:
+def _curve_table(found: Curves, score: ScoreInfo) -> Table:
     table = Table("", box=None, pad_edge=False, header_style="bold")
     for title in ("first", "", "last", "lowest", "highest"):
         table.add_column(title, justify="left" if not title else "right", no_wrap=True)
-    for name, curve in found.top1.items():
-        table.add_row(f"top-1 %, {name}", *_curve(curve, found.epochs, "{:.2f}"))
+    for part, curve in found.of(score).items():
+        cells = _curve(curve, found.epochs, score.number)
+        table.add_row(f"{score.heading}, {part}", *cells)
     for name, curve in found.losses.items():
         table.add_row(
             "training loss" if name == "loss" else f"  {name}, weighted",
-            *_curve(curve, found.epochs, "{:.4g}"),
+            *_curve(curve, found.epochs, "{:.4g}".format),
         )
     return table
 
 
-def _curve(curve: Curve, epochs: int, number: str) -> list[str]:
-    first, last, low, high = (
-        number.format(v) for v in (curve.y[0], curve.y[-1], min(curve.y), max(curve.y))
-    )
+def _curve(curve: Curve, epochs: int, number: Callable[[float], str]) -> list[str]:
+    first, last, low, high = map(number, (curve.y[0], curve.y[-1], min(curve.y), max(curve.y)))
     return [first, curves.blocks(curve, epochs, WIDTH), last, low, high]

@@ -1,1 +1,1 @@
-"""Many recipes and seeds on one benchmark, side by side; `report/` writes the page."""
+"""Compares many recipes and seeds on one benchmark, side by side; `report/` writes the page."""

@@ -1,10 +1,12 @@
-"""What a study has found: the runs of each variant over the seeds, their statistics and their
+"""The findings of a study: the runs of each variant over the seeds, their statistics and their
 costs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -12,12 +14,30 @@ from typing import Any, Literal, Self
 from pydantic import ConfigDict, TypeAdapter
 
 from kdkit import files
+from kdkit.contracts.task import ScoreInfo
 from kdkit.errors import RunError
 from kdkit.finite import Number
+from kdkit.students.curves import deciding
 
 AGAIN = "`kdkit compare` with the same study writes it again"
 
-SIGNIFICANT = 0.05  # p-values below it, corrected, allow to call a variant better or worse
+SIGNIFICANT = 0.05  # threshold of corrected p-values for the verdicts "better" and "worse"
+# training quantities that are reported like scores
+LOSSES = {
+    name: ScoreInfo(name=name, title=title, digits=3, higher_is_better=False)
+    for name, title in (
+        ("loss", "training loss"),
+        ("late_loss", "training loss, last 60 % of epochs"),
+    )
+}
+
+
+def rank(score: ScoreInfo, values: Sequence[float]) -> float:
+    """Return the mean of a score over the seeds, with the sign that makes larger better; NaN is the
+    worst.
+    """
+    found = score.rank(statistics.fmean(values))
+    return -math.inf if math.isnan(found) else found
 
 
 @dataclass(frozen=True)
@@ -30,13 +50,13 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of a variant to the baseline, seed by seed, in points of top-1 (percent).
+    """The paired difference of a variant to the baseline, in the unit of the deciding score.
 
     Attributes:
         values: one for each seed that both have.
         t: interval of the mean by the paired t distribution (None: fewer than two seeds).
-        bootstrap: interval of the mean by resampling the seeds (None likewise).
-        p: two-sided, by the paired t distribution (None likewise).
+        bootstrap: interval of the mean by resampling the seeds (None: as for `t`).
+        p: two-sided, by the paired t distribution (None: as for `t`).
         p_holm: the same, corrected by Holm's method for the number of variants that the study
             compares.
     """
@@ -47,23 +67,24 @@ class Difference:
     p: float | None = None
     p_holm: float | None = None
 
-    @property
-    def verdict(self) -> Literal["better", "worse", "inconclusive"]:
-        """What the corrected p-value allows to say at 5 %."""
+    def verdict(self, score: ScoreInfo) -> Literal["better", "worse", "inconclusive"]:
+        """Return the verdict that the corrected p-value supports at 5 %; the difference is in that
+        score.
+        """
         if self.p_holm is None or self.p_holm >= SIGNIFICANT:
             return "inconclusive"
-        return "better" if sum(self.values) > 0 else "worse"
+        return "better" if score.rank(sum(self.values)) > 0 else "worse"
 
 
 @dataclass(frozen=True)
 class Length:
-    """How long a run trains, all its stages together.
+    """The length of a run's training, all its stages together.
 
     Attributes:
-        samples: training images (or texts) that it has.
-        epochs: over these.
+        samples: training images (or texts) that the run has.
+        epochs: over these samples.
         steps: of the optimizer.
-        images: how many images these steps show, each as often as it comes.
+        images: number of images that these steps show, repetitions included.
     """
 
     samples: int
@@ -72,21 +93,21 @@ class Length:
     images: int
 
     def longer_than(self, other: Length) -> bool:
-        """Whether it takes more steps, or shows more images."""
+        """Check whether it takes more steps, or shows more images."""
         return self.steps > other.steps or self.images > other.images
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What a search on validation data has chosen for a variant.
+    """The choice of a search on validation data for one variant.
 
     Attributes:
-        point: what the chosen point is called, such as `lr 0.1, epochs 75`.
+        point: name of the chosen point, such as `lr 0.1, epochs 75`.
         values: of the chosen point, by key.
         edges: keys with numbers of which the chosen one is the smallest or the largest: the best
             value may lie beyond.
-        validation: top-1 on validation after the last epoch of each point that could be trained,
-            mean over the search's seeds.
+        validation: deciding score on validation after the last epoch of each point that could be
+            trained, mean over the search's seeds.
         cpu_seconds: of the processor, of all runs of the search of this variant.
     """
 
@@ -99,12 +120,12 @@ class Tuned:
 
 @dataclass(frozen=True)
 class Search:
-    """The search that every variant of a study had.
+    """The search that all variants of a study went through.
 
     Attributes:
         keys: the values that were tried, by key; all combinations.
-        seeds: of its runs, none of them one of the study's own.
-        runs: how many there were, of all variants together.
+        seeds: of its runs, none of which is a seed of the study itself.
+        runs: number of runs, of all variants together.
         cpu_seconds: of the processor, for all of them.
     """
 
@@ -116,12 +137,12 @@ class Search:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a variant costs. Training figures are means over its seeds.
+    """The costs of a variant. Training figures are means over its seeds.
 
     Attributes:
-        seconds: of training, as that run alone would need them, measurements included.
-        cpu_seconds: likewise, of the processor.
-        memory: bytes that a training step of that run alone allocates at most, beside what is there
+        seconds: of training, as the run would need if trained alone, measurements included.
+        cpu_seconds: CPU time of training, in the same sense.
+        memory: peak bytes that a training step of that run alone allocates, beyond those allocated
             before it, gradients included.
         images_per_second: trained on.
         parameters, macs, bytes: of the network that is exported.
@@ -144,23 +165,23 @@ class Variant:
 
     Attributes:
         name: unique in the study.
-        about: what it is, in one line: its objective and schedule.
+        about: description in one line: its objective and schedule.
         seeds: of the finished runs.
         folders: of the finished runs, one a seed.
-        last: metrics on the test data of what the run leaves by name
-            (`kdkit.engine.evaluate.metrics`), one value a seed; `loss`: the training loss of the
-            last epoch; `late_loss`: its mean over the last 60 % of the (last stage's) epochs.
-        best: test metrics of the epoch that is best on validation, likewise; empty without a
+        last: test scores of the run's resulting student, by name, one value a seed; `loss`: the
+            training loss of the last epoch; `late_loss`: its mean over the last 60 % of the (last
+            stage's) epochs.
+        best: test scores of the epoch that is best on validation, in the same form; empty without a
             validation split.
         difference: to the baseline (None: it is the baseline, or they share no seed).
-        cost: None where no run is finished.
+        cost: None if no run is finished.
         failures: reasons by seed.
-        averaged: how many epochs, the best on validation, the weights are the mean of; 0: they are
-            the last epoch's.
-        validation: metrics on the validation data of what the run leaves, likewise; empty without a
-            validation split.
-        length: how long one of its runs trains; None where no run is finished.
-        tuned: what a search has chosen for it; None without a search.
+        averaged: number of epochs, the best on validation, whose weights are averaged; 0: the
+            weights are the last epoch's.
+        validation: validation scores of the run's resulting student, in the same form; empty
+            without a validation split.
+        length: length of one run's training; None if no run is finished.
+        tuned: the choice of a search for it; None without a search.
     """
 
     name: str
@@ -180,14 +201,14 @@ class Variant:
 
 @dataclass(frozen=True)
 class Teacher:
-    """The teacher that all variants have that have one.
+    """The teacher that all variants with a teacher share.
 
     Attributes:
         name: of its network, or its run.
-        last: its metrics on the test data.
+        last: its scores on the test data.
         parameters, macs, bytes, latency: see `Cost`.
-        lengths: how long each of those was trained that another recipe trains; what weights from
-            elsewhere have seen is not known.
+        lengths: training length of each teacher that another recipe trains; unknown for weights
+            from elsewhere.
     """
 
     name: str
@@ -201,19 +222,22 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Findings:
-    """A whole study, as `study.json` keeps it.
+    """A whole study, in the form of `study.json`.
 
     Attributes:
         name, question: of the study.
-        baseline: name of the variant that the others are compared with.
-        command: what repeats it.
+        baseline: the variant that the others are compared with.
+        command: the command that repeats it.
         variants: in the study's order.
-        teacher: None where no variant has one, or they have several different ones.
-        together: wall and CPU seconds that the training of this study took in all, as it was
-            carried out (`wall`, `cpu`), and how many runs it trained (`trained`) or found trained
-            already (`reused`).
+        teacher: None if no variant has one, or they have different ones.
+        together: total wall and CPU seconds of this study's training (`wall`, `cpu`), and the
+            number of runs that it trained (`trained`) or reused (`reused`).
         versions: of Python and of packages; `machine`: processor and accelerator.
-        search: that every variant had before it was trained; None without one.
+        search: the search before the training; None without one.
+        scores: descriptions of the scores, in order; the first one decides. If they are not
+            recorded, as by an older kdkit, the names found in the variants.
+        agreement: descriptions of the scores of agreement with the teacher. If they are not
+            recorded, the names that the teacher lacks.
     """
 
     name: str
@@ -226,12 +250,34 @@ class Findings:
     versions: Mapping[str, str]
     machine: Mapping[str, str]
     search: Search | None = None
+    scores: tuple[ScoreInfo, ...] = ()
+    agreement: tuple[ScoreInfo, ...] = ()
 
     __pydantic_config__ = ConfigDict(ser_json_inf_nan="null")
 
+    def __post_init__(self) -> None:
+        if self.scores:
+            return
+        names = dict.fromkeys(name for variant in self.variants for name in variant.last)
+        found = [ScoreInfo(name=name, title=name) for name in names if name not in LOSSES]
+        known = self.teacher.last if self.teacher and self.teacher.last else names
+        # the dataclass is frozen
+        object.__setattr__(self, "scores", tuple(one for one in found if one.name in known))
+        object.__setattr__(self, "agreement", tuple(one for one in found if one.name not in known))
+
+    @property
+    def deciding(self) -> ScoreInfo:
+        """The score that is used to compare variants."""
+        return deciding(self.scores)
+
+    @property
+    def ran(self) -> list[Variant]:
+        """The variants with a finished run."""
+        return [one for one in self.variants if one.last.get(self.deciding.name)]
+
     @property
     def moment(self) -> str:
-        """Which weights of the students were measured, in words."""
+        """The moment at which the measured weights of the students were taken, in words."""
         averaged = [variant for variant in self.variants if variant.averaged]
         if not averaged:
             return "after the last epoch"

@@ -1,4 +1,4 @@
-"""The grid of a study: which recipes have its keys, and what its points are called."""
+"""The grid of a study: which recipes have its keys, and the names of its points."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from kdkit.recipe.yaml_source import Source
 
 
 class Grid:
-    """Values by key path, as a study's `vary:` and `tune:` have them.
+    """Values by key path, from a study's `vary:` or `tune:`.
 
     Args:
         source: the study file, for the places of the values.
         vary: its `vary:`, or its `tune:`.
-        word: which of the two.
+        word: `vary` or `tune`, for messages.
 
     Raises:
         RecipeError: a value is given twice.
@@ -39,10 +39,10 @@ class Grid:
         }
 
     def refuse_idle_keys(self, recipes: Iterable[Recipe]) -> None:
-        """Make sure that every key is one of some recipe.
+        """Check that every key exists in some recipe.
 
         Raises:
-            RecipeError: one is not; it may be misspelt.
+            RecipeError: one does not; it may be misspelt.
         """
         known = list(recipes)
         for key in self._vary:
@@ -50,12 +50,12 @@ class Grid:
                 raise self._error(key, "no variant has this key")
 
     def count(self, recipe: Recipe) -> int:
-        """How many points it has for a recipe."""
+        """Count the points of the grid for a recipe."""
         return math.prod(len(self._axes[key]) for key in self._keys_of(recipe))
 
     def points(self, recipe: Recipe) -> Iterator[tuple[list[str], dict[str, yaml.Node]]]:
-        """Each point as far as the recipe has its keys: what it is called, key by key, and its
-        values, which know their places.
+        """List the points of the grid for a recipe, restricted to keys that the recipe has: the
+        point's name, key by key, and its values with their places.
         """
         keys = self._keys_of(recipe)
         for point in itertools.product(*(self._axes[key] for key in keys)):
@@ -68,8 +68,8 @@ class Grid:
         return [key for key in self._axes if has(recipe.spec, key.split("."))]
 
     def _labels(self, key: str) -> list[str]:
-        """`weight 0.5` for each value of a key: as many of its last steps as tell it from the
-        other keys.
+        """Label each value of a key, as in `weight 0.5`, with as many of the key's last steps as
+        distinguish it from the other keys.
         """
         steps = key.split(".")
         endings = (".".join(steps[-count:]) for count in range(1, len(steps) + 1))
@@ -90,7 +90,7 @@ class Grid:
 
 
 def has(value: Any, steps: Sequence[str]) -> bool:
-    """Whether a part of a valid recipe has a key, or an item called so."""
+    """Check whether a part of a valid recipe has that key, or an item of that name."""
     if not steps:
         return True
     first, *rest = steps
@@ -113,7 +113,7 @@ def has(value: Any, steps: Sequence[str]) -> bool:
 
 
 def _label(value: Any) -> str:
-    """A value of the grid in few words: a mapping by what it uses."""
+    """Format a value of the grid in a few words: for a mapping, the plugin that it uses."""
     if isinstance(value, Mapping):
         return next(
             (str(value[key]) for key in ("name", "use", "model", "recipe") if key in value), None

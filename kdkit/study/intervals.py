@@ -1,4 +1,4 @@
-"""How sure a result over several seeds is: deviations, and confidence intervals of paired
+"""Uncertainty of results over several seeds: deviations, and confidence intervals of paired
 differences.
 """
 
@@ -17,17 +17,18 @@ RESAMPLES = 9999
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
-    """`93.41 +- 0.80`: mean and standard deviation (n - 1) over the seeds; one value has no
-    deviation.
+    """Format `93.41 +- 0.80`: mean and standard deviation (n - 1) over the seeds; without a
+    deviation for a single value or NaN.
     """
     if not values:
         return ""
-    deviation = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    several = len(values) > 1 and all(map(math.isfinite, values))
+    deviation = f" +- {statistics.stdev(values):.{digits}f}" if several else ""
     return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
 def paired(own: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
-    """The difference of two results by seed, over the seeds that both have; None where there is
+    """Return the difference of two results by seed, over the seeds that both have; None if there is
     none.
     """
     values = tuple(own[seed] - baseline[seed] for seed in own if seed in baseline)
@@ -42,8 +43,8 @@ def paired(own: Mapping[int, float], baseline: Mapping[int, float]) -> Differenc
 
 
 def t_interval(values: Sequence[float]) -> Interval:
-    """95 % interval of the mean of two or more values, by Student's t: mean -+ t(n - 1) s /
-    sqrt(n).
+    """Compute the 95 % interval of the mean of two or more values, by Student's t: mean -+ t(n - 1)
+    s / sqrt(n).
     """
     from scipy import stats
 
@@ -57,8 +58,8 @@ def t_interval(values: Sequence[float]) -> Interval:
 
 
 def p_value(values: Sequence[float]) -> float:
-    """Of two or more values, by Student's t: how probable a mean at least so far from 0 is where
-    the true one is 0.
+    """Compute the p-value of two or more values, by Student's t: the probability of a mean at least
+    as far from 0 if the true mean is 0.
     """
     from scipy import stats
 
@@ -69,8 +70,8 @@ def p_value(values: Sequence[float]) -> float:
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """Holm's correction of m p-values: the i-th smallest (i from 0) times m - i, none below the
-    one before it, none above 1.
+    """Apply Holm's correction to m p-values: the i-th smallest (i from 0) times m - i, none below
+    the one before it, none above 1.
 
     Holm, "A Simple Sequentially Rejective Multiple Test Procedure", Scandinavian Journal of
     Statistics 1979.
@@ -82,8 +83,8 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def corrected(variants: Iterable[Variant]) -> tuple[Variant, ...]:
-    """The variants of one study, each difference with its p-value, also as corrected for their
-    number.
+    """Return the variants of one study, each difference with its p-value and the p-value corrected
+    for the number of variants.
     """
     known = list(variants)
     differences = {i: v.difference for i, v in enumerate(known) if v.difference and v.difference.t}
@@ -94,7 +95,9 @@ def corrected(variants: Iterable[Variant]) -> tuple[Variant, ...]:
 
 
 def bootstrap_interval(values: Sequence[float]) -> Interval:
-    """95 % interval of the mean by percentiles of resampled means; always of the same resamples."""
+    """Compute the 95 % interval of the mean from percentiles of resampled means; the resamples are
+    always the same.
+    """
     import numpy as np
     from scipy import stats
 
@@ -109,27 +112,35 @@ def bootstrap_interval(values: Sequence[float]) -> Interval:
     return Interval(float(found.low), float(found.high))
 
 
-def shown(difference: Difference) -> str:
-    """`+1.72 [0.91, 2.53]`: the mean difference with its interval by t; one seed has no
+def shown(difference: Difference, digits: int = 2) -> str:
+    """Format `+1.72 [0.91, 2.53]`: the mean difference with its interval by t; a single seed has no
     interval.
     """
-    mean = f"{statistics.mean(difference.values):+.2f}"
-    return f"{mean} [{difference.t.low:.2f}, {difference.t.high:.2f}]" if difference.t else mean
+    mean, interval = f"{statistics.mean(difference.values):+.{digits}f}", difference.t
+    return f"{mean} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]" if interval else mean
 
 
 def p_value_shown(difference: Difference | None) -> str:
-    """The corrected p-value, `0.013` or `< 0.001`; nothing where there is none."""
+    """Format the corrected p-value, as in `0.013` or `< 0.001`; empty if there is none."""
     if difference is None or difference.p_holm is None:
         return ""
     return f"{difference.p_holm:.3f}" if difference.p_holm >= 0.001 else "< 0.001"
 
 
-def at_best(found: Findings, variant: Variant) -> Difference | None:
-    """A variant's difference to the baseline where each run is measured at the epoch that is
-    best on validation.
+def gained(found: Findings, variant: Variant, *, best: bool = False) -> Difference | None:
+    """Return a variant's difference to the baseline: of the resulting students, or with each
+    measured at the epoch that is best on validation; None for the baseline.
     """
+
+    def by_seed(one: Variant) -> dict[int, float]:
+        values = (one.best if best else one.last).get(found.deciding.name, ())
+        return dict(zip(one.seeds, values, strict=False))
+
     baseline = next((other for other in found.variants if other.name == found.baseline), variant)
-    own, known = (
-        dict(zip(one.seeds, one.best.get("top1", ()), strict=False)) for one in (variant, baseline)
-    )
-    return paired(own, known) if variant is not baseline else None
+    return paired(by_seed(variant), by_seed(baseline)) if variant is not baseline else None
+
+
+def with_differences(found: Findings) -> Findings:
+    """Return the findings with each variant's difference to the baseline."""
+    compared = (replace(one, difference=gained(found, one)) for one in found.variants)
+    return replace(found, variants=corrected(compared))

@@ -1,9 +1,11 @@
-"""How long the variants of a study train, and that none trains longer than the baseline unasked."""
+"""Training lengths of a study's variants, and the check that none unintentionally trains longer
+than the baseline.
+"""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kdkit.data.subsets import images_per_epoch, samples
@@ -11,32 +13,25 @@ from kdkit.errors import KdkitError, RecipeError
 from kdkit.recipe import Recipe
 from kdkit.recipe.fairness import advice
 from kdkit.recipe.sections import DataSpec
-from kdkit.runs import checks
 from kdkit.runs.folder import RunFolder
-from kdkit.students.loaded import TrainedRun
+from kdkit.runs.plan import Plan
+from kdkit.students.loaded import LoadedRun
 from kdkit.study.findings import Length
 
-STEPS = "steps"  # among the keys that `allow` names, lets variants train longer than the baseline
-EPOCHS = "train.epochs"  # whoever lets variants differ in these lets them train longer
+STEPS = "steps"  # pseudo-key in `allow`: variants may train longer than the baseline
+EPOCHS = "train.epochs"  # allowing this key also allows longer training
 
 
-def of_plan(recipe: Recipe, fetch: Callable[[str], None] | None) -> Length:
-    """As `kdkit check` finds it out; `fetch` is told of what is fetched for it.
-
-    Raises:
-        RecipeError: the recipe cannot work.
-    """
-    made = checks.make(recipe, fetch)
+def of_plan(plan: Plan, data: DataSpec) -> Length:
+    """Compute the length from the plan of `kdkit check`; `data` is the recipe's section."""
     epochs, steps = (
-        sum(counts) for counts in zip(*((s.epochs, s.steps) for s in made.stages), strict=True)
+        sum(counts) for counts in zip(*((s.epochs, s.steps) for s in plan.stages), strict=True)
     )
-    return Length(
-        made.num_train, epochs, steps, epochs * images_per_epoch(recipe.spec.data, made.num_train)
-    )
+    return Length(plan.num_train, epochs, steps, epochs * images_per_epoch(data, plan.num_train))
 
 
 def of_run(folder: RunFolder, data: DataSpec) -> Length:
-    """As a finished run has written it down; `data` is its recipe's section."""
+    """Compute the length from a finished run's files; `data` is its recipe's section."""
     # of each stage, its last epoch
     ends = {line["stage"]: line for line in folder.metrics("epoch")}.values()
     count, epochs = samples(data, folder.info().num_train), sum(end["epoch"] for end in ends)
@@ -46,8 +41,8 @@ def of_run(folder: RunFolder, data: DataSpec) -> Length:
 
 
 def mean_length(runs: Sequence[tuple[RunFolder, DataSpec]]) -> Length | None:
-    """Of finished runs of one variant, on average, as they need not end after the same epoch;
-    None without any.
+    """Average the lengths of a variant's finished runs, which may end after different epochs; None
+    without any.
     """
     found = [of_run(folder, data) for folder, data in runs]
     whole = zip(*((one.samples, one.epochs, one.steps, one.images) for one in found), strict=True)
@@ -55,12 +50,13 @@ def mean_length(runs: Sequence[tuple[RunFolder, DataSpec]]) -> Length | None:
 
 
 def of_teachers(folder: Path, plugins: Sequence[Path]) -> tuple[Length, ...]:
-    """Of those teachers of a run that other recipes train; none where their runs are not there
-    any more, or need more than `plugins`.
+    """Return the lengths of those teachers of a run that other recipes train; empty if their runs
+    no longer exist, or need more than `plugins`.
     """
     try:
-        runs = TrainedRun(folder, plugins=plugins).teacher_runs()
+        runs = LoadedRun(folder, plugins=plugins).teacher_runs()
         return tuple(of_run(one, one.recipe(plugins=plugins).spec.data) for one in runs)
+    # the lengths are only reported: what cannot be read is left out
     except KdkitError:
         return ()
 
@@ -71,12 +67,11 @@ def refuse_longer(
     baseline: str,
     allowed: Sequence[str],
 ) -> None:
-    """Make sure that the baseline trains as long as every variant: more steps help by
-    themselves.
+    """Check that no variant trains longer than the baseline: more steps help by themselves.
 
     Raises:
-        RecipeError: it does not; a line for each variant, with the place of its schedule, and how
-            to allow it.
+        RecipeError: some do; one line a variant, with the place of its schedule and the way to
+            allow it.
     """
     if STEPS in allowed or any(key == EPOCHS or EPOCHS.startswith(f"{key}.") for key in allowed):
         return

@@ -1,10 +1,10 @@
-"""Trains several recipes side by side, batch by batch; each ends with the weights that it would
-have alone, bit for bit.
+"""Trains several recipes side by side, batch by batch; each ends with bitwise the same weights as
+if trained alone.
 
 Runs of one seed on the same images form a group: they go through the data together, and a frozen
-teacher that several of them have answers each batch once. That changes no run's numbers, because no
-random number depends on what was drawn before (see `kdkit.randomness`), and because whatever would
-change a teacher's answers by a rounding makes it another teacher.
+teacher that several of them share answers each batch once. This changes no run's numbers, because
+no random number depends on earlier draws (see `kdkit.randomness`), and because anything that
+changes a teacher's answers by a rounding error makes it another teacher.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -23,38 +22,32 @@ from kdkit.engine.turns import BEGINNING, Place, Stopwatch, Turns
 from kdkit.errors import Interrupted, KdkitError, RunError
 from kdkit.recipe import Recipe, content_of
 from kdkit.runs import training
-from kdkit.runs.folder import Result, RunFolder
+from kdkit.runs.folder import RunFolder
 from kdkit.runs.interrupts import StopRequest
 from kdkit.runs.progress import Seldom
+from kdkit.runs.result import Result
+from kdkit.runs.run import Run
 from kdkit.runs.spreading import Crew
 from kdkit.study.shared import Sharing
 
-# torch tells that memory is out, and much else, by a RuntimeError
+# torch reports out of memory, and much else, by a RuntimeError
 FAILURES = (KdkitError, RuntimeError, OSError)
 
 
 @dataclass(frozen=True)
-class Job:
-    """A recipe to carry out, and where."""
-
-    recipe: Recipe
-    folder: Path
-
-
-@dataclass(frozen=True)
 class Outcome:
-    """What became of a job: its result, or the reason why there is none."""
+    """The outcome of a run: its result, or the reason why there is none."""
 
-    job: Job
+    job: Run
     result: Result | None = None
     reason: str | None = None
 
 
 @dataclass
-class _Run:
-    """A job on its way."""
+class Going:
+    """A run in progress."""
 
-    job: Job
+    job: Run
     turns: Turns[Result]
     clock: Stopwatch = field(default_factory=Stopwatch)
     place: Place = BEGINNING
@@ -67,31 +60,31 @@ class _Run:
 
 
 def train_together(
-    jobs: Sequence[Job],
+    jobs: Sequence[Run],
     *,
     max_parallel: int | None = None,
     say: Callable[[str], None] = lambda _: None,
     crew: Crew | None = None,
 ) -> list[Outcome]:
-    """Carry out recipes, one outcome per job in their order; one that fails does not stop the
-    others.
+    """Train recipes side by side; return one outcome per job, in their order; a failing run does
+    not stop the others.
 
-    Teachers that other recipes train are trained first. Finished runs are taken as they are.
+    Teachers that other recipes train are trained first. Finished runs are reused.
 
     Args:
         jobs: recipes with different folders.
-        max_parallel: runs that are in memory at once (None: all of a group).
-        say: told of every group that begins and every run that ends.
-        crew: processes over which the groups are spread, each training its own alone (None: all
-            processes train each group together).
+        max_parallel: maximum number of runs in memory at once (None: all of a group).
+        say: called with a message when a group begins or a run ends.
+        crew: processes over which the groups are distributed, each training its own alone (None:
+            all processes train each group together).
 
     Raises:
-        Interrupted: a signal stopped them; all are saved, and a further call goes on.
+        Interrupted: a signal stopped them; all are saved, and another call resumes.
     """
     if max_parallel is not None and max_parallel < 1:
         raise RunError(f"at least one run must be in memory at once, not {max_parallel}")
-    outcomes = {i: Outcome(job, result) for i, job in enumerate(jobs) if (result := _result(job))}
-    # a crew shares out what all of it sees alike
+    outcomes = {i: Outcome(job, result) for i, job in enumerate(jobs) if (result := job.result)}
+    # all processes must have the same view before the runs are distributed
     left = [i for i in range(len(jobs)) if crew or i not in outcomes]
     passes = list(_passes({i: _kind(jobs[i].recipe) for i in left}, max_parallel))
     mine = [
@@ -104,7 +97,7 @@ def train_together(
         sound: dict[str, DataInfo] = {}
         return {i: _prepared(jobs[i], sound, say) for i in itertools.chain(*mine)}
 
-    # or two processes would train one teacher
+    # otherwise two processes would train the same teacher
     prepared = crew.in_turn(prepare) if crew else prepare()
     for number, group in enumerate(mine, 1):
         ready = [(i, run) for i in group if isinstance(run := prepared[i], training.Prepared)]
@@ -120,22 +113,19 @@ def train_together(
     if crew:
         told = crew.gather({i: outcomes[i].reason for i in itertools.chain(*mine)})
         outcomes |= {
-            int(i): Outcome(jobs[int(i)], _result(jobs[int(i)]), reason)
+            int(i): Outcome(jobs[int(i)], jobs[int(i)].result, reason)
             for one in told
             for i, reason in one.items()
         }
     return [outcomes[i] for i in range(len(jobs))]
 
 
-def _result(job: Job) -> Result | None:
-    """Of a run that is finished already."""
-    return RunFolder(job.folder).finished(job.recipe)
-
-
 def _prepared(
-    job: Job, sound: dict[str, DataInfo], say: Callable[[str], None]
+    job: Run, sound: dict[str, DataInfo], say: Callable[[str], None]
 ) -> training.Prepared | Outcome:
-    """What can begin; `sound` are recipes whose plan another seed has shown to be sound."""
+    """Prepare a run; return its outcome if it cannot begin. `sound` are recipes whose plan was
+    validated with another seed.
+    """
     but_for_the_seed = json.dumps({**job.recipe.content(), "seed": None}, sort_keys=True)
     try:
         prepared = training.Prepared.make(
@@ -143,6 +133,7 @@ def _prepared(
         )
         sound[but_for_the_seed] = prepared.info
         return prepared
+    # a stop ends all runs; only failures belong to a single one
     except Interrupted:
         raise
     except FAILURES as error:
@@ -150,28 +141,31 @@ def _prepared(
 
 
 def _kind(recipe: Recipe) -> str:
-    """What runs must agree in to be trained side by side."""
+    """Return the properties that runs trained side by side must share."""
     spec = recipe.spec
     train = spec.train.device, spec.train.precision, spec.train.accumulate
-    # an accelerator tells one run's
+    # a tracker logs a single run, so such runs are not grouped
     trackers = str(spec.run.folder / spec.name) if spec.run.trackers else None
     dataset = recipe.plugins.datasets[spec.data.dataset.use]
-    # plugins may give other images under one name
-    made_by = f"{dataset.__module__}.{dataset.__qualname__}"
+    # plugins may give different images under the same name
+    task = type(recipe.task)
+    made_by = [f"{one.__module__}.{one.__qualname__}" for one in (dataset, task)]
     return json.dumps(
-        [content_of(spec.data), made_by, spec.seed, train, trackers], sort_keys=True, default=str
+        [content_of(spec.data), content_of(spec.task), made_by, spec.seed, train, trackers],
+        sort_keys=True,
+        default=str,
     )
 
 
 def passes(recipes: Sequence[Recipe], size: int | None = None) -> list[list[int]]:
-    """Which of these recipes are trained side by side, so many at most: positions in `recipes`,
-    a list a pass.
+    """Decide which of these recipes are trained side by side, `size` at most: lists of positions in
+    `recipes`, one for each pass.
     """
     return list(_passes({i: _kind(recipe) for i, recipe in enumerate(recipes)}, size))
 
 
 def _passes(kinds: dict[int, str], size: int | None) -> Iterator[list[int]]:
-    """The runs by kind, in order, so many at a time."""
+    """Group the runs by kind, in order, at most `size` at a time."""
     for kind in dict.fromkeys(kinds.values()):
         alike = iter([i for i in kinds if kinds[i] == kind])
         while part := list(itertools.islice(alike, size)):
@@ -179,7 +173,7 @@ def _passes(kinds: dict[int, str], size: int | None) -> Iterator[list[int]]:
 
 
 def _train_group(
-    group: Sequence[tuple[Job, training.Prepared]], say: Callable[[str], None], name: str
+    group: Sequence[tuple[Run, training.Prepared]], say: Callable[[str], None], name: str
 ) -> list[Outcome]:
     if not group:
         return []
@@ -206,24 +200,25 @@ def _train_group(
 
 
 def _start(
-    job: Job,
+    job: Run,
     prepared: training.Prepared,
     accelerator: Accelerator,
     stop: StopRequest,
     sharing: Sharing,
-) -> _Run:
+) -> Going:
     clock = Stopwatch()
-    return _Run(job, prepared.turns(accelerator, stop, clock, sharing), clock)
+    return Going(job, prepared.turns(accelerator, stop, clock, sharing), clock)
 
 
 def _take_turns(
-    group: Sequence[_Run], sharing: Sharing, say: Callable[[str], None], name: str
+    group: Sequence[Going], sharing: Sharing, say: Callable[[str], None], name: str
 ) -> None:
-    """Let the run that is behind all others go on to its next batch, until none is left."""
+    """Advance the run that is furthest behind to its next batch, until all have ended."""
     tell, told = Seldom(say), 0  # finished epochs of the run that is behind
     for run in group:
-        _turn(run, sharing, say)  # each says what it wants before any begins
+        _turn(run, sharing, say)  # each run registers what it reads before any begins
     while going := [run for run in group if run.going]:
+        # the furthest behind first, so that all runs meet at the same batch
         last = min(going, key=lambda run: run.place)
         if (epoch := last.place[0]) > max(told, 0):
             tell(
@@ -234,25 +229,26 @@ def _take_turns(
         _turn(last, sharing, say)
 
 
-def _turn(run: _Run, sharing: Sharing, say: Callable[[str], None]) -> None:
+def _turn(run: Going, sharing: Sharing, say: Callable[[str], None]) -> None:
     try:
         with sharing.memo.turn(run.place, run.clock):
             run.place = next(run.turns)
     except StopIteration as end:
         run.outcome = Outcome(run.job, end.value)
+        score = RunFolder(run.job.folder).scores()[0]
         say(
-            f"{run.job.folder.name}: top-1 {end.value.test['top1']:.2f} %, {run.clock.wall:.1f} s,"
-            f" see {run.job.folder}"
+            f"{run.job.folder.name}: {score.title} {score.text(end.value.test[score.name])},"
+            f" {run.clock.wall:.1f} s, see {run.job.folder}"
         )
     except Interrupted as error:
         run.stopped = error
     except FAILURES as error:
         if sharing.world > 1 and not isinstance(error, KdkitError):
-            raise  # the other processes know nothing of it, and would wait for this one
+            raise  # the other processes did not fail, and would wait for this one
         run.outcome = _failed(run.job, error, say)
 
 
-def _failed(job: Job, error: Exception, say: Callable[[str], None]) -> Outcome:
+def _failed(job: Run, error: Exception, say: Callable[[str], None]) -> Outcome:
     reason = " ".join(str(error).split())
     if isinstance(error, torch.OutOfMemoryError):
         reason = (

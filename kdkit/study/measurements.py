@@ -1,5 +1,5 @@
-"""What a study measures of finished runs: networks side by side, memory of a step, agreement
-with the common teacher. It is kept.
+"""Measures the finished runs of a study: networks side by side, memory of a step, agreement with
+the common teacher. The results are stored.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,26 +17,26 @@ from typing_extensions import TypedDict
 from kdkit import files
 from kdkit import recipe as recipes
 from kdkit.contracts.model_source import ModelOptions, TeacherOptions
-from kdkit.engine.evaluate import Predictions, metrics, predict, predict_together
+from kdkit.engine.evaluate import Judge, TaughtAnswers, measure, taught_answers
 from kdkit.engine.trainer import build_accelerator
 from kdkit.errors import RunError
 from kdkit.finite import Number
 from kdkit.recipe import Recipe
-from kdkit.runs.checks import has_random_weights
+from kdkit.runs.check_networks import has_random_weights
 from kdkit.runs.folder import RunFolder
+from kdkit.runs.run import Run
 from kdkit.students import profile
-from kdkit.students.loaded import TrainedRun
+from kdkit.students.loaded import LoadedRun
 from kdkit.study.step_memory import step_memory
 
-COMPARED_WITH_TEACHER = ("agreement", "kl_to_teacher", "logit_difference")
 LATENCY_RUNS = 300
 LATENCY_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class Network:
-    """Parameters, multiply-accumulates, bytes and seconds of one image on one thread (median) of
-    a network, or of several together.
+    """Parameters, multiply-accumulates, bytes, and seconds of one image on one thread (median), of
+    one network or the sum of several.
     """
 
     parameters: int
@@ -45,21 +45,8 @@ class Network:
     latency: float
 
 
-@dataclass(frozen=True)
-class FinishedRun:
-    """A finished run and the recipe that it carried out."""
-
-    recipe: Recipe
-    folder: Path
-
-    @property
-    def key(self) -> str:
-        """Says what was trained."""
-        return self.recipe.fingerprint
-
-
 class Kept(TypedDict):
-    """What measured.json holds."""
+    """Content of measured.json."""
 
     spent: dict[str, float]
     trained: list[str]
@@ -68,18 +55,20 @@ class Kept(TypedDict):
     answers: dict[str, dict[str, Number]]
 
 
-def _opened(run: FinishedRun) -> TrainedRun:
-    """The run in its folder, whose recipe may name what the study's own does, and no more."""
-    return TrainedRun(run.folder, plugins=recipes.code_of_all(run.recipe))
+def _opened(run: Run) -> LoadedRun:
+    """Open the run in its folder; its recipe may only run the Python files of the study's own
+    recipe.
+    """
+    return LoadedRun(run.folder, plugins=recipes.code_of_all(run.recipe))
 
 
 class Measured:
-    """Measurements by the fingerprints of the runs, in a file.
+    """Measurements in a file, by the fingerprints of the runs.
 
     Args:
-        path: the file; one that is not there counts as empty, and a damaged one is told and counts
-            as empty.
-        say: told of what takes long.
+        path: the file; a missing one counts as empty; a damaged one is reported and counts as
+            empty.
+        say: called with a message before slow measurements.
     """
 
     def __init__(self, path: Path, say: Callable[[str], None] = lambda _: None) -> None:
@@ -96,7 +85,7 @@ class Measured:
         files.write_json(self.path, {**self._kept, "networks": networks}, self.path.parent.name)
 
     def spend(self, wall: float, cpu: float, trained: Sequence[str]) -> None:
-        """Add what training has taken, and the fingerprints of the runs that it has finished."""
+        """Add the cost of training, and the fingerprints of the runs that it has finished."""
         spent = self._kept["spent"]
         self._kept["spent"] = {
             "wall": spent.get("wall", 0.0) + wall,
@@ -106,8 +95,8 @@ class Measured:
         self.save()
 
     def together(self, fingerprints: Sequence[str]) -> dict[str, float]:
-        """Wall and CPU seconds of the training so far, and how many of these runs it trained, or
-        found trained.
+        """Return the wall and CPU seconds of the training so far, and how many of these runs it
+        trained or reused.
         """
         spent, trained = self._kept["spent"], len(set(fingerprints) & set(self._kept["trained"]))
         return {
@@ -117,18 +106,18 @@ class Measured:
             "reused": len(set(fingerprints)) - trained,
         }
 
-    def memory(self, run: FinishedRun) -> int:
-        """Bytes that a step of that run allocates."""
+    def memory(self, run: Run) -> int:
+        """Measure the bytes that a step of that run allocates."""
         if run.key not in self._kept["memory"]:
             self._kept["memory"][run.key] = step_memory(run.recipe, run.folder)
             self.save()
         return int(self._kept["memory"][run.key])
 
     def networks(
-        self, runs: Sequence[FinishedRun], taught: FinishedRun | None
+        self, runs: Sequence[Run], taught: Run | None
     ) -> tuple[list[Network], Network | None]:
-        """The students of some runs, and the teachers of one together. As times of different
-        days say little, all are timed in turns.
+        """Measure the students of some runs, and the teachers of one. All are timed in turns, as
+        times of different days are not comparable.
         """
         teacher = [f"teacher of {taught.key}"] if taught else []
         keys = [*(run.key for run in runs), *teacher]
@@ -143,7 +132,7 @@ class Measured:
         return found[: len(runs)], found[-1] if teacher else None
 
     def _measure_networks(
-        self, runs: Mapping[str, FinishedRun], taught: FinishedRun | None, teacher: Sequence[str]
+        self, runs: Mapping[str, Run], taught: Run | None, teacher: Sequence[str]
     ) -> dict[str, Network]:
         self.say(f"measuring what {len(runs)} students cost")
         opened = {key: _opened(run) for key, run in runs.items()}
@@ -157,12 +146,11 @@ class Measured:
         with profile.threads(1):  # several threads wait for each other on a busy machine
             costs = profile.measure_together(models, runs=LATENCY_RUNS, seconds=LATENCY_SECONDS)
         groups = [[cost] for cost in costs[: len(runs)]] + [costs[len(runs) :]]
+        # not strict: without teachers the last group has no key
         return {key: _sum(group) for key, group in zip([*runs, *teacher], groups, strict=False)}
 
-    def answers(
-        self, run: FinishedRun, teacher: CommonTeacher, *, best: bool = False
-    ) -> dict[str, float]:
-        """How a run's student compares with that teacher on the test data."""
+    def answers(self, run: Run, teacher: CommonTeacher, *, best: bool = False) -> dict[str, float]:
+        """Compare a run's student with that teacher on the test data."""
         key = f"{run.key} {teacher.key}{' best' if best else ''}"
         if key not in self._kept["answers"]:
             self._kept["answers"][key] = teacher.compare(run, best=best)
@@ -171,16 +159,14 @@ class Measured:
 
 
 class CommonTeacher:
-    """The teachers of a run, together. Their answers to the test data are made when they are
-    first asked for.
-    """
+    """The teachers of a run, combined. Their answers to the test data are computed on first use."""
 
-    def __init__(self, run: FinishedRun) -> None:
+    def __init__(self, run: Run) -> None:
         self.run, self.key = run, who_teaches(run.recipe)
 
     @property
     def name(self) -> str:
-        """Of the network, or of the recipe that trains it; several are counted."""
+        """Name of the network, or of the recipe that trains it; for several, their number."""
         first, *others = self.run.recipe.spec.all_teachers().values()
         if others:
             return f"{len(others) + 1} teachers together"
@@ -191,24 +177,25 @@ class CommonTeacher:
         )
 
     @functools.cached_property
-    def predictions(self) -> Predictions | None:
+    def answers(self) -> TaughtAnswers | None:
         opened, device = _opened(self.run), self._device
-        return predict_together(opened.teachers(device=device), opened.data(device=device).test)
+        data = opened.data(device=device)
+        judge = Judge.of(opened.recipe, data.info)
+        return taught_answers(opened.teachers(device=device), data.test, judge)
 
-    def metrics(self) -> dict[str, float]:
-        """Its own on the test data: as the run that it taught says, or measured."""
+    def scores(self) -> dict[str, float]:
+        """Return its test scores: those recorded by the run that it taught, or measured now."""
         if (result := RunFolder(self.run.folder).result()) and result.teacher:
             return dict(result.teacher)
-        return metrics(self.predictions) if self.predictions else {}
+        return self.answers.scores if self.answers else {}
 
-    def compare(self, run: FinishedRun, *, best: bool) -> dict[str, float]:
-        """How far a run's student is from it on the test data."""
+    def compare(self, run: Run, *, best: bool) -> dict[str, float]:
+        """Measure how a run's student agrees with it on the test data."""
         opened, device = _opened(run), self._device
-        found = metrics(
-            predict(opened.student(best=best, device=device), opened.data(device=device).test),
-            self.predictions,
-        )
-        return {name: found[name] for name in COMPARED_WITH_TEACHER if name in found}
+        data = opened.data(device=device)
+        only_agreement = replace(Judge.of(opened.recipe, data.info), scores=())
+        student = opened.student(best=best, device=device)
+        return measure(student, data.test, only_agreement, self.answers)
 
     @property
     def _device(self) -> torch.device:
@@ -216,8 +203,8 @@ class CommonTeacher:
         return device
 
 
-def common_teacher(runs: Sequence[FinishedRun]) -> CommonTeacher | None:
-    """The teacher of all those runs that have one, if it is the same."""
+def common_teacher(runs: Sequence[Run]) -> CommonTeacher | None:
+    """Return the teacher of all those runs that have one, if it is the same."""
     taught = [run for run in runs if run.recipe.spec.all_teachers()]
     return (
         CommonTeacher(taught[0]) if len({who_teaches(run.recipe) for run in taught}) == 1 else None
@@ -225,8 +212,8 @@ def common_teacher(runs: Sequence[FinishedRun]) -> CommonTeacher | None:
 
 
 def who_teaches(recipe: Recipe) -> str:
-    """A digest of what the teachers are, without how they are run; one with random weights is
-    another with each seed.
+    """Return a digest of the teachers' definition, without execution options; a teacher with random
+    weights differs for each seed.
     """
     content, options = recipe.content(), recipe.spec.all_teachers().values()
     seed = [recipe.spec.seed] if any(has_random_weights(one) for one in options) else []
@@ -240,7 +227,7 @@ def who_teaches(recipe: Recipe) -> str:
 
 
 def _sum(costs: Sequence[profile.Profile]) -> Network:
-    """Several networks that answer one after the other."""
+    """Add up the costs of several networks that answer one after the other."""
     latency = sum(cost.latencies[0].percentile(50) for cost in costs)
     return Network(
         sum(c.parameters for c in costs),

@@ -7,12 +7,12 @@ from typing import Any
 
 from kdkit.recipe import types
 from kdkit.recipe.registry import Registry
-from kdkit.study.variants import StudySpec
+from kdkit.study.spec import StudySpec
 
 
 def schema(plugins: Registry) -> str:
-    """The schema: a study's own keys, with recipes in their places, of which a variant may have
-    any part.
+    """Build the schema: a study's own keys, and recipes in their places; a variant may contain any
+    part of a recipe.
     """
     recipe = json.loads(types.schema(plugins))
     shared = recipe.pop("$defs")
@@ -38,7 +38,7 @@ def schema(plugins: Registry) -> str:
 
 
 def _require_nothing(node: Any) -> None:
-    """What one section lacks may come from the base."""
+    """Remove `required` from a section, as the base may supply what is missing."""
     for child in (
         node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
     ):

@@ -1,59 +1,91 @@
-"""The search of a study: of the points that every variant tries, the best on validation data is
-what goes on.
+"""The search of a study: every variant tries all points, and continues with the one that is best on
+validation data.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+from kdkit.contracts.task import ScoreInfo
 from kdkit.errors import RunError
-from kdkit.runs.folder import Result
-from kdkit.study.findings import Search, Tuned
+from kdkit.runs.result import Result
+from kdkit.students.curves import deciding
+from kdkit.study.findings import Search, Tuned, rank
+from kdkit.study.trainings import StudyRun, judges, scores_of
 from kdkit.study.variants import Point, Study, point_name
 
-# by the name of a point of a variant, one a seed; None: it could not be trained
+# by the name of a variant's point, one a seed; None: it could not be trained
 Results = Mapping[str, Sequence[Result | None]]
 
 
-def choose(study: Study, results: Results) -> dict[str, Point]:
-    """For each variant the point with the highest mean top-1 on validation after the last epoch,
-    the first of equal ones.
+@dataclass(frozen=True)
+class Searched:
+    """The choice of a search for each variant, and the search as a whole."""
+
+    tuned: Mapping[str, Tuned]
+    whole: Search
+
+
+def after_search(study: Study, planned: Sequence[StudyRun]) -> tuple[Study, Searched]:
+    """Replace each variant by its chosen point, and describe the choice; `planned` are the
+    trainings of its search.
 
     Raises:
-        RunError: of some variant no point could be trained with every seed.
+        RunError: no point of some variant could be trained.
     """
-    found = {}
+    results: dict[str, list[Result | None]] = {}
+    for each in planned:
+        results.setdefault(each.variant, []).append(each.result)
+    score = deciding(scores_of(judges(planned))[0])
+    points = choose(study, results, score)
+    tuned = tuned_by(study, points, results, score)
+    return study.chosen(points), Searched(tuned, summary(study, tuned, study.search.seeds))
+
+
+def choose(study: Study, results: Results, score: ScoreInfo) -> dict[str, Point]:
+    """Choose for each variant the point with the best mean score on validation after the last
+    epoch; the first of equal ones.
+
+    Raises:
+        RunError: no point of some variant could be trained with every seed.
+    """
+    chosen = {}
     for name, points in study.points.items():
-        scores = validation(name, points, results)
+        scores = validation(name, points, results, score)
         if not scores:
             raise RunError(
                 f"{name}: no point of its search could be trained with every seed, so that nothing"
                 " can be chosen"
             )
-        best = max(scores, key=scores.__getitem__)
-        found[name] = next(point for point in points if point.label == best)
-    return found
+        best = max(scores, key=lambda label: rank(score, [scores[label]]))
+        chosen[name] = next(point for point in points if point.label == best)
+    return chosen
 
 
-def validation(variant: str, points: Sequence[Point], results: Results) -> dict[str, float]:
-    """Mean top-1 on validation of each point that was trained with every seed, by what the point
-    is called.
+def validation(
+    variant: str, points: Sequence[Point], results: Results, score: ScoreInfo
+) -> dict[str, float]:
+    """Compute the mean score on validation of each point that was trained with every seed, by the
+    point's label.
     """
-    found: dict[str, float] = {}
+    means: dict[str, float] = {}
     for point in points:
-        scores = [
-            result.validation["top1"]
+        values = [
+            result.validation[score.name]
             for result in results[point_name(variant, point)]
             if result and result.validation
         ]
-        if len(scores) == len(results[point_name(variant, point)]):
-            found[point.label] = statistics.fmean(scores)
-    return found
+        if len(values) == len(results[point_name(variant, point)]):
+            means[point.label] = statistics.fmean(values)
+    return means
 
 
-def told(study: Study, chosen: Mapping[str, Point], results: Results) -> dict[str, Tuned]:
-    """What was chosen for each variant, and what it took."""
+def tuned_by(
+    study: Study, chosen: Mapping[str, Point], results: Results, score: ScoreInfo
+) -> dict[str, Tuned]:
+    """Describe the choice for each variant, and its cost."""
     return {
         name: Tuned(
             chosen[name].label,
@@ -63,7 +95,7 @@ def told(study: Study, chosen: Mapping[str, Point], results: Results) -> dict[st
                 for key, values in study.tune.items()
                 if at_edge(chosen[name].values[key], values)
             ),
-            validation(name, points, results),
+            validation(name, points, results, score),
             sum(
                 result.cpu_seconds
                 for point in points
@@ -76,13 +108,17 @@ def told(study: Study, chosen: Mapping[str, Point], results: Results) -> dict[st
 
 
 def at_edge(value: object, values: Sequence[object]) -> bool:
-    """Whether it is the smallest or the largest of several numbers."""
-    numbers = [one for one in values if isinstance(one, int | float) and not isinstance(one, bool)]
+    """Check whether a value is the smallest or the largest of several numbers."""
+    numbers = [
+        number
+        for number in values
+        if isinstance(number, int | float) and not isinstance(number, bool)
+    ]
     return len(numbers) == len(values) > 1 and value in (min(numbers), max(numbers))
 
 
 def summary(study: Study, tuned: Mapping[str, Tuned], seeds: Sequence[int]) -> Search:
-    """The whole search."""
+    """Describe the search as a whole."""
     runs = sum(map(len, study.points.values())) * len(seeds)
     keys = {key: tuple(values) for key, values in study.tune.items()}
-    return Search(keys, tuple(seeds), runs, sum(one.cpu_seconds for one in tuned.values()))
+    return Search(keys, tuple(seeds), runs, sum(choice.cpu_seconds for choice in tuned.values()))

@@ -1,4 +1,4 @@
-"""What a study's figures allow to say, in sentences that tables and reports share."""
+"""Sentences that a study's figures support, shared by tables and reports."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from kdkit.study.findings import Findings, Teacher, Variant
 
 
 def verdicts(found: Findings) -> str | None:
-    """`6 of 15 variants are better than alone, none is worse, 9 are inconclusive`, and by which
-    test; None without p-values.
+    """Summarise as `6 of 15 variants are better than alone, none is worse, 9 are inconclusive`, and
+    name the test; None without p-values.
     """
     told = {
-        v.name: v.difference.verdict
+        v.name: v.difference.verdict(found.deciding)
         for v in found.variants
         if v.difference and v.difference.p_holm is not None
     }
@@ -43,7 +43,9 @@ def _count(number: int, of: str = "") -> str:
 
 
 def training_data(found: Findings) -> str | None:
-    """On how many examples the teacher was trained, and the students; None without a teacher."""
+    """Describe on how many examples the teacher and the students were trained; None without a
+    teacher.
+    """
     if found.teacher is None:
         return None
     variants: dict[int, list[str]] = {}
@@ -68,16 +70,18 @@ def training_data(found: Findings) -> str | None:
 
 
 def search(found: Findings) -> Iterator[str]:
-    """What every variant's search tried and took, and where the best may lie beyond it."""
+    """Yield sentences about the search: what every variant tried and chose, and where better values
+    may lie beyond the range.
+    """
     if (whole := found.search) is None:
         return
     tried = "; ".join(f"{key} {', '.join(map(str, values))}" for key, values in whole.keys.items())
     seeds = ", ".join(map(str, whole.seeds))
     yield (
-        f"Chosen for each variant from the same values ({tried}) by top-1 on validation data after"
-        f" the last epoch, mean over seed{'s' * (len(whole.seeds) > 1)} {seeds}, which are not used"
-        f" again; the search took {whole.runs:,} runs and {whole.cpu_seconds:,.0f} s of the"
-        " processor"
+        f"Chosen for each variant from the same values ({tried}) by {found.deciding.title} on"
+        f" validation data after the last epoch, mean over seed{'s' * (len(whole.seeds) > 1)}"
+        f" {seeds}, which are not used again; the search took {whole.runs:,} runs and"
+        f" {whole.cpu_seconds:,.0f} s of the processor"
     )
     edges = [
         f"{v.name} ({', '.join(f'{key} {v.tuned.values[key]}' for key in v.tuned.edges)})"
@@ -92,8 +96,8 @@ def search(found: Findings) -> Iterator[str]:
 
 
 def trained(variant: Variant, found: Findings, what: str) -> str:
-    """Steps or images (`what` of its `Length`), and how many times those of the baseline they
-    are where they are not as many.
+    """Describe the steps or images (`what` of its `Length`), and their ratio to the baseline's if
+    it is not 1.
     """
     if variant.length is None:
         return ""
@@ -106,7 +110,7 @@ def trained(variant: Variant, found: Findings, what: str) -> str:
 
 
 def teacher_trained(teacher: Teacher, what: str) -> str:
-    """The same of a teacher, as far as it is known."""
+    """Describe the steps or images of a teacher, as far as they are known."""
     return " or ".join(
         f"{count:,}" for count in dict.fromkeys(getattr(one, what) for one in teacher.lengths)
     )

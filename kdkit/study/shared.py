@@ -1,4 +1,4 @@
-"""What runs side by side have in common: each batch is made once, and each frozen teacher
+"""Shared work of runs trained side by side: each batch is made once, and each frozen teacher
 answers it once.
 """
 
@@ -20,7 +20,7 @@ from kdkit.cache.teacher import TeacherCache
 from kdkit.contracts.records import Batch, Inputs, Outputs, tensors
 from kdkit.contracts.schedule import Arrange
 from kdkit.data.loaders import Data, EvalLoader, TrainLoader
-from kdkit.engine.evaluate import Predictions, predict_together
+from kdkit.engine.evaluate import Judge, TaughtAnswers, taught_answers
 from kdkit.engine.turns import Place, Stopwatch
 from kdkit.errors import RunError
 from kdkit.models.hooks import version
@@ -32,10 +32,10 @@ T = TypeVar("T", Batch, Outputs)
 
 
 class Memo:
-    """What one run's turn has made, for the others that ask for it at the same place.
+    """Results that one run's turn has computed, for other runs that need them at the same place.
 
-    Its time is booked on each run that uses it, so that a run's clock says what the run would take
-    alone.
+    The time is added to every run that uses a result, so that a run's clock shows what the run
+    would take alone.
 
     Attributes:
         clock: of the run whose turn it is.
@@ -48,7 +48,7 @@ class Memo:
 
     @contextlib.contextmanager
     def turn(self, place: Place | None, clock: Stopwatch) -> Iterator[None]:
-        """One run's turn at a place; what was made at another one is forgotten."""
+        """Enter one run's turn at a place; results from another place are discarded."""
         if place != self._place:
             self._kept.clear()
         self._place, self.clock = place, clock
@@ -56,10 +56,10 @@ class Memo:
             yield
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What `make` gives, or gave to another run at this place.
+        """Return the result of `make`, or the one that another run has computed at this place.
 
         Raises:
-            RunError: that run has changed it in place.
+            RunError: that run has modified it in place.
         """
         if key not in self._kept:
             wall, cpu = self.clock.wall, self.clock.cpu
@@ -76,21 +76,19 @@ class Memo:
         return cast("T", kept)
 
     def holds(self, inputs: Inputs) -> bool:
-        """Whether these are the images of a batch that all see."""
+        """Check whether these are the images of a batch that all runs share."""
         return any(
             isinstance(made, Batch) and made.inputs is inputs for made, *_ in self._kept.values()
         )
 
 
 def _versions(made: Batch | Outputs) -> list[int | None]:
-    """How often each tensor was changed in place."""
+    """Return how often each tensor was changed in place."""
     return [version(tensor) for tensor in tensors(made)]
 
 
 class SharedTrainLoader:
-    """Training batches that each are made once, as long as the runs ask for them one after
-    another.
-    """
+    """Training batches, each made once as long as the runs request them in turn."""
 
     def __init__(self, loader: TrainLoader, memo: Memo) -> None:
         self.labels = loader.labels
@@ -107,7 +105,7 @@ class SharedTrainLoader:
     def epoch(
         self, number: int, start: int = 0, view: int | None = None, arrange: Arrange | None = None
     ) -> Iterator[Batch]:
-        if arrange is not None:  # a run's own order
+        if arrange is not None:  # the order depends on the run, so it cannot be shared
             yield from self._loader.epoch(number, start, view, arrange)
             return
         for batch in range(start, len(self)):
@@ -118,7 +116,7 @@ class SharedTrainLoader:
     def _make(self, number: int, view: int | None, batch: int) -> Batch:
         following, source = self._open.pop((number, view), (-1, iter(())))
         if following != batch:
-            # nobody goes back to those
+            # no run goes back to earlier batches
             self._open = {which: rest for which, rest in self._open.items() if which[0] >= number}
             source = self._loader.epoch(number, batch, view)
         made = next(source)
@@ -128,7 +126,7 @@ class SharedTrainLoader:
 
 
 class SharedEvalLoader:
-    """Likewise for measuring, from the first batch to the last."""
+    """Batches for measuring, each made once, from the first to the last."""
 
     def __init__(self, loader: EvalLoader, memo: Memo) -> None:
         self.num_samples = loader.num_samples
@@ -160,6 +158,7 @@ class SharedEvalLoader:
         self._following = batch + 1
         try:
             return next(self._source)
+        # the number of batches is known now: later runs end here without asking
         except StopIteration:
             self._end = batch
             raise
@@ -169,9 +168,9 @@ class Sharing:
     """The data and the frozen teachers of runs that share seed and images.
 
     Args:
-        data: as it was opened for them.
-        world: training processes; several measure without giving way, so that they share no batch
-            then.
+        data: the data opened for the group.
+        world: training processes; several measure without yielding in between, so no batch is
+            shared while measuring.
     """
 
     def __init__(self, data: Data, world: int = 1) -> None:
@@ -198,10 +197,13 @@ class Sharing:
             weakref.WeakKeyDictionary()
         )
         self._caches: dict[TappedModel, TeacherCache | GivenAnswers | None] = {}
-        self._predictions: dict[tuple[nn.Module, ...], tuple[Predictions | None, float, float]] = {}
+        self._taught: dict[
+            tuple[tuple[nn.Module, ...], tuple[str, ...]],
+            tuple[TaughtAnswers | None, float, float],
+        ] = {}
 
     def close(self) -> None:
-        """Let go of what lies on the disk."""
+        """Close the files on disk."""
         for cache in [one for one in self._caches.values() if one is not None]:
             cache.close()
 
@@ -232,8 +234,8 @@ class Sharing:
         needs_logits: bool,
         build: BuildTeacher,
     ) -> TappedModel:
-        """A run's view of a teacher that answers for all, and has the taps that any of them
-        wants.
+        """Return a run's view of a teacher that answers for all runs, and has the taps that any of
+        them needs.
         """
         demand = self._demands[key()]
         whole = self._teachers.get((demand.key, state))
@@ -252,7 +254,7 @@ class Sharing:
         data: Data,
         warn: Callable[[str], None],
     ) -> Iterator[Data]:
-        """The caches stay open until all runs have ended."""
+        """Return the data; the caches stay open until all runs have ended."""
         caches = []
         for name, view in teachers.items():
             whole = self._wholes[view]
@@ -273,23 +275,24 @@ class Sharing:
         key = f"kept {[id(cache) for cache in found]}"
         yield replace(data, train=self.changed(key, data.train, in_kept_views)) if found else data
 
-    def predictions(
-        self, teachers: Sequence[TappedModel], data: Data, *, world: int
-    ) -> Predictions | None:
-        key, clock = tuple(teacher.module for teacher in teachers), self.memo.clock
-        if key not in self._predictions:
+    def taught_answers(
+        self, teachers: Sequence[TappedModel], data: Data, judge: Judge, *, world: int
+    ) -> TaughtAnswers | None:
+        modules = tuple(teacher.module for teacher in teachers)
+        key, clock = (modules, tuple(score.name for score in judge.scores)), self.memo.clock
+        if key not in self._taught:
             wall, cpu = clock.wall, clock.cpu
-            found = predict_together(teachers, self._alone.test, world=world)
-            self._predictions[key] = found, clock.wall - wall, clock.cpu - cpu
+            found = taught_answers(teachers, self._alone.test, judge, world=world)
+            self._taught[key] = found, clock.wall - wall, clock.cpu - cpu
             return found
-        found, wall, cpu = self._predictions[key]
+        found, wall, cpu = self._taught[key]
         clock.add(wall, cpu)
         return found
 
     def _answer(
         self, whole: TappedModel, layers: list[str], needs_logits: bool, inputs: Inputs
     ) -> Outputs:
-        common = self.memo.holds(inputs)  # not a run's own view of the images
+        common = self.memo.holds(inputs)  # False for a run's own view of the images
         answer = (
             self.memo.once((id(whole), id(inputs)), lambda: whole(inputs))
             if common

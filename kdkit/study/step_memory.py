@@ -1,4 +1,4 @@
-"""How many bytes a training step allocates at once."""
+"""Measures the peak memory that a training step allocates."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from kdkit.engine.loop import train_epoch
 from kdkit.engine.setup import build_trainer
 from kdkit.engine.trainer import Trainer, build_accelerator
 from kdkit.randomness import reseed
@@ -19,34 +20,43 @@ from kdkit.recipe import Recipe
 from kdkit.runs import training
 from kdkit.runs.networks import ModelFactory
 
-MEASURED = "kdkit: measured"  # its place in the profiler's record
+MEASURED = "kdkit: measured"  # label in the profiler's record
 
 
 def step_memory(recipe: Recipe, folder: Path) -> int:
-    """Bytes that the second step of a recipe's first stage allocates at most, beyond what was
-    there before it.
+    """Measure the peak bytes that the second step of a recipe's first stage allocates, beyond those
+    allocated before it.
 
-    The first step makes what the optimizer remembers. Weights, data and that are there before;
-    activations, gradients and temporary tensors count.
+    The first step creates the optimizer's state. It counts as allocated before, like weights and
+    data; activations, gradients and temporary tensors count.
 
     Args:
-        recipe: what was trained.
-        folder: its run folder; the teachers of other recipes are beside it.
+        recipe: the recipe of the run.
+        folder: its run folder; the runs of its teachers are next to it.
     """
-    trainer = _trainer(recipe, folder)
-    steps = _steps(trainer)
-    return peak_memory(lambda: next(steps), trainer.accelerator.device, warm_up=True)
+    device = build_accelerator(recipe.spec.train).device
+    steps: Iterator[object] | None = None
+
+    def step() -> object:
+        nonlocal steps
+        # created inside the record: torch's profiler warns about freed blocks whose allocation it
+        # did
+        # not see
+        steps = steps or _steps(_trainer(recipe, folder))
+        return next(steps)
+
+    return peak_memory(step, device, warm_up=True)
 
 
 def peak_memory(
     run: Callable[[], object], device: torch.device | None = None, *, warm_up: bool = False
 ) -> int:
-    """Bytes that a run allocates at once, beyond what was there before.
+    """Measure the peak bytes that a function allocates, beyond those allocated before.
 
     Args:
-        run: what is measured.
-        device: where (default: the CPU).
-        warm_up: run it once before; what that leaves behind is there before.
+        run: the function to measure.
+        device: the device to measure (default: the CPU).
+        warm_up: call it once before measuring; what that leaves allocated is not counted.
     """
     return (
         _on_gpu(run, device, warm_up)
@@ -67,7 +77,7 @@ def _on_gpu(run: Callable[[], object], device: torch.device, warm_up: bool) -> i
 
 
 def _on_cpu(run: Callable[[], object], warm_up: bool) -> int:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of itself otherwise
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the profiler's own log
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         if warm_up:
             # recorded too: the profiler knows the size of a block that is given back only if it saw
@@ -88,7 +98,7 @@ def _on_cpu(run: Callable[[], object], warm_up: bool) -> int:
 
 
 def _trainer(recipe: Recipe, folder: Path) -> Trainer:
-    """The trainer of the first stage, as a run makes it."""
+    """Build the trainer of the first stage in the same way as a run."""
     accelerator = build_accelerator(recipe.spec.train)
     prepared = training.open_data(recipe, accelerator)
     factory = ModelFactory(
@@ -104,6 +114,6 @@ def _trainer(recipe: Recipe, folder: Path) -> Trainer:
 
 
 def _steps(trainer: Trainer) -> Iterator[object]:
-    """One step after the other; an epoch may have only one."""
+    """Yield one step after another, across epochs, as an epoch may have only one."""
     while True:
-        yield from trainer.train_epoch()
+        yield from train_epoch(trainer)

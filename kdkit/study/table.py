@@ -1,19 +1,23 @@
-"""What a study has found, for a terminal."""
+"""Formats the findings of a study for a terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from rich.console import Console
 from rich.table import Table
 
+from kdkit.contracts.task import ScoreInfo
 from kdkit.recipe.fairness import unequal
-from kdkit.students.show import TITLES
-from kdkit.study.comparison import Training, about, after_search, check, trainings
-from kdkit.study.findings import Findings, Length, Teacher, Variant
-from kdkit.study.intervals import at_best, p_value_shown, shown, spread
+from kdkit.study.checks import check
+from kdkit.study.finder import about
+from kdkit.study.findings import LOSSES, Findings, Length, Teacher, Variant
+from kdkit.study.intervals import gained, p_value_shown, shown, spread
 from kdkit.study.lockstep import passes
+from kdkit.study.search import after_search
 from kdkit.study.sentences import search, teacher_trained, trained, training_data, verdicts
+from kdkit.study.trainings import StudyRun, trainings
 from kdkit.study.variants import Study
 
 # title, of a variant, of the teacher
@@ -21,23 +25,27 @@ Cells = tuple[str, Callable[[Variant], str], Callable[[Teacher], str]]
 
 
 def tables(found: Findings, width: int = 160, show: Sequence[str] = ()) -> list[Table]:
-    """One table, or two where one would be wider than so many columns of a terminal: results
-    (`show`: further metrics), then costs.
+    """Build tables of results, further scores (`show`: their names) and costs: the fewest tables
+    that fit the width of the terminal.
     """
-    results, costs = (
-        [*_results(found), *map(_further, show)],
-        [
-            *_lengths(found),
-            *_costs(found.teacher),
-        ],
-    )
-    whole = _table(found, [*results, *costs])
-    fits = Console(width=10_000).measure(whole).maximum <= width
-    return [whole] if fits else [_table(found, results), _table(found, costs)]
+    told = {one.name: one for one in (*found.scores, *found.agreement)} | LOSSES
+    results = list(_results(found))
+    further = [_last(told[name]) for name in show if name in told]
+    costs = [*_lengths(found), *_costs(found.teacher)]
+    made: list[Table] = []
+    for parts in (
+        [[*results, *further, *costs]],
+        [[*results, *further], costs],
+        [results, further, costs],
+    ):
+        made = [_table(found, columns) for columns in parts if columns]
+        if all(Console(width=10_000).measure(one).maximum <= width for one in made):
+            break
+    return made
 
 
 def caption(found: Findings) -> Iterator[str]:
-    """What the figures are, what failed, and what all of it took; a line each."""
+    """Yield lines that explain the figures, the failures, and the total cost."""
     counts = sorted({len(variant.seeds) for variant in found.variants} - {0})
     if counts == [1]:
         seeds = "one seed, so no deviation and no interval"
@@ -62,12 +70,9 @@ def caption(found: Findings) -> Iterator[str]:
         )
     if any(variant.best for variant in found.variants):
         parts.append("best: test data at the epoch that is best on validation")
-    if any("agreement" in variant.last for variant in found.variants):
-        parts.append(
-            "agreement with the teacher"
-            if found.teacher
-            else "agreement with each variant's own teacher"
-        )
+    for score in _agreement(found):
+        whose = "the" if found.teacher else "each variant's own"
+        parts.append(f"{score.title}: compared with {whose} teacher")
     yield "; ".join(parts) + "."
     for sentence in (verdicts(found), training_data(found), *search(found)):
         if sentence:
@@ -92,8 +97,8 @@ def caption(found: Findings) -> Iterator[str]:
 
 
 def planned(study: Study, max_parallel: int | None = None) -> Iterator[Table | str]:
-    """Which runs a study has, how long they train, in what its variants differ, and what is left
-    to do.
+    """Yield the runs of a study, their lengths, the differences of its variants, and the remaining
+    work.
     """
     lengths = check(study)
     if study.tune:
@@ -113,8 +118,8 @@ def planned(study: Study, max_parallel: int | None = None) -> Iterator[Table | s
     yield _left(runs, lengths, max_parallel)
 
 
-def _left(runs: Sequence[Training], lengths: Mapping[str, Length], max_parallel: int | None) -> str:
-    """What is to be trained yet, in runs, passes, and, where the lengths are known, steps and
+def _left(runs: Sequence[StudyRun], lengths: Mapping[str, Length], max_parallel: int | None) -> str:
+    """Describe the remaining training in runs, passes, and, if the lengths are known, steps and
     images.
     """
     left = list({each.folder: each for each in runs if each.result is None}.values())
@@ -147,9 +152,11 @@ def _longest(lengths: Mapping[str, Length]) -> str:
 
 
 def _planned(
-    study: Study, runs: Sequence[Training], lengths: Mapping[str, Length], named: Iterable[str] = ()
+    study: Study, runs: Sequence[StudyRun], lengths: Mapping[str, Length], named: Iterable[str] = ()
 ) -> Table:
-    """A row a variant; differences in the keys of which its name tells are not told again."""
+    """Build a table with a row for each variant; differences in keys that are part of its name are
+    left out.
+    """
     columns = (
         "variant",
         "trained",
@@ -195,9 +202,14 @@ def _table(found: Findings, columns: Sequence[Cells]) -> Table:
 
 
 def _results(found: Findings) -> Iterator[Cells]:
-    yield "top-1 %", lambda v: spread(v.last.get("top1", ())), lambda t: _number(t.last.get("top1"))
+    score = found.deciding
+    yield _last(score)
     if any(variant.difference for variant in found.variants):
-        yield "difference", lambda v: shown(v.difference) if v.difference else "", lambda _: ""
+        yield (
+            "difference",
+            lambda v: shown(v.difference, score.digits) if v.difference else "",
+            lambda _: "",
+        )
     if any(
         variant.difference and variant.difference.p_holm is not None for variant in found.variants
     ):
@@ -205,14 +217,17 @@ def _results(found: Findings) -> Iterator[Cells]:
     if any(variant.tuned for variant in found.variants):
         yield "chosen", lambda v: v.tuned.point if v.tuned else "", lambda _: ""
     if any(variant.best for variant in found.variants):
-        yield "best %", lambda v: spread(v.best.get("top1", ())), lambda _: ""
         yield (
-            "best difference",
-            lambda v: shown(gained) if (gained := at_best(found, v)) else "",
+            replace(score, title="best").heading,
+            lambda v: spread(v.best.get(score.name, ()), score.digits),
             lambda _: "",
         )
-    if any("agreement" in variant.last for variant in found.variants):
-        yield "agreement %", lambda v: spread(v.last.get("agreement", ())), lambda _: ""
+        yield (
+            "best difference",
+            lambda v: shown(there, score.digits) if (there := gained(found, v, best=True)) else "",
+            lambda _: "",
+        )
+    yield from map(_last, _agreement(found))
 
 
 def _lengths(found: Findings) -> Iterator[Cells]:
@@ -224,15 +239,16 @@ def _lengths(found: Findings) -> Iterator[Cells]:
     )
 
 
-def _further(metric: str) -> Cells:
-    title = {"loss": "training loss", "late_loss": "training loss, last 60 % of epochs", **TITLES}[
-        metric
-    ]
-    digits = 2 if title.endswith("%") else 3
+def _agreement(found: Findings) -> Sequence[ScoreInfo]:
+    """Return the first of the scores that compare with a teacher, if any variant has it."""
+    return [s for s in found.agreement[:1] if any(s.name in v.last for v in found.variants)]
+
+
+def _last(score: ScoreInfo) -> Cells:
     return (
-        title,
-        lambda v: spread(v.last.get(metric, ()), digits),
-        lambda t: _number(t.last.get(metric), digits),
+        score.heading,
+        lambda v: spread(v.last.get(score.name, ()), score.digits),
+        lambda t: score.number(t.last[score.name]) if score.name in t.last else "",
     )
 
 
@@ -258,10 +274,6 @@ def _costs(teacher: Teacher | None) -> Iterable[Cells]:
             lambda t: f"{1000 * t.latency:.2f} ms",
         ),
     ]
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
 
 
 def _count(value: float) -> str:

@@ -1,4 +1,4 @@
-"""Watches the tensor operations of a loss: how many there are, what they widen, what they draw,
+"""Records the tensor operations of a loss: how many there are, which widen or draw random numbers,
 on which device they are.
 """
 
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_iter
 from kdkit.contracts.loss import Loss
 from kdkit.contracts.records import Batch, Outputs
 
-# of tensors that only know their shapes: no such device is needed
+# fake tensors have only shapes, so the device is not needed
 ELSEWHERE = torch.device("cuda:0")
 DRAWN = {
     "rand": 0.5,
@@ -46,13 +46,13 @@ def _name(operation: Any) -> str:
 
 
 class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts operations inside the `with` block, and notes those that make doubles of floats,
-    and those that draw.
+    """Counts operations inside the `with` block, and notes those that make doubles of floats, and
+    those that draw random numbers.
 
     Attributes:
         count: of operations.
-        widening: names of those that give doubles (0-dimensional ones aside), though nothing that
-            they take is double.
+        widening: names of those that return doubles (0-dimensional ones aside), although none of
+            their inputs is double.
         drawing: names of those that draw at random.
     """
 
@@ -76,7 +76,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class ConstantDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Inside the `with` block, what is drawn for any sample is the same number."""
+    """Inside the `with` block, equal numbers are drawn for all samples."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -96,11 +96,12 @@ def run_elsewhere(
     All arguments stay as they are; `network` is the student's, whose layers the loss may read.
 
     Returns:
-        Why nothing can be said, or None.
+        Why there is no result, or None.
 
     Raises:
         RuntimeError: tensors of several devices are mixed.
     """
+    # copied together: the loss may hold a layer of the network
     loss, network = copy.deepcopy((loss, network))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 

@@ -54,6 +54,7 @@ class Clinc150(kdkit.DatasetSource):
     """
 
     name = "clinc150"
+    task = "text_classification"
     split_at_check = False
     Options = Clinc150Options
     options: Clinc150Options

@@ -28,7 +28,7 @@ class Digits(kdkit.DatasetSource):
     def info(self) -> kdkit.DataInfo:
         return kdkit.DataInfo(
             (1, 8, 8),
-            num_classes=10,
+            outputs=10,
             num_train=TRAIN,
             num_test=TEST,
             class_names=tuple("0123456789"),

@@ -58,6 +58,7 @@ class HfDataset(kdkit.DatasetSource):
     """Texts and their classes, as `datasets.load_dataset` gives them."""
 
     name = "hf_dataset"
+    task = "text_classification"
     split_at_check = False
     Options = HfDatasetOptions
     options: HfDatasetOptions

@@ -49,7 +49,7 @@ class Synthetic(kdkit.DatasetSource):
         o = self.options
         return kdkit.DataInfo(
             (o.channels, o.image_size, o.image_size),
-            num_classes=o.num_classes,
+            outputs=o.num_classes,
             num_train=o.train,
             num_test=o.test,
         )

@@ -167,7 +167,7 @@ class Timm(kdkit.DatasetSource):
         train, test = len(self.split("train")), len(self.split("test"))
         return kdkit.DataInfo(
             self.options.image_shape,
-            num_classes=self._num_classes(),
+            outputs=self._num_classes(),
             num_train=train,
             num_test=test,
         )

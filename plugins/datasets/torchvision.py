@@ -120,7 +120,7 @@ class Mnist(SmallSet):
     files = IDX
     facts = kdkit.DataInfo(
         (1, 28, 28),
-        num_classes=10,
+        outputs=10,
         num_train=60_000,
         num_test=10_000,
         class_names=tuple("0123456789"),
@@ -135,7 +135,7 @@ class FashionMnist(SmallSet):
     folder = "FashionMNIST"
     files = IDX
     facts = kdkit.DataInfo(
-        (1, 28, 28), num_classes=10, num_train=60_000, num_test=10_000, class_names=CLOTHES
+        (1, 28, 28), outputs=10, num_train=60_000, num_test=10_000, class_names=CLOTHES
     )
 
 
@@ -146,7 +146,7 @@ class Cifar10(SmallSet):
     torchvision_name, folder = "CIFAR10", "cifar-10-batches-py"
     files = ("batches.meta", "test_batch", *(f"data_batch_{i}" for i in range(1, 6)))
     facts = kdkit.DataInfo(
-        (3, 32, 32), num_classes=10, num_train=50_000, num_test=10_000, class_names=THINGS
+        (3, 32, 32), outputs=10, num_train=50_000, num_test=10_000, class_names=THINGS
     )
 
 
@@ -157,7 +157,7 @@ class Cifar100(SmallSet):
     torchvision_name = "CIFAR100"
     folder = "cifar-100-python"
     files = ("meta", "train", "test")
-    facts = kdkit.DataInfo((3, 32, 32), num_classes=100, num_train=50_000, num_test=10_000)
+    facts = kdkit.DataInfo((3, 32, 32), outputs=100, num_train=50_000, num_test=10_000)
 
 
 @kdkit.hookimpl

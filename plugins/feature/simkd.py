@@ -67,7 +67,7 @@ class ReusedClassifier(kdkit.Loss):
             *block(f_s.shape[1], inner, 1), *block(inner, inner, 3), *block(inner, wide, 1)
         )
         self.size = (f_t.shape[2], f_t.shape[3])
-        self.num_classes = context.num_classes
+        self.num_classes = context.outputs
 
     def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
         ((f_s, f_t),) = self.options.pairs(student, teacher)

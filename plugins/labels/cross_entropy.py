@@ -60,8 +60,8 @@ class CrossEntropy(kdkit.Loss):
         self, student: kdkit.Outputs, teacher: kdkit.Outputs, context: kdkit.Context | None = None
     ) -> None:
         z_s = student.logits
-        if z_s.ndim != 2 or (context is not None and z_s.shape[1] != context.num_classes):
-            wanted = f"(B, {context.num_classes})" if context is not None else "(B, K)"
+        if z_s.ndim != 2 or (context is not None and z_s.shape[1] != context.outputs):
+            wanted = f"(B, {context.outputs})" if context is not None else "(B, K)"
             raise kdkit.ShapeError(
                 f"{self.name}: student logits {tuple(z_s.shape)} do not fit the labels, which need"
                 f" {wanted}; give the student one logit per class of the dataset"

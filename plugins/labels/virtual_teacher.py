@@ -53,9 +53,9 @@ class VirtualTeacher(kdkit.Loss):
         if (
             z_s.ndim != 2
             or z_s.shape[1] < 2
-            or (context is not None and z_s.shape[1] != context.num_classes)
+            or (context is not None and z_s.shape[1] != context.outputs)
         ):
-            wanted = f"(B, {context.num_classes})" if context is not None else "(B, K)"
+            wanted = f"(B, {context.outputs})" if context is not None else "(B, K)"
             raise kdkit.ShapeError(
                 f"{self.name}: student logits {tuple(z_s.shape)} do not fit the labels, which need"
                 f" {wanted} of at least two classes; give the student one logit per class of the"

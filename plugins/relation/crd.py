@@ -46,6 +46,7 @@ class ContrastiveRepresentation(kdkit.Loss):
 
     name = "crd"
     knowledge = "relation"
+    tasks = frozenset({"classes"})
     exceptions = {
         "check_the_gradient_is_that_of_the_value": (
             "the partition constant Z, set on the first batch, is a constant"

@@ -8,7 +8,7 @@ a cross-entropy differs from it by the teacher's entropy, a constant, and here t
 over the classes too.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from pydantic import Field
@@ -28,6 +28,7 @@ class BinaryKD(kdkit.Loss):
 
     name = "binary_kd"
     knowledge = "response"
+    tasks = frozenset({"classes", "labels"})
 
     class Options(kdkit.ResponseOptions):
         target: Literal["softmax", "sigmoid"] = Field(
@@ -39,6 +40,12 @@ class BinaryKD(kdkit.Loss):
         )
 
     options: Options
+
+    @classmethod
+    def for_tasks(cls, options: Any = None) -> frozenset[str]:
+        """Softmax is over classes that exclude each other."""
+        is_softmax = options is not None and options.target == "softmax"
+        return frozenset({"classes"}) if is_softmax else cls.tasks
 
     def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
         q = (

@@ -21,6 +21,7 @@ class LogitMSE(kdkit.Loss):
 
     name = "logit_mse"
     knowledge = "response"
+    tasks = "any"
     Options = kdkit.ResponseOptions
 
     def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:

@@ -31,6 +31,7 @@ class BatchEnsemble(kdkit.Schedule):
 
     name = "bake"
     scheme = "self"
+    tasks = frozenset({"classes"})
     needs_teacher = False
     students_teach = True
 

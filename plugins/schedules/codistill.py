@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 from pydantic import Field
-from torch import nn
 
 import kdkit
 
@@ -48,7 +47,7 @@ class Codistill(kdkit.Schedule):
     options: Options
 
     def stages(self, models: kdkit.Models) -> Iterator[kdkit.Stage]:
-        peers, clock = self.options.students(models), Clock()
+        peers = self.options.students(models)
         copies = [copy.deepcopy(peer).freeze() for peer in peers]
         mine = range(len(peers))
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -70,9 +69,8 @@ class Codistill(kdkit.Schedule):
                 for k in mine
             ]
 
-        def exchange() -> None:
-            clock.steps += 1
-            if clock.steps % self.options.every == 0:
+        def exchange(moment: kdkit.Moment) -> None:
+            if moment.step % self.options.every == 0:
                 for k in mine:
                     copies[k].module.load_state_dict(peers[k].module.state_dict())
                 if len(mine) < len(peers):
@@ -86,26 +84,9 @@ class Codistill(kdkit.Schedule):
             step,
             after_step=exchange,
             buffers=copies,
-            parts=clock,
             apart=True,
             result=self.options.result,
         )
-
-
-class Clock(nn.Module):
-    """Counts optimizer steps. The number is saved, but is no tensor: asking a device for it
-    would hold up every step.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.steps = 0
-
-    def get_extra_state(self) -> int:
-        return self.steps
-
-    def set_extra_state(self, state: int) -> None:
-        self.steps = state
 
 
 @kdkit.hookimpl

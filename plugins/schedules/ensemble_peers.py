@@ -41,6 +41,7 @@ class EnsemblePeers(kdkit.Schedule):
 
     name = "ensemble_peers"
     scheme = "online"
+    tasks = frozenset({"classes"})
     needs_teacher = False
     students_teach = True
 

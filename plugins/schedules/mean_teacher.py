@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 import kdkit
 
@@ -54,7 +54,7 @@ class MeanTeacher(kdkit.Schedule):
 
     def stages(self, models: kdkit.Models) -> Iterator[kdkit.Stage]:
         student = models.student()
-        average, count = copy.deepcopy(student).freeze(), Count()
+        average = copy.deepcopy(student).freeze()
 
         def step(batch: kdkit.Batch) -> Sequence[kdkit.Lesson]:
             with torch.no_grad():
@@ -63,39 +63,25 @@ class MeanTeacher(kdkit.Schedule):
                 ).detach()
             return [kdkit.Lesson(student(batch.inputs), [taught])]
 
-        def follow() -> None:
-            count.steps += 1
-            move(
-                average.module,
-                student.module,
-                (1 / (count.steps + 1)).clamp_min(1 - self.options.decay),
-            )
+        def follow(moment: kdkit.Moment) -> None:
+            share = max(1 / (moment.step + 1), 1 - self.options.decay)
+            move(average.module, student.module, share)
 
         views = 2 if self.options.second_view else 1
         yield kdkit.Stage(
-            "train", [student], step, after_step=follow, buffers=[average], parts=count, views=views
+            "train", [student], step, after_step=follow, buffers=[average], views=views
         )
 
 
-class Count(nn.Module):
-    """How many optimizer steps the average has followed."""
-
-    steps: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-
-
 @torch.no_grad()
-def move(average: nn.Module, student: nn.Module, share: Tensor) -> None:
+def move(average: nn.Module, student: nn.Module, share: float) -> None:
     """Take the average a share of the way to the student; whole numbers, such as counts, are the
     student's.
     """
     new = student.state_dict()
     for name, old in average.state_dict().items():
         if old.is_floating_point():
-            old.lerp_(new[name], share.to(old))
+            old.lerp_(new[name], share)
         else:
             old.copy_(new[name])
 

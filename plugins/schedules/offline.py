@@ -97,7 +97,7 @@ class Offline(kdkit.Schedule):
                 answers = {
                     name: teacher(batch.inputs).detach() for name, teacher in teachers.items()
                 }
-                taught, weights = self.combined(list(answers.values()), shares, batch)
+                taught, weights = self.combined(models.task, list(answers.values()), shares, batch)
             return [kdkit.Lesson(student(batch.inputs), taught, weights, answers)]
 
         yield kdkit.Stage("distill", [student], step)
@@ -127,7 +127,11 @@ class Offline(kdkit.Schedule):
         return torch.tensor(found, dtype=torch.float32) / sum(found)
 
     def combined(
-        self, answers: Sequence[kdkit.Outputs], shares: Tensor, batch: kdkit.Batch
+        self,
+        task: kdkit.Task,
+        answers: Sequence[kdkit.Outputs],
+        shares: Tensor,
+        batch: kdkit.Batch,
     ) -> tuple[Sequence[kdkit.Outputs], Sequence[float] | None]:
         """The answers that losses look at, and their shares in each loss."""
         if len(answers) == 1:
@@ -141,7 +145,7 @@ class Offline(kdkit.Schedule):
             shares = confidence(
                 answers, batch.labels if self.options.per_sample == "cross_entropy" else None
             )
-        return [kdkit.ensemble(answers, self.options.combine, shares)], None
+        return [task.combined(answers, self.options.combine, shares)], None
 
 
 def confidence(answers: Sequence[kdkit.Outputs], labels: Tensor | None) -> Tensor:

@@ -19,7 +19,6 @@ import copy
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
 
 import kdkit
 
@@ -28,8 +27,8 @@ class ProgressiveSelf(kdkit.Schedule):
     """One stage: the student learns from a frozen copy of itself, taken at the end of the
     previous epoch.
 
-    A step costs two forwards and one backward of the student an image; memory a second copy of its
-    weights.
+    A step costs two forwards and one backward of the student an image, one forward in the first
+    epoch; memory a second copy of its weights.
     """
 
     name = "ps_kd"
@@ -39,45 +38,18 @@ class ProgressiveSelf(kdkit.Schedule):
 
     def stages(self, models: kdkit.Models) -> Iterator[kdkit.Stage]:
         student = models.student()
-        previous, count = copy.deepcopy(student).freeze(), Count()
+        previous = copy.deepcopy(student).freeze()
 
-        def step(batch: kdkit.Batch) -> Sequence[kdkit.Lesson]:
+        def step(batch: kdkit.Batch, moment: kdkit.Moment) -> Sequence[kdkit.Lesson]:
             answer = student(batch.inputs)
             with torch.no_grad():
-                return [
-                    kdkit.Lesson(
-                        answer, [either(count.epochs == 0, answer, previous(batch.inputs)).detach()]
-                    )
-                ]
+                taught = answer if moment.epoch == 0 else previous(batch.inputs)
+            return [kdkit.Lesson(answer, [taught.detach()])]
 
         def remember() -> None:
             previous.module.load_state_dict(student.module.state_dict())
-            count.epochs += 1
 
-        yield kdkit.Stage(
-            "train", [student], step, after_epoch=remember, buffers=[previous], parts=count
-        )
-
-
-class Count(nn.Module):
-    """How many epochs are finished."""
-
-    epochs: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("epochs", torch.zeros((), dtype=torch.int64))
-
-
-def either(condition: Tensor, one: kdkit.Outputs, other: kdkit.Outputs) -> kdkit.Outputs:
-    """The one answer where the condition (a truth value) holds, else the other; the device need
-    not be waited for.
-    """
-    features = {
-        name: torch.where(condition, one.features[name], value)
-        for name, value in other.features.items()
-    }
-    return kdkit.Outputs(torch.where(condition, one.logits, other.logits), features)
+        yield kdkit.Stage("train", [student], step, after_epoch=remember, buffers=[previous])
 
 
 @kdkit.hookimpl

@@ -61,7 +61,7 @@ def taught(**options):
         known = {number: random_outputs(size=3, seed=number).logits for number in range(3)}
         numbers = [n for answer in lesson.teachers for n, z in known.items() if torch.equal(z, answer.logits)]
         assert stage.teachers[0].number == numbers[0]
-        yield stage.name, stage.students[0].number, numbers, stage.epochs
+        yield stage.name, stage.students[0].number, numbers, stage.training.epochs
 
 
 def test_each_teaches_the_next():
@@ -125,7 +125,7 @@ def watched(monkeypatch):
 
     def watching(self, but=()):
         watch(self, but)
-        found.append([{k: v.clone() for k, v in model.module.state_dict().items()} for model in self._digests])
+        found.append([{k: v.clone() for k, v in model.module.state_dict().items()} for model in self._frozen._digests])
 
     monkeypatch.setattr(ModelFactory, "watch", watching)
     return found

@@ -10,6 +10,7 @@ from test_stage_run import interrupt_at
 from training import PLAIN, Command, assert_same_run, together, train, write
 
 import kdkit
+from kdkit.engine.loop import train_epoch
 from kdkit.engine.trainer import batches
 from kdkit.recipe import registry
 from kdkit.testing import random_batch, random_outputs
@@ -89,7 +90,7 @@ def test_steps_equal_a_plain_loop(tmp_path):
     naive = kdkit.taps(copy.deepcopy(tapped.module).train(), ["penultimate"])
     optimizer = torch.optim.SGD(naive.module.parameters(), lr=0.02, momentum=0.9)
     seen = list(batches(trainer.loader, trainer.stage, 0))
-    found = [float(values[0].total.detach()) for values in trainer.train_epoch()]
+    found = [float(values[0].total.detach()) for values in train_epoch(trainer)]
     for batch, total in zip(seen, found, strict=True):
         assert torch.equal(batch.labels[0::2], batch.labels[1::2])
         answer = naive(tapped.adapt(batch.inputs))
@@ -114,7 +115,7 @@ def test_images_of_a_class_come_together(tmp_path, similar, size):
 
 def test_without_similar_ones_chance_decides(tmp_path):
     trainer, _ = trainer_of(tmp_path, RECIPE, schedule={"similar": 0})
-    assert trainer.stage.arrange is None
+    assert trainer.stage.data.arrange is None
 
 
 def test_a_stop_changes_nothing(tmp_path):

@@ -8,7 +8,7 @@ from training import PLAIN, TINY, train, weights
 import kdkit
 from kdkit.recipe import registry
 from kdkit.runs import training
-from kdkit.students.loaded import TrainedRun
+from kdkit.students.loaded import LoadedRun
 from kdkit.testing import assert_agrees, check_loss, random_batch, random_outputs
 
 BYOT = registry.load().losses["byot"]
@@ -137,7 +137,7 @@ def test_kept_exits_are_deployed_and_answer(tmp_path):
     dropped, kept = weights(tmp_path / "dropped"), weights(tmp_path / "run")
     assert {f"network.{name}" for name in dropped} < set(kept)
     assert all(torch.equal(kept[f"network.{name}"], value) for name, value in dropped.items())
-    student = TrainedRun(tmp_path / "run").student()
+    student = LoadedRun(tmp_path / "run").student()
     images = torch.rand(3, 3, 8, 8)
     with torch.no_grad():
         answers, own = student.module.answers(student.adapt(images)), student(images).logits

@@ -6,7 +6,8 @@ import torch
 import kdkit
 from kdkit.recipe import registry
 from kdkit.testing import assert_agrees, check_loss, random_batch, random_outputs
-from kdkit.testing.probes import CLASSES, Network
+from kdkit.testing.forms import CLASSES
+from kdkit.testing.networks import Network
 
 CAT = registry.load().losses["cat_kd"]
 PAIR = [{"student": "a", "teacher": "b"}]

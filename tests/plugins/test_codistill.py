@@ -42,7 +42,6 @@ def test_steps_equal_a_plain_loop(tmp_path):
     for net, student in zip(nets, trainer.stage.students, strict=True):
         for name, value in net.state_dict().items():
             torch.testing.assert_close(student.module.state_dict()[name], value, rtol=1e-3, atol=1e-5, msg=name)
-    assert trainer.stage.parts.steps == trainer.steps_per_epoch
 
 
 def ran(commands):

@@ -10,6 +10,7 @@ from test_stage_run import interrupt_at
 from training import PLAIN, Command, assert_same_run, metrics, together, train, write
 
 import kdkit
+from kdkit.engine.loop import train_epoch
 from kdkit.engine.trainer import batches
 
 HINT = {"use": "hint", "weight": 0.1, "adapter": "linear", "layers": [{"student": "stage2", "teacher": "stage3"}]}
@@ -43,7 +44,7 @@ def test_steps_equal_a_plain_loop(tmp_path, schedule, value_of):
     optimizer = torch.optim.SGD(naive.parameters(), lr=0.02, momentum=0.9)
     seen = list(batches(trainer.loader, trainer.stage, 0))
     assert len(seen) == 6
-    found = [float(values[0].total.detach()) for values in trainer.train_epoch()]
+    found = [float(values[0].total.detach()) for values in train_epoch(trainer)]
     for batch, total in zip(seen, found, strict=True):
         assert torch.equal(batch.labels[0::2], batch.labels[1::2])
         value = value_of(naive, tapped.adapt(batch.inputs), batch.labels)

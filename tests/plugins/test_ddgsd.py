@@ -10,6 +10,7 @@ from test_stage_run import interrupt_at
 from training import PLAIN, Command, assert_same_run, together, train, write
 
 import kdkit
+from kdkit.engine.loop import train_epoch
 from kdkit.engine.trainer import batches
 
 AUGMENT = {"augment": {"crop_padding": 2, "flip": 0.5}}
@@ -44,7 +45,7 @@ def test_steps_equal_a_plain_loop(tmp_path, schedule, value_of):
     naive = copy.deepcopy(tapped.module).train()
     optimizer = torch.optim.SGD(naive.parameters(), lr=0.02, momentum=0.9)
     seen = list(batches(trainer.loader, trainer.stage, 0))
-    found = [float(values[0].total.detach()) for values in trainer.train_epoch()]
+    found = [float(values[0].total.detach()) for values in train_epoch(trainer)]
     for batch, total in zip(seen, found, strict=True):
         assert not torch.equal(batch.inputs, batch.views[0])
         value = value_of(naive, tapped.adapt(batch.inputs), tapped.adapt(batch.views[0]), batch.labels)
@@ -61,7 +62,7 @@ def test_mutual_with_a_squared_loss_is_the_pi_model(tmp_path):
     trainer, _ = trainer_of(tmp_path, RECIPE, losses=[{"use": "logit_mse"}])
     (tapped,) = trainer.stage.students
     batch = next(batches(trainer.loader, trainer.stage, 0))
-    total, _ = trainer.learner.train()(batch, 0.0)
+    total, _ = trainer.learner.train()(batch, trainer.moment, 0.0)
     a, b = tapped.module(tapped.adapt(torch.cat([batch.inputs, batch.views[0]]))).chunk(2)
     weights = list(tapped.module.parameters())
     ours, theirs = (torch.autograd.grad(value, weights) for value in (total, F.mse_loss(a, b) / 2))

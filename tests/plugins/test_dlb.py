@@ -10,6 +10,7 @@ from test_stage_run import interrupt_at
 from training import PLAIN, Command, assert_same_run, metrics, together, train, write
 
 import kdkit
+from kdkit.engine.loop import train_epoch
 from kdkit.engine.trainer import batches
 from kdkit.recipe import registry
 
@@ -30,7 +31,7 @@ def arranged(images, batch_size):
     """An epoch's batches."""
     (stage,) = DLB(DLB.Options()).stages(type("Students", (), {"student": lambda self: None})())
     order = torch.randperm(images, generator=torch.Generator().manual_seed(0))
-    return order, torch.split(stage.arrange(order, order % 3, batch_size), batch_size)
+    return order, torch.split(stage.data.arrange(order, order % 3, batch_size), batch_size)
 
 
 @pytest.mark.parametrize(("images", "batch_size"), [(48, 8), (44, 8), (8, 8), (20, 2)])
@@ -60,7 +61,7 @@ def test_steps_equal_a_plain_loop(tmp_path):
     for epoch in range(2):
         known = {}
         seen = list(batches(trainer.loader, trainer.stage, epoch))
-        for batch, values in zip(seen, trainer.train_epoch(), strict=True):
+        for batch, values in zip(seen, train_epoch(trainer), strict=True):
             answer = naive(tapped.adapt(batch.inputs))
             z, f = answer.logits, answer.features["stage2"]
             value = F.cross_entropy(z, batch.labels)

@@ -11,6 +11,7 @@ from test_distributed import recipe as shared
 from test_engine import trainer_of
 from training import PLAIN, Command, merged, together
 
+from kdkit.engine.loop import train_epoch
 from kdkit.recipe import registry
 
 RECIPE = merged(PLAIN, {"teacher": None, "schedule": {"use": "ensemble_peers", "size": 3}})
@@ -75,11 +76,11 @@ def test_all_learn_from_one_answer(tmp_path, target):
 def test_each_peer_sees_a_view_of_its_own(tmp_path):
     augment = {"augment": {"crop_padding": 2}}
     trainer, _ = trainer_of(tmp_path, RECIPE, schedule={"own_views": True}, data=augment)
-    assert trainer.stage.views == 3
+    assert trainer.stage.data.views == 3
     seen = []
     for student in trainer.stage.students:
         student.adapt.register_forward_pre_hook(lambda part, args: seen.append(args[0]))
-    next(trainer.train_epoch())
+    next(train_epoch(trainer))
     assert len(seen) == 3 and not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
 
 

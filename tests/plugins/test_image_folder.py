@@ -16,6 +16,7 @@ import torch
 from kdkit_plugins.datasets import _archive
 from kdkit_plugins.datasets.image_folder import ImageFolder, ImageFolderOptions
 from PIL import Image
+from training import task
 
 from kdkit import recipe
 from kdkit.data.loaders import prepare
@@ -49,7 +50,7 @@ def source(root, **options):
 
 def load(root, workers=0, **settings):
     spec = DataSpec(**{"dataset": {"use": "image_folder"}, "batch_size": 2, "image_size": 8, "workers": workers} | settings)
-    return prepare(spec, source(root), seed=0, device=CPU)
+    return prepare(spec, source(root), task(), seed=0, device=CPU)
 
 
 def test_info_lists_without_reading(root):

@@ -34,7 +34,7 @@ def source(model, **options):
 
 def build(model, classes=5, **options):
     made = source(model, **options)
-    return build_model(made.options, made, classes, (12,))
+    return build_model(made.options, made, classes, kdkit.TextShape((12,)))
 
 
 def test_sizes_of_the_published_pair():

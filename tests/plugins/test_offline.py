@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loss_examples import OPTIONS
-from training import PLAIN, TINY, Command, assert_same_run, lines, merged, metrics, together, train, weights, write
+from training import PLAIN, TINY, Command, assert_same_run, lines, merged, metrics, task, together, train, weights, write
 
 import kdkit
 from kdkit.recipe import registry
@@ -22,7 +22,7 @@ class Pair:
     """A student and teachers that say which of them answered, and whether a graph was being recorded."""
 
     def __init__(self, *names):
-        self.recorded, self.names = {}, names or ("teacher",)
+        self.recorded, self.names, self.task = {}, names or ("teacher",), task()
 
     def answers(self, who, seed):
         def answer(inputs):
@@ -52,7 +52,7 @@ def said(teacher):
 def test_one_stage_with_one_teacher():
     (stage,) = Offline(Offline.Options()).stages(Pair())
     (lesson,) = stage.step(random_batch(3))
-    assert stage.losses is None and stage.epochs is None and len(stage.students) == 1
+    assert stage.training == kdkit.StageTraining() and len(stage.students) == 1
     assert lesson.weights is None and list(lesson.named) == ["teacher"]
     torch.testing.assert_close(lesson.student.logits, random_outputs(size=3).logits)
     torch.testing.assert_close(lesson.teachers[0].logits, random_outputs(size=3, seed=1).logits)

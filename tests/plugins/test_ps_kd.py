@@ -57,11 +57,10 @@ def test_equals_a_hand_made_loop():
         loss = SoftLabels(SoftLabels.Options(alpha=alpha if epoch else 0.0))
         for step in range(4):
             batch = batch_of(4 * epoch + step)
-            (lesson,) = stage.step(batch)
+            (lesson,) = stage.step(batch, kdkit.Moment(epoch, 4 * epoch + step))
             ours.zero_grad()
             loss(lesson.student, *lesson.teachers, batch).backward()
             ours.step()
-            stage.after_step()
 
             target = F.one_hot(batch.labels, 5).float()
             if previous is not None:
@@ -94,15 +93,19 @@ def test_what_teaches_is_frozen_until_the_epoch_ends():
     optimizer = torch.optim.SGD(models.network.parameters(), lr=0.5)
     for step in range(3):
         batch = batch_of(step)
-        (lesson,) = stage.step(batch)
+        (lesson,) = stage.step(batch, kdkit.Moment(1, step))
         assert not lesson.teachers[0].logits.requires_grad and not lesson.teachers[0].features["0"].requires_grad
         F.mse_loss(lesson.student.logits, lesson.teachers[0].logits + 1).backward()
         optimizer.step()
-        stage.after_step()
     assert all(torch.equal(value, before[name]) for name, value in previous.state_dict().items())
     assert not torch.equal(models.network[0].weight, previous[0].weight)
     stage.after_epoch()
     assert all(torch.equal(value, models.network.state_dict()[name]) for name, value in previous.state_dict().items())
+
+
+def test_the_plan_says_what_a_step_of_the_later_epochs_costs(tmp_path):
+    (stage,) = kdkit.check(write(tmp_path, RECIPE)).stages
+    assert (stage.cost.forwards, stage.cost.backwards, stage.cost.teachers) == (1, 1, 1)
 
 
 def test_says_that_agreement_teaches_nothing_in_the_first_epoch(tmp_path):

@@ -132,7 +132,7 @@ def test_each_anchor_is_frozen_and_of_its_own(tmp_path):
         (lesson,) = stage.step(kdkit.Batch(torch.rand(2, 3, 4, 4), torch.zeros(2, dtype=torch.int64), torch.arange(2)))
         (teacher,) = lesson.teachers
         assert lesson.student.logits.requires_grad and not teacher.logits.requires_grad
-        found.append((stage.name, float(teacher.logits[0, 0]), stage.epochs))
+        found.append((stage.name, float(teacher.logits[0, 0]), stage.training.epochs))
     assert found == [("epoch_3", 3, 5), ("epoch_7", 7, 5), ("trained", 99, None)]
 
 

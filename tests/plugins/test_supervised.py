@@ -1,3 +1,4 @@
+import kdkit
 from kdkit.recipe import registry
 from kdkit.testing import random_batch, random_outputs
 
@@ -17,7 +18,7 @@ class OneStudent:
 def test_one_stage_with_labels_alone():
     (stage,) = Supervised(Supervised.Options()).stages(OneStudent())
     (lesson,) = stage.step(random_batch(3))
-    assert stage.losses is None and stage.epochs is None and len(stage.students) == 1
+    assert stage.training == kdkit.StageTraining() and len(stage.students) == 1
     assert lesson.teachers == [] and lesson.student.logits.requires_grad
 
 

@@ -11,7 +11,7 @@ from small_texts import BERT, lay_out, write
 
 import kdkit
 from kdkit.errors import DataError
-from kdkit.students.loaded import TrainedRun
+from kdkit.students.loaded import LoadedRun
 
 
 @pytest.fixture(scope="module")
@@ -131,5 +131,5 @@ def test_a_recipe_with_files_trains(tmp_path, folder, files):
     alone = {"teacher": None, "schedule": {"use": "supervised"}, "losses": [{"use": "cross_entropy"}]}
     file = write(tmp_path, data={"dataset": dataset, "batch_size": 3}, student=student, **alone)
     run = kdkit.train(file, folder=tmp_path / "run", quiet=True)
-    assert TrainedRun(run.folder).info.further == ("token_type_ids",)
+    assert LoadedRun(run.folder).info.further == ("token_type_ids",)
     assert kdkit.train(file, folder=tmp_path / "run", quiet=True).seconds == run.seconds  # it is known again

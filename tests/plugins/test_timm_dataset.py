@@ -12,7 +12,7 @@ import torch
 import yaml
 from kdkit_plugins.datasets.timm import Timm, TimmOptions
 from PIL import Image
-from training import lines, together, weights, write
+from training import lines, task, together, weights, write
 
 from kdkit.data.loaders import prepare
 from kdkit.errors import DataError
@@ -31,7 +31,7 @@ def png(value):
 
 def load(workers=0, rank=0, world=1, options=None, **settings):
     spec = DataSpec(**{"dataset": {"use": "timm"}, "batch_size": 6, "eval_batch_size": 5, "workers": workers} | settings)
-    return prepare(spec, Timm(TimmOptions(**options)), seed=3, device=CPU, rank=rank, world=world)
+    return prepare(spec, Timm(TimmOptions(**options)), task(), seed=3, device=CPU, rank=rank, world=world)
 
 
 @pytest.fixture

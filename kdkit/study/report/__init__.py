@@ -1,1 +1,1 @@
-"""A study as one page."""
+"""Writes a study as one page."""

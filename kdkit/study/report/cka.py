@@ -1,4 +1,4 @@
-"""How alike two networks' layers are: linear centred kernel alignment (CKA).
+"""Similarity of two networks' layers: linear centred kernel alignment (CKA).
 
 Kornblith et al., "Similarity of neural network representations revisited" (ICML 2019, arXiv
 1905.00414), over batches as Nguyen et al. (ICLR 2021, arXiv 2010.15327, eq. 3) do it: sums of each
@@ -19,7 +19,7 @@ class LayerSimilarity:
     """Linear CKA of every layer of one network with every layer of another, batch by batch.
 
     Args:
-        rows, columns: names of the layers of the one and the other.
+        rows, columns: names of the layers of the first and the second network.
     """
 
     def __init__(self, rows: tuple[str, ...], columns: tuple[str, ...]) -> None:
@@ -32,8 +32,8 @@ class LayerSimilarity:
         )
 
     def add(self, one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
-        """Features (B, ...) of both networks for the same batch; one of fewer than four samples
-        adds nothing.
+        """Add features (B, ...) of both networks for the same batch; a batch of fewer than four
+        samples adds nothing.
         """
         ours, theirs = (
             [gram(one[name]) for name in self.rows],
@@ -50,14 +50,15 @@ class LayerSimilarity:
         )
 
     def matrix(self) -> Tensor:
-        """(rows, columns), at most 1; about 0 for layers that have nothing in common; NaN for a
-        layer that says the same of all samples.
+        """Return the CKA (rows, columns), at most 1; about 0 for layers that have nothing in
+        common; NaN for a layer with equal features for all samples.
         """
         return (self._across / (self._own[0][:, None] * self._own[1][None]).sqrt()).cpu()
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float:
-    """Linear CKA of two representations (N, ...) of the same N samples, by the unbiased HSIC.
+    """Compute the linear CKA of two representations (N, ...) of the same N samples, by the unbiased
+    HSIC.
 
     Raises:
         ValueError: fewer than four samples.
@@ -70,16 +71,18 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
 
 
 def gram(features: Tensor) -> Tensor:
-    """Scalar products (B, B) of the samples' features (B, ...) about their mean, fp64."""
-    # mps has no fp64
+    """Compute the scalar products (B, B) of the samples' features (B, ...) about their mean,
+    fp64.
+    """
+    # MPS has no fp64
     flat = (features.cpu() if features.device.type == "mps" else features).flatten(1).double()
-    flat = flat - flat.mean(0)  # the unbiased HSIC is the same without; the sums are smaller
+    flat = flat - flat.mean(0)  # does not change the unbiased HSIC, but keeps the sums small
     return (flat @ flat.T).cpu()
 
 
 def hsic(k: Tensor, m: Tensor) -> Tensor:
-    """Unbiased estimate of the Hilbert-Schmidt independence criterion of two Gram matrices (B,
-    B), B > 3 (Song et al. 2012, eq. 5).
+    """Estimate the Hilbert-Schmidt independence criterion of two Gram matrices (B, B), B > 3,
+    without bias (Song et al. 2012, eq. 5).
     """
     n = len(k)
     k, m = k - k.diag().diag(), m - m.diag().diag()

@@ -1,4 +1,4 @@
-"""What a report is made of, whatever it is written as: sections of paragraphs, tables, pictures,
+"""Elements of a report, independent of the output format: sections of paragraphs, tables, pictures,
 listings.
 """
 
@@ -18,7 +18,7 @@ class Words:
 
 @dataclass(frozen=True)
 class Facts:
-    """Pairs of a title and what it says."""
+    """Pairs of a title and a description."""
 
     pairs: Sequence[tuple[str, str]]
     kind: str = "facts"
@@ -26,13 +26,13 @@ class Facts:
 
 @dataclass(frozen=True)
 class Figures:
-    """A table of numbers: the first column is what they are of.
+    """A table of numbers; the first column names the rows.
 
     Attributes:
         header: of each column.
-        rows: as many cells each.
-        caption: what the figures are.
-        marked: the row to look at, if any.
+        rows: with as many cells as the header.
+        caption: explanation of the figures.
+        marked: the row to highlight, if any.
     """
 
     header: Sequence[str]
@@ -49,9 +49,10 @@ class Picture:
     Attributes:
         name: of its file, without ending.
         png: the file.
-        alt: what it shows, in words.
+        alt: its content in words.
         caption: below it.
-        wide: as wide as the page (a phone scrolls), not one of several side by side.
+        wide: whether it takes the full page width (a phone scrolls), not a place among several side
+            by side.
     """
 
     name: str
@@ -63,7 +64,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Drawings side by side, as many as the page is wide."""
+    """Drawings side by side, as many as fit the page."""
 
     pictures: Sequence[Picture]
     kind: str = "pictures"
@@ -71,9 +72,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Listing:
-    """A text to be kept as it is, such as a recipe; `folded` shows its title only, until it is
-    asked for.
-    """
+    """A preformatted text, such as a recipe; `folded` shows only its title until it is opened."""
 
     title: str
     text: str
@@ -103,9 +102,9 @@ class Document:
 
     Attributes:
         title: of the study.
-        question: what it asks; may be empty.
+        question: question of the study; may be empty.
         answer: the finding, in a few sentences.
-        sections: the rest.
+        sections: all other content.
     """
 
     title: str
@@ -115,7 +114,7 @@ class Document:
 
     @property
     def pictures(self) -> list[Picture]:
-        """All of them, in order."""
+        """Return all pictures, in order."""
         return [
             one
             for part in self.sections

@@ -1,6 +1,4 @@
-"""What all pictures of a report share: their size and type, the look of a variant, the file they
-become.
-"""
+"""Common style of a report's pictures: size and type, the look of each variant, the file format."""
 
 from __future__ import annotations
 
@@ -20,14 +18,16 @@ if TYPE_CHECKING:
 DPI = 170
 # inches of a picture that stands beside another; at 9 points its text is readable on a phone
 WIDTH, HEIGHT = 5.2, 3.5
-LETTERS = 30  # of a name in a picture
+LETTERS = 30  # maximum length of a name in a picture
 COLORS_OF_FILE = 256
 FURTHER = COLORS[:-1]  # black is the baseline's
 
 
 @dataclass(frozen=True)
 class Look:
-    """How a variant is drawn everywhere: told apart by colour, and in grey by dashes and marker."""
+    """The style of a variant in all pictures: distinguished by colour, and in greyscale by dashes
+    and marker.
+    """
 
     color: str
     dashes: Any
@@ -35,7 +35,7 @@ class Look:
     width: float
 
     def line(self) -> dict[str, Any]:
-        """Arguments of matplotlib's `plot`."""
+        """Return the arguments for matplotlib's `plot`."""
         return {
             "color": self.color,
             "linestyle": self.dashes,
@@ -46,7 +46,7 @@ class Look:
 
 
 def looks(names: Sequence[str], baseline: str) -> dict[str, Look]:
-    """The look of each variant; the baseline's line is black, solid and thicker."""
+    """Choose the look of each variant; the baseline's line is black, solid and thicker."""
     others = [name for name in names if name != baseline]
     found = {
         name: Look(
@@ -61,7 +61,7 @@ def looks(names: Sequence[str], baseline: str) -> dict[str, Look]:
 
 
 def labels(names: Sequence[str], letters: int = LETTERS) -> dict[str, str]:
-    """The names, those too long for a picture cut in their middle, and still different."""
+    """Shorten names that are too long for a picture in their middle, keeping them distinct."""
     found: dict[str, str] = {}
     for name in names:
         short = (
@@ -76,7 +76,9 @@ def labels(names: Sequence[str], letters: int = LETTERS) -> dict[str, str]:
 
 
 def groups(names: Sequence[str], baseline: str, size: int = 6) -> list[list[str]]:
-    """The names in groups of that size for one panel each, the baseline in every one."""
+    """Split the names into groups of that size for one panel each, with the baseline in every
+    one.
+    """
     others = [name for name in names if name != baseline]
     first = [baseline] if baseline in names else []
     count = max(1, -(-len(others) // (size - 1)))
@@ -85,20 +87,20 @@ def groups(names: Sequence[str], baseline: str, size: int = 6) -> list[list[str]
 
 
 def blank(width: float = WIDTH, height: float = HEIGHT) -> Figure:
-    """An empty picture, inches wide and high."""
+    """Make an empty picture, inches wide and high."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
 
 
 def titled(figure: Figure, title: str, width: float = WIDTH) -> None:
-    """A heading at the left, broken where the picture ends."""
+    """Write a heading at the left, broken at the edge of the picture."""
     lines = textwrap.wrap(plain(title), round(12.5 * width))
     figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=10, fontweight="bold", color=INK)
 
 
 def keyed(figure: Figure, handles: Sequence[Any], names: Sequence[str]) -> None:
-    """What the lines are, below the axes; in two columns where the names are short."""
+    """Draw the legend of the lines below the axes; in two columns if the names are short."""
     columns = 1 if max(map(len, names), default=0) > 24 else 2
     figure.legend(
         handles,
@@ -114,12 +116,12 @@ def keyed(figure: Figure, handles: Sequence[Any], names: Sequence[str]) -> None:
 
 
 def plain(text: str) -> str:
-    """A text as matplotlib shows it letter by letter: a dollar sign begins no formula."""
+    """Escape a text for matplotlib: a dollar sign begins no formula."""
     return text.replace("$", r"\$")
 
 
 def png(figure: Figure) -> bytes:
-    """The file, with a palette: lines and flat colours need no more, and a page with many
+    """Write the PNG file with a palette: lines and flat colours need no more, and a page with many
     pictures stays small.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg

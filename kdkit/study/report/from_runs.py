@@ -1,4 +1,4 @@
-"""Findings of runs that no study has made: which belong together, and what they cost."""
+"""Makes findings from runs without a study: groups them into variants, and measures their costs."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from typing import Any
 from kdkit.contracts.inputs import Shape
 from kdkit.errors import KdkitError, RunError
 from kdkit.models.tapped import TappedModel
-from kdkit.runs.folder import Result, RunFolder
+from kdkit.runs.folder import RunFolder
+from kdkit.runs.result import Result
 from kdkit.students import profile
-from kdkit.students.loaded import TrainedRun
+from kdkit.students.loaded import LoadedRun
 from kdkit.students.profile import Profile
 from kdkit.students.show import brief
 from kdkit.study import intervals
 from kdkit.study.findings import Cost, Findings, Length, Teacher, Variant
 from kdkit.study.lengths import mean_length, of_teachers
 
-TIMED = 0.5  # seconds for which a network answers single images
+TIMED = 0.5  # seconds of timing per network
 
 
 @dataclass(frozen=True)
@@ -35,26 +36,26 @@ class _Run:
     result: Result | None
     plugins: Sequence[Path]
 
-    def opened(self) -> TrainedRun:
-        return TrainedRun(self.folder.path, plugins=self.plugins)
+    def opened(self) -> LoadedRun:
+        return LoadedRun(self.folder.path, plugins=self.plugins)
 
     @property
     def taught_by(self) -> list[Any]:
-        """What the teachers are, without how they are run."""
+        """The definition of the teachers, without execution options."""
         content = self.marker["content"]
         return [one.get("recipe", one) for one in (content["teacher"], *content["teachers"]) if one]
 
     @property
     def kind(self) -> str:
-        """What all runs of one variant share: the recipe but its seed."""
+        """The recipe without its seed, which all runs of one variant share."""
         return json.dumps({**self.marker["content"], "seed": None}, sort_keys=True)
 
 
 def of_runs(folders: Sequence[Path], plugins: Sequence[Path] = ()) -> Findings:
-    """Group finished runs by their recipes; the first one's is the baseline.
+    """Group finished runs by their recipes; the recipe of the first run is the baseline.
 
     Args:
-        folders: of the runs, finished or not.
+        folders: folders of the runs, finished or not.
         plugins: Python files and folders of theirs that may run; networks that need others are not
             timed.
 
@@ -75,25 +76,29 @@ def of_runs(folders: Sequence[Path], plugins: Sequence[Path] = ()) -> Findings:
     teachers = [run for run in runs if run.taught_by and run.result]
     alike = len({json.dumps(run.taught_by) for run in teachers}) == 1
     teacher, costs = _profiles(named, teachers[0] if alike else None)
-    base = _last(named[baseline], "top1")
-    return Findings(
+    # empty for an older kdkit; the baseline's scores come first
+    scores, agreement = (
+        {one.name: one for run in (*named[baseline], *runs) for one in run.marker.get(key, ())}
+        for key in ("scores", "agreement")
+    )
+    found = Findings(
         name=folders[0].resolve().parent.name,
         question="",
         baseline=baseline,
         command="\n".join(_again(run.folder.path) for run in runs if run.result),
-        variants=intervals.corrected(
-            _variant(name, each, None if name == baseline else base, costs.get(name))
-            for name, each in named.items()
-        ),
+        variants=tuple(_variant(name, each, costs.get(name)) for name, each in named.items()),
         teacher=teacher,
         together={},
         versions=runs[0].marker["versions"],
         machine={"processor": platform.processor() or platform.machine()},
+        scores=tuple(scores.values()),
+        agreement=tuple(agreement.values()),
     )
+    return intervals.with_differences(found)
 
 
 def _again(folder: Path) -> str:
-    """The command that trains a run once more, from the recipe that it keeps."""
+    """Return the command that trains a run again from its stored recipe."""
     return shlex.join(
         ["kdkit", "train", str(folder / "recipe.yaml"), "--run", f"again/{folder.name}"]
     )
@@ -105,7 +110,7 @@ def _open(path: Path, plugins: Sequence[Path]) -> _Run:
 
 
 def _named(groups: Sequence[Sequence[_Run]]) -> dict[str, list[_Run]]:
-    """The groups by their recipe's name, and the first run's folder where two have the same;
+    """Name the groups by their recipe's name, or by the first run's folder if two have the same;
     runs by seed, each seed once.
     """
     names = [str(each[0].recipe["name"]) for each in groups]
@@ -119,20 +124,17 @@ def _named(groups: Sequence[Sequence[_Run]]) -> dict[str, list[_Run]]:
     return found
 
 
-def _variant(
-    name: str, runs: Sequence[_Run], base: Mapping[int, float] | None, network: Profile | None
-) -> Variant:
+def _variant(name: str, runs: Sequence[_Run], network: Profile | None) -> Variant:
     done = [run for run in runs if run.result]
     told = dict(brief(runs[0].recipe))
-    own = _last(runs, "top1")
     return Variant(
         name=name,
         about=f"{told['total']}; schedule {told['schedule']}",
-        seeds=tuple(own),
+        seeds=tuple(int(run.recipe["seed"]) for run in done),
         folders=tuple(run.folder.path for run in done),
         last=_columns([run.result.test for run in done if run.result]),
         best=_columns([run.result.best["test"] for run in done if run.result and run.result.best]),
-        difference=intervals.paired(own, base) if base is not None else None,
+        difference=None,
         cost=_cost(done, network) if done and network else None,
         failures={
             int(run.recipe["seed"]): f"not finished, {_epochs(run)} epochs so far"
@@ -148,18 +150,13 @@ def _variant(
 
 
 def _length(runs: Sequence[_Run]) -> Length | None:
-    with contextlib.suppress(KdkitError):  # what a recipe names is gone
+    with contextlib.suppress(KdkitError):  # files that a recipe names no longer exist
         return mean_length([(run.folder, run.opened().recipe.spec.data) for run in runs])
     return None
 
 
-def _last(runs: Sequence[_Run], key: str) -> dict[int, float]:
-    """A metric of what each run leaves, by seed."""
-    return {int(run.recipe["seed"]): run.result.test[key] for run in runs if run.result}
-
-
 def _columns(rows: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, ...]]:
-    """What all rows have, by name."""
+    """Return the values, by name, that all rows have."""
     return {
         key: tuple(row[key] for row in rows)
         for key in (rows[0] if rows else ())
@@ -189,14 +186,17 @@ def _cost(runs: Sequence[_Run], network: Profile) -> Cost:
 def _profiles(
     named: Mapping[str, Sequence[_Run]], taught: _Run | None
 ) -> tuple[Teacher | None, dict[str, Profile]]:
-    """The costs of the networks, timed together on one thread: of the common teacher, and of
-    each variant's first student.
+    """Measure the costs of the networks, timed together on one thread: of the common teacher, and
+    of each variant's first student.
     """
     models: dict[str, tuple[TappedModel, Shape]] = {}
     for name, runs in named.items():
-        # what it needs is gone, such as a teacher of which the student has a part
+        # something it needs no longer exists, such as a teacher of which the student has a part
         with contextlib.suppress(KdkitError):
-            run = next(one for one in runs if one.result).opened()
+            finished = next((one for one in runs if one.result), None)
+            if finished is None:
+                continue
+            run = finished.opened()
             models[name] = run.student(), run.info.image_shape
     teachers: list[tuple[TappedModel, Shape]] = []
     if taught is not None:
@@ -210,7 +210,7 @@ def _profiles(
 
 
 def _teacher(taught: _Run | None, networks: Sequence[Profile]) -> Teacher | None:
-    """What was measured of it when it taught; several count together."""
+    """Describe the teacher with the scores measured when it taught; several are added up."""
     if taught is None or taught.result is None or not taught.result.teacher:
         return None
     return Teacher(

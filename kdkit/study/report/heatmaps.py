@@ -1,6 +1,4 @@
-"""Pictures of a report that are fields of numbers or images: classes, confusions, softened
-answers, similar layers.
-"""
+"""Heat maps and images of a report: classes, confusions, softened answers, similar layers."""
 
 from __future__ import annotations
 
@@ -18,22 +16,23 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 ONE_WAY, TWO_WAYS = "Blues", "RdBu"  # both go from light to dark, in grey as well
-CELL = 0.42  # inches of a class
-MOST_PAIRS = 10  # confusions told of many classes, each way
+CELL = 0.42  # inches per class
+MOST_PAIRS = 10  # confusions shown for many classes, in each direction
 TEMPERATURES = (1, 2, 3, 4, 5)
 WHOLE = 10.2  # inches: as wide as the page
-CLASS_LETTERS = 18  # of a class's name
-BARS = 10  # classes of which an answer is drawn
+CLASS_LETTERS = 18  # maximum length of a class's name
+BARS = 10  # number of classes in the picture of an answer
 
 
 def class_accuracy(names: Sequence[str], classes: Sequence[str], accuracy: Tensor) -> Picture:
-    """Heat map of the accuracies in percent (variants, classes)."""
+    """Draw a heat map of the accuracies in percent (variants, classes)."""
     short, across = labels(names), _short(classes, range(len(classes)))
     left = 0.085 * max(len(label) for label in short.values())
     long = max(map(len, across)) > 4
     width = max(WIDTH, 0.6 + left + CELL * len(classes))
     figure = blank(width, 1.15 + 0.27 * len(names) + (0.07 * max(map(len, across)) if long else 0))
     axes = figure.subplots()
+    # NaN cells must not set the lower end of the scale
     _heat(axes, accuracy, ONE_WAY, float(accuracy.nan_to_num(100).min()) - 5, 100, "{:.0f}", 8)
     _ticks(axes, [short[name] for name in names], across, 90 if long else 0)
     axes.set_xlabel("class", color=INK)
@@ -49,11 +48,11 @@ def class_accuracy(names: Sequence[str], classes: Sequence[str], accuracy: Tenso
 
 
 def confusion_change(name: str, baseline: str, classes: Sequence[str], change: Tensor) -> Picture:
-    """Of the images of a class, how many more percent the variant puts into each class than the
+    """Draw how many more percent of a class's images the variant assigns to each class than the
     baseline (true, predicted).
     """
     title = f"{labels([name])[name]} less {labels([baseline])[baseline]}"
-    # the diagonal changes most
+    # excluded, because the diagonal changes most
     bound = max(1.0, float((change - change.diag().diag()).abs().max()))
     width = max(WIDTH, 1.2 + CELL * len(classes))
     across = _short(classes, range(len(classes)))
@@ -76,7 +75,9 @@ def confusion_change(name: str, baseline: str, classes: Sequence[str], change: T
 
 
 def confusion_pairs(name: str, baseline: str, classes: Sequence[str], change: Tensor) -> Picture:
-    """The pairs of different classes whose confusion changed most; for data of many classes."""
+    """Draw the pairs of different classes whose confusion changed most; for data with many
+    classes.
+    """
     pairs = sorted(_strongest(change, MOST_PAIRS), key=lambda pair: float(change[pair]))
     values = [float(change[pair]) for pair in pairs]
     figure = blank(WIDTH, 1.2 + 0.24 * len(pairs))
@@ -119,7 +120,7 @@ def confusion_pairs(name: str, baseline: str, classes: Sequence[str], change: Te
 
 
 def _strongest(change: Tensor, count: int) -> list[tuple[int, int]]:
-    """The (true, predicted) pairs of different classes with the largest changes."""
+    """List the (true, predicted) pairs of different classes with the largest changes."""
     size = change.abs().clone().fill_diagonal_(0).flatten()
     order = size.argsort(descending=True)[:count]
     return [(int(i) // len(change), int(i) % len(change)) for i in order if size[i] > 0]
@@ -128,7 +129,7 @@ def _strongest(change: Tensor, count: int) -> list[tuple[int, int]]:
 def softened(
     number: int, image: Tensor, label: int, logits: Tensor, classes: Sequence[str]
 ) -> Picture:
-    """An image (C, H, W) in [0, 1], and beside it the teacher's answer (K,) at several
+    """Draw an image (C, H, W) in [0, 1], and next to it the teacher's answer (K,) at several
     temperatures, on one scale.
     """
     shown = (
@@ -176,20 +177,20 @@ def softened(
 
 
 def _short(classes: Sequence[str], chosen: Iterable[int]) -> list[str]:
-    """Names of some of the classes, short enough for a picture."""
+    """Shorten the names of some of the classes for a picture."""
     short = labels(classes, CLASS_LETTERS)
     return [short[classes[i]] for i in chosen]
 
 
 def _visible(image: Tensor) -> Tensor:
-    """(H, W) or (H, W, 3)."""
+    """Convert an image to (H, W) or (H, W, 3)."""
     return image.permute(1, 2, 0).clamp(0, 1) if len(image) == 3 else image[0].clamp(0, 1)
 
 
 def similar_layers(
     number: int, name: str, rows: Sequence[str], columns: Sequence[str], values: Tensor
 ) -> Picture:
-    """Heat map of CKA (teacher's layers, student's layers), 0 to 1."""
+    """Draw a heat map of CKA (teacher's layers, student's layers), 0 to 1."""
     down, across = list(labels(rows).values()), list(labels(columns).values())
     figure = blank(WIDTH, 1.4 + 0.36 * len(rows))
     axes = figure.subplots()
@@ -218,7 +219,7 @@ def _heat(
     size: float,
     least: float = -1.0,
 ) -> None:
-    """Cells with their numbers; those closer to 0 than `least` have none."""
+    """Draw cells with their numbers; numbers closer to 0 than `least` are left out."""
     image = axes.imshow(values.numpy(), cmap=colors, vmin=low, vmax=high, aspect="auto")
     for y, row in enumerate(values.tolist()):
         for x, value in enumerate(row):

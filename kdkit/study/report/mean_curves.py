@@ -1,4 +1,4 @@
-"""How the runs of a variant went: curves of several seeds as one mean with a deviation."""
+"""Learning curves of a variant: the runs of several seeds as one mean with a deviation."""
 
 from __future__ import annotations
 
@@ -25,35 +25,33 @@ class Course:
 
 @dataclass(frozen=True)
 class Courses:
-    """What is known of a variant's training.
+    """The curves of a variant's training.
 
     Attributes:
-        top1: test accuracy in percent.
-        losses: "loss" (the total) and each term as it counts in the total.
-        to_teacher: `agreement`, `logit_difference`, `kl_to_teacher` on the test data, as far as
-            they were measured.
-        stages: where each begins, and its name.
-        epochs: of all stages.
-        seeds: how many runs these are means of.
+        scores: on the test data, by name.
+        losses: "loss" (the total) and each term with its weight.
+        stages: the beginning and the name of each stage.
+        epochs: number over all stages.
+        seeds: number of runs in the means.
     """
 
-    top1: Course | None = None
+    scores: Mapping[str, Course] = field(default_factory=dict)
     losses: Mapping[str, Course] = field(default_factory=dict)
-    to_teacher: Mapping[str, Course] = field(default_factory=dict)
     stages: Sequence[tuple[float, str]] = ()
     epochs: int = 0
     seeds: int = 0
 
 
 def read(folders: Sequence[Path]) -> Courses:
-    """The courses of one variant, of those of its runs that are there and have logged something."""
+    """Read the curves of one variant, from those of its runs that exist and have logged
+    something.
+    """
     found = [one for one in (curves.read(RunFolder(folder)) for folder in folders) if one.epochs]
     if not found:
         return Courses()
     return Courses(
-        top1=_mean([one.top1["test"] for one in found if "test" in one.top1]),
+        scores=_means([one.scores.get("test", {}) for one in found]),
         losses=_means([one.losses for one in found]),
-        to_teacher=_means([one.to_teacher for one in found]),
         stages=_longest(found).stages,
         epochs=_longest(found).epochs,
         seeds=len(found),
@@ -71,7 +69,7 @@ def _means(found: Sequence[Mapping[str, Curve]]) -> dict[str, Course]:
 
 
 def _mean(found: Sequence[Curve]) -> Course | None:
-    """Over the epochs that every seed has."""
+    """Average over the epochs that every seed has."""
     values = [dict(zip(curve.x, curve.y, strict=True)) for curve in found]
     shared = sorted(set.intersection(*(set(one) for one in values))) if values else []
     if not shared:

@@ -1,4 +1,6 @@
-"""The `report` command: one page that tells a study, and its figures for other programs."""
+"""Writes the files of the `report` command: one page that describes a study, and its figures for
+other programs.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ PICTURES = "report"  # folder
 
 @dataclass(frozen=True)
 class Report:
-    """Where it is: the page, all files, and what had to be left out, a phrase each."""
+    """The paths of the page and of all files, and what had to be left out, a phrase each."""
 
     page: Path
     files: tuple[Path, ...]
@@ -46,9 +48,10 @@ def write(
         paths: a study's folder or its `study.json`; or run folders, or folders that hold some: the
             recipe of the first is the baseline.
         output: folder of the files (default: the study's; of runs, the one that holds the first).
-        overrides: `data.` keys, where the data lie now.
-        plugins: Python files and folders of the runs that may run; what needs others is left out.
-        say: told of what is done.
+        overrides: `data.` keys for the present location of the data.
+        plugins: Python files and folders of the runs that may run; parts that need others are left
+            out.
+        say: called with messages about the progress.
 
     Raises:
         RunError: neither a study nor runs, or none of the runs is finished.
@@ -73,10 +76,10 @@ def write(
 
 
 def _refuse_foreign(folder: Path, files: Iterable[str]) -> None:
-    """Make sure that no file is replaced that is not a report's.
+    """Check that only files of a report are replaced.
 
     Raises:
-        RunError: there is one, or the pictures would go elsewhere.
+        RunError: another file would be replaced, or a link leads the pictures elsewhere.
     """
     if (folder / PICTURES).is_symlink():
         raise RunError(
@@ -86,6 +89,7 @@ def _refuse_foreign(folder: Path, files: Iterable[str]) -> None:
     there = [folder / name for name in files if (folder / name).exists()]
     try:
         known = "findings" in json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    # missing, or not a report's JSON
     except (OSError, ValueError, TypeError):
         known = False
     if there and not known:
@@ -96,7 +100,7 @@ def _refuse_foreign(folder: Path, files: Iterable[str]) -> None:
 
 
 def gather(paths: Sequence[Path], plugins: Sequence[Path] = ()) -> tuple[Findings, Path]:
-    """What was found, and the folder to which it belongs.
+    """Load or build the findings, and the folder to which they belong.
 
     Raises:
         RunError: neither a study nor runs.
@@ -113,9 +117,7 @@ def gather(paths: Sequence[Path], plugins: Sequence[Path] = ()) -> tuple[Finding
 
 
 def _moved(findings: Findings, home: Path) -> Findings:
-    """The findings with the run folders that lie beside them now, where they are not in their
-    old place.
-    """
+    """Update the run folders of findings that were moved together with their runs."""
 
     def place(folder: Path) -> Path:
         return (
@@ -129,7 +131,7 @@ def _moved(findings: Findings, home: Path) -> Findings:
 
 
 def _runs(path: Path) -> list[Path]:
-    """The run folder itself, or those in it.
+    """List the run folder itself, or those in it.
 
     Raises:
         RunError: there are none.
@@ -153,7 +155,7 @@ def read(
     plugins: Sequence[Path] = (),
     say: Callable[[str], None] = lambda _: None,
 ) -> Material:
-    """All that the report tells, from the run folders as far as they are there."""
+    """Read all content of the report, from the run folders that exist."""
     there = {
         v.name: [folder for folder in v.folders if (folder / "run.json").is_file()]
         for v in findings.variants
@@ -168,8 +170,8 @@ def _recipe(folder: Path) -> dict[str, Any]:
 
 
 def _seen_from_here(value: Any) -> Any:
-    """Values of a recipe with the paths below the working directory relative to it: a report is
-    read elsewhere too.
+    """Make the paths of a recipe below the working directory relative to it, because a report is
+    read on other machines too.
     """
     if isinstance(value, dict):
         return {key: _seen_from_here(one) for key, one in value.items()}
@@ -179,7 +181,7 @@ def _seen_from_here(value: Any) -> Any:
 
 
 def table(findings: Findings) -> str:
-    """CSV, one row a run, failed ones included."""
+    """Format a CSV table, one row a run, failed ones included."""
     rows = list(_rows(findings))
     columns = dict.fromkeys(key for row in rows for key in row)
     return as_csv(list(columns), ([row.get(column) for column in columns] for row in rows))
@@ -237,7 +239,7 @@ def _spent(folder: Path) -> dict[str, float]:
 
 
 def figures(material: Material) -> dict[str, Any]:
-    """Everything that the page draws or says, as plain data."""
+    """Return everything that the page draws or states, as plain data."""
     said = material.answers
     found: dict[str, Any] = without_nan(
         {

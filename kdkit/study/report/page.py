@@ -11,12 +11,12 @@ from kdkit.study.report.document import Block, Document, Facts, Figures, Picture
 from kdkit.study.report.drawing import DPI
 
 TEMPLATE = "page.html.jinja"
-PIXELS = 104  # of a screen for an inch of a picture
+PIXELS = 104  # screen pixels per inch of a picture
 SIGNS = re.compile(r"([\\`*_{}\[\]<>|#~$])")
 
 
 def html(document: Document) -> str:
-    """One page that needs nothing else: style and pictures are inside, all text is escaped."""
+    """Write one self-contained page: style and pictures are inside, all text is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -31,13 +31,13 @@ def html(document: Document) -> str:
 
 
 def width(png: bytes) -> int:
-    """Of a picture on a screen, in CSS pixels."""
+    """Return the width of a picture on a screen, in CSS pixels."""
     pixels: int = struct.unpack(">I", png[16:20])[0]
     return round(pixels * PIXELS / DPI)
 
 
 def markdown(document: Document, pictures: str) -> str:
-    """The same as Markdown.
+    """Write the report as Markdown.
 
     Args:
         document: the report.
@@ -80,5 +80,5 @@ def _table(block: Figures) -> str:
 
 
 def escaped(text: str) -> str:
-    """A text as Markdown shows it letter by letter, on one line."""
+    """Escape a text for Markdown, on one line."""
     return SIGNS.sub(r"\\\1", " ".join(text.split()))

@@ -1,4 +1,4 @@
-"""Pictures of a report with points and lines: accuracy against cost, and what happened over the
+"""Pictures of a report with points and lines: the score against cost, and curves over the
 epochs.
 """
 
@@ -10,7 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kdkit.contracts.task import ScoreInfo
 from kdkit.students.curves import COLORS, DASHES, INK, MARKERS, TALL, broken, furnish, over_epochs
+from kdkit.study.findings import LOSSES
 from kdkit.study.report.document import Picture
 from kdkit.study.report.drawing import (
     HEIGHT,
@@ -40,27 +42,22 @@ TEACHER: dict[str, Any] = {
 # scale
 STEEP = 10.0
 ZOOM = 0.4  # share of the epochs, the last ones, that are drawn again on a scale of their own
-TO_TEACHER = {
-    "agreement": ("Agreement with the teacher", "same top-1 class, %"),
-    "logit_difference": ("Distance to the teacher's logits", "mean |z_s - z_t|"),
-    "kl_to_teacher": ("KL divergence from the teacher", "KL(teacher || student), nats"),
-}
 
 
 @dataclass(frozen=True)
 class Priced:
-    """A variant's accuracies in percent, one a seed, and what training it cost."""
+    """A variant's scores, one a seed, and what training it cost."""
 
     name: str
-    top1: Sequence[float]
+    scores: Sequence[float]
     cost: float
 
 
 def against_cost(
-    points: Sequence[Priced], baseline: str, unit: str, teacher: float | None
+    points: Sequence[Priced], baseline: str, unit: str, teacher: float | None, score: ScoreInfo
 ) -> Picture:
-    """Accuracy against the cost of training, each point with its name beside the picture, where
-    no two names overlap.
+    """Draw the score against the cost of training, with names beside the picture that do not
+    overlap.
     """
     height = max(HEIGHT, 1.4 + 0.19 * len(points))
     look, short = looks([p.name for p in points], baseline), labels([p.name for p in points])
@@ -76,18 +73,18 @@ def against_cost(
             "capsize": 3,
             "linewidth": 1.3,
         }
-        deviation = statistics.stdev(point.top1) if len(point.top1) > 1 else 0.0
-        axes.errorbar(point.cost, statistics.fmean(point.top1), deviation, linestyle="", **form)
+        deviation = statistics.stdev(point.scores) if len(point.scores) > 1 else 0.0
+        axes.errorbar(point.cost, statistics.fmean(point.scores), deviation, linestyle="", **form)
     if teacher is not None:
         axes.axhline(teacher, **TEACHER)
-    furnish(axes, "test top-1, %")
+    furnish(axes, f"test {score.heading}")
     axes.set_xlabel(f"{unit} of training one run", color=INK)
     axes.margins(x=0.12, y=0.1)
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)
     room = (high - low) * 0.19 / (height - 0.9)
     named: list[tuple[float, str, Look | None]] = [
-        (statistics.fmean(p.top1), short[p.name], look[p.name]) for p in points
+        (statistics.fmean(p.scores), short[p.name], look[p.name]) for p in points
     ]
     named += [(teacher, "teacher", None)] if teacher is not None else []
     named.sort(key=lambda one: one[0])
@@ -100,21 +97,18 @@ def against_cost(
         else:
             margin.plot(0.08, place, marker=style.marker, color=style.color, markersize=6)
         margin.text(0.25, place, plain(name), va="center", fontsize=9, color=INK)
-    titled(figure, "Accuracy against cost")
+    titled(figure, f"Test {score.title} against cost")
     names = ", ".join(
-        f"{p.name}: {statistics.fmean(p.top1):.2f} % for {p.cost:.3g} {unit}" for p in points
+        f"{p.name}: {score.text(statistics.fmean(p.scores))} for {p.cost:.3g} {unit}"
+        for p in points
     )
-    return Picture(
-        "accuracy-against-cost",
-        png(figure),
-        f"Test top-1 against {unit} of training. {names}.",
-        wide=False,
-    )
+    alt = f"Test {score.title} against {unit} of training. {names}."
+    return Picture("score-against-cost", png(figure), alt, wide=False)
 
 
 def spaced(wanted: Sequence[float], room: float, low: float, high: float) -> list[float]:
-    """Places as near to those wanted (ascending) as they can be, at least `room` apart, between
-    low and high if there is space.
+    """Find places as near as possible to the wanted ones (ascending), at least `room` apart,
+    between low and high if there is space.
     """
     # of neighbours that touch: the lowest place wanted by each, less its offset in the block
     blocks: list[list[float]] = []
@@ -138,12 +132,12 @@ def _bottom(block: Sequence[float], room: float) -> float:
 
 
 def learning_curves(
-    courses: Mapping[str, Courses], baseline: str, teacher: float | None
+    courses: Mapping[str, Courses], baseline: str, teacher: float | None, score: ScoreInfo
 ) -> Iterator[Picture]:
-    """Test accuracy over the epochs, all of them and the last ones larger, a few variants a
+    """Draw the test score over the epochs, all of them and the last ones enlarged, a few variants a
     picture.
     """
-    shown = {name: one.top1 for name, one in courses.items() if one.top1}
+    shown = _of(score, courses)
     panels = groups(list(shown), baseline) if shown else []
     for number, names in enumerate(panels, 1):
         of = f" ({number} of {len(panels)})" if len(panels) > 1 else ""
@@ -152,12 +146,12 @@ def learning_curves(
                 name: _late(shown[name], courses[name].epochs) if late else shown[name]
                 for name in names
             }
-            title = f"Test accuracy, the last epochs{of}" if late else f"Test accuracy{of}"
+            title = f"Test {score.title}{', the last epochs' if late else ''}{of}"
             reference = teacher if not late or teacher is None or _near(teacher, lines) else None
             yield _panel(
                 f"learning-curves-{number}{'-late' if late else ''}",
                 title,
-                "test top-1, %",
+                score,
                 lines,
                 courses,
                 list(shown),
@@ -167,59 +161,40 @@ def learning_curves(
 
 
 def training_loss(courses: Mapping[str, Courses], baseline: str) -> Iterator[Picture]:
-    """The training loss of every variant over the epochs, a few variants a picture."""
+    """Draw the training loss of every variant over the epochs, a few variants a picture."""
     shown = {name: one.losses["loss"] for name, one in courses.items() if "loss" in one.losses}
-    yield from _panels(
-        "training-loss",
-        "Training loss",
-        "training loss, total",
-        shown,
-        courses,
-        baseline,
-        low_is_good=True,
-    )
+    yield from _panels("training-loss", LOSSES["loss"], shown, courses, baseline)
 
 
-def to_teacher(courses: Mapping[str, Courses], baseline: str) -> Iterator[Picture]:
-    """How near each variant's answers come to the teacher's, over the epochs."""
-    for key, (title, label) in TO_TEACHER.items():
-        shown = {
-            name: one.to_teacher[key] for name, one in courses.items() if key in one.to_teacher
-        }
-        yield from _panels(
-            key.replace("_", "-"),
-            title,
-            label,
-            shown,
-            courses,
-            baseline,
-            low_is_good=key != "agreement",
-        )
+def to_teacher(
+    courses: Mapping[str, Courses], baseline: str, agreement: Sequence[ScoreInfo]
+) -> Iterator[Picture]:
+    """Draw how close each variant's answers are to the teacher's, over the epochs."""
+    for score in agreement:
+        file = score.name.replace("_", "-")
+        yield from _panels(file, score, _of(score, courses), courses, baseline)
+
+
+def _of(score: ScoreInfo, courses: Mapping[str, Courses]) -> dict[str, Course]:
+    found = {name: one.scores.get(score.name) for name, one in courses.items()}
+    return {name: course for name, course in found.items() if course is not None}
 
 
 def _panels(
     file: str,
-    title: str,
-    label: str,
+    score: ScoreInfo,
     shown: Mapping[str, Course],
     courses: Mapping[str, Courses],
     baseline: str,
-    low_is_good: bool,
 ) -> Iterator[Picture]:
+    title = score.meaning or score.title
+    title = title[:1].upper() + title[1:]
     panels = groups(list(shown), baseline) if shown else []
     for number, names in enumerate(panels, 1):
         of = f" ({number} of {len(panels)})" if len(panels) > 1 else ""
         lines = {name: shown[name] for name in names}
         yield _panel(
-            f"{file}-{number}",
-            title + of,
-            label,
-            lines,
-            courses,
-            list(courses),
-            baseline,
-            None,
-            low_is_good,
+            f"{file}-{number}", title + of, score, lines, courses, list(courses), baseline, None
         )
 
 
@@ -230,21 +205,22 @@ def _late(course: Course, epochs: int) -> Course:
 
 
 def _near(level: float, lines: Mapping[str, Course]) -> bool:
-    """Whether a line at that level would not squeeze the others."""
+    """Check whether a line at that level would leave the others enough room."""
     values = [y for course in lines.values() for y in course.mean]
-    return level - max(values) < 1.5 * (max(values) - min(values) + 0.5)
+    low, high = min(values), max(values)
+    least = 0.005 * max(abs(low), abs(high))
+    return max(level - high, low - level) < 1.5 * (high - low + least)
 
 
 def _panel(
     file: str,
     title: str,
-    label: str,
+    score: ScoreInfo,
     lines: Mapping[str, Course],
     courses: Mapping[str, Courses],
     everyone: Sequence[str],
     baseline: str,
     teacher: float | None,
-    low_is_good: bool = False,
 ) -> Picture:
     rows = -(-(len(lines) + 1) // 2) if max(map(len, lines)) <= 24 else len(lines)
     figure = blank(WIDTH, HEIGHT - 0.4 + 0.18 * rows)
@@ -257,23 +233,23 @@ def _panel(
     names = [short[name] for name in lines]
     if teacher is not None:
         handles.append(axes.axhline(teacher, **TEACHER))
-        names.append(f"teacher ({teacher:.2f})")
-    furnish(axes, label)
+        names.append(f"teacher ({score.number(teacher)})")
+    furnish(axes, score.heading)
     over_epochs(axes, max(courses[name].epochs for name in lines), stages)
     axes.set_xlim(left=min(course.x[0] for course in lines.values()) - 0.3)
     values = [y for course in lines.values() for y in course.mean]
-    if low_is_good and min(values) > 0 and max(values) / min(values) > STEEP:
+    if not score.higher_is_better and min(values) > 0 and max(values) / min(values) > STEEP:
         axes.set_yscale("log")
         axes.set_ylim(bottom=0.6 * min(values))  # a band may reach below 0
     axes.set_xlabel("epoch" if len(stages) < 2 else "epoch, over all stages", color=INK)
     titled(figure, title)
     keyed(figure, handles, names)
     ends = ", ".join(f"{name} {course.mean[-1]:.4g}" for name, course in lines.items())
-    return Picture(file, png(figure), f"{title}: {label} by epoch. At the end: {ends}.")
+    return Picture(file, png(figure), f"{title}: {score.heading} by epoch. At the end: {ends}.")
 
 
 def _line(axes: Axes, course: Course, look: Look, stages: Sequence[tuple[float, str]]) -> object:
-    """The mean, and its deviation as a band."""
+    """Draw the mean, and its deviation as a band."""
     drawn = axes.plot(
         *broken(course.x, course.mean, stages), **look.line(), markevery=max(1, len(course.x) // 9)
     )[0]
@@ -293,15 +269,15 @@ def _line(axes: Axes, course: Course, look: Look, stages: Sequence[tuple[float, 
 
 
 def _shared_stages(found: Sequence[Courses]) -> Sequence[tuple[float, str]]:
-    """The stages that all of them have at the same epochs; lines of others would say nothing."""
+    """List the stages that all variants have at the same epochs; lines for others would be
+    misleading.
+    """
     starts = [[start for start, _ in one.stages] for one in found]
     return found[0].stages if all(one == starts[0] for one in starts) else ()
 
 
 def loss_terms(courses: Mapping[str, Courses]) -> Iterator[Picture]:
-    """The training loss of each variant and its terms, weighted as they count, a variant a
-    picture.
-    """
+    """Draw the training loss of each variant and its weighted terms, a variant a picture."""
     for number, (name, one) in enumerate(((n, c) for n, c in courses.items() if c.losses), 1):
         lines = (
             one.losses
@@ -309,6 +285,7 @@ def loss_terms(courses: Mapping[str, Courses]) -> Iterator[Picture]:
             else {k: v for k, v in one.losses.items() if k != "loss"} or one.losses
         )
         styles = itertools.cycle(
+            # not strict: the cycles are endless, MARKERS ends the sequence
             zip(itertools.cycle(COLORS), itertools.cycle(DASHES), MARKERS, strict=False)
         )
         figure = blank(WIDTH, 2.7 + 0.18 * (-(-len(lines) // 2)))

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,22 +15,22 @@ from torch import Tensor
 
 from kdkit.contracts.inputs import rows
 from kdkit.contracts.layers import stage_paths
-from kdkit.contracts.records import Batch
-from kdkit.engine.evaluate import Predictions, predict, predict_together
+from kdkit.contracts.records import Batch, Outputs
+from kdkit.engine.evaluate import Predictions, predict
 from kdkit.engine.trainer import build_accelerator
 from kdkit.errors import KdkitError, RecipeError, TapError
 from kdkit.models.devices import for_reading
 from kdkit.models.tapped import TappedModel
 from kdkit.recipe.consent import Unasked
-from kdkit.students.loaded import TrainedRun
-from kdkit.study.findings import Findings, Variant
+from kdkit.students.loaded import LoadedRun
+from kdkit.study.findings import Findings, Variant, rank
 from kdkit.study.report.cka import LayerSimilarity
 
-SEEDS = 3  # of each variant, the first ones, whose students answer again
+SEEDS = 3  # number of first seeds of each variant whose students answer again
 COMPARED = 6  # variants whose layers are compared with the teacher's
-IMAGES = 1024  # on which layers are compared
-EXAMPLES = 3  # of images of which the teacher is least sure, and as many ordinary ones
-HELD = 2**30  # bytes of test images that are kept between one network and the next
+IMAGES = 1024  # number of images for comparing layers
+EXAMPLES = 3  # number of uncertain examples, and of ordinary ones
+HELD = 2**30  # maximum bytes of test images held between two networks
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Alike:
-    """Linear CKA (teacher's layers, student's layers) on so many images."""
+    """Linear CKA (teacher's layers, student's layers), and the number of images."""
 
     rows: tuple[str, ...]
     columns: tuple[str, ...]
@@ -55,17 +55,20 @@ class Alike:
 
 @dataclass
 class Answers:
-    """What could be asked again.
+    """The answers of networks that could be loaded again.
 
     Attributes:
+        of_classes: whether answers are one class for each sample; other tasks have no predictions
+            and examples.
         classes: names of the classes, their numbers where they have none.
         students: predictions of each variant's first seeds, by seed.
-        teacher: its own, of all teachers together.
+        teacher: predictions of all teachers combined.
         examples: test images, for the teacher's soft targets.
-        alike: layers, by variant, of its first seed.
-        missing: what is not there and why, a phrase each.
+        alike: similarity of layers, by variant, for its first seed.
+        missing: what is left out and why, a phrase each.
     """
 
+    of_classes: bool = True
     classes: tuple[str, ...] = ()
     students: dict[str, dict[int, Predictions]] = field(default_factory=dict)
     teacher: Predictions | None = None
@@ -74,22 +77,27 @@ class Answers:
     missing: list[str] = field(default_factory=list)
 
     def class_accuracy(self, variant: str) -> Tensor:
-        """In percent (K,), mean over the seeds; NaN for a class without test images."""
+        """Compute the accuracy of each class in percent (K,), mean over the seeds; NaN for a class
+        without test images.
+        """
         return torch.stack([confusion(one).diag() for one in self.students[variant].values()]).mean(
             0
         )
 
     def confusion_change(self, variant: str, baseline: str) -> Tensor:
-        """Points (true, predicted) of a class's images, mean over the seeds of each."""
+        """Compute the change in percentage points (true, predicted) of a class's images, mean over
+        the seeds of each.
+        """
         ours, theirs = (
             torch.stack([confusion(one) for one in self.students[name].values()]).mean(0)
             for name in (variant, baseline)
         )
+        # NaN: a class without test images has not changed
         return (ours - theirs).nan_to_num(0)
 
 
 def confusion(found: Predictions) -> Tensor:
-    """Percent of each class's images (true, predicted)."""
+    """Compute the percentage of each class's images (true, predicted)."""
     classes = found.logits.shape[1]
     pairs = found.labels * classes + found.logits.argmax(1)
     counts = torch.bincount(pairs, minlength=classes**2).view(classes, classes).float()
@@ -102,17 +110,17 @@ def ask(
     plugins: Sequence[Path],
     say: Callable[[str], None],
 ) -> Answers:
-    """Let the first seeds of each variant, and the teacher, answer the test data again; what is
-    gone is told in `missing`.
+    """Run the first seeds of each variant, and the teacher, on the test data again; what no longer
+    exists is noted in `missing`.
 
     Args:
         findings: the study.
-        overrides: `data.` keys, where the data lie now.
+        overrides: `data.` keys for the present location of the data.
         plugins: Python files and folders of the runs that may run.
-        say: told of each network.
+        say: called with a message for each network.
 
     Raises:
-        RecipeError: there is no such key of the data.
+        RecipeError: the data section has no such key.
     """
     return _Asking(findings, overrides, plugins, say).all()
 
@@ -130,38 +138,35 @@ class _Asking:
         self.plugins = plugins
         self.say = say
         self.answers = Answers()
-        self._gone: dict[str, list[str]] = {}  # who, by the reason why they do not answer
+        self._gone: dict[str, list[str]] = {}  # missing networks by reason
         self._batches: Iterable[Batch] | None = None
-        self._asked: object = None  # the data section that the batches are of
+        self._asked: object = None  # the data section of the current batches
 
     def all(self) -> Answers:
         runs = {variant.name: list(self._runs(variant)) for variant in self.findings.variants}
-        teachers = self._teachers([one for each in runs.values() for _, one in each])
-        compared = [v.name for v in _by_accuracy(self.findings)][:COMPARED] if teachers else []
+        opened = [one for each in runs.values() for _, one in each]
+        self.answers.of_classes = all(map(_gives_classes, opened))
+        teachers = self._teachers(opened)
+        compared = [v.name for v in _best_first(self.findings)][:COMPARED] if teachers else []
         for name, each in runs.items():
             for place, (seed, run) in enumerate(each):
-                self.say(f"{name}, seed {seed}: answers the test data")
-                self._student(
-                    name,
-                    seed,
-                    run,
-                    teachers[0] if teachers and place == 0 and name in compared else None,
-                )
+                teacher = teachers[0] if place == 0 and name in compared else None
+                if self.answers.of_classes or teacher is not None:
+                    self.say(f"{name}, seed {seed}: answers the test data")
+                    self._student(name, seed, run, teacher)
         self.answers.missing = [
             f"the answers of {_listed(who)}: {reason}" for reason, who in self._gone.items()
         ]
         return self.answers
 
-    def _runs(self, variant: Variant) -> Iterator[tuple[int, TrainedRun]]:
+    def _runs(self, variant: Variant) -> Iterator[tuple[int, LoadedRun]]:
         for seed, folder in list(zip(variant.seeds, variant.folders, strict=True))[:SEEDS]:
             with self._told(f"{variant.name}, seed {seed}"):
-                yield seed, TrainedRun(folder, self.overrides, self.plugins)
+                yield seed, LoadedRun(folder, self.overrides, self.plugins)
 
     @contextlib.contextmanager
     def _told(self, of: str) -> Iterator[None]:
-        """What cannot be read any more is taken down, and left out; a wrong override is an
-        error.
-        """
+        """Note and skip what can no longer be read; a wrong override is an error."""
         try:
             yield
         except Unasked as error:
@@ -171,31 +176,34 @@ class _Asking:
                 raise
             self._gone.setdefault(" ".join(str(error).split()), []).append(of)
 
-    def _test(self, run: TrainedRun) -> Iterable[Batch]:
-        """The test batches of a run; those of the run before where their data are the same."""
+    def _test(self, run: LoadedRun) -> Iterable[Batch]:
+        """Return the test batches of a run, reusing the previous run's if their data are the
+        same.
+        """
         content = run.folder.about()["content"]["data"]
         if self._batches is None or content != self._asked:
             device = build_accelerator(for_reading(run.recipe.spec.train)).device
             found = run.data(device=device)
             small = found.test.num_samples * math.prod(found.info.image_shape) * 4 < HELD
             self._batches, self._asked = list(found.test) if small else found.test, content
-            self.answers.classes = found.info.class_names or tuple(
-                map(str, range(found.info.num_classes))
-            )
+            if self.answers.of_classes:
+                names = found.info.class_names or map(str, range(found.info.outputs))
+                self.answers.classes = tuple(names)
         return self._batches
 
-    def _student(self, name: str, seed: int, run: TrainedRun, teacher: TappedModel | None) -> None:
+    def _student(self, name: str, seed: int, run: LoadedRun, teacher: TappedModel | None) -> None:
         with self._told(f"{name}, seed {seed}"):
             batches = self._test(run)
             student = run.student(device=_device(batches))
-            self.answers.students.setdefault(name, {})[seed] = predict(student, batches)
-        if teacher is not None and name in self.answers.students:
-            with self._told(f"{name}, layer by layer"):
-                self.answers.alike[name] = alike(student, teacher, batches)
+            if self.answers.of_classes:
+                self.answers.students.setdefault(name, {})[seed] = predict(student, batches)
+            if teacher is not None:
+                with self._told(f"{name}, layer by layer"):
+                    self.answers.alike[name] = alike(student, teacher, batches)
 
-    def _teachers(self, runs: Sequence[TrainedRun]) -> list[TappedModel]:
-        """The teachers that the findings tell of; the predictions of all together, and what is
-        to be drawn of them.
+    def _teachers(self, runs: Sequence[LoadedRun]) -> list[TappedModel]:
+        """Load the teachers of the findings; compute the predictions of all combined, and the
+        answers to be drawn.
         """
         taught = [run for run in runs if run.recipe.spec.all_teachers()]
         if not taught or self.findings.teacher is None:
@@ -203,9 +211,13 @@ class _Asking:
         with self._told("the teacher"):
             batches = self._test(taught[0])
             teachers = taught[0].teachers(device=_device(batches))
-            self.answers.teacher = predict_together(teachers, batches)
-            assert self.answers.teacher is not None
-            self.answers.examples = tuple(_examples(self.answers.teacher, batches))
+            if self.answers.of_classes and teachers:
+                found, *others = (predict(teacher, batches) for teacher in teachers)
+                if others:
+                    said = [Outputs(one.logits) for one in (found, *others)]
+                    found = replace(found, logits=taught[0].recipe.task.combined(said).logits)
+                self.answers.teacher = found
+                self.answers.examples = tuple(_examples(found, batches))
             return teachers
         return []
 
@@ -215,11 +227,18 @@ def _listed(names: Sequence[str], most: int = 4) -> str:
     return "; ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _by_accuracy(findings: Findings) -> list[Variant]:
-    """The baseline, then the others that have runs, the best first."""
-    ran = [v for v in findings.variants if v.last.get("top1")]
+def _gives_classes(run: LoadedRun) -> bool:
+    """Check whether answers are logits (N, K) of classes, one row for each sample."""
+    task, info = run.recipe.task, run.info
+    return task.rows_are == "classes" and task.fits((1, info.outputs), info, 1)
+
+
+def _best_first(findings: Findings) -> list[Variant]:
+    """List the baseline, then the other variants that have runs, the best first."""
+    score = findings.deciding
     return sorted(
-        ran, key=lambda v: (v.name != findings.baseline, -sum(v.last["top1"]) / len(v.last["top1"]))
+        findings.ran,
+        key=lambda v: (v.name != findings.baseline, -rank(score, v.last[score.name])),
     )
 
 
@@ -228,14 +247,16 @@ def _device(batches: Iterable[Batch]) -> torch.device:
 
 
 def _examples(teacher: Predictions, batches: Iterable[Batch]) -> Iterator[Example]:
-    """Images that the teacher gets right: of which it is least sure, and ordinary ones."""
+    """Choose images that the teacher classifies correctly: those of which it is least sure, and
+    ordinary ones.
+    """
     # that of the predictions
     order = torch.cat([batch.index.cpu() for batch in batches]).sort().values
     chosen = {int(order[place]): place for place in _chosen(teacher)}
     images: dict[int, Tensor] = {}
     for batch in batches:
         if not isinstance(batch.inputs, Tensor):
-            return  # token ids are nothing to look at
+            return  # token ids are no pictures
         images |= {
             i: image.cpu()
             for i, image in zip(batch.index.tolist(), batch.inputs, strict=True)
@@ -246,8 +267,8 @@ def _examples(teacher: Predictions, batches: Iterable[Batch]) -> Iterator[Exampl
 
 
 def _chosen(teacher: Predictions) -> list[int]:
-    """Places of the images with the most probable second class, then of the median one of
-    further classes; of each, one a class.
+    """Choose the images with the most probable second class, then the median ones of further
+    classes; one of each class.
     """
     second = teacher.logits.softmax(1).topk(2).values[:, 1] * (
         teacher.logits.argmax(1) == teacher.labels
@@ -269,7 +290,8 @@ def _chosen(teacher: Predictions) -> list[int]:
 
 @torch.no_grad()
 def alike(student: TappedModel, teacher: TappedModel, batches: Iterable[Batch]) -> Alike:
-    """CKA of the stages, the embedding and the logits, as far as the networks have them.
+    """Compute the CKA of the stages, the embedding and the logits, as far as the networks have
+    them.
 
     Raises:
         TapError: one of them has none that can be observed.
@@ -285,8 +307,8 @@ def alike(student: TappedModel, teacher: TappedModel, batches: Iterable[Batch]) 
 
 
 def _observed(model: TappedModel, batch: Batch) -> TappedModel:
-    """The model with taps on its stages, embedding and logits, those of them that it lets
-    observe.
+    """Return the model with taps on those of its stages, embedding and logits that can be
+    observed.
     """
     names = [
         *(f"stage{i}" for i in range(1, len(stage_paths(model.module)) + 1)),

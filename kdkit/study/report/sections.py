@@ -1,9 +1,8 @@
-"""The parts of a report, top to bottom, from what was found, how it went and what the networks
-answer.
-"""
+"""The parts of a report, top to bottom: findings, learning curves, and answers of the networks."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,25 +10,25 @@ from typing import Any
 import torch
 import yaml
 
-from kdkit.study.findings import Findings, Variant
+from kdkit.study.findings import Findings, Variant, rank
 from kdkit.study.report import heatmaps, plots, words
 from kdkit.study.report.document import Block, Document, Facts, Listing, Pictures, Section, Words
 from kdkit.study.report.mean_curves import Courses
 from kdkit.study.report.plots import Priced
 from kdkit.study.report.predictions import COMPARED, SEEDS, Answers, confusion
 
-LINES = 12  # of a command that is shown unasked
-MANY = 20  # classes: of more, those that differ most are drawn
+LINES = 12  # maximum lines of a command that is not folded
+MANY = 20  # maximum number of classes; of more, those that differ most are drawn
 
 
 @dataclass(frozen=True)
 class Material:
-    """All that a report tells.
+    """The content of a report.
 
     Attributes:
         findings: figures and statistics.
         courses: of each variant, over the epochs.
-        recipes: of each variant, resolved, as plain data; without those that are not there.
+        recipes: resolved recipe of each variant, as plain data; missing ones are left out.
         answers: to the test data.
     """
 
@@ -40,7 +39,7 @@ class Material:
 
     @property
     def missing(self) -> list[str]:
-        """What is left out, and why, a phrase each."""
+        """Omitted parts and the reasons, a phrase each."""
         gone = [v.name for v in self.findings.variants if v.folders and v.name not in self.recipes]
         gone = (
             [f"the curves and recipes of {', '.join(gone)}: their runs are not there any more"]
@@ -51,16 +50,19 @@ class Material:
 
 
 def document(material: Material) -> Document:
-    """The whole report; a part that nothing is known of says so in its place."""
+    """Build the whole report; a part without data says so in its place."""
     findings = material.findings
+    of_classes = [
+        ("Classes and confusions", _classes),
+        ("What the teacher knows that labels do not say", _softened),
+    ]
     parts = [
         ("Protocol", _protocol),
         ("Results", _results),
         ("Cost", _cost),
         ("Learning curves", _learning),
-        ("Agreement with the teacher", _agreement),
-        ("Classes and confusions", _classes),
-        ("What the teacher knows that labels do not say", _softened),
+        *([("Agreement with the teacher", _agreement)] if findings.agreement else []),
+        *(of_classes if material.answers.of_classes else []),
         ("Similar layers", _layers),
         ("How to repeat it", _repeat),
     ]
@@ -83,7 +85,7 @@ def _protocol(material: Material) -> Iterator[Block]:
 
 
 def _results(material: Material) -> Iterator[Block]:
-    yield words.accuracy_table(material.findings)
+    yield words.score_table(material.findings)
     if (both := words.intervals_table(material.findings)) is not None:
         yield both
     yield words.further_table(material.findings)
@@ -101,22 +103,22 @@ def _cost(material: Material) -> Iterator[Block]:
     yield table
     if together := findings.together:
         yield Words(_all_in_all(together))
-    shown = [v for v in findings.variants if v.cost and v.last.get("top1")]
+    score = findings.deciding
+    shown = [v for v in findings.ran if v.cost and all(map(math.isfinite, v.last[score.name]))]
     measured = all(v.cost and v.cost.cpu_seconds > 0 for v in shown)
     points = [
-        Priced(v.name, v.last["top1"], v.cost.cpu_seconds if measured else v.cost.seconds)
+        Priced(v.name, v.last[score.name], v.cost.cpu_seconds if measured else v.cost.seconds)
         for v in shown
         if v.cost
     ]
     if len(points) > 1:
-        teacher = findings.teacher.last.get("top1") if findings.teacher else None
-        yield Pictures(
-            [
-                plots.against_cost(
-                    points, findings.baseline, "CPU seconds" if measured else "seconds", teacher
-                )
-            ]
-        )
+        unit, teacher = "CPU seconds" if measured else "seconds", _of_teacher(findings)
+        yield Pictures([plots.against_cost(points, findings.baseline, unit, teacher, score)])
+
+
+def _of_teacher(findings: Findings) -> float | None:
+    """Return the deciding score of the teacher."""
+    return findings.teacher.last.get(findings.deciding.name) if findings.teacher else None
 
 
 def _all_in_all(together: Mapping[str, float]) -> str:
@@ -131,8 +133,8 @@ def _all_in_all(together: Mapping[str, float]) -> str:
 
 def _learning(material: Material) -> Iterator[Block]:
     findings, courses = material.findings, material.courses
-    teacher = findings.teacher.last.get("top1") if findings.teacher else None
-    curves = list(plots.learning_curves(courses, findings.baseline, teacher))
+    teacher, score = _of_teacher(findings), findings.deciding
+    curves = list(plots.learning_curves(courses, findings.baseline, teacher, score))
     if not curves:
         yield Words("The runs are not there any more, so there are no curves.")
         return
@@ -157,11 +159,13 @@ def _learning(material: Material) -> Iterator[Block]:
 
 
 def _agreement(material: Material) -> Iterator[Block]:
-    drawn = list(plots.to_teacher(material.courses, material.findings.baseline))
+    findings, courses = material.findings, material.courses
+    drawn = list(plots.to_teacher(courses, findings.baseline, findings.agreement))
     if not drawn:
         yield Words("No run was measured against a teacher while it was trained.")
         return
-    silent = [v.name for v in material.findings.variants if not material.courses[v.name].to_teacher]
+    names = {one.name for one in findings.agreement}
+    silent = [v.name for v in findings.variants if not names & courses[v.name].scores.keys()]
     without = (
         f" Not measured while training, for want of a teacher: {', '.join(silent)}."
         if silent
@@ -186,6 +190,7 @@ def _classes(material: Material) -> Iterator[Block]:
     )
     if many:
         chosen = sorted(
+            # NaN: classes without test images come last
             (accuracy.amax(0) - accuracy.amin(0)).nan_to_num(-1).topk(MANY).indices.tolist()
         )
     yield Words(f"{many}{_asked(material)}.")
@@ -213,21 +218,14 @@ def _classes(material: Material) -> Iterator[Block]:
 
 
 def _leader(findings: Findings, names: list[str]) -> str | None:
-    """The best of those but the baseline."""
-    others = [
-        v
-        for v in findings.variants
-        if v.name in names and v.name != findings.baseline and v.last.get("top1")
-    ]
-    return (
-        max(others, key=lambda v: sum(v.last["top1"]) / len(v.last["top1"])).name
-        if others
-        else None
-    )
+    """Return the best variant other than the baseline."""
+    score = findings.deciding
+    others = [v for v in findings.ran if v.name in names and v.name != findings.baseline]
+    return max(others, key=lambda v: rank(score, v.last[score.name])).name if others else None
 
 
 def _asked(material: Material) -> str:
-    """Which runs answered again."""
+    """Describe which runs answered again."""
     answers, most = material.answers.students, max(len(v.seeds) for v in material.findings.variants)
     seeds = sorted({seed for found in answers.values() for seed in found})
     of = f" (the first {SEEDS} of {most} of each variant)" if most > SEEDS else ""

@@ -1,66 +1,85 @@
-"""What a report says in words and tables: the answer, how it was found, the figures, how to
-repeat them.
-"""
+"""The texts and tables of a report: the answer, the method, the figures, the way to repeat them."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from kdkit.contracts.task import ScoreInfo
 from kdkit.students.show import brief
 from kdkit.study import intervals, sentences
-from kdkit.study.findings import SIGNIFICANT, Cost, Difference, Findings, Teacher, Variant
+from kdkit.study.findings import (
+    LOSSES,
+    SIGNIFICANT,
+    Cost,
+    Difference,
+    Findings,
+    Teacher,
+    Variant,
+    rank,
+)
 from kdkit.study.report.document import Figures
 
 NONE = "–"
-# title, what a variant has there, the metric that the teacher has there
-Column = tuple[str, Callable[[Variant], str], str]
-# attributes of a `Length` that are told, and their titles
+# title, cell of a variant, score of the teacher
+Column = tuple[str, Callable[[Variant], str], ScoreInfo | None]
+# reported attributes of a `Length`, and their titles
 LENGTHS = {"steps": "steps", "images": "images seen"}
-SHARED = ("data", "student", "train")  # what one protocol has in common
+SHARED = ("data", "student", "train")  # sections that are equal under one protocol
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Mean ± standard deviation over the seeds; one value has no deviation."""
+    """Format mean ± standard deviation over the seeds; a single value has no deviation."""
     return intervals.spread(values, digits).replace("+-", "±") or NONE
 
 
-def gain(difference: Difference | None) -> str:
-    """Mean difference in points, with its 95 % interval where there are seeds enough for one."""
-    return intervals.shown(difference).replace("-", "−") if difference else NONE
+def gain(difference: Difference | None, score: ScoreInfo) -> str:
+    """Format the mean difference in a score, with its 95 % interval if there are enough seeds."""
+    return intervals.shown(difference, score.digits).replace("-", "−") if difference else NONE
+
+
+def points(score: ScoreInfo) -> str:
+    """Return the unit of its differences."""
+    return "points" if score.unit == "%" else score.unit
+
+
+def _joined(*parts: str, by: str = " ") -> str:
+    return by.join(filter(None, parts))
 
 
 def best(findings: Findings) -> Variant | None:
-    """The variant with the highest mean accuracy on validation data, or on test data where some
+    """Return the variant with the best mean score on validation data, or on test data if some
     variant has no validation data.
     """
-    ran = [v for v in findings.variants if v.last.get("top1")]
-    scores = [(v.validation if chosen_by_validation(findings) else v.last)["top1"] for v in ran]
-    return (
-        max(zip(ran, scores, strict=True), key=lambda pair: statistics.fmean(pair[1]))[0]
-        if ran
-        else None
+    score, by_validation = findings.deciding, chosen_by_validation(findings)
+    return max(
+        findings.ran,
+        key=lambda v: rank(score, (v.validation if by_validation else v.last)[score.name]),
+        default=None,
     )
 
 
 def chosen_by_validation(findings: Findings) -> bool:
-    """Whether all variants were measured on validation data, so that the best needs not be
-    chosen by the test data.
+    """Check whether all variants were measured on validation data, so that the best one can be
+    chosen without the test data.
     """
-    return all(v.validation.get("top1") for v in findings.variants if v.last.get("top1"))
+    return all(v.validation.get(findings.deciding.name) for v in findings.ran)
 
 
 def answer(findings: Findings) -> Iterator[str]:
-    """The finding in a few sentences, which claim no more than the seeds can carry."""
+    """State the finding in a few sentences, which claim no more than the seeds support."""
     leader = best(findings)
     if leader is None:
         yield "No run of this study is finished, so there is nothing to tell yet."
         return
-    score = f"{spread(leader.last['top1'])} % top-1"
-    taught = f"; the teacher has {findings.teacher.last['top1']:.2f} %" if findings.teacher else ""
+    deciding = findings.deciding
+    values, known = leader.last[deciding.name], findings.teacher.last if findings.teacher else {}
+    score = _joined(spread(values, deciding.digits), deciding.unit, deciding.title)
+    taught = (
+        f"; the teacher has {deciding.text(known[deciding.name])}" if deciding.name in known else ""
+    )
     baseline = next((v for v in findings.variants if v.name == findings.baseline), leader)
     if len(findings.variants) == 1:
         yield (
@@ -75,7 +94,7 @@ def answer(findings: Findings) -> Iterator[str]:
         chosen = " on validation data" if chosen_by_validation(findings) else ""
         yield (
             f"Best{chosen} {findings.moment}: {leader.name}, {score} on test"
-            f" data{_over(leader, baseline)}{taught}."
+            f" data{_over(leader, baseline, deciding)}{taught}."
         )
         yield _carried(leader, findings)
         yield from _next_best(leader, findings)
@@ -85,18 +104,19 @@ def answer(findings: Findings) -> Iterator[str]:
         yield f"{data}."
 
 
-def _over(leader: Variant, baseline: Variant) -> str:
+def _over(leader: Variant, baseline: Variant, score: ScoreInfo) -> str:
     if leader.difference is None or not leader.difference.values:
         return (
             f", {baseline.name} being the baseline"
-            if baseline.last.get("top1")
+            if baseline.last.get(score.name)
             else f" (no run of the baseline, {baseline.name}, is finished)"
         )
-    return f", {gain(leader.difference)} points over {baseline.name}"
+    word = "over" if score.higher_is_better else "against"
+    return f", {_joined(gain(leader.difference, score), points(score), word)} {baseline.name}"
 
 
 def _carried(leader: Variant, findings: Findings) -> str:
-    """What the interval of the best variant means."""
+    """Explain the interval of the best variant."""
     found = leader.difference
     if found is None or not found.values:
         return "They share no seed, so their difference has no interval."
@@ -112,16 +132,17 @@ def _carried(leader: Variant, findings: Findings) -> str:
 
 
 def _next_best(leader: Variant, findings: Findings) -> Iterator[str]:
-    """How far the best variant is from the next best one, the baseline aside: the best need not
-    be worth its cost.
+    """Yield sentences on the distance from the best variant to the next best one, the baseline
+    aside: the best may not be worth its cost.
     """
     others = tuple(v for v in findings.variants if v.name not in (leader.name, findings.baseline))
     second = best(replace(findings, variants=others))
     if second is None:
         return
-    own, its = (dict(zip(v.seeds, v.last["top1"], strict=True)) for v in (leader, second))
-    if (apart := intervals.paired(own, its)) is not None and apart.t is not None:
-        yield f"Against the next best, {second.name}: {gain(apart)} points (not corrected)."
+    apart = intervals.gained(replace(findings, baseline=second.name), leader)
+    if apart is not None and apart.t is not None:
+        told = _joined(gain(apart, findings.deciding), points(findings.deciding))
+        yield f"Against the next best, {second.name}: {told} (not corrected)."
 
 
 def _seeds(variant: Variant) -> str:
@@ -131,7 +152,7 @@ def _seeds(variant: Variant) -> str:
 def protocol(
     findings: Findings, recipes: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[tuple[str, str]]:
-    """(title, text): what all runs share, what was compared, how it was measured."""
+    """List (title, text): what all runs share, what was compared, how it was measured."""
     told = {name: dict(brief(shortened(recipe))) for name, recipe in recipes.items()}
     for key in SHARED if told else ():
         names: dict[str, list[str]] = {}
@@ -166,7 +187,7 @@ def protocol(
 
 
 def shortened(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe with the names of its teachers' recipe files only, not their folders."""
+    """Return the recipe with only the names of its teachers' recipe files, not their folders."""
 
     def short(teacher: Mapping[str, Any]) -> dict[str, Any]:
         return (
@@ -183,8 +204,8 @@ def shortened(recipe: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def accuracy_table(findings: Findings) -> Figures:
-    """One row a variant, the teacher last."""
+def score_table(findings: Findings) -> Figures:
+    """Build the table of the deciding score; one row a variant, the teacher last."""
     numbers = sorted({len(v.seeds) for v in findings.variants})
     several = (
         "mean ± standard deviation over"
@@ -201,42 +222,39 @@ def accuracy_table(findings: Findings) -> Figures:
     caption = (
         f"Test data, {findings.moment} unless the column says otherwise; {deviation}{interval}."
     )
+    score, unit = findings.deciding, points(findings.deciding)
     columns: list[Column] = [
-        ("top-1 %", _last("top1", 2), "top1"),
-        ("difference, points", lambda v: gain(v.difference), ""),
-        ("p", lambda v: intervals.p_value_shown(v.difference) or NONE, ""),
-        ("chosen", lambda v: v.tuned.point if v.tuned else NONE, ""),
+        _last(score),
+        (_joined("difference", unit, by=", "), lambda v: gain(v.difference, score), None),
+        ("p", lambda v: intervals.p_value_shown(v.difference) or NONE, None),
+        ("chosen", lambda v: v.tuned.point if v.tuned else NONE, None),
         (
-            "top-1 % at the best epoch on validation",
-            lambda v: spread(v.best.get("top1", ()), 2),
-            "",
+            f"{score.heading} at the best epoch on validation",
+            lambda v: spread(v.best.get(score.name, ()), score.digits),
+            None,
         ),
-        ("difference there, points", lambda v: gain(intervals.at_best(findings, v)), ""),
-        ("agreement with the teacher %", _last("agreement", 2), ""),
+        (
+            _joined("difference there", unit, by=", "),
+            lambda v: gain(intervals.gained(findings, v, best=True), score),
+            None,
+        ),
+        *map(_last, findings.agreement[:1]),
     ]
     if len(numbers) > 1:
-        columns.append(("seeds", lambda v: str(len(v.seeds)), ""))
+        columns.append(("seeds", lambda v: str(len(v.seeds)), None))
     table = _table(findings, columns, caption)
     return replace(table, marked=findings.variants.index(leader) if leader else None)
 
 
 def further_table(findings: Findings) -> Figures:
-    """How low the training loss is, how near the teacher, and how sure, the students are."""
-    columns: list[Column] = [
-        ("training loss, last 60 % of the epochs", _last("late_loss", 3), ""),
-        ("mean |z_s\u00a0−\u00a0z_t|", _last("logit_difference", 3), ""),
-        ("KL to the teacher, nats", _last("kl_to_teacher", 3), ""),
-        ("top-5 %", _last("top5", 2), "top5"),
-        ("balanced accuracy %", _last("balanced_accuracy", 2), "balanced_accuracy"),
-        ("macro F1 %", _last("macro_f1", 2), "macro_f1"),
-        ("NLL, nats", _last("nll", 3), "nll"),
-        ("ECE %", _last("ece", 2), "ece"),
+    """Build the table of training loss, agreement with the teacher, and further scores."""
+    scores = [
+        one
+        for one in (LOSSES["late_loss"], *findings.agreement[1:], *findings.scores[1:])
+        if any(one.name in v.last for v in findings.variants)
     ]
-    caption = (
-        "z: logits; KL divergence of the student's answers from the teacher's; negative"
-        " log-likelihood; calibration error, 15 bins."
-    )
-    return _table(findings, columns, caption)
+    told = "; ".join(f"{one.title}: {one.meaning}" for one in scores if one.meaning)
+    return _table(findings, list(map(_last, scores)), f"{told}." if told else "")
 
 
 def _table(findings: Findings, columns: Sequence[Column], caption: str) -> Figures:
@@ -244,17 +262,17 @@ def _table(findings: Findings, columns: Sequence[Column], caption: str) -> Figur
     rows = [[_called(v, findings), *(text(v) for _, text, _ in shown)] for v in findings.variants]
     if findings.teacher:
         rows.append(
-            [_named(findings.teacher), *(_of_teacher(findings.teacher, key) for _, _, key in shown)]
+            [_named(findings.teacher), *(_of_teacher(findings.teacher, one) for _, _, one in shown)]
         )
     return Figures(["variant", *(title for title, _, _ in shown)], rows, caption)
 
 
-def _last(key: str, digits: int) -> Callable[[Variant], str]:
-    return lambda v: spread(v.last.get(key, ()), digits)
+def _last(score: ScoreInfo) -> Column:
+    return score.heading, lambda v: spread(v.last.get(score.name, ()), score.digits), score
 
 
-def _of_teacher(teacher: Teacher, key: str) -> str:
-    return f"{teacher.last[key]:.{3 if key == 'nll' else 2}f}" if key in teacher.last else NONE
+def _of_teacher(teacher: Teacher, score: ScoreInfo | None) -> str:
+    return score.number(teacher.last[score.name]) if score and score.name in teacher.last else NONE
 
 
 def _called(variant: Variant, findings: Findings) -> str:
@@ -270,13 +288,14 @@ def _named(teacher: Teacher) -> str:
 
 
 def intervals_table(findings: Findings) -> Figures | None:
-    """Both intervals of each difference, where there is any."""
+    """Build the table of both intervals of each difference, if there is any."""
+    score, digits = findings.deciding, findings.deciding.digits
     rows = []
     for v in findings.variants:
         if v.difference and v.difference.t and v.difference.bootstrap:
-            each = ", ".join(f"{value:+.2f}" for value in v.difference.values)
+            each = ", ".join(f"{value:+.{digits}f}" for value in v.difference.values)
             t, resampled = (
-                f"[{one.low:+.2f}, {one.high:+.2f}]"
+                f"[{one.low:+.{digits}f}, {one.high:+.{digits}f}]"
                 for one in (v.difference.t, v.difference.bootstrap)
             )
             rows.append(
@@ -285,10 +304,8 @@ def intervals_table(findings: Findings) -> Figures | None:
                     for i, cell in enumerate((v.name, each, t, resampled))
                 ]
             )
-    caption = (
-        f"Top-1 less that of {findings.baseline} with the same seed, points; 95 % intervals of the"
-        " mean."
-    )
+    less = f"{score.title} less that of {findings.baseline} with the same seed"
+    caption = f"Difference: {_joined(less, points(score), by=', ')}; 95 % intervals of the mean."
     return (
         Figures(["variant", "seed by seed", "paired t", "bootstrap"], rows, caption)
         if rows
@@ -297,11 +314,11 @@ def intervals_table(findings: Findings) -> Figures | None:
 
 
 def cost_table(findings: Findings) -> Figures | None:
-    """What training cost, and what the network costs that comes of it."""
+    """Build the table of the costs of training and of the resulting networks."""
     shown = [(v, v.cost) for v in findings.variants if v.cost]
     if not shown:
         return None
-    # its network may be gone
+    # its network may no longer exist
     whole = findings.teacher if findings.teacher and findings.teacher.parameters else None
     columns = [c for c in _cost_columns(whole) if any(c[1](cost) != NONE for _, cost in shown)]
     told = [what for what in LENGTHS if any(v.length for v, _ in shown)]
@@ -326,7 +343,7 @@ def cost_table(findings: Findings) -> Figures | None:
 
 
 def _cost_columns(teacher: Teacher | None) -> list[tuple[str, Callable[[Cost], str], str]]:
-    """(title, what a variant has there, what the teacher has there)."""
+    """List (title, cell of a variant, cell of the teacher)."""
 
     def latency(seconds: float) -> str:
         times = f" (× {seconds / teacher.latency:.2f})" if teacher and teacher.latency else ""
@@ -364,7 +381,7 @@ def _cost_columns(teacher: Teacher | None) -> list[tuple[str, Callable[[Cost], s
 
 
 def count(number: float) -> str:
-    """`1.23 M`."""
+    """Format a number as `1.23 M`."""
     unit, sign = next(
         ((u, s) for u, s in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if number >= u), (1.0, "")
     )

@@ -1,0 +1,287 @@
+"""The interface of a task plugin: the form of targets and answers, and the scores that compare
+them.
+
+A sample is a set of rows: one row an image, a pixel, a token or an anchor. Losses on labels and
+responses, and scores, see rows of an answer, (R, K), beside their targets, (R, ...); so one loss
+serves every task whose rows mean the same.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from kdkit.contracts.dataset_source import DataInfo
+from kdkit.contracts.ensembles import Combination, ensemble
+from kdkit.contracts.inputs import Shape, random_inputs
+from kdkit.contracts.options import Options
+from kdkit.contracts.records import Batch, Inputs, Outputs
+from kdkit.errors import DataError
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+RowMeaning = Literal["classes", "labels", "numbers"]
+"""Meaning of the K values of a row: logits of mutually exclusive classes (softmax), logits of
+independent labels (sigmoid), or the answer itself.
+"""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Answers and targets in the form that scores receive, row by row.
+
+    Attributes:
+        answer: (R, K), fp32.
+        target: (R, ...).
+        teacher: what the task remembers of the teacher's answers to the same samples; None without
+            a teacher.
+    """
+
+    answer: Tensor
+    target: Tensor
+    teacher: Any = None
+
+    def to(self, device: torch.device) -> Rows:
+        """Move the rows to another device."""
+        teacher = self.teacher.to(device) if isinstance(self.teacher, Tensor) else self.teacher
+        return Rows(self.answer.to(device), self.target.to(device), teacher)
+
+
+def answer_and_target(rows: Rows) -> tuple[Any, ...]:
+    """Return the answer and the target, the arguments of most metrics."""
+    return rows.answer, rows.target
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreInfo:
+    """Description of a score: its names, unit and direction.
+
+    Attributes:
+        name: its key in files, snake_case.
+        title: its name in tables and texts, such as `mean IoU`.
+        unit: `%`, `nats`...; empty for a plain number.
+        digits: after the decimal point.
+        higher_is_better: its direction.
+        chance: its value for random guessing; None if undefined.
+        meaning: its definition in a few words.
+    """
+
+    name: str
+    title: str
+    unit: str = ""
+    digits: int = 2
+    higher_is_better: bool = True
+    chance: float | None = None
+    meaning: str = ""
+
+    @property
+    def heading(self) -> str:
+        """Heading of its column: `mean IoU %`, `NLL, nats`."""
+        return f"{self.title}{' %' if self.unit == '%' else f', {self.unit}' if self.unit else ''}"
+
+    def rank(self, value: float) -> float:
+        """Return the value with the sign that makes larger better."""
+        return value if self.higher_is_better else -value
+
+    def number(self, value: float) -> str:
+        """Format the value with its digits."""
+        return f"{value:.{self.digits}f}"
+
+    def text(self, value: float) -> str:
+        """Format the value with its unit: `97.40 %`."""
+        return f"{self.number(value)} {self.unit}".rstrip()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score(ScoreInfo):
+    """A score: a number that measures how good answers are.
+
+    Attributes:
+        build: makes the torchmetrics object that accumulates it, batch by batch and over processes.
+        sees: selects the arguments of the object's `update`.
+        scale: factor of its value, 100 for per cent.
+    """
+
+    build: Callable[[], Metric]
+    sees: Callable[[Rows], tuple[Any, ...]] = answer_and_target
+    scale: float = 1.0
+
+    def info(self) -> ScoreInfo:
+        """Return the description that is stored in files."""
+        return ScoreInfo(**{field.name: getattr(self, field.name) for field in fields(ScoreInfo)})
+
+
+def serves(tasks: Set[str] | Literal["any"], task: Task) -> bool:
+    """Check whether a plugin for these tasks, given by name or by what their rows are, works with
+    this one.
+    """
+    return tasks == "any" or bool({task.name, task.rows_are} & set(tasks))
+
+
+class TaskOptions(Options):
+    """Options of a task; subclass it as `Options` in the task."""
+
+
+class Task(abc.ABC):
+    """A task: the question that is asked of every sample, and the form of an answer.
+
+    A task knows no network, loss or schedule. Its methods are defaults for tasks with one row for
+    each sample, whose targets are one tensor.
+    """
+
+    name: ClassVar[str]
+    takes: ClassVar[Literal["images", "texts"]] = "images"
+    rows_are: ClassVar[RowMeaning]
+    default_loss: ClassVar[str]
+    """Name of the usual loss on labels for this task."""
+    Options: ClassVar[type[TaskOptions]] = TaskOptions
+
+    def __init__(self, options: TaskOptions | None = None) -> None:
+        self.options = options or self.Options()
+
+    # hooks about samples and targets
+
+    @abc.abstractmethod
+    def check(self, info: DataInfo) -> None:
+        """Refuse a dataset that lacks information the task needs, or whose samples it does not
+        take.
+
+        Raises:
+            DataError: says what is missing.
+        """
+
+    def shape(self, shape: Sequence[int]) -> Shape:
+        """Return the shape of a sample, in the task's terms.
+
+        Raises:
+            DataError: samples of this task have no such shape.
+        """
+        if len(shape) != 3:
+            raise DataError(
+                f"task '{self.name}' takes images (C, H, W), and the samples are"
+                f" {tuple(shape)}; say which task it is (`task:`)"
+            )
+        return tuple(shape)
+
+    @abc.abstractmethod
+    def targets(self, values: Any, info: DataInfo, whose: str) -> Tensor:
+        """Convert the targets of a part of the data to one tensor (N, ...).
+
+        Args:
+            values: as the dataset gives them, one for each sample.
+            info: of the dataset.
+            whose: begins a message, such as "dataset 'digits': training labels".
+
+        Raises:
+            DataError: they are of the wrong type, shape or range.
+        """
+
+    def strata(self, targets: Tensor) -> Tensor | None:
+        """Return a group (N,), counted from 0, for each sample: subsets, balanced sampling and
+        arrangements preserve the groups' proportions. None: there are no groups, and samples are
+        drawn at random.
+        """
+        return None
+
+    @abc.abstractmethod
+    def random_targets(self, info: DataInfo, index: Tensor) -> Tensor:
+        """Make random targets of samples with these numbers (B,), for checks and tests."""
+
+    def random_inputs(
+        self, shape: Shape, count: int, device: torch.device | str | None = None, seed: int = 0
+    ) -> Inputs:
+        """Make random samples without content; equal for equal seeds."""
+        return random_inputs(self.shape(shape), count, device, seed)
+
+    # hooks about answers
+
+    def fits(self, shape: Sequence[int], info: DataInfo, count: int) -> bool:
+        """Check whether a network's output of that shape is an answer to `count` samples."""
+        return tuple(shape) == (count, info.outputs)
+
+    def random_answer(self, info: DataInfo, count: int) -> Outputs:
+        """Make a random answer to `count` samples, for checks and tests."""
+        return Outputs(torch.randn(count, info.outputs))
+
+    def row_width(self, info: DataInfo) -> int:
+        """Return K, the number of values in a row: by default all outputs of a network."""
+        return info.outputs
+
+    def rows(self, answers: Sequence[Outputs], batch: Batch) -> tuple[list[Outputs], Batch]:
+        """Split the answers to one batch, and the batch itself, into rows: `logits` (R, K) beside
+        `labels` (R, ...) and `index` (R,), the sample that a row belongs to. Rows that do not count
+        are left out; layers stay as they are.
+        """
+        return [*answers], batch
+
+    def combined(
+        self,
+        answers: Sequence[Outputs],
+        by: Combination = "probabilities",
+        weights: Tensor | None = None,
+    ) -> Outputs:
+        """Combine the answers of several models into one.
+
+        Raises:
+            ShapeError: answers of this task have no mean.
+        """
+        if self.rows_are == "numbers":  # numbers have only one kind of mean
+            return ensemble(answers, "logits", weights)
+        return ensemble(answers, by, weights, of_labels=self.rows_are == "labels")
+
+    def mixer(
+        self, options: Mapping[str, Any], info: DataInfo
+    ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Make the mixer that mixes images and targets of a batch in place (`train.mixup`), with
+        timm's options.
+
+        Raises:
+            DataError: targets of this task cannot be mixed.
+        """
+        raise DataError(f"targets of task '{self.name}' cannot be mixed")
+
+    def as_targets(self, answer: Outputs) -> Tensor:
+        """Convert a teacher's answer to labels (B, ...)."""
+        if self.rows_are == "classes":
+            return answer.logits.argmax(1)
+        return (answer.logits > 0).long() if self.rows_are == "labels" else answer.logits
+
+    # hooks about scores
+
+    @abc.abstractmethod
+    def scores(self, info: DataInfo) -> Sequence[Score]:
+        """Return the scores of an answer; the first one is used to choose epochs, students and
+        variants.
+        """
+
+    def agreement(self, info: DataInfo) -> Sequence[Score]:
+        """Return the scores that compare answers with those of a teacher."""
+        return ()
+
+    def remembered(self, answer: Outputs, batch: Batch) -> Sequence[Any] | Tensor:
+        """Extract from a teacher's answer what the agreement scores need later, one entry for each
+        sample.
+        """
+        return answer.logits
+
+    def seen(self, rows: Rows) -> tuple[Any, ...]:
+        """Return what torchmetrics classes that a recipe names are updated with: probabilities,
+        or numbers of the target's shape.
+
+        Torchmetrics takes logits too, but guesses by each batch whether they are any.
+        """
+        if self.rows_are == "numbers":
+            return rows.answer.reshape(rows.target.shape), rows.target
+        if self.rows_are == "labels":
+            return rows.answer.sigmoid(), rows.target.long()
+        return rows.answer.softmax(1), rows.target
+
+    def metric_arguments(self, info: DataInfo) -> Mapping[str, Any]:
+        """Return the arguments for torchmetrics classes; a class receives those that it accepts."""
+        return {}

@@ -1,0 +1,216 @@
+"""Checks a recipe as a whole: keys that conflict, missing files, teachers whose recipes have
+teachers themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from kdkit.contracts.model_source import RecipeTeacher, StudentOptions, TeacherOptions
+from kdkit.contracts.options import LARGEST_INT, Text, path_of
+from kdkit.contracts.task import Task, serves
+from kdkit.errors import ModelError, shown, suggest
+from kdkit.recipe.explain import Location
+from kdkit.recipe.registry import Registry
+from kdkit.recipe.sections import RecipeBase
+from kdkit.recipe.types import source_of
+from kdkit.recipe.walk import is_bookkeeping, leaves, models_in
+from kdkit.recipe.yaml_source import Source
+
+MOST_RECIPES = 64
+"""Maximum number of recipes that train a teacher, its teachers, and so on."""
+
+Problem = tuple[Location, str]
+"""A key of the recipe, and what is wrong with its value."""
+
+
+def conflicts(spec: RecipeBase, plugins: Registry, path: Path) -> Iterator[Problem]:
+    """Find conflicts between keys that are valid individually.
+
+    Args:
+        spec: the recipe.
+        plugins: those that it may use.
+        path: its file.
+    """
+    for location, value in leaves(spec):
+        if isinstance(value, int) and abs(value) > LARGEST_INT:
+            yield location, f"{shown(value)} is too large"
+        if isinstance(value, float) and math.isnan(value):
+            yield location, "is no number"
+    yield from _task_conflicts(spec, plugins)
+    yield from _model_conflicts(spec, plugins, path)
+    names = [entry.name for entry in spec.losses if entry.name]
+    for i, entry in enumerate(spec.losses):
+        if entry.name and names.count(entry.name) > 1:
+            yield ["losses", i, "name"], f"'{entry.name}' names two losses"
+
+
+def missing_files(spec: RecipeBase) -> Iterator[Problem]:
+    """Find files that the recipe names and that do not exist; datasets check their own."""
+    for location, path in leaves(spec, but=is_bookkeeping):
+        if (
+            isinstance(path, Path)
+            and not os.path.exists(path)
+            and location[:2] != ["data", "dataset"]
+        ):
+            yield location, f"no such file: {path}"
+
+
+def task_of(spec: RecipeBase, plugins: Registry) -> Task:
+    """Return the task of the recipe: that of `task:`, or the one that the dataset is made for."""
+    if (entry := spec.task) is not None:
+        return plugins.tasks[entry.use](entry)
+    return plugins.tasks[plugins.datasets[spec.data.dataset.use].task]()
+
+
+def unknown_task(spec: RecipeBase, plugins: Registry) -> Problem | None:
+    """Explain that the task that the dataset is made for does not exist; None if it does, or if the
+    recipe names another one.
+    """
+    name = plugins.datasets[spec.data.dataset.use].task
+    if spec.task is not None or name in plugins.tasks:
+        return None
+    says = f"is made for a task that is not there: {suggest(name, plugins.tasks)}"
+    return ["data", "dataset"], says
+
+
+def _task_conflicts(spec: RecipeBase, plugins: Registry) -> Iterator[Problem]:
+    """Find a schedule and losses that do not support this task."""
+    if problem := unknown_task(spec, plugins):
+        yield problem
+        return
+    task = task_of(spec, plugins)
+    schedule = plugins.schedules[spec.schedule.use]
+    if not serves(schedule.tasks, task):
+        says = (
+            f"schedule '{schedule.name}' is for {' and '.join(sorted(schedule.tasks))}, and task"
+            f" '{task.name}' has rows of {task.rows_are}"
+        )
+        yield ["schedule"], says
+    for i, entry in enumerate(spec.losses):
+        loss = plugins.losses[entry.use]
+        tasks = loss.for_tasks(entry)
+        if not serves(tasks, task):
+            says = (
+                f"'{entry.use}' is for {' and '.join(sorted(tasks))}, and task"
+                f" '{task.name}' has rows of {task.rows_are}; its usual loss on labels is"
+                f" '{task.default_loss}'"
+            )
+            yield ["losses", i, "use"], says
+
+
+def _model_conflicts(spec: RecipeBase, plugins: Registry, path: Path) -> Iterator[Problem]:
+    """Find unknown models, teachers that do not fit the rest, and students initialised from unknown
+    teachers.
+    """
+    if spec.teacher is not None and spec.teachers:
+        yield ["teachers"], "give `teacher` or `teachers`, not both"
+        return
+    yield from _teacher_conflicts(spec, plugins, path)
+    sections = {
+        "teacher": spec.teacher,
+        "teachers": spec.teachers,
+        "student": spec.student,
+        "schedule": spec.schedule,
+    }
+    for location, options in models_in(sections):
+        try:
+            source_of(options.model, plugins.models)
+        except ModelError as error:
+            yield [*location, "model"], str(error)
+        init = options.init if isinstance(options, StudentOptions) else None
+        if init is not None and init.from_ not in spec.all_teachers():
+            known = (
+                suggest(init.from_, spec.all_teachers())
+                if spec.all_teachers()
+                else "the recipe has none"
+            )
+            yield [*location, "init", "from"], f"there is no such teacher; {known}"
+
+
+def _teacher_conflicts(spec: RecipeBase, plugins: Registry, path: Path) -> Iterator[Problem]:
+    """Find teachers that are missing, unused, or impossible to make."""
+    teachers = spec.all_teachers()
+    schedule = spec.schedule.use
+    needs = plugins.schedules[schedule].needs_teacher
+    if len(teachers) < len(spec.teachers):
+        yield ["teachers"], "two teachers have one name"
+    if needs and not teachers:
+        yield ["schedule"], f"schedule '{schedule}' needs a `teacher:`"
+    if not needs and teachers:
+        key = "teacher" if spec.teacher is not None else "teachers"
+        yield [key], f"schedule '{schedule}' has no teacher; leave it out or write `{key}: null`"
+    for i, entry in enumerate(spec.losses):
+        if entry.teacher is not None and entry.teacher not in teachers:
+            yield (
+                ["losses", i, "teacher"],
+                f"there is no such teacher; {suggest(entry.teacher, teachers)}",
+            )
+    for name, teacher in teachers.items():
+        if isinstance(teacher, RecipeTeacher) and (says := _refused_line(path, teacher.recipe)):
+            yield [*spec.place_of(name), "recipe"], says
+        if (
+            isinstance(teacher, TeacherOptions)
+            and teacher.fold_batchnorm
+            and teacher.mode == "train"
+        ):
+            says = "folded layers have no batch statistics, which `mode: train` asks for"
+            yield [*spec.place_of(name), "fold_batchnorm"], says
+
+
+def _refused_line(start: Path, path: Path) -> str | None:
+    """Explain the errors in the recipes that train a teacher, its teachers, and so on; None if
+    there are none. Each file is read once.
+    """
+    known: dict[Path, int] = {}
+    try:
+        count = _count_recipes(path, (Path(os.path.realpath(start)),), known)
+    except _ComesBackError:
+        return f"{path.name} has this recipe among its own teachers"
+    return (
+        f"{path.name}, its teachers and theirs are {count} recipes, more than {MOST_RECIPES}"
+        if count > MOST_RECIPES
+        else None
+    )
+
+
+class _ComesBackError(Exception):
+    """A recipe is among its own teachers."""
+
+
+def _count_recipes(path: Path, above: tuple[Path, ...], known: dict[Path, int]) -> int:
+    """Count the recipes that are planned for a teacher: its own, and those of its teachers, as
+    often as they teach.
+
+    Args:
+        path: the teacher's recipe.
+        above: the recipes that it is a teacher of, the nearest first.
+        known: counts so far, by file; added to.
+    """
+    if path in above:
+        raise _ComesBackError
+    if len(above) > MOST_RECIPES:
+        return 1
+    if path not in known:
+        teachers = _recipes_of_teachers(Source(path).data) if path.is_file() else ()
+        known[path] = 1 + sum(
+            seeds * _count_recipes(recipe, (*above, path), known) for recipe, seeds in teachers
+        )
+    return known[path]
+
+
+def _recipes_of_teachers(data: Mapping[str, Any]) -> Iterable[tuple[Path, int]]:
+    """List the recipes that train a recipe's teachers, and the number of seeds of each."""
+    several = data.get("teachers")
+    for section in [data.get("teacher"), *(several if isinstance(several, list) else [several])]:
+        text = section.get("recipe") if isinstance(section, dict) else None
+        # a text that is no path is reported by the check of the section itself
+        with contextlib.suppress(ValueError):
+            if isinstance(text, Text):
+                seeds = section.get("seeds")
+                yield path_of(text), len(seeds) if isinstance(seeds, list) else 1

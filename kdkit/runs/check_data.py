@@ -1,0 +1,136 @@
+"""Checks of a recipe's data, training section and scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
+from torch import nn
+
+from kdkit.contracts.dataset_source import DataInfo, DatasetSource, Stream
+from kdkit.contracts.records import Batch
+from kdkit.contracts.task import Rows
+from kdkit.data.labels import CALLED, described, split
+from kdkit.data.mixing import options_of as mixing_options
+from kdkit.engine.evaluate import Tally
+from kdkit.engine.optim import build_optimizer
+from kdkit.engine.scores import scores_of
+from kdkit.errors import (
+    DataError,
+    one_line,
+    suggest,
+)
+from kdkit.models.devices import chosen
+from kdkit.recipe import Recipe, fetching
+from kdkit.runs.check_report import Report
+from kdkit.runs.random_batches import PROBE
+
+
+class DataChecks:
+    """Checks the data and the way they are used for training."""
+
+    def __init__(self, recipe: Recipe, report: Report, fetch: Callable[[str], None] | None) -> None:
+        self.recipe = recipe
+        self.spec = recipe.spec
+        self.task = recipe.task
+        self.report = report
+        self.fetch = fetch
+
+    def info(self, source: DatasetSource) -> DataInfo:
+        """Return the properties of the dataset. Missing files are fetched first, or noted as files
+        that training will fetch.
+        """
+        if self.fetch:
+            fetching.fetch(self.recipe, source, self.fetch)
+            return described(source, self.task)
+        if (lacking := source.lacks()) is None:
+            return described(source, self.task)
+        if lacking.folder is not None:
+            fetching.refuse_elsewhere(self.recipe, lacking.folder)
+        says = f"training first fetches {lacking}"
+        self.report.notes.append(says)
+        try:
+            return described(source, self.task)
+        except DataError as error:
+            raise DataError(f"is not there yet, so nothing is known of it; {says}") from error
+
+    def check_labels(self, source: DatasetSource, info: DataInfo) -> None:
+        """Read both parts if that is cheap, to report wrong labels before anything is trained."""
+        parts: tuple[Literal["train", "test"], ...] = ("train", "test")
+        for name in parts if source.split_at_check and source.lacks() is None else ():
+            part = split(source, name, info)
+            if not isinstance(part, Stream) and (info.labelled or name == "test"):
+                self.task.targets(
+                    part.labels, info, f"dataset '{source.name}': {CALLED[name]} labels"
+                )
+
+    def check_training(self, num_train: int, info: DataInfo) -> None:
+        train, size = self.spec.train, self.spec.data.batch_size
+        for key in ("average_best", "patience"):
+            if getattr(train, key) and not self.spec.data.validation:
+                says = "the epochs are chosen on validation data; set `data.validation`"
+                self.report.problems.append(self.recipe.problem(["train", key], says))
+        with self.report.at("train", "device"):
+            chosen(train.device)
+        with self.report.at("train", "optimizer"):
+            build_optimizer(train, nn.Linear(PROBE, PROBE), nn.Identity())
+        if train.mixup:
+            with self.report.at("train", "mixup"):
+                self.task.mixer(mixing_options(train.mixup), info)
+        with self.report.at("metrics"):
+            self._try_scores(info)
+        if train.mixup and (size % 2 or (not self.spec.data.drop_last and num_train % size % 2)):
+            says = (
+                f"mixes pairs, so every batch must be even: batches of {size} of {num_train} images"
+            )
+            self.report.problems.append(self.recipe.problem(["train", "mixup"], says))
+
+    def _try_scores(self, info: DataInfo) -> None:
+        """Compute the scores on random answers: each must give one number."""
+        targets = self.task.random_targets(info, torch.arange(PROBE))
+        answer = self.task.random_answer(info, PROBE)
+        batch = Batch(
+            self.task.random_inputs(info.image_shape, PROBE), targets, torch.arange(PROBE)
+        )
+        (rows,), asked = self.task.rows([answer], batch)
+        scores = scores_of(self.recipe, info)
+        own = len(scores) - len(self.spec.metrics)
+        for i, score in enumerate(scores[own:]):
+            tally = Tally([score], together=False)
+            try:
+                tally.add(Rows(rows.logits, asked.labels))
+                tally.values()
+            except Exception as error:  # torchmetrics and plugins raise errors of any type
+                says = f"'{score.name}' does not count answers of task '{self.task.name}': {error}"
+                self.report.problems.append(self.recipe.problem(["metrics", i], one_line(says)))
+
+    def refuse_labels(self) -> None:
+        """Report the keys that need labels of training images, if there are none."""
+        asked = {
+            "validation": self.spec.data.validation,
+            "sampling": self.spec.data.sampling == "balanced",
+        }
+        places: list[list[str | int]] = [["data", key] for key, wanted in asked.items() if wanted]
+        for place in places + ([["train", "mixup"]] if self.spec.train.mixup else []):
+            self.report.problems.append(
+                self.recipe.problem(
+                    place, "needs the labels of training images, and they have none"
+                )
+            )
+
+    def check_trackers(self) -> None:
+        known = [tracker.value for tracker in LoggerType]
+        installed = {"all", *map(str, get_available_trackers())}
+        for i, name in enumerate(self.spec.run.trackers):
+            if name not in known:
+                self.report.problems.append(
+                    self.recipe.problem(
+                        ["run", "trackers", i], f"unknown '{name}'; {suggest(name, known)}"
+                    )
+                )
+            elif name not in installed:
+                says = f"'{name}' is not installed (`pip install {name}`)"
+                self.report.problems.append(self.recipe.problem(["run", "trackers", i], says))

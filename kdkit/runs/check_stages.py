@@ -1,0 +1,298 @@
+"""Checks of a schedule's stages: their first step is tried on random numbers of the real shapes."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import nn
+
+from kdkit.contracts.dataset_source import DataInfo
+from kdkit.contracts.inputs import is_text, random_inputs
+from kdkit.contracts.loss import Context
+from kdkit.contracts.records import Batch
+from kdkit.contracts.schedule import Lesson, Moment, Stage
+from kdkit.data.labels import NO_LABELS
+from kdkit.engine.objective import Objective
+from kdkit.engine.reach import names_of, reached
+from kdkit.engine.setup import rehearse
+from kdkit.errors import (
+    KdkitError,
+    ShapeError,
+    suggest,
+)
+from kdkit.models.freezing import freeze_all_but
+from kdkit.models.tapped import TappedModel
+from kdkit.randomness import seeded
+from kdkit.recipe import Recipe
+from kdkit.runs import check_caches as cache_plan
+from kdkit.runs.check_networks import NetworkChecks
+from kdkit.runs.check_report import Report
+from kdkit.runs.networks import ModelFactory
+from kdkit.runs.plan import StagePlan, adapters, formula
+from kdkit.runs.random_batches import PROBE, batch_of, labels_of, on_random_numbers, shapes_of
+from kdkit.runs.step_cost import step_cost
+
+
+class StageChecks:
+    """Tries every stage of a schedule."""
+
+    def __init__(self, recipe: Recipe, report: Report, networks: NetworkChecks) -> None:
+        self.recipe = recipe
+        self.spec = recipe.spec
+        self.task = recipe.task
+        self.report = report
+        self.networks = networks
+        self.used: set[str] = set()  # losses that some stage uses
+        self._stages: set[str] = set()
+        # parameters of a student that no stage so far has trained, by their ids
+        self._still: dict[nn.Module, set[int]] = {}
+
+    def plan(
+        self,
+        stage: Stage,
+        factory: ModelFactory,
+        info: DataInfo,
+        num_train: int,
+        steps: int,
+        watching: cache_plan.Rehearsal,
+    ) -> StagePlan:
+        """Plan one stage; `watching` checks whether its batches can be answered from caches."""
+        for student in stage.students:
+            self.networks.check_layout(cast("TappedModel", student))
+        targets = self.task.random_targets(info, torch.arange(num_train))
+        groups = self.task.strata(targets)
+        if stage.parts is not None:
+            stage.parts.to(factory.device)
+        images = random_inputs(info.image_shape, PROBE)
+        on_device = random_inputs(info.image_shape, PROBE, factory.device)
+        shown = functools.partial(batch_of, self.task, on_device, info, stage.data.views)
+        batch = watching.noting(stage, shown)
+        self._check_images(stage, groups if info.labelled else NO_LABELS, info)
+        labels = targets if info.labelled else NO_LABELS
+        rehearsed = rehearse(self.recipe, factory, stage, batch(PROBE), info, labels)
+        lessons = rehearsed.lessons
+        objectives = [rehearsed.objective(i) for i in range(len(lessons))]
+        self._check_stage(stage, lessons, objectives)
+        objective, network = objectives[0], stage.students[0].module
+        self._networks = factory.teacher_modules()
+        context = replace(rehearsed.context(0), num_samples=num_train)
+        index = torch.arange(PROBE)
+        with seeded("plan"):
+            known = Batch(images, labels_of(self.task, index, info), index % num_train)
+            tried = [
+                on_random_numbers(self.task, lesson, info)
+                if factory.device.type == "meta"
+                else lesson
+                for lesson in lessons
+            ]
+            left = self._try_losses(objective, tried[0], known, context)
+            cast("TappedModel", stage.students[0]).settle(left)
+            for i, (other, lesson) in enumerate(zip(objectives, tried, strict=True)):
+                # a peer of another architecture, or not a student's parameter
+                if shapes_of(lesson) != shapes_of(tried[0]):
+                    own = rehearsed.context(i)
+                    whose = replace(context, student=own.student, teacher=own.teacher)
+                    self._try_losses(other, lesson, known, whose)
+        frozen: list[nn.Parameter] = []
+        if stage.training.train is not None and not self.report.problems:
+            frozen = freeze_all_but(stage.training.train, network, objective.parts())
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+        if not self.report.problems:
+            with torch.enable_grad():
+                answered = stage.step(batch(PROBE))[0]
+            self._note_what_learns(stage, objective, answered, tried[0], known, frozen)
+        epochs = stage.training.epochs or self.spec.train.epochs
+        if shortened := self.spec.train.lr_schedule.shortened(stage.name, epochs):
+            self.report.notes.append(shortened)
+        active = objective.active(lessons[0])
+        self.used.update(active)
+        entries = {name: objective.entries[name] for name in active}
+        late = Moment(epochs - 1, (epochs - 1) * steps)
+        cost = step_cost(stage, factory.models(), batch, PROBE, late)
+        self._check_single(stage, batch, num_train)
+        return StagePlan(
+            stage.name,
+            len(stage.students),
+            formula(entries),
+            tuple(adapters(active)),
+            epochs,
+            steps * epochs,
+            cost,
+        )
+
+    def _check_stage(
+        self, stage: Stage, lessons: Sequence[Lesson], objectives: Sequence[Objective]
+    ) -> None:
+        """Check whether its names, numbers and requirements are valid for the recipe."""
+        names, called = self.recipe.loss_names(), f"stage '{stage.name}'"
+        if unknown := set(stage.training.losses or ()) - set(names):
+            raise self.recipe.error(
+                ["schedule"],
+                f"{called} asks for losses that are not there: {suggest(unknown.pop(), names)}",
+            )
+        if not all(
+            objective.active(lesson) for objective, lesson in zip(objectives, lessons, strict=True)
+        ):
+            raise self.recipe.error(
+                ["losses"], f"{called} has no teacher, and none of its losses is on labels"
+            )
+        if stage.result == "best" and not self.spec.data.validation:
+            raise self.recipe.error(
+                ["schedule"],
+                f"{called} leaves the best student on validation data; set `data.validation`",
+            )
+        if stage.name in self._stages:
+            raise self.recipe.error(
+                ["schedule"],
+                f"two stages are called '{stage.name}'; their logs and random numbers go by that"
+                " name",
+            )
+        self._stages.add(stage.name)
+
+    def _check_single(self, stage: Stage, batch: Callable[[int], Batch], num_train: int) -> None:
+        """Check whether the students can learn from a batch of one, if the recipe gives them
+        one.
+        """
+        size, drop_last = self.spec.data.batch_size, self.spec.data.drop_last
+        if size > 1 and (drop_last or num_train % size != 1):
+            return
+        for student in stage.students:
+            student.module.train()
+        try:
+            stage.step(batch(1))
+        # torch raises it for batch normalisation in training mode with one value per channel
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            batches = (
+                "every batch is"
+                if size == 1
+                else f"the last of {num_train} images in batches of {size} is"
+            )
+            place = ["data", "batch_size" if size == 1 else "drop_last"]
+            says = (
+                f"{batches} a single image, of which a BatchNorm layer of the student gets one"
+                " value a channel; it needs two"
+            )
+            self.report.problems.append(self.recipe.problem(place, says))
+        finally:
+            for student in stage.students:
+                student.module.eval()
+
+    def _check_images(self, stage: Stage, groups: torch.Tensor | None, info: DataInfo) -> None:
+        """Check whether the recipe can give the stage its views, and its images in the requested
+        order.
+        """
+        mixed, size = self.spec.train.mixup is not None, self.spec.data.batch_size
+        if stage.data.views > 1 and is_text(info.image_shape):
+            raise self.recipe.error(
+                ["schedule"], f"stage '{stage.name}' compares views of images, and texts have one"
+            )
+        if stage.data.views > 1 and mixed:
+            raise self.recipe.error(
+                ["train", "mixup"],
+                f"stage '{stage.name}' compares views of single images; leave mixup out",
+            )
+        if stage.data.arrange is not None and mixed:
+            raise self.recipe.error(
+                ["train", "mixup"],
+                f"stage '{stage.name}' chooses which images come together; leave mixup out",
+            )
+        if stage.data.arrange is not None and (key := self.spec.data.repeating):
+            raise self.recipe.error(
+                ["data", key],
+                f"stage '{stage.name}' chooses which images come together; leave {key} out",
+            )
+        if stage.data.arrange is not None:
+            if groups is NO_LABELS or groups is None:
+                raise self.recipe.error(
+                    ["schedule"],
+                    f"stage '{stage.name}' brings images together by their labels, and they have"
+                    " none",
+                )
+            used = len(groups) - (len(groups) % size if self.spec.data.drop_last else 0)
+            stage.data.arrange(
+                torch.arange(used), groups[:used], size
+            )  # losses may refuse the probe's numbers
+
+    def _try_losses(
+        self, objective: Objective, lesson: Lesson, batch: Batch, context: Context
+    ) -> nn.Module:
+        """Set up and evaluate each loss on random numbers of the real shapes; return the network
+        that they deploy.
+        """
+        network = context.student
+        for name, loss in objective.active(lesson).items():
+            place: list[str | int] = ["losses", self.recipe.loss_names().index(name)]
+            alone = Objective({name: (objective.entries[name], loss)}, self.task)
+            try:
+                alone.setup(lesson, batch, context, self._networks)
+                value = alone(lesson, batch).terms[name]
+                if value.shape != ():
+                    raise ShapeError(f"{name} gives a tensor {tuple(value.shape)}, not a scalar")
+                network = alone.deploy(network)
+            except ShapeError as error:
+                any_batch = re.sub(rf"\({PROBE},(?=[ )])", "(B,", str(error))
+                self.report.problems.append(self.recipe.problem(place, any_batch))
+            except KdkitError as error:
+                self.report.problems.append(self.recipe.problem(place, str(error)))
+            except Exception as error:  # an error in a plugin's own code
+                self.report.problems.append(
+                    self.recipe.problem(
+                        place,
+                        f"fails on the models' shapes: {type(error).__name__}:"
+                        f" {' '.join(str(error).split())}",
+                    )
+                )
+        return network
+
+    def _note_what_learns(
+        self,
+        stage: Stage,
+        objective: Objective,
+        answered: Lesson,
+        tried: Lesson,
+        batch: Batch,
+        frozen: Sequence[nn.Parameter],
+    ) -> None:
+        """Find the part of the student that no loss of this stage, nor of an earlier one,
+        reaches.
+        """
+        weighed = {
+            name: loss
+            for name, loss in objective.active(tried).items()
+            if objective.entries[name].weight != 0
+        }
+        if not weighed:
+            self.report.notes.append(
+                f"stage '{stage.name}' learns nothing: all its losses have weight 0"
+            )
+        counting = Objective(
+            {name: (objective.entries[name], loss) for name, loss in weighed.items()}, self.task
+        )
+        found = reached(counting, answered, tried, batch) - {id(parameter) for parameter in frozen}
+        network = stage.students[0].module
+        learning = {id(p) for p in network.parameters() if p.requires_grad}
+        self._still[network] = self._still.pop(network, learning) - found
+
+    def note_what_stays(self) -> None:
+        """Note the part of the last stage's student that no loss of any stage reaches."""
+        student, still = next(reversed(self._still.items()))
+        parts = names_of(still, student)
+        if not parts:
+            return
+        what = (
+            "the student"
+            if parts == ("",)
+            else f"{', '.join(parts[:8])}{', ...' if len(parts) > 8 else ''} of the student"
+        )
+        count = sum(p.numel() for p in student.parameters() if id(p) in still)
+        self.report.notes.append(
+            f"no loss reaches {what} ({count:,} parameters): what is there stays as it began"
+        )

@@ -1,0 +1,63 @@
+"""Finds what the losses of a recipe read of its networks: layers, logits, the networks
+themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from kdkit.contracts.loss import Loss
+from kdkit.contracts.loss_options import LayerPair
+from kdkit.recipe import Recipe
+from kdkit.recipe.sections import LossEntry
+
+Expand = Callable[[Sequence[LayerPair], str | None, bool], list[LayerPair]]
+"""Expands globs: pairs, the teacher's name, whether both sides are the student's own."""
+
+
+def looking_at(recipe: Recipe, teacher: str) -> list[LossEntry]:
+    """List the losses that read a teacher."""
+    return [entry for entry in recipe.spec.losses if entry.teacher in (None, teacher)]
+
+
+def student_layers(recipe: Recipe, expand: Expand) -> list[str]:
+    """List the layers that the losses read of a student: also those of teachers, if students
+    teach.
+    """
+    schedule = recipe.plugins.schedules[recipe.spec.schedule.use]
+    teaches = schedule.students_teach or not recipe.spec.all_teachers()
+    names: list[str] = []
+    for entry in recipe.spec.losses:
+        own = _kind(recipe, entry).knowledge == "labels"
+        for pair in expand(entry.taps(), entry.teacher, own):
+            names += [pair.student, pair.teacher] if teaches or own else [pair.student]
+        names += [f"output{entry.output}"] if entry.output else []
+    return list(dict.fromkeys(names))
+
+
+def teacher_layers(recipe: Recipe, teacher: str, expand: Expand) -> list[str]:
+    """List the layers that the losses read of a teacher."""
+    entries = [
+        entry for entry in looking_at(recipe, teacher) if _kind(recipe, entry).knowledge != "labels"
+    ]
+    pairs = (pair for entry in entries for pair in expand(entry.taps(), teacher, False))
+    return list(dict.fromkeys(pair.teacher for pair in pairs))
+
+
+def needs_logits(recipe: Recipe, teacher: str) -> bool:
+    """Check whether a loss reads a teacher's logits, or a schedule may weight several teachers by
+    them.
+    """
+    losses = (_kind(recipe, entry) for entry in looking_at(recipe, teacher))
+    return len(recipe.spec.all_teachers()) > 1 or any(
+        loss.knowledge == "response" or loss.needs_teacher_logits for loss in losses
+    )
+
+
+def needs_network(recipe: Recipe, teacher: str) -> bool:
+    """Check whether a loss inspects a teacher's network."""
+    return any(_kind(recipe, entry).needs_networks for entry in looking_at(recipe, teacher))
+
+
+def _kind(recipe: Recipe, entry: LossEntry) -> type[Loss]:
+    return recipe.plugins.losses[entry.use]

@@ -1,0 +1,90 @@
+"""Checks a study before anything is trained: its recipes, its lengths, the scores that it shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from kdkit.engine.evaluate import Judge
+from kdkit.errors import RecipeError, shown, suggest
+from kdkit.runs import checks
+from kdkit.runs.folder import RunFolder
+from kdkit.study.findings import LOSSES, Length
+from kdkit.study.lengths import of_plan, of_run, refuse_longer
+from kdkit.study.trainings import StudyRun, judges, scores_of, trainings
+from kdkit.study.variants import Study, point_name
+
+
+def check(study: Study, fetch: Callable[[str], None] | None = None) -> dict[str, Length]:
+    """Check everything that can be refused before anything is trained.
+
+    Args:
+        study: the study to check.
+        fetch: called with a message before each download (None: nothing is fetched).
+
+    Returns:
+        The length of each variant's training; in a search, of its longest point.
+
+    Raises:
+        RecipeError: a variant cannot work, differs in more than what is compared, or trains longer
+            than the baseline.
+        RunError: the study's folder is a run's.
+    """
+    planned = trainings(study)
+    if study.points:
+        planned = _at_longest_points(study)
+    lengths: dict[str, Length] = {}
+    judged_by: list[Judge] = []
+    problems: list[str] = []
+    by_variant = {each.variant: each for each in planned}
+    # finished runs need no plan
+    by_variant |= {each.variant: each for each in planned if each.result}
+    for name, each in by_variant.items():
+        try:
+            # patience may have ended this run early, so its length is not comparable
+            if each.result is not None and not each.recipe.spec.train.patience:
+                lengths[name] = of_run(RunFolder(each.folder), each.recipe.spec.data)
+                judged_by += judges([each])
+            else:
+                made = checks.make(each.recipe, fetch)
+                lengths[name] = of_plan(made, each.recipe.spec.data)
+                judged_by.append(Judge.of(each.recipe, made.info))
+        except RecipeError as error:
+            problems += [f"{line} (variant {name})" for line in str(error).splitlines()]
+    if problems:
+        raise RecipeError("\n".join(dict.fromkeys(problems)))
+    _refuse_unknown_scores(study, judged_by)
+    refuse_longer(lengths, study.variants, study.baseline, study.allow)
+    return {name: lengths[name] for name in study.variants}
+
+
+def _at_longest_points(study: Study) -> list[StudyRun]:
+    """List those trainings of a search that are the longest of their variants, under the variants'
+    names.
+    """
+    variants: dict[str, str] = {}
+    for name, points in study.points.items():
+        longest = max(points, key=lambda point: point.recipe.spec.train.epochs)
+        variants[point_name(name, longest)] = name
+    return [
+        replace(each, variant=variants[each.variant])
+        for each in trainings(study.search)
+        if each.variant in variants
+    ]
+
+
+def _refuse_unknown_scores(study: Study, judged_by: Sequence[Judge]) -> None:
+    """Check that every score in `show` is a score of some variant.
+
+    Raises:
+        RecipeError: some are not, one a line.
+    """
+    scores, agreement = scores_of(judged_by)
+    known = [*LOSSES, *(score.name for score in (*scores, *agreement))]
+    lines = [
+        f"{place}: got {shown(name)}; {suggest(name, known)}"
+        for name, place in study.show.items()
+        if name not in known
+    ]
+    if lines:
+        raise RecipeError("\n".join(lines))

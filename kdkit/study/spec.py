@@ -1,0 +1,83 @@
+"""The keys of a study file."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator
+
+from kdkit.contracts.options import LONGEST_NAME, RUN_NAME, FolderPath, Options, RecipePath
+
+SEEDS = 3  # default number of seeds
+MOST_SEEDS = 1000
+Seed = Annotated[int, Field(ge=0, strict=True)]
+Seeds = (
+    Annotated[int, Field(gt=0, le=MOST_SEEDS, strict=True)]
+    | Annotated[list[Seed], Field(min_length=1, max_length=MOST_SEEDS)]
+)
+
+
+class StudySpec(Options):
+    """A study: what is compared, and over which seeds."""
+
+    name: str = Field(
+        pattern=RUN_NAME,
+        max_length=LONGEST_NAME,
+        description="Name of the study and of its folder.",
+    )
+    question: str = Field(default="", description="What it asks, for its report.")
+    base: RecipePath | dict[str, Any] | None = Field(
+        default=None,
+        description="Recipe that the variants build on: a file, or a recipe written out.",
+    )
+    baseline: str | None = Field(
+        default=None, description="Variant that the others are compared with (default: the first)."
+    )
+    variants: dict[str, dict[str, Any] | None] = Field(
+        default_factory=dict,
+        description=(
+            "By name, what is merged over the base; `recipe: FILE` takes another recipe in its"
+            " place."
+        ),
+    )
+    vary: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
+        default_factory=dict,
+        description=(
+            "Values by key path: every variant that has the key is trained with each; several keys"
+            " are a grid."
+        ),
+    )
+    tune: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
+        default_factory=dict,
+        description=(
+            "Values by key path, which all variants have: each is trained with all combinations,"
+            " and goes on with the one that is best on validation data."
+        ),
+    )
+    tune_seeds: Seeds = Field(
+        default=2,
+        description="Of the search: how many (the first that are not in `seeds`), or which.",
+    )
+    seeds: Seeds = Field(default=SEEDS, description="How many (0, 1, 2...), or which.")
+    allow: tuple[str, ...] = Field(
+        default=(),
+        description="Keys in which variants may differ although they are not what is compared.",
+    )
+    show: tuple[str, ...] = Field(
+        default=(),
+        description=(
+            "Further columns of the table: scores of the runs by name, `loss` (training loss of the"
+            " last epoch), `late_loss` (its mean over the last 60 % of the epochs). Scores that"
+            " recipes name under `metrics` need not be named again."
+        ),
+    )
+    folder: FolderPath | None = Field(
+        default=None, description="In place of the recipes' `run.folder`."
+    )
+
+    @field_validator("seeds", "tune_seeds")
+    @classmethod
+    def _once_each(cls, value: int | list[int]) -> int | list[int]:
+        if isinstance(value, list) and len(set(value)) < len(value):
+            raise ValueError("a seed is given twice")
+        return value

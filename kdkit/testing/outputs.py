@@ -1,0 +1,108 @@
+"""Random answers of networks, and changes of them that must, or must not, affect a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kdkit.contracts.features import is_padded
+from kdkit.contracts.records import Batch, Outputs
+from kdkit.testing.forms import CLASSES, Shape
+
+
+def random_outputs(
+    features: Mapping[str, Shape] | None = None,
+    *,
+    size: int = 6,
+    classes: int = CLASSES,
+    seed: int = 0,
+    views: Mapping[str, int] | None = None,
+) -> Outputs:
+    """Draw normally distributed logits (size, classes) and features (size, *shape); a layer called
+    `logits` is the logits.
+
+    `views` gives the number of copies of each sample in each view.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(size, classes, generator=generator)
+    drawn = {
+        name: torch.randn(size, *shape, generator=generator)
+        for name, shape in (features or {}).items()
+    }
+    answers_to_views = {
+        name: random_outputs(features, size=n * size, classes=classes, seed=seed + 100 * n)
+        for name, n in (views or {}).items()
+    }
+    if "logits" in drawn:
+        drawn["logits"] = logits
+    return Outputs(logits, drawn, answers_to_views)
+
+
+def random_batch(size: int = 6, classes: int = CLASSES, seed: int = 0) -> Batch:
+    """Draw noise images; labels are every class in turn."""
+    inputs = torch.rand(size, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return Batch(inputs, torch.arange(size) % classes, torch.arange(size))
+
+
+def tensors_by_name(outputs: Outputs) -> dict[str, Tensor]:
+    """List the tensors of an answer: the logits, the features by layer, those of views with the
+    view's name before.
+    """
+    views = {
+        f"{view} {name}": x
+        for view, answer in outputs.views.items()
+        for name, x in tensors_by_name(answer).items()
+    }
+    return {"logits": outputs.logits, **outputs.features, **views}
+
+
+def of_texts(outputs: Outputs, tokens: int) -> Outputs:
+    """Turn it into an answer to texts of unequal lengths: the first is full, the others end with
+    padding.
+    """
+    places = torch.arange(len(outputs.logits))[:, None]
+    return outputs.masked(torch.arange(tokens) < tokens - places % tokens)
+
+
+def with_other_padding(outputs: Outputs) -> Outputs:
+    """Replace the numbers at padding positions."""
+    mask = outputs.mask
+    assert mask is not None
+    # the seed depends on the answer, so that student and teacher get different noise
+    noise = torch.Generator().manual_seed(round(1000 * float(outputs.logits.detach().sum())))
+    return outputs.map(
+        lambda x: (
+            torch.where(mask[:, :, None], x, 7 * torch.randn(x.shape, generator=noise))
+            if is_padded(x, mask)
+            else x
+        )
+    )
+
+
+def with_noise(outputs: Outputs, name: str) -> Outputs:
+    """Change the numbers of one layer (or the logits), in all views."""
+
+    def other(x: Tensor) -> Tensor:
+        return x + torch.randn(x.shape, generator=torch.Generator().manual_seed(9))
+
+    views = {view: with_noise(answer, name) for view, answer in outputs.views.items()}
+    logits = other(outputs.logits) if name == "logits" else outputs.logits
+    features = {layer: other(x) if layer == name else x for layer, x in outputs.features.items()}
+    return Outputs(logits, features, views)
+
+
+def with_impossible(outputs: Outputs) -> Outputs:
+    """Add the same number of classes again, the new ones of probability 0."""
+    return replace(
+        outputs, logits=torch.cat([outputs.logits, torch.full_like(outputs.logits, -1e4)], 1)
+    )
+
+
+def twice_as_high(outputs: Outputs) -> Outputs:
+    """Make each map twice as high: it contains everything twice, one above the other."""
+    return replace(
+        outputs, features={name: torch.cat([x, x], 2) for name, x in outputs.features.items()}
+    )
