@@ -385,7 +385,9 @@ def test_a_finished_run_that_lacks_a_metric_says_so(tmp_path, capsys):
     train(tmp_path)
     path = write(tmp_path, {**PLAIN, "metrics": ["MulticlassCohenKappa"]})
     kdkit.train(path, folder=tmp_path / "run", quiet=True)
-    assert "was trained without MulticlassCohenKappa; `kdkit evaluate` with `metrics=[MulticlassCohenKappa]` counts it" in " ".join(capsys.readouterr().out.split())
+    assert "was trained without MulticlassCohenKappa; `kdkit evaluate` with `metrics=[MulticlassCohenKappa]` counts it" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 WITHIN = '''

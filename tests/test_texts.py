@@ -43,7 +43,9 @@ class Source(kdkit.DatasetSource):
 
 
 def six(**settings):
-    return prepare(DataSpec(dataset={"use": "six"}, **{"batch_size": 2, **settings}), Source(None), task("text_classification"), seed=0, device=CPU)
+    return prepare(
+        DataSpec(dataset={"use": "six"}, **{"batch_size": 2, **settings}), Source(None), task("text_classification"), seed=0, device=CPU
+    )
 
 
 def test_a_batch_is_as_long_as_its_longest_text():

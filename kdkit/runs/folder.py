@@ -8,7 +8,6 @@ import contextlib
 import functools
 import hashlib
 import platform
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -29,9 +28,9 @@ from kdkit.recipe.fairness import differences
 from kdkit.recipe.yaml_source import Source
 from kdkit.runs.checkpoints import Checkpoints
 from kdkit.runs.file_shapes import LINE, RECIPE, Marker
+from kdkit.runs.leftovers import LOCK, is_leftover, python_in, remove
 from kdkit.runs.result import Result
 
-LOCK = ".lock"
 DATA_FILES = "data.files"  # key in the content; no recipe has such a key
 AGAIN = "`kdkit train` with the same recipe makes it again"
 ANEW = "`kdkit train` with the same recipe and `--restart` trains the run again"
@@ -68,7 +67,7 @@ class RunFolder:
             if not restart and not self.is_untrained():
                 self._refuse_other_recipe(recipe)
         elif self.path.exists() and (
-            not self.path.is_dir() or any(not _leftover(path) for path in self.path.iterdir())
+            not self.path.is_dir() or any(not is_leftover(path) for path in self.path.iterdir())
         ):
             raise RunError(
                 f"{self.path} exists and is not a run folder; give the recipe another `name:` or"
@@ -120,7 +119,7 @@ class RunFolder:
             anew = restart or self.is_untrained()
             here = [path for path in self.path.iterdir() if path.name != LOCK]
             # the marker is never missing
-            _remove([path for path in here if _leftover(path) or (anew and path != self.marker)])
+            remove([path for path in here if is_leftover(path) or (anew and path != self.marker)])
             about = {
                 "fingerprint": recipe.fingerprint,
                 "content": recipe.content(),
@@ -217,7 +216,7 @@ class RunFolder:
         """
         self._refuse_damaged_recipe()
         source = Source(self.recipe_file, overrides)
-        here = consent.moved(dict(_python_in(source.data)), plugins)
+        here = consent.moved(dict(python_in(source.data)), plugins)
         source = source.changed({key: str(path) for key, path in here.items()})
         return recipes.read(source, files=False, allowed=tuple(plugins))
 
@@ -424,44 +423,6 @@ def _fingerprint(folder: RunFolder, inode: int, size: int, modified: int) -> str
     file be read again.
     """
     return folder.about()["fingerprint"]
-
-
-def _remove(paths: Sequence[Path]) -> None:
-    """Remove the files of a run.
-
-    Raises:
-        RunError: one is a link to a folder; then all stay.
-    """
-    for path in paths:
-        if path.is_symlink() and path.is_dir():
-            raise RunError(
-                f"{path}: is a link to a folder, and a new run would remove what is behind it;"
-                " remove the link first"
-            )
-    for path in paths:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _python_in(value: Any, key: str = "") -> Iterator[tuple[str, Path]]:
-    """List every path of a plugin or a Python file in a resolved recipe, by its key path."""
-    if isinstance(value, str):
-        if key.startswith("plugins.") or value.endswith(".py"):
-            yield key, Path(value)
-        return
-    items = (
-        value.items()
-        if isinstance(value, Mapping)
-        else enumerate(value)
-        if isinstance(value, list)
-        else ()
-    )
-    for name, item in items:
-        yield from _python_in(item, f"{key}.{name}" if key else str(name))
-
-
-def _leftover(path: Path) -> bool:
-    """Check whether a process killed before the folder became a run's may have left this file."""
-    return path.name == LOCK or (path.name.startswith(".") and path.suffix == ".part")
 
 
 def versions() -> dict[str, str]:
