@@ -27,14 +27,9 @@ def combined(
             (None: equal shares).
     """
     stacked = torch.stack(list(logits))
-    shares = torch.full((len(logits),), 1 / len(logits)) if weights is None else weights
-    shares = shares.to(stacked).reshape(len(logits), -1, 1)
     if by == "logits":
-        # clamp: the logarithm of a share of 0 is -inf, and its gradient is not finite
-        return (shares * stacked).sum(0)
-    return (
-        stacked.log_softmax(2) + shares.clamp_min(torch.finfo(stacked.dtype).tiny).log()
-    ).logsumexp(0)
+        return (_shares(weights, stacked) * stacked).sum(0)
+    return _log_mean(stacked.log_softmax(2), weights)
 
 
 def combined_labels(logits: Sequence[Tensor], weights: Tensor | None = None) -> Tensor:
@@ -44,16 +39,23 @@ def combined_labels(logits: Sequence[Tensor], weights: Tensor | None = None) -> 
         logits: of each of M models.
         weights: see `combined`.
     """
-    yes = _log_mean([F.logsigmoid(one) for one in logits], weights)
-    return yes - _log_mean([F.logsigmoid(-one) for one in logits], weights)
+    stacked = torch.stack(list(logits))
+    yes, no = (_log_mean(F.logsigmoid(signed), weights) for signed in (stacked, -stacked))
+    return yes - no
 
 
-def _log_mean(logs: Sequence[Tensor], weights: Tensor | None) -> Tensor:
-    """Return the logarithm of the weighted mean of numbers that are given as logarithms."""
-    stacked = torch.stack(list(logs))
-    shares = torch.full((len(logs),), 1 / len(logs)) if weights is None else weights
-    shares = shares.to(stacked).reshape(len(logs), -1, 1)
-    return (stacked + shares.clamp_min(torch.finfo(stacked.dtype).tiny).log()).logsumexp(0)
+def _log_mean(logs: Tensor, weights: Tensor | None) -> Tensor:
+    """Return the logarithm of the weighted mean over M models of numbers given as logarithms."""
+    # clamp: the logarithm of a share of 0 is -inf, and its gradient is not finite
+    shares = _shares(weights, logs).clamp_min(torch.finfo(logs.dtype).tiny)
+    return (logs + shares.log()).logsumexp(0)
+
+
+def _shares(weights: Tensor | None, stacked: Tensor) -> Tensor:
+    """Return the models' shares in the form (M, R or 1, 1)."""
+    count = len(stacked)
+    shares = torch.full((count,), 1 / count) if weights is None else weights
+    return shares.to(stacked).reshape(count, -1, 1)
 
 
 def ensemble(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import pluggy
 
@@ -25,7 +25,7 @@ from kdkit.contracts.metric_source import MetricSource
 from kdkit.contracts.model_source import ModelSource
 from kdkit.contracts.options import Options
 from kdkit.contracts.schedule import Schedule
-from kdkit.contracts.task import Task
+from kdkit.contracts.task import RowMeaning, Task
 from kdkit.errors import PluginError, suggest
 from kdkit.recipe.dependencies import beside
 
@@ -52,7 +52,7 @@ FROM_A_FILE = "kdkit_plugin_"
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 RESERVED = {"use", "weight", "name", "teacher"}
 KNOWLEDGE = {"labels", "response", "feature", "relation"}
-ROWS = {"classes", "labels", "numbers"}
+ROWS = set(get_args(RowMeaning))
 SCHEMES = {"none", "offline", "online", "self"}
 
 
