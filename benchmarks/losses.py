@@ -22,21 +22,22 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 import kdkit
 from kdkit.contracts.options import at_epoch
 from kdkit.recipe import registry
 from kdkit.study.step_memory import peak_memory
+from kdkit.testing.forms import Network
 from kdkit.testing.outputs import random_outputs
-from kdkit.testing.probe import readable
+from kdkit.testing.probes import readable
 
 # by layer: the student's and the teacher's, without the batch
 Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
@@ -59,13 +60,8 @@ class Size:
         s = self.student
         t = self.teacher
         side = self.side
-        early, late = (
-            ((s // 2, 2 * side, 2 * side), (t // 2, 2 * side, 2 * side)),
-            (
-                (s, side, side),
-                (t, side, side),
-            ),
-        )
+        early = ((s // 2, 2 * side, 2 * side), (t // 2, 2 * side, 2 * side))
+        late = ((s, side, side), (t, side, side))
         return {
             "map": {"late": late},
             "embedding": {"embedding": ((s,), (t,))},
@@ -93,33 +89,6 @@ CASES: Mapping[str, Mapping[str, Sequence[tuple[int, int]]]] = {
     "small": {"rkd_angle": [(16, 8)]},
 }
 NAIVE_UP_TO = 2**30  # bytes of N^2 D differences and N^3 products
-
-
-class Network(nn.Module):
-    """Stands for a network: a batch norm called like each layer, and a classifier of the last
-    one.
-    """
-
-    def __init__(self, widths: Mapping[str, int], classes: int) -> None:
-        super().__init__()
-        for name, width in widths.items():
-            self.add_module(name, nn.BatchNorm2d(width))
-        self.last = next(reversed(widths), None)
-        self.classifier = nn.Linear(widths[self.last] if self.last else 1, classes)
-
-    def get_classifier(self) -> nn.Module:
-        return self.classifier
-
-    def answer(self, outputs: kdkit.Outputs) -> kdkit.Outputs:
-        """Outputs whose logits are what the classifier makes of the last layer."""
-        with torch.no_grad():
-            return (
-                replace(
-                    outputs, logits=self.classifier(kdkit.as_vectors(outputs.features[self.last]))
-                )
-                if self.last
-                else outputs
-            )
 
 
 @dataclass
@@ -194,13 +163,7 @@ def subject(cls: type[kdkit.Loss], place: str, shapes: Shapes, size: Size, batch
         random_outputs(side, size=batch, classes=size.classes, seed=seed, views=cls.needs_views)
         for seed, side in enumerate(sides)
     )
-    networks = [
-        Network(
-            {name: shape[-1] if len(shape) == 2 else shape[0] for name, shape in side.items()},
-            size.classes,
-        )
-        for side in sides
-    ]
+    networks = [Network(side, size.classes) for side in sides]
     student, teacher = networks[0].answer(student), networks[1].answer(teacher)
     labels = torch.arange(size.images) % size.classes
     loss.setup(
@@ -334,11 +297,10 @@ def ickd(
 ) -> Tensor:
     """Image by image."""
     f_s, f_t = embeddings(loss, student, teacher)
-    errors = []
-    for one, other in zip(loss.adapters[0](f_s).flatten(2), f_t.flatten(2), strict=True):
-        errors.append(
-            (F.normalize(one @ one.T) - F.normalize(other @ other.T)).square().sum() / len(other)
-        )
+    errors = [
+        (F.normalize(one @ one.T) - F.normalize(other @ other.T)).square().sum() / len(other)
+        for one, other in zip(loss.adapters[0](f_s).flatten(2), f_t.flatten(2), strict=True)
+    ]
     return torch.stack(errors).mean()
 
 
@@ -358,10 +320,8 @@ def compare(found: Subject, steps: int) -> tuple[list[float], list[float], int, 
     ours = found.run()
     form = NAIVE.get(found.loss.name)
     name = found.loss.name
-    n, widest = (
-        len(found.batch.index),
-        max((x[0].numel() for x in found.student.features.values()), default=0),
-    )
+    n = len(found.batch.index)
+    widest = max((x[0].numel() for x in found.student.features.values()), default=0)
     naive = (
         found.run(form)
         if form and (name not in GROWS or 4 * n**2 * (n + widest) <= NAIVE_UP_TO)

@@ -25,6 +25,7 @@ from .contracts.ensembles import with_logits as with_logits
 from .contracts.features import as_map as as_map
 from .contracts.features import as_tokens as as_tokens
 from .contracts.features import as_vectors as as_vectors
+from .contracts.features import constants as constants
 from .contracts.features import pooled_alike as pooled_alike
 from .contracts.features import resized as resized
 from .contracts.hooks import hookimpl as hookimpl

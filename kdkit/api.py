@@ -1,6 +1,4 @@
-"""The functions for scripts: the same as the command line, but they return values instead of
-printing.
-"""
+"""The functions for scripts: those of the command line, which return values instead of printing."""
 
 from __future__ import annotations
 
@@ -8,14 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from kdkit import recipe
 from kdkit.contracts.loss import Loss
 from kdkit.contracts.options import Ramp
 from kdkit.errors import PluginError, suggest
 from kdkit.recipe import registry
-from kdkit.recipe.explain import explain
+from kdkit.recipe.explain import validated
 from kdkit.runs import checks, training
 from kdkit.runs.plan import Plan
 from kdkit.runs.result import Result
@@ -47,8 +43,8 @@ def train(
         RunError: the folder is another recipe's, or a loss is not finite.
         Interrupted: a signal stopped it; the state is saved, and another call resumes.
     """
-    found = recipe.load(path, overrides, _paths(plugins))
-    return training.train(found, Path(folder) if folder else None, restart=restart, quiet=quiet)
+    loaded = recipe.load(path, overrides, _paths(plugins))
+    return training.train(loaded, Path(folder) if folder else None, restart=restart, quiet=quiet)
 
 
 def check(
@@ -73,8 +69,7 @@ def compare(
     plugins: Sequence[Path | str] = (),
     max_parallel: int | None = None,
 ) -> Findings | None:
-    """Run a study, or what is left of it: train every variant with every seed, and measure all in
-    the same way.
+    """Run a study, or what is left of it: train and measure every variant with every seed.
 
     Args:
         *paths: a study file, or recipes (the first is the baseline).
@@ -99,8 +94,7 @@ def compare(
 
 
 def build_loss(name: str, *, plugins: Sequence[Path | str] = (), **options: Any) -> Loss:
-    """Build a loss for your own loop: call `setup(student, teacher)` once, then `loss(student,
-    teacher, batch)`.
+    """Build a loss for your own loop: `setup(student, teacher)` once, then call it per batch.
 
     Args:
         name: as `kdkit plugins` lists it.
@@ -113,11 +107,7 @@ def build_loss(name: str, *, plugins: Sequence[Path | str] = (), **options: Any)
     losses = registry.load(_paths(plugins)).losses
     if name not in losses:
         raise PluginError(f"no loss is called '{name}'; {suggest(name, losses)}")
-    kind = losses[name].Options
-    try:
-        chosen = kind.model_validate(options)
-    except ValidationError as error:
-        raise PluginError(explain(error, kind, options, lambda _: name)) from None
+    chosen = validated(losses[name].Options, options, name, PluginError)
     if ramps := [key for key, value in chosen if isinstance(value, Ramp)]:
         raise PluginError(
             f"{name}: {ramps[0]}: a ramp needs the engine, which knows the epoch; give a number"

@@ -1,5 +1,4 @@
-"""The errors that kdkit raises on purpose; each message is one line per problem and names a way
-out.
+"""The errors that kdkit raises on purpose: one line per problem, each with a way out.
 
 KdkitError
   RecipeError   the recipe is wrong: file:line, key, what, did you mean, allowed
@@ -10,9 +9,9 @@ KdkitError
   ModelError    a model cannot be built
     CheckpointError  its weights cannot be read, or do not fit
   RunError      a run cannot go on: foreign folder, non-finite loss, broken checkpoint
-    DamagedFile   a file of a run, study, cache or export is not what was written; `path` is the
-    file Interrupted   stopped by a signal after saving; the message says how to go on BusyError
-    another process is at work in the folder
+    DamagedFile   a file of a run, study, cache or export is not what was written
+    Interrupted   stopped by a signal after saving; the message says how to go on
+    BusyError     another process is at work in the folder
 """
 
 import difflib
@@ -21,6 +20,8 @@ from pathlib import Path
 
 LONGEST_LINE = 2000
 """Maximum number of characters in a line of a message."""
+MOST_NAMES = 20
+"""Maximum number of allowed names in a message."""
 
 
 class KdkitError(Exception):
@@ -67,9 +68,7 @@ class RunError(KdkitError):
 
 
 class DamagedFile(RunError):
-    """A file that is not what was written: cut short, changed, another's; `path` is where it
-    lies.
-    """
+    """A file at `path` that is not what was written: cut short, changed, another's."""
 
     def __init__(self, path: Path, what: str, way_out: str) -> None:
         super().__init__(f"{path}: is damaged: {what}; {way_out}")
@@ -89,9 +88,7 @@ class BusyError(RunError):
 
 
 def one_line(text: str) -> str:
-    """Convert a text to one line that is safe to print: line ends, control characters and the like
-    as escapes, such as `\n`.
-    """
+    """Make a text safe to print in one line: control characters become escapes such as `\n`."""
     plain = text if text.isprintable() else "".join(map(_escaped, text))
     return shorten(plain, LONGEST_LINE)
 
@@ -101,6 +98,7 @@ def shorten(text: str, limit: int = 80) -> str:
     if len(text) <= limit:
         return text
     end = limit // 4
+    # 5: the characters of " ... "
     return f"{text[: limit - end - 5]} ... {text[-end:]}"
 
 
@@ -114,34 +112,41 @@ def dotted(location: Iterable[object]) -> str:
     return ".".join(shorten(one_line(str(step))) for step in location)
 
 
-def suggest(word: str, allowed: Iterable[str], limit: int = 20, meant: Sequence[str] = ()) -> str:
+def suggest(word: str, allowed: Iterable[str], meant: Sequence[str] = ()) -> str:
     """Suggest the most similar name and list the existing ones: `did you mean 'x'? allowed: x, y`.
 
-    Names that begin with the word come before those with a similar spelling. If there are more than
-    `limit` names, the most similar ones are listed. A `meant` name from the caller comes before
-    both.
+    Names that begin with the word come before those with a similar spelling; a `meant` name from
+    the caller comes before both. Of more than `MOST_NAMES`, the most similar ones are listed.
     """
-    names, said = sorted(set(allowed)), word[:100].lower()
+    names = sorted(set(allowed))
+    # cut off, because SequenceMatcher's time grows with the square of the length
+    lowered = word[:100].lower()
     if not names:
         return "there is none"
     near = sorted(
         names,
-        key=lambda name: difflib.SequenceMatcher(None, said, name.lower()).ratio(),
+        key=lambda name: difflib.SequenceMatcher(None, lowered, name.lower()).ratio(),
         reverse=True,
     )
-    begin = [name for name in names if len(said) > 1 and name.lower().startswith(said)]
+    # one letter begins too many names to be a hint
+    begin = [name for name in names if len(lowered) > 1 and name.lower().startswith(lowered)]
     spelt = {name.lower(): name for name in names}
-    like = [spelt[name] for name in difflib.get_close_matches(said, spelt, n=1, cutoff=0.5)]
+    like = [spelt[name] for name in difflib.get_close_matches(lowered, spelt, n=1, cutoff=0.5)]
     close = meant or begin[:4] or like
     hint = f"did you mean {either(close)}? " if close else ""
-    more = f", ... ({len(names)} in all)" if len(names) > limit else ""
-    return f"{hint}allowed: {', '.join(sorted(near[:limit]))}{more}"
+    more = f", ... ({len(names)} in all)" if len(names) > MOST_NAMES else ""
+    return f"{hint}allowed: {', '.join(sorted(near[:MOST_NAMES]))}{more}"
 
 
 def either(names: Sequence[str]) -> str:
     """Join words as `'a'`, `'a' or 'b'`, `'a', 'b' or 'c'`."""
     *most, last = (f"'{name}'" for name in names)
     return f"{', '.join(most)} or {last}" if most else last
+
+
+def cause(error: BaseException) -> str:
+    """Format another library's error as its type and its message, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _escaped(character: str) -> str:

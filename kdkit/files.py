@@ -35,8 +35,7 @@ Line = dict[str, Any]
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a crash at any moment, finds either the old or the new
-    version.
+    """Write a file so that readers, also after a crash, find either the old or the new version.
 
     Raises:
         OSError: it cannot be written; `filename` is the file's.
@@ -104,8 +103,7 @@ def read_json(
 
 
 def unsealed(path: Path, content: Any, way_out: str, owner: str | None = "") -> Any:
-    """Return plain values after comparing and removing their seal, if they have one; see
-    `read_json`.
+    """Return plain values without their seal, if any, after comparing it; see `read_json`.
 
     Raises:
         DamagedFile: it does not match.
@@ -127,9 +125,9 @@ def fitting(path: Path, content: Any, kind: type[T] | TypeAdapter[T], way_out: s
         return adapter.validate_python(content)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
+        key = ".".join(map(str, first["loc"]))
         raise DamagedFile(
-            path, f"{place}: {first['msg']}" if place else first["msg"], way_out
+            path, f"{key}: {first['msg']}" if key else first["msg"], way_out
         ) from None
 
 
@@ -152,13 +150,13 @@ def read_text(path: Path, way_out: str) -> str:
 
 def write_sealed_text(path: Path, text: str, owner: str = "") -> None:
     """Write a YAML file with its digest in a comment in the first line."""
+    # in a comment, so that the file stays the YAML that its reader expects
     digest = hashlib.sha256((owner + text).encode()).hexdigest()
     write_atomically(path, f"{SEAL_LINE}{digest}\n{text}".encode())
 
 
 def read_sealed_text(path: Path, way_out: str, owner: str | None = "") -> str:
-    """Read a YAML file; the first line's digest, if there is one, is compared. For `owner` see
-    `read_json`.
+    """Read a YAML file, comparing the digest in its first line; `owner` as for `read_json`.
 
     Raises:
         RunError: the file is missing or damaged.
@@ -166,6 +164,7 @@ def read_sealed_text(path: Path, way_out: str, owner: str | None = "") -> str:
     text = read_text(path, way_out)
     first, _, rest = text.partition("\n")
     digest = hashlib.sha256(((owner or "") + rest).encode()).hexdigest()
+    # `sha256` anywhere in the line, not just SEAL_LINE: the mark itself may be damaged
     if owner is not None and "sha256" in first and first != SEAL_LINE + digest:
         hint = f"{way_out}; if you have changed it yourself, delete its first line"
         raise DamagedFile(
@@ -187,6 +186,7 @@ def read_yaml(
     text = read_sealed_text(path, way_out, owner)
     try:
         content = yaml.safe_load(text)
+    # PyYAML raises ValueError for a date that does not exist
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DamagedFile(
             path, f"it is not YAML ({shorten(one_line(str(error)), 200)})", way_out
@@ -211,9 +211,8 @@ def read_log(
         return
     *lines, rest = path.read_bytes().split(b"\n")
     for number, line in enumerate([*lines, rest] if rest else lines, 1):
-        place = Path(f"{path}:{number}")
         try:
-            yield _log_content(place, line, kind, way_out, owner)
+            yield _log_content(Path(f"{path}:{number}"), line, kind, way_out, owner)
         except RunError as error:
             if number <= len(lines):
                 yield error
@@ -238,12 +237,12 @@ def _log_content(
 def file_digest(path: Path) -> str:
     """Compute the SHA-256 of a file; cached in this process as long as the file does not change."""
     about = path.stat()
+    # the inode changes when a file is replaced by one of the same size and time
     return _file_digest(path, about.st_ino, about.st_size, about.st_mtime_ns)
 
 
 def refuse_other(path: Path, digest: str | None, record: Path, way_out: str) -> None:
-    """Check that a file is the one whose digest a record has (None: a record of an older kdkit
-    without digests).
+    """Check that a file has the recorded digest (None: an older kdkit recorded none).
 
     Raises:
         DamagedFile: it is another, or damaged.
@@ -251,15 +250,12 @@ def refuse_other(path: Path, digest: str | None, record: Path, way_out: str) -> 
     if digest is None:
         return
     try:
-        found = file_digest(path)
+        is_same = file_digest(path) == digest
     except OSError as error:
         raise RunError(f"{path}: {error.strerror}; {way_out}") from None
-    if found != digest:
-        what = (
-            "it is empty"
-            if not path.stat().st_size
-            else f"its SHA-256 is not the one in {record.name}"
-        )
+    if not is_same:
+        is_empty = path.stat().st_size == 0
+        what = "it is empty" if is_empty else f"its SHA-256 is not the one in {record.name}"
         raise DamagedFile(path, what, way_out)
 
 
@@ -282,6 +278,7 @@ def _crc(plain: Mapping[str, Any], owner: str) -> str:
 
 
 def _canonical(plain: Mapping[str, Any], owner: str) -> bytes:
+    # independent of the order of keys, which another program may change
     return owner.encode() + json.dumps(plain, sort_keys=True).encode()
 
 

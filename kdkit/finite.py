@@ -1,6 +1,4 @@
-"""Detection of NaN and infinity in networks and in their answers, and their representation in JSON
-files.
-"""
+"""Detection of NaN and infinity in weights and answers, and their form in JSON files."""
 
 from __future__ import annotations
 
@@ -29,15 +27,14 @@ def faulty_weight(module: nn.Module) -> str | None:
     for name, value in itertools.chain(module.named_parameters(), module.named_buffers()):
         if not value.is_floating_point():
             continue
-        faulty = ~(value.isfinite() | value.isneginf()) if name in masks else ~value.isfinite()
-        if count := int(faulty.sum()):
+        sound = value.isfinite() | value.isneginf() if name in masks else value.isfinite()
+        if count := int((~sound).sum()):
             return f"{name} holds {count:,} of {value.numel():,} numbers that are NaN or infinite"
     return None
 
 
 class FiniteAnswers:
-    """Records on the device whether a network's answers are finite, so that no synchronisation is
-    needed until the result is read.
+    """Records on the device, without synchronisation, whether a network's answers are finite.
 
     Args:
         role: name of the network in messages.
@@ -54,7 +51,11 @@ class FiniteAnswers:
                 continue
             # stays on the device: `bool()` would synchronise in every step
             finite = value.detach().isfinite().all()
-            self._finite[name] = self._finite[name] & finite if name in self._finite else finite
+            if name in self._finite:
+                # in place, as a recorded step writes to the same memory each time
+                self._finite[name] &= finite
+            else:
+                self._finite[name] = finite
 
     def verify(self) -> None:
         """Raise an error if a recorded answer was not finite.
@@ -64,12 +65,12 @@ class FiniteAnswers:
         """
         if not self._finite:
             return
-        names, found = list(self._finite), torch.stack(list(self._finite.values())).tolist()
-        if faulty := [name for name, finite in zip(names, found, strict=True) if not finite]:
-            raise RunError(
-                f"{self.role}: its answers hold NaN or infinite numbers ({', '.join(faulty)});"
-                f" {LOOK}"
-            )
+        # one stack, so that the device is read once however many outputs there are
+        flags = torch.stack(list(self._finite.values())).tolist()
+        faulty = [name for name, finite in zip(self._finite, flags, strict=True) if not finite]
+        if faulty:
+            says = f"its answers hold NaN or infinite numbers ({', '.join(faulty)})"
+            raise RunError(f"{self.role}: {says}; {LOOK}")
 
 
 def to_json(content: Any, *, indent: int | None = None) -> str:
@@ -100,9 +101,10 @@ def with_nan(content: Any) -> Any:
     return json.loads(json.dumps(content), object_hook=metrics_with_nan)
 
 
-def metrics_with_nan(found: dict[str, Any]) -> dict[str, Any]:
+def metrics_with_nan(values: dict[str, Any]) -> dict[str, Any]:
     """Convert null to NaN in measured numbers, as an object hook of `json.loads`."""
-    for part in MEASURED & found.keys():
-        if isinstance(found[part], dict):
-            found[part] = {name: or_nan(value) for name, value in found[part].items()}
-    return found
+    for key in MEASURED & values.keys():
+        # the whole entry is null where there is no teacher or no ensemble
+        if isinstance(values[key], dict):
+            values[key] = {name: or_nan(value) for name, value in values[key].items()}
+    return values

@@ -1,4 +1,6 @@
-"""Starts a command in several processes of this machine, and reports their failure in one line."""
+"""Starts a command in several processes of this machine, and reports their failure in one line;
+takes a process out of its launch.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,7 @@ from kdkit.errors import RecipeError
 ENDED_WITH_ANOTHER = 1  # exit code of a process that ends because another one has ended
 # exit codes of processes that end, or are terminated, after the first
 FOLLOWING = (ENDED_WITH_ANOTHER, -signal.SIGTERM, 128 + signal.SIGTERM)
+OF_A_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 GOES_ON = "the same command goes on from the last checkpoint"
 WORKER_ENDED = (
     f"a process that loads data has ended unexpectedly (killed, or out of memory?); {GOES_ON}"
@@ -26,9 +29,7 @@ LOST = (
     "Broken pipe",
     "failed to recv",
 )
-"""Texts in torch's errors, of several backends, when a process waits for one that no longer
-exists.
-"""
+"""Texts in torch's errors, by backend, when a process waits for one that no longer exists."""
 
 
 def of_launch() -> tuple[int, int]:
@@ -39,6 +40,24 @@ def of_launch() -> tuple[int, int]:
 def is_first() -> bool:
     """Check whether this is the launch's first process, or was started alone."""
     return of_launch()[0] == 0
+
+
+def leave_launch() -> None:
+    """Leave the process group, on the device that the launcher meant for this process: from here
+    on, torch and Accelerate see a single process.
+    """
+    import torch
+    from accelerate.state import PartialState
+
+    rank, world = of_launch()
+    if world > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    # Accelerate caches the group and its environment for the whole process
+    PartialState._reset_state()
+    for name in OF_A_LAUNCH:
+        os.environ.pop(name, None)
 
 
 def must_launch(processes: int) -> bool:
@@ -69,7 +88,8 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.disable(logging.CRITICAL)  # torch reports a failure in a page of text
+    # torch reports a failure in a page of text; the processes print their own line
+    logging.disable(logging.CRITICAL)
     # divide the cores: otherwise every process would use all of them
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     with tempfile.TemporaryDirectory() as logs:
@@ -86,12 +106,13 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
             logs_specs=DefaultLogsSpecs(log_dir=logs),
         )
         try:
+            # -P: `-m` alone imports from the current folder first, such as a checkout's `kdkit`
             elastic_launch(config, sys.executable)("-P", "-m", "kdkit", *arguments)
         except SignalException as error:
             return 128 + error.sigval
         except ChildFailedError as error:
             says, code = first_failure(
-                {rank: (one.pid, one.exitcode) for rank, one in error.failures.items()}, processes
+                {rank: (end.pid, end.exitcode) for rank, end in error.failures.items()}, processes
             )
             print(says, end="", file=sys.stderr)
             return code
@@ -106,11 +127,13 @@ def first_failure(failures: Mapping[int, tuple[int, int]], processes: int) -> tu
         failures: by the process's number: its pid and exit code, which is below 0 for a signal.
         processes: the number of processes.
     """
+    # a process that ended by itself comes before those that followed it, a signal before an exit
+    # code: whoever lost a killed process reports an error of its own
     rank = min(failures, key=lambda rank: (failures[rank][1] in FOLLOWING, failures[rank][1] >= 0))
     pid, code = failures[rank]
     if code >= 0:
         return "", code
-    named = {one.value: one.name for one in signal.Signals}.get(-code, f"signal {-code}")
+    named = {number.value: number.name for number in signal.Signals}.get(-code, f"signal {-code}")
     says = (
         f"process {rank + 1} of {processes} (rank {rank}, pid {pid}) was killed by {named}; the"
         f" others were ended; {GOES_ON}\n"
@@ -119,9 +142,7 @@ def first_failure(failures: Mapping[int, tuple[int, int]], processes: int) -> tu
 
 
 def told_of_another(error: BaseException) -> str | None:
-    """Return the message that replaces an error which only states that another process has ended;
-    None for other errors.
-    """
+    """Return the message for an error that only says that another process has ended, else None."""
     if not isinstance(error, RuntimeError):
         return None
     rank, world = of_launch()

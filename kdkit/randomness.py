@@ -11,7 +11,7 @@ import contextlib
 import functools
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ def derived(*parts: int | str) -> int:
 
 def reseed(*parts: int | str) -> None:
     """Seed torch (the CPU and every accelerator), numpy and random from the parts."""
+    # 32 bits, the most that NumPy's global generator takes
     seed = derived(*parts)
     random.seed(seed)
     np.random.seed(seed)
@@ -43,12 +44,19 @@ def _accelerator() -> Any:
 @contextlib.contextmanager
 def seeded(*parts: int | str) -> Iterator[None]:
     """Seed from the parts inside the block, and restore the random state afterwards."""
-    python, numeric = random.getstate(), np.random.get_state()
     devices = [_accelerator().current_device()] if _accelerator() is not None else []
+    with restored(devices):
+        reseed(*parts)
+        yield
+
+
+@contextlib.contextmanager
+def restored(devices: Sequence[int] = ()) -> Iterator[None]:
+    """Restore the random state of Python, NumPy and torch (the CPU, these devices) afterwards."""
+    python, numeric = random.getstate(), np.random.get_state()
     # by default, fork_rng saves the state of every device, which is slow
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(list(devices)):
         try:
-            reseed(*parts)
             yield
         finally:
             random.setstate(python)

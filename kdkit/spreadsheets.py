@@ -11,9 +11,7 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def as_csv(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Format columns and rows as CSV. Texts that a spreadsheet would take for formulas are prefixed
-    with an apostrophe; numbers stay numbers.
-    """
+    """Format as CSV; an apostrophe precedes texts that a spreadsheet would take for formulas."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerows([_plain(cell) for cell in row] for row in (columns, *rows))
@@ -24,6 +22,7 @@ def _plain(cell: object) -> object:
     if isinstance(cell, int | float) or cell is None:
         return cell
     text = str(cell)
+    # a text such as -0.5 is a number, not a formula
     safe = f"'{text}" if text.startswith(FORMULA) and not _is_number(text) else text
     return safe.replace("\r", " ")  # otherwise some programs would begin a row there
 

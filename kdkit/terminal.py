@@ -1,6 +1,4 @@
-"""A console for untrusted text: nothing in it moves the cursor, sets a title or is taken for
-markup.
-"""
+"""A console for untrusted text: nothing in it is taken for markup or control sequences."""
 
 from __future__ import annotations
 
@@ -24,6 +22,7 @@ class Terminal(Console):
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
+        # again here: a `Text`, as in the cells of a table, does not pass `render_str`
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
 

@@ -38,7 +38,7 @@ def assert_right(store, rows):
         assert torch.equal(value, expected[name]), name
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_rows_written_into_the_store_are_read(tmp_path):
     store = opened(tmp_path)
     rows = torch.tensor([7, 3, 399, 0])
     assert not store.known(rows).any()
@@ -51,7 +51,7 @@ def test_what_is_written_is_read(tmp_path):
     assert_right(again, rows)
 
 
-def test_a_row_does_not_change(tmp_path):
+def test_a_row_of_the_store_does_not_change(tmp_path):
     store = opened(tmp_path)
     rows = torch.tensor([1, 2])
     store.write(rows, values(rows))
@@ -59,7 +59,7 @@ def test_a_row_does_not_change(tmp_path):
     assert_right(store, torch.tensor([1, 2, 4]))
 
 
-def test_files_are_sparse_and_sizes_are_told(tmp_path):
+def test_files_of_the_store_are_sparse_and_sizes_are_told(tmp_path):
     columns = [Column("logits", (1024,), "float32")]  # a page each
     store = opened(tmp_path, columns, 100_000)
     every = torch.arange(100_000)
@@ -90,7 +90,7 @@ def test_rows_that_never_reached_the_disk_are_forgotten_when_nobody_uses_the_sto
     assert_right(later, torch.cat([kept, lost]))
 
 
-def test_a_row_is_marked_on_disk_only_after_its_values_are(tmp_path, monkeypatch):
+def test_the_store_marks_a_row_only_after_its_values_are_on_disk(tmp_path, monkeypatch):
     """Every flush of a column comes before the marks."""
     store, order = opened(tmp_path), []
 
@@ -141,7 +141,7 @@ def test_processes_write_one_store_together(tmp_path):
 
 @pytest.mark.parametrize("watched", [False, True])
 @pytest.mark.parametrize("after", [0.03, 0.06, 0.1, 0.15])
-def test_a_killed_writer_leaves_no_wrong_row(tmp_path, after, watched):
+def test_a_killed_writer_leaves_no_wrong_row_in_the_store(tmp_path, after, watched):
     """Whether its marks are forgotten afterwards, or stay because another process has the store open."""
     other = opened(tmp_path) if watched else None
     writer = FORK.Process(target=write_random_rows, args=(tmp_path, COMMITS, 100_000))
@@ -162,7 +162,7 @@ def test_a_killed_writer_leaves_no_wrong_row(tmp_path, after, watched):
     assert_right(other or store, rows)
 
 
-def test_a_folder_that_was_left_half_made_is_made_anew(tmp_path):
+def test_a_half_made_store_is_made_anew(tmp_path):
     opened(tmp_path).close()
     (tmp_path / NAME / answer_store.MARKER).unlink()  # which comes last
     (tmp_path / NAME / "column-0.bin").write_bytes(b"half")
@@ -173,14 +173,14 @@ def test_a_folder_that_was_left_half_made_is_made_anew(tmp_path):
     assert_right(store, rows)
 
 
-def test_damaged_files_are_refused(tmp_path):
+def test_damaged_files_of_the_store_are_refused(tmp_path):
     opened(tmp_path).close()
     os.truncate(tmp_path / NAME / "column-1.bin", 10)
     with pytest.raises(RunError, match=rf"column-1.bin is damaged or missing; `kdkit cache --clear {NAME} --dir {tmp_path}`"):
         opened(tmp_path)
 
 
-def test_a_disk_that_is_nearly_full_is_told_before_it_is_full(tmp_path, monkeypatch):
+def test_the_store_tells_of_a_disk_that_is_nearly_full(tmp_path, monkeypatch):
     store = opened(tmp_path)
     rows = torch.arange(8)
     monkeypatch.setattr(answer_store.shutil, "disk_usage", lambda path: type("", (), {"free": answer_store.RESERVE + 1000})())
@@ -220,7 +220,7 @@ def write_later(folder):
     write_random_rows(folder, 0, 3)
 
 
-def test_who_waits_while_a_store_is_removed_makes_a_new_one(tmp_path):
+def test_a_store_removed_while_another_waits_is_made_anew(tmp_path):
     opened(tmp_path).close()
     waiting = FORK.Process(target=write_later, args=(tmp_path,))  # forked before the lock is taken, or it would have it too
     waiting.start()

@@ -63,7 +63,7 @@ def weights(result):
 
 
 @pytest.mark.parametrize("file", ["teacher.npz", "teacher.safetensors"])
-def test_a_file_teaches_as_the_network_that_gave_its_answers(file, tmp_path):
+def test_an_answers_file_teaches_as_the_network_that_gave_it(file, tmp_path):
     rows = answers_of(tmp_path, NETWORK)
     if file.endswith("npz"):
         numpy.savez_compressed(tmp_path / file, logits=rows.numpy())
@@ -95,7 +95,7 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("kind", RECIPES)
-def test_what_answers_cannot_do_is_one_line(kind, tmp_path):
+def test_what_an_answers_file_cannot_do_is_one_line(kind, tmp_path):
     numpy.savez(tmp_path / "teacher.npz", logits=ROWS)
     changes, says = RECIPES[kind]
     assert f": {says}" in refused(tmp_path, **changes)
@@ -112,7 +112,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_a_file_that_does_not_fit_is_one_line(kind, tmp_path):
+def test_an_answers_file_that_does_not_fit_is_one_line(kind, tmp_path):
     rows, says = FILES[kind]
     numpy.savez(tmp_path / "teacher.npz", logits=rows)
     line = refused(tmp_path)
@@ -121,7 +121,7 @@ def test_a_file_that_does_not_fit_is_one_line(kind, tmp_path):
 
 @pytest.mark.parametrize("name", ["teacher.npz", "teacher.safetensors"])
 @pytest.mark.parametrize("left", [0, 40, 700])
-def test_a_damaged_file_is_one_line(left, name, tmp_path):
+def test_a_damaged_answers_file_is_one_line(left, name, tmp_path):
     whole = tmp_path / name
     if name.endswith("npz"):
         numpy.savez(whole, logits=ROWS)
@@ -139,7 +139,7 @@ def test_probabilities_are_noted_and_classes_can_be_chosen(tmp_path):
     train(tmp_path, merged(FILE, {"teacher": {"num_classes": 7, "classes": [0, 1, 2, 3, 4, 6]}}))
 
 
-def test_runs_side_by_side_read_the_same_answers(tmp_path):
+def test_runs_in_lockstep_read_one_answers_file(tmp_path):
     numpy.savez(tmp_path / "teacher.npz", logits=ROWS.astype("float16"))
     found = []
     for name, rate in (("slow", 0.01), ("fast", 0.1)):
@@ -151,7 +151,7 @@ def test_runs_side_by_side_read_the_same_answers(tmp_path):
         assert_same_run(alone.folder, job.folder)
 
 
-def test_a_study_of_it_tells_no_agreement(tmp_path):
+def test_a_study_with_an_answers_file_tells_no_agreement(tmp_path):
     numpy.savez(tmp_path / "teacher.npz", logits=ROWS)
     variants = {"one": {}, "two": {"losses": [{"use": "logit_kl"}]}}
     study = {"name": "s", "question": "why?", "base": FILE, "baseline": "one", "variants": variants}
@@ -159,14 +159,14 @@ def test_a_study_of_it_tells_no_agreement(tmp_path):
     assert all("agreement" not in variant.last and variant.last["top1"] for variant in found.variants)
 
 
-def test_a_stream_has_no_rows(tmp_path):
+def test_an_answers_file_for_a_stream_is_refused(tmp_path):
     numpy.savez(tmp_path / "teacher.npz", logits=ROWS)
     (tmp_path / "streams.py").write_text(STREAMS)
     base = {**FILE, "data": {"dataset": {"use": "flow"}, "batch_size": 8}, "plugins": ["streams.py"]}
     assert "teacher.model: this dataset is read from start to end" in refused(tmp_path, base)
 
 
-def test_further_views_have_no_answers(tmp_path):
+def test_an_answers_file_for_further_views_is_refused(tmp_path):
     numpy.savez(tmp_path / "teacher.npz", logits=ROWS)
     (tmp_path / "views.py").write_text(VIEWS)
     says = "stage 'two_views' shows 2 views of each image at once, to which teacher has no answers"

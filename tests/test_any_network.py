@@ -6,7 +6,8 @@ import types
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training import PLAIN, merged, train, write
+from training import PLAIN as ON_ANY_DEVICE
+from training import merged, train, write
 
 import kdkit
 from kdkit import recipe
@@ -16,6 +17,8 @@ from kdkit.students.export import export
 from kdkit.students.loaded import LoadedRun, evaluate
 
 CPU = torch.device("cpu")
+# some of these networks make tensors of their own, on the processor
+PLAIN = merged(ON_ANY_DEVICE, {"train": {"device": "cpu"}})
 
 NET = """\
 from torch import nn
@@ -80,7 +83,7 @@ FITS = {  # what the file holds, the prefix in the recipe, what `check` notes
 
 
 @pytest.mark.parametrize("case", FITS)
-def test_weights_that_fit_are_taken_and_what_is_done_to_them_is_told(tmp_path, case):
+def test_checkpoint_weights_that_fit_are_taken_with_a_note(tmp_path, case):
     content, prefix, notes = FITS[case]
     torch.save(content, tmp_path / "w.pt")
     found = checked(tmp_path, teacher={"strip_prefix": prefix})
@@ -107,7 +110,7 @@ MISFITS = {  # what the file holds, what `check` says; `train` plans first, so i
 
 
 @pytest.mark.parametrize("case", MISFITS)
-def test_weights_that_do_not_fit_are_refused_at_check(tmp_path, case):
+def test_checkpoint_weights_that_do_not_fit_are_refused_at_check(tmp_path, case):
     content, says = MISFITS[case]
     torch.save(content, tmp_path / "w.pt")
     line = refused(tmp_path)
@@ -124,7 +127,7 @@ def test_a_student_of_other_classes_is_told_of_a_new_head(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore:.*torch.jit.*:DeprecationWarning")
-def test_a_torchscript_archive_is_told_in_its_own_words(tmp_path):
+def test_a_torchscript_archive_as_checkpoint_is_refused(tmp_path):
     torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "w.pt")
     assert "w.pt: is a TorchScript archive, whose code kdkit does not run" in refused(tmp_path)
 
@@ -262,7 +265,7 @@ def test_a_student_whose_tensors_change_their_shape_is_read_again_wherever_it_is
     assert kdkit.train(tmp_path / "second.yaml", folder=tmp_path / "second", quiet=True).teacher["top1"] == result.test["top1"]
 
 
-def test_a_run_with_such_a_student_goes_on_from_a_checkpoint(tmp_path):
+def test_a_student_whose_tensors_change_their_shape_resumes(tmp_path):
     (tmp_path / "net.py").write_text(CHANGING.format(change=""))
     base = {**PLAIN, "student": PLAIN_NET, "teacher": {"model": "mlp/8"}}
     whole = train(tmp_path, base, into="whole")
@@ -273,7 +276,7 @@ def test_a_run_with_such_a_student_goes_on_from_a_checkpoint(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.ao.*:DeprecationWarning", "ignore:.*reduce_range.*:UserWarning")
-def test_such_a_student_has_no_moving_average(tmp_path):
+def test_a_student_whose_tensors_change_their_shape_has_no_moving_average(tmp_path):
     (tmp_path / "net.py").write_text(CHANGING.format(change=""))
     base = {**PLAIN, "student": PLAIN_NET, "teacher": {"model": "mlp/8"}, "train": {**PLAIN["train"], "ema": {"decay": 0.9}}}
     with pytest.raises(
@@ -313,7 +316,7 @@ def ten(tmp_path):
     return tmp_path
 
 
-def test_some_classes_of_a_teacher_are_read_wherever_it_answers(ten):
+def test_chosen_classes_of_a_teacher_are_read_wherever_it_answers(ten):
     base = merged(TEN, {"teacher": {"classes": CHOSEN, "cache": {"views": 1}}, "run": {"folder": str(ten / "runs")}})
     hints = [{"use": "rkd_distance", "layers": [{"student": "logits", "teacher": "logits"}]}, {"use": "logit_kl"}]
     result = train(ten, {**base, "losses": hints}, teacher={"cache": {"what": "taps"}})
@@ -435,7 +438,7 @@ def test_a_network_of_two_files_of_which_both_are_part_of_the_run(tmp_path):
     assert counts == [193 * width + (width + 1) * 6 for width in (4, 5, 6)] and len(set(marks)) == 3
 
 
-def test_a_module_of_such_a_name_from_elsewhere_stays_what_it_was(tmp_path, monkeypatch):
+def test_a_module_of_the_same_name_from_elsewhere_stays_what_it_was(tmp_path, monkeypatch):
     theirs = types.ModuleType("blocks")
     monkeypatch.setitem(sys.modules, "blocks", theirs)
     (tmp_path / "blocks.py").write_text(BLOCKS.format(width=4))

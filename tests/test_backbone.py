@@ -14,12 +14,12 @@ def network():
 
 
 @pytest.mark.parametrize(("layer", "depth"), [("0", 1), ("1", 2), ("2", 3), ("2@input", 2), ("penultimate", 5)])
-def test_gives_what_the_layer_gives(layer, depth):
+def test_backbone_gives_what_the_layer_gives(layer, depth):
     net, images = network(), torch.rand(2, 3, 8, 8)
     assert torch.equal(kdkit.Backbone(net, layer)(images), net[:depth](images))
 
 
-def test_shares_parameters_and_buffers_but_no_modules():
+def test_backbone_shares_parameters_and_buffers_but_no_modules():
     net = network()
     backbone = kdkit.Backbone(net, "2")
     shared = {id(value) for value in (*backbone.parameters(), *backbone.buffers())}
@@ -30,19 +30,19 @@ def test_shares_parameters_and_buffers_but_no_modules():
     assert net[1].num_batches_tracked == 1 and not net.training
 
 
-def test_leaves_out_the_classifier_of_the_copy_alone():
+def test_backbone_leaves_out_the_classifier_of_the_copy_alone():
     net = network()
     backbone = kdkit.Backbone(net, "2", num_classes=5)
     assert isinstance(backbone.network[5], nn.Identity) and isinstance(net[5], nn.Linear)
 
 
-def test_gradients_reach_the_network():
+def test_gradients_of_a_backbone_reach_the_network():
     net = network()
     kdkit.Backbone(net, "2")(torch.rand(2, 3, 8, 8)).sum().backward()
     assert net[0].weight.grad.any() and net[5].weight.grad is None
 
 
-def test_a_failed_forward_leaves_nothing_behind():
+def test_a_failed_forward_of_a_backbone_leaves_nothing_behind():
     backbone = kdkit.Backbone(network(), "2")
     with pytest.raises(RuntimeError):
         backbone(torch.rand(2, 7, 8, 8))
@@ -50,6 +50,6 @@ def test_a_failed_forward_leaves_nothing_behind():
 
 
 @pytest.mark.parametrize(("layer", "net"), [("9", network()), ("0", nn.Sequential(nn.Conv2d(3, 4, 3)))])
-def test_refuses_what_is_not_there(layer, net):
+def test_backbone_refuses_a_layer_that_is_not_there(layer, net):
     with pytest.raises(kdkit.TapError):
         kdkit.Backbone(net, layer)

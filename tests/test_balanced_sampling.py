@@ -24,7 +24,7 @@ def indices(batches):
     return torch.cat([batch.index for batch in batches])
 
 
-def test_each_class_comes_equally_often_and_all_its_images_before_one_again():
+def test_balanced_sampling_takes_each_class_equally_often():
     labels = torch.arange(CLASSES).repeat_interleave(torch.tensor(SIZES))
     order, copies = balanced(torch.randperm(40, generator=torch.Generator().manual_seed(0)), labels)
     assert labels[order].bincount().tolist() == [10] * CLASSES
@@ -35,14 +35,14 @@ def test_each_class_comes_equally_often_and_all_its_images_before_one_again():
 
 
 @pytest.mark.parametrize("labels", [[0] * 6, [2, 2, 2, 2, 5, 5], [0, 1, 2, 3, 4, 5]], ids=["one class", "two", "as many as images"])
-def test_classes_that_do_not_occur_are_left_out(labels):
+def test_balanced_sampling_leaves_out_classes_that_do_not_occur(labels):
     labels = torch.tensor(labels)
     order, _ = balanced(torch.arange(6), labels)
     _, counts = labels[order].unique(return_counts=True)
     assert counts.max() - counts.min() <= 1 and len(order) == 6
 
 
-def test_an_epoch_keeps_its_length_and_differs_from_the_next():
+def test_a_balanced_epoch_keeps_its_length_and_differs_from_the_next():
     loaded = data(Unequal, augment=CROPS, sampling="balanced")
     first, second = indices(loaded.train.epoch(0)), indices(loaded.train.epoch(1))
     assert len(first) == len(second) == 40 and len(loaded.train) == 5
@@ -51,14 +51,14 @@ def test_an_epoch_keeps_its_length_and_differs_from_the_next():
     assert same(loaded.train.epoch(1), data(Unequal, augment=CROPS, sampling="balanced").train.epoch(1))
 
 
-def test_copies_of_an_image_are_augmented_differently():
+def test_balanced_copies_of_an_image_are_augmented_differently():
     batches = list(data(Unequal, augment=CROPS, sampling="balanced").train.epoch(0))
     pictures = torch.cat([batch.inputs for batch in batches])[indices(batches) == 39]  # the only image of its class
     assert len(pictures) == 10 and len(pictures.flatten(1).unique(dim=0)) > 5
 
 
 @every_kind
-def test_processes_share_a_batch_and_a_restart_goes_on(kind):
+def test_processes_share_a_balanced_batch_and_resume(kind):
     source, settings = KINDS[kind]
     settings = {**settings, "sampling": "balanced"}
     whole = list(data(source, **settings).train.epoch(3))
@@ -69,7 +69,7 @@ def test_processes_share_a_batch_and_a_restart_goes_on(kind):
     assert same(whole[2:], data(source, **settings).train.epoch(3, start=2))
 
 
-def test_what_cannot_be_balanced():
+def test_balanced_sampling_is_refused_where_it_cannot_work():
     with pytest.raises(ValueError, match="give repeats or sampling: balanced, not both"):
         spec(sampling="balanced", repeats=2, augment=CROPS)
     with pytest.raises(DataError, match=r"data\.sampling: the schedule chooses which images come together"):

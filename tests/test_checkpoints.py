@@ -5,14 +5,15 @@ import os
 import pytest
 import torch
 
-from kdkit.runs.checkpoints import Checkpoints, write_atomically
+from kdkit.files import write_atomically
+from kdkit.runs.checkpoints import Checkpoints
 
 
 def names(folder):
     return sorted(path.name.rsplit("-", 1)[0] for path in folder.iterdir())
 
 
-def test_the_newest_is_loaded_with_its_values(tmp_path):
+def test_the_newest_checkpoint_is_loaded_with_its_values(tmp_path):
     checkpoints = Checkpoints(tmp_path / "made")
     assert checkpoints.load_newest("stage0") == (None, {})
     state = {"weights": torch.rand(3), "epoch": 2, "scores": [{"test": {"top1": 1.5}}], "none": None}
@@ -26,7 +27,7 @@ def test_the_newest_is_loaded_with_its_values(tmp_path):
     assert names(tmp_path / "made") == ["stage1-00000009"]
 
 
-def test_few_are_kept_and_those_of_other_stages_left_alone(tmp_path):
+def test_few_checkpoints_are_kept_and_those_of_other_stages_left_alone(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save("stage1", 1, {})
     (tmp_path / ".left.part").touch()
@@ -39,7 +40,7 @@ def test_few_are_kept_and_those_of_other_stages_left_alone(tmp_path):
     assert checkpoints.load_newest("stage0")[0] == {"number": "again"}
 
 
-def test_a_damaged_later_one_goes_when_training_has_gone_on(tmp_path):
+def test_a_damaged_later_checkpoint_goes_when_training_has_gone_on(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     good, bad = checkpoints.save("stage0", 4, {"number": 4}), checkpoints.save("stage0", 8, {"number": 8})
     bad.write_bytes(bad.read_bytes()[:-1])
@@ -50,7 +51,7 @@ def test_a_damaged_later_one_goes_when_training_has_gone_on(tmp_path):
     assert checkpoints.load_newest("stage0") == ({"number": 6}, {})
 
 
-def test_one_of_another_run_is_passed_over(tmp_path):
+def test_a_checkpoint_of_another_run_is_passed_over(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save("stage0", 1, {"run": "ours"})
     theirs = checkpoints.save("stage0", 2, {"run": "theirs"})
@@ -59,8 +60,8 @@ def test_one_of_another_run_is_passed_over(tmp_path):
     assert checkpoints.load_newest("stage0", "ours") == ({"by": "an older kdkit"}, {})
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", os.urandom(4096)])
-def test_what_is_no_checkpoint_is_passed_over(tmp_path, content):
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", bytes(range(256)) * 16])
+def test_a_file_that_is_no_checkpoint_is_passed_over(tmp_path, content):
     import hashlib
 
     checkpoints = Checkpoints(tmp_path)
@@ -71,7 +72,7 @@ def test_what_is_no_checkpoint_is_passed_over(tmp_path, content):
     assert checkpoints.load_newest("stage0") == ({"number": 1}, {file: "is damaged"})
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     file = tmp_path / "deep" / "file"
     write_atomically(file, b"old")
 

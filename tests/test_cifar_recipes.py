@@ -34,7 +34,7 @@ def test_every_pair_has_the_methods_of_the_tables():
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_it_follows_the_protocol(path):
+def test_a_cifar_recipe_follows_the_protocol(path):
     ours, common = recipe.load(path).spec, recipe.load(FOLDER / "protocol.yaml").spec
     rate = 0.01 if "shufflenet" in ours.student.model else 0.05
     assert ours.data == common.data
@@ -46,7 +46,7 @@ def test_it_follows_the_protocol(path):
 
 
 @pytest.mark.parametrize("path", CASES)
-def test_it_trains(tmp_path, path):
+def test_a_cifar_recipe_trains(tmp_path, path):
     found = recipe.load(path)
     changes = {"data.dataset": TINY, "data.batch_size": 4, "train.epochs": 1, "train.device": "cpu", "run.log_steps": 1}
     if found.spec.teacher:

@@ -24,13 +24,13 @@ def naive_hsic(x, y):
     return both + apart - 2 * chained
 
 
-def test_it_is_what_a_naive_derivation_gives():
+def test_cka_is_what_a_naive_derivation_gives():
     x, y = features(0, n=7), features(1, n=7, d=3) + features(0, n=7)[:, :3]
     naive = naive_hsic(x, y) / math.sqrt(naive_hsic(x, x) * naive_hsic(y, y))
     assert linear_cka(x, y) == pytest.approx(naive, rel=1e-9)
 
 
-def test_a_layer_is_like_itself_turned_scaled_and_moved():
+def test_cka_of_a_layer_turned_scaled_and_moved_is_1():
     x = features(0)
     turn = torch.linalg.qr(features(2, n=5))[0]
     assert linear_cka(x, x) == pytest.approx(1)
@@ -39,13 +39,13 @@ def test_a_layer_is_like_itself_turned_scaled_and_moved():
     assert linear_cka(x, y) == pytest.approx(linear_cka(-2 * x @ turn, y + 7))
 
 
-def test_it_is_symmetric_and_about_0_for_what_is_unrelated_however_wide():
+def test_cka_is_symmetric_and_about_0_for_unrelated_layers():
     x, y = features(0, n=200, d=2000), features(1, n=200, d=2000)
     assert linear_cka(x, y) == pytest.approx(linear_cka(y, x))
     assert abs(linear_cka(x, y)) < 0.05  # the biased form gives above 0.9 here
 
 
-def test_batches_add_up_and_maps_are_flattened():
+def test_cka_adds_up_batches_and_flattens_maps():
     x, y = features(0, n=16, d=12), features(1, n=16, d=12)
     similarity = LayerSimilarity(("x", "y"), ("y", "x"))
     for part in (slice(0, 8), slice(8, 16)):
@@ -58,7 +58,7 @@ def test_batches_add_up_and_maps_are_flattened():
     assert torch.allclose(found, torch.tensor([[expected, 1], [1, expected]], dtype=torch.float64))
 
 
-def test_what_has_no_value():
+def test_cka_without_a_value():
     assert math.isnan(linear_cka(torch.ones(8, 3), features(0, n=8)))
     with pytest.raises(ValueError, match="4 samples"):
         linear_cka(torch.ones(3, 3), torch.ones(3, 3))

@@ -350,7 +350,7 @@ def kl(loss, student, teacher, batch):
     return loss.options.scale * total / len(student.logits)
 
 
-def test_a_kind_loss_passes_and_its_report_says_what_nobody_looked_at(capsys):
+def test_a_report_says_what_the_checks_do_not_cover(capsys):
     report = check_loss(Kind)
     assert report.not_verified == (testing.FORMULA,) and len(report.kept) == len(LOSS_CHECKS)
     assert str(report).splitlines()[0] == f"kind: {len(LOSS_CHECKS)} checks passed" and str(report) in capsys.readouterr().out
@@ -672,7 +672,7 @@ def test_a_wrong_formula_is_caught_by_a_reference(cls):
 
 
 @pytest.mark.parametrize("cls", [Reversed, Tempered], ids=lambda cls: cls.__name__)
-def test_what_only_a_reference_finds_is_said_not_to_be_verified(cls):
+def test_a_report_says_that_only_a_reference_verifies_the_formula(cls):
     assert testing.FORMULA in check_loss(cls).not_verified
 
 
@@ -688,7 +688,7 @@ def test_every_check_has_a_loss_that_fails_it():
     assert {check.__name__ for check in LOSS_CHECKS} == {check for check, _ in BROKEN.values()}
 
 
-def test_one_line_says_each_broken_promise():
+def test_check_loss_has_one_line_for_each_broken_promise():
     with pytest.raises(AssertionError) as caught:
         check_loss(InDouble)
     assert [line.split(":")[:2] for line in str(caught.value).splitlines()] == [["check_is_a_finite_scalar", " good"]]

@@ -10,10 +10,10 @@ from kdkit.testing import random_batch, random_outputs
 
 
 class TestBatch:
-    def test_indices_are_the_classes(self):
+    def test_classes_of_index_labels(self):
         assert random_batch(3).classes.tolist() == [0, 1, 2]
 
-    def test_of_a_mixed_sample_the_largest_share_counts(self):
+    def test_classes_of_mixed_labels_are_the_largest_share(self):
         shares = torch.tensor([[0.3, 0.7, 0.0], [0.0, 0.4, 0.6]])
         assert dataclasses.replace(random_batch(2), labels=shares).classes.tolist() == [1, 2]
 
@@ -45,7 +45,7 @@ class TestFeatureOptions:
         student, teacher = random_outputs({"a": (3,), "b": (2,)}), random_outputs({"c": (5,)}, seed=1)
         assert [(s.shape[1], t.shape[1]) for s, t in options.pairs(student, teacher)] == [(2, 5), (3, 5)]
 
-    def test_what_is_tapped_are_its_layers(self):
+    def test_taps_of_loss_options_are_their_layers(self):
         options = kdkit.FeatureOptions(layers=[{"student": "b", "teacher": "c"}])
         assert [(pair.student, pair.teacher) for pair in options.taps()] == [("b", "c")]
         assert kdkit.LossOptions().taps() == ()
@@ -72,7 +72,7 @@ class TestLoss:
 
 
 class TestStage:
-    def test_by_default_all_losses_count_for_the_usual_time(self):
+    def test_stage_uses_all_losses_and_epochs_by_default(self):
         stage = kdkit.Stage("train", [], lambda batch: [])
         assert (stage.data, stage.training) == (kdkit.StageData(1, None), kdkit.StageTraining(None, None, None, None))
         assert (list(stage.buffers), stage.after_step(), stage.after_epoch(kdkit.Moment(1, 3))) == ([], None, None)
@@ -179,7 +179,7 @@ class TestTeach:
     def model(weight):
         return lambda inputs: kdkit.Outputs(inputs.flatten(1) @ weight)
 
-    def test_the_student_learns_and_the_teachers_do_not(self):
+    def test_teach_gives_gradients_to_the_student_alone(self):
         weights = [torch.randn(192, 5, requires_grad=True) for _ in range(3)]
         student, *teachers = map(self.model, weights)
         (lesson,) = kdkit.teach(student, by=teachers)(random_batch())
@@ -187,7 +187,7 @@ class TestTeach:
         assert not any(teacher.logits.requires_grad for teacher in lesson.teachers)
         torch.testing.assert_close(lesson.teachers[1].logits, random_batch().inputs.flatten(1) @ weights[2].detach())
 
-    def test_without_teachers_there_is_the_student_alone(self):
+    def test_teach_without_teachers_gives_the_student_alone(self):
         (lesson,) = kdkit.teach(self.model(torch.eye(192)))(random_batch())
         assert list(lesson.teachers) == []
 

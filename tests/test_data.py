@@ -130,7 +130,7 @@ def test_epochs_come_again_and_differ(kind):
 
 
 @every_kind
-def test_start_skips_without_changing_what_follows(kind):
+def test_start_of_a_loader_skips_without_changing_what_follows(kind):
     source, settings = KINDS[kind]
     train = data(source, **settings).train
     whole = list(train.epoch(2))
@@ -138,7 +138,7 @@ def test_start_skips_without_changing_what_follows(kind):
         assert same(train.epoch(2, start=start), whole[start:])
 
 
-def test_start_does_not_load_what_it_skips():
+def test_start_of_a_loader_does_not_load_what_it_skips():
     loaded = data(with_files(broken={i: OSError("gone") for i in range(40)}))
     assert list(loaded.train.epoch(0, start=5)) == []
     order = torch.cat([batch.index for batch in data(Held).train.epoch(0)])
@@ -159,7 +159,7 @@ def test_slices_of_the_ranks_make_the_whole_batch(kind, world):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("kind", ["held, timm", "read, batched", "read, timm"])
-def test_workers_change_nothing(kind):
+def test_workers_of_a_loader_change_nothing(kind):
     source, settings = KINDS[kind]
     alone, one, four = (data(source, **settings | {"workers": workers}) for workers in (0, 1, 4))
     for number in (0, 1):  # the second epoch has the same worker processes
@@ -169,7 +169,7 @@ def test_workers_change_nothing(kind):
     assert same(four.test, alone.test)
 
 
-def test_two_epochs_may_be_read_at_once():
+def test_two_epochs_of_a_loader_may_be_read_at_once():
     train = data(Read, workers=1, augment=CROPS).train
     expected = [list(train.epoch(0)), list(train.epoch(1))]
     left, right = zip(*zip(train.epoch(0), train.epoch(1), strict=True), strict=True)
@@ -335,7 +335,7 @@ PROBLEMS: list[tuple[Callable[[], Any], str]] = [
 
 
 @pytest.mark.parametrize(("call", "says"), PROBLEMS)
-def test_what_cannot_work_is_said_in_one_line(call, says):
+def test_impossible_data_options_are_one_line(call, says):
     with pytest.raises(DataError, match=says) as raised:
         call()
     assert "\n" not in str(raised.value)

@@ -32,7 +32,7 @@ def run(tmp_path_factory):
     return train(tmp_path_factory.mktemp("deployed"), SIMKD).folder
 
 
-def test_the_run_saves_what_it_measures(run):
+def test_the_deployed_network_is_saved_and_measured(run):
     names = {name.split(".")[0] for name in weights(run)}
     assert names == {"backbone", "projector", "classifier"} and not any(".fc." in name for name in weights(run))
     result = json.loads((run / "result.json").read_text())
@@ -41,7 +41,7 @@ def test_the_run_saves_what_it_measures(run):
 
 
 @pytest.mark.parametrize("best", [False, True])
-def test_the_student_of_the_run_is_loaded_as_it_was_measured(run, best):
+def test_the_deployed_network_is_loaded_as_it_was_measured(run, best):
     finished = LoadedRun(run)
     student = finished.student(best=best)
     saved = weights(run, "best.safetensors" if best else "student.safetensors")
@@ -54,7 +54,7 @@ def test_the_student_of_the_run_is_loaded_as_it_was_measured(run, best):
         assert found["nll"] == pytest.approx(told["nll"], rel=1e-4) and found["top1"] == told["top1"]
 
 
-def test_the_weights_are_not_those_that_loading_began_with(run):
+def test_the_deployed_weights_are_not_those_that_loading_began_with(run):
     images = torch.rand(3, 3, 32, 32)
     one, other = kdkit.load_student(run), kdkit.load_student(run)
     with torch.no_grad():
@@ -64,7 +64,7 @@ def test_the_weights_are_not_those_that_loading_began_with(run):
         assert not torch.equal(one(images).logits, other(images).logits)
 
 
-def test_a_stopped_run_goes_on_to_the_same_network(run, tmp_path):
+def test_a_run_with_a_deployed_network_resumes_to_the_same_bits(run, tmp_path):
     class Stop(Exception):
         pass
 
@@ -88,26 +88,26 @@ def test_a_stopped_run_goes_on_to_the_same_network(run, tmp_path):
     assert_same_run(run, tmp_path / "run")
 
 
-def test_timm_is_refused_in_one_line(run, tmp_path):
+def test_export_of_a_deployed_network_to_timm_is_refused_in_one_line(run, tmp_path):
     with pytest.raises(kdkit.ModelError, match=r"deployed with parts of simkd, which timm cannot build; use --format onnx") as caught:
         export(LoadedRun(run), "timm", tmp_path / "out")
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
-def test_onnx_gives_the_same_logits(run, tmp_path):
+def test_onnx_of_a_deployed_network_gives_the_same_logits(run, tmp_path):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
     made = export(LoadedRun(run), "onnx", tmp_path)
     assert made.files[0].name == "model.onnx"
 
 
-def test_a_student_without_added_parts_is_itself(tmp_path):
+def test_a_student_without_added_parts_is_deployed_itself(tmp_path):
     recipe = load(write(tmp_path))
     info = kdkit.DataInfo(image_shape=(3, 8, 8), num_classes=6, num_train=48, num_test=20)
     assert deploying(recipe) == [] and deployed(recipe, info, None) is None
 
 
-def test_a_stage_without_the_loss_leaves_the_student_itself(tmp_path):
+def test_a_stage_without_the_loss_deploys_the_student_itself(tmp_path):
     stages = [{"name": "first", "losses": ["simkd"], "epochs": 1}, {"name": "last", "losses": ["cross_entropy"], "epochs": 1}]
     losses = [{"use": "simkd", "layers": LAYERS}, {"use": "cross_entropy"}]
     changes = {"losses": losses, "schedule": {"use": "staged", "stages": stages}, "train": {"ema": None}, "data": {"validation": None}}
@@ -121,7 +121,7 @@ def test_a_stage_without_the_loss_leaves_the_student_itself(tmp_path):
     export(LoadedRun(folder), "timm", tmp_path / "out")
 
 
-def test_a_teacher_of_another_recipe_lends_its_classifier_too(tmp_path):
+def test_a_teacher_of_another_recipe_lends_its_classifier_to_be_deployed(tmp_path):
     plain = {key: value for key, value in merged(SIMKD, {"losses": [{"use": "cross_entropy"}]}).items() if key != "teacher"}
     write(tmp_path, {**plain, "name": "teacher", "schedule": {"use": "supervised"}}, "teacher.yaml")
     folder = train(tmp_path, {**SIMKD, "teacher": {"recipe": "teacher.yaml"}, "run": {"folder": str(tmp_path)}}).folder

@@ -35,7 +35,7 @@ def test_a_device_of_the_machine_is_taken(two_gpus, name, device):
 
 
 @pytest.mark.parametrize("name", ["cuda:2", "mps", "meta"])
-def test_another_is_refused_with_those_there_are(two_gpus, name):
+def test_a_missing_device_is_refused_with_those_there_are(two_gpus, name):
     with pytest.raises(RunError, match=rf"this machine has no '{name}'; it has cpu, cuda:0, cuda:1"):
         devices.chosen(name)
 

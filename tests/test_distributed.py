@@ -1,6 +1,6 @@
 """Two processes give what one process gives with the whole batch.
 
-Relation losses do with `gather: true`: without it they compare the images of a process's own share. test_global_batch.py has them all.
+Relation losses do with `gather: true`: without it they compare the images of a process's own share. test_gather.py has them all.
 """
 
 import json
@@ -137,14 +137,14 @@ def test_two_processes_equal_one(tmp_path, changes):
     assert "epoch" not in second  # the other one is silent
 
 
-def test_a_learning_rate_that_follows_the_loss_is_the_same_everywhere(tmp_path):
+def test_a_plateau_schedule_is_the_same_in_all_processes(tmp_path):
     path = recipe(tmp_path, train={"epochs": 4, "lr_schedule": {"name": "plateau", "patience": 0, "decay_rate": 0.5}})
     commands = [Command(tmp_path, "train", path, "--run", "one"), *together(tmp_path, "train", path, "--run", "two")]
     assert [command.finish()[0] for command in commands] == [0, 0, 0]
     assert_alike(tmp_path / "two", tmp_path / "one")
 
 
-def test_two_processes_stop_together_and_go_on(tmp_path):
+def test_two_processes_stop_together_and_resume(tmp_path):
     path = recipe(tmp_path, train={"epochs": 12})
     whole = together(tmp_path, "train", path, "--run", "whole")
     assert [command.finish()[0] for command in whole] == [0, 0]

@@ -1,7 +1,7 @@
 """What the documentation says is so: generated pages are fresh, links lead somewhere, files and commands shown do work."""
 
 import contextlib
-import importlib.util
+import importlib
 import io
 import re
 import shlex
@@ -34,10 +34,11 @@ HOW_TO = sorted((DOCS / "how-to").glob("*.md"))
 
 
 def generator():
-    spec = importlib.util.spec_from_file_location("docs_generate", DOCS / "generate.py")
-    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    sys.path.insert(0, str(DOCS))  # as for a script: it imports the modules beside it
+    try:
+        return importlib.import_module("generate")
+    finally:
+        sys.path.remove(str(DOCS))
 
 
 GENERATED = generator().pages()

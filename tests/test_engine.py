@@ -18,7 +18,6 @@ from kdkit.runs import training
 from kdkit.runs.networks import ModelFactory
 
 NO_NORM = {"model": "mlp/16-8"}
-CPU = torch.device("cpu")
 
 
 def trainer_of(folder, base=PLAIN, **changes):
@@ -26,7 +25,7 @@ def trainer_of(folder, base=PLAIN, **changes):
     loaded = recipe.load(write(folder, base, **changes))
     accelerator = build_accelerator(loaded.spec.train)
     prepared = training.open_data(loaded, accelerator)
-    factory = ModelFactory(loaded, prepared.info, {}, device=CPU)
+    factory = ModelFactory(loaded, prepared.info, {}, device=accelerator.device)
     stage = next(iter(loaded.plugins.schedules[loaded.spec.schedule.use](loaded.spec.schedule).stages(factory)))
     return training.build_trainer(loaded, prepared, factory, accelerator, 0, stage), factory
 
@@ -35,7 +34,7 @@ def epoch(trainer):
     return list(train_epoch(trainer))
 
 
-def test_three_steps_equal_a_plain_loop(tmp_path):
+def test_three_training_steps_equal_a_plain_loop(tmp_path):
     sgd = {"lr": 0.1, "name": "momentum", "momentum": 0.9, "weight_decay": 0.01, "decay_norm_and_bias": True}
     losses = [{"use": "cross_entropy"}, {"use": "logit_kl", "weight": 0.9, "temperature": 3.0}]
     trainer, factory = trainer_of(
@@ -108,7 +107,7 @@ def test_gradients_are_clipped_all_together(tmp_path):
     assert norms == pytest.approx([0.01] * len(norms), rel=1e-3)
 
 
-def test_average_equals_one_made_by_hand(tmp_path):
+def test_moving_average_equals_one_made_by_hand(tmp_path):
     trainer, _ = trainer_of(tmp_path, train={"ema": {"decay": 0.7}})
     average = None
     for _ in train_epoch(trainer):
@@ -224,7 +223,7 @@ def kdkit_losses():
         train(tmp_path, plugins=["greedy.py"], losses=[{"use": "cross_entropy"}, {"use": "greedy"}])
 
 
-def test_state_dict_goes_on_to_the_same_bits(tmp_path):
+def test_trainer_resumes_from_its_state_dict_to_the_same_bits(tmp_path):
     changes = {
         "losses": [*PLAIN["losses"], {"use": "hint", "layers": [{"student": "stage2", "teacher": "stage2"}]}],
         "train": {"ema": {"decay": 0.5}},

@@ -102,14 +102,14 @@ def test_a_run_measured_again_gives_exactly_its_result(taught):
     assert set(scores) == {(role, part) for role in ("student", "teacher") for part in ("test", "validation")}
 
 
-def test_best_is_the_epoch_that_was_best_on_validation(taught):
+def test_evaluate_best_is_the_epoch_that_was_best_on_validation(taught):
     folder, result = taught
     scores = {(s.role, s.part): s.metrics for s in evaluate(LoadedRun(folder / "net"), best=True, device=CPU)}
     assert scores["student", "test"] == result.best["test"]
     assert result.best["validation"].items() <= scores["student", "validation"].items()
 
 
-def test_data_can_be_changed_and_nothing_else(taught):
+def test_evaluate_changes_data_and_nothing_else(taught):
     folder, result = taught
     whole = LoadedRun(folder / "net", {"data.validation": 50}).data(device=CPU)
     assert whole.validation.num_samples == 50
@@ -117,7 +117,7 @@ def test_data_can_be_changed_and_nothing_else(taught):
         LoadedRun(folder / "net", {"train.epochs": 3})
 
 
-def test_the_command_prints_the_table(taught, monkeypatch, capsys):
+def test_evaluate_prints_the_table(taught, monkeypatch, capsys):
     folder, result = taught
     assert run_cli(monkeypatch, "evaluate", folder / "net", "data.eval_batch_size=100") == 0
     out = capsys.readouterr().out
@@ -165,7 +165,7 @@ def test_a_teacher_is_found_beside_the_run_wherever_both_were_moved(taught, tmp_
     (lambda run: (run / "recipe.yaml").unlink(), [], "no run folder"),
     (lambda run: (run / "best.safetensors").unlink(), ["--best"], "there is no best.safetensors"),
 ])  # fmt: skip
-def test_what_cannot_be_measured_is_one_line(spoil, words, says, taught, tmp_path, monkeypatch, capsys):
+def test_evaluate_of_what_cannot_be_measured_is_one_line(spoil, words, says, taught, tmp_path, monkeypatch, capsys):
     shutil.copytree(taught[0] / "net", tmp_path / "run")
     spoil(tmp_path / "run")
     assert run_cli(monkeypatch, "evaluate", tmp_path / "run", *words) == 2

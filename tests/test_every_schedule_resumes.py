@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from test_every_pair import BASE, PLUGINS, SCHEDULES, WIDER
+from test_every_loss_and_schedule import BASE, PLUGINS, SCHEDULES, WIDER
 from training import Command, assert_same_run, lines, metrics, start, train, weights, write
 
 ALL = {
@@ -20,7 +20,7 @@ ALL = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", PLUGINS.schedules)
-def test_killed_at_random_moments(schedule, tmp_path):
+def test_a_schedule_killed_at_random_moments_resumes(schedule, tmp_path):
     taught = {**ALL, "name": "teacher", "student": WIDER, "schedule": {"use": "supervised"}, "losses": ALL["losses"][:1]}
     train(tmp_path, {**taught, "run": {"snapshots": 1}}, into="runs/teacher")
     (tmp_path / "recipe.yaml").rename(tmp_path / "teacher.yaml")
@@ -78,7 +78,7 @@ def told(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("command", "processes"), [("train", 1), ("compare", 1), ("train", 2), ("compare", 2)])
-def test_killed_anywhere_it_goes_on_to_the_same_bits(command, processes, tmp_path):
+def test_a_killed_schedule_resumes_to_the_same_bits(command, processes, tmp_path):
     """Kills at random moments, from the start of the process to its end: none leaves a traceback, none is lost without a word."""
     dice, tried, tracebacks, silent = random.Random(), 0, 0, 0
 

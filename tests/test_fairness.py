@@ -18,11 +18,11 @@ def loaded(folder, **variants):
     }
 
 
-def test_knowledge_may_differ(tmp_path):
+def test_variants_may_differ_in_knowledge(tmp_path):
     assert list(unequal(loaded(tmp_path, other=OTHER_KNOWLEDGE), "base")) == []
 
 
-def test_bookkeeping_may_differ(tmp_path):
+def test_variants_may_differ_in_bookkeeping(tmp_path):
     changes = {"run": {"folder": "elsewhere"}, "data": {"workers": 7}}
     assert list(unequal(loaded(tmp_path, other=changes), "base")) == []
 
@@ -39,7 +39,7 @@ def test_bookkeeping_may_differ(tmp_path):
         ({"student": {"args": {"channels": [4, 4, 8, 16]}}}, "student.args.channels.3", 16, 8),
     ],
 )
-def test_anything_else_may_not(tmp_path, changes, key, value, known):
+def test_variants_may_not_differ_in_anything_else(tmp_path, changes, key, value, known):
     recipes = loaded(tmp_path, other=changes)
     assert list(unequal(recipes, "base")) == [Unequal("other", key, value, known)]
     assert list(unequal(recipes, "base", [key])) == []
@@ -47,7 +47,7 @@ def test_anything_else_may_not(tmp_path, changes, key, value, known):
     assert list(unequal(recipes, "base", [f"{key}x", key[:-1]])) != []
 
 
-def test_the_message_has_every_key_with_its_place(tmp_path, monkeypatch):
+def test_unequal_variants_are_told_with_every_key_and_place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipes = loaded(
         tmp_path, longer={"train": {"epochs": 3}}, fine=OTHER_KNOWLEDGE, both={"train": {"epochs": 4}, "data": {"batch_size": 4}}

@@ -46,7 +46,7 @@ X = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     ],
     ids=["resnet", "mobilenet", "efficientnet", "same-padding", "torchvision"],
 )
-def test_every_pair_is_folded_and_the_answer_stays(make):
+def test_every_batchnorm_is_folded_and_the_answer_stays(make):
     module = settled(make(), X)
     assert norms(module) > 5
     before, state_before = module(X), state(module)
@@ -59,7 +59,7 @@ def test_every_pair_is_folded_and_the_answer_stays(make):
     assert all(torch.equal(value, state_before[key]) for key, value in module.state_dict().items())
 
 
-def test_tree_stays_for_taps():
+def test_folding_keeps_the_tree_of_modules_for_taps():
     module = settled(timm.create_model("test_efficientnet"), X)
     folded = fold_batchnorm(module, X)
     for layer in ("bn1.act", "stage2", "penultimate"):
@@ -68,7 +68,7 @@ def test_tree_stays_for_taps():
         )
 
 
-def test_in_place_changes_the_network_itself():
+def test_folding_in_place_changes_the_network_itself():
     module = settled(timm.create_model("test_resnet"), X)
     before = module(X)
     assert fold_batchnorm(module, X, in_place=True) is module
@@ -76,7 +76,7 @@ def test_in_place_changes_the_network_itself():
     torch.testing.assert_close(module(X), before, rtol=1e-4, atol=1e-5)
 
 
-def test_observed_pairs_are_left_alone():
+def test_tapped_batchnorms_are_not_folded():
     module = settled(torchvision.models.mobilenet_v2(width_mult=0.25), X)
     assert norms(fold_batchnorm(module, X)) == 0
     pair = ("features.2.conv.2", "features.2.conv.3")  # a projection, which no activation follows
@@ -138,7 +138,7 @@ class Odd(nn.BatchNorm2d):
     ],
     ids=["standardised", "weight-norm", "transposed", "odd-norm", "batch-statistics", "not-adjacent"],
 )
-def test_what_only_looks_like_a_pair_is_left_alone(pair):
+def test_what_only_looks_like_a_pair_is_not_folded(pair):
     module = nn.Sequential(*pair())
     module = settled(module, X)
     folded = fold_batchnorm(module, X)
@@ -165,7 +165,7 @@ class Counting(nn.Module):
         return self.bn(self.conv(x)) * self.calls
 
 
-def test_another_answer_is_an_error_and_the_original_is_untouched():
+def test_folding_that_changes_the_answer_is_an_error():
     module = settled(Counting(), X)
     before = state(module)
     with pytest.raises(kdkit.ModelError, match="changes this network's answer"):
@@ -173,7 +173,7 @@ def test_another_answer_is_an_error_and_the_original_is_untouched():
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
 
 
-def test_tapped_model_with_adapter_and_shape():
+def test_folding_of_a_tapped_model_with_adapter_and_shape():
     module = settled(timm.create_model("test_resnet", num_classes=5), X)
     adapt = kdkit.NormalizationAdapter(0.0, 1.0, (0.5,) * 3, (0.2,) * 3)
     model = TappedModel(module, ["stage1"], adapt=adapt, channels_last=True)

@@ -345,14 +345,14 @@ EXAMPLES = {"recipe": (60, 4000), "study": (25, 1500), "override": (40, 2500), "
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_few(folder, kind):
+def test_fuzzed_recipes_a_few(folder, kind):
     tried(folder, kind, EXAMPLES[kind][0])
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kind", KINDS)
-def test_many(folder, kind):
+def test_fuzzed_recipes_many(folder, kind):
     tried(folder, kind, EXAMPLES[kind][1])
 
 

@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_it_compares_fairly_networks_of_the_published_sizes(folder, name):
+def test_the_hymenoptera_study_compares_networks_of_the_published_sizes(folder, name):
     study = study_file.load([folder / f"{name}.yaml"])
     fairness.refuse_unequal(study.variants, study.baseline, study.allow)
     assert list(study.variants) == ["alpha_0", "alpha_0.5", "alpha_1"] and study.seeds == (0, 1, 2, 3)
@@ -38,7 +38,7 @@ def test_it_compares_fairly_networks_of_the_published_sizes(folder, name):
 
 
 @pytest.mark.parametrize("name", ["base", "teacher"])
-def test_the_protocol_is_the_published_one(name):
+def test_the_hymenoptera_protocol_is_the_published_one(name):
     spec = recipe.load(FOLDER / f"{name}.yaml").spec
     optimizer, schedule = spec.train.optimizer, spec.train.lr_schedule
     assert (optimizer.name, optimizer.lr, optimizer.momentum, optimizer.weight_decay) == ("momentum", 0.001, 0.9, 0)
@@ -49,7 +49,7 @@ def test_the_protocol_is_the_published_one(name):
 
 
 @pytest.mark.slow
-def test_the_small_study_from_the_backbones_to_the_report(tmp_path, monkeypatch, capsys):
+def test_the_small_hymenoptera_study_from_the_backbones_to_the_report(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     folder = shutil.copytree(FOLDER, tmp_path / "recipes" / "hymenoptera")
     photographs(tmp_path, {"train": 36, "val": 16})

@@ -69,13 +69,13 @@ def whole(folder):
     return folder / "whole"
 
 
-def test_only_sizes_are_smaller(folder):
+def test_the_small_imagenet_recipe_differs_in_sizes_only(folder):
     real, small = recipe.load(RECIPE, files=False), recipe.load(folder / "small.yaml")
     changed = {key for key, *_ in differences(real.plain(), small.plain()) if not key.startswith("run.")}
     assert {key for key in changed if not any(key == size or key.startswith(f"{size}.") for size in SIZES)} == set()
 
 
-def test_all_that_it_says_happens(folder, whole):
+def test_the_imagenet_recipe_does_what_it_says(folder, whole):
     steps = [line for line in metrics(whole) if line["kind"] == "step"]
     epochs = [line for line in metrics(whole) if line["kind"] == "epoch"]
     assert len(steps) == 4 * 4 and all(math.isfinite(value) for step in steps for value in step["terms"].values())
@@ -94,7 +94,7 @@ def test_all_that_it_says_happens(folder, whole):
     assert code == 0 and f"{result['test']['nll']:.4f}" in log, log
 
 
-def test_killed_once_it_ends_with_the_same_weights(folder, whole):
+def test_the_imagenet_recipe_resumes_to_the_same_weights(folder, whole):
     command = Command(folder, "train", "small.yaml", "--run", "killed")
     wanted = random.randint(3, lines(whole) - 3)
     assert command.wait_for(lambda: lines(folder / "killed") >= wanted), command.finish()
@@ -105,7 +105,7 @@ def test_killed_once_it_ends_with_the_same_weights(folder, whole):
     assert_same_run(folder / "killed", whole)
 
 
-def test_two_processes_stop_once_and_end_with_the_same_weights(folder):
+def test_the_imagenet_recipe_resumes_in_two_processes(folder):
     commands = together(folder, "train", "small.yaml", "--run", "two")
     assert [command.finish()[0] for command in commands] == [0, 0], commands[0].log.read_text()
     stopped = together(folder, "train", "small.yaml", "--run", "stopped")
@@ -120,7 +120,7 @@ def test_two_processes_stop_once_and_end_with_the_same_weights(folder):
 
 
 @pytest.mark.slow
-def test_accelerate_launches_it(folder):
+def test_accelerate_launches_the_imagenet_recipe(folder):
     kdkit = shutil.which("kdkit", path=str(Path(sys.executable).parent))
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--no_python"]
     done = subprocess.run(

@@ -20,7 +20,7 @@ def vit(depth, **others):
     return timm.create_model("vit_tiny_patch16_224", depth=depth, **{**VIT, **others})
 
 
-def test_blocks_become_the_student_s_and_all_else_that_fits():
+def test_init_from_a_teacher_takes_blocks_and_all_else_that_fits():
     teacher, student = vit(5), vit(3)
     copied = inherit(student, teacher, [0, 2, 4])
     ours, theirs = student.state_dict(), teacher.state_dict()
@@ -31,7 +31,7 @@ def test_blocks_become_the_student_s_and_all_else_that_fits():
         assert torch.equal(value, theirs[other]), name
 
 
-def test_a_block_may_come_twice_and_in_another_order():
+def test_init_takes_a_block_twice_and_in_another_order():
     teacher, student = vit(3), vit(3)
     inherit(student, teacher, [2, 0, 2])
     weight = "attn.qkv.weight"
@@ -40,7 +40,7 @@ def test_a_block_may_come_twice_and_in_another_order():
     ] == [True] * 3
 
 
-def test_without_layers_names_and_shapes_decide():
+def test_init_without_layers_goes_by_names_and_shapes():
     teacher, student = vit(3), vit(2, num_classes=4)
     head = student.head.weight.clone()
     copied = inherit(student, teacher)
@@ -60,12 +60,12 @@ def test_without_layers_names_and_shapes_decide():
     ],
     ids=["other number", "no such block", "other width", "no blocks", "no row", "nothing fits"],
 )
-def test_what_cannot_be_is_told(student, teacher, layers, says):
+def test_init_that_cannot_work_is_told(student, teacher, layers, says):
     with pytest.raises(ModelError, match=says):
         inherit(student(), teacher(), layers)
 
 
-def test_a_row_that_is_not_the_only_one_is_refused():
+def test_init_refuses_an_ambiguous_row_of_blocks():
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
@@ -75,7 +75,7 @@ def test_a_row_that_is_not_the_only_one_is_refused():
         inherit(Two(), Two(), [0, 1, 2])
 
 
-def test_a_recipe_s_student_begins_so(tmp_path):
+def test_a_recipe_s_student_begins_with_inherited_layers(tmp_path):
     """With a learning rate of next to nothing, what it ends with is what it began with; the teacher's folded layers are not taken."""
     teacher = train(
         tmp_path,
@@ -110,6 +110,6 @@ FROM_TEACHER = {**TINY, "init": {"from": "teacher"}}
     ],
     ids=["without a teacher", "of a teacher", "without blocks"],
 )
-def test_a_recipe_that_cannot_be_is_told(tmp_path, changed, says):
+def test_a_recipe_with_an_impossible_init_is_told(tmp_path, changed, says):
     with pytest.raises(RecipeError, match=says):
         checks.make(recipe.load(write(tmp_path, changed)))

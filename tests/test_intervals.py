@@ -124,7 +124,7 @@ def test_a_shift_of_both_changes_no_difference(values, shift):
     assert min(found.values) - 1e-9 <= found.bootstrap.low <= found.bootstrap.high <= max(found.values) + 1e-9
 
 
-def test_shown():
+def test_a_difference_is_shown_with_its_interval():
     found = paired(dict(enumerate(VALUES)), dict.fromkeys(range(5), 0.0))
     assert shown(found) == f"+1.05 [{found.t.low:.2f}, {found.t.high:.2f}]"
     assert shown(found, 4) == f"+1.0500 [{found.t.low:.4f}, {found.t.high:.4f}]"

@@ -84,7 +84,7 @@ def test_check_tells_what_is_wrong_with_labels_in_one_line(tmp_path, case):
 
 
 @pytest.mark.parametrize("case", ["regression", "too few", "broken"])
-def test_train_tells_it_where_check_may_not_look(tmp_path, case):
+def test_train_tells_wrong_labels_where_check_may_not_look(tmp_path, case):
     labels, says = WRONG[case]
     recipe = mine(tmp_path, labels, at_check=False)
     checked(tmp_path, recipe)

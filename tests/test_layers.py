@@ -139,7 +139,7 @@ def test_listing_falls_back_to_zeros():
         tappable_layers(NeedsData(), (1, 3, 3))
 
 
-def test_what_a_layer_takes():
+def test_the_input_of_a_layer():
     module = meta("resnet18")
     assert resolve("layer1.0.act2@input", module) == Layer("layer1.0.act2", "input")
     assert resolve("stage2@input", module) == Layer("layer2", "input")

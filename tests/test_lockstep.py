@@ -1,5 +1,6 @@
 """Runs side by side: each is what it would be alone, and what they share is done once."""
 
+import contextlib
 import signal
 
 import pytest
@@ -9,8 +10,10 @@ from training import PLAIN, Command, assert_same_run, lines, merged, write
 import kdkit
 from kdkit import recipe
 from kdkit.data import images
+from kdkit.errors import BusyError
 from kdkit.models import tapped
 from kdkit.runs import progress, training
+from kdkit.runs.folder import RunFolder
 from kdkit.runs.run import Run
 from kdkit.study import lockstep
 from kdkit.study.lockstep import train_together
@@ -97,7 +100,7 @@ def count(monkeypatch, owner, name):
 
 def test_batches_are_made_once_and_answered_once(tmp_path, monkeypatch):
     found = jobs(tmp_path, variants={name: VARIANTS[name] for name in ("alone", "response", "feature", "relation", "average")})
-    made, answered = count(monkeypatch, images.Finish, "__call__"), count(monkeypatch, tapped.TappedModel, "forward")
+    made, answered = count(monkeypatch, images.Finish, "as_drawn"), count(monkeypatch, tapped.TappedModel, "forward")
     train_together(found[:1])
     once = len(made)
     made.clear()
@@ -203,6 +206,41 @@ def test_time_is_what_each_would_take_alone(tmp_path):
     assert max(one.cpu_seconds for one in outcomes) < 2.5 * min(one.cpu_seconds for one in outcomes)
     lone = kdkit.train(found[0].recipe.source.path, folder=tmp_path / "lone", quiet=True)
     assert outcomes[2].cpu_seconds == pytest.approx(lone.cpu_seconds, rel=0.7)
+
+
+@pytest.mark.parametrize(
+    ("held", "order", "waits"),
+    [
+        ((), [(1, [0, 1]), (2, [2, 3])], []),
+        ((0,), [(2, [2, 3]), (1, [1]), (1, [0])], ["a"]),
+        ((1, 2, 3), [(1, [0]), (1, [1]), (2, [2, 3])], ["b, c, d"]),
+    ],
+    ids=["none", "one", "three"],
+)
+def test_whole_passes_are_claimed_first_then_what_others_leave(tmp_path, monkeypatch, held, order, waits):
+    found, claimed, said, outcomes = jobs(tmp_path, variants=dict.fromkeys("abcd", {})), [], [], {}
+    with contextlib.ExitStack() as elsewhere:
+        for i in held:
+            elsewhere.enter_context(RunFolder(found[i].folder).held())
+        monkeypatch.setattr("kdkit.study.lockstep.time.sleep", lambda _: elsewhere.close())  # the other process ends
+        for number, folders in lockstep._claims(found, [[0, 1], [2, 3]], outcomes, said.append):
+            claimed.append((number, list(folders)))
+            for i in folders:
+                with pytest.raises(BusyError):
+                    RunFolder(found[i].folder).held()
+                outcomes[i] = lockstep.Outcome(found[i], reason="failed")
+    assert claimed == order, "each once, though all fail"
+    assert said == [f"waiting for what other processes train: {names}" for names in waits]
+    for job in found:
+        with RunFolder(job.folder).held():
+            pass
+
+
+def test_a_claimed_run_is_told_with_the_way_out(tmp_path):
+    found, told = jobs(tmp_path, variants={"response": {}}), []
+    with RunFolder(found[0].folder).held():
+        outcomes = train_together(found, say=told.append)
+    assert outcomes[0].reason.endswith("another process is training in this folder; with `--spread` processes share a study")
 
 
 def test_interrupted_they_all_go_on(tmp_path):

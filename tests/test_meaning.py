@@ -33,7 +33,7 @@ CATS = ("cat", "dog", "eel")
     ],
     ids=["another order", "one more before it", "tokenizer", "too few tokens"],
 )
-def test_what_differs_is_refused(theirs, says):
+def test_other_classes_or_tokens_are_refused(theirs, says):
     with pytest.raises(ModelError, match=says):
         refuse_other_meaning(theirs, DataInfo((8,), 3, 9, 9, CATS, (), "a", 40), "teacher")
 
@@ -43,7 +43,7 @@ def test_what_differs_is_refused(theirs, says):
     [Meaning(), Meaning(CATS, "a", 40), Meaning(("Katze", "Hund", "Aal")), Meaning(num_tokens=41)],
     ids=["unknown", "equal", "translated", "more tokens"],
 )
-def test_what_may_be_is_left_alone(theirs):
+def test_unnamed_classes_and_tokens_are_accepted(theirs):
     refuse_other_meaning(theirs, DataInfo((8,), 3, 9, 9, CATS, (), "a", 40), "teacher")
     assert other_class_names(theirs, DataInfo((8,), 3, 9, 9, CATS)) == ("Katze" if theirs.class_names[:1] == ("Katze",) else "")
 

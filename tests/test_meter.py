@@ -53,7 +53,7 @@ def test_a_term_that_only_some_steps_have_is_averaged_over_those():
     assert meter.means()["a"] == 2
 
 
-def test_zero_is_told_only_if_it_always_was():
+def test_a_term_of_zero_is_told_only_if_it_always_was():
     meter = Meter()
     for step, (a, b) in enumerate([(0, 1), (0, -1)], 1):
         meter.add(step, [value(a=a, b=b)], 1)
@@ -63,7 +63,7 @@ def test_zero_is_told_only_if_it_always_was():
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_is_named_with_its_step(number):
+def test_a_term_that_is_not_finite_is_named_with_its_step(number):
     meter = Meter()
     meter.add(6, [value(a=1, b=1)], 1)
     meter.add(7, [value(a=1, b=number)], 1)
@@ -72,14 +72,14 @@ def test_what_is_not_finite_is_named_with_its_step(number):
         meter.read()
 
 
-def test_a_sum_that_overflows_is_told():
+def test_an_overflowing_sum_of_terms_is_told():
     meter = Meter()
     meter.add(3, [Value(torch.tensor(math.inf), {"a": torch.tensor(1.0)}, {"a": torch.tensor(1.0)}, 1)], 1)
     with pytest.raises(RunError, match="step 3: the sum of the losses is inf"):
         meter.read()
 
 
-def test_its_state_goes_on_to_the_same_bits():
+def test_the_meter_resumes_to_the_same_bits():
     numbers = torch.rand(9).tolist()
     meter, early, later = Meter(), Meter(), Meter()
     for step, number in enumerate(numbers):

@@ -114,7 +114,7 @@ def test_same_seed_gives_the_same_network():
     assert same(networks[0], networks[1].state_dict())
 
 
-def test_file_takes_the_place_of_the_recipes_weights(tmp_path, weights):
+def test_a_run_s_file_takes_the_place_of_the_recipes_weights(tmp_path, weights):
     save_file(weights, tmp_path / "student.safetensors")
     source = grid(checkpoint=str(tmp_path / "absent.pt"), strip_prefix="conv")
     model = build(source, file=tmp_path / "student.safetensors", device=torch.device("cpu"))
@@ -130,7 +130,7 @@ def test_torch_checkpoints(tmp_path, weights, nest):
     assert same(build(grid(checkpoint=str(tmp_path / "w.pt"))).module, weights)
 
 
-def test_prefix_is_stripped_or_suggested(tmp_path, weights):
+def test_prefix_of_a_checkpoint_is_stripped_or_suggested(tmp_path, weights):
     path = tmp_path / "w.safetensors"
     save_file({f"module.net.{key}": value for key, value in weights.items()}, path)
     assert same(build(grid(checkpoint=str(path), strip_prefix="module.net.")).module, weights)
@@ -165,7 +165,7 @@ def test_a_source_knows_other_names_of_its_layers(tmp_path, weights):
         load("both.pt")
 
 
-def test_misfits_are_counted_and_change_nothing(tmp_path, weights):
+def test_misfits_of_a_checkpoint_are_counted_and_change_nothing(tmp_path, weights):
     module = Grid(3, 5)
     before = {key: value.clone() for key, value in module.state_dict().items()}
     wrong = {**weights, "conv.bias": torch.zeros(9), "extra": torch.zeros(1)}
@@ -179,13 +179,13 @@ def test_misfits_are_counted_and_change_nothing(tmp_path, weights):
     assert same(module, before)
 
 
-def test_old_files_without_batchnorm_counters(tmp_path, weights):
+def test_old_checkpoints_without_batchnorm_counters(tmp_path, weights):
     del weights["bn.num_batches_tracked"]
     torch.save(weights, tmp_path / "w.pt")
     assert torch.equal(build(grid(checkpoint=str(tmp_path / "w.pt"))).module.head.weight, weights["head.weight"])
 
 
-def test_classifier_of_other_classes(tmp_path):
+def test_checkpoint_with_a_classifier_of_other_classes(tmp_path):
     torch.save(Grid(3, 7).state_dict(), tmp_path / "w.pt")
     with pytest.raises(kdkit.ModelError, match=r"w.pt is a classifier \('head'\) of 7 classes, not of 5; `new_head: true` leaves it out"):
         build(grid(checkpoint=str(tmp_path / "w.pt")))

@@ -91,7 +91,7 @@ def after(folder, before):
     return merged(SHORT, {**ALONE, **begun, "student": {**SMALL, **begun["student"]}})
 
 
-def test_a_run_goes_on_from_another_runs_student_and_is_read_again(tmp_path, before):
+def test_a_new_head_on_another_runs_student_is_read_again(tmp_path, before):
     shutil.copy(before, tmp_path / "begin.safetensors")
     trained = train(tmp_path, after(tmp_path, tmp_path / "begin.safetensors"))
     (tmp_path / "begin.safetensors").unlink()  # a trained network needs it no more
@@ -119,7 +119,7 @@ def test_a_network_that_a_schedule_names_is_taken_down_without_its_beginning(tmp
     assert (known.model, known.checkpoint, known.new_head) == ("mlp/8", None, False)
 
 
-def test_runs_without_it_are_what_they_were(tmp_path):
+def test_new_head_left_out_changes_no_fingerprint(tmp_path):
     path = write(tmp_path)
     assert "new_head" not in recipe.load(path).content()["student"]
     save_file(timm.create_model("test_resnet", num_classes=4).state_dict(), tmp_path / "w.safetensors")

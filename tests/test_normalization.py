@@ -20,7 +20,7 @@ def images(channels=3, size=6, **options):
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 2e-2), (torch.bfloat16, 1e-1), (torch.float64, 1e-5)]
 )
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_agrees_with_torchvision(dtype, tolerance, layout):
+def test_normalization_agrees_with_torchvision(dtype, tolerance, layout):
     raw = images(dtype=torch.float64)
     original = Normalize(*IMAGENET)(raw)
     required = Normalize(*INCEPTION)(raw)
@@ -49,14 +49,14 @@ channel = st.tuples(st.floats(-1, 1), st.floats(0.1, 2))
 
 @settings(deadline=None)
 @given(st.lists(channel, min_size=1, max_size=5))
-def test_same_to_same_is_the_identity(values):
+def test_normalization_from_same_to_same_is_the_identity(values):
     mean, std = zip(*values, strict=True)
     torch.testing.assert_close(NormalizationAdapter(mean, std, mean, std)(images(len(mean))), images(len(mean)), rtol=0, atol=0)
 
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(channel, channel), min_size=1, max_size=5))
-def test_there_and_back_is_the_identity(values):
+def test_normalization_there_and_back_is_the_identity(values):
     one, two = zip(*values, strict=True)
     (mean, std), (mean2, std2) = zip(*one, strict=True), zip(*two, strict=True)
     there = NormalizationAdapter(mean, std, mean2, std2)(images(len(mean)))
@@ -76,7 +76,7 @@ def test_colour_becomes_luminance_for_a_grey_network():
     torch.testing.assert_close(NormalizationAdapter(*IMAGENET, (0.3,), (0.6,))(Normalize(*IMAGENET)(raw)), (grey - 0.3) / 0.6)
 
 
-def test_constants_are_neither_parameters_nor_saved():
+def test_normalization_constants_are_neither_parameters_nor_saved():
     adapter = NormalizationAdapter(*IMAGENET, (0.5,), (0.5,))
     assert not list(adapter.parameters())
     assert not adapter.state_dict()
@@ -93,7 +93,7 @@ def test_constants_are_neither_parameters_nor_saved():
         ((0.0, 1.0, *IMAGENET), images().long(), "int64"),
     ],
 )
-def test_images_that_do_not_fit(arguments, batch, says):
+def test_normalization_of_images_that_do_not_fit(arguments, batch, says):
     with pytest.raises(kdkit.ModelError, match=says):
         NormalizationAdapter(*arguments)(batch)
 
@@ -102,20 +102,20 @@ def test_images_that_do_not_fit(arguments, batch, says):
     "arguments",
     [(0.0, 1.0, 0.0, 0.0), (0.0, (1.0, -1.0), 0.0, 1.0), ((0.0,) * 3, (1.0,) * 4, 0.0, 1.0), ((0.0,) * 3, 1.0, (0.0,) * 4, 1.0)],
 )
-def test_values_that_make_no_sense(arguments):
+def test_normalization_values_that_make_no_sense(arguments):
     with pytest.raises(kdkit.ModelError):
         NormalizationAdapter(*arguments)
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic", "nearest", "area"])
-def test_resizes(mode):
+def test_adapter_resizes(mode):
     adapter = InputAdapter(NormalizationAdapter(0.0, 1.0, 0.5, 0.5), 4, mode)
     antialias = mode in ("bilinear", "bicubic")
     torch.testing.assert_close(adapter(images(size=9)), (F.interpolate(images(size=9), (4, 4), mode=mode, antialias=antialias) - 0.5) / 0.5)
     assert adapter(images(size=3)).shape == (4, 3, 4, 4)
 
 
-def test_leaves_size_and_text_alone():
+def test_adapter_leaves_size_and_text_alone():
     adapter = InputAdapter(NormalizationAdapter(0.0, 1.0, 0.0, 1.0), 6)
     assert torch.equal(adapter(images()), images())
     text = {"input_ids": torch.zeros(2, 3, dtype=torch.long)}

@@ -51,7 +51,7 @@ def warmed(step, warmup_epochs, warmup_lr):
         ("multistep", lambda s, total: 0.5 ** ((s >= 4 * SPE) + (s >= 6 * SPE))),
     ],
 )
-def test_rates_per_step(name, shape, warmup, cooldown):
+def test_learning_rates_per_step(name, shape, warmup, cooldown):
     found = rates(
         name=name,
         warmup_epochs=warmup,
@@ -72,7 +72,7 @@ def test_rates_per_step(name, shape, warmup, cooldown):
         assert rate == pytest.approx(expected), step
 
 
-def test_tanh_falls_from_the_rate_to_the_least():
+def test_tanh_schedule_falls_from_the_rate_to_the_least():
     found = rates(name="tanh", min_lr=0.01)
     assert found[0] == pytest.approx(1, abs=0.01)
     assert all(a > b for a, b in zip(found, found[1:], strict=False))
@@ -122,7 +122,7 @@ def test_norm_and_bias_are_not_decayed_unless_asked():
     assert set(found.values()) == {0.1} and len(found) == 6
 
 
-def test_what_a_network_exempts_is_not_decayed():
+def test_weights_that_a_network_exempts_are_not_decayed():
     student = timm.create_model("test_vit", num_classes=3)
     found = decayed(build_optimizer(spec(optimizer={"weight_decay": 0.1}), student, nn.Identity()), student)
     assert found["pos_embed"] == 0 and found["blocks.0.attn.qkv.weight"] == 0.1

@@ -27,7 +27,7 @@ def made(tmp_path, text, **overrides):
     return checks.make(recipe.load(path, overrides))
 
 
-def test_what_a_recipe_would_do(tmp_path):
+def test_the_plan_of_a_recipe(tmp_path):
     found = made(tmp_path, GOOD)
     assert found.info.image_shape == (3, 32, 32) and found.num_train == 96
     assert found.student.role == "student test_resnet" and found.student.taps == (("penultimate", (96,)),)
@@ -39,7 +39,7 @@ def test_what_a_recipe_would_do(tmp_path):
     assert any("random" in note for note in found.notes)
 
 
-def test_parameters_and_macs_are_those_of_the_network(tmp_path):
+def test_the_plan_counts_parameters_and_macs(tmp_path):
     text = GOOD.replace("test_resnet", "mlp/20").replace("penultimate, teacher", "logits, teacher")
     found = made(tmp_path, text)
     inputs = 3 * 32 * 32
@@ -47,7 +47,7 @@ def test_parameters_and_macs_are_those_of_the_network(tmp_path):
     assert found.student.macs == inputs * 20 + 20 * 7
 
 
-def test_adapters_are_named_with_their_parameters(tmp_path):
+def test_the_plan_names_adapters_with_their_parameters(tmp_path):
     text = GOOD.replace("rkd_distance", "hint").replace(
         "{student: penultimate, teacher: penultimate}", "{student: stage2, teacher: penultimate}"
     )
@@ -58,7 +58,7 @@ def test_adapters_are_named_with_their_parameters(tmp_path):
     assert name == "hint" and "Linear" in parts and parameters >= 96 * 96
 
 
-def test_subsets_and_dropped_batches_count(tmp_path):
+def test_the_plan_counts_subsets_and_dropped_batches(tmp_path):
     found = made(tmp_path, GOOD, **{"data.train_samples": 50, "data.validation": 10, "data.drop_last": True, "train.accumulate": 1})
     assert found.num_train in (40, 50)  # validation images are taken from the chosen ones, or beside them
     assert found.stages[0].steps == 3 * (found.num_train // 8)
@@ -85,7 +85,7 @@ BAD = {  # what is replaced, by what; the line; what the message says
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_cannot_work_is_told_with_its_place(tmp_path, case):
+def test_check_tells_what_cannot_work_with_its_place(tmp_path, case):
     old, new, line, says = BAD[case]
     assert old in GOOD
     with pytest.raises(RecipeError) as caught:
@@ -94,14 +94,14 @@ def test_what_cannot_work_is_told_with_its_place(tmp_path, case):
     assert told.startswith(f"{tmp_path}/r.yaml:{line}: ") and says in told, told
 
 
-def test_several_problems_at_once(tmp_path):
+def test_check_tells_several_problems_at_once(tmp_path):
     text = GOOD.replace("student: penultimate", "student: layr1").replace("teacher: penultimate", "teacher: layr2")
     with pytest.raises(RecipeError) as caught:
         made(tmp_path, text.replace("  - use: rkd", "  - {use: sp, layers: [{student: nothing, teacher: stage1}]}\n  - use: rkd"))
     assert len(str(caught.value).splitlines()) == 2
 
 
-def test_class_counts_that_differ(tmp_path):
+def test_check_tells_class_counts_that_differ(tmp_path):
     (tmp_path / "net.py").write_text(
         "import torch\n\ndef net(num_classes):\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 10))\n"
     )
@@ -114,7 +114,7 @@ def test_class_counts_that_differ(tmp_path):
         made(tmp_path, text)
 
 
-def test_a_teacher_recipe_of_other_classes(tmp_path):
+def test_check_of_a_teacher_recipe_of_other_classes(tmp_path):
     head, losses = GOOD.index("losses:"), GOOD.index("train: {epochs")
     alone = GOOD[:head] + "losses: [{use: cross_entropy}]\n" + GOOD[losses:]
     alone = alone.replace("num_classes: 7", "num_classes: 5").replace("teacher: {model: test_vit, input_size: 160}\n", "")
@@ -123,7 +123,7 @@ def test_a_teacher_recipe_of_other_classes(tmp_path):
         made(tmp_path, GOOD.replace("{model: test_vit, input_size: 160}", "{recipe: t.yaml}"))
 
 
-def test_a_faulty_plugin_is_told_with_its_place(tmp_path):
+def test_check_tells_a_faulty_plugin_with_its_place(tmp_path):
     (tmp_path / "mine.py").write_text('''
 import kdkit
 
@@ -149,7 +149,7 @@ def kdkit_losses():
         )
 
 
-def test_a_checkpoint_that_is_none_is_told_at_once(tmp_path):
+def test_check_tells_a_checkpoint_that_is_none(tmp_path):
     (tmp_path / "weights.pt").write_text("nothing")
     with pytest.raises(RecipeError, match="r.yaml:3: student.checkpoint: .*weights.pt"):
         made(tmp_path, GOOD.replace("{model: test_resnet}", "{model: test_resnet, checkpoint: weights.pt}"))

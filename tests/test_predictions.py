@@ -42,7 +42,7 @@ def command(monkeypatch, *words):
         return ended.code or 0
 
 
-def test_each_file_gets_its_class(run, monkeypatch, capsys):
+def test_predict_gives_each_file_its_class(run, monkeypatch, capsys):
     images = run.parent / "images" / "test"
     assert not command(monkeypatch, run, images)
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
@@ -51,7 +51,7 @@ def test_each_file_gets_its_class(run, monkeypatch, capsys):
     assert all(1 / 3 < float(row["probability"]) <= 1 for row in rows)
 
 
-def test_a_table_in_a_file_of_one_image(run, monkeypatch, capsys, tmp_path):
+def test_predict_writes_a_table_of_one_image(run, monkeypatch, capsys, tmp_path):
     image = run.parent / "images" / "test" / "dog" / "1.png"
     assert not command(monkeypatch, run, image, "--output", tmp_path / "table.csv")
     header, row = (tmp_path / "table.csv").read_text().splitlines()
@@ -64,7 +64,7 @@ def test_a_table_in_a_file_of_one_image(run, monkeypatch, capsys, tmp_path):
     [(None, "no image files in it"), (b"nothing", "bad.png: cannot be read as an image")],
     ids=["empty folder", "broken file"],
 )
-def test_what_cannot_be_read_is_one_line(run, monkeypatch, capsys, tmp_path, content, says):
+def test_predict_of_what_cannot_be_read_is_one_line(run, monkeypatch, capsys, tmp_path, content, says):
     if content:
         (tmp_path / "bad.png").write_bytes(content)
     assert command(monkeypatch, run, tmp_path) == 2
@@ -72,6 +72,6 @@ def test_what_cannot_be_read_is_one_line(run, monkeypatch, capsys, tmp_path, con
     assert says in told.err and told.err.count("\n") == 1 and not told.out
 
 
-def test_images_of_another_size_are_one_line(run):
+def test_predict_of_images_of_another_size_is_one_line(run):
     with pytest.raises(kdkit.ModelError, match=r"student: takes images \(B, 3, 8, 8\), got \(B, 3, 9, 9\)"):
         kdkit.load_student(run)(torch.rand(2, 3, 9, 9))

@@ -40,7 +40,7 @@ def ends(commands):
     ],
     ids=["rate", "student", "restart", "a value", "a folder", "three processes"],
 )
-def test_what_one_refuses_all_refuse_in_one_line(tmp_path, words, says):
+def test_what_one_process_refuses_all_refuse_in_one_line(tmp_path, words, says):
     path = write(tmp_path, SUPERVISED)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
@@ -66,7 +66,7 @@ def test_processes_with_different_studies_train_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_who_loses_another_process_says_so_in_one_line(tmp_path, killed):
+def test_a_process_that_loses_another_says_so_in_one_line(tmp_path, killed):
     path = write(tmp_path, SUPERVISED, train={"epochs": 500})
     commands = together(tmp_path, "train", path, "--quiet")
     assert commands[0].wait_for(lambda: lines(tmp_path / "runs" / "plain") > 3)
@@ -130,7 +130,7 @@ def test_processes_of_kdkit_s_own_launch(tmp_path):
         ({2: (9, -99)}, f"process 3 of 3 (rank 2, pid 9) was killed by signal 99; the others were ended; {LEFT}\n", 227),
     ],
 )
-def test_the_one_that_failed_first_is_told(failures, says, code):
+def test_the_process_that_failed_first_is_told(failures, says, code):
     assert launching.first_failure(failures, 3) == (says, code)
 
 
@@ -143,7 +143,7 @@ def test_processes_are_started_once(monkeypatch):
         launching.must_launch(3)
 
 
-def test_only_errors_that_tell_of_another_process_are_put_in_other_words(monkeypatch):
+def test_only_errors_about_another_process_are_reworded(monkeypatch):
     lost = RuntimeError("[/x/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:1: Connection reset by peer")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "another process has ended" in launching.told_of_another(lost)
@@ -162,7 +162,7 @@ def test_only_errors_that_tell_of_another_process_are_put_in_other_words(monkeyp
     ],
     ids=["end of file", "reset", "signal", "several"],
 )
-def test_however_torch_tells_that_a_loader_s_process_has_ended(error):
+def test_errors_of_a_loader_worker_that_has_ended(error):
     def loader():
         yield 1
         raise error
@@ -190,7 +190,7 @@ def test_a_loader_worker_that_is_killed_is_told_in_one_line(tmp_path):
     assert (code, log) == (2, f"a process that loads data has ended unexpectedly (killed, or out of memory?); {LEFT}\n")
 
 
-def test_two_students_of_one_teacher_train_it_once(tmp_path):
+def test_processes_of_two_students_train_their_teacher_once(tmp_path):
     write(tmp_path, {**SUPERVISED, "name": "teacher"}, "teacher.yaml", train={"epochs": 100, "evaluate_every": 100})
     taught = {**PLAIN, "teacher": {"recipe": "teacher.yaml"}, "train": {**PLAIN["train"], "epochs": 1}}
     paths = [write(tmp_path, {**taught, "name": name}, f"{name}.yaml") for name in ("one", "two")]

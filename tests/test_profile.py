@@ -33,7 +33,7 @@ class Noting(nn.Module):
         return self.fc(images.flatten(1))
 
 
-def test_costs_are_those_counted_by_hand(tmp_path):
+def test_profile_costs_are_those_counted_by_hand(tmp_path):
     module = small()
     found = measure(TappedModel(module), (3, 8, 8), runs=2)
     assert found.parameters == (3 * 4 * 9 + 4) + (4 + 4) + (256 * 5 + 5)
@@ -42,7 +42,7 @@ def test_costs_are_those_counted_by_hand(tmp_path):
     assert found.bytes == (tmp_path / "net.safetensors").stat().st_size
 
 
-def test_percentiles_are_nearest_ranks():
+def test_latency_percentiles_are_nearest_ranks():
     timed = Latency(4, tuple(float(i) for i in range(1, 201)))
     assert [timed.percentile(p) for p in (50, 90, 99, 100)] == [100, 180, 198, 200]
     assert Latency(1, (7.0,)).percentile(50) == Latency(1, (7.0,)).percentile(99) == 7.0
@@ -68,12 +68,12 @@ def test_the_slower_model_is_found_slower():
     assert second.latencies[0].throughput > first.latencies[0].throughput
 
 
-def test_time_is_limited_but_some_answers_are_timed():
+def test_profile_is_limited_in_time_but_times_some_answers():
     found = measure(TappedModel(Noting("slow", [], 0.002)), (3, 2, 2), runs=10_000, seconds=0.0)
     assert len(found.latencies[0].seconds) == profile.MIN_RUNS
 
 
-def test_a_measured_model_is_as_it_was():
+def test_a_profiled_model_is_as_it_was():
     module = small()
     module[1].eval()
     before = {name: value.clone() for name, value in module.state_dict().items()}
@@ -82,19 +82,19 @@ def test_a_measured_model_is_as_it_was():
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
-def test_images_that_do_not_fit_are_told():
+def test_profile_of_images_that_do_not_fit_is_told():
     with pytest.raises(kdkit.ModelError, match=r"cannot take images \(1, 8, 8\)"):
         measure(TappedModel(small()), (1, 8, 8), runs=1)
 
 
-def test_threads_come_back():
+def test_profile_restores_the_number_of_threads():
     before = torch.get_num_threads()
     with profile.threads(before + 1):
         assert torch.get_num_threads() == before + 1
     assert torch.get_num_threads() == before
 
 
-def test_the_table_shows_each_quantity_and_how_it_compares():
+def test_profile_table_shows_each_quantity_and_how_it_compares():
     one, two = (Profile(n * 1000, n * 2_000_000, n * 10, (Latency(1, (n / 1000,)),)) for n in (4, 1))
     shown = cost_table.table(["big", "small"], [one, two])
     cells = [list(column.cells) for column in shown.columns]
@@ -124,7 +124,7 @@ def run(tmp_path_factory):
     return kdkit.train(folder / "r.yaml", folder=folder / "r", quiet=True).folder
 
 
-def test_a_run_s_student_stands_beside_its_teacher(run, monkeypatch, capsys):
+def test_profile_of_a_run_s_student_beside_its_teacher(run, monkeypatch, capsys):
     assert run_cli(monkeypatch, "profile", run, "mlp/64", "--batch", 3, "--runs", 2, "--threads", 1, "--cpu") == 0
     out = capsys.readouterr().out
     assert "images (1, 8, 8), on cpu, 1 threads" in out
@@ -135,7 +135,7 @@ def test_a_run_s_student_stands_beside_its_teacher(run, monkeypatch, capsys):
     assert "batch 3: p99, ms" in out and "batch 1: images/s" in out
 
 
-def test_named_models_take_the_size_and_classes_asked_for():
+def test_profile_of_named_models_takes_size_and_classes():
     first, second = cost_table.subjects(["mlp/4", "timm/resnet18"], "3,32,32", 7, torch.device("cpu"))
     assert first.model(torch.rand(1, 3, 32, 32)).logits.shape == (1, 7)
     assert second.shape == (3, 32, 32) and second.model.module.num_classes == 7
@@ -147,12 +147,12 @@ def test_named_models_take_the_size_and_classes_asked_for():
     (["mlp/4", "--size", "3,3"], "--size: '3,3' is not of the form C,H,W"),
     (["python/Net"], "python/Net: needs options that only a recipe can give: file: this key is required"),
 ])  # fmt: skip
-def test_a_wrong_word_is_one_line(words, says, monkeypatch, capsys):
+def test_profile_of_a_wrong_word_is_one_line(words, says, monkeypatch, capsys):
     assert run_cli(monkeypatch, "profile", *words) == 2
     said = capsys.readouterr().err
     assert says in said and len(said.splitlines()) == 1
 
 
-def test_a_folder_that_is_no_run_is_told(tmp_path, monkeypatch, capsys):
+def test_profile_of_a_folder_that_is_no_run_is_told(tmp_path, monkeypatch, capsys):
     assert run_cli(monkeypatch, "profile", tmp_path) == 2
     assert "no run folder" in capsys.readouterr().err

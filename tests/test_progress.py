@@ -20,23 +20,23 @@ def reporter(quiet=False, terminal=False):
     return made
 
 
-def test_an_epoch_is_a_line_with_every_term():
+def test_the_progress_of_an_epoch_is_a_line_with_every_term():
     made = reporter()
     made.epoch("distill epoch 1/2", TERMS, 0.05, 1234.4, [(SHARE, 12.25)], 3725.0)
     expected = (
-        "distill epoch 1/2  loss 1.5 = kl 0.5 (1) + cross_entropy 1 (0.5)  test top1 12.25 %  lr 0.05  1,234 images/s  1:02:05 left\n"
+        "distill epoch 1/2  loss 1.5 = kl 0.5 (1) + cross_entropy 1 (0.5)  test top-1 12.25 %  lr 0.05  1,234 images/s  1:02:05 left\n"
     )
     assert made.console.file.getvalue() == expected
 
 
-def test_a_line_that_a_terminal_is_too_narrow_for_is_broken_between_its_parts():
+def test_a_progress_line_is_broken_between_its_parts_on_a_narrow_terminal():
     made = reporter(terminal=True)
-    made.console.width = 60
+    made.console.width = 61
     terms = {"loss": 1.5, "kl": 1.5, "kl.weighted": 1.5}
     made.epoch("distill epoch 1/2", terms, 0.05, 1234.4, [(SHARE, 12.25), (ERROR, 2.5)], 5.0)
     assert made.console.file.getvalue().splitlines() == [
         "distill epoch 1/2  loss 1.5 = kl 1.5",
-        "    test top1 12.25 %, rmse 2.500 m  lr 0.05  1,234 images/s",
+        "    test top-1 12.25 %, RMSE 2.500 m  lr 0.05  1,234 images/s",
         "    0:00:05 left",
     ]
 
@@ -50,7 +50,7 @@ def test_warnings_are_said_once_also_when_quiet():
     assert made.warnings == ["first", "second"]
 
 
-def test_a_bar_lives_on_a_terminal_and_as_long_as_training():
+def test_the_progress_bar_lives_on_a_terminal_and_as_long_as_training():
     plain, live = reporter(), reporter(terminal=True)
     with plain.training("distill", 10, 0):
         assert not plain.due()
@@ -65,7 +65,7 @@ def test_a_bar_lives_on_a_terminal_and_as_long_as_training():
     assert "distill" in live.console.file.getvalue()
 
 
-def test_signs_of_life_are_seldom(monkeypatch):
+def test_signs_of_progress_are_seldom(monkeypatch):
     """At most one in so many seconds, so that a log of many short epochs stays short."""
     now, told = [0.0], []
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])

@@ -13,7 +13,7 @@ def draw():
     return random.random(), float(np.random.rand()), float(torch.rand(()))
 
 
-def test_the_parts_give_the_numbers():
+def test_the_parts_of_a_seed_give_the_numbers():
     reseed(1, "stage", 2)
     first = draw()
     draw()
@@ -24,7 +24,7 @@ def test_the_parts_give_the_numbers():
         assert all(a != b for a, b in zip(draw(), first, strict=True))
 
 
-def test_it_is_the_same_as_torchs_own_seeding():
+def test_reseed_is_the_same_as_torchs_own_seeding():
     reseed(5)
     ours = torch.rand(3)
     torch.manual_seed(derived(5))
@@ -37,7 +37,7 @@ def test_steps_do_not_share_seeds():
     assert all(0 <= seed < 2**32 for seed in seeds)
 
 
-def test_the_stream_outside_goes_on_untouched():
+def test_seeded_leaves_the_stream_outside_untouched():
     reseed(7)
     expected = [draw(), draw()]
     reseed(7)

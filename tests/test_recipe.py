@@ -86,7 +86,7 @@ def test_a_bad_recipe_says_where_and_what(write, case):
     assert f"{path}:{line}: {says}" in "\n".join(problems(path))
 
 
-def test_all_problems_at_once_each_once(write):
+def test_all_problems_of_a_recipe_at_once_each_once(write):
     path = write(GOOD.replace("use: hint", "use: hnit").replace("epochs: 3", "epochs: -3").replace("schedule:", "schedul:"))
     told = problems(path)
     assert len(told) == len(set(told)) and {line.split(": ")[1] for line in told} == {"losses.2.use", "train.epochs", "schedul", "schedule"}

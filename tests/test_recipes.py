@@ -47,14 +47,14 @@ def test_a_study_compares_fairly_what_can_be_carried_out(path, folder):
 
 
 @pytest.mark.parametrize("path", [planned(path) for path in FILES])
-def test_it_can_be_carried_out(path, folder):
+def test_a_recipe_can_be_carried_out(path, folder):
     made = checks.make(recipe.load(folder / path.relative_to(RECIPES)))
     assert made.student.parameters > 0
     assert all(stage.steps > 0 for stage in made.stages)
 
 
 @pytest.mark.parametrize("path", EVERY, ids=[str(path.relative_to(RECIPES)) for path in EVERY])
-def test_it_says_what_it_shows_and_how_to_run_it(path):
+def test_a_recipe_says_what_it_shows_and_how_to_run_it(path):
     comments = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert comments and path.read_text().startswith("# ")
     if path.stem != "base":
@@ -68,17 +68,17 @@ def validator():
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
-def test_an_editor_with_the_schema_accepts_it(path, validator):
+def test_an_editor_with_the_schema_accepts_a_recipe(path, validator):
     validator.validate(recipe.load(path, files=False).source.data)
 
 
-def test_names_are_unique():
+def test_names_of_recipes_are_unique():
     names = [recipe.load(path, files=False).spec.name for path in FILES]
     assert len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
-def test_it_may_be_tried_for_two_epochs(path, folder):
+def test_a_recipe_may_be_tried_for_two_epochs(path, folder):
     recipe.load(folder / path.relative_to(RECIPES), {"train.epochs": 2})
 
 

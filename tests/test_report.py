@@ -80,7 +80,7 @@ def result(runs, name, seed):
     return json.loads((runs / f"{name}-seed{seed}" / "result.json").read_text())
 
 
-def test_the_page_holds_what_it_must(runs, written):
+def test_the_page_of_a_report_is_complete(runs, written):
     page = Reader(written.page.read_text())
     for title in (
         "Protocol", "Results", "Cost", "Learning curves", "Agreement with the teacher", "Classes and confusions",
@@ -169,7 +169,7 @@ def test_examples_are_images_that_the_teacher_gets_right_with_its_second_thought
     assert [one["label"] for one in figures["examples"]] == labels[expected].tolist()
 
 
-def test_what_is_gone_is_told_and_the_rest_is_written(runs, tmp_path):
+def test_a_report_tells_missing_runs_and_writes_the_rest(runs, tmp_path):
     shutil.copytree(runs, tmp_path / "moved" / "study")  # the teacher's run lies beside the study, and stays behind
     for marker in (tmp_path / "moved" / "study").glob("*/recipe.yaml"):
         marker.write_text(marker.read_text().partition("\n")[2].replace(str(runs.parent), str(tmp_path / "moved")))  # without the digest
@@ -182,7 +182,7 @@ def test_what_is_gone_is_told_and_the_rest_is_written(runs, tmp_path):
     assert (written.page.parent / "report" / "learning-curves-1.png").is_file()
 
 
-def test_one_run_alone_by_the_command(runs, tmp_path):
+def test_a_report_of_one_run_by_the_command(runs, tmp_path):
     done = CliRunner().invoke(app, ["report", str(runs / "taught-seed0"), "--output", str(tmp_path / "new")])
     assert done.exit_code == 0 and done.stdout.strip() == str(tmp_path / "new" / "report.html")
     page = Reader((tmp_path / "new" / "report.html").read_text())
@@ -205,7 +205,7 @@ def test_an_override_that_cannot_be_is_an_error(runs, tmp_path):
         report.write([runs / "taught-seed0"], tmp_path, {"seed": 3})
 
 
-def test_the_same_study_again_from_its_file(runs, tmp_path):
+def test_a_report_of_the_same_study_from_its_file(runs, tmp_path):
     findings, home = report.gather([runs])
     assert home == runs
     findings.save(tmp_path / "study.json")
@@ -224,7 +224,7 @@ def test_the_same_study_again_from_its_file(runs, tmp_path):
     assert moved.variants[0].folders[0] == tmp_path / "elsewhere" / "alone-seed0"
 
 
-def test_what_is_no_study_is_refused(tmp_path):
+def test_a_report_of_what_is_no_study_is_refused(tmp_path):
     with pytest.raises(RunError, match="neither a study"):
         report.gather([tmp_path])
 

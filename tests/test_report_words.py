@@ -115,7 +115,7 @@ def test_a_search_is_told_with_its_cost_and_edges():
     ] == "lr 0.1"
 
 
-def test_other_cases():
+def test_the_answer_in_other_cases():
     one = said(variant("alone", (90.0,)), variant("taught", (92.0,), (90.0,)), teacher=None)
     assert "taught, 92.00 % top-1 on test data, +2.00 points over alone." in one and "share one seed only" in one and "±" not in one
     assert "No variant is better than the baseline, alone" in said(BASE, variant("worse", (80.0, 81.0), (90.0, 92.0), (-12, -9)))

@@ -25,7 +25,7 @@ def lines(*what):
     return [{"kind": kind, "stage": stage, "epoch": epoch, "step": step} for kind, stage, epoch, step in what]
 
 
-def test_what_will_be_written_again_is_left_out(tmp_path):
+def test_metrics_that_will_be_written_again_are_left_out(tmp_path):
     folder = RunFolder(tmp_path)
     told = lines(
         ("step", "a", 0, 1), ("step", "a", 0, 2), ("epoch", "a", 1, 2), ("step", "a", 1, 3), ("step", "b", 0, 1), ("epoch", "b", 1, 2)
@@ -87,13 +87,13 @@ def test_the_recipe_in_the_folder_is_the_resolved_one(tmp_path):
     assert about["versions"].keys() >= {"python", "torch", "kdkit"}
 
 
-def test_a_file_in_its_place_is_refused(tmp_path):
+def test_a_file_in_the_place_of_the_run_folder_is_refused(tmp_path):
     (tmp_path / "run").write_text("a file")
     with pytest.raises(RunError, match="is not a run folder"):
         RunFolder(tmp_path / "run").check(recipe.load(write(tmp_path)))
 
 
-def test_what_a_running_process_stands_in_is_not_checked_twice(tmp_path):
+def test_a_run_folder_in_use_is_not_checked_twice(tmp_path):
     """Two claims of one process exclude each other too."""
     loaded = recipe.load(write(tmp_path))
     with (

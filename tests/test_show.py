@@ -128,7 +128,7 @@ def test_a_run_without_an_epoch_has_no_picture(unfinished, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("name", "says"), [("x.nothing", "cannot be written"), ("no_folder", "no run folder")])
-def test_what_cannot_be_shown_is_one_line(name, says, unfinished, monkeypatch, capsys):
+def test_show_of_what_is_no_run_is_one_line(name, says, unfinished, monkeypatch, capsys):
     words = [unfinished, "--png", unfinished / name] if "." in name else [unfinished / name]
     assert run_cli(monkeypatch, "show", *words) == 2
     said = capsys.readouterr().err
@@ -155,7 +155,7 @@ def test_curves_run_on_over_the_stages(unfinished):
     assert found.lr.y[:2] == [0.1, 0.05]
 
 
-def test_what_is_no_number_has_no_point(unfinished):
+def test_a_curve_has_no_point_for_what_is_no_number(unfinished):
     measured = [{**line, "test": {"top1": None if line["epoch"] == 2 else 3.0, "nll": None}} for line in lines(4, ("main",))]
     (unfinished / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in measured))
     assert curves.read(RunFolder(unfinished)).scores["test"] == {"top1": Curve([1, 3, 4], [3.0] * 3)}
@@ -166,25 +166,25 @@ def test_a_stage_that_comes_again_is_another_stretch(unfinished):
     assert curves.read(RunFolder(unfinished)).stages == [(0, "a"), (2, "b"), (4, "a")]
 
 
-def test_blocks_rise_with_the_values():
+def test_curve_blocks_rise_with_the_values():
     assert curves.blocks(Curve([1, 2, 3], [0.0, 3.5, 7.0]), 3, 10) == "▁▅█"
     assert curves.blocks(Curve([1, 2, 3, 4], [7.0, 0.0, 0.0, 7.0]), 4, 2) == "▁█"  # two epochs a character: the later one
     assert curves.blocks(Curve([1, 2], [2.0, 2.0]), 2, 10) == "▄▄"
 
 
-def test_blocks_stand_where_the_epochs_are():
+def test_curve_blocks_stand_where_the_epochs_are():
     assert curves.blocks(Curve([3, 4], [1.0, 2.0]), 6, 10) == "  ▁█  "
     assert curves.blocks(Curve([2, 4], [1.0, 2.0]), 4, 10) == " ▁▁█"  # an epoch that was not measured shows the one before
 
 
-def test_lines_do_not_run_from_one_stage_into_the_next(unfinished):
+def test_curves_do_not_run_from_one_stage_into_the_next(unfinished):
     found = curves.read(RunFolder(unfinished))
     loss = found.losses["loss"]
     xs, ys = curves.broken(loss.x, loss.y, found.stages)
     assert xs == [1, 2, 3, 4, 4, 5, 6, 7, 8] and ys[4] != ys[4]
 
 
-def test_the_picture_is_light_and_has_lines_that_differ_in_grey(unfinished):
+def test_the_picture_of_curves_is_light_and_has_lines_that_differ_in_grey(unfinished):
     picture = image.imread(Story(unfinished).draw())
     height, width, _ = picture.shape
     assert height > 800 and width > 800

@@ -34,7 +34,7 @@ def memory(folder, **changes):
     return step_memory(recipe.load(write(folder, MLP, **changes)), folder / "run")
 
 
-def test_a_step_holds_gradients_and_activations(tmp_path):
+def test_step_memory_holds_gradients_and_activations(tmp_path):
     parameters = 64 * 64 + 64 + 64 * 10 + 10
     small = memory(tmp_path)
     assert small > 4 * parameters  # its gradients, at least
@@ -43,13 +43,13 @@ def test_a_step_holds_gradients_and_activations(tmp_path):
     assert small < 4 * parameters * 3 + images * 20
 
 
-def test_a_teacher_takes_memory_too(tmp_path):
+def test_step_memory_counts_a_teacher_too(tmp_path):
     taught = {"schedule": {"use": "offline"}, "losses": [{"use": "cross_entropy"}, {"use": "logit_kl"}], "teacher": {"model": "mlp/512"}}
     assert memory(tmp_path, **taught) > memory(tmp_path) + 50 * 512 * 4 / 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_the_allocator_counts():
+def test_step_memory_on_a_gpu_is_the_allocators():
     device = torch.device("cuda")
     kept = torch.ones(2**20, device=device)
     assert peak_memory(lambda: [torch.ones(2**18, device=device) for _ in range(10)] and None, device) == 10 * 2**20

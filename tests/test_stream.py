@@ -61,38 +61,38 @@ def shades(batches):
     return [int(shade) for batch in batches for shade in (batch.inputs[:, 0, 0, 0] * 255).round()]
 
 
-def test_what_can_be_shared_says_how():
+def test_a_stream_that_can_be_shared_says_how():
     assert isinstance(Dealt(), SharedStream) and isinstance(Counting(), Stream) and not isinstance(Counting(), SharedStream)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_processes_train_on_parts_of_an_epoch(world):
+def test_processes_train_on_parts_of_a_streams_epoch(world):
     epochs = [list(load(rank=rank, world=world).train.epoch(2)) for rank in range(world)]
     assert [len(epoch) for epoch in epochs] == [4] * world
     assert sorted(shade for epoch in epochs for shade in shades(epoch)) == list(range(24))
     assert len(torch.cat([batch.index for epoch in epochs for batch in epoch]).unique()) == 24
 
 
-def test_processes_measure_each_image_once():
+def test_processes_measure_each_image_of_a_stream_once():
     ranks = [load(rank=rank, world=2) for rank in range(2)]
     assert sorted(shade for loaded in ranks for shade in shades(loaded.test)) == list(range(24))
     assert shades(ranks[1].test.whole()) == list(range(24))
     assert sum(len(loaded.test) for loaded in ranks) == 6
 
 
-def test_start_skips_batches():
+def test_start_of_a_stream_skips_batches():
     train = load(rank=1, world=2, augment=CROPS).train
     whole, rest = list(train.epoch(0)), list(train.epoch(0, start=3))
     assert len(rest) == 1 and torch.equal(rest[0].inputs, whole[3].inputs)
 
 
-def test_what_cannot_be_shared_is_for_one_process():
+def test_a_stream_that_cannot_be_shared_is_for_one_process():
     assert len(shades(load(Alone).train.epoch(0))) == 24
     with pytest.raises(DataError, match="2 training processes cannot share; use one") as raised:
         load(Alone, world=2)
     assert "\n" not in str(raised.value)
 
 
-def test_repeats_are_refused():
+def test_repeats_of_a_stream_are_refused():
     with pytest.raises(DataError, match=r"data.repeats: this dataset can only be read from start to end"):
         load(repeats=2, augment=CROPS)

@@ -11,7 +11,7 @@ from kdkit.errors import RecipeError
 from kdkit.recipe import registry
 from kdkit.recipe.yaml_source import Source
 from kdkit.study import loading as study_file
-from kdkit.study import schema as study_schema
+from kdkit.study import spec as study_schema
 from kdkit.study import variants
 from tests.training import write as write_recipe
 

@@ -174,7 +174,7 @@ def test_losses_see_the_rows_that_count(tmp_path, quarters):
 
 REFUSED = {
     "no such task": ({"task": "clasification"}, "did you mean 'classification'"),
-    "texts, and the dataset has images": ({"task": "text_classification"}, "takes texts of at most N tokens (N,), and the samples are (3, 8, 8)"),
+    "texts, and the dataset has images": ({"task": "text_classification"}, "the samples are (3, 8, 8); say which task it is (`task:`); for images: classification"),
     "no such metric": ({"metrics": ["MulticlassCohenKapa"]}, "metrics.0: 'MulticlassCohenKapa' is no metric plugin, nor a class of torchmetrics; did you mean 'MulticlassCohenKappa'"),
     "an argument that it does not take": ({"metrics": [{"use": "MulticlassCohenKappa", "wieghts": "none"}]}, "'MulticlassCohenKappa' does not take these arguments: "),
     "several numbers": ({"metrics": ["MulticlassConfusionMatrix"]}, "'MulticlassConfusionMatrix' does not count answers of task 'classification'"),
@@ -210,7 +210,7 @@ def kdkit_tasks():
 '''
 
 
-def test_what_asks_for_classes_is_refused_for_other_rows(tmp_path):
+def test_options_for_classes_are_refused_for_a_task_with_other_rows(tmp_path):
     (tmp_path / "rows.py").write_text(ROWS)
     recipe = {**PLAIN, "plugins": ["rows.py"], "task": "regression", "losses": [{"use": "logit_mse"}]}
     cached = merged(recipe, {"teacher": {"cache": {"views": 1, "top_k": 2}}})

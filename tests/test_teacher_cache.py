@@ -26,7 +26,6 @@ from kdkit.runs import checks, training
 from kdkit.runs.fill_caches import fill
 from kdkit.runs.networks import ModelFactory
 
-CPU = torch.device("cpu")
 ALL = {"views": "all"}
 SHIFTS = {"augment": {"crop_padding": 1, "flip": 0.5}}
 HINT = {"use": "hint", "layers": [{"student": "stage3", "teacher": "stage3"}]}
@@ -75,7 +74,7 @@ def wired(folder, base=PLAIN, touch=lambda teacher: None, tell=lambda text: None
     loaded = recipe.load(write(folder, base, **{"run": {"folder": str(folder / "runs")}, **changes}))
     accelerator = build_accelerator(loaded.spec.train)
     opened = training.open_data(loaded, accelerator)
-    factory = ModelFactory(loaded, opened.info, {}, device=CPU)
+    factory = ModelFactory(loaded, opened.info, {}, device=accelerator.device)
     teacher = factory.teacher()
     touch(teacher)
     cache, asked = open_cache(loaded, "teacher", teacher, opened.info, opened.train, tell), Counted(teacher)
@@ -101,7 +100,7 @@ def caches(folder):
 
 @pytest.mark.parametrize("losses", [PLAIN["losses"], WITH_HINT], ids=["logits", "taps"])
 @pytest.mark.parametrize("shown", [{}, SHIFTS], ids=["plain", "shifted"])
-def test_with_fp32_training_comes_to_the_same_numbers(tmp_path, losses, shown):
+def test_fp32_training_from_a_cache_comes_to_the_same_numbers(tmp_path, losses, shown):
     cache = {"views": "all", "what": "taps", "dtype": "fp32"}
     alone = wired(tmp_path, losses=losses, data=shown).train()
     first = wired(tmp_path, losses=losses, data=shown, teacher={"cache": cache}).train()
@@ -110,7 +109,7 @@ def test_with_fp32_training_comes_to_the_same_numbers(tmp_path, losses, shown):
     close(again.train(), alone, 1e-6)
 
 
-def test_bit_for_bit_where_a_row_does_not_depend_on_its_batch(tmp_path):
+def test_cached_training_is_bitwise_equal_where_a_row_does_not_depend_on_its_batch(tmp_path):
     """A network whose answer to an image is the same bits in whatever batch it comes."""
     base = only_mlp(teacher={"model": "mlp/1"})
     alone = wired(tmp_path, base).train()
@@ -119,7 +118,7 @@ def test_bit_for_bit_where_a_row_does_not_depend_on_its_batch(tmp_path):
     assert all(torch.equal(kept[name], alone[name]) for name in alone)
 
 
-def test_from_an_empty_cache_and_from_a_full_one_the_same_bits(tmp_path):
+def test_an_empty_and_a_full_cache_give_the_same_bits(tmp_path):
     kept = {"cache": {**ALL, "what": "taps"}}
     first, second = wired(tmp_path, losses=WITH_HINT, data=SHIFTS, teacher=kept), None
     ours = first.train(3)
@@ -130,7 +129,7 @@ def test_from_an_empty_cache_and_from_a_full_one_the_same_bits(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_in_half_precision_within_rounding(tmp_path, dtype):
+def test_a_cache_in_half_precision_is_within_rounding(tmp_path, dtype):
     alone = wired(tmp_path, losses=WITH_HINT, data=SHIFTS)
     kept = wired(tmp_path, losses=WITH_HINT, data=SHIFTS, teacher={"cache": {**ALL, "what": "taps", "dtype": dtype}})
     batch = next(iter(kept.data.train.epoch(0)))
@@ -142,7 +141,7 @@ def test_in_half_precision_within_rounding(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_training_in_half_precision_too(tmp_path, dtype):
+def test_training_in_half_precision_from_a_cache(tmp_path, dtype):
     """By how far the weights have moved; a network without batch norm, which would make small differences large."""
     alone = wired(tmp_path, only_mlp(), data=SHIFTS)
     began = {name: value.detach().clone() for name, value in alone.trainer.stage.students[0].module.named_parameters()}
@@ -153,7 +152,7 @@ def test_training_in_half_precision_too(tmp_path, dtype):
     assert 0 < apart < {"fp16": 0.001, "bf16": 0.01}[dtype] * moved
 
 
-def test_a_layer_that_is_the_logits_stays_one_tensor_with_them(tmp_path):
+def test_a_cached_layer_that_is_the_logits_stays_one_tensor_with_them(tmp_path):
     losses = [*PLAIN["losses"], {"use": "rkd_distance", "layers": [{"student": "logits", "teacher": "logits"}]}]
     there = wired(tmp_path, losses=losses, teacher={"cache": ALL})
     answer = there.teacher(next(iter(there.data.train.epoch(0))).inputs)
@@ -161,13 +160,13 @@ def test_a_layer_that_is_the_logits_stays_one_tensor_with_them(tmp_path):
     assert [column.name for column in there.cache.store.columns] == ["logits"]
 
 
-def test_a_teacher_that_stops_at_its_deepest_tap_is_kept_without_logits(tmp_path):
+def test_a_teacher_that_stops_at_its_deepest_tap_is_cached_without_logits(tmp_path):
     there = wired(tmp_path, losses=[{"use": "cross_entropy"}, HINT], teacher={"cache": {**ALL, "what": "taps"}})
     assert [column.name for column in there.cache.store.columns] == ["tap stage3"]
     there.train()
 
 
-def test_mixed_precision_is_that_of_training_also_before_it_begins(tmp_path):
+def test_a_cache_has_the_mixed_precision_of_training(tmp_path):
     """Losses are set up outside autocast; the answers kept there are those of training."""
     there = wired(tmp_path, only_mlp(), train={"precision": "bf16"}, teacher={"cache": {**ALL, "dtype": "fp32"}})
     inputs = next(iter(there.data.train.epoch(0))).inputs
@@ -179,7 +178,7 @@ def test_mixed_precision_is_that_of_training_also_before_it_begins(tmp_path):
 # Which views
 
 
-def test_few_views_come_again(tmp_path):
+def test_few_cached_views_come_again(tmp_path):
     there = wired(tmp_path, data=SHIFTS, teacher={"cache": {"views": 3}})
     plain = wired(tmp_path, data=SHIFTS).data.train
     for epoch in range(7):
@@ -189,14 +188,14 @@ def test_few_views_come_again(tmp_path):
     assert there.asked.images == 3 * 48 + 8  # and one batch once more, to compare
 
 
-def test_with_timms_augmentations_too(tmp_path):
+def test_few_cached_views_of_timms_augmentations(tmp_path):
     data = {"timm_augment": {"auto_augment": "rand-m5"}, "workers": 0}
     there = wired(tmp_path, data=data, teacher={"cache": {"views": 2}})
     there.train(4)
     assert there.asked.images == 2 * 48 + 8
 
 
-def test_of_all_views_each_is_kept_once(tmp_path):
+def test_of_all_views_each_is_cached_once(tmp_path):
     there = wired(tmp_path, data={"augment": {"flip": 0.5}}, teacher={"cache": ALL})
     assert there.cache.slots.count == 2
     plain = wired(tmp_path, data={"augment": {"flip": 0.5}}).data.train
@@ -207,7 +206,7 @@ def test_of_all_views_each_is_kept_once(tmp_path):
     assert bool(there.cache.store.known(torch.arange(2 * 48)).all())
 
 
-def test_a_slot_is_one_picture_of_an_image():
+def test_a_slot_of_the_cache_is_one_picture_of_an_image():
     """By a table of what each image showed in many views."""
     for flip in (0.0, 0.5, 1.0):
         options = CacheOptions(views="all")
@@ -232,7 +231,7 @@ def recipe_data(padding, flip):
     return DataSpec(dataset=DatasetEntry(use="synthetic"), augment=BatchAugment(crop_padding=padding, flip=flip))
 
 
-def test_top_k_keeps_the_largest_probabilities_exactly():
+def test_a_cache_of_top_k_keeps_the_largest_probabilities_exactly():
     logits = torch.randn(50, 30) * 3
     kept = KeptAnswers(CacheOptions(views=1, top_k=4, dtype="fp32"), 30, True, {})
     found = kept.unpack(kept.pack(Outputs(logits)), "teacher").logits
@@ -245,7 +244,7 @@ def test_top_k_keeps_the_largest_probabilities_exactly():
     assert kept.bytes == 4 * 4 + 4 * 2 + 4
 
 
-def test_numbers_too_large_for_half_precision_are_refused(tmp_path):
+def test_a_cache_refuses_numbers_too_large_for_half_precision(tmp_path):
     def enlarge(teacher):
         teacher.module.get_submodule("fc").weight.data.mul_(1e7)
 
@@ -333,7 +332,7 @@ def test_the_same_cache_where_answers_are_the_same(tmp_path, fixed, change):
     assert name_of(tmp_path, base, **change) == name
 
 
-def test_few_views_depend_on_the_seed(tmp_path, fixed):
+def test_few_cached_views_depend_on_the_seed(tmp_path, fixed):
     few = {"teacher": {"cache": {"views": 3}}}
     assert name_of(tmp_path, fixed[0], data=SHIFTS, **few) != name_of(tmp_path, fixed[0], data=SHIFTS, seed=1, **few)
     assert name_of(tmp_path, fixed[0], **few) == name_of(tmp_path, fixed[0], seed=1, **few)  # nothing is augmented
@@ -354,7 +353,7 @@ def test_images_that_changed_in_place_have_another_cache(tmp_path, usual, monkey
 
 
 @pytest.mark.parametrize(("dtype", "factor"), [("fp16", 1.03), ("fp32", 1.001), ("bf16", 1.03)])
-def test_what_the_name_cannot_tell_the_first_answer_does(tmp_path, dtype, factor):
+def test_a_cache_of_other_weights_is_found_by_the_first_answer(tmp_path, dtype, factor):
     """A hook changes the answers a little, and is no part of the network's code."""
     kept = {"cache": {**ALL, "dtype": dtype}}
     wired(tmp_path, teacher=kept).train(1)
@@ -368,7 +367,7 @@ def test_what_the_name_cannot_tell_the_first_answer_does(tmp_path, dtype, factor
 
 @pytest.mark.parametrize("file", ["column-0.bin", "checks.bin", "states.bin"])
 @pytest.mark.parametrize("how", ["flipped", "other", "zeros", "garbage"])
-def test_a_damaged_row_is_asked_for_again(tmp_path, file, how):
+def test_a_damaged_row_of_a_cache_is_asked_for_again(tmp_path, file, how):
     """Whatever is in a file of the right size, training comes to the same."""
     kept = {"cache": {**ALL, "dtype": "fp32"}}
     first = wired(tmp_path, only_mlp(), teacher=kept)
@@ -432,7 +431,7 @@ def test_two_trainings_share_a_cache(tmp_path):
 
 
 @pytest.mark.parametrize("after", [0.01, 0.05])
-def test_a_killed_training_leaves_no_wrong_row(tmp_path, after):
+def test_a_killed_training_leaves_no_wrong_row_in_the_cache(tmp_path, after):
     mark = PROCESSES.Event()
     one = PROCESSES.Process(target=train_in_a_process, args=(tmp_path, 10_000, mark))
     one.start()
@@ -474,20 +473,20 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("changes, says", REFUSED.values(), ids=REFUSED.keys())
-def test_what_cannot_be_kept_is_refused_with_its_place(tmp_path, changes, says):
+def test_what_cannot_be_cached_is_refused_with_its_place(tmp_path, changes, says):
     path = write(tmp_path, merged(PLAIN, {"teacher": {"cache": ALL}}), **changes)
     with pytest.raises(RecipeError, match=r"recipe.yaml:\d+: " + says):
         checks.make(recipe.load(path))
 
 
-def test_teachers_see_the_same_views(tmp_path):
+def test_cached_teachers_see_the_same_views(tmp_path):
     one = {**PLAIN["teacher"], "cache": {"views": 2}}
     path = write(tmp_path, {**PLAIN, "teacher": None, "teachers": [one, {**one, "cache": {"views": 3}}]}, data=SHIFTS)
     with pytest.raises(RecipeError, match=r"teachers.1.cache.views: all teachers see the same images"):
         checks.make(recipe.load(path))
 
 
-def test_a_random_teacher_is_refused(tmp_path):
+def test_a_cache_of_a_random_teacher_is_refused(tmp_path):
     (tmp_path / "net.py").write_text(
         "import torch\n"
         "class Net(torch.nn.Module):\n"
@@ -502,7 +501,7 @@ def test_a_random_teacher_is_refused(tmp_path):
         wired(tmp_path, base)
 
 
-def test_other_images_than_those_of_a_batch_are_refused(tmp_path):
+def test_a_cache_refuses_other_images_than_those_of_a_batch(tmp_path):
     there = wired(tmp_path, teacher={"cache": ALL})
     batch = next(iter(there.data.train.epoch(0)))
     with pytest.raises(RunError, match="teacher is shown other images than those of the batch"):
@@ -518,12 +517,12 @@ def test_other_images_than_those_of_a_batch_are_refused(tmp_path):
     ],
     ids=lambda schedule: schedule["use"],
 )
-def test_schedules_that_show_the_teacher_the_batch_are_fine(tmp_path, schedule):
+def test_a_cache_serves_schedules_that_show_the_teacher_the_batch(tmp_path, schedule):
     path = write(tmp_path, schedule=schedule, teacher={"cache": ALL})
     assert any("are kept" in note for note in checks.make(recipe.load(path)).notes)
 
 
-def test_only_what_changes_numbers_is_in_a_runs_fingerprint(tmp_path):
+def test_only_cache_options_that_change_numbers_are_in_the_fingerprint(tmp_path):
     def fingerprint(**cache):
         return recipe.load(write(tmp_path, teacher={"cache": {**ALL, **cache}})).fingerprint
 
@@ -536,14 +535,14 @@ def test_a_cache_lies_where_the_recipe_says(tmp_path):
     assert there.cache.store.path.parent == tmp_path / "elsewhere"
 
 
-def test_check_says_how_large_it_may_grow(tmp_path):
+def test_check_says_how_large_a_cache_may_grow(tmp_path):
     path = write(tmp_path, data=SHIFTS, teacher={"cache": ALL})
     assert "note: the answers of teacher are kept, up to 10.4 kB (18 views of 48 images, 12 bytes each)" in str(
         checks.make(recipe.load(path))
     )
 
 
-def test_a_store_that_would_outgrow_its_bound_is_refused_before_it_is_written(tmp_path, monkeypatch):
+def test_a_cache_that_would_outgrow_its_bound_is_refused_before_it_is_written(tmp_path, monkeypatch):
     """Files are given whole pages, which `check` cannot know."""
     with pytest.raises(RecipeError, match=r"teacher.cache.max_gb: the cache may take \d+.* kB .*, `max_gb` is 1.1e-05"):
         wired(tmp_path, data=SHIFTS, teacher={"cache": {**ALL, "max_gb": 1.1e-5}})
@@ -555,7 +554,7 @@ def test_several_teachers_have_a_cache_each(tmp_path):
     checks.make(loaded)
     accelerator = build_accelerator(loaded.spec.train)
     opened = training.open_data(loaded, accelerator)
-    teachers = ModelFactory(loaded, opened.info, {}, device=CPU).teachers()
+    teachers = ModelFactory(loaded, opened.info, {}, device=accelerator.device).teachers()
     for _ in range(2):
         with answering(loaded, teachers, opened) as kept:
             for batch, expected in zip(kept.train.epoch(5), opened.train.epoch(5, view=1), strict=True):
@@ -593,7 +592,7 @@ def test_a_cache_that_is_filled_ahead_answers_everything(tmp_path, data, options
     assert there.asked.images <= 20  # one batch, to compare
 
 
-def test_a_teacher_of_another_recipe_is_trained_before_it_is_asked(tmp_path):
+def test_a_cached_teacher_of_another_recipe_is_trained_first(tmp_path):
     losses = [{"use": "cross_entropy"}]
     write(tmp_path, {**PLAIN, "teacher": None}, name="other.yaml", schedule={"use": "supervised"}, losses=losses, train={"epochs": 1})
     base = {**PLAIN, "teacher": {"recipe": "other.yaml", "cache": ALL}, "run": {"folder": str(tmp_path / "runs")}}
@@ -601,7 +600,7 @@ def test_a_teacher_of_another_recipe_is_trained_before_it_is_asked(tmp_path):
     assert found.filled == 48 and found.path.name.startswith("other-") and (tmp_path / "runs" / "plain" / "result.json").exists()
 
 
-def test_filling_goes_on_where_it_was(tmp_path, monkeypatch):
+def test_filling_a_cache_resumes(tmp_path, monkeypatch):
     said = {"data": SHIFTS, "teacher": {"cache": ALL}, "run": {"folder": str(tmp_path / "runs")}}
     loaded, writes = recipe.load(write(tmp_path, **said)), []
     whole = answer_store.AnswerStore.write
@@ -624,7 +623,7 @@ def test_filling_goes_on_where_it_was(tmp_path, monkeypatch):
     assert found.filled == 18 * 48 and sum(writes) == 18 * 48
 
 
-def test_the_command_fills_lists_and_removes(tmp_path):
+def test_the_cache_command_fills_lists_and_removes(tmp_path):
     write(tmp_path, data=SHIFTS, teacher={"cache": ALL})
     code, said = Command(tmp_path, "cache", "recipe.yaml").finish()
     assert code == 0 and "runs/teacher-cache/resnet18-" in said and "864 answers" in said
@@ -644,7 +643,7 @@ def test_the_command_fills_lists_and_removes(tmp_path):
         (["cache", "--clear", "nothing"], "no cache in runs/teacher-cache is called 'nothing'"),
     ],
 )
-def test_the_command_says_in_a_line_what_is_wrong(tmp_path, arguments, says):
+def test_the_cache_command_says_in_a_line_what_is_wrong(tmp_path, arguments, says):
     write(tmp_path)
     code, said = Command(tmp_path, *arguments).finish()
     assert code == 2 and len(said.splitlines()) == 1

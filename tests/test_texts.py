@@ -58,13 +58,13 @@ def test_a_batch_is_as_long_as_its_longest_text():
         assert batch.labels.tolist() == [int(i) % 3 for i in batch.index]
 
 
-def test_an_epoch_can_begin_in_the_middle():
+def test_an_epoch_of_texts_can_begin_in_the_middle():
     whole, rest = list(six().train.epoch(3)), list(six().train.epoch(3, start=1))
     assert all(torch.equal(a.inputs["input_ids"], b.inputs["input_ids"]) for a, b in zip(whole[1:], rest, strict=True))
 
 
 @pytest.mark.parametrize("key", ["image_size", "augment", "timm_augment"])
-def test_what_is_for_images_is_refused(key):
+def test_options_for_images_are_refused_for_texts(key):
     with pytest.raises(DataError, match=f"data.{key}: is for images, and dataset 'six' has texts"):
         six(**{key: 8 if key == "image_size" else {}})
 
@@ -82,7 +82,7 @@ def folder(tmp_path_factory):
     return lay_out(tmp_path_factory.mktemp("texts"))
 
 
-def test_check_tells_what_it_is(folder):
+def test_check_of_a_recipe_of_texts(folder):
     told = str(checks.make(recipes.load(write(folder))))
     assert "160 training and 304 test texts of up to 12 tokens, 151 classes" in told
     assert "multiply-accumulates per text" in told
@@ -98,12 +98,12 @@ def test_check_tells_what_it_is(folder):
     ],
     ids=["a network for images", "init", "a loss on maps"],
 )
-def test_check_refuses_what_cannot_be(folder, changes, says):
+def test_check_refuses_impossible_recipes_of_texts(folder, changes, says):
     with pytest.raises(RecipeError, match=says):
         checks.make(recipes.load(write(folder, **changes)))
 
 
-def test_keeping_hidden_states_is_refused(folder):
+def test_a_cache_of_hidden_states_is_refused(folder):
     teacher = {**recipe(folder)["teacher"], "cache": {"views": "all", "what": "taps"}}
     with pytest.raises(RecipeError, match="as long as the longest text of a batch"):
         checks.make(recipes.load(write(folder, teacher=teacher)))
@@ -115,12 +115,12 @@ def run(folder):
     return kdkit.train(write(folder), folder=folder / "run", quiet=True)
 
 
-def test_a_student_learns(folder, run):
+def test_a_student_of_texts_learns(folder, run):
     losses = [line["train"]["loss"] for line in LoadedRun(run.folder).folder.metrics("epoch")]
     assert losses[1] < losses[0] and run.test["nll"] < 5.1
 
 
-def test_a_further_run_ends_with_the_same_weights(folder, run):
+def test_a_further_run_on_texts_ends_with_the_same_weights(folder, run):
     again = kdkit.train(write(folder), folder=folder / "again", quiet=True)
     assert all(torch.equal(value, weights(again.folder)[name]) for name, value in weights(run.folder).items())
 
@@ -152,7 +152,7 @@ def test_hidden_states_are_compared_where_there_are_tokens(folder, run):
     assert torch.allclose(relation(s, t, batch), relation(*pooled, batch), rtol=1e-4)
 
 
-def test_answers_are_kept_and_give_the_same_student_up_to_rounding(folder):
+def test_a_cache_of_answers_to_texts_gives_the_same_student_up_to_rounding(folder):
     losses = [{"use": "cross_entropy"}, {"use": "logit_kl", "temperature": 2}]
     teacher = recipe(folder)["teacher"]
     plain = kdkit.train(write(folder, losses=losses), folder=folder / "plain", quiet=True)
@@ -203,7 +203,7 @@ def test_only_plugins_for_texts_need_the_extra():
         assert not {module.split(".")[0] for module, _ in imports(file)} & EXTRA, file
 
 
-def test_it_is_shown_and_reported(folder, run, capsys):
+def test_a_run_on_texts_is_shown_and_reported(folder, run, capsys):
     assert cli.app(["show", str(run.folder)], standalone_mode=False) is None
     assert "init (from teacher, layers 1-3)" in " ".join(capsys.readouterr().out.split())
     written = report.write([run.folder], output=folder / "report")
@@ -254,7 +254,7 @@ def test_no_schedule_reads_padding(tmp_path_factory, schedule, losses):
     ],
     ids=["mixup", "two views", "second view"],
 )
-def test_what_images_have_and_texts_have_not(folder, changes, says):
+def test_options_that_texts_do_not_have(folder, changes, says):
     student = {"model": "hf/bert", "pretrained": False, "config": BERT}
     with pytest.raises(RecipeError, match=says):
         checks.make(recipes.load(write(folder, student=student, losses=[{"use": "cross_entropy"}, {"use": "logit_kl"}], **changes)))
@@ -267,7 +267,7 @@ def test_tokens_that_a_network_has_not_are_told(folder):
         kdkit.train(file, folder=folder / "short", quiet=True)
 
 
-def test_two_processes_come_to_what_one_comes_to(tmp_path):
+def test_two_processes_learn_texts_as_one_does(tmp_path):
     """Each pads its own half of a batch; a mean over the tokens of a batch (hint) is left out, as each process has its own."""
     lay_out(tmp_path)
     still = {**BERT, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

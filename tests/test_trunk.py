@@ -48,7 +48,7 @@ def gradients(network, total):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_answers_and_gradients_are_those_of_whole_networks(name):
+def test_answers_and_gradients_of_a_trunk_are_those_of_whole_networks(name):
     torch.manual_seed(0)
     models = students(name, 3)
     trunk = kdkit.Trunk(models, FAMILIES[name])
@@ -101,7 +101,7 @@ def test_tapped_layers_of_the_trunk_are_shown_whole():
     assert second.features["logits"] is second.logits
 
 
-def test_state_is_whole_for_each_student():
+def test_state_of_a_trunk_is_whole_for_each_student():
     models = students("test_vit", 2)
     kdkit.Trunk(models, "blocks.1")
     for model in models:
@@ -129,7 +129,7 @@ class Twice(LooksBack):
         return self.two(self.one(x.flatten(1)) + self.one(x.flatten(1)))
 
 
-def test_a_network_that_looks_back_runs_whole():
+def test_a_network_without_a_trunk_runs_whole():
     models = [TappedModel(LooksBack(), input_shape=(3, 2, 2)) for _ in range(2)]
     trunk = kdkit.Trunk(models, "one")
     assert not trunk.once

@@ -42,7 +42,7 @@ def load(folder, **changes):
     return recipe.load(folder / "recipe.yaml")
 
 
-def test_a_student_learns_from_the_teacher_alone(folder):
+def test_a_student_learns_unlabelled_from_the_teacher_alone(folder):
     result = training.train(load(folder, data={"train_samples": 8}), folder / "run", quiet=True)
     assert result.test.keys() >= {"top1", "agreement"} and result.parameters
     assert training.RunFolder(folder / "run").info().class_names == NAMES
@@ -61,7 +61,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("place", REFUSED)
-def test_what_reads_labels_is_one_line(folder, place):
+def test_losses_that_read_labels_of_unlabelled_data_are_one_line(folder, place):
     changes, says = REFUSED[place]
     with pytest.raises(RecipeError) as raised:
         checks.make(load(folder, **changes))

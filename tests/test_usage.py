@@ -36,7 +36,7 @@ def kdkit(tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_layers_that_have_an_alias_alone(kdkit):
+def test_layers_command_shows_layers_that_have_an_alias_alone(kdkit):
     listed = kdkit("layers", "resnet18", "--stages", "--size", "32")[1].splitlines()[1:]
     assert [line.split()[-1] for line in listed] == ["logits", "stage1", "stage2", "stage3", "stage4", "penultimate"]
 
@@ -75,7 +75,7 @@ def test_flags_take_no_value_in_the_help(kdkit):
     assert kdkit("train", "--help") == (0, printed, "")
 
 
-def test_a_size_may_be_a_side(kdkit):
+def test_a_size_on_the_command_line_may_be_a_side(kdkit):
     assert "(B, 64, 16, 16)" in kdkit("layers", "resnet18", "--size", "32")[1]
     assert "images (3, 16, 16)" in kdkit("profile", "mlp/4", "--size", "16", "--runs", "1")[1]
 

@@ -35,8 +35,7 @@ def key(
     slots: Slots,
     part: Split | InMemory | Texts,
 ) -> dict[str, Any]:
-    """Collect everything that the answers depend on; leaves out what does not affect them (the
-    training subset, the batch size, the student).
+    """Collect all that the answers depend on: not the subset, the batch size or the student.
 
     Args:
         recipe: of the run.
@@ -46,8 +45,8 @@ def key(
         slots: the views that are cached.
         part: the dataset's training part.
     """
-    options = content_of(recipe.spec.all_teachers()[name])
     spec = recipe.spec
+    options = content_of(spec.all_teachers()[name])
     adapter = vars(teacher.adapt)
     precision = str(teacher.precision or spec.train.precision).removeprefix("torch.")
     autocast = precision not in ("fp32", "float32")
@@ -56,6 +55,7 @@ def key(
         "torch": torch.__version__,
         "teacher": {
             **{k: value for k, value in options.items() if k not in ("cache", "name")},
+            # of the network as it answers, folded for example, not of a file
             "weights": weights_digest(teacher.module),
         },
         "network": _network_digest(teacher.module),
@@ -97,9 +97,7 @@ def weights_digest(module: nn.Module) -> str:
 
 
 def _network_digest(module: nn.Module) -> str:
-    """Return the SHA-256 of the network's structure: its modules, their `extra_repr`, and the files
-    of their classes.
-    """
+    """Digest the network's structure: modules, their `extra_repr`, the files of their classes."""
     digest = hashlib.sha256()
     for path, part in module.named_modules():
         kind = type(part)
@@ -111,12 +109,10 @@ def _network_digest(module: nn.Module) -> str:
 
 
 def _file(kind: type[nn.Module]) -> str:
-    """Return the file that defines a class; empty for torch's own classes, whose version is in the
-    key, and for those defined in an interactive session.
-    """
+    """Return the file that defines a class; empty for torch's own, whose version is in the key."""
     try:
         return "" if kind.__module__.startswith("torch.") else inspect.getfile(kind)
-    # classes without a file: built in, or defined interactively
+    # built in, or defined in an interactive session
     except (OSError, TypeError):
         return ""
 
@@ -132,7 +128,7 @@ def _source_digest(module: str, file: str) -> str:
 def _data(recipe: Recipe, slots: Slots) -> dict[str, Any]:
     """Collect everything that the pixels of an image depend on."""
     spec = recipe.spec.data
-    found = {
+    values = {
         "dataset": content_of(spec.dataset),
         "image_size": spec.image_size,
         "interpolation": spec.interpolation,
@@ -140,21 +136,20 @@ def _data(recipe: Recipe, slots: Slots) -> dict[str, Any]:
     }
     if slots.exact:  # the seed decides which outcome is drawn, not what it looks like
         return {
-            **found,
+            **values,
             "padding": slots.padding,
             "flipped": [slots.outcome(slot) % 2 for slot in range(min(2, slots.count))],
         }
     augment = {"augment": content_of(spec.augment), "timm_augment": content_of(spec.timm_augment)}
+    # both libraries make the pixels, and may do so differently in another version
     versions = (
         [version(package) for package in ("timm", "torchvision")] if spec.timm_augment else []
     )
-    return {**found, **augment, "versions": versions, "seed": slots.seed}
+    return {**values, **augment, "versions": versions, "seed": slots.seed}
 
 
 def _images_digest(part: Split | InMemory | Texts) -> str:
-    """Return the SHA-256 of the labels and of the images: of all images in memory, or of a sample
-    of those that are read.
-    """
+    """Digest labels and images: all in memory, or a sample of those that are read."""
     digest = hashlib.sha256(np.asarray(part.labels, dtype=np.int64).tobytes())
     for path in getattr(part, "paths", ()):  # of image files
         about = Path(path).stat()
@@ -166,7 +161,7 @@ def _images_digest(part: Split | InMemory | Texts) -> str:
     if isinstance(part, Texts):
         digest.update(json.dumps([part.tokens, part.padding], sort_keys=True).encode())
         return digest.hexdigest()
-    for index in sorted({round(place) for place in np.linspace(0, len(part) - 1, LOOKED_AT)}):
+    for index in sorted({round(number) for number in np.linspace(0, len(part) - 1, LOOKED_AT)}):
         pixels = np.asarray(part[index][0].convert("RGB"))
         digest.update(str(pixels.shape).encode() + pixels.tobytes())
     return digest.hexdigest()

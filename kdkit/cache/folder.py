@@ -49,13 +49,9 @@ class Found:
 
 def stores(folder: Path) -> list[Found]:
     """List all stores in a folder, by name."""
-    markers = [
-        marker
-        for marker in sorted(folder.glob(f"*/{MARKER}"))
-        if NAME.fullmatch(marker.parent.name)
-    ]
-    # a folder of another program has no such file
-    return [look(marker.parent) for marker in markers if (marker.parent / LOCK).is_file()]
+    paths = [marker.parent for marker in sorted(folder.glob(f"*/{MARKER}"))]
+    # a folder of another program may hold a `cache.json`, but has no such name and no lock
+    return [look(path) for path in paths if NAME.fullmatch(path.name) and (path / LOCK).is_file()]
 
 
 def look(path: Path) -> Found:
@@ -78,36 +74,33 @@ def clear(folder: Path, name: str | None = None) -> list[Found]:
     Raises:
         RunError: there is none of that name, or one is in use; then nothing is removed.
     """
-    there = [found for found in stores(folder) if name in (None, found.path.name)]
-    if name is not None and not there:
+    present = stores(folder)
+    chosen = [store for store in present if name in (None, store.path.name)]
+    if name is not None and not chosen:
         raise RunError(
             f"no cache in {folder} is called '{name}';"
-            f" {suggest(name, (found.path.name for found in stores(folder)))}"
+            f" {suggest(name, (store.path.name for store in present))}"
         )
+    # all locks before anything is removed
     with contextlib.ExitStack() as stack:
-        for found in there:
-            handle = stack.enter_context((found.path / LOCK).open("a"))
+        for store in chosen:
+            handle = stack.enter_context((store.path / LOCK).open("a"))
             if not locks(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                raise RunError(f"{found.path} is in use; nothing was removed")
-        for found in there:
-            _remove(found.path)
-    return there
+                raise RunError(f"{store.path} is in use; nothing was removed")
+        for store in chosen:
+            _remove(store.path)
+    return chosen
 
 
 def _remove(store: Path) -> None:
-    """Remove a store's own files, and its folder if nothing else is in it; of a link, only the
-    link.
-    """
+    """Remove a store's own files, and its folder if that is then empty; of a link, the link."""
     if store.is_symlink():
         store.unlink()
         return
     (store / MARKER).unlink()  # first, so that a half-removed folder is no longer a store
     for file in store.iterdir():
-        if (
-            file.name in (LOCK, WRITING, STATES, CHECKS)
-            or COLUMN.fullmatch(file.name)
-            or file.suffix == ".part"
-        ):
+        is_own = file.name in (LOCK, WRITING, STATES, CHECKS) or COLUMN.fullmatch(file.name)
+        if is_own or file.suffix == ".part":  # of a write that was cut off
             file.unlink()
     with contextlib.suppress(OSError):  # the folder contains other files
         store.rmdir()

@@ -15,10 +15,10 @@ from kdkit.contracts.model_source import OWN_OUTPUTS, AnswersOptions, KnownAnswe
 from kdkit.contracts.records import Batch, Inputs, Outputs
 from kdkit.contracts.schedule import Arrange
 from kdkit.data.loaders import TrainLoader
+from kdkit.data.wrapping import WrappedLoader
 from kdkit.errors import ModelError, RunError
 from kdkit.models.tapped import TappedModel, features_only
 from kdkit.recipe import Recipe
-from kdkit.recipe.types import source_of
 
 OTHER_IMAGES = (
     "is shown other images than those of the batch (further views, changed ones), to which there"
@@ -48,8 +48,8 @@ def read_answers(recipe: Recipe, name: str, images: int, classes: int) -> Tensor
         RecipeError: they cannot be read, are of another shape, or not finite.
     """
     options = cast("AnswersOptions", recipe.spec.all_teachers()[name])
-    kind, called = source_of(options.model, recipe.plugins.models)
-    source = cast("KnownAnswers", recipe.plugins.models[kind](options, called))
+    source = cast("KnownAnswers", recipe.model_source(options))
+    called = source.model_name
     try:
         shape = source.shape()
         if len(shape) != 2:
@@ -69,7 +69,7 @@ def read_answers(recipe: Recipe, name: str, images: int, classes: int) -> Tensor
             )
             raise ModelError(says)
         rows = source.read()
-        if wrong := [row for row in (~rows.isfinite().all(1)).nonzero().flatten()[:1].tolist()]:
+        if wrong := (~rows.isfinite().all(1)).nonzero().flatten()[:1].tolist():
             raise ModelError(
                 f"'{called}' has numbers that are not finite, first in row {wrong[0]} (counted"
                 " from 0)"
@@ -80,8 +80,7 @@ def read_answers(recipe: Recipe, name: str, images: int, classes: int) -> Tensor
 
 
 class GivenAnswers:
-    """Returns a teacher's answers to the images of a batch, by their positions in the training
-    part.
+    """Returns a teacher's answers to a batch's images by their place in the training part.
 
     Args:
         rows: its answers (N, K).
@@ -91,7 +90,8 @@ class GivenAnswers:
 
     def __init__(self, rows: Tensor, teacher: TappedModel) -> None:
         self._rows, self._teacher = rows, teacher
-        self._places: Any = WeakIdKeyDictionary()  # the images of a batch -> their places (B,)
+        # the images of a batch -> their places (B,); weak, so that no batch is kept alive
+        self._places: Any = WeakIdKeyDictionary()
 
     def loader(self, train: TrainLoader) -> TrainLoader:
         """Wrap the training batches, so that their images become known."""
@@ -102,44 +102,36 @@ class GivenAnswers:
         self._places[first_tensor(batch.inputs)] = batch.index
 
     def answer(self, inputs: Inputs, forward: Forward) -> Outputs:
-        """Return the answers to a batch's images, in fp32; there is no network, so `forward` is
-        never called.
+        """Return the answers to a batch's images, in fp32; `forward` is never called.
 
         Raises:
             RunError: the images belong to no batch.
         """
-        shown = first_tensor(inputs)
-        if shown not in self._places:
+        images = first_tensor(inputs)
+        if images not in self._places:
             raise RunError(f"{self._teacher.role} {OTHER_IMAGES}")
-        places = self._places[shown]
+        positions = self._places[images]
         # moved on first use: the device is unknown until a batch arrives
-        self._rows = self._rows.to(places.device)
+        self._rows = self._rows.to(positions.device)
+        # the module is a stand-in, with the hooks that convert a network's answers
         with torch.no_grad():
-            logits: Tensor = self._teacher.module(self._rows[places].float())
+            logits: Tensor = self._teacher.module(self._rows[positions].float())
         # the only layer that such a teacher can have is `logits`
         features = dict.fromkeys(self._teacher.layers, logits)
-        return (
-            Outputs(logits, features)
-            if self._teacher.needs_logits
-            else features_only(features, self._teacher.role)
-        )
+        if self._teacher.needs_logits:
+            return Outputs(logits, features)
+        return features_only(features, self._teacher.role)
 
     def close(self) -> None:
         """Do nothing: no file is open."""
 
 
-class _KnownImages:
+class _KnownImages(WrappedLoader):
     """Training batches that are recorded before anything else reads them."""
 
     def __init__(self, loader: TrainLoader, answers: GivenAnswers) -> None:
-        self.labels = loader.labels
-        self.indices = loader.indices
-        self.num_samples = loader.num_samples
-        self.indexed = loader.indexed
-        self._loader, self._answers = loader, answers
-
-    def __len__(self) -> int:
-        return len(self._loader)
+        super().__init__(loader)
+        self._answers = answers
 
     def epoch(
         self, number: int, start: int = 0, view: int | None = None, arrange: Arrange | None = None

@@ -1,6 +1,4 @@
-"""Opens the caches of a recipe: determines the form of its teachers' answers, the maximum size, and
-the name of the folder.
-"""
+"""Opens the caches of a recipe: the form of the answers, the maximum size, the folder."""
 
 from __future__ import annotations
 
@@ -26,6 +24,7 @@ from kdkit.contracts.model_source import CacheOptions, RecipeTeacher, TeacherOpt
 from kdkit.contracts.records import Outputs, tensors
 from kdkit.data.loaders import Data, TrainLoader
 from kdkit.errors import RecipeError, RunError
+from kdkit.models.devices import device_of
 from kdkit.models.tapped import TappedModel
 from kdkit.recipe import Recipe
 
@@ -69,13 +68,11 @@ def open_cache(
     """
     if (options := wanted(recipe, name)) is None:
         return None
-    place = [*recipe.spec.place_of(name), "cache"]
-    part = recipe.plugins.datasets[recipe.spec.data.dataset.use](recipe.spec.data.dataset).split(
-        "train"
-    )
+    key_path = [*recipe.spec.place_of(name), "cache"]
+    part = recipe.dataset().split("train")
     if not train.indexed or isinstance(part, Stream):
         raise recipe.error(
-            place,
+            key_path,
             "this dataset can only be read from start to end, so its images have no names to keep"
             " answers under",
         )
@@ -87,7 +84,7 @@ def open_cache(
     except RecipeError:
         raise
     except RunError as error:
-        raise recipe.error(place, str(error)) from None
+        raise recipe.error(key_path, str(error)) from None
     return TeacherCache(
         store, kept, slots, len(part), AUTOCAST.get(recipe.spec.train.precision), teacher.role, tell
     )
@@ -101,8 +98,7 @@ def open_answers(
     train: TrainLoader,
     tell: Callable[[str], None] = lambda _: None,
 ) -> TeacherCache | GivenAnswers | None:
-    """Open what answers in place of one of the recipe's teachers: its cache, or given answers;
-    None: the teacher answers itself.
+    """Open what answers in place of a teacher: its cache or given answers; None: itself.
 
     Raises:
         RecipeError: see `open_cache` and `read_answers`.
@@ -111,10 +107,8 @@ def open_answers(
         return open_cache(recipe, name, teacher, info, train, tell)
     if not train.indexed:
         raise recipe.error([*recipe.spec.place_of(name), "model"], STREAM)
-    return GivenAnswers(
-        read_answers(recipe, name, info.num_train, int(cast("Any", teacher.module).outputs)),
-        teacher,
-    )
+    outputs = int(cast("Any", teacher.module).outputs)
+    return GivenAnswers(read_answers(recipe, name, info.num_train, outputs), teacher)
 
 
 @contextlib.contextmanager
@@ -124,8 +118,7 @@ def answering(
     opened: Data,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Data]:
-    """Let the teachers with a cache answer from it inside the block; yield the data whose images
-    the caches know.
+    """Let teachers with a cache answer from it inside the block; yield data for the caches.
 
     `tell` is called with a message about damage that is repaired.
 
@@ -135,37 +128,30 @@ def answering(
     train = opened.train
     with contextlib.ExitStack() as stack:
         for name, teacher in teachers.items():
-            if (
-                cache := open_answers(recipe, name, teacher, opened.info, opened.train, tell)
-            ) is not None:
-                stack.callback(cache.close)
-                stack.callback(setattr, teacher, "answers", teacher.answers)
-                train = cache.loader(train)
-                teacher.answers = functools.partial(cache.answer, forward=teacher.forward)
+            cache = open_answers(recipe, name, teacher, opened.info, opened.train, tell)
+            if cache is None:
+                continue
+            stack.callback(cache.close)
+            stack.callback(setattr, teacher, "answers", teacher.answers)
+            # each cache sees the views that the one around it asks for
+            train = cache.loader(train)
+            teacher.answers = functools.partial(cache.answer, forward=teacher.forward)
         yield replace(opened, train=train)
 
 
 def _look(
     recipe: Recipe, options: CacheOptions, teacher: TappedModel, info: DataInfo
 ) -> KeptAnswers:
-    """Ask the teacher twice about noise, to see the form of its answer and whether it is
-    deterministic.
-    """
-    plain = TappedModel(
-        teacher.module,
-        teacher.layers,
-        adapt=teacher.adapt,
-        role=teacher.role,
-        outputs=info.outputs,
-        needs_logits=teacher.needs_logits,
-        channels_last=teacher.channels_last,
-        precision=teacher.precision,
-    )
-    device = next(teacher.module.parameters()).device
+    """Ask the teacher twice about noise, for the form of its answers and whether they repeat."""
+    # not the teacher itself, which may be compiled for batches of another size
+    plain = teacher.twin()
+    plain.layers = teacher.layers
+    plain.needs_logits = teacher.needs_logits
+    device = device_of(teacher.module)
     noise = random_inputs(info.image_shape, PROBE, device)
     with torch.no_grad(), autocast(device, AUTOCAST.get(recipe.spec.train.precision)):
-        said, again = plain.forward(noise), plain.forward(noise)
-    if not _same(said, again, exactly=device.type == "cpu"):
+        answer, again = plain.forward(noise), plain.forward(noise)
+    if not _same(answer, again, exactly=device.type == "cpu"):
         raise RunError(
             f"{teacher.role} answers the same images twice in different ways, so that its answers"
             " cannot be kept"
@@ -176,9 +162,11 @@ def _look(
         if teacher.needs_logits and not layer.path and layer.side == "output"
     ]
     shapes = {
-        name: tuple(value.shape[1:]) for name, value in said.features.items() if name not in aliases
+        name: tuple(value.shape[1:])
+        for name, value in answer.features.items()
+        if name not in aliases
     }
-    last = [name for name in shapes if _is_channels_last(said.features[name])]
+    last = [name for name in shapes if _is_channels_last(answer.features[name])]
     if not shapes and not teacher.needs_logits:
         raise RunError(f"no loss reads anything that {teacher.role} says; leave `cache` out")
     return KeptAnswers(options, info.outputs, teacher.needs_logits, shapes, aliases, last)
@@ -203,9 +191,11 @@ def _open_store(
         "made": time.time(),
         "key": key,
     }
+    # a model's name may hold slashes and colons
     label = "".join(sign if sign.isalnum() or sign in "-_." else "-" for sign in called)
     path = directory(recipe, options) / f"{label}-{fingerprint.fingerprint(key)[:16]}"
     store = AnswerStore(path, kept.columns(), slots.count * len(part), about)
+    # of the images that this run trains on; other runs may have written the same ones
     indices = train.indices.cpu()
     grown = store.allocated() + sum(
         store.missing_bytes(slot * len(part) + indices) for slot in range(slots.count)
@@ -237,11 +227,9 @@ def _is_channels_last(value: Tensor) -> bool:
     )
 
 
-def _same(one: Outputs, other: Outputs, *, exactly: bool) -> bool:
-    """Check whether two answers agree; on an accelerator, up to the rounding of a different
-    summation order.
-    """
-    pairs = list(zip(tensors(one), tensors(other), strict=True))
+def _same(answer: Outputs, again: Outputs, *, exactly: bool) -> bool:
+    """Check whether two answers agree, up to another summation order unless `exactly`."""
+    pairs = list(zip(tensors(answer), tensors(again), strict=True))
     if exactly:
         return all(torch.equal(a, b) for a, b in pairs)
     return all(

@@ -1,6 +1,4 @@
-"""The form in which a teacher's answers are cached: which tensors, in which type, and for which
-views of an image.
-"""
+"""The form of a teacher's cached answers: which tensors, of which type, for which views."""
 
 from __future__ import annotations
 
@@ -20,12 +18,11 @@ from kdkit.models.tapped import features_only
 from kdkit.recipe.sections import DataSpec
 
 TYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
-# prefix of the columns of layers
 VALUES = "logits.values"
 INDICES = "logits.indices"
 REST = "logits.rest"
 LOGITS = "logits"
-TAP = "tap "
+TAP = "tap "  # prefix of the columns of layers
 
 
 @dataclass(frozen=True)
@@ -48,9 +45,7 @@ class Slots:
 
     @classmethod
     def of(cls, options: CacheOptions, data: DataSpec, seed: int) -> Slots:
-        """Determine the slots of a recipe: if images always look the same there is one slot,
-        regardless of the number of views requested.
-        """
+        """Determine the slots of a recipe; one, if images always look the same."""
         padding, flip = (data.augment.crop_padding, data.augment.flip) if data.augment else (0, 0.0)
         outcomes = crop_flip_count(padding) // (1 if 0 < flip < 1 else 2)
         exact = options.views == "all" or (outcomes == 1 and not data.timm_augment)
@@ -102,25 +97,18 @@ class KeptAnswers:
     def columns(self) -> list[Column]:
         """List the columns of a row of the store."""
         k, dtype = self.options.top_k, TYPES[self.options.dtype]
-        found = []
+        columns = []
         if self.logits and k is None:
-            found.append(Column(LOGITS, (self.classes,), dtype))
+            columns.append(Column(LOGITS, (self.classes,), dtype))
         elif self.logits and k is not None:
             short = "int16" if self.classes <= torch.iinfo(torch.int16).max else "int32"
-            found += [
-                Column(VALUES, (k,), dtype),
-                Column(INDICES, (k,), short),
-                Column(REST, (1,), "float32"),
-            ]
+            columns += [Column(VALUES, (k,), dtype), Column(INDICES, (k,), short)]
+            # one number a row: its rounding would change the probability of every other class
+            columns.append(Column(REST, (1,), "float32"))
         for name, shape in self.taps.items():
-            found.append(
-                Column(
-                    TAP + name,
-                    (*shape[1:], shape[0]) if name in self.channels_last else shape,
-                    dtype,
-                )
-            )
-        return found
+            stored = (*shape[1:], shape[0]) if name in self.channels_last else shape
+            columns.append(Column(TAP + name, stored, dtype))
+        return columns
 
     @property
     def bytes(self) -> int:
@@ -150,7 +138,7 @@ class KeptAnswers:
         return packed
 
     def unpack(self, values: Mapping[str, Tensor], role: str) -> Outputs:
-        """Convert columns to an answer in fp32; `teacher` is its name in messages."""
+        """Convert columns to an answer in fp32; `role` is the teacher's name in messages."""
         features = {name: values[TAP + name].float() for name in self.taps}
         features |= {name: features[name].permute(0, 3, 1, 2) for name in self.channels_last}
         if not self.logits:
@@ -163,6 +151,7 @@ class KeptAnswers:
         return logits.scatter_(1, values[INDICES].long(), values[VALUES].float())
 
     def _refuse_overflow(self, plain: Mapping[str, Tensor], packed: Mapping[str, Tensor]) -> None:
+        # all columns at once, so that a GPU is waited for once
         lost = torch.stack(
             [packed[name].isinf().any() & ~plain[name].isinf().any() for name in packed]
         )
@@ -175,11 +164,9 @@ class KeptAnswers:
 
 
 def _largest(logits: Tensor, k: int) -> dict[str, Tensor]:
-    """Return the k largest logits of (R, K), their classes, and the one logit that gives the other
-    classes the remaining probability, (B, 1).
-    """
+    """Return the k largest logits of (R, K), their classes, and the logit of each other class."""
     values, indices = logits.topk(k, dim=1)
-    rest = logits.scatter(1, indices, -torch.inf).logsumexp(1, keepdim=True) - math.log(
-        logits.shape[1] - k
-    )
+    others = logits.scatter(1, indices, -torch.inf)
+    # the other classes share the remaining probability evenly
+    rest = others.logsumexp(1, keepdim=True) - math.log(logits.shape[1] - k)
     return {VALUES: values, INDICES: indices, REST: rest}

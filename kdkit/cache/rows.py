@@ -47,6 +47,7 @@ class CheckSum:
 
     def __init__(self, name: str, columns: Sequence[Column]) -> None:
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest())
+        # a column is padded to whole words of 8 bytes
         words = [-(-column.bytes // 8) for column in columns]
         factors = np.random.PCG64(seed).random_raw(1 + sum(words)) | np.uint64(1)
         self._of_row, *self._of_columns = np.split(factors, np.cumsum([1, *words[:-1]]))
@@ -54,6 +55,7 @@ class CheckSum:
 
     def __call__(self, rows: Tensor, values: Mapping[str, Tensor]) -> Tensor:
         """Compute it for rows (N,) with their values (N, ...) by column: (N,) int64."""
+        # + 1, so that the first row's number counts too; unsigned integers wrap around
         sums = (rows.numpy().astype(np.uint64) + np.uint64(1)) * self._of_row
         for column, factors in zip(self._columns, self._of_columns, strict=True):
             plain = (

@@ -1,5 +1,4 @@
-"""Rows of tensors in memory-mapped files: each is written once, and read by many processes, runs
-and studies.
+"""Rows of tensors in memory-mapped files: written once, read by processes, runs, studies.
 
 A store is a folder: `cache.json` describes its content, each column is one sparse file,
 `checks.bin` has a check sum of each row, and `states.bin` a byte. A row is marked WRITTEN when its
@@ -107,6 +106,7 @@ class AnswerStore:
         pages, self._checks = _map(path / CHECKS, torch.int64)
         self._pages.append(pages)
         self._check_sum = CheckSum(path.name, self.columns)
+        # of its own: LOCK is held by all users as long as they read
         self._turn = (path / WRITING).open("a")
         os.register_at_fork(after_in_child=self._turn.close)
         self._fresh: list[Tensor] = []
@@ -116,9 +116,7 @@ class AnswerStore:
         return self._states[rows] != EMPTY
 
     def read(self, rows: Tensor, *, pinned: bool = False) -> dict[str, Tensor]:
-        """Read the values of existing rows, (N, ...) by column; in page-locked memory for a fast
-        transfer to a GPU.
-        """
+        """Read existing rows, (N, ...) by column; in page-locked memory to copy to a GPU faster."""
         values = {}
         for column in self.columns:
             out = torch.empty((len(rows), *column.shape), dtype=column.type, pin_memory=pinned)
@@ -132,42 +130,44 @@ class AnswerStore:
     def whole(self, rows: Tensor) -> Tensor:
         """Check which of the rows (N,) exist and are not damaged, (N,) bool."""
         sound = self.known(rows)
-        places = sound.nonzero()[:, 0]
-        for start in range(0, len(places), READ_AT_ONCE):
-            chunk = places[start : start + READ_AT_ONCE]
+        known = sound.nonzero()[:, 0]
+        for start in range(0, len(known), READ_AT_ONCE):
+            chunk = known[start : start + READ_AT_ONCE]
             sound[chunk] = ~self.damaged(rows[chunk], self.read(rows[chunk]))
         return sound
 
     def write(self, rows: Tensor, values: Mapping[str, Tensor]) -> None:
-        """Add rows (N,) with their values (N, ...) by column; an existing row that is not damaged
-        stays unchanged.
+        """Add rows (N,) with values (N, ...) by column; sound existing rows stay unchanged.
 
         Raises:
             RunError: the disk is nearly full.
         """
         unique, first = np.unique(rows.numpy(), return_index=True)
-        places, chosen = torch.from_numpy(unique), torch.from_numpy(first)
+        numbers, chosen = torch.from_numpy(unique), torch.from_numpy(first)
         with self._alone_in_writing():
-            new = ~self.whole(places)
-            places, chosen = places[new], chosen[new]
-            if not len(places):
+            # asked under the lock: another process may have written them meanwhile
+            new = ~self.whole(numbers)
+            numbers, chosen = numbers[new], chosen[new]
+            if not len(numbers):
                 return
-            self._refuse_full_disk(len(places))
-            self._states[places] = EMPTY
+            self._refuse_full_disk(len(numbers))
+            # first, so that a crash in the middle of a damaged row does not leave it marked
+            self._states[numbers] = EMPTY
             added = {
                 column.name: values[column.name][chosen].to(column.type) for column in self.columns
             }
             for name, value in added.items():
-                self._values[name][places] = value
-            self._checks[places] = self._check_sum(places, added)
-            self._states[places] = WRITTEN
-        self._fresh.append(places)
+                self._values[name][numbers] = value
+            self._checks[numbers] = self._check_sum(numbers, added)
+            self._states[numbers] = WRITTEN
+        self._fresh.append(numbers)
 
     def commit(self) -> None:
         """Flush the written values to the disk, and after that the marks that confirm them."""
         if not self._fresh:
             return
         rows, self._fresh = torch.cat(self._fresh), []
+        # values before marks: a mark on disk says that the values are there
         for pages in self._pages:
             pages.flush()
         self._states[rows] = ON_DISK
@@ -184,16 +184,12 @@ class AnswerStore:
         return allocated(self.path)
 
     def missing_bytes(self, rows: Tensor) -> int:
-        """Estimate the bytes that writing the rows, ascending, would still need on the disk, which
-        allocates whole pages.
-        """
+        """Estimate the bytes that ascending rows would still take on disk, in whole pages."""
         absent = rows[~self.known(rows)]
         return sum(_span(absent, column.bytes) for column in self.columns)
 
     def _enter(self, about: Mapping[str, Any]) -> TextIO:
-        """Take the store's lock, shared with its other users. If there are none, create or repair
-        the store first.
-        """
+        """Take the store's lock, shared with its users; without any, make or mend the store."""
         while True:
             self.path.mkdir(parents=True, exist_ok=True)
             try:
@@ -226,6 +222,7 @@ class AnswerStore:
             with (self.path / name).open("wb") as stream:
                 stream.truncate(size)  # sparse: blocks are allocated when they are written
                 os.fsync(stream.fileno())
+        # last: a folder without it is not a store yet, and is made again
         files.write_json(self.path / MARKER, about)
 
     def _mend(self, about: Mapping[str, Any]) -> None:
@@ -235,6 +232,7 @@ class AnswerStore:
         except DamagedFile:  # cache.json is only shown to users, so it can be rewritten
             files.write_json(self.path / MARKER, about)
         pages, states = _map(self.path / STATES, torch.uint8)
+        # the machine may have failed before these values reached the disk
         states[states == WRITTEN] = EMPTY
         pages.flush()
 
@@ -269,9 +267,10 @@ class AnswerStore:
             fcntl.flock(self._turn, fcntl.LOCK_UN)
 
     def _refuse_full_disk(self, rows: int) -> None:
-        wanted = sum(rows * (column.bytes // PAGE + 2) * PAGE for column in self.columns)
+        # + 2: a row may begin and end in the middle of a page
+        needed = sum(rows * (column.bytes // PAGE + 2) * PAGE for column in self.columns)
         free = shutil.disk_usage(self.path).free
-        if free - wanted < RESERVE:
+        if free - needed < RESERVE:
             raise RunError(
                 f"{self.path}: the disk has {gigabytes(free)} left, too little to keep more"
                 f" answers; {SMALLER}"
@@ -293,9 +292,7 @@ def gigabytes(count: int) -> str:
 
 
 def allocated(path: Path) -> int:
-    """Return the bytes that a folder's files take on disk; of sparse files only what was
-    written.
-    """
+    """Return the bytes that files take on disk; of sparse files only what was written."""
     return sum(file.stat().st_blocks * 512 for file in path.iterdir())
 
 
@@ -311,17 +308,14 @@ def _map(file: Path, dtype: torch.dtype) -> tuple[mmap.mmap, Tensor]:
 
 def _span(rows: Tensor, size: int) -> int:
     """Return the bytes of all pages that contain ascending rows (N,) of `size` bytes each."""
-    return (
-        len(rows) * size
-        if size >= PAGE
-        else PAGE * len(torch.unique_consecutive(rows * size // PAGE))
-    )
+    if size >= PAGE:
+        return len(rows) * size
+    # neighbouring rows share a page
+    return PAGE * len(torch.unique_consecutive(rows * size // PAGE))
 
 
 def locks(handle: TextIO, how: int) -> bool:
-    """Take a lock (`fcntl.LOCK_...`) on an open file; False if others hold it and the call was not
-    to wait.
-    """
+    """Take a lock (`fcntl.LOCK_...`) on an open file; False if it would have to wait."""
     try:
         fcntl.flock(handle, how)
     except BlockingIOError:

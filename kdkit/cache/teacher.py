@@ -1,12 +1,10 @@
-"""Caches a frozen teacher's answers on disk: the first epoch that shows an image writes, later
-epochs and other runs read.
-"""
+"""Caches a frozen teacher's answers: the first epoch writes, later ones and other runs read."""
 
 from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from kdkit.contracts.inputs import first_tensor
 from kdkit.contracts.records import Batch, Inputs, Outputs
 from kdkit.contracts.schedule import Arrange
 from kdkit.data.loaders import TrainLoader
+from kdkit.data.wrapping import WrappedLoader
 from kdkit.errors import RunError
 from kdkit.finite import FiniteAnswers
 
@@ -50,15 +49,15 @@ class _Rows:
         return self.rows
 
 
+@dataclass(eq=False)
 class TeacherCache:
-    """One teacher's answers. Ask it in the teacher's place: `teacher.answers =
-    functools.partial(cache.answer, forward=teacher.forward)`.
+    """One teacher's answers: `teacher.answers = partial(cache.answer, forward=teacher.forward)`.
 
     Everything it writes it reads back, so that training gives the same numbers with an empty cache,
     a full one, and one in between. The first answer from the disk is compared with the teacher's
     own. The teacher is asked again for a damaged one.
 
-    Args:
+    Attributes:
         store: open.
         kept: the form of an answer in a row of it.
         slots: the views of an image.
@@ -68,25 +67,16 @@ class TeacherCache:
         tell: called with a message about damaged answers.
     """
 
-    def __init__(
-        self,
-        store: AnswerStore,
-        kept: KeptAnswers,
-        slots: Slots,
-        images: int,
-        precision: torch.dtype | None,
-        role: str,
-        tell: Callable[[str], None] = lambda _: None,
-    ) -> None:
-        self.store = store
-        self.kept = kept
-        self.slots = slots
-        self.images = images
-        self._precision = precision
-        self._role = role
-        self._tell = tell
-        self._shown: Any = WeakIdKeyDictionary()  # the images of a batch -> _Rows
-        self._compared = False
+    store: AnswerStore
+    kept: KeptAnswers
+    slots: Slots
+    images: int
+    precision: torch.dtype | None
+    role: str
+    tell: Callable[[str], None] = lambda _: None
+    # the images of a batch -> _Rows; weak, so that no batch is kept alive
+    _shown: Any = field(default_factory=WeakIdKeyDictionary, init=False)
+    _compared: bool = field(default=False, init=False)
 
     def loader(self, train: TrainLoader) -> TrainLoader:
         """Wrap the training batches in the cached views; the cache then knows their images."""
@@ -97,27 +87,27 @@ class TeacherCache:
         self.store.close()
 
     def answer(self, inputs: Inputs, forward: Forward) -> Outputs:
-        """Return the teacher's answer to a batch's images, in fp32: from the disk if all of them
-        are there, otherwise from a forward whose answers are stored.
+        """Return the answer to a batch's images, in fp32: from disk, or from a stored forward.
 
         Raises:
             RunError: the images belong to no batch; the disk is nearly full; the cache is another
                 teacher's.
         """
-        shown = first_tensor(inputs)
-        if shown not in self._shown:
-            raise RunError(f"{self._role} {OTHER_IMAGES}")
-        rows: Tensor = self._shown[shown].here()
+        images = first_tensor(inputs)
+        if images not in self._shown:
+            raise RunError(f"{self.role} {OTHER_IMAGES}")
+        rows: Tensor = self._shown[images].here()
+        # the first answer is asked for even if it is there, to be compared
         if not self._compared or not bool(self.store.known(rows).all()):
             self.keep(rows, inputs, forward)
-        values = self.store.read(rows, pinned=shown.device.type == "cuda")
+        values = self.store.read(rows, pinned=images.device.type == "cuda")
         if bool(self.store.damaged(rows, values).any()):
             self.tell_of_damage()
             self.keep(rows, inputs, forward)
-            values = self.store.read(rows, pinned=shown.device.type == "cuda")
+            values = self.store.read(rows, pinned=images.device.type == "cuda")
         return self.kept.unpack(
-            {name: value.to(shown.device, non_blocking=True) for name, value in values.items()},
-            self._role,
+            {name: value.to(images.device, non_blocking=True) for name, value in values.items()},
+            self.role,
         )
 
     def keep(self, rows: Tensor, inputs: Inputs, forward: Forward) -> None:
@@ -126,20 +116,20 @@ class TeacherCache:
         Raises:
             RunError: see `answer`.
         """
-        with torch.no_grad(), autocast(first_tensor(inputs).device, self._precision):
+        with torch.no_grad(), autocast(first_tensor(inputs).device, self.precision):
             packed = {name: value.cpu() for name, value in self.kept.pack(forward(inputs)).items()}
-        said = FiniteAnswers(self._role)
-        said.note(packed)
-        said.verify()
+        # NaN must not reach the disk, from where other runs would read it
+        finite = FiniteAnswers(self.role)
+        finite.note(packed)
+        finite.verify()
         if not self._compared:
             self._compare(rows, packed, first_tensor(inputs).device)
         self.store.write(rows, packed)
 
     def tell_of_damage(self) -> None:
         """Report that answers are damaged."""
-        self._tell(
-            f"{self.store.path}: answers of {self._role} are damaged, and it is asked for them"
-            " again"
+        self.tell(
+            f"{self.store.path}: answers of {self.role} are damaged, and it is asked for them again"
         )
 
     def rows(self, slot: Tensor | int, index: Tensor) -> Tensor:
@@ -150,23 +140,21 @@ class TeacherCache:
 
     def note(self, inputs: Inputs, view: int, index: Tensor) -> None:
         """Record which images these are, in which view."""
-        shown = first_tensor(inputs)
+        images = first_tensor(inputs)
         rows = self.rows(self.slots.shown(view, index), index)
         if rows.is_cuda:
-            # pinned and asynchronous: a synchronous copy would make the host wait for the device in
-            # every step
+            # pinned and asynchronous: otherwise the host would wait for the device in every step
             host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(
                 rows, non_blocking=True
             )
             arrived = torch.Event(rows.device)
             arrived.record()
-            self._shown[shown] = _Rows(host, arrived)
+            self._shown[images] = _Rows(host, arrived)
         else:
-            self._shown[shown] = _Rows(rows.cpu())
+            self._shown[images] = _Rows(rows.cpu())
 
     def _compare(self, rows: Tensor, packed: dict[str, Tensor], device: torch.device) -> None:
-        """Compare stored answers with the teacher's; the fingerprint in the folder's name cannot
-        cover everything.
+        """Compare stored answers with the teacher's: the fingerprint cannot cover everything.
 
         Raises:
             RunError: they differ.
@@ -174,50 +162,46 @@ class TeacherCache:
         whole = self.store.whole(rows)
         if not bool(whole.any()):
             return
-        for name, there in self.store.read(rows[whole]).items():
+        for name, stored in self.store.read(rows[whole]).items():
             own = packed[name][whole].float()
-            far = self._far(there.dtype, device) * float(own.abs().max()) + 1e-6
-            if there.is_floating_point() and not torch.allclose(
-                own, there.float(), rtol=0, atol=far, equal_nan=True
+            far = self._far(stored.dtype, device) * float(own.abs().max()) + 1e-6
+            # not the classes of the k largest logits: rounding may exchange two of them
+            if stored.is_floating_point() and not torch.allclose(
+                own, stored.float(), rtol=0, atol=far, equal_nan=True
             ):
                 clear = f"kdkit cache --clear {self.store.path.name} --dir {self.store.path.parent}"
                 raise RunError(
-                    f"{self.store.path} does not hold what {self._role} says; remove it with"
+                    f"{self.store.path} does not hold what {self.role} says; remove it with"
                     f" `{clear}`"
                 )
         self._compared = True
 
-    def _far(self, kept: torch.dtype, device: torch.device) -> float:
-        on_cpu = self._precision is None and device.type == "cpu"
-        return (FAR_ON_CPU if on_cpu else FAR[self._precision]) + ROUNDED.get(kept, 0.0)
+    def _far(self, stored: torch.dtype, device: torch.device) -> float:
+        on_cpu = self.precision is None and device.type == "cpu"
+        return (FAR_ON_CPU if on_cpu else FAR[self.precision]) + ROUNDED.get(stored, 0.0)
 
 
-class _KeptViews:
+class _KeptViews(WrappedLoader):
     """Training batches in the views that a cache stores."""
 
     def __init__(self, loader: TrainLoader, cache: TeacherCache) -> None:
-        self.labels = loader.labels
-        self.indices = loader.indices
-        self.num_samples = loader.num_samples
-        self.indexed = loader.indexed
-        self._loader, self._cache = loader, cache
-
-    def __len__(self) -> int:
-        return len(self._loader)
+        super().__init__(loader)
+        self._cache = cache
 
     def epoch(
         self, number: int, start: int = 0, view: int | None = None, arrange: Arrange | None = None
     ) -> Iterator[Batch]:
-        shown = self._cache.slots.view(number if view is None else view)
+        stored = self._cache.slots.view(number if view is None else view)
         waiting: collections.deque[Batch] = collections.deque()
         try:
-            for batch in self._loader.epoch(number, start, shown, arrange):
-                self._cache.note(batch.inputs, shown, batch.index)
+            for batch in self._loader.epoch(number, start, stored, arrange):
+                self._cache.note(batch.inputs, stored, batch.index)
                 waiting.append(batch)
                 # read one batch ahead: by then, the GPU has copied the image numbers to the host
                 if len(waiting) > batch.index.is_cuda:
                     yield waiting.popleft()
             yield from waiting
+        # also for an epoch that is stopped, whose answers are as good
         finally:
             self._cache.store.commit()
 

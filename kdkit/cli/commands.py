@@ -25,7 +25,9 @@ from kdkit.cli.console import (
     RecipeFile,
     RunPlugins,
     absolute,
+    argument,
     load,
+    option,
     out,
     start_processes,
     unexpected,
@@ -34,23 +36,21 @@ from kdkit.cli.console import (
 from kdkit.errors import Interrupted, KdkitError, RunError, one_line
 
 app = typer.Typer(
+    # `main` tells an error on one line.
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # typer's rich help shows flags as if they took a value
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Knowledge distillation from recipes: any loss plugin under any schedule plugin.",
 )
 app.add_typer(studies.app)
-RunPath = Annotated[Path, typer.Argument(help="Run folder.", show_default=False)]
+RunPath = Annotated[Path, argument(help="Run folder.")]
 Best = Annotated[
     bool, typer.Option("--best", help="The epoch that is best on validation, not the last.")
 ]
 
 
 Device = Annotated[
-    str | None,
-    typer.Option(
-        "--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps...", show_default=False
-    ),
+    str | None, option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps...")
 ]
 
 
@@ -83,6 +83,7 @@ def kdkit(
     """Knowledge distillation from recipes: any loss plugin under any schedule plugin."""
     if context.invoked_subcommand is None:
         out.print(context.get_help(), markup=False)
+        # Without a command, help is an answer to a mistake.
         raise typer.Exit(2)
 
 
@@ -92,8 +93,7 @@ def train(
     overrides: Overrides = None,
     plugins: Plugins = None,
     run: Annotated[
-        Path | None,
-        typer.Option("--run", help="Run folder (default: run.folder/name).", show_default=False),
+        Path | None, option("--run", help="Run folder (default: run.folder/name).")
     ] = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="Throw away the run that is there, and begin anew.")
@@ -132,10 +132,9 @@ def evaluate(
     run: RunPath,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(
+        argument(
             metavar="KEY=VALUE",
             help="Other data: data.key=value, such as data.dataset.root=/images.",
-            show_default=False,
         ),
     ] = None,
     best: Best = False,
@@ -165,32 +164,29 @@ def evaluate(
 @app.command()
 def predict(
     run: RunPath,
-    images: Annotated[
-        Path, typer.Argument(help="A folder of image files, or one of them.", show_default=False)
-    ],
+    images: Annotated[Path, argument(help="A folder of image files, or one of them.")],
     output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", help="CSV file to write (default: print the table).", show_default=False
-        ),
+        Path | None, option("--output", help="CSV file to write (default: print the table).")
     ] = None,
     best: Best = False,
     plugins: RunPlugins = None,
 ) -> None:
     """Write the class that a run's student gives each image file, and its probability."""
     from kdkit.engine.trainer import build_accelerator
-    from kdkit.runs.checkpoints import write_atomically
+    from kdkit.files import write_atomically
     from kdkit.students import loaded, predictions
 
     opened, files = (
         loaded.LoadedRun(run, plugins=absolute(plugins)),
         predictions.find_images(images),
     )
+    # As in training, so that `auto` means the same device.
     device = build_accelerator(opened.recipe.spec.train).device
     table = predictions.as_csv(
         list(predictions.predict_files(opened, files, best=best, device=device)), images
     )
     if output is None:
+        # Not through rich, which would wrap rows of a CSV file in a pipe.
         sys.stdout.write(table)
         return
     write_atomically(output, table.encode())
@@ -202,11 +198,7 @@ def show(
     run: RunPath,
     png: Annotated[
         Path | None,
-        typer.Option(
-            "--png",
-            help="Picture of the curves (default: curves.png in the run folder).",
-            show_default=False,
-        ),
+        option("--png", help="Picture of the curves (default: curves.png in the run folder)."),
     ] = None,
 ) -> None:
     """Show a run, finished or not: its recipe, result and curves."""
@@ -226,10 +218,7 @@ def export(
         typer.Option("--format", help="timm: weights and config.json; onnx: one network."),
     ] = ExportFormat.timm,
     output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", help="Folder (default: export in the run folder).", show_default=False
-        ),
+        Path | None, option("--output", help="Folder (default: export in the run folder).")
     ] = None,
     best: Best = False,
     plugins: RunPlugins = None,
@@ -254,10 +243,8 @@ def export(
 def profile(
     models: Annotated[
         list[str],
-        typer.Argument(
-            metavar="RUN|MODEL",
-            help="Run folders (teacher and student), and names of models.",
-            show_default=False,
+        argument(
+            metavar="RUN|MODEL", help="Run folders (teacher and student), and names of models."
         ),
     ],
     batch: Annotated[
@@ -268,35 +255,28 @@ def profile(
     ] = 32,
     size: Annotated[
         str | None,
-        typer.Option(
+        option(
             "--size",
             help=(
                 "Image shape C,H,W or side (224: 3,224,224), or tokens of a text (default: the"
                 " run's, or 224)."
             ),
-            show_default=False,
         ),
     ] = None,
     classes: Annotated[
         int | None,
-        typer.Option(
+        option(
             "--classes",
             min=1,
             max=1_000_000,
             metavar="N",
             help="Logits of named models (default: the run's, or 1000).",
-            show_default=False,
         ),
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option(
-            "--threads",
-            min=1,
-            max=1024,
-            metavar="N",
-            help="Processor threads (default: torch's).",
-            show_default=False,
+        option(
+            "--threads", min=1, max=1024, metavar="N", help="Processor threads (default: torch's)."
         ),
     ] = None,
     device: Device = None,
@@ -346,11 +326,7 @@ def layers(
     model: Annotated[str, typer.Argument(help="SOURCE/NAME; a bare NAME is timm's.")],
     options: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="KEY=VALUE",
-            help="Options of the model: key=value, such as stem=small.",
-            show_default=False,
-        ),
+        argument(metavar="KEY=VALUE", help="Options of the model: key=value, such as stem=small."),
     ] = None,
     classes: Annotated[
         int, typer.Option(min=1, max=1_000_000, metavar="N", help="Number of classes.")
@@ -387,8 +363,7 @@ def layers(
 @app.command()
 def plugins(
     name: Annotated[
-        str | None,
-        typer.Argument(help="Show this one's options, formula and paper.", show_default=False),
+        str | None, argument(help="Show this one's options, formula and paper.")
     ] = None,
     plugins: Plugins = None,
 ) -> None:
@@ -419,8 +394,8 @@ def plugins(
         if entry.paper:
             out.print(f"\n{entry.paper}", markup=False)
         table = Table("option", "type", "default", "meaning", box=None, pad_edge=False)
-        for option in entry.options:
-            table.add_row(option.name, option.type, option.default, option.description)
+        for one in entry.options:
+            table.add_row(one.name, one.type, one.default, one.description)
         if entry.options:
             out.print()
             out.print(table)
@@ -436,8 +411,9 @@ def schema(
 ) -> None:
     """Print the JSON Schema of recipes, for editors."""
     from kdkit.recipe import registry, types
-    from kdkit.study import schema as study_schema
+    from kdkit.study import spec as study_schema
 
+    # As it is, so that `kdkit schema > FILE` gives a valid file.
     sys.stdout.write((study_schema if study else types).schema(registry.load(absolute(plugins))))
 
 
@@ -445,6 +421,7 @@ def main() -> None:
     """Run the command line. Exit codes: 2 for a mistake of the user's, reported in one line; 128
     plus its number for a stop by a signal; 70 for a fault.
     """
+    # Typer prints a traceback where it finds no shell.
     if {"--install-completion", "--show-completion"} & set(sys.argv) and not _in_a_shell():
         sys.exit(
             "kdkit: completion is for bash, zsh, fish and PowerShell; this process was started by"
@@ -455,9 +432,11 @@ def main() -> None:
         code = copy_context().run(app, prog_name="kdkit", standalone_mode=False)
     except typer.Abort:
         print("stopped", file=sys.stderr)
+        # 128 + SIGINT: a Ctrl-C outside training, where no run has to be saved.
         sys.exit(130)
     except Interrupted as error:
         print(error, file=sys.stderr)
+        # As a shell tells of a process that a signal has ended.
         sys.exit(128 + error.signal)
     except KdkitError as error:
         print(error, file=sys.stderr)
@@ -466,11 +445,13 @@ def main() -> None:
     except OSError as error:  # a folder that cannot be made, a disk that is full
         says = one_line(f"{error.filename or 'kdkit'}: {error.strerror or error}")
         print(says, file=sys.stderr)
+        # The others of the launch would wait for this one.
         _tell_others(RunError(says))
         sys.exit(2)
     except Exception as error:
         if lost := launching.told_of_another(error):
             print(lost, file=sys.stderr)
+            # Another process of the launch has told why it ended, and has its own exit code.
             sys.exit(2 if lost == launching.WORKER_ENDED else launching.ENDED_WITH_ANOTHER)
         # typer's errors have it; their base class depends on its version
         if hasattr(error, "format_message"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import tempfile
 import traceback
@@ -17,35 +18,28 @@ from kdkit.terminal import Terminal
 if TYPE_CHECKING:
     from kdkit.recipe import Recipe
 
+# Not on a terminal, rich would take 80 columns: a fixed width keeps tables whole in a file or pipe.
 out = Terminal(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 
-RecipeFile = Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)]
+# Defaults are told in the help text, where there is one to tell.
+argument = functools.partial(typer.Argument, show_default=False)
+option = functools.partial(typer.Option, show_default=False)
+
+RecipeFile = Annotated[Path, argument(help="Recipe file (YAML).")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(
+    argument(
         metavar="KEY=VALUE",
         help="Values that replace the file's: key.path=value, such as train.epochs=3.",
-        show_default=False,
     ),
 ]
 Plugins = Annotated[
     list[Path] | None,
-    typer.Option(
-        "--plugins",
-        metavar="FILE",
-        help="Further plugin file or folder; may be repeated.",
-        show_default=False,
-    ),
+    option("--plugins", metavar="FILE", help="Further plugin file or folder; may be repeated."),
 ]
 Processes = Annotated[
     int | None,
-    typer.Option(
-        "--processes",
-        min=1,
-        metavar="N",
-        help="Train in so many processes of this machine.",
-        show_default=False,
-    ),
+    option("--processes", min=1, metavar="N", help="Train in so many processes of this machine."),
 ]
 
 NoPlugins = Annotated[
@@ -56,11 +50,10 @@ NoPlugins = Annotated[
 ]
 RunPlugins = Annotated[
     list[Path] | None,
-    typer.Option(
+    option(
         "--plugins",
         metavar="FILE",
         help="Python file or folder of the run that may run; may be repeated.",
-        show_default=False,
     ),
 ]
 
@@ -73,6 +66,7 @@ UNEXPECTED = 70
 def start_processes(wanted: int | None) -> None:
     """Run the command in `processes` processes if it is not in one of them yet, and exit."""
     if wanted is not None and launching.must_launch(wanted):
+        # The started processes run the same command line, and find that they are in a launch.
         raise typer.Exit(launching.launch(wanted, sys.argv[1:]))
 
 
@@ -91,6 +85,7 @@ def watch(plugins: list[Path] | None, no_plugins: bool) -> None:
     from kdkit.launching import is_first
     from kdkit.recipe import consent
 
+    # Once a launch: all its processes load the same recipe.
     def say(text: str) -> None:
         if is_first():
             print(one_line(text), file=sys.stderr)
@@ -111,6 +106,7 @@ def unexpected(error: Exception) -> tuple[str, int]:
     """
     if (
         isinstance(error, MemoryError)
+        # By name: the command line does without importing torch.
         or type(error).__name__ == "OutOfMemoryError"
         or "can't allocate memory" in str(error)
     ):
@@ -130,6 +126,7 @@ def unexpected(error: Exception) -> tuple[str, int]:
         for module, frame in zip(modules, frames, strict=True)
         if module.partition(".")[0].startswith("kdkit")
     ]
+    # The deepest frame of kdkit's or a plugin's own: those below it are a library's.
     module, last = own[-1] if own else ("kdkit", frames[-1])
     # a plugin file; the standard plugins are in the package `kdkit_plugins`
     is_plugin = module.startswith("kdkit_plugin_")

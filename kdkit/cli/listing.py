@@ -40,8 +40,11 @@ def layers(
     if builder.takes == "texts":
         taken: Shape = shape if is_text(shape) else TextShape((TOKENS_SHOWN,))
     else:
+        # A network may take another number of channels than the images have: the adapter comes
+        # before it.
         channels, *sides = as_image(shape)
         taken = (builder.in_channels(channels), *sides)
+    # Shapes are all that is shown, also of networks that are too large for this machine.
     with torch.device("meta"):
         module = builder.build(outputs, taken)
     return tappable_layers(module, taken)

@@ -70,7 +70,7 @@ def compare(
         bool,
         typer.Option(
             "--spread",
-            help="Give each process its own runs, instead of training every run in all processes.",
+            help="Share the runs with every process that is started with the same command.",
         ),
     ] = False,
     dry: Annotated[

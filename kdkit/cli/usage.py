@@ -16,9 +16,12 @@ def told(error: Any, words: Sequence[str]) -> str:
     """
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "kdkit"
+    # Typer breaks lines, pydantic puts words before its message.
     says = " ".join(error.format_message().split()).replace("Value error, ", "").rstrip(".")
+    # Errors about options have it.
     option = getattr(error, "option_name", None)
     takes_overrides = context and any(param.name == "overrides" for param in context.command.params)
+    # Who writes `--epochs 3` means a key of the recipe.
     if option and takes_overrides and (keys := list(_keys_called(option))):
         value = _value_after(option, words)
         says = (

@@ -19,11 +19,10 @@ HEAD_TOLERANCE = 0.05
 
 
 class AnyBatchNorm(nn.BatchNorm2d):
-    """Batch normalisation that falls back on its running statistics for a single value per
-    channel, where torch raises.
-    """
+    """Batch normalisation that takes its running statistics where a channel has a single value."""
 
     def forward(self, input: Tensor) -> Tensor:
+        # torch raises: a single value has no variance
         if self.training and input.numel() == input.shape[1]:
             return F.batch_norm(
                 input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
@@ -32,9 +31,7 @@ class AnyBatchNorm(nn.BatchNorm2d):
 
 
 def aligned(f_s: Tensor, f_t: Tensor, *, bias: bool = True) -> nn.Module:
-    """Map the student's channels to the teacher's: a 1x1 convolution of maps where the numbers
-    differ, the identity where they agree.
-    """
+    """Map the student's channels to the teacher's: a 1x1 convolution, or the identity if equal."""
     same = f_s.shape[1] == f_t.shape[1]
     return nn.Identity() if same else nn.Conv2d(f_s.shape[1], f_t.shape[1], 1, bias=bias)
 
@@ -45,8 +42,7 @@ def frozen_copy(module: M) -> M:
 
 
 def pooled_head(classifier: nn.Module, f: Tensor, logits: Tensor, whose: str) -> nn.Linear:
-    """Return a network's classifier, after checking that it is a linear layer applied to the mean
-    over a layer's positions.
+    """Return a network's classifier if it is linear and applied to the mean over a layer.
 
     Args:
         classifier: the layer that gives the logits.
@@ -58,6 +54,8 @@ def pooled_head(classifier: nn.Module, f: Tensor, logits: Tensor, whose: str) ->
         ShapeError: the logits come about in another way.
     """
     v = as_vectors(f)
+    # equal widths are no evidence: a norm or an activation may stand before the classifier, so the
+    # logits are computed and compared
     if (
         isinstance(classifier, nn.Linear)
         and classifier.in_features == v.shape[1]
@@ -76,8 +74,7 @@ def pooled_head(classifier: nn.Module, f: Tensor, logits: Tensor, whose: str) ->
 
 
 def standardized(z: Tensor) -> Tensor:
-    """Logits (R, K) with mean 0 and (unbiased) deviation 1 in each row; rows whose deviation is
-    below 1e-5 become zeros without gradient.
+    """Logits (R, K), standardised by row; rows of a deviation below 1e-5 become zeros.
 
     Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024, arXiv:2403.01427,
     algorithm 1.

@@ -26,9 +26,7 @@ class Split(Protocol):
 
     @property
     def labels(self) -> Sequence[Any]:
-        """Target of each item (a class index, where the task is classification), known without
-        reading the images.
-        """
+        """Target of each item, such as a class index, known without reading the images."""
         ...
 
     def __len__(self) -> int: ...
@@ -36,6 +34,7 @@ class Split(Protocol):
     def __getitem__(self, index: int) -> tuple[Any, Any]: ...
 
 
+# checkable: `split` may return an object of any class
 @runtime_checkable
 class Stream(Protocol):
     """One part of a dataset that can only be read from its start to its end, such as tar shards.
@@ -52,8 +51,7 @@ class Stream(Protocol):
         ...
 
     def read(self, seed: int | None, workers: int, batch_size: int) -> Iterable[tuple[Any, Any]]:
-        """Return the (PIL image, target) pairs of one epoch; iterated in a worker process, it
-        yields that worker's share.
+        """Return the (PIL image, target) pairs of an epoch; in a worker process, its share.
 
         Args:
             seed: of this epoch's order; None: in the order of the files, every image once.
@@ -69,8 +67,7 @@ class SharedStream(Stream, Protocol):
     """A stream that several training processes can read, each its own share."""
 
     def share(self, rank: int, world: int) -> Stream:
-        """Return the part that process `rank` of `world` reads; its length is still that of the
-        whole stream.
+        """Return the share that process `rank` of `world` reads; its length is the stream's.
 
         When shuffled, it must yield at least its part of an epoch's batches, repeating images if
         necessary, so that no process waits for another. In the order of the files, all processes
@@ -138,22 +135,17 @@ class DatasetSource(abc.ABC):
     """The task that its targets are made for; a recipe's `task:` may name another one."""
     Options: ClassVar[type[DatasetOptions]] = DatasetOptions
     split_at_check: ClassVar[bool] = True
-    """Whether `kdkit check` calls `split` to verify labels and lengths. Set to False if that is
-    slow, or downloads.
-    """
+    """Let `kdkit check` verify labels and lengths by `split`; False if that is slow or fetches."""
 
     def __init__(self, options: DatasetOptions) -> None:
         self.options = options
 
     def lacks(self) -> Lacking | None:
-        """Describe what `fetch` would download; None if nothing is missing, or if the options do
-        not allow fetching. Makes no connection.
-        """
+        """Describe what `fetch` would load, without a connection; None: nothing, or not allowed."""
         return None
 
     def fetch(self) -> None:  # noqa: B027 -- most datasets need no download
-        """Fetch the missing files. Called before everything else in training, never by `kdkit
-        check`; kdkit has announced what comes from where.
+        """Fetch the missing files: called first in training, after an announcement, by no check.
 
         Raises:
             DataError: it cannot be fetched.
@@ -168,8 +160,7 @@ class DatasetSource(abc.ABC):
         """
 
     def own_files(self) -> Sequence[Path]:
-        """List the files and folders that hold the user's own data, as far as they exist (default:
-        none).
+        """List existing files and folders that hold the user's own data (default: none).
 
         A run's fingerprint covers them, so that changed data give a different run. Fetches nothing.
         Files that a name identifies, such as MNIST's, are not listed.
@@ -178,8 +169,7 @@ class DatasetSource(abc.ABC):
 
     @abc.abstractmethod
     def split(self, part: Literal["train", "test"]) -> Split | InMemory | Texts | Stream:
-        """Return one part: images in memory, a map-style dataset of PIL images, a stream of them,
-        or texts.
+        """Return one part: images in memory, a map-style dataset, a stream, or texts.
 
         Raises:
             DataError: its files are missing or broken.
@@ -188,9 +178,7 @@ class DatasetSource(abc.ABC):
 
 @dataclass(frozen=True)
 class InMemory:
-    """A part of a dataset held as one tensor: images uint8 (N, C, H, W), labels (N, ...): class
-    indices int64 (N,), or whatever the task's targets are.
-    """
+    """A part of a dataset in memory: images uint8 (N, C, H, W), targets (N, ...), classes int64."""
 
     images: Tensor
     labels: Tensor
@@ -212,8 +200,7 @@ class InMemory:
 
 @dataclass(frozen=True)
 class Texts:
-    """A part of a dataset held as token ids; batches are mappings, padded to their longest text,
-    with an `attention_mask`.
+    """A part of a dataset as token ids; batches are padded mappings with an `attention_mask`.
 
     Attributes:
         tokens: integers of each text by the name of the network's argument, such as `input_ids`;
@@ -227,6 +214,7 @@ class Texts:
     padding: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # at least one token each: a mean over the tokens of an empty text is undefined
         counts = {tuple(map(len, ids)) for ids in self.tokens.values()}
         if len(counts) != 1 or len(self.lengths) != len(self.labels) or not all(self.lengths):
             raise DataError(

@@ -10,8 +10,7 @@ from torch import Tensor
 
 
 def gather(x: Tensor) -> Tensor:
-    """Gather every process's rows, (B, ...) to (world * B, ...), in the order of the processes;
-    with one process, return `x` itself.
+    """Gather the rows of all processes in order, (B, ...) to (world * B, ...); of one: `x`.
 
     All processes must call it with the same number of rows.
 
@@ -21,6 +20,7 @@ def gather(x: Tensor) -> Tensor:
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return x
+    # not `all_gather` alone: it has no gradient, and would cut off the rows of the other processes
     rows: Tensor = _Gather.apply(x)
     return rows
 
@@ -29,6 +29,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.size = len(x)
+        # backends transfer contiguous memory only, and `empty_like` would keep the input's strides
         everyone = [
             torch.empty_like(x, memory_format=torch.contiguous_format)
             for _ in range(dist.get_world_size())

@@ -40,6 +40,7 @@ def combined_labels(logits: Sequence[Tensor], weights: Tensor | None = None) -> 
         weights: see `combined`.
     """
     stacked = torch.stack(list(logits))
+    # both sides by logarithms: from the mean p itself, 1 - p would round to 0 for certain labels
     yes, no = (_log_mean(F.logsigmoid(signed), weights) for signed in (stacked, -stacked))
     return yes - no
 
@@ -54,7 +55,7 @@ def _log_mean(logs: Tensor, weights: Tensor | None) -> Tensor:
 def _shares(weights: Tensor | None, stacked: Tensor) -> Tensor:
     """Return the models' shares in the form (M, R or 1, 1)."""
     count = len(stacked)
-    shares = torch.full((count,), 1 / count) if weights is None else weights
+    shares = stacked.new_full((count,), 1 / count) if weights is None else weights
     return shares.to(stacked).reshape(count, -1, 1)
 
 
@@ -65,9 +66,7 @@ def ensemble(
     *,
     of_labels: bool = False,
 ) -> Outputs:
-    """Return the combined logits of several models' answers, without features; their views are
-    combined in the same way.
-    """
+    """Combine several models' answers, and their views, into one without features."""
     views = {
         name: ensemble([answer.views[name] for answer in answers], by, weights, of_labels=of_labels)
         for name in answers[0].views
@@ -82,9 +81,8 @@ def ensemble(
 
 
 def with_logits(answer: Outputs, logits: Tensor) -> Outputs:
-    """Replace the logits of an answer by those of a whole group; the features, which losses read,
-    stay its own.
-    """
+    """Replace an answer's logits by those of a group; its features stay its own."""
+    # a loss may name the logits as a layer
     features = {
         name: logits if value is answer.logits else value for name, value in answer.features.items()
     }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,24 +19,23 @@ from kdkit.errors import ShapeError
 MOST_PREFIX_TOKENS = 5  # a class token and four registers
 
 
-def prefix_tokens(count: int) -> int | None:
-    """Count the tokens of a sequence that precede its patches: the fewest that leave a square; None
-    if no number does.
+def constants(values: Sequence[float], like: Tensor) -> Tensor:
+    """Return numbers as a tensor (N,) of the type and device of `like`, without waiting for the
+    device, as a copy from the host would.
     """
-    return next(
-        (
-            p
-            for p in range(MOST_PREFIX_TOKENS + 1)
-            if p < count and math.isqrt(count - p) ** 2 == count - p
-        ),
-        None,
-    )
+    return torch.stack([like.new_full((), value) for value in values])
+
+
+def prefix_tokens(count: int) -> int | None:
+    """Count the tokens that precede the patches: the fewest that leave a square (None: none do)."""
+    for prefix in range(min(MOST_PREFIX_TOKENS + 1, count)):
+        if math.isqrt(count - prefix) ** 2 == count - prefix:
+            return prefix
+    return None
 
 
 def is_padded(f: Tensor, mask: Tensor | None) -> bool:
-    """Check whether features are hidden states (B, N, D) of texts whose real tokens are marked by
-    the mask (B, N).
-    """
+    """Check whether features are hidden states (B, N, D) of texts that the mask (B, N) is for."""
     return mask is not None and f.ndim == 3 and f.shape[:2] == mask.shape
 
 
@@ -54,6 +54,7 @@ def as_map(f: Tensor, mask: Tensor | None = None) -> Tensor:
     prefix = prefix_tokens(f.shape[1]) if f.ndim == 3 and not is_padded(f, mask) else None
     if prefix is None:
         raise ShapeError("no map (B, C, H, W), nor tokens (B, N, D) of a square grid")
+    # row by row, as a vision transformer numbers its patches
     side = math.isqrt(f.shape[1] - prefix)
     return f[:, prefix:].transpose(1, 2).reshape(len(f), f.shape[2], side, side)
 
@@ -72,8 +73,7 @@ def as_tokens(f: Tensor) -> Tensor:
 
 
 def as_vectors(f: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return one vector per sample (B, D): the mean of a map over its positions, the mean over all
-    tokens, or the vector as it is.
+    """Return one vector per sample (B, D): the mean over positions or tokens, or the vector.
 
     Args:
         f: a map, tokens or a vector of each sample.
@@ -95,17 +95,15 @@ def as_vectors(f: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def resized(f: Tensor, size: Sequence[int]) -> Tensor:
     """Resize maps (B, C, H, W) by bilinear interpolation."""
-    return (
-        f
-        if tuple(f.shape[2:]) == tuple(size)
-        else F.interpolate(f, size=tuple(size), mode="bilinear", align_corners=False)
-    )
+    if tuple(f.shape[2:]) == tuple(size):
+        return f
+    return F.interpolate(f, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def pooled_alike(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
     """Bring two maps to the smaller height and width: the larger one is average-pooled."""
     size = min(f_s.shape[2], f_t.shape[2]), min(f_s.shape[3], f_t.shape[3])
-    one, other = (
+    pooled_s, pooled_t = (
         f if tuple(f.shape[2:]) == size else F.adaptive_avg_pool2d(f, size) for f in (f_s, f_t)
     )
-    return one, other
+    return pooled_s, pooled_t

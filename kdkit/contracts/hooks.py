@@ -11,6 +11,7 @@ from kdkit.contracts.model_source import ModelSource
 from kdkit.contracts.schedule import Schedule
 from kdkit.contracts.task import Task
 
+# bodies are empty, as pluggy reads a specification and never calls it
 hookspec = pluggy.HookspecMarker("kdkit")
 hookimpl = pluggy.HookimplMarker("kdkit")
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kdkit.contracts.inputs import Shape, kind_of, random_inputs
+from kdkit.contracts.inputs import Shape, answered, kind_of, random_inputs
 from kdkit.contracts.loss_options import LayerPair
 from kdkit.contracts.records import Inputs
 from kdkit.errors import TapError
@@ -32,8 +32,7 @@ BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 @dataclass(frozen=True)
 class Layer:
-    """One place to observe: what the module at `path` returns, or its first argument. The path
-    "" is the network itself.
+    """A place to observe: output or first argument of the module at `path`; "" is the network.
 
     `embedding` says that it is one vector per sample, whatever dimensions of size 1 surround it.
     `output`: index of the output, if the network gives several; see `outputs_of`.
@@ -48,9 +47,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One line of `kdkit layers`: a layer's path, its class, the shape of what it returns and
-    the aliases it has.
-    """
+    """One line of `kdkit layers`: path, class, shape of the output, aliases."""
 
     name: str
     type: str
@@ -59,32 +56,25 @@ class LayerRow:
 
 
 def outputs_of(returned: object) -> list[Tensor]:
-    """List the tensors that a network returns, its logits first; empty if it returns something
-    else.
+    """List the tensors that a network returns, the logits first; empty if it returns others.
 
     It returns one tensor, a mapping or a named tuple with `logits`, or a tuple that begins with
     them.
     """
     if isinstance(returned, Tensor):
         return [returned]
-    named = (
-        returned
-        if isinstance(returned, Mapping)
-        else returned._asdict()
-        if hasattr(returned, "_asdict")
-        else {}
-    )
-    if "logits" in named:
+    named = returned._asdict() if hasattr(returned, "_asdict") else returned
+    if isinstance(named, Mapping) and "logits" in named:
         values = [named["logits"], *(value for key, value in named.items() if key != "logits")]
     else:
         values = [*returned] if isinstance(returned, tuple | list) else []
+    # outputs may be None or nested, as a transformer's hidden states are; the logits may not
     tensors = [value for value in values if isinstance(value, Tensor)]
     return tensors if tensors and tensors[0] is values[0] else []
 
 
 def output_of(returned: object, number: int) -> object:
-    """Return the output of that number, or the only one if there are no others (some networks
-    average theirs once they are trained).
+    """Return the output of that number, or the only one: trained networks may drop the others.
 
     Raises:
         TapError: there are others, but not this one.
@@ -105,15 +95,16 @@ def resolve(name: str, module: nn.Module, outputs: int | None = None) -> Layer:
     """
     if name == "logits":
         return Layer("")
-    if (numbered := re.fullmatch(r"output(\d+)", name)) and name not in dict(
-        module.named_children()
-    ):
+    numbered = re.fullmatch(r"output(\d+)", name)
+    # a network may call a layer of its own `output1`
+    if numbered and name not in dict(module.named_children()):
         return Layer("", output=int(numbered[1]))
     if name == "penultimate":
         return Layer(classifier_path(module, outputs), "input", embedding=True)
     if name.endswith(INPUT):
         return Layer(resolve(name.removesuffix(INPUT), module, outputs).path, "input")
     paths = dict(module.named_modules())
+    # before the aliases: a network's own `stage1` is meant by that name
     if name and name in paths:
         return Layer(name)
     stages = stage_paths(module)
@@ -126,6 +117,7 @@ def resolve(name: str, module: nn.Module, outputs: int | None = None) -> Layer:
             )
         if 1 <= position <= len(stages) and stages[position - 1] in paths:
             return Layer(stages[position - 1])
+    # a network has hundreds of paths, too many to list them as `suggest` would
     close = difflib.get_close_matches(name, [*paths, *_aliases(stages)], n=1, cutoff=0.5)
     hint = f"did you mean '{close[0]}'? " if close else ""
     raise TapError(
@@ -135,8 +127,7 @@ def resolve(name: str, module: nn.Module, outputs: int | None = None) -> Layer:
 
 
 def expand(name: str, module: nn.Module) -> list[str]:
-    """List the layers that a name or glob matches, in the network's order; a plain name is returned
-    as it is.
+    """List the layers that a glob matches, in the network's order, or the name without one.
 
     Raises:
         TapError: nothing matches.
@@ -145,23 +136,22 @@ def expand(name: str, module: nn.Module) -> list[str]:
         resolve(name, module)
         return [name]
     if name.endswith(INPUT):
-        return [f"{found}{INPUT}" for found in expand(name.removesuffix(INPUT), module)]
-    parts = name.split(".")
+        return [f"{layer}{INPUT}" for layer in expand(name.removesuffix(INPUT), module)]
+    steps = name.split(".")
     aliases = [f"stage{i}" for i in range(1, len(stage_paths(module)) + 1)]
-    found = [alias for alias in aliases if fnmatchcase(alias, name)]
-    found = found or [
-        path for path, _ in module.named_modules() if path and _matches(path.split("."), parts)
+    matches = [alias for alias in aliases if fnmatchcase(alias, name)]
+    matches = matches or [
+        path for path, _ in module.named_modules() if path and _matches(path.split("."), steps)
     ]
-    if not found:
+    if not matches:
         raise TapError(f"no layer matches '{name}'; paths begin with {_top(module)}")
-    return found
+    return matches
 
 
 def expand_pairs(
     pairs: Iterable[LayerPair], student: nn.Module, teacher: nn.Module
 ) -> list[LayerPair]:
-    """Expand globs in pairs of layers: the student's first match is paired with the teacher's
-    first, and so on.
+    """Expand globs in pairs of layers: first match with first match, and so on.
 
     Raises:
         TapError: a name matches nothing, or the two sides of a pair match different numbers of
@@ -181,8 +171,7 @@ def expand_pairs(
 
 
 def stage_paths(module: nn.Module) -> list[str]:
-    """List the paths of a network's stages, from `stage1` on: timm's `feature_info` without the
-    stem.
+    """List the paths of the stages, from `stage1` on: timm's `feature_info` without the stem.
 
     Without `feature_info`, top-level blocks numbered from 1 (`layer1`, `layer2`, ...), if there is
     one such row.
@@ -194,33 +183,35 @@ def stage_paths(module: nn.Module) -> list[str]:
         return _numbered_blocks(module)
     paths = [str(entry["module"]) for entry in entries if entry.get("module")]
     known = dict(module.named_modules())
-    # 0: a flat row of layers, as in VGG
+    # 0: a flat row of layers, as in VGG, of which none is the stem
     start = next((i for i, path in enumerate(paths) if not _is_stem(path, known)), 0)
     return paths[start:]
 
 
 def classifier_path(module: nn.Module, outputs: int | None = None) -> str:
-    """Find the path of the layer that turns the embedding into logits: timm's `get_classifier()`,
-    otherwise the last fitting Linear.
+    """Find the path of the layer that turns the embedding into logits.
+
+    That is timm's `get_classifier()`, otherwise the last Linear of `outputs` features.
 
     Raises:
         TapError: there is none, or several.
     """
     ask = getattr(module, "get_classifier", None)
-    found = ask() if callable(ask) else module
-    if not isinstance(found, nn.Module) or isinstance(found, nn.ModuleList):
+    head = ask() if callable(ask) else module
+    # timm's distilled networks return two
+    if not isinstance(head, nn.Module) or isinstance(head, nn.ModuleList):
         raise TapError("'penultimate': this network has several classifiers; name a layer instead")
-    prefix = next((path for path, part in module.named_modules() if part is found), "")
-    if found is not module and not list(found.children()):
+    prefix = next((path for path, child in module.named_modules() if child is head), "")
+    if head is not module and not list(head.children()):
         return prefix
     inner = [
         path
-        for path, part in found.named_modules()
-        if isinstance(part, nn.Linear) and outputs in (None, part.out_features)
+        for path, child in head.named_modules()
+        if isinstance(child, nn.Linear) and outputs in (None, child.out_features)
     ]
     if not inner:
         raise TapError("'penultimate': this network has no linear classifier; name a layer instead")
-    return ".".join(part for part in (prefix, inner[-1]) if part)
+    return ".".join(step for step in (prefix, inner[-1]) if step)
 
 
 def norm_path(layer: str, module: nn.Module) -> str:
@@ -233,23 +224,22 @@ def norm_path(layer: str, module: nn.Module) -> str:
         TapError: the layer is something else, there is none, or an activation that runs several
             times leaves open which it is.
     """
-    found = resolve(layer, module)
-    part = module.get_submodule(found.path)
-    if found.side == "output" and isinstance(part, BATCH_NORM):
+    tap = resolve(layer, module)
+    tapped = module.get_submodule(tap.path)
+    if tap.side == "output" and isinstance(tapped, BATCH_NORM):
+        # timm's BatchNormAct2d has its activation inside
         if activation := next(
-            (name for name, child in part.named_children() if not isinstance(child, nn.Identity)),
+            (name for name, child in tapped.named_children() if not isinstance(child, nn.Identity)),
             None,
         ):
             raise TapError(
                 f"'{layer}' gives values behind its activation; take"
-                f" '{found.path}.{activation}{INPUT}'"
+                f" '{tap.path}.{activation}{INPUT}'"
             )
-        return found.path
-    norm = (
-        _norm_before(found.path, module)
-        if found.side == "input" and not any(True for _ in part.parameters())
-        else None
-    )
+        return tap.path
+    # a module without parameters is taken for an activation
+    is_activation = not any(True for _ in tapped.parameters())
+    norm = _norm_before(tap.path, module) if tap.side == "input" and is_activation else None
     if norm is None:
         raise TapError(
             f"no batch norm is known to give '{layer}'; name one, or the input of the activation"
@@ -259,45 +249,45 @@ def norm_path(layer: str, module: nn.Module) -> str:
 
 
 def _norm_before(path: str, module: nn.Module) -> str | None:
-    """Find the batch norm in front of an activation, with no convolution or linear layer between
-    them.
-    """
+    """Find the batch norm before an activation, with no weighted layer between them."""
     block, _, name = path.rpartition(".")
     around = module.get_submodule(block)
     if isinstance(around, BATCH_NORM):
         return block
-    names, parts = zip(*around.named_children(), strict=True)
+    names, children = zip(*around.named_children(), strict=True)
     here = names.index(name)
-    norms = [i for i, part in enumerate(parts) if isinstance(part, BATCH_NORM)]
+    norms = [i for i, child in enumerate(children) if isinstance(child, BATCH_NORM)]
     before = [
         i
         for i in norms
-        if i < here and not any(isinstance(part, WEIGHTED) for part in parts[i:here])
+        if i < here and not any(isinstance(child, WEIGHTED) for child in children[i:here])
     ]
     if not before:
         return None
+    # a block such as torchvision's BasicBlock calls its only activation after every batch norm,
+    # while a Sequential runs each child once
     if (
         norms[-1] > here
         and not isinstance(around, nn.Sequential)
-        and not any(type(p) is type(parts[here]) for p in parts[norms[-1] :])
+        and not any(type(child) is type(children[here]) for child in children[norms[-1] :])
     ):
-        given = ", ".join(f"'{block}.{names[i]}'" for i in norms)
+        candidates = ", ".join(f"'{block}.{names[i]}'" for i in norms)
         raise TapError(
             f"'{path}' may run several times, of which the last is seen; name the batch norm in"
-            f" front of that one (`norms`): {given}"
+            f" front of that one (`norms`): {candidates}"
         )
     return ".".join(step for step in (block, names[before[-1]]) if step)
 
 
 def tappable_layers(module: nn.Module, shape: Shape) -> list[LayerRow]:
-    """List every layer that returns one tensor, with its output's shape for two images (C, H, W) or
-    texts (N,), in the network's order.
+    """List the layers that return one tensor, with shapes for two samples, in order.
 
     Runs a copy of the network without data (meta device); one that needs data is run on zeros.
 
     Raises:
         TapError: the network cannot take inputs of that shape.
     """
+    # on the meta device shapes cost nothing; a copy, whose hooks need not be removed either
     shadow = copy.deepcopy(module).to("meta").eval()
     try:
         shapes = _shapes(shadow, random_inputs(shape, 2, "meta"))
@@ -330,16 +320,17 @@ def _shapes(module: nn.Module, inputs: Inputs) -> dict[str, tuple[int, ...]]:
     seen: dict[str, tuple[int, ...]] = {}
 
     def watch(path: str) -> Any:
-        def hook(part: nn.Module, args: object, output: object) -> None:
+        def hook(child: nn.Module, args: object, output: object) -> None:
             if isinstance(output, Tensor):
                 seen[path] = tuple(output.shape)
 
         return hook
 
-    for path, part in module.named_modules():
-        part.register_forward_hook(watch(path))
+    for path, child in module.named_modules():
+        child.register_forward_hook(watch(path))
     with torch.no_grad():
-        module(inputs) if isinstance(inputs, Tensor) else module(**inputs)
+        answered(module, inputs)
+    # hooks fire at the end of a module, so an outer one comes after what it contains
     return {path: seen[path] for path, _ in module.named_modules() if path in seen}
 
 
@@ -356,14 +347,14 @@ def _shapes_on_zeros(module: nn.Module, shape: Shape) -> dict[str, tuple[int, ..
 
 
 def _is_stem(path: str, known: Mapping[str, nn.Module]) -> bool:
-    """Check whether a layer is the stem, which precedes the stages: by its name, or because it is a
-    single layer and no member of a row of layers.
-    """
+    """Check whether a layer is the stem, by its name or as a single layer outside of any row."""
     steps = path.split(".")
     if any("stem" in step for step in steps):
         return True
-    single = path in known and sum(isinstance(part, WEIGHTED) for part in known[path].modules()) < 2
-    return single and not any(step.isdigit() for step in steps)
+    if path not in known:
+        return False
+    weighted = (isinstance(child, WEIGHTED) for child in known[path].modules())
+    return sum(weighted) < 2 and not any(step.isdigit() for step in steps)
 
 
 def _numbered_blocks(module: nn.Module) -> list[str]:
@@ -372,13 +363,14 @@ def _numbered_blocks(module: nn.Module) -> list[str]:
         match = re.fullmatch(r"(.*?\D)(\d+)", name)
         if match and list(child.children()) and int(match[2]) == len(rows.get(match[1], ())) + 1:
             rows.setdefault(match[1], []).append(name)
+    # several rows leave open which one the stages are
     long = [row for row in rows.values() if len(row) > 1]
     return long[0] if len(long) == 1 else []
 
 
 def _matches(path: Sequence[str], pattern: Sequence[str]) -> bool:
     return len(path) == len(pattern) and all(
-        fnmatchcase(step, part) for step, part in zip(path, pattern, strict=True)
+        fnmatchcase(step, glob) for step, glob in zip(path, pattern, strict=True)
     )
 
 

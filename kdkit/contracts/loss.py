@@ -100,6 +100,10 @@ class Loss(nn.Module, abc.ABC):
     """The views it reads in `Outputs.views`, with the number of copies of each image in them;
     `setup` refuses outputs without them.
     """
+    capturable: ClassVar[bool] = True
+    """False if its values must be computed anew by Python in each step (`train.capture`): it reads
+    a tensor's value, or keeps a count of its own. kdkit finds most such losses by itself.
+    """
     exceptions: ClassVar[Mapping[str, str]] = {}
     """Checks of `kdkit.testing` that the loss fails on purpose, by name, each with the reason.
     The report of `check_loss` shows them.

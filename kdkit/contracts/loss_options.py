@@ -31,9 +31,7 @@ class LossOptions(Options):
     """Options of a loss; subclass it as `Options` in the loss."""
 
     def taps(self) -> Sequence[LayerPair]:
-        """List the layers whose outputs the loss reads; empty unless it is a feature or relation
-        loss.
-        """
+        """List the layers that the loss reads; empty unless it is a feature or relation loss."""
         return ()
 
     def check(self, student: Outputs, teacher: Outputs) -> None:
@@ -63,8 +61,7 @@ class ResponseOptions(LossOptions):
 
 
 class FeatureOptions(LossOptions):
-    """Options of a loss that compares layers of any form: two maps, equally many tokens or two
-    vectors.
+    """Options of a loss that compares maps, equally many tokens, or vectors.
 
     If one is a map and the other tokens, or the numbers of tokens differ, both are passed as maps.
     The hidden states of texts are passed as vectors, one for each real token.
@@ -90,6 +87,7 @@ class FeatureOptions(LossOptions):
         return self._each(student, teacher, _alike, wanted)
 
     def check(self, student: Outputs, teacher: Outputs) -> None:
+        # `pairs` is a generator: it raises only when it is read
         tuple(self.pairs(student, teacher))
 
     def _each(
@@ -118,8 +116,7 @@ class FeatureOptions(LossOptions):
     def _without_padding(
         self, f_s: Tensor, f_t: Tensor, mask: Tensor | None, others: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Return hidden states (B, N, D) of texts in the form that is compared: here a vector for
-        each real token of the batch, (T, D).
+        """Return hidden states (B, N, D) as they are compared: here real tokens, (T, D).
 
         Raises:
             ShapeError: only one side has tokens.
@@ -133,9 +130,7 @@ class FeatureOptions(LossOptions):
 
 
 class MapOptions(FeatureOptions):
-    """Options of a loss that compares maps (B, C, H, W); tokens of a square grid are folded to
-    maps.
-    """
+    """Options of a loss that compares maps; tokens of a square grid are folded to maps."""
 
     def pairs(self, student: Outputs, teacher: Outputs) -> Pairs:
         wanted = (
@@ -159,7 +154,17 @@ class TokenOptions(FeatureOptions):
         )
 
 
-class VectorOptions(FeatureOptions):
+class _OneVector(FeatureOptions):
+    """Options of a loss to which a text is the mean of its real tokens."""
+
+    def _without_padding(
+        self, f_s: Tensor, f_t: Tensor, mask: Tensor | None, others: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        # answers from a cache have no mask; they are to the same texts
+        return _pooled(f_s, mask), _pooled(f_t, mask if others is None else others)
+
+
+class VectorOptions(_OneVector):
     """Options of a loss that compares one vector per sample, (B, D); maps are averaged over
     positions, sequences over (real) tokens.
     """
@@ -168,27 +173,17 @@ class VectorOptions(FeatureOptions):
         wanted = "vectors (B, D), maps (B, C, H, W) or tokens (B, N, D)"
         return self._each(student, teacher, lambda s, t: (as_vectors(s), as_vectors(t)), wanted)
 
-    def _without_padding(
-        self, f_s: Tensor, f_t: Tensor, mask: Tensor | None, others: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        return _pooled(f_s, mask), _pooled(f_t, mask if others is None else others)
 
-
-class RelationOptions(FeatureOptions):
-    """Options of a loss that compares how the samples of a batch relate to each other: it reads
-    one embedding a sample, (N, D).
-    """
+class RelationOptions(_OneVector):
+    """Options of a loss that relates a batch's samples: it reads one embedding each, (N, D)."""
 
     gather: bool = Field(
         default=False,
-        description=(
-            "In several processes, relate the samples of all of them, not each process's own."
-        ),
+        description="Relate the samples of all processes, not of each process alone.",
     )
 
     def pairs(self, student: Outputs, teacher: Outputs) -> Pairs:
-        """Return the embeddings of each pair, (N, D_s) and (N, D_t); larger features are flattened
-        to that, texts averaged over real tokens.
+        """Return the embeddings (N, D) of each pair: features flattened, texts averaged.
 
         Raises:
             ShapeError: a layer does not give one value per sample.
@@ -198,11 +193,6 @@ class RelationOptions(FeatureOptions):
         )
         for e_s, e_t in self._each(student, teacher, _embeddings, wanted):
             yield (gather(e_s), gather(e_t)) if self.gather else (e_s, e_t)
-
-    def _without_padding(
-        self, f_s: Tensor, f_t: Tensor, mask: Tensor | None, others: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        return _pooled(f_s, mask), _pooled(f_t, mask if others is None else others)
 
 
 def _pooled(f: Tensor, mask: Tensor | None) -> Tensor:
@@ -220,6 +210,7 @@ def _shown(teacher: Outputs, layer: str) -> Tensor:
 
 
 def _alike(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
+    # equal forms are compared as they are: folding tokens to maps would drop the class token
     if f_s.ndim == f_t.ndim and (f_s.ndim == 2 or (f_s.ndim == 3 and f_s.shape[1] == f_t.shape[1])):
         return f_s, f_t
     return as_map(f_s), as_map(f_t)
@@ -229,10 +220,10 @@ def _tokens(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
     if f_s.ndim == f_t.ndim == 3 and f_s.shape[1] == f_t.shape[1]:
         return f_s, f_t
     # drop prefix tokens, which a map does not have
-    one, other = (as_tokens(as_map(f)) for f in (f_s, f_t))
-    if one.shape[1] != other.shape[1]:
+    t_s, t_t = (as_tokens(as_map(f)) for f in (f_s, f_t))
+    if t_s.shape[1] != t_t.shape[1]:
         raise ShapeError("unequally many tokens")
-    return one, other
+    return t_s, t_t
 
 
 def _embeddings(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:

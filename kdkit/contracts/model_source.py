@@ -52,29 +52,30 @@ class ModelOptions(Options):
     strip_prefix: str = Field(
         default="",
         description=(
-            "Prefix to drop from the checkpoint's keys, such as `teacher.`; also the key under"
-            " which its weights lie (`net.`). A prefix that all keys have is dropped in any case."
+            "Prefix to drop from the checkpoint's keys, such as `teacher.`, or the entry that holds"
+            " the weights, such as `net.`. A prefix common to all keys is always dropped."
         ),
     )
     new_head: bool = Field(
         default=False,
         description=(
-            "Leave out the checkpoint's classifier, which may be of other classes; the network's"
-            " own, with random weights, stays."
+            "Ignore the checkpoint's classifier, for example because its classes differ, and keep"
+            " the network's randomly initialised one."
         ),
         json_schema_extra=LATER,
     )
     normalize: Normalize | None = Field(
-        default=None, description="What the network expects (default: the source's own values)."
+        default=None,
+        description="Normalisation that the network expects (default: the source's values).",
     )
     input_size: int | None = Field(
         default=None,
         gt=0,
         le=SIDE,
-        description="Side of the square images this model sees; others are resized.",
+        description="Side of the network's square input, in pixels (default: that of the batches).",
     )
     interpolation: Literal["bilinear", "bicubic", "nearest", "area"] = Field(
-        default="bilinear", description="How images are resized."
+        default="bilinear", description="Interpolation for resizing to `input_size`."
     )
 
     @model_validator(mode="after")
@@ -87,18 +88,17 @@ class ModelOptions(Options):
 
 
 class InitOptions(Options):
-    """Initialisation of a student from a teacher: copies all tensors whose names and shapes
-    match.
-    """
+    """Initialisation of a student by the teacher's tensors of the same names and shapes."""
 
-    from_: str = Field(alias="from", description="Whose: `teacher`, or the name of one of several.")
+    from_: str = Field(
+        alias="from", description="Source of the weights: `teacher`, or the name of one of several."
+    )
     layers: tuple[int, ...] | None = Field(
         default=None,
         min_length=1,
         description=(
-            "Of a network that is a row of repeated blocks (a transformer's layers), the teacher's"
-            " blocks that become the student's, numbered from 0: [0, 2, 4]; none: those of the same"
-            " numbers."
+            "Teacher blocks to copy into the student's, numbered from 0, such as [0, 2, 4], for"
+            " networks of repeated blocks such as transformers (default: the same numbers)."
         ),
     )
 
@@ -108,51 +108,49 @@ class StudentOptions(Options):
 
     init: InitOptions | None = Field(
         default=None,
-        description="Begin with a teacher's weights, as far as they fit.",
+        description="Initialise from a teacher's weights, where names and shapes match.",
         json_schema_extra=LATER,
     )
 
 
 class CacheOptions(Options):
-    """Options of a cache on disk for a frozen teacher's answers to each image and view, reused in
-    later epochs and by other runs with this teacher and data.
-    """
+    """Options of a cache on disk for a frozen teacher's answers, reused by epochs and runs."""
 
     views: Annotated[int, Field(ge=1, le=COUNT)] | Literal["all"] = Field(
         description=(
-            "K: how many augmentations of each image are shown and kept; after them the first comes"
-            " again. `all`: every crop and flip of `data.augment`, which are finitely many, so that"
-            " training sees what it would see without a cache."
+            "Number K of augmentations of each image to cache; training cycles through them. `all`:"
+            " every possible crop and flip of `data.augment`, so that training sees the same images"
+            " as without a cache."
         )
     )
     what: Literal["logits", "taps"] = Field(
         default="logits",
         description=(
-            "taps: also the layers that losses look at, which are large; logits: the predictions"
-            " alone."
+            "Content of the cache. logits: predictions only; taps: also the layers that losses read"
+            " (large)."
         ),
     )
     top_k: int | None = Field(
         default=None,
         ge=1,
         description=(
-            "Keep the k largest logits only; the rest of the probability is spread evenly over the"
-            " other classes. At temperature 1 the k largest probabilities stay exact; at higher"
-            " ones the other classes together get more than they have (none: all logits)."
+            "Cache only the k largest logits; the remaining probability is spread evenly over the"
+            " other classes. The k largest probabilities are exact at temperature 1; at higher"
+            " temperatures the other classes are overestimated (default: all logits)."
         ),
     )
     dtype: Literal["fp16", "bf16", "fp32"] = Field(
-        default="fp16", description="In which numbers answers are kept; losses get fp32."
+        default="fp16", description="Storage precision of the answers; losses receive fp32."
     )
     dir: RecipePath | None = Field(
         default=None,
-        description="Folder of the caches (default: `teacher-cache` in `run.folder`).",
+        description="Cache folder (default: `teacher-cache` in `run.folder`).",
         json_schema_extra=BOOKKEEPING,
     )
     max_gb: float = Field(
         default=20.0,
         gt=0,
-        description="Largest size that the cache may grow to, in 10^9 bytes.",
+        description="Maximum size of the cache, in GB (10^9 bytes).",
         json_schema_extra=BOOKKEEPING,
     )
 
@@ -164,31 +162,31 @@ class TeacherOptions(Options):
         default=None,
         pattern=TERM_NAME,
         max_length=LONGEST_NAME,
-        description="What losses call it, of several (default: teacher1, teacher2...).",
+        description="Name that losses refer to (default: teacher1, teacher2...).",
     )
     precision: Literal["fp32", "bf16", "fp16"] | None = Field(
         default=None,
-        description="The teacher's own precision (default: that of `train.precision`).",
+        description="Precision of the teacher's forward pass (default: `train.precision`).",
     )
     mode: Literal["eval", "train"] = Field(
         default="eval",
         description=(
-            "train: batch statistics in its BatchNorm layers (its buffers stay as they are)."
+            "Mode of BatchNorm layers. eval: running statistics; train: batch statistics (buffers"
+            " stay unchanged)."
         ),
     )
     fold_batchnorm: bool = Field(
         default=False,
         description=(
-            "Merge BatchNorm layers into the convolutions before them: faster, equal up to"
-            " rounding."
+            "Fold BatchNorm layers into the preceding convolutions: faster, equal up to rounding."
         ),
     )
     num_classes: int | None = Field(
         default=None,
         ge=0,
         description=(
-            "How many classes the network has, where they are not those of the data; 0: it has none"
-            " (an encoder), so that only losses on layers can look at it."
+            "Number of the network's classes, if they differ from the data's; 0: no classifier (an"
+            " encoder), so that only losses on layers can use it."
         ),
         json_schema_extra=LATER,
     )
@@ -198,32 +196,31 @@ class TeacherOptions(Options):
         default=None,
         min_length=1,
         description=(
-            "Which of its classes, counted from 0, are those of the data: a list in the data's"
-            " order, or a number for each name of a class. The others are left out wherever its"
-            " answers are read."
+            "The network's classes that correspond to the data's, counted from 0: a list in the"
+            " data's order, or a mapping from class name to number. All others are dropped."
         ),
         json_schema_extra=LATER,
     )
     answers: Literal["logits", "softmax", "sigmoid"] = Field(
         default="logits",
         description=(
-            "The network's last operation: probabilities by `softmax` or `sigmoid` are turned into"
-            " logits again."
+            "Form of the network's output; probabilities after a `softmax` or `sigmoid` are"
+            " converted back to logits."
         ),
         json_schema_extra=LATER,
     )
     cache: CacheOptions | None = Field(
-        default=None, description="Keep the teacher's answers on disk and read them from there."
+        default=None, description="Cache of the teacher's answers on disk (default: none)."
     )
 
 
 class RecipeTeacher(TeacherOptions):
-    """A teacher that another recipe trains: its run is made if it does not exist yet, and reused if
-    it does.
-    """
+    """A teacher that another recipe trains; its run is reused if it exists."""
 
-    recipe: RecipePath = Field(description="Recipe file whose student is this teacher.")
-    seed: int | None = Field(default=None, ge=0, description="Seed in place of that recipe's own.")
+    recipe: RecipePath = Field(description="Recipe file that trains this teacher as its student.")
+    seed: int | None = Field(
+        default=None, ge=0, description="Seed of that recipe (default: the one in the file)."
+    )
 
     @model_validator(mode="after")
     def _knows_its_classes(self) -> Self:
@@ -265,9 +262,7 @@ class Meaning:
 
 
 class ModelSource(abc.ABC):
-    """Builds networks by name. `model: mlp/small` reaches the source called `mlp` with
-    `model_name` "small".
-    """
+    """Builds networks by name: `mlp/small` reaches the source `mlp` with `model_name` "small"."""
 
     name: ClassVar[str]
     takes: ClassVar[Literal["images", "texts", "any"]] = "images"
@@ -279,53 +274,38 @@ class ModelSource(abc.ABC):
 
     @abc.abstractmethod
     def build(self, outputs: int, image_shape: Any) -> nn.Module:
-        """Build a network for images (C, H, W), or for texts of at most N tokens (N,), that gives
-        `outputs` values for each row. May run on the meta device.
+        """Build a network of `outputs` values a row for a shape (C, H, W) or (N,), maybe on meta.
 
         Raises:
             ModelError: no such model, or it cannot be built so.
         """
 
     def load(self, module: nn.Module) -> None:  # noqa: B027 -- most sources have no weights of their own
-        """Load the model's own weights (`pretrained`) in place; kdkit itself loads a
-        `checkpoint`.
-        """
+        """Load the model's own weights (`pretrained`) in place; a `checkpoint` is kdkit's work."""
 
     def rename(self, key: str, module: nn.Module) -> str:
-        """Return the network's own name of a key in a `checkpoint`, for code bases that name its
-        layers differently.
-        """
+        """Return the network's name of a key in a `checkpoint`, which may use other names."""
         return key
 
     def normalization(self, module: nn.Module) -> Normalize | None:
-        """Return the normalisation that the network expects, if the source knows it; None for
-        inputs in [0, 1].
-        """
+        """Return the normalisation that the network expects; None: unknown, or inputs in [0, 1]."""
         return None
 
     def meaning(self, module: nn.Module) -> Meaning:
-        """Return the meaning of its inputs and outputs, if the source knows it: `kdkit check`
-        compares it with the data.
-        """
+        """Return the meaning of inputs and outputs, which `kdkit check` compares with the data."""
         return Meaning()
 
     def portable(self, module: nn.Module) -> Portable | None:
-        """Describe how the source's own library loads an exported network; None if it has no way to
-        do so.
-        """
+        """Describe how the source's library loads an exported network; None if it cannot."""
         return None
 
     def in_channels(self, image_channels: int) -> int:
-        """Return the number of channels that the network takes; grey images are repeated to that
-        many.
-        """
+        """Return the network's number of channels; grey images are repeated to it."""
         return image_channels
 
 
 class AnswersOptions(ModelOptions):
-    """Options of a teacher whose answers exist already; keys that describe a network are
-    refused.
-    """
+    """Options of a teacher whose answers exist already; keys of a network are refused."""
 
 
 NETWORK_KEYS = (
@@ -366,16 +346,17 @@ class KnownAnswers(ModelSource):
         return _PassedOn(outputs)
 
 
+# a module, so that hooks which read a network's answers also read these
 class _PassedOn(nn.Module):
-    """Passes answers (N, K) through unchanged. Anything else is a batch that a check tries: it
-    returns random numbers of that shape.
-    """
+    """Returns answers (N, K) as they are; for any other batch, as a check tries, random ones."""
 
     def __init__(self, outputs: int) -> None:
         super().__init__()
         self.outputs = outputs
 
     def forward(self, *inputs: Tensor, **texts: Tensor) -> Tensor:
+        # the place that reads answers passes rows of them; images have more dimensions, token ids
+        # are integers
         first = inputs[0] if inputs else next(iter(texts.values()))
         if first.ndim == 2 and first.is_floating_point():
             return first

@@ -26,6 +26,7 @@ from kdkit.errors import shorten, shown
 class Options(BaseModel):
     """Base of all option records: unknown keys are errors, and instances are immutable."""
 
+    # defer_build: a command validates few of the options that all plugins define
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, defer_build=True)
 
 
@@ -34,20 +35,22 @@ class Ramp(Options):
 
     from_: float = Field(alias="from", description="Value until `start`.")
     to: float = Field(description="Value from `start + epochs` on.")
-    epochs: float = Field(gt=0, description="Length of the way, in epochs of the stage.")
+    epochs: float = Field(gt=0, description="Duration of the change, in epochs of the stage.")
     start: float = Field(
-        default=0.0, ge=0, description="Epoch of the stage at which it begins to move."
+        default=0.0, ge=0, description="Start of the change, in epochs of the stage."
     )
     shape: Literal["linear", "cosine", "sigmoid", "exponential"] = Field(
         default="linear",
         description=(
-            "linear; cosine: half a cosine wave; sigmoid: exp(-5 (1 - x)^2), as Laine & Aila 2017,"
-            " from exp(-5) on; exponential: a constant factor per epoch (both ends > 0)."
+            "Shape of the change over x in [0, 1]. cosine: half a cosine wave; sigmoid:"
+            " exp(-5 (1 - x)^2), which starts at exp(-5) (Laine & Aila 2017); exponential: a"
+            " constant factor per epoch (both ends > 0)."
         ),
     )
 
     def at(self, epoch: float) -> float:
         """Return the value at a (fractional) epoch of the stage."""
+        # before it starts, x would be below 0, which the shapes are not made for
         if epoch < self.start:
             return self.from_
         x = min(1.0, (epoch - self.start) / self.epochs)
@@ -63,6 +66,7 @@ class Ramp(Options):
         return f"{self.from_:g}->{self.to:g}"
 
 
+# of the way, for x in [0, 1]
 _PROGRESS: dict[str, Callable[[float], float]] = {
     "linear": lambda x: x,
     "cosine": lambda x: 0.5 - 0.5 * math.cos(math.pi * x),
@@ -93,6 +97,7 @@ class _NumberOrRamp:
         ramp = core_schema.no_info_after_validator_function(
             check_ends, handler.generate_schema(Ramp)
         )
+        # tagged, because a plain union reports the errors of both members
         return core_schema.tagged_union_schema(
             {"ramp": ramp, "number": number},
             discriminator=lambda value: "ramp" if isinstance(value, (Mapping, Ramp)) else "number",
@@ -100,9 +105,7 @@ class _NumberOrRamp:
 
 
 Rampable = Annotated[float, _NumberOrRamp()]
-"""A float option that a recipe may also write as `{from, to, epochs, start, shape}`; a plugin
-only ever sees the float.
-"""
+"""A float that a recipe may write as `{from, to, epochs, start, shape}`; a plugin sees floats."""
 
 
 def said(message: str) -> str:
@@ -113,9 +116,15 @@ def said(message: str) -> str:
 OptionsT = TypeVar("OptionsT", bound=Options)
 
 
+def ramps_of(options: Options) -> dict[str, Ramp]:
+    """Return the options that are ramps."""
+    return {name: value for name, value in options if isinstance(value, Ramp)}
+
+
 def at_epoch(options: OptionsT, epoch: float) -> OptionsT:
     """Return the same options with every Ramp replaced by its value at that epoch."""
-    ramps = {name: value.at(epoch) for name, value in options if isinstance(value, Ramp)}
+    ramps = {name: ramp.at(epoch) for name, ramp in ramps_of(options).items()}
+    # not validated again: the bounds hold at both ends, see `check_ends`
     return options.model_copy(update=ramps) if ramps else options
 
 
@@ -200,9 +209,7 @@ LOADER_KEYS = frozenset(
         "num_labels",
     }
 )
-"""Arguments that control how a library loads a network, or that follow from the data; none of
-them defines the network.
-"""
+"""Arguments that control loading or follow from the data; none defines the network."""
 
 
 def _without_loader_keys(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -215,19 +222,18 @@ def _without_loader_keys(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 NetworkArguments = Annotated[Arguments, AfterValidator(_without_loader_keys)]
-"""Arguments for a library that builds a network. Those that control loading, such as
-`trust_remote_code`, are refused.
-"""
+"""Arguments for a library that builds a network, without those that control loading."""
 
 
 def path_of(text: str) -> Path:
-    """Resolve a text as a path: relative to the file in which it is written, otherwise to the
-    current folder.
+    """Resolve a text as a path, relative to the file that holds it or to the current folder.
 
     Raises:
         ValueError: no file can have this name.
     """
+    # an override on the command line is no part of a file
     folder = text.folder if isinstance(text, Text) else Path.cwd()
+    # real, as consent and fingerprints compare files, not the links that lead to them
     try:
         path = Path(os.path.realpath(folder / Path(text).expanduser()))
     except (RuntimeError, ValueError) as error:  # `~name` of an unknown user, or a NUL character
@@ -236,7 +242,8 @@ def path_of(text: str) -> Path:
 
 
 def _fitting(path: Path) -> Path:
-    longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
+    # in bytes, as file systems count: a letter may take four
+    longest = max((len(os.fsencode(name)) for name in path.parts), default=0)
     if longest > LONGEST_FILE_NAME or len(os.fsencode(path)) > LONGEST_PATH:
         raise ValueError(
             f"the name of a file has {LONGEST_FILE_NAME} bytes at most, here one has {longest:,}:"
@@ -250,9 +257,7 @@ LONGEST_FILE_NAME, LONGEST_PATH = 255, 4000
 RecipePath = Annotated[
     Path, BeforeValidator(lambda value: path_of(value) if isinstance(value, str) else value)
 ]
-"""A path that is relative to the recipe file in which it is written (on the command line: to the
-current folder).
-"""
+"""A path relative to the file that contains it (on the command line: the current folder)."""
 
 FolderPath = Annotated[Path, AfterValidator(_fitting)]
 """A folder that is relative to the current one."""
@@ -261,9 +266,7 @@ LARGEST_INT = 2**63 - 1
 """Larger integers in a recipe are treated as mistakes: they fit no int64."""
 
 SIDE, COUNT = 4_096, 1_000_000
-"""Upper bounds of options: pixels of an image's side; number of things that are processed one by
-one.
-"""
+"""Upper bounds of options: pixels of an image's side; things processed one by one."""
 
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 TERM_NAME = r"^[a-z][a-z0-9_]*$"
@@ -287,6 +290,4 @@ and asks for consent if a run folder names it.
 """
 
 LATER: dict[str, JsonValue] = {"later": True}
-"""Option added after a release: left out of the fingerprint at its default, so that older runs
-still resume.
-"""
+"""Option added after release: left out of the fingerprint at its default; old runs resume."""

@@ -12,31 +12,27 @@ from kdkit.contracts.schedule import Model, Models, ScheduleOptions
 
 
 class PeerOptions(ScheduleOptions):
-    """Options of a schedule that trains several students together; subclass it as `Options` in
-    the schedule.
-    """
+    """Options of a schedule of several students; subclass it as `Options` in the schedule."""
 
     size: int = Field(
         default=2,
         ge=2,
         le=64,
         description=(
-            "How many students train together, each the recipe's `student` with initial weights of"
-            " its own. (With a `checkpoint` or `pretrained` they begin alike but for what the"
-            " weights leave out.)"
+            "Number of students that train together, each the recipe's `student` with its own"
+            " random initial weights. (With a `checkpoint` or `pretrained`, only the remaining"
+            " weights differ.)"
         ),
     )
     peers: tuple[ModelOptions, ...] = Field(
         default=(),
-        description=(
-            "Networks that train beside the recipe's `student`, in place of `size` equal ones."
-        ),
+        description="Networks to train together with the recipe's `student`, instead of `size`.",
     )
     result: Literal["first", "best"] = Field(
         default="first",
         description=(
-            "Which student is exported: the recipe's `student`, or the best on `data.validation` at"
-            " the end."
+            "Student to export: the recipe's `student`, or the one that is best on"
+            " `data.validation` at the end."
         ),
     )
 
@@ -55,8 +51,6 @@ class PeerOptions(ScheduleOptions):
         return len(self.peers) + 1 if self.peers else self.size
 
     def students(self, models: Models, taps: Sequence[str] = ()) -> list[Model]:
-        """Build fresh students, the recipe's own first; `taps` are layers that the schedule itself
-        reads.
-        """
+        """Build fresh students, the recipe's own first; `taps`: layers that the schedule reads."""
         others: Sequence[ModelOptions | None] = self.peers or (None,) * (self.size - 1)
         return [models.student(options, taps) for options in (None, *others)]

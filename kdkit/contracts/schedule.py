@@ -26,7 +26,7 @@ class Lesson:
     Attributes:
         student: the answer that learns.
         teachers: answers that it learns from; a loss is averaged over them.
-        weights: shares of the teachers in that average (None: equal ones).
+        weights: shares of the teachers in that average, (M,) (None: equal ones).
         named: answers that a loss of the recipe may ask for by its `teacher:`, instead of the
             above.
         batch: the images of these answers, row by row (None: the whole batch).
@@ -36,7 +36,7 @@ class Lesson:
 
     student: Outputs
     teachers: Sequence[Outputs] = ()
-    weights: Sequence[float] | None = None
+    weights: Sequence[float] | Tensor | None = None
     named: Mapping[str, Outputs] = field(default_factory=dict)
     batch: Batch | None = None
     supervised: Lesson | None = None

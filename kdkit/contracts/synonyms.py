@@ -23,6 +23,7 @@ def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def with_synonyms(cls: type[T]) -> type[T]:
     """Make a record accept the other names as keywords and offer them as attributes."""
+    # wrapped after @dataclass has generated it
     init = cls.__init__
 
     @functools.wraps(init)

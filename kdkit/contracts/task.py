@@ -1,5 +1,4 @@
-"""The interface of a task plugin: the form of targets and answers, and the scores that compare
-them.
+"""The interface of a task plugin: the form of targets and answers, and the scores.
 
 A sample is a set of rows: one row an image, a pixel, a token or an anchor. Losses on labels and
 responses, and scores, see rows of an answer, (R, K), beside their targets, (R, ...); so one loss
@@ -23,6 +22,7 @@ from kdkit.contracts.options import Options
 from kdkit.contracts.records import Batch, Inputs, Outputs
 from kdkit.errors import DataError
 
+# torchmetrics takes seconds to import, and commands that measure nothing do without it
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
@@ -49,6 +49,7 @@ class Rows:
 
     def to(self, device: torch.device) -> Rows:
         """Move the rows to another device."""
+        # what a task remembers of a teacher need not be a tensor
         teacher = self.teacher.to(device) if isinstance(self.teacher, Tensor) else self.teacher
         return Rows(self.answer.to(device), self.target.to(device), teacher)
 
@@ -114,13 +115,12 @@ class Score(ScoreInfo):
 
     def info(self) -> ScoreInfo:
         """Return the description that is stored in files."""
+        # `fields`, not `asdict`: this record also has functions, which no file can store
         return ScoreInfo(**{field.name: getattr(self, field.name) for field in fields(ScoreInfo)})
 
 
 def serves(tasks: Set[str] | Literal["any"], task: Task) -> bool:
-    """Check whether a plugin for these tasks, given by name or by what their rows are, works with
-    this one.
-    """
+    """Check whether a plugin for these tasks, by name or meaning of rows, serves this one."""
     return tasks == "any" or bool({task.name, task.rows_are} & set(tasks))
 
 
@@ -149,8 +149,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def check(self, info: DataInfo) -> None:
-        """Refuse a dataset that lacks information the task needs, or whose samples it does not
-        take.
+        """Refuse a dataset whose samples or information the task cannot use.
 
         Raises:
             DataError: says what is missing.
@@ -238,8 +237,7 @@ class Task(abc.ABC):
     def mixer(
         self, options: Mapping[str, Any], info: DataInfo
     ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Make the mixer that mixes images and targets of a batch in place (`train.mixup`), with
-        timm's options.
+        """Make the mixer of a batch's images and targets (`train.mixup`), with timm's options.
 
         Raises:
             DataError: targets of this task cannot be mixed.
@@ -250,29 +248,25 @@ class Task(abc.ABC):
         """Convert a teacher's answer to labels (B, ...)."""
         if self.rows_are == "classes":
             return answer.logits.argmax(1)
+        # a logit above 0 is a probability above 1/2
         return (answer.logits > 0).long() if self.rows_are == "labels" else answer.logits
 
     # hooks about scores
 
     @abc.abstractmethod
     def scores(self, info: DataInfo) -> Sequence[Score]:
-        """Return the scores of an answer; the first one is used to choose epochs, students and
-        variants.
-        """
+        """Return the scores of an answer; the first one chooses epochs, students and variants."""
 
     def agreement(self, info: DataInfo) -> Sequence[Score]:
         """Return the scores that compare answers with those of a teacher."""
         return ()
 
     def remembered(self, answer: Outputs, batch: Batch) -> Sequence[Any] | Tensor:
-        """Extract from a teacher's answer what the agreement scores need later, one entry for each
-        sample.
-        """
+        """Extract what the agreement scores need of a teacher's answer, one entry a sample."""
         return answer.logits
 
     def seen(self, rows: Rows) -> tuple[Any, ...]:
-        """Return what torchmetrics classes that a recipe names are updated with: probabilities,
-        or numbers of the target's shape.
+        """Return the arguments of torchmetrics classes: probabilities, or numbers like the target.
 
         Torchmetrics takes logits too, but guesses by each batch whether they are any.
         """

@@ -1,5 +1,4 @@
-"""Random numbers that are a function of (seed, view, sample index), and crops and flips of whole
-batches drawn from them.
+"""Random numbers as a function of (seed, view, sample); crops and flips of whole batches.
 
 Nothing here keeps a state, so an image looks the same in every process, in any order, on any
 device. The hash is the finaliser of SplitMix64 (Steele, Lea & Flood, OOPSLA 2014), chained over the
@@ -30,10 +29,9 @@ def _shifted(x: Tensor, places: int) -> Tensor:
 
 
 def _hash(state: Tensor | int, value: Tensor) -> Tensor:
-    """Return a new state that depends on the old one and on one more number; both int64, broadcast
-    against each other.
-    """
+    """Chain one more number to a state; both int64, broadcast against each other."""
     # int64 arithmetic wraps around, as the hash requires
+    # + 1: otherwise a state and a number of 0 would stay 0 through all of it
     x = (value + 1) * _signed(_WEYL) + state
     x = (x ^ _shifted(x, 30)) * _signed(_MIX_1)
     x = (x ^ _shifted(x, 27)) * _signed(_MIX_2)
@@ -49,62 +47,52 @@ def _hash_number(state: int, value: int) -> int:
 
 
 def sample_seed(seed: int, view: int, index: int) -> int:
-    """Return one sample's own seed, 0 to 2^64 - 1: the one that `uniform` draws from, for
-    generators that need a seed.
-    """
+    """Return a sample's seed, 0 to 2^64 - 1, that `uniform` draws from; for generators."""
     return _hash_number(_hash_number(_hash_number(0, seed), view), index)
 
 
 def subseed(seed: int, purpose: str) -> int:
-    """Return a seed for one purpose, so that two uses of the same recipe seed draw unrelated
-    numbers.
-    """
+    """Return a seed for a purpose, so that two uses of a recipe's seed are unrelated."""
     return sample_seed(seed, len(purpose), int.from_bytes(purpose.encode(), "little"))
 
 
 def bits(seed: int, view: int | Tensor, index: Tensor, draws: int) -> Tensor:
-    """Return 64 random bits per draw, (B, draws) int64, for sample indices (B,) in one view, or
-    each in its own (B,).
-    """
+    """Return 64 random bits per draw, (B, draws) int64, for samples (B,) in a view, or in (B,)."""
     first = _hash_number(0, seed)
-    state = (
-        _hash(_signed(first), view)
-        if isinstance(view, Tensor)
-        else _signed(_hash_number(first, view))
-    )
+    # one view for all samples is hashed once, on the host; both ways give the same numbers
+    if isinstance(view, Tensor):
+        state: Tensor | int = _hash(_signed(first), view)
+    else:
+        state = _signed(_hash_number(first, view))
     per_sample = _hash(state, index.to(torch.int64))
     return _hash(per_sample[:, None], torch.arange(draws, device=index.device))
 
 
 def uniform(seed: int, view: int | Tensor, index: Tensor, draws: int) -> Tensor:
-    """Draw numbers in [0, 1), (B, draws) float32, that depend only on seed, view, sample index (B,)
-    and the number of the draw.
+    """Draw numbers in [0, 1), (B, draws) float32, for samples (B,) of a view.
 
     The values are multiples of 2^-24 and the same on every device.
     """
-    return (
-        _shifted(bits(seed, view, index, draws), 64 - _MANTISSA).to(torch.float32) * 2.0**-_MANTISSA
-    )
+    high = _shifted(bits(seed, view, index, draws), 64 - _MANTISSA)
+    return high.to(torch.float32) * 2.0**-_MANTISSA
 
 
 def permutation(seed: int, number: int, length: int) -> Tensor:
     """Return the order (length,) of an epoch: a permutation that depends only on (seed, number)."""
     keys = bits(subseed(seed, "order"), number, torch.arange(length), 1)[:, 0]
+    # stable: equal keys must not depend on the sorting algorithm of the device
     return keys.argsort(stable=True)
 
 
 def crop_flip_count(padding: int) -> int:
-    """Count the different pictures that `crop_flip` makes of one image: (2p + 1)^2 positions,
-    mirrored or not.
-    """
+    """Count the pictures that `crop_flip` makes of an image: (2p + 1)^2, mirrored or not."""
     return (2 * padding + 1) ** 2 * 2
 
 
 def draw_crop_flip(
     seed: int, view: int | Tensor, index: Tensor, padding: int, flip: float
 ) -> Tensor:
-    """Draw which of the `crop_flip_count(padding)` pictures each sample shows in its view, (B,)
-    int64.
+    """Draw the picture of `crop_flip_count(padding)` that each sample shows, (B,) int64.
 
     Args:
         seed: the run's augmentation seed.
@@ -136,7 +124,7 @@ def crop_flip(images: Tensor, outcome: Tensor, padding: int) -> Tensor:
         (B, C, H, W) of the same type; the input is not modified.
     """
     places = 2 * padding + 1
-    place, mirrored = outcome // 2, outcome % 2
+    corner, mirrored = outcome // 2, outcome % 2
     count, channels, height, width = images.shape
     numbers = torch.arange(max(count, channels, height), device=images.device)
     if padding:
@@ -145,8 +133,8 @@ def crop_flip(images: Tensor, outcome: Tensor, padding: int) -> Tensor:
         pieces = padded.reshape(-1).unfold(0, width, 1)
         plane = numbers[:count, None, None] * channels + numbers[:channels, None]  # (B, C, 1)
         # (B, C, H)
-        row = plane * padded.shape[2] + (place // places)[:, None, None] + numbers[:height]
-        begins = row * padded.shape[3] + (place % places)[:, None, None]
+        row = plane * padded.shape[2] + (corner // places)[:, None, None] + numbers[:height]
+        begins = row * padded.shape[3] + (corner % places)[:, None, None]
         # gather whole rows: pixel by pixel takes twice as long
         images = pieces.index_select(0, begins.flatten()).view(images.shape)
     return torch.cat([images, images.flip(-1)]).index_select(0, numbers[:count] + count * mirrored)

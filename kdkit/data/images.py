@@ -1,6 +1,4 @@
-"""Batches of images with random access: from one tensor on the device, or read one by one by worker
-processes.
-"""
+"""Batches of images with random access: held on the device, or read by worker processes."""
 
 from __future__ import annotations
 
@@ -25,11 +23,12 @@ View = int | Tensor
 """The number of the augmentation: one for all images, or one for each, (B,) int64."""
 
 
+DRAWN_TOGETHER = 64  # batches
+
+
 @dataclass(frozen=True)
 class Finish:
-    """The last step of a batch, on the device: `data.augment` if a view is given, then conversion
-    to floats in [0, 1].
-    """
+    """The last step of a batch, on the device: `data.augment`, then floats in [0, 1]."""
 
     augment: BatchAugment | None
     seed: int
@@ -37,14 +36,24 @@ class Finish:
 
     def __call__(self, pixels: Tensor, labels: Tensor, index: Tensor, view: View | None) -> Batch:
         """Finish a batch of uint8 pixels (B, C, H, W), labels (B, ...) and sample indices (B,)."""
+        # before the conversion: uint8 is a quarter of the bytes to copy
         pixels, labels, index = (
             tensor.to(self.device, non_blocking=True) for tensor in (pixels, labels, index)
         )
-        if self.augment and view is not None:
-            view = view.to(self.device) if isinstance(view, Tensor) else view
-            outcome = draw_crop_flip(
-                self.seed, view, index, self.augment.crop_padding, self.augment.flip
-            )
+        return self.as_drawn(pixels, labels, index, self.drawn(index, view))
+
+    def drawn(self, index: Tensor, view: View | None) -> Tensor | None:
+        """Draw the augmentation of samples by their indices (B,); None if there is none."""
+        if not self.augment or view is None:
+            return None
+        view = view.to(self.device) if isinstance(view, Tensor) else view
+        return draw_crop_flip(self.seed, view, index, self.augment.crop_padding, self.augment.flip)
+
+    def as_drawn(
+        self, pixels: Tensor, labels: Tensor, index: Tensor, outcome: Tensor | None
+    ) -> Batch:
+        """Finish a batch on the device whose augmentation (B,) is drawn."""
+        if self.augment and outcome is not None:
             pixels = crop_flip(pixels, outcome, self.augment.crop_padding)
         return Batch(pixels.to(torch.float32).div_(255), labels, index)
 
@@ -61,9 +70,7 @@ class Images(Protocol):
     indices: Tensor
 
     def batches(self, plan: Sequence[Tensor], views: Sequence[View | None]) -> Iterator[Batch]:
-        """Yield one batch per tensor of image numbers, on the device; augmented for the
-        corresponding view, or not at all.
-        """
+        """Yield a batch per tensor of image numbers, on the device; augmented if it has a view."""
         ...
 
 
@@ -71,6 +78,7 @@ class HeldImages:
     """Images in one uint8 tensor on the device."""
 
     def __init__(self, pixels: Tensor, labels: Tensor, indices: Tensor, finish: Finish) -> None:
+        # on the host, for what draws and counts; the copies on the device are for batches
         self.labels, self.indices = labels, indices
         self._pixels, self._labels, self._indices = (
             tensor.to(finish.device) for tensor in (pixels, labels, indices)
@@ -78,18 +86,36 @@ class HeldImages:
         self._finish = finish
 
     def batches(self, plan: Sequence[Tensor], views: Sequence[View | None]) -> Iterator[Batch]:
-        if not plan:
-            return
-        numbers = torch.cat(list(plan)).to(self._pixels.device)  # one copy per epoch
-        for chosen, view in zip(
-            torch.split(numbers, [len(part) for part in plan]), views, strict=True
-        ):
-            yield self._finish(
-                self._pixels.index_select(0, chosen),
-                self._labels[chosen],
-                self._indices[chosen],
-                view,
-            )
+        # in groups: drawn batch by batch, the augmentation would be many small kernels a step
+        for first in range(0, len(plan), DRAWN_TOGETHER):
+            group = slice(first, first + DRAWN_TOGETHER)
+            yield from self._group(plan[group], views[group])
+
+    def _group(self, plan: Sequence[Tensor], views: Sequence[View | None]) -> Iterator[Batch]:
+        sizes = [len(numbers) for numbers in plan]
+        numbers = torch.cat(list(plan)).to(self._pixels.device)
+        index = self._indices[numbers]
+        drawn = self._finish.drawn(index, _of_group(views, sizes))
+        outcomes = [None] * len(plan) if drawn is None else torch.split(drawn, sizes)
+        rows = zip(
+            torch.split(numbers, sizes),
+            torch.split(self._labels[numbers], sizes),
+            torch.split(index, sizes),
+            outcomes,
+            strict=True,
+        )
+        for chosen, labels, places, outcome in rows:
+            pixels = self._pixels.index_select(0, chosen)
+            yield self._finish.as_drawn(pixels, labels, places, outcome)
+
+
+def _of_group(views: Sequence[View | None], sizes: Sequence[int]) -> View | None:
+    """Return the view of all images of some batches: one for all, or one for each."""
+    first = views[0]
+    if not isinstance(first, Tensor) and all(view == first for view in views):
+        return first
+    each = [torch.as_tensor(view).expand(size) for view, size in zip(views, sizes, strict=True)]
+    return torch.cat(each)
 
 
 class ReadImages:
@@ -110,18 +136,19 @@ class ReadImages:
     ) -> None:
         self.labels, self.indices = labels[indices], indices
         self._finish = finish
+        # what workers get, without the labels and the device of this object
         self._reader = _Reader(part, transform)
         self._workers = workers
+        # torch refuses persistent workers if there are none
         self._keep_workers = keep_workers and workers > 0
         self._keys = _Keys()
         self._kept: DataLoader[Any] | None = None
         self._in_use = False
 
     def batches(self, plan: Sequence[Tensor], views: Sequence[View | None]) -> Iterator[Batch]:
-        pairs = zip(plan, views, strict=True)
         keys = [
             list(zip(_each(view, len(numbers)), self.indices[numbers].tolist(), strict=True))
-            for numbers, view in pairs
+            for numbers, view in zip(plan, views, strict=True)
         ]
         for numbers, view, pixels in zip(plan, views, self._read(keys), strict=True):
             yield self._finish(pixels, self.labels[numbers], self.indices[numbers], view)
@@ -146,6 +173,7 @@ class ReadImages:
             batch_sampler=keys,
             num_workers=self._workers,
             collate_fn=stack,
+            # only pinned memory is copied without a wait (`non_blocking` above)
             pin_memory=self._finish.device.type == "cuda",
             persistent_workers=keep,
             worker_init_fn=leave_to_parent,
@@ -171,15 +199,14 @@ def loaded(loader: DataLoader[Any]) -> Iterator[Any]:
 
 def _each(view: View | None, count: int) -> list[int]:
     """Return the view of each of `count` images."""
-    return (
-        [int(number) for number in view.tolist()]
-        if isinstance(view, Tensor)
-        else [view or 0] * count
-    )
+    return view.tolist() if isinstance(view, Tensor) else [view or 0] * count
 
 
 class _Keys:
-    """A batch sampler whose batches are set from outside."""
+    """A batch sampler whose batches are set from outside.
+
+    A DataLoader with persistent workers asks the same sampler in every epoch.
+    """
 
     def __init__(self, batches: list[list[tuple[int, int]]] | None = None) -> None:
         self.batches = batches or []
@@ -193,9 +220,7 @@ class _Keys:
 
 @dataclass(frozen=True)
 class Broken:
-    """A worker's replacement for an image that it could not read; an exception would arrive as a
-    page of traceback.
-    """
+    """An unreadable image: an exception in a worker would arrive as a page of traceback."""
 
     message: str
 
@@ -206,6 +231,7 @@ class _Reader(Dataset[Any]):
 
     def __getitem__(self, key: tuple[int, int]) -> Tensor | Broken:
         view, index = key
+        # the label is not read here: all of them are known, in one tensor
         try:
             image = self.part[index][0]
         except DataError as error:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kdkit.contracts.dataset_source import DataInfo, DatasetSource, InMemory, Split, Stream, Texts
 from kdkit.contracts.task import Task
-from kdkit.errors import DataError, KdkitError, ShapeError
+from kdkit.errors import DataError, KdkitError, ShapeError, cause
 
 Part = Split | InMemory | Texts | Stream
 CALLED = {"train": "training", "test": "test"}
@@ -28,36 +28,31 @@ def split(source: DatasetSource, name: Literal["train", "test"], info: DataInfo)
     except KdkitError:
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise DataError(f"dataset '{source.name}': split('{name}') fails: {reason}") from error
-    said = info.num_train if name == "train" else info.num_test
-    if count != said:
         raise DataError(
-            f"dataset '{source.name}' says that it has {said:,} {CALLED[name]} samples, and gives"
-            f" {count:,}"
+            f"dataset '{source.name}': split('{name}') fails: {cause(error)}"
+        ) from error
+    announced = info.num_train if name == "train" else info.num_test
+    if count != announced:
+        raise DataError(
+            f"dataset '{source.name}' says that it has {announced:,} {CALLED[name]} samples, and"
+            f" gives {count:,}"
         )
     return part
 
 
 class NoLabels:
-    """Stand-in for labels while a recipe is checked for images without labels: reading it raises an
-    error.
-    """
+    """Stand-in for missing labels while a recipe is checked: reading it raises an error."""
 
     def __len__(self) -> int:
         return 0
 
-    def __getattr__(self, name: str) -> Any:
-        raise ShapeError("reads the labels of training images, and they have none")
-
     @classmethod
-    def __torch_function__(cls, *_: Any, **__: Any) -> Any:
+    def _refuse(cls, *_: Any, **__: Any) -> Any:
         raise ShapeError("reads the labels of training images, and they have none")
 
-    def __eq__(self, other: object) -> Any:
-        return self.__getattr__("__eq__")
-
-    __getitem__ = __iter__ = __ne__ = __eq__
+    # operators are looked up on the class, past `__getattr__`; torch's functions ask the last one
+    __getattr__ = __eq__ = __ne__ = __getitem__ = __iter__ = _refuse
+    __torch_function__ = _refuse
     __hash__ = None  # type: ignore[assignment]
 
 
@@ -69,6 +64,7 @@ def as_values(targets: Any) -> Any:
     is_rows = isinstance(targets, list | tuple) and len(targets) > 0
     if is_rows and all(isinstance(target, Tensor) for target in targets):
         shapes = {target.shape for target in targets}
+        # targets of several shapes cannot be stacked; the task may take them, or refuse them
         return torch.stack([*targets]) if len(shapes) == 1 else targets
     return targets
 

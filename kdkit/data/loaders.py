@@ -23,17 +23,15 @@ from kdkit.contracts.task import Task
 from kdkit.data import streams
 from kdkit.data.augment import permutation, subseed
 from kdkit.data.images import Finish, HeldImages, Images, Pictures, ReadImages, View
-from kdkit.data.labels import as_values, described, split
-from kdkit.data.subsets import choose
+from kdkit.data.labels import Part, as_values, described, split
+from kdkit.data.subsets import balanced, choose
 from kdkit.data.texts import HeldTexts
 from kdkit.data.transforms import Transform, for_measuring, for_training, resized
 from kdkit.errors import DataError
 from kdkit.recipe.sections import DataSpec
 
 MOST_VIEWS = 1 << 40
-"""Copy c of a repeated image has view numbers from c * 2^40 on, beyond those of a stage's
-further views.
-"""
+"""Copy c of a repeated image has views from c * 2^40 on, beyond a stage's further views."""
 
 LARGEST_IMAGE = 4 * SIDE**2
 """Maximum number of values in one image."""
@@ -67,8 +65,7 @@ class TrainLoader(Protocol):
     def epoch(
         self, number: int, start: int = 0, view: int | None = None, arrange: Arrange | None = None
     ) -> Iterator[Batch]:
-        """Return this process's share of the batches of one epoch, from batch `start` on, without
-        loading those before it.
+        """Return this process's share of an epoch's batches, from batch `start` on.
 
         Args:
             number: of the epoch; it determines the order.
@@ -142,9 +139,9 @@ class _ShuffledLoader:
         self._batch_size = spec.batch_size
         self._repeats = spec.repeats
         self._repeating = spec.repeating
-        self._used = self.num_samples - self.num_samples % (
-            spec.batch_size if spec.drop_last else world
-        )
+        # every process has a share of the last batch too, of equal size
+        unit = spec.batch_size if spec.drop_last else world
+        self._used = self.num_samples - self.num_samples % unit
 
     def __len__(self) -> int:
         return -(-self._used // self._batch_size)
@@ -163,9 +160,11 @@ class _ShuffledLoader:
             if self._groups is None:
                 raise DataError("the schedule brings samples together that the task does not group")
             order = arrange(order, self._groups.to(order.device)[order], self._batch_size)
+            # steps and checkpoints count on it
             assert len(order) == self._used, "an arrangement keeps the number of images"
         plan = self._shares(order, start)
         views: Sequence[View] = [view] * len(plan)
+        # each copy in a view of its own, or an image would come twice the same
         if self._repeating:
             views = self._shares(view + copies * MOST_VIEWS, start)
         return self._images.batches(plan, views)
@@ -175,38 +174,20 @@ class _ShuffledLoader:
         shuffled = permutation(self._seed, number, self.num_samples)
         if self._repeating == "sampling" and self._groups is not None:
             order, copies = balanced(shuffled, self._groups.to(shuffled.device))
-            mixed = permutation(subseed(self._seed, "balanced"), number, self.num_samples)[
-                : self._used
-            ]
+            # `order` has the classes in turn; a batch is to be a random sample
+            mixed = permutation(subseed(self._seed, "balanced"), number, self.num_samples)
+            mixed = mixed[: self._used]
             return order[mixed], copies[mixed]
-        places = torch.arange(self._used)
-        return shuffled[places // self._repeats], places % self._repeats
+        positions = torch.arange(self._used)
+        return shuffled[positions // self._repeats], positions % self._repeats
 
     def _shares(self, whole: Tensor, start: int) -> list[Tensor]:
-        """Return this process's part of every batch: a contiguous slice, except that the copies of
-        one image go to different processes, as in timm.
-        """
-        world, rank = self._world, self._rank
-        parts = torch.split(whole, self._batch_size)[start:]
-        return [
-            part[rank::world] if self._repeats > 1 else part.chunk(world)[rank] for part in parts
-        ]
-
-
-def balanced(shuffled: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw images from the classes in turn, as many as there are: their numbers and the number of
-    each copy, both (N,).
-
-    Args:
-        shuffled: the images' numbers in random order, (N,): the first ones of each class are taken,
-            all of them before one comes again.
-        labels: class of each image, (N,).
-    """
-    classes, label, sizes = torch.unique(labels[shuffled], return_inverse=True, return_counts=True)
-    by_class, starts = shuffled[label.argsort(stable=True)], sizes.cumsum(0) - sizes
-    places = torch.arange(len(shuffled))
-    chosen, turn = places % len(classes), places // len(classes)
-    return by_class[starts[chosen] + turn % sizes[chosen]], turn // sizes[chosen]
+        """Return this process's share of every batch, a contiguous slice."""
+        batches = torch.split(whole, self._batch_size)[start:]
+        # copies of one image go to different processes, as in timm
+        if self._repeats > 1:
+            return [batch[self._rank :: self._world] for batch in batches]
+        return [batch.chunk(self._world)[self._rank] for batch in batches]
 
 
 class _OrderedLoader:
@@ -214,11 +195,13 @@ class _OrderedLoader:
 
     def __init__(self, images: Images, batch_size: int, rank: int, world: int) -> None:
         self.num_samples = len(images.labels)
+        # a process without images would have no score to contribute
         if self.num_samples < world:
             raise DataError(
                 f"{self.num_samples} images to measure on cannot be shared by {world} processes"
             )
         self._images, self._batch_size = images, batch_size
+        # no image twice: padding to equal shares would count some of them twice in a score
         own = torch.arange(rank, self.num_samples, world)
         self._plan: Sequence[Tensor] = torch.split(own, batch_size) if len(own) else ()
 
@@ -233,8 +216,7 @@ class _OrderedLoader:
 
 
 def image_shape(spec: DataSpec, info: DataInfo) -> Shape:
-    """Return the shape (C, H, W) of the images in a batch; for texts, the maximum number of tokens
-    (N,).
+    """Return the shape (C, H, W) of a batch's images; for texts, at most N tokens (N,).
 
     Raises:
         DataError: the dataset's images have many sizes and `data.image_size` is not set, or are too
@@ -287,6 +269,7 @@ def prepare(
     """
     info = described(source, task)
     shape = image_shape(spec, info)
+    # equal shares, so that the mean of the processes' gradients is that of the batch
     if spec.batch_size % world:
         raise DataError(
             f"data.batch_size: {spec.batch_size} images cannot be shared equally by {world}"
@@ -307,9 +290,7 @@ class _Builder:
     rank: int
     world: int
 
-    def train(
-        self, part: Split | InMemory | Texts | Stream
-    ) -> tuple[TrainLoader, EvalLoader | None]:
+    def train(self, part: Part) -> tuple[TrainLoader, EvalLoader | None]:
         finish = Finish(self.spec.augment, self.seed, self.device)
         if isinstance(part, Stream):
             streams.refuse(self.spec, part, self.world)
@@ -318,6 +299,7 @@ class _Builder:
             reader = self._reader(part, self.spec.batch_size // self.world, finish, transform)
             return streams.StreamTrainLoader(reader, self.seed, self.spec.drop_last), None
         labels = self._labels(part, "training")
+        # without groups, all images are one: subsets are then drawn at random
         groups = self.task.strata(labels) if self.info.labelled else None
         if groups is None:
             groups = torch.zeros(len(labels), dtype=torch.int64)
@@ -328,38 +310,32 @@ class _Builder:
         loader = _ShuffledLoader(images, self.task, self.spec, self.seed, self.rank, self.world)
         return loader, validation
 
-    def test(self, part: Split | InMemory | Texts | Stream) -> EvalLoader:
+    def test(self, part: Part) -> EvalLoader:
         if isinstance(part, Stream):
             streams.refuse_processes(part, self.world)
             transform = for_measuring(self.spec, self.info.image_shape)
-            return streams.StreamEvalLoader(
-                self._reader(
-                    part, self.spec.eval_batch_size, Finish(None, self.seed, self.device), transform
-                )
-            )
+            batch_size = self.spec.eval_batch_size
+            return streams.StreamEvalLoader(self._reader(part, batch_size, self._plain, transform))
         labels = self._labels(part, "test")
         return self._ordered(part, labels, torch.arange(len(labels)))
+
+    @property
+    def _plain(self) -> Finish:
+        return Finish(None, self.seed, self.device)
 
     def _reader(
         self, part: Stream, batch_size: int, finish: Finish, transform: Transform
     ) -> streams.StreamReader:
+        targets = functools.partial(self._targets, name="stream")
+        workers = self.spec.workers
         return streams.StreamReader(
-            part,
-            batch_size,
-            self.spec.workers,
-            finish,
-            transform,
-            functools.partial(self._targets, name="stream"),
-            rank=self.rank,
-            world=self.world,
+            part, batch_size, workers, finish, transform, targets, self.rank, self.world
         )
 
     def _ordered(
         self, part: Split | InMemory | Texts, labels: Tensor, indices: Tensor
     ) -> EvalLoader:
-        images = self._images(
-            part, labels, indices, Finish(None, self.seed, self.device), training=False
-        )
+        images = self._images(part, labels, indices, self._plain, training=False)
         return _OrderedLoader(images, self.spec.eval_batch_size, self.rank, self.world)
 
     def _images(
@@ -373,24 +349,23 @@ class _Builder:
         if isinstance(part, Texts):
             return HeldTexts(part, labels, indices, self.device)
         if isinstance(part, InMemory) and not (training and self.spec.timm_augment):
+            # not indexed if all are chosen, as that copies them
             pixels = part.images if len(indices) == len(part) else part.images[indices]
             pixels = resized(pixels, self.spec.image_size, self.spec.interpolation)
             self._refuse_other_pixels(pixels)
             return HeldImages(pixels, labels[indices], indices, finish)
         files = Pictures(part) if isinstance(part, InMemory) else part
-        shape = self.info.image_shape
-        transform = (
-            for_training(self.spec, shape, self.seed)
-            if training
-            else for_measuring(self.spec, shape)
-        )
+        spec, shape = self.spec, self.info.image_shape
+        transform = for_training(spec, shape, self.seed) if training else for_measuring(spec, shape)
+        # workers of measurements would be idle, and take memory, during the training between
         return ReadImages(
-            files, labels, indices, finish, transform, self.spec.workers, keep_workers=training
+            files, labels, indices, finish, transform, spec.workers, keep_workers=training
         )
 
     def _labels(self, part: Split | InMemory | Texts, name: str) -> Tensor:
         if not len(part):
             raise DataError(f"dataset '{self.spec.dataset.use}' has no {name} images")
+        # -1 is no class, so that a loss cannot learn from it by mistake
         if name == "training" and not self.info.labelled:
             return torch.full((len(part),), -1)
         return self._targets(part.labels, name)
@@ -406,17 +381,16 @@ class _Builder:
             )
 
     def _refuse_other_pixels(self, pixels: Tensor) -> None:
+        # images in [0, 1] that were cast to uint8 would train without an error, almost black
         if int(pixels.amax()) == 1:
             raise DataError(
                 f"dataset '{self.spec.dataset.use}': no pixel is above 1, but they are taken as 0"
                 " to 255; multiply by 255"
             )
         if tuple(pixels.shape[1:]) != self.info.image_shape:
-            found, said = (
-                " x ".join(map(str, pixels.shape[1:])),
-                " x ".join(map(str, self.info.image_shape)),
-            )
+            announced = " x ".join(map(str, self.info.image_shape))
+            actual = " x ".join(map(str, pixels.shape[1:]))
             raise DataError(
-                f"dataset '{self.spec.dataset.use}' says that its images are {said}, but they are"
-                f" {found}"
+                f"dataset '{self.spec.dataset.use}' says that its images are {announced}, but they"
+                f" are {actual}"
             )

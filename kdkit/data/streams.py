@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -23,10 +25,11 @@ from kdkit.recipe.sections import DataSpec
 Sample = tuple[Tensor | Broken, Any, int]
 
 
+@dataclass(frozen=True)
 class StreamReader:
     """Reads one part, an epoch at a time, through worker processes.
 
-    Args:
+    Attributes:
         part: the whole stream; process `rank` of `world` reads its share.
         batch_size: of this process.
         workers: number of processes that read.
@@ -34,96 +37,56 @@ class StreamReader:
         targets: converts the stream's targets to a tensor.
     """
 
-    def __init__(
-        self,
-        part: Stream,
-        batch_size: int,
-        workers: int,
-        finish: Finish,
-        transform: Transform,
-        targets: Callable[[Sequence[Any]], Tensor],
-        *,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        self.part = part
-        self.batch_size = batch_size
-        self.rank = rank
-        self.world = world
-        self._workers = workers
-        self._finish = finish
-        self._transform = transform
-        self._targets = targets
+    part: Stream
+    batch_size: int
+    workers: int
+    finish: Finish
+    transform: Transform
+    targets: Callable[[Sequence[Any]], Tensor]
+    rank: int = 0
+    world: int = 1
 
     def whole(self) -> StreamReader:
         """Return a reader of the whole part in this process."""
-        return StreamReader(
-            self.part, self.batch_size, self._workers, self._finish, self._transform, self._targets
-        )
+        return replace(self, rank=0, world=1)
 
     def batches(self, seed: int | None, view: int | None) -> Iterator[Batch]:
-        """Yield batches of one epoch in the order that follows from `seed` (and the number of
-        workers); None: the order of the files.
+        """Yield an epoch's batches in the order of `seed` and the workers; None: of the files.
 
         `Batch.index` numbers the images of this epoch; it is not a position in the dataset.
         """
-        part = (
-            self.part.share(self.rank, self.world)
-            if isinstance(self.part, SharedStream)
-            else self.part
-        )
         loader: DataLoader[Any] = DataLoader(
-            _Share(
-                part,
-                seed,
-                self._workers,
-                self.batch_size,
-                self._transform,
-                view or 0,
-                self.rank,
-                self.world,
-            ),
+            _Share(self, seed, view or 0),
             batch_size=self.batch_size,
-            num_workers=self._workers,
+            num_workers=self.workers,
             collate_fn=_collate,
-            pin_memory=self._finish.device.type == "cuda",
+            pin_memory=self.finish.device.type == "cuda",
             worker_init_fn=leave_to_parent,
             generator=torch.Generator().manual_seed(seed or 0),  # determines the workers' own seeds
         )
         for pixels, labels, index in loaded(loader):
-            yield self._finish(intact(pixels), self._targets(labels), index, view)
+            yield self.finish(intact(pixels), self.targets(labels), index, view)
 
 
 class _Share(IterableDataset[Sample]):
-    def __init__(
-        self,
-        part: Stream,
-        seed: int | None,
-        workers: int,
-        batch_size: int,
-        transform: Transform,
-        view: int,
-        rank: int,
-        world: int,
-    ) -> None:
-        self.part = part
-        self.seed = seed
-        self.workers = workers
-        self.batch_size = batch_size
-        self.transform = transform
-        self.view = view
-        self.rank = rank
-        self.world = world
+    """One process's images of an epoch, transformed."""
+
+    def __init__(self, reader: StreamReader, seed: int | None, view: int) -> None:
+        part = reader.part
+        self._rank, self._world = reader.rank, reader.world
+        share = part.share(self._rank, self._world) if isinstance(part, SharedStream) else part
+        self._images = functools.partial(share.read, seed, reader.workers, reader.batch_size)
+        self._transform = reader.transform
+        self._view = view
 
     def __iter__(self) -> Iterator[Sample]:
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        for place, (image, label) in enumerate(
-            self.part.read(self.seed, self.workers, self.batch_size)
-        ):
-            index = (first + place * step) * self.world + self.rank  # unique over the processes
+        for number, (image, label) in enumerate(self._images()):
+            # unique over workers and processes
+            index = (first + number * step) * self._world + self._rank
             try:
-                yield self.transform(image, self.view, index), label, index
+                yield self._transform(image, self._view, index), label, index
             except DataError as error:
                 yield Broken(str(error)), 0, index
 
@@ -144,6 +107,7 @@ class StreamTrainLoader:
     indexed = False
 
     def __init__(self, reader: StreamReader, seed: int, drop_last: bool) -> None:
+        # nothing is known of a sample before it is read
         self.labels = self.indices = torch.empty(0, dtype=torch.int64)
         self.num_samples = len(reader.part)
         self._reader = reader
@@ -164,28 +128,25 @@ class StreamTrainLoader:
             )
         # 31 bits: readers pass it to NumPy and TensorFlow
         seed = sample_seed(self._seed, number, 0) >> 33
-        given = start
-        for batch in islice(
-            self._reader.batches(seed, number if view is None else view), start, len(self)
-        ):
-            given += 1
+        batches = self._reader.batches(seed, number if view is None else view)
+        count = start
+        # cut off: a source may round its shares up, and repeat images
+        for batch in islice(batches, start, len(self)):
+            count += 1
             yield batch
-        if given < len(self):
-            processes = (
-                f"data.workers x {self._reader.world} processes"
-                if self._reader.world > 1
-                else "data.workers has processes"
-            )
+        if count < len(self):
+            world = self._reader.world
+            processes = "data.workers has processes"
+            if world > 1:
+                processes = f"data.workers x {world} processes"
             raise DataError(
-                f"the stream ended after {given} of {len(self)} batches: has it fewer files than"
+                f"the stream ended after {count} of {len(self)} batches: has it fewer files than"
                 f" {processes}?"
             )
 
 
 class StreamEvalLoader:
-    """All images of a stream, once; with several processes each has its share, and shares may
-    differ in size.
-    """
+    """All images of a stream, once; shares of several processes may differ in size."""
 
     def __init__(self, reader: StreamReader) -> None:
         self.num_samples = len(reader.part)
@@ -227,6 +188,7 @@ def refuse_processes(part: Stream, world: int) -> None:
     Raises:
         DataError: several processes cannot read it.
     """
+    # every process would read all of it, and train on the same images
     if world > 1 and not isinstance(part, SharedStream):
         raise DataError(
             f"this dataset can only be read from start to end, which {world} training processes"

@@ -1,6 +1,4 @@
-"""Splits the training images into those trained on and those set aside for validation: by class
-shares, by seed, nested.
-"""
+"""Chooses images: subsets and validation images by class shares and seed, balanced epochs."""
 
 from __future__ import annotations
 
@@ -13,8 +11,7 @@ from kdkit.recipe.sections import DataSpec
 
 
 def stratified_order(labels: Tensor, seed: int) -> Tensor:
-    """Return an order (N,) of the images in which each prefix contains the classes in approximately
-    their proportions.
+    """Return an order (N,) in which each prefix has the classes in about their proportions.
 
     The first K images are one of each of the K classes that occur; after them a class with n images
     puts its j-th one at (j + 1/2) / n of the way. A shorter subset is part of every longer one.
@@ -26,17 +23,16 @@ def stratified_order(labels: Tensor, seed: int) -> Tensor:
     by_class = shuffled[labels[shuffled].argsort(stable=True)]
     sizes = labels.bincount()
     starts = sizes.cumsum(0) - sizes
-    place = torch.arange(count) - starts[labels[by_class]]
-    share = (place.double() + 0.5) / sizes[labels[by_class]]
-    share[place == 0] -= 1  # the first of each class before all others
+    rank = torch.arange(count) - starts[labels[by_class]]
+    share = (rank.double() + 0.5) / sizes[labels[by_class]]
+    share[rank == 0] -= 1  # the first of each class before all others
     position = torch.empty(count, dtype=torch.float64)
     position[by_class] = share
     return shuffled[position[shuffled].argsort(stable=True)]  # ties stay in random order
 
 
 def choose(spec: DataSpec, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the indices of the training images and of the validation images, ascending and
-    disjoint.
+    """Return the indices of training and validation images, ascending and disjoint.
 
     The validation images depend only on `data.validation` and `data.seed`, so subsets of several
     sizes share them.
@@ -46,34 +42,46 @@ def choose(spec: DataSpec, labels: Tensor) -> tuple[Tensor, Tensor]:
     """
     total = len(labels)
     aside = _validation_count(spec, total)
+    # first, from all images: a smaller training subset must not change the validation images
     order = stratified_order(labels, subseed(spec.seed, "validation"))
     validation, rest = order[:aside].sort().values, order[aside:].sort().values
-    wanted = len(rest)
+    count = len(rest)
     if spec.train_samples is not None:
-        wanted = spec.train_samples
+        count = spec.train_samples
     elif spec.train_fraction is not None:
-        wanted = max(1, round(spec.train_fraction * len(rest)))
-    if wanted > len(rest):
+        count = max(1, round(spec.train_fraction * len(rest)))
+    if count > len(rest):
         besides = f" beside {aside} for validation" if aside else ""
         raise DataError(
-            f"data.train_samples: {wanted} asked for, but the training part has {len(rest)}"
+            f"data.train_samples: {count} asked for, but the training part has {len(rest)}"
             f" images{besides}"
         )
-    chosen = rest[stratified_order(labels[rest], subseed(spec.seed, "train"))[:wanted]]
+    chosen = rest[stratified_order(labels[rest], subseed(spec.seed, "train"))[:count]]
     return chosen.sort().values, validation
 
 
-def samples(spec: DataSpec, total: int) -> int:
-    """Count the images that are trained on, out of `total` in the training part; errors as in
-    `choose`.
+def balanced(shuffled: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw N images from the classes in turn: their numbers and those of copies, (N,) each.
+
+    Args:
+        shuffled: the images' numbers in random order, (N,): the first ones of each class are taken,
+            all of them before one comes again.
+        labels: class of each image, (N,).
     """
+    classes, label, sizes = torch.unique(labels[shuffled], return_inverse=True, return_counts=True)
+    by_class, starts = shuffled[label.argsort(stable=True)], sizes.cumsum(0) - sizes
+    positions = torch.arange(len(shuffled))
+    chosen, turn = positions % len(classes), positions // len(classes)
+    return by_class[starts[chosen] + turn % sizes[chosen]], turn // sizes[chosen]
+
+
+def samples(spec: DataSpec, total: int) -> int:
+    """Count the images out of `total` that are trained on; errors as in `choose`."""
     return len(choose(spec, torch.zeros(total, dtype=torch.int64))[0])
 
 
 def images_per_epoch(spec: DataSpec, count: int) -> int:
-    """Count the images that an epoch shows if `count` are trained on; repeated images count each
-    time.
-    """
+    """Count the images that an epoch shows, repeated ones each time, if `count` are chosen."""
     return count - count % spec.batch_size if spec.drop_last else count
 
 
@@ -85,6 +93,7 @@ def _validation_count(spec: DataSpec, total: int) -> int:
         raise DataError(
             f"data.validation: {asked} is neither a share below 1 nor a number of images"
         )
+    # 1 is one image, not all of them
     count = max(1, round(asked * total)) if asked < 1 else int(asked)
     if count >= total:
         raise DataError(

@@ -14,9 +14,7 @@ from kdkit.data.images import View
 
 
 class HeldTexts:
-    """Texts whose token ids lie one after the other in one tensor on the device; see
-    `kdkit.data.images.Images`.
-    """
+    """Texts as one row of token ids on the device; see `kdkit.data.images.Images`."""
 
     def __init__(self, part: Texts, labels: Tensor, indices: Tensor, device: torch.device) -> None:
         self.labels, self.indices = labels[indices], indices
@@ -27,6 +25,7 @@ class HeldTexts:
         self._longest = lengths[indices]
         self._lengths, self._starts = lengths[indices].to(device), starts[indices].to(device)
         self._padding = {name: part.padding.get(name, 0) for name in part.tokens}
+        # one row without padding: a tensor (N, longest) would hold mostly padding
         self._tokens = {
             name: torch.tensor([*itertools.chain(*ids)], device=device)
             for name, ids in part.tokens.items()
@@ -37,9 +36,10 @@ class HeldTexts:
         for numbers in plan:
             chosen = numbers.to(self._starts.device)
             lengths = self._lengths[chosen, None]
-            places = torch.arange(int(self._longest[numbers.cpu()].max()), device=lengths.device)
-            real = places < lengths
-            at = self._starts[chosen, None] + places * real
+            positions = torch.arange(int(self._longest[numbers.cpu()].max()), device=lengths.device)
+            real = positions < lengths
+            # * real: padding reads the text's first token, which is there, and is replaced below
+            at = self._starts[chosen, None] + positions * real
             padded = {
                 name: torch.where(real, ids[at], self._padding[name])
                 for name, ids in self._tokens.items()

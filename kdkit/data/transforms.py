@@ -1,6 +1,4 @@
-"""Converts a PIL image to the uint8 tensor that batches are made of: the size, the channels, timm's
-augmentations.
-"""
+"""Converts PIL images to uint8 tensors: the size, the channels, timm's augmentations."""
 
 from __future__ import annotations
 
@@ -9,6 +7,7 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 from kdkit.contracts.inputs import Shape
 from kdkit.data.augment import sample_seed
 from kdkit.errors import DataError
+from kdkit.randomness import restored
 from kdkit.recipe.sections import DataSpec, TimmAugment
 
 Transform = Callable[[Any, int, int], Tensor]
@@ -28,30 +28,18 @@ WIDE = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed the CPU generators of Python, NumPy and torch inside the block, and restore their states
-    afterwards.
-    """
-    import numpy as np
-
-    python = random.getstate()
-    numpy = np.random.get_state()
-    generator = torch.default_generator
-    torch_state = generator.get_state()
-    random.seed(seed)
-    np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
-    generator.manual_seed(seed)  # torch.manual_seed would also seed the accelerators
-    try:
+    """Seed the CPU generators of Python, NumPy and torch by 64 bits inside the block."""
+    with restored():
+        random.seed(seed)
+        # NumPy takes words of 32 bits
+        np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
+        # torch.manual_seed would also seed the accelerators, which a worker process must not touch
+        torch.default_generator.manual_seed(seed)
         yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        generator.set_state(torch_state)
 
 
 class Plain:
-    """Centre crop of an image whose shorter side was resized; the image as it is if no size is
-    asked for.
-    """
+    """Centre crop of an image whose shorter side was resized, if a size is asked for."""
 
     def __init__(self, spec: DataSpec, shape: Shape, crop_pct: float) -> None:
         from timm.data.transforms_factory import create_transform
@@ -70,8 +58,8 @@ class Plain:
 
         image = with_channels(image, self.shape[0])
         if self.resizes:
-            result: Tensor = self.resize(image)
-            return result
+            cropped: Tensor = self.resize(image)
+            return cropped
         if (image.height, image.width) != self.shape[1:]:
             raise DataError(
                 f"an image is {image.height} x {image.width}, others {self.shape[1]} x"
@@ -119,6 +107,7 @@ class Augmented:
             # timm's policies fill with three channels
             normalised: Tensor = self.transform(with_channels(image, 3))
         # undo timm's normalisation: batches are in [0, 1]
+        # rounded: normalising and undoing it leaves numbers that are whole but for an error
         pixels = (normalised * self.std + self.mean).mul_(255).round_().clamp_(0, 255)
         return pixels.to(torch.uint8)[: self.channels]
 
@@ -136,14 +125,10 @@ def with_channels(image: Any, channels: int) -> Any:
 
 
 def for_training(spec: DataSpec, shape: Shape, seed: int) -> Transform:
-    """Return the transform of each training image that is read individually; `data.augment`
-    follows, on whole batches.
-    """
-    return (
-        Augmented(spec.timm_augment, shape, seed)
-        if spec.timm_augment
-        else Plain(spec, shape, crop_pct=1.0)
-    )
+    """Return the transform of training images read singly; `data.augment` follows by batch."""
+    if spec.timm_augment:
+        return Augmented(spec.timm_augment, shape, seed)
+    return Plain(spec, shape, crop_pct=1.0)
 
 
 def for_measuring(spec: DataSpec, shape: Shape) -> Transform:
@@ -152,17 +137,16 @@ def for_measuring(spec: DataSpec, shape: Shape) -> Transform:
 
 
 def resized(images: Tensor, size: int | None, interpolation: str) -> Tensor:
-    """Resize uint8 images (N, C, H, W) so that the shorter side is `size` (antialiased), then crop
-    the centre: (N, C, size, size).
-    """
+    """Resize uint8 images (N, C, H, W) by their shorter side, and crop the centre to `size`."""
     if size is None or images.shape[-2:] == (size, size):
         return images
     height, width = images.shape[-2:]
     scale = size / min(height, width)
     target = [max(size, round(height * scale)), max(size, round(width * scale))]
+    # in chunks: as floats, all images take four times the memory
     chunks = [
-        F.interpolate(part.float(), target, mode=interpolation, antialias=True)
-        for part in torch.split(images, 1024)
+        F.interpolate(chunk.float(), target, mode=interpolation, antialias=True)
+        for chunk in torch.split(images, 1024)
     ]
     top, left = (target[0] - size) // 2, (target[1] - size) // 2
     # antialiased interpolation overshoots at edges, hence the clamp

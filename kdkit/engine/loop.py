@@ -8,9 +8,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Protocol
 
 from kdkit.contracts.records import Batch
+from kdkit.contracts.schedule import Moment
+from kdkit.engine.capture import Numbers
 from kdkit.engine.objective import Value
 from kdkit.engine.trainer import Trainer, batches
 from kdkit.engine.turns import Place, Turns
@@ -81,6 +84,20 @@ def optimize(trainer: Trainer, group: Sequence[Batch]) -> list[Value]:
     """Do one optimizer step on the mean over the group's samples."""
     # All random numbers of a step follow from its place, so nothing before it can shift them.
     reseed(trainer.seed, trainer.stage.name, trainer.steps, trainer.accelerator.process_index)
+    # The work of the device: a GPU may repeat a step that it has recorded.
+    values = trainer.take(partial(learn, trainer), group, trainer.moment, trainer.numbers)
+    trainer.step += 1
+    for updater in trainer.updaters:
+        updater.advance(trainer.steps)
+    if trainer.stage.buffers:
+        # Copy equal buffers into frozen copies in all processes, as a checkpoint stores them.
+        trainer.synchronise()
+    trainer.stage.after_step(trainer.moment)
+    return values
+
+
+def learn(trainer: Trainer, group: Sequence[Batch], now: Moment, numbers: Numbers) -> list[Value]:
+    """Do the device's work of a step; all that changes from step to step is an argument."""
     values: list[Value] = []
     samples = sum(len(batch.labels) for batch in group)
     for number, batch in enumerate(group, 1):
@@ -89,20 +106,15 @@ def optimize(trainer: Trainer, group: Sequence[Batch]) -> list[Value]:
         with contextlib.nullcontext() if is_last else trainer.without_sync():
             # One forward of one module does all that needs gradients: the schedule's step shows
             # the batch to students and teachers, and each lesson is valued by the losses.
-            total, found = trainer.forward(batch)
+            total, found = trainer.forward(batch, now, numbers.ramps)
             # A smaller last batch counts for the samples that it has.
             share = len(batch.labels) / samples
             trainer.backward(total * share if len(group) > 1 else total)
         values += found
-    trainer.step += 1
-    # Each student has an optimizer of its own: clip, step, clear the gradients, next rate.
-    for updater in trainer.updaters:
-        updater.update(trainer.steps, trainer.scaler)
+    # Each student has an optimizer of its own: clip, step, clear the gradients.
+    for updater, rates in zip(trainer.updaters, numbers.rates, strict=True):
+        updater.update(rates, trainer.scaler)
     if trainer.scaler is not None:
         trainer.scaler.update()
-    trainer.move_averages()
-    if trainer.stage.buffers:
-        # Copy equal buffers into frozen copies in all processes, as a checkpoint stores them.
-        trainer.synchronise()
-    trainer.stage.after_step(trainer.moment)
+    trainer.move_averages(numbers.decays)
     return values

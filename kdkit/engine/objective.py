@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kdkit.contracts.ensembles import with_logits
+from kdkit.contracts.features import constants
 from kdkit.contracts.loss import Context, Loss
 from kdkit.contracts.loss_options import LayerPair
-from kdkit.contracts.options import at_epoch
+from kdkit.contracts.options import ramps_of
 from kdkit.contracts.records import Batch, Outputs
 from kdkit.contracts.schedule import Lesson
 from kdkit.contracts.task import Task
 from kdkit.errors import PluginError, ShapeError, TapError
 from kdkit.recipe import Recipe
 from kdkit.recipe.sections import LossEntry
+
+Ramps = Mapping[tuple[str, str], Any]
+"""Values of ramped options by (loss, option); in a step that is recorded, tensors."""
 
 
 def no_teacher() -> Outputs:
@@ -54,6 +59,11 @@ class Objective(nn.Module):
         self.task = task
         self.losses = _ByName({name: loss for name, (_, loss) in losses.items()})
         self.entries = {name: entry for name, (entry, _) in losses.items()}
+        self._ramps = {
+            (name, option): ramp
+            for name, entry in self.entries.items()
+            for option, ramp in ramps_of(entry).items()
+        }
 
     def setup(
         self,
@@ -182,16 +192,24 @@ class Objective(nn.Module):
             supervised=self._in_full_precision(lesson.supervised) if lesson.supervised else None,
         )
 
-    def forward(self, lesson: Lesson, batch: Batch, epoch: float = 0.0) -> Value:
-        """Compute the losses of the lesson at a (fractional) epoch of the stage, which sets every
-        ramp.
+    def ramps(self, epoch: float) -> Ramps:
+        """Return the values of all ramped options at a (fractional) epoch of the stage."""
+        return {key: ramp.at(epoch) for key, ramp in self._ramps.items()}
+
+    def forward(self, lesson: Lesson, batch: Batch, ramps: Ramps | None = None) -> Value:
+        """Compute the losses of the lesson, with these values of ramped options (None: those at
+        the beginning of the stage).
         """
+        ramps = self.ramps(0.0) if ramps is None else ramps
         terms: dict[str, Tensor] = {}
         weighted: dict[str, Tensor] = {}
         with torch.autocast(lesson.student.logits.device.type, enabled=False):
             lesson = self._in_full_precision(lesson)
             for name, loss in self.active(lesson).items():
-                entry = at_epoch(self.entries[name], epoch)
+                now = {option: value for (whose, option), value in ramps.items() if whose == name}
+                entry = self.entries[name]
+                if now:
+                    entry = entry.model_copy(update=now)
                 loss.options = entry
                 read = self._read(name, lesson, batch)
                 values = [
@@ -231,14 +249,20 @@ def in_full_precision(outputs: Outputs) -> Outputs:
     )
 
 
-def mean_of(values: Sequence[Tensor], weights: Sequence[float] | None) -> Tensor:
+def mean_of(values: Sequence[Tensor], weights: Sequence[float] | Tensor | None) -> Tensor:
     """Return the mean of the values, weighted if there are shares."""
     stacked = torch.stack(list(values))
-    return (
-        stacked.mean()
-        if weights is None
-        else (stacked * stacked.new_tensor(list(weights))).sum() / sum(weights)
-    )
+    if weights is None:
+        return stacked.mean()
+    shares = weights if isinstance(weights, Tensor) else constants(weights, like=stacked)
+    return (stacked * shares.to(stacked)).sum() / shares.sum()
+
+
+def _as_tensor(weights: Sequence[float] | Tensor, like: Tensor) -> Tensor:
+    if isinstance(weights, Tensor):
+        return weights.to(like)
+    # filled on the device: a copy from the host would make every step wait for it
+    return torch.stack([like.new_full((), weight) for weight in weights])
 
 
 def sum_of(values: Iterable[Tensor], like: Tensor) -> Tensor:

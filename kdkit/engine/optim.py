@@ -4,9 +4,11 @@ adapters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -41,6 +43,7 @@ class Updater:
         self.optimizer = build_optimizer(spec, student, adapters, taken)
         self.schedule = LrSchedule(spec, self.optimizer, epochs, steps_per_epoch, maximize=maximize)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        _begin_momentum(self.optimizer)
         self._clip = spec.clip_grad
         self.lr = self._next_lr
         """Learning rate of the last step; before the first step, that of the first."""
@@ -49,12 +52,34 @@ class Updater:
     def _next_lr(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def update(self, steps: int, scaler: Any = None) -> None:
-        """Clip, step, clear the gradients, set the rate for the step that follows `steps` steps.
+    @property
+    def capturable(self) -> bool:
+        """True if its steps can be recorded: they read the learning rate from a tensor."""
+        groups = self.optimizer.param_groups
+        return all(group.get("fused") or group.get("capturable") for group in groups)
+
+    @property
+    def rates(self) -> list[float]:
+        """Learning rate of each group of parameters in the next step."""
+        # rounded as in the tensor that a recorded step reads, so that both do the same arithmetic
+        scheduled = self._scheduled
+        return [float(np.float32(rate)) for rate in scheduled] if self.capturable else scheduled
+
+    @property
+    def _scheduled(self) -> list[float]:
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def update(self, rates: Sequence[Any], scaler: Any = None) -> None:
+        """Clip, step, clear the gradients.
 
         Accelerate's wrappers do the same, but search the disk for packages at each step.
+
+        Args:
+            rates: learning rate of each group; tensors in a step that is recorded.
+            scaler: of the gradients, in fp16.
         """
-        self.lr = self._next_lr
+        scheduled = self._scheduled
+        self._set(rates)
         if self._clip:
             if scaler is not None:
                 scaler.unscale_(self.optimizer)
@@ -64,7 +89,17 @@ class Updater:
         else:
             scaler.step(self.optimizer)  # skips the step if the scaled gradients overflowed
         self.optimizer.zero_grad(set_to_none=True)
+        # schedules compute with plain numbers
+        self._set(scheduled)
+
+    def advance(self, steps: int) -> None:
+        """Set the rate for the step that follows `steps` steps."""
+        self.lr = self._next_lr
         self.schedule.after_step(steps)
+
+    def _set(self, rates: Sequence[Any]) -> None:
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -123,13 +158,39 @@ def build_optimizer(
             lr=want.lr,
             weight_decay=want.weight_decay,
             momentum=want.momentum,
-            **want.args,
+            **{**_for_device(want.name, groups), **want.args},
         )
     except Exception as error:  # each optimizer raises its own errors
         raise RunError(
             f"optimizer '{want.name}' cannot be made: {' '.join(str(error).split())}"
         ) from None
     return optimizer
+
+
+def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Begin with a momentum of zero. Fused SGD takes it from the first gradient, and leaves it
+    uninitialised where fp16 skips the first step.
+    """
+    if not isinstance(optimizer, torch.optim.SGD):
+        return
+    for group in optimizer.param_groups:
+        if group["fused"] and group["momentum"] and not group["dampening"]:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def _for_device(name: str, groups: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
+    """Return the arguments by which torch's optimizers do their step in few kernels on a GPU, and
+    can be recorded.
+    """
+    import timm.optim
+
+    if not all(p.device.type == "cuda" for group in groups for p in group["params"]):
+        return {}
+    optimizer = timm.optim.get_optimizer_class(name, bind_defaults=False)
+    taken = inspect.signature(optimizer).parameters
+    is_torchs = optimizer.__module__.startswith("torch.")
+    return {key: True for key in ("fused", "capturable") if is_torchs and key in taken}
 
 
 def _groups(

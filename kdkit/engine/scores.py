@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
-from kdkit.contracts.dataset_source import DataInfo
+from kdkit.contracts.dataset_source import DataInfo, DatasetSource
 from kdkit.contracts.options import said
-from kdkit.contracts.task import Score, serves
+from kdkit.contracts.task import Score, ScoreInfo, serves
 from kdkit.errors import DataError, one_line, suggest
-from kdkit.recipe import Recipe
+from kdkit.recipe import Recipe, registry
 from kdkit.recipe.sections import MetricEntry
 
 
@@ -23,6 +24,15 @@ def scores_of(recipe: Recipe, info: DataInfo) -> tuple[Score, ...]:
         RecipeError: a metric does not exist, or does not accept its arguments.
     """
     return (*recipe.task.scores(info), *_metrics(recipe, info))
+
+
+@functools.lru_cache(maxsize=1000)
+def usual_scores(info: DataInfo) -> dict[str, ScoreInfo]:
+    """Describe the scores of the task that all runs had before there were others."""
+    if (task := registry.load().tasks.get(DatasetSource.task)) is None:
+        return {}
+    scores = (*task().scores(info), *task().agreement(info))
+    return {score.name: score.info() for score in scores}
 
 
 def deciding(recipe: Recipe, info: DataInfo) -> Score:

@@ -5,9 +5,9 @@ drives it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from kdkit.contracts.records import Batch
 from kdkit.contracts.schedule import Moment, Stage
 from kdkit.data.loaders import TrainLoader
-from kdkit.engine.objective import Objective, Value, sum_of
+from kdkit.engine.averages import average_of
+from kdkit.engine.capture import Captured, Numbers, Plain, Take
+from kdkit.engine.graphs import CudaGraphs
+from kdkit.engine.objective import Objective, Ramps, Value, sum_of
 from kdkit.engine.optim import Updater
 from kdkit.engine.processes import processes_of
 from kdkit.errors import RunError
@@ -44,13 +47,17 @@ class Learner(nn.Module):
         self.parts = stage.parts if stage.parts is not None else nn.Module()
         self._lessons = stage.step
 
-    def forward(self, batch: Batch, moment: Moment, progress: float) -> tuple[Tensor, list[Value]]:
+    def forward(
+        self, batch: Batch, moment: Moment, ramps: Sequence[Ramps]
+    ) -> tuple[Tensor, list[Value]]:
         lessons = self._lessons(batch, moment)
         values = [
-            objective(lesson, batch, progress)
-            for objective, lesson in zip(self.objectives, lessons, strict=True)
+            objective(lesson, batch, now)
+            for objective, lesson, now in zip(self.objectives, lessons, ramps, strict=True)
         ]
-        return sum_of((value.total for value in values), like=batch.labels), values
+        total = sum_of((value.total for value in values), like=batch.labels)
+        # without their graphs, which would keep the activations of the step alive
+        return total, [replace(value, total=value.total.detach()) for value in values]
 
 
 def batches(loader: TrainLoader, stage: Stage, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -118,10 +125,11 @@ class Trainer:
             objective.deploy(student.module)
             for student, objective in zip(stage.students, objectives, strict=False)
         ]
-        self.averages = [_average(network, spec) for network in self._networks]
+        self.averages = [average_of(network, spec) for network in self._networks]
         self.scaler = _scaler(accelerator)
         self.processes = processes_of(stage, accelerator)
         self._forward = self.processes.prepared(self.learner, self._leaves_parameters_unused)
+        self.take: Take = Plain()
         self.epoch = 0  # finished epochs
         self.step = 0  # optimizer steps done in the current epoch
 
@@ -141,7 +149,8 @@ class Trainer:
         self.learner.eval()
         # the forward below changes buffers, such as memory banks of losses
         before = [buffer.clone() for buffer in self.learner.buffers()]
-        total, _ = self.learner(next(batches(self.loader, self.stage, 0)), Moment(0, 0), 0.0)
+        probe = next(batches(self.loader, self.stage, 0))
+        total, _ = self.learner(probe, Moment(0, 0), self._ramps(0.0))
         parameters = [p for p in self.learner.parameters() if p.requires_grad]
         found = torch.autograd.grad(total, parameters, allow_unused=True)
         for buffer, value in zip(self.learner.buffers(), before, strict=True):
@@ -158,16 +167,25 @@ class Trainer:
         """The current progress of the stage."""
         return Moment(self.epoch, self.steps)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, list[Value]]:
-        """Compute the total of all losses, with gradient, and the value of each."""
-        return cast("tuple[Tensor, list[Value]]", self._forward(batch, self.moment, self.progress))
-
     @property
-    def progress(self) -> float:
-        """Return the epochs of the stage so far, including the fraction of the current one: the
-        argument of ramps.
-        """
-        return self.epoch + self.step / self.steps_per_epoch
+    def numbers(self) -> Numbers:
+        """The numbers of the next step."""
+        # epochs of the stage so far, including the fraction of the current one
+        progress = self.epoch + self.step / self.steps_per_epoch
+        return Numbers(
+            self._ramps(progress),
+            [updater.rates for updater in self.updaters],
+            [None if one is None else one.changing_decay(self.steps + 1) for one in self.averages],
+        )
+
+    def _ramps(self, progress: float) -> list[Ramps]:
+        return [cast("Objective", each).ramps(progress) for each in self.learner.objectives]
+
+    def forward(
+        self, batch: Batch, moment: Moment, ramps: Sequence[Ramps]
+    ) -> tuple[Tensor, list[Value]]:
+        """Compute the total of all losses, with gradient, and the value of each."""
+        return cast("tuple[Tensor, list[Value]]", self._forward(batch, moment, ramps))
 
     def backward(self, loss: Tensor) -> None:
         """Add to the gradients; the loss is scaled in fp16, so that small gradients do not
@@ -180,16 +198,47 @@ class Trainer:
         found: contextlib.AbstractContextManager[None] = self.accelerator.no_sync(self._forward)
         return found
 
-    def move_averages(self) -> None:
-        """Update the moving averages of the weights (`train.ema`)."""
-        for network, average in zip(self._networks, self.averages, strict=True):
+    def move_averages(self, decays: Sequence[Any]) -> None:
+        """Update the moving averages of the weights (`train.ema`) after a step."""
+        for network, average, decay in zip(self._networks, self.averages, decays, strict=True):
             if average is not None:
-                _take_in(average, network, self.steps)
+                average.take_in(network, self.steps + 1, decay)
+
+    def capture(self, wanted: bool | Literal["auto"], say: Callable[[str], None]) -> None:
+        """Record the steps from here on (`train.capture`), if the device and the stage allow it.
+
+        Args:
+            wanted: by the recipe.
+            say: called with the reason why a stage on a CUDA device is not recorded.
+        """
+        if wanted is False or self.accelerator.device.type != "cuda":
+            return
+        if (reason := self._not_capturable()) is not None:
+            say(f"each step is launched kernel by kernel (train.capture): {reason}")
+            return
+        self.take = Captured(CudaGraphs(), [self.learner, self.stage.step], say)
+
+    def _not_capturable(self) -> str | None:
+        if self.accelerator.num_processes > 1:
+            return "several processes train together"
+        if self.spec.compile:
+            return "train.compile is set"
+        for objective in self.learner.objectives:
+            for name, loss in cast("Objective", objective).parts().items():
+                if not loss.capturable:
+                    return f"loss '{name}' says that it cannot be recorded"
+        for updater in self.updaters:
+            if not updater.capturable:
+                name = type(updater.optimizer).__name__
+                return f"optimizer {name} has no form that can be recorded"
+        return None
 
     def close(self) -> None:
         """Release what the accelerator and, with several processes, the parameters' hooks hold: the
         next stage wraps the networks again.
         """
+        # records hold memory of the device
+        self.take = Plain()
         # the wrapper holds the networks, and DDP its hooks
         del self._forward
         for student, network in zip(self.stage.students, self.deployed(), strict=True):
@@ -283,32 +332,6 @@ def build_accelerator(spec: TrainSpec, **options: Any) -> Accelerator:
         return Accelerator(
             mixed_precision=precision, cpu=cpu, step_scheduler_with_optimizer=False, **options
         )
-
-
-def _average(student: nn.Module, spec: TrainSpec) -> Any:
-    from timm.utils import ModelEmaV3
-
-    return (
-        ModelEmaV3(student, decay=spec.ema.decay, use_warmup=spec.ema.warmup) if spec.ema else None
-    )
-
-
-def _take_in(average: Any, network: nn.Module, steps: int) -> None:
-    """Update the average with a network that has done `steps` steps."""
-    try:
-        average.update(network, step=steps)
-    # shapes differ: the network was pruned, or its buffers have grown
-    except RuntimeError:
-        theirs = average.module.state_dict()
-        changed = [
-            name
-            for name, value in network.state_dict().items()
-            if name not in theirs or theirs[name].shape != value.shape
-        ]
-        if not changed:
-            raise
-        says = f"step {steps}: the student's '{changed[0]}' has another shape than at the start"
-        raise RunError(f"{says}, so that `train.ema` has no mean to take; leave it out") from None
 
 
 def _scaler(accelerator: Accelerator) -> torch.amp.GradScaler | None:

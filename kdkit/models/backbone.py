@@ -13,8 +13,7 @@ from kdkit.models.hooks import Keep, Store, register
 
 @with_synonyms
 class Backbone(nn.Module):
-    """The part of a network from its input to one of its layers. Its parameters and buffers are the
-    network's own, not copies.
+    """A network up to one of its layers, with the same parameters and buffers, not copies.
 
     The modules that contain them are new: `train`, `eval` and hooks of one do not affect the other.
     The classifier is left out.
@@ -31,7 +30,7 @@ class Backbone(nn.Module):
 
     def __init__(self, network: nn.Module, layer: str, outputs: int | None = None) -> None:
         super().__init__()
-        place, head = resolve(layer, network, outputs), classifier_path(network, outputs)
+        tap, head = resolve(layer, network, outputs), classifier_path(network, outputs)
         # the memo maps tensors to themselves: new modules, but shared parameters and buffers
         self.network = copy.deepcopy(
             network, {id(value): value for value in (*network.parameters(), *network.buffers())}
@@ -39,7 +38,7 @@ class Backbone(nn.Module):
         self.network.set_submodule(head, nn.Identity())
         # an object, like the hook that fills it, so that a copy of this module gets its own
         self._store = Store()
-        register(self.network, {layer: place}, lambda name: Keep(name, self._store))
+        register(self.network, {layer: tap}, lambda name: Keep(name, self._store))
         self._layer = layer
 
     def forward(self, images: Tensor) -> Tensor:

@@ -40,12 +40,9 @@ def build_model(
     load: bool = True,
     file: Path | None = None,
     device: torch.device | None = None,
-    needs_logits: bool = True,
     channels_last: bool = False,
-    precision: torch.dtype | None = None,
 ) -> TappedModel:
-    """Build the network with its weights, adapted to the batches and observed at `layers`. Random
-    weights are drawn from the current generator.
+    """Build the network with its weights, adapted to the batches and observed at `layers`.
 
     Args:
         options: the recipe's section.
@@ -58,9 +55,7 @@ def build_model(
         load: False leaves the weights random: nothing is read or downloaded.
         file: weights that replace the recipe's, such as another run's student.
         device: device of the finished model; random weights do not depend on it.
-        needs_logits: see `TappedModel`.
         channels_last: see `TappedModel`.
-        precision: see `TappedModel`.
 
     Raises:
         ModelError: no such model, a checkpoint that does not fit, images that do not fit.
@@ -69,6 +64,7 @@ def build_model(
     try:
         shape = _own_shape(options, source, image_shape)
         module = _built(source, outputs, shape, weights)
+        # adapters make tensors of their own, which have to be where the network is
         with contextlib.nullcontext() if weights else torch.device("meta"):
             adapt = _adapter(options, source, module, image_shape, shape)
         if options.new_head and not file:
@@ -76,12 +72,14 @@ def build_model(
         if weights and load:
             _load(options, source, module, outputs, file)
             if faulty := faulty_weight(module):
-                whence = file or options.checkpoint or f"the {source.name} model"
-                raise ModelError(f"{whence}: the weights are not finite: {faulty}")
+                origin = file or options.checkpoint or f"the {source.name} model"
+                raise ModelError(f"{origin}: the weights are not finite: {faulty}")
+        # weights are drawn on the CPU and then moved, so that they are the same on any device
         if weights:
             module.to(device)
         adapt.to(device if weights else "meta")
     except ModelError as error:
+        # an error of the same class, as callers tell a wrong file from a wrong network
         kind = CheckpointError if isinstance(error, CheckpointError) else ModelError
         raise kind(f"{role}: {error}") from error
     return TappedModel(
@@ -90,9 +88,7 @@ def build_model(
         adapt=adapt,
         role=role,
         outputs=outputs,
-        needs_logits=needs_logits,
         channels_last=channels_last,
-        precision=precision,
         input_shape=shape,
     )
 
@@ -109,9 +105,7 @@ def _built(source: ModelSource, outputs: int, shape: Shape, weights: bool) -> nn
 
 
 def _without_numbers(source: ModelSource, outputs: int, shape: Shape) -> nn.Module:
-    """Build the network on the meta device; with real numbers, if its constructor needs some (it
-    reads weights of its own, for example).
-    """
+    """Build the network on the meta device; with numbers if its constructor needs them."""
     try:
         with torch.device("meta"):
             return source.build(outputs, shape)
@@ -121,14 +115,14 @@ def _without_numbers(source: ModelSource, outputs: int, shape: Shape) -> nn.Modu
 
 
 def random_weights(source: ModelSource, outputs: int, image_shape: Shape) -> tuple[list[str], bool]:
-    """Name the tensors that a fresh network draws at random, and report whether its constructor
-    reads others from somewhere.
+    """Name the tensors that a fresh network draws, and report whether it reads others.
 
     The random tensors are those in which two networks of different seeds differ. Tensors of one
     value only (zeros, ones) are no evidence.
     """
     shape = _own_shape(source.options, source, image_shape)
     builds = []
+    # two, as numbers that a constructor reads are the same for every seed
     for seed in range(2):
         with seeded("drawn weights", seed):
             builds.append(source.build(outputs, shape).state_dict())
@@ -152,8 +146,7 @@ def load_checkpoint(
     own: bool = False,
     shapes_only: bool = False,
 ) -> tuple[str, ...]:
-    """Load a checkpoint's weights into a network; return notes on them, see
-    `kdkit.models.weight_files.fit_weights`.
+    """Load a checkpoint's weights into a network; return the notes of `fit_weights`.
 
     Args:
         path: the file.
@@ -173,20 +166,22 @@ def load_checkpoint(
             is then unchanged.
     """
     head = _head(module, outputs) if new_head else None
+    # a network may have changed its own shapes in training, by pruning for example
     if own:
         _take_shapes(module, read_weights(path), outputs)
     try:
-        found = fit_weights(path, module, strip_prefix, rename, head=head, shapes_only=shapes_only)
+        fitted = fit_weights(path, module, strip_prefix, rename, head=head, shapes_only=shapes_only)
     except Misfit as error:
         refuse_other_classes(error, path, module, outputs, teaches=teaches)
         raise
     if not shapes_only:
         # checked above; old files lack BatchNorm's counters
-        module.load_state_dict(found.weights, strict=False)
-    return found.notes
+        module.load_state_dict(fitted.weights, strict=False)
+    return fitted.notes
 
 
 def _take_shapes(module: nn.Module, weights: Weights, outputs: int | None) -> None:
+    # another number of classes is a mistake, which is reported, not a shape to adopt
     with contextlib.suppress(TapError):
         head = classifier_path(module, outputs)
         classes = {
@@ -223,9 +218,7 @@ def compare_checkpoint(
     *,
     shapes_only: bool = True,
 ) -> tuple[str, ...]:
-    """Check whether the recipe's checkpoint fits the network, by names and shapes alone; see
-    `load_checkpoint`.
-    """
+    """Fit the recipe's checkpoint, by default by names and shapes only; see `load_checkpoint`."""
     assert options.checkpoint is not None
     return load_checkpoint(
         options.checkpoint,
@@ -257,6 +250,7 @@ def _adapter(
     """Build the adapter from batches to the network's input; texts pass unchanged."""
     if not is_text(shape):
         return _input_adapter(options, source.normalization(module), shape[0], own[0])
+    # otherwise they would be ignored without a word
     if options.normalize or options.input_size:
         raise ModelError("normalize and input_size are for images, and the data are texts")
     return nn.Identity()
@@ -265,17 +259,15 @@ def _adapter(
 def _input_adapter(
     options: ModelOptions, own: Normalize | None, image_channels: int, channels: int
 ) -> InputAdapter:
-    if options.normalize:
-        wanted = options.normalize
-        if {len(wanted.mean), len(wanted.std)} - {1, channels}:
-            raise ModelError(
-                f"normalize has {len(wanted.mean)} means and {len(wanted.std)} deviations for"
-                f" {channels} channels"
-            )
-    else:
-        wanted = own or Normalize(mean=(0.0,), std=(1.0,))
+    target = options.normalize or own or Normalize(mean=(0.0,), std=(1.0,))
+    # only the recipe's numbers are refused: a source's are of colour images, and are averaged
+    if options.normalize and {len(target.mean), len(target.std)} - {1, channels}:
+        raise ModelError(
+            f"normalize has {len(target.mean)} means and {len(target.std)} deviations for"
+            f" {channels} channels"
+        )
     adapter = NormalizationAdapter(
-        0.0, 1.0, _fit(wanted.mean, channels), _fit(wanted.std, channels)
+        0.0, 1.0, _fit(target.mean, channels), _fit(target.std, channels)
     )
     # raises if the channels cannot be adapted
     adapter(torch.empty(1, image_channels, 1, 1, device=adapter.scale.device))
@@ -283,9 +275,7 @@ def _input_adapter(
 
 
 def _fit(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    """Return one value per channel; colour values become their mean if the network takes another
-    number of channels.
-    """
+    """Return one value per channel; their mean for another number of channels."""
     return values if len(values) == channels else (sum(values) / len(values),) * channels
 
 

@@ -11,8 +11,7 @@ from kdkit.errors import RunError
 from kdkit.recipe.sections import TrainSpec
 
 LEAST_CHANNELS = 16
-"""Input channels from which on a strided 1 x 1 convolution is safe on the CPU with images that
-are channels-last.
+"""Input channels that make a strided 1x1 convolution safe on the CPU, channels-last.
 
 oneDNN computes with vectors of 8 numbers (AVX2) or 16 (AVX-512). With fewer channels than that, the
 backward pass of such a convolution writes a whole vector, beyond the end of a buffer (seen in torch
@@ -35,9 +34,10 @@ def chosen(name: str) -> torch.device | None:
     """
     if name == "auto":
         return None
-    found = present()
-    if name not in found and f"{name}:0" not in found:
-        raise RunError(f"this machine has no '{name}'; it has {', '.join(found)}")
+    devices = present()
+    # `cuda` is any of `cuda:0`, `cuda:1`...
+    if name not in devices and f"{name}:0" not in devices:
+        raise RunError(f"this machine has no '{name}'; it has {', '.join(devices)}")
     device = torch.device(name)
     if device.index is not None and (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise RunError(
@@ -47,10 +47,13 @@ def chosen(name: str) -> torch.device | None:
     return device
 
 
+def device_of(network: nn.Module) -> torch.device:
+    """Return the device of a network's parameters; the CPU if it has none."""
+    return next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+
+
 def for_reading(train: TrainSpec) -> TrainSpec:
-    """Return the `train` section for reading a finished run: with its own device if this machine
-    has it, otherwise with an available one.
-    """
+    """Return the `train` section for reading a run, with a device that this machine has."""
     try:
         chosen(train.device)
     except RunError:
@@ -59,9 +62,7 @@ def for_reading(train: TrainSpec) -> TrainSpec:
 
 
 def trains_on_cpu(train: TrainSpec) -> bool:
-    """Check whether the recipe runs on the CPU, because it says so or because there is no
-    accelerator.
-    """
+    """Check whether the recipe runs on the CPU, by name or for lack of an accelerator."""
     return train.device == "cpu" or not torch.accelerator.is_available()
 
 
@@ -71,12 +72,10 @@ def is_channels_last(train: TrainSpec, device: torch.device) -> bool:
 
 
 def unsafe_convolution(network: nn.Module) -> str | None:
-    """Name a convolution that corrupts memory on the CPU if the images are channels-last; None:
-    there is none.
-    """
-    for name, part in network.named_modules():
-        if not isinstance(part, nn.Conv2d) or part.groups > 1 or part.in_channels >= LEAST_CHANNELS:
+    """Name a convolution that corrupts memory on the CPU with channels-last images, or None."""
+    for name, conv in network.named_modules():
+        if not isinstance(conv, nn.Conv2d) or conv.groups > 1 or conv.in_channels >= LEAST_CHANNELS:
             continue
-        if max(part.kernel_size) == 1 and max(part.stride) > 1:
+        if max(conv.kernel_size) == 1 and max(conv.stride) > 1:
             return str(name)
     return None

@@ -1,6 +1,4 @@
-"""Merges BatchNorm layers of a frozen network into the convolutions before them: equal up to
-rounding, and faster.
-"""
+"""Folds BatchNorm layers of a frozen network into convolutions: equal up to rounding."""
 
 from __future__ import annotations
 
@@ -17,10 +15,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kdkit.contracts.inputs import Shape, moved, random_inputs
+from kdkit.contracts.inputs import Shape, answered, moved, random_inputs
 from kdkit.contracts.layers import resolve
 from kdkit.contracts.records import Inputs
 from kdkit.errors import ModelError
+from kdkit.models.devices import device_of
 from kdkit.models.tapped import TappedModel
 
 ModelT = TypeVar("ModelT", TappedModel, nn.Module)
@@ -32,8 +31,7 @@ TOLERANCE = 1e-4  # relative to the largest output: a few hundred roundings of f
 def fold_batchnorm(
     model: ModelT, probe: Inputs | Shape, keep: Iterable[str] = (), *, in_place: bool = False
 ) -> ModelT:
-    """Fold every BatchNorm whose input is the output of exactly one convolution and is read by
-    nothing else.
+    """Fold each BatchNorm whose input is one convolution's output, read by nothing else.
 
     Pairs are found by watching one forward on the probe, so names and registration order do not
     matter. The module tree keeps its structure: an Identity (or the operations of timm's
@@ -54,33 +52,31 @@ def fold_batchnorm(
     model = model if in_place else copy.deepcopy(model)
     module = model.module if isinstance(model, TappedModel) else model
     if any(
-        isinstance(part, BATCH_NORM) and part.training and not part.track_running_stats
-        for part in module.modules()
+        isinstance(layer, BATCH_NORM) and layer.training and not layer.track_running_stats
+        for layer in module.modules()
     ):
         raise ModelError("BatchNorm that uses batch statistics (`mode: train`) cannot be folded")
     module.eval().requires_grad_(False)
-    kept = {resolve(name, module).path for name in keep}
+    observed = {resolve(name, module).path for name in keep}
     batch = (
         probe
         if isinstance(probe, Tensor | Mapping)
-        else moved(random_inputs(probe, 2), _device(module))
+        else moved(random_inputs(probe, 2), device_of(module))
     )
     if isinstance(model, TappedModel):
-        kept |= {layer.path for layer in model.layers.values()}
+        observed |= {layer.path for layer in model.layers.values()}
         batch = model.adapt(batch)
     with torch.no_grad():
         before, pairs = _probe(module, batch)
         for conv, norm in pairs:
-            if conv not in kept and norm not in kept:
+            if conv not in observed and norm not in observed:
                 _fold(module, conv, norm)
-        _compare(before, _answers(_run(module, batch)))
+        _compare(before, _answers(answered(module, batch)))
     return model
 
 
 def unfoldable(network: nn.Module, layers: Iterable[str], outputs: int | None = None) -> list[str]:
-    """List the observed layers whose observation prevents a pair from being folded: convolutions
-    and BatchNorms themselves.
-    """
+    """List the observed layers that prevent folding: convolutions and BatchNorms themselves."""
     paths = {resolve(layer, network, outputs).path for layer in layers}
     return sorted(
         path
@@ -103,7 +99,10 @@ class _Sighting:
 
 
 class _Readers(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the operations that read a convolution's output, inside layers and between them."""
+    """Counts the operations that read a convolution's output, inside layers and between them.
+
+    Hooks see only what modules read, not an addition between them.
+    """
 
     def __init__(self, sighting: _Sighting) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -120,43 +119,45 @@ class _Readers(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _probe(module: nn.Module, probe: Inputs) -> tuple[list[Tensor], list[tuple[str, str]]]:
     """Return the answer to the probe, and the (convolution, BatchNorm) pairs that can be folded."""
     seen = _Sighting()
-    names = {part: path for path, part in module.named_modules()}
-    owners = Counter(id(value) for part in names for value in part.parameters(recurse=False))
+    names = {layer: path for path, layer in module.named_modules()}
+    owners = Counter(id(value) for layer in names for value in layer.parameters(recurse=False))
 
-    def after(part: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        name, seen.paused = names[part], True  # the checks below read tensors too
+    def after(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        name, seen.paused = names[layer], True  # the checks below read tensors too
         seen.runs[name] += 1
-        if isinstance(part, nn.modules.conv._ConvNd):
+        if isinstance(layer, nn.modules.conv._ConvNd):
             seen.outputs[id(output)] = (name, output)
-            fits = _is_linear_in_its_weight(part, args, output)
+            fits = _is_linear_in_its_weight(layer, args, output)
         else:
             if id(args[0]) in seen.outputs:
                 seen.fed.append((seen.outputs[id(args[0])][0], name))
-            fits = _is_normalisation(part, args[0], output)
-        if not fits or any(owners[id(value)] > 1 for value in part.parameters(recurse=False)):
+            fits = _is_normalisation(layer, args[0], output)
+        # folding would change the other owner of a shared weight
+        if not fits or any(owners[id(value)] > 1 for value in layer.parameters(recurse=False)):
             seen.unfit.add(name)
         seen.paused = False
 
-    watched = [part for part in names if isinstance(part, nn.modules.conv._ConvNd | BATCH_NORM)]
-    handles = [part.register_forward_hook(after) for part in watched]
+    watched = [layer for layer in names if isinstance(layer, nn.modules.conv._ConvNd | BATCH_NORM)]
+    handles = [layer.register_forward_hook(after) for layer in watched]
     try:
         with _Readers(seen):
-            answer = _answers(_run(module, probe))
+            answer = _answers(answered(module, probe))
     finally:
         for handle in handles:
             handle.remove()
     shared = {name for key, (name, _) in seen.outputs.items() if seen.readers[key] != 1}
     pairs = [
-        p
-        for p in seen.fed
-        if seen.runs[p[0]] == seen.runs[p[1]] == 1 and not seen.unfit & {*p} and p[0] not in shared
+        (conv, norm)
+        for conv, norm in seen.fed
+        if seen.runs[conv] == seen.runs[norm] == 1
+        and not seen.unfit & {conv, norm}
+        and conv not in shared
     ]
     return answer, pairs
 
 
 def _is_linear_in_its_weight(conv: Any, args: tuple[Tensor, ...], output: Tensor) -> bool:
-    """Check whether twice the weight gives twice the output: not the case if weights are
-    standardised or parametrised.
+    """Check whether twice the weight gives twice the output, as standardised ones do not.
 
     Transposed convolutions are excluded: their weights have another layout.
     """
@@ -178,11 +179,11 @@ def _is_linear_in_its_weight(conv: Any, args: tuple[Tensor, ...], output: Tensor
 
 
 def _is_normalisation(norm: Any, features: Tensor, output: Tensor) -> bool:
-    """Check whether the layer computes its running statistics' multiply-add, followed by its
-    children (timm's drop and act).
-    """
+    """Check whether the layer normalises by running statistics and then runs its children."""
+    # without running statistics it normalises by each batch, also in eval mode
     if norm.running_mean is None:
         return False
+    # subclasses may do something else, so what it computes is compared
     plain = F.batch_norm(
         features, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps
     )
@@ -201,6 +202,7 @@ def _fold(module: nn.Module, conv_path: str, norm_path: str) -> None:
     conv: Any = module.get_submodule(conv_path)
     norm: Any = module.get_submodule(norm_path)
 
+    # in double precision, so that the weights are rounded once
     def double(value: Any) -> Any:
         return None if value is None else value.double()
 
@@ -219,14 +221,6 @@ def _fold(module: nn.Module, conv_path: str, norm_path: str) -> None:
     setattr(module.get_submodule(parent), name, _rest(norm))
 
 
-def _device(module: nn.Module) -> torch.device:
-    return next((value.device for value in module.parameters()), torch.device("cpu"))
-
-
-def _run(module: nn.Module, probe: Inputs) -> Any:
-    return module(probe) if isinstance(probe, Tensor) else module(**probe)
-
-
 def _answers(output: Any) -> list[Tensor]:
     return [value.clone() for value in tree_leaves(output) if isinstance(value, Tensor)]
 
@@ -235,6 +229,7 @@ def _compare(before: list[Tensor], after: list[Tensor]) -> None:
     for old, new in zip(before, after, strict=True):
         largest = float(old.abs().max())
         error = float((new - old).abs().max())
+        # `not <=`, so that NaN counts as a difference
         if not error <= TOLERANCE * max(largest, 1e-3):
             raise ModelError(
                 f"folding BatchNorm changes this network's answer by {error:.2g} (largest"

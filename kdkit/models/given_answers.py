@@ -34,21 +34,16 @@ class Reading:
             return output  # reported when it is read
         logits = outputs[0]
         if self.answers != "logits":
-            logits = logits.float()
-            least = torch.finfo(logits.dtype).tiny
-            # clamp: the logarithm of 0 is infinite
-            own, rest = (
-                logits.clamp_min(least),
-                (1 - logits).clamp_min(torch.finfo(logits.dtype).eps),
-            )
-            logits = own.log() if self.answers == "softmax" else own.log() - rest.log()
+            p = logits.float()
+            # clamp: the logarithm of 0 is infinite; 1 - p has no values between 0 and about eps
+            logits = p.clamp_min(torch.finfo(p.dtype).tiny).log()
+            if self.answers == "sigmoid":
+                logits = logits - (1 - p).clamp_min(torch.finfo(p.dtype).eps).log()
         return logits if self.classes is None else logits[:, self.classes]
 
 
 def looks_like(logits: Tensor) -> Answers:
-    """Guess the form of answers (N, K): probabilities lie in [0, 1], those of a softmax sum to
-    1.
-    """
+    """Guess the form of answers (N, K): a softmax's lie in [0, 1] and sum to 1."""
     if not bool(((logits >= 0) & (logits <= 1)).all()):
         return "logits"
     return "softmax" if bool(((logits.sum(1) - 1).abs() < ROUNDING).all()) else "sigmoid"

@@ -14,6 +14,7 @@ from kdkit.contracts.layers import Layer, output_of
 from kdkit.errors import TapError
 
 
+# an exception is the only way to leave a forward from a hook
 class Stop(Exception):
     """Ends a forward after every tapped layer has given its output."""
 
@@ -46,14 +47,13 @@ class Watch:
             )
         self.kept[name], self.versions[name] = output, version(output)
         self.calls[name] += 1
+        # a layer may run several times, of which the last one counts
         if self.calls == self.enough:
             raise Stop
 
 
 class Store:
-    """The place where the hooks of a compiled network write while it is open; closed, it discards
-    every tensor.
-    """
+    """Where the hooks of a compiled network write while it is open; closed, it discards."""
 
     def __init__(self) -> None:
         self.open = False
@@ -61,9 +61,9 @@ class Store:
 
 
 class Keep:
-    """A hook that stays on a compiled network; an object, so that a copied network writes into a
-    copied store.
-    """
+    """A hook that stays on a compiled network."""
+
+    # an object, not a function, so that a copied network writes into a copied store
 
     def __init__(self, name: str, store: Store) -> None:
         self.name, self.store = name, store
@@ -74,7 +74,7 @@ class Keep:
 
 
 class Picked:
-    """A hook that receives one of a network's outputs; an object, for the same reason as `Keep`."""
+    """A hook that receives one of a network's outputs; copied with it, like `Keep`."""
 
     def __init__(self, hook: Callable[..., None], number: int) -> None:
         self.hook, self.number = hook, number
@@ -86,22 +86,16 @@ class Picked:
 def register(
     module: nn.Module, layers: Mapping[str, Layer], hook: Callable[[str], Callable[..., None]]
 ) -> list[RemovableHandle]:
-    """Put `hook(name)` on each layer; it is called with (module, arguments) and, on the output
-    side, the output.
-    """
+    """Put `hook(name)` on each layer; it gets (module, arguments[, output])."""
     handles = []
     for name, layer in layers.items():
-        part = module.get_submodule(layer.path)
-        call = (
-            hook(name) if layer.path or layer.side == "input" else Picked(hook(name), layer.output)
-        )
-        handles.append(
-            (
-                part.register_forward_pre_hook
-                if layer.side == "input"
-                else part.register_forward_hook
-            )(call)
-        )
+        tapped, call = module.get_submodule(layer.path), hook(name)
+        if layer.side == "input":
+            handles.append(tapped.register_forward_pre_hook(call))
+        else:
+            # only the network itself may give several outputs
+            picked = call if layer.path else Picked(call, layer.output)
+            handles.append(tapped.register_forward_hook(picked))
     return handles
 
 
@@ -112,8 +106,8 @@ def observed(
     """Call `keep(name, tensor)` whenever a layer runs, inside the `with` block only."""
 
     def hook(name: str) -> Callable[..., None]:
-        def observe(part: nn.Module, args: tuple[object, ...], *output: object) -> None:
-            keep(name, seen(part, args, output))
+        def observe(module: nn.Module, args: tuple[object, ...], *output: object) -> None:
+            keep(name, seen(module, args, output))
 
         return observe
 
@@ -125,16 +119,13 @@ def observed(
             handle.remove()
 
 
-def seen(part: nn.Module, args: tuple[object, ...], output: tuple[object, ...]) -> object:
-    """Return the tensor that a hook records: the output, or the first argument for a hook before
-    the forward, copied if the module would overwrite it.
-    """
+def seen(module: nn.Module, args: tuple[object, ...], output: tuple[object, ...]) -> object:
+    """Return what a hook records: the output or, before the forward, the first argument."""
     value = (*output, *args, None)[0]
-    return (
-        value.clone()
-        if not output and isinstance(value, Tensor) and getattr(part, "inplace", False)
-        else value
-    )
+    # an in-place module is about to overwrite its argument
+    if not output and isinstance(value, Tensor) and getattr(module, "inplace", False):
+        return value.clone()
+    return value
 
 
 def version(tensor: Tensor) -> int | None:
@@ -143,39 +134,39 @@ def version(tensor: Tensor) -> int | None:
 
 
 def overwriter(module: nn.Module, layer: Layer, forward: Callable[[], object]) -> str:
-    """Run `forward` again to find a module to tap in place of a layer whose output is changed
-    later.
+    """Run `forward` again to find a module to tap instead of an overwritten layer.
 
     That is the module which changes it or, if an operation between modules does, the module that
     encloses both.
     """
-    kept: list[tuple[Tensor, int | None]] = []
+    recorded: list[tuple[Tensor, int | None]] = []
     guilty: list[str] = []
     around = layer.path.rpartition(".")[0]
 
     def look(path: str) -> Callable[..., None]:
         def hook(*_: object) -> None:
-            if kept and not guilty and version(kept[0][0]) != kept[0][1]:
+            if recorded and not guilty and version(recorded[0][0]) != recorded[0][1]:
                 guilty.append(path)
 
         return hook
 
     def keep(_: str, output: object) -> None:
         if isinstance(output, Tensor):
-            kept[:] = [(output, version(output))]
+            recorded[:] = [(output, version(output))]
 
     leaves = [
-        (path, part)
-        for path, part in module.named_modules()
-        if path != layer.path and not list(part.children())
+        (path, child)
+        for path, child in module.named_modules()
+        if path != layer.path and not list(child.children())
     ]
-    handles = [part.register_forward_pre_hook(look(around)) for _, part in leaves]
-    handles += [part.register_forward_hook(look(path)) for path, part in leaves]
+    # a change seen before a leaf runs was made between modules
+    handles = [leaf.register_forward_pre_hook(look(around)) for _, leaf in leaves]
+    handles += [leaf.register_forward_hook(look(path)) for path, leaf in leaves]
     try:
         with torch.no_grad(), observed(module, {"it": layer}, keep):
             forward()
     finally:
         for handle in handles:
             handle.remove()
-    found = guilty[0] if guilty else around
-    return f"'{found}'" if found else "a later layer"
+    instead = guilty[0] if guilty else around
+    return f"'{instead}'" if instead else "a later layer"

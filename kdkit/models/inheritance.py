@@ -1,6 +1,4 @@
-"""Initialises a student with tensors of its teacher: all whose names and shapes match, and a
-selection from a row of repeated blocks.
-"""
+"""Initialises a student with tensors of its teacher, all or of selected repeated blocks."""
 
 from __future__ import annotations
 
@@ -33,12 +31,13 @@ def inherit(
     if layers is not None:
         _refuse_other_number(student, rename(f"{row}.").rstrip("."), len(layers))
     own = student.state_dict()
-    given = {rename(name): value for name, value in _renumbered(teacher, row, layers)}
+    theirs = {rename(name): value for name, value in _renumbered(teacher, row, layers)}
     fitting = {
         name: value
-        for name, value in given.items()
+        for name, value in theirs.items()
         if name in own and own[name].shape == value.shape
     }
+    # blocks were asked for: equal embeddings alone are not what `layers` means
     inside = rename(f"{row}.") if layers is not None else ""
     if not any(name.startswith(inside) for name in fitting):
         whose = f"the teacher's {row}" if row else "the teacher"
@@ -51,16 +50,16 @@ def inherit(
 def _row(network: nn.Module, layers: Sequence[int]) -> str:
     """Find the path of the longest list of blocks with equal structure."""
     rows = {
-        path: len(part)
-        for path, part in network.named_modules()
-        if isinstance(part, nn.ModuleList | nn.Sequential) and _alike(part)
+        path: len(row)
+        for path, row in network.named_modules()
+        if isinstance(row, nn.ModuleList | nn.Sequential) and _alike(row)
     }
     most = max(rows.values(), default=0)
     longest: list[str] = [path for path, length in rows.items() if length == most]
     if len(longest) != 1:
-        found = f"several ({', '.join(longest)})" if longest else "none"
+        there = f"several ({', '.join(longest)})" if longest else "none"
         raise ModelError(
-            f"`layers` are numbers in a row of repeated blocks, of which the teacher has {found};"
+            f"`layers` are numbers in a row of repeated blocks, of which the teacher has {there};"
             " leave `layers` out"
         )
     if wrong := [i for i in layers if not 0 <= i < rows[longest[0]]]:
@@ -72,42 +71,38 @@ def _row(network: nn.Module, layers: Sequence[int]) -> str:
 
 
 def _alike(row: nn.ModuleList | nn.Sequential) -> bool:
-    """Check whether there are several blocks, each with parameters, all of one class and of the
-    same shapes.
-    """
+    """Check whether blocks are several, of one class, and have parameters of the same shapes."""
     kinds = {
-        (type(part), tuple((name, p.shape) for name, p in part.named_parameters())) for part in row
+        (type(block), tuple((name, p.shape) for name, p in block.named_parameters()))
+        for block in row
     }
     return len(row) > 1 and len(kinds) == 1 and all(shapes for _, shapes in kinds)
 
 
-def _refuse_other_number(student: nn.Module, row: str, wanted: int) -> None:
+def _refuse_other_number(student: nn.Module, row: str, expected: int) -> None:
     try:
-        part = student.get_submodule(row)
+        blocks = student.get_submodule(row)
     except AttributeError:
         raise ModelError(
             f"the student has no '{row}', where the teacher has its repeated blocks"
         ) from None
-    count = len(list(part.children()))
-    if count != wanted:
+    count = len(list(blocks.children()))
+    if count != expected:
         raise ModelError(
-            f"layers: names {wanted} of the teacher's, the student has {count} ('{row}')"
+            f"layers: names {expected} of the teacher's, the student has {count} ('{row}')"
         )
 
 
 def _renumbered(
     teacher: nn.Module, row: str, layers: Sequence[int] | None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Return the teacher's tensors; in the row, only those of the chosen blocks, with the student's
-    numbers.
-    """
+    """Yield the teacher's tensors; in the row, chosen blocks under the student's numbers."""
     for name, value in teacher.state_dict().items():
         if layers is None or not name.startswith(f"{row}."):
             yield name, value
             continue
         number, _, rest = name.removeprefix(f"{row}.").partition(".")
-        yield from (
-            (f"{row}.{place}.{rest}", value)
-            for place, chosen in enumerate(layers)
-            if chosen == int(number)
-        )
+        # a block may be chosen several times
+        for position, chosen in enumerate(layers):
+            if chosen == int(number):
+                yield f"{row}.{position}.{rest}", value

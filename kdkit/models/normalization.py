@@ -1,6 +1,4 @@
-"""Adapts images to the input that one network expects: value range per channel, number of channels,
-size.
-"""
+"""Adapts images to one network's input: values per channel, number of channels, size."""
 
 from __future__ import annotations
 
@@ -72,22 +70,22 @@ class NormalizationAdapter(nn.Module):
         self.register_buffer("mix", mix, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the same images (B, C, H, W), normalised as required; uint8 is read as value / 255
-        and converted to floating point.
+        """Normalise images (B, C, H, W) as required, in floating point; uint8 is value / 255.
 
         Raises:
             ModelError: the images' shape or type is not the expected one.
         """
         grey = self._check(images)
         scale, shift = self.scale, self.shift
+        # / 255 in the factor, which saves a pass over the images
         if images.dtype == torch.uint8:
             images, scale = images.to(scale.dtype), scale / 255
         scale, shift = scale.to(images.dtype), shift.to(images.dtype)
+        normalised = torch.addcmul(shift, images, scale)
         if not grey or self.mix is None:
-            return torch.addcmul(shift, images, scale)
-        return (torch.addcmul(shift, images, scale) * self.mix.to(images.dtype)).sum(
-            1, keepdim=True
-        )
+            return normalised
+        # last: the images' own normalisation, which is undone first, is by colour channel
+        return (normalised * self.mix.to(images.dtype)).sum(1, keepdim=True)
 
     def _check(self, images: Tensor) -> bool:
         """Check the images, and return whether colour images must be converted to grey."""
@@ -106,8 +104,7 @@ class NormalizationAdapter(nn.Module):
 
 
 class InputAdapter(nn.Module):
-    """Everything that is done to a batch before one network receives it; mappings (text) pass
-    unchanged.
+    """All that is done to a batch for one network; mappings (text) pass unchanged.
 
     Args:
         normalization: converts values and channels to the network's form.
@@ -143,9 +140,7 @@ class InputAdapter(nn.Module):
 
 
 def _channels(mean: Values, std: Values) -> int | None:
-    """Return the number of channels that a pair of mean and standard deviation implies; None if it
-    fits any number.
-    """
+    """Return the number of channels of a mean and deviation; None if they fit any number."""
     sizes = {len(values) for values in (mean, std) if isinstance(values, Sequence)}
     if len(sizes) > 1:
         raise ModelError(
@@ -155,8 +150,6 @@ def _channels(mean: Values, std: Values) -> int | None:
 
 
 def _column(values: Values) -> Tensor:
-    """Return the values as a tensor (1, C, 1, 1), in double precision until the arithmetic is
-    done.
-    """
+    """Return values as (1, C, 1, 1), in double precision until the arithmetic is done."""
     listed = list(values) if isinstance(values, Sequence) else [values]
     return torch.tensor(listed, dtype=torch.float64, device="cpu").view(1, -1, 1, 1)

@@ -1,6 +1,4 @@
-"""Models as kdkit calls them: inputs are adapted first, and layers are observed by forward
-hooks.
-"""
+"""Models as kdkit calls them: inputs are adapted, and hooks observe layers."""
 
 from __future__ import annotations
 
@@ -14,23 +12,25 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kdkit.contracts.inputs import Shape, first_tensor
+from kdkit.contracts.inputs import Shape, answered, first_tensor
 from kdkit.contracts.layers import Layer, expand, outputs_of, resolve
 from kdkit.contracts.records import MASK, Inputs, Outputs
 from kdkit.errors import ModelError, RunError, TapError
 from kdkit.finite import FiniteAnswers
+from kdkit.models.freezing import in_eval_mode
 from kdkit.models.hooks import Keep, Stop, Store, Watch, observed, overwriter, register, version
+from kdkit.models.outside import ask
 from kdkit.models.weight_files import adopt_shapes
 
 BEFORE = ", or, for the values before it, its input ('...@input')"
 
 
 class TappedModel:
-    """Calls a network and returns its Outputs, including those of the requested layers. It is no
-    `nn.Module`, so `train`, `to` and the like do not cascade to it.
+    """Calls a network and returns its Outputs, including those of the requested layers.
 
-    Hooks live for one call, and nothing is kept between calls. A layer that runs several times in
-    one forward gives its last output. Maps with channels last, (B, H, W, C), as Swin transformers
+    It is no `nn.Module`, so `train` and `to` do not cascade to it. Hooks live for one call, and
+    nothing is kept between calls. A layer that runs several times in a forward gives its last
+    output. Maps with channels last, (B, H, W, C), as Swin transformers
     have them, are given as (B, C, H, W).
 
     Args:
@@ -99,9 +99,10 @@ class TappedModel:
             TapError: a tapped layer did not run, returned something else than one tensor, or was
                 overwritten in place.
         """
+        # no loss reads anything: the forward is saved
         if not self.needs_logits and not self.layers:
             return features_only({}, self.role, _mask(inputs))
-        answer = self.forward(inputs) if self.answers is None else self.answers(inputs)
+        answer = self.forward(inputs) if self.answers is None else ask(self.answers, inputs)
         # recorded on the device; `verify_finite` reads it later
         if self.frozen and not self._is_view:
             logits = {"logits": answer.logits} if self.needs_logits else {}
@@ -117,17 +118,14 @@ class TappedModel:
                 )
         # name a wrong input size, the usual reason, before torch's own message
         except RuntimeError as error:
-            given = self.adapt(inputs).shape[1:] if isinstance(inputs, Tensor) else None
-            if given is None or self.input_shape in (None, tuple(given)):
+            if self.input_shape is None or not isinstance(inputs, Tensor):
                 raise
-            shapes = (
-                f"(B, {', '.join(map(str, shape))})" for shape in (self.input_shape or (), given)
-            )
-            raise ModelError(
-                "{}: takes images {}, got {}: {}".format(
-                    self.role, *shapes, " ".join(str(error).split())[:200]
-                )
-            ) from error
+            if (shape := tuple(self.adapt(inputs).shape[1:])) == self.input_shape:
+                raise
+            takes, got = (f"(B, {', '.join(map(str, s))})" for s in (self.input_shape, shape))
+            reason = " ".join(str(error).split())[:200]
+            raise ModelError(f"{self.role}: takes images {takes}, got {got}: {reason}") from error
+        # an embedding is asked for a token or position that it does not have
         except IndexError as error:
             if isinstance(inputs, Tensor):
                 raise
@@ -135,25 +133,21 @@ class TappedModel:
                 f"{self.role}: has fewer tokens or positions than these texts ({error}); is the"
                 " tokenizer its own?"
             ) from error
+        # losses and caches expect fp32
         if self.precision is not None:
             logits = logits.float() if logits is not None else None
             features = {name: value.float() for name, value in features.items()}
         mask = _mask(inputs)
-        return (
-            features_only(features, self.role, mask)
-            if logits is None
-            else Outputs(logits, features, mask=mask)
-        )
+        if logits is None:
+            return features_only(features, self.role, mask)
+        return Outputs(logits, features, mask=mask)
 
     def settle(self, network: nn.Module) -> None:
-        """Set the network that replaces this one after its stage: itself, the average of its
-        weights, or one of which it is a part.
-        """
+        """Set the network that replaces this one after its stage: itself, an average, a whole."""
         self._settled = None if network is self.module else network
 
     def freeze(self, mode: Literal["eval", "train"] = "eval") -> TappedModel:
-        """Put it in eval mode without gradients, permanently; with the averaged weights if a
-        finished stage has produced some.
+        """Put it in eval mode without gradients for good, with a finished stage's averages if any.
 
         Args:
             mode: train normalises with each batch's own statistics in BatchNorm layers; their
@@ -163,6 +157,7 @@ class TappedModel:
             RunError: a loss has put another network in its place, which has other layers.
         """
         if self._settled is not None:
+            # an average has the same class, and weights by the same names
             if type(self._settled) is not type(self.module):
                 whole = type(self._settled).__name__
                 raise RunError(
@@ -174,17 +169,15 @@ class TappedModel:
             self._settled = None
         self.frozen = True
         self.module.eval().requires_grad_(False)
-        for part in self.module.modules():
-            if mode == "train" and isinstance(part, nn.modules.batchnorm._BatchNorm):
-                part.train()
+        for layer in self.module.modules():
+            if mode == "train" and isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                layer.train()
                 # so that running statistics are neither read nor written
-                part.track_running_stats = False
+                layer.track_running_stats = False
         return self
 
     def twin(self, module: nn.Module | None = None) -> TappedModel:
-        """Return the same model without taps, for measuring or export; or with another network (a
-        moving average) in its place.
-        """
+        """Return the model without taps, for measuring or export, or around another network."""
         return TappedModel(
             self.module if module is None else module,
             adapt=self.adapt,
@@ -201,9 +194,8 @@ class TappedModel:
         needs_logits: bool,
         answers: Callable[[Inputs], Outputs] | None,
     ) -> TappedModel:
-        """Return a view of the same network and adapter with some of the taps, whose answers come
-        from another source.
-        """
+        """Return a view of the network with some of its taps and another source of answers."""
+        # shallow: the network is shared
         other = copy.copy(self)
         other._is_view = True
         other.layers = {name: self.layers[name] for name in layers}
@@ -212,9 +204,7 @@ class TappedModel:
         return other
 
     def compile(self, **options: Any) -> TappedModel:
-        """Compile network and taps together by `torch.compile(**options)`; the first call runs
-        once more, uncompiled, to check the taps.
-        """
+        """Compile network and taps by `torch.compile`; a first, plain call checks the taps."""
         self._compile, self._compiled = options, None
         return self
 
@@ -234,9 +224,10 @@ class TappedModel:
             TapError: it returns no tensor of logits.
         """
         adapted = self.adapt(inputs)
+        # after the adapter, whose operations may return another layout
         if self.channels_last and isinstance(adapted, Tensor) and adapted.ndim == 4:
             adapted = adapted.contiguous(memory_format=torch.channels_last)
-        returned = self.module(**adapted) if isinstance(adapted, Mapping) else self.module(adapted)
+        returned = answered(self.module, adapted)
         if not (outputs := outputs_of(returned)):
             raise TapError(
                 f"{self.role}: returns {type(returned).__name__}, no tensor of logits, nor several"
@@ -259,9 +250,8 @@ class TappedModel:
             )
         for name, tensor in watch.kept.items():
             if watch.versions[name] != version(tensor):
-                instead = overwriter(
-                    self.module, self.layers[name], functools.partial(self._forward, inputs)
-                )
+                again = functools.partial(self._forward, inputs)
+                instead = overwriter(self.module, self.layers[name], again)
                 raise TapError(
                     f"{self.role}: the output of '{name}' is overwritten in place; tap {instead}"
                     f" instead{BEFORE}"
@@ -272,6 +262,7 @@ class TappedModel:
     def _run_compiled(self, inputs: Inputs) -> tuple[Tensor | None, dict[str, Tensor]]:
         if self._compiled is None:
             self._check(inputs)
+            # once: a copy, or a second `compile`, has the hooks already
             if not self._hooked:
                 register(self.module, self.layers, functools.partial(Keep, store=self._store))
                 self._hooked = True
@@ -293,23 +284,16 @@ class TappedModel:
         return (logits if self.needs_logits else None), features
 
     def _check(self, inputs: Inputs) -> None:
-        """Run one plain forward without side effects, because a compiled one cannot detect what
-        happened to a tensor.
-        """
+        """Run one plain forward, as a compiled one cannot detect what happened to a tensor."""
         # eval mode, so that the check does not change running statistics
-        training = [part for part in self.module.modules() if part.training]
-        try:
-            self.module.eval()
-            with torch.no_grad():
-                self._run(inputs)
-        finally:
-            for part in training:
-                part.training = True
+        with in_eval_mode(self.module), torch.no_grad():
+            self._run(inputs)
 
     def _autocast(self, inputs: Inputs) -> contextlib.AbstractContextManager[Any]:
         tensor = first_tensor(inputs)
         if self.precision is None or tensor.device.type == "meta":  # shapes have no precision
             return contextlib.nullcontext()
+        # fp32 switches off an autocast around the call, such as the student's
         off = self.precision == torch.float32
         return torch.autocast(
             tensor.device.type, dtype=None if off else self.precision, enabled=not off
@@ -320,6 +304,7 @@ class TappedModel:
             return tensor.permute(0, 3, 1, 2)
         if not self.layers[name].embedding or tensor.ndim == 2:
             return tensor
+        # (B, D, 1, 1) or (B, 1, D), as some classifiers take it
         embedding = tensor.flatten(1)
         if tensor.ndim < 2 or embedding.shape[1] != max(tensor.shape[1:]):
             raise TapError(
@@ -334,20 +319,16 @@ def _mask(inputs: Inputs) -> Tensor | None:
 
 
 def _has_channels_last(f: Tensor, inputs: Inputs, module: nn.Module) -> bool:
-    """Check whether a map is (B, H, W, C): timm's networks declare it; otherwise the map of a
-    square image reveals it by its two equal sides.
-    """
-    said = getattr(module, "output_fmt", None)
-    if said is not None:
-        return str(getattr(said, "value", said)) == "NHWC"
+    """Check whether a map is (B, H, W, C): timm's networks declare it, equal sides reveal it."""
+    declared = getattr(module, "output_fmt", None)
+    if declared is not None:
+        return str(getattr(declared, "value", declared)) == "NHWC"
     square = isinstance(inputs, Tensor) and inputs.ndim == 4 and inputs.shape[2] == inputs.shape[3]
     return square and f.shape[1] == f.shape[2] != f.shape[3]
 
 
 def features_only(features: Mapping[str, Tensor], role: str, mask: Tensor | None = None) -> Outputs:
-    """Return an answer whose forward stopped after the deepest tapped layer: reading its logits
-    raises a TapError.
-    """
+    """Return an answer that stops at the deepest tap: reading its logits raises a TapError."""
     says = (
         f"{role}: stops at its deepest tapped layer, no loss having asked for its logits; a loss"
         " that reads them sets `needs_teacher_logits = True` (a teacher without the data's classes"
@@ -357,8 +338,7 @@ def features_only(features: Mapping[str, Tensor], role: str, mask: Tensor | None
 
 
 def taps(model: nn.Module, layers: Iterable[str]) -> TappedModel:
-    """Observe layers of any network: call the result with a batch, and read `logits` and
-    `features[name]` of the returned record.
+    """Observe layers of any network: call it for `logits` and `features[name]`.
 
     The batch reaches the network unchanged. Globs are expanded, so that `blocks.*` gives
     `features["blocks.0"]` and so on.

@@ -11,19 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from kdkit.contracts.features import as_vectors
-from kdkit.contracts.inputs import Shape, is_text, random_inputs
+from kdkit.contracts.inputs import Shape, answered, is_text, random_inputs
 from kdkit.contracts.layers import Layer, output_of, resolve
 from kdkit.contracts.records import Inputs, Outputs
 from kdkit.contracts.schedule import Model
 from kdkit.errors import TapError
+from kdkit.models.devices import device_of
+from kdkit.models.freezing import in_eval_mode
 from kdkit.models.tapped import TappedModel
 
 PROBE = 3  # images
 
 
 class Trunk:
-    """Makes students share everything up to a layer, that layer included; call it with images
-    for the trunk's and all students' answers.
+    """Makes students share all up to and including a layer; a call gives all answers.
 
     The parameters and buffers that the first student's layer depends on replace those of the other
     students. Each student stays a complete network, with all of its names, and can be measured,
@@ -47,16 +48,16 @@ class Trunk:
     def __init__(self, students: Sequence[Model], layer: str) -> None:
         self.students = [_tapped(student) for student in students]
         first = self.students[0]
-        self.place = resolve(layer, first.module)
-        if self.place.side != "output" or not self.place.path:
+        self.last = resolve(layer, first.module)
+        if self.last.side != "output" or not self.last.path:
             raise TapError(f"'{layer}': a trunk ends behind a layer of the network; name one")
         self.layer = layer
-        first.layers.setdefault(layer, self.place)
-        with _at_rest(*(student.module for student in self.students)):
+        first.layers.setdefault(layer, self.last)
+        with in_eval_mode(*(student.module for student in self.students)):
             shape = _input_shape(first)
-            images = random_inputs(shape, PROBE, _device(first))
-            self._began, self._ended, given, shared = _extent(
-                first.module, self.place.path, images, layer
+            images = random_inputs(shape, PROBE, device_of(first.module))
+            self._began, self._ended, features, shared = _extent(
+                first.module, self.last.path, images, layer
             )
             for student in self.students[1:]:
                 _share(first.module, student.module, shared, self._began)
@@ -68,14 +69,15 @@ class Trunk:
                 )
             # with one text, the network would get only that text's mask
             whole = is_text(shape) or any(student.compiled for student in self.students)
-            self.once = not whole and self._agrees(images, given)
+            self.once = not whole and self._agrees(images, features)
 
     def __call__(self, inputs: Inputs) -> tuple[Tensor, list[Outputs]]:
         """Return the output of the trunk, and each student's answer."""
         first, *others = self.students
-        kept: list[Tensor] = []
-        handle = first.module.get_submodule(self.place.path).register_forward_hook(
-            lambda part, args, output: kept.append(output)
+        outputs: list[Tensor] = []
+        # not from `features`, whose form may be another than the one that the next module takes
+        handle = first.module.get_submodule(self.last.path).register_forward_hook(
+            lambda module, args, output: outputs.append(output)
         )
         try:
             answer = first(inputs)
@@ -83,17 +85,19 @@ class Trunk:
             handle.remove()
         return answer.features[self.layer], [
             answer,
-            *(self._answer(other, inputs, kept[-1:], answer) for other in others),
+            *(self._answer(other, inputs, outputs[-1:], answer) for other in others),
         ]
 
     def _answer(
-        self, student: TappedModel, inputs: Inputs, kept: Sequence[Tensor], first: Outputs
+        self, student: TappedModel, inputs: Inputs, trunk: Sequence[Tensor], first: Outputs
     ) -> Outputs:
         if not self.once:
             return student(inputs)
         assert isinstance(inputs, Tensor)
-        with self._from_layer(student.module, kept[0]):
+        # one image, because the network runs up to the layer all the same
+        with self._from_layer(student.module, trunk[0]):
             answer = student(inputs[:1])
+        # what was tapped before the layer saw one image only
         early = {name for name, layer in student.layers.items() if self._is_early(layer)}
         return replace(
             answer,
@@ -107,41 +111,41 @@ class Trunk:
         return layer.path in (self._ended if layer.side == "output" else self._began)
 
     @contextlib.contextmanager
-    def _from_layer(self, network: nn.Module, given: Tensor) -> Iterator[None]:
-        """Replace the output of the trunk's last layer, so that the network effectively starts from
-        there.
-        """
+    def _from_layer(self, network: nn.Module, features: Tensor) -> Iterator[None]:
+        """Replace the trunk's output, so that the network effectively starts from there."""
         learning = torch.is_grad_enabled()
 
-        def give(part: nn.Module, args: object, output: object) -> Tensor:
+        # a hook's return value replaces the output; gradients are on again from here
+        def give(module: nn.Module, args: object, output: object) -> Tensor:
             torch.set_grad_enabled(learning)
-            return given
+            return features
 
+        # BatchNorms of the trunk must not count the single image in their statistics
         resting = [
-            part for path, part in network.named_modules() if path in self._ended and part.training
+            module
+            for path, module in network.named_modules()
+            if path in self._ended and module.training
         ]
-        handle = network.get_submodule(self.place.path).register_forward_hook(give)
-        for part in resting:
-            part.training = False
+        handle = network.get_submodule(self.last.path).register_forward_hook(give)
+        for module in resting:
+            module.training = False
         try:
             torch.set_grad_enabled(False)
             yield
         finally:
             torch.set_grad_enabled(learning)
             handle.remove()
-            for part in resting:
-                part.training = True
+            for module in resting:
+                module.training = True
 
     @torch.no_grad()
-    def _agrees(self, images: Inputs, given: Tensor) -> bool:
-        """Check whether a network that starts from the trunk's output gives the same answer as the
-        whole network.
-        """
+    def _agrees(self, images: Inputs, features: Tensor) -> bool:
+        """Check whether starting from the trunk's output gives the whole network's answer."""
         network = self.students[-1].module
         assert isinstance(images, Tensor)
         whole = _logits(network(images))
         try:
-            with self._from_layer(network, given):
+            with self._from_layer(network, features):
                 short = _logits(network(images[:1]))
         # errors of the code behind the layer when one image meets a whole batch
         except (RuntimeError, ValueError, AssertionError, IndexError):
@@ -152,94 +156,83 @@ class Trunk:
 
 
 def channels(student: Model, layer: str) -> int:
-    """Return the number of channels of a student's tapped layer, or the length of its vectors;
-    found by running it.
-    """
+    """Return the channels of a student's layer, or its vectors' length, by running it."""
     model = _tapped(student)
     probe = TappedModel(model.module, input_shape=model.input_shape)
     probe.layers = {layer: model.layers[layer]}
-    with _at_rest(model.module), torch.no_grad():
-        return as_vectors(
-            probe(random_inputs(_input_shape(model), 1, _device(model))).features[layer]
-        ).shape[1]
+    images = random_inputs(_input_shape(model), 1, device_of(model.module))
+    with in_eval_mode(model.module), torch.no_grad():
+        return as_vectors(probe(images).features[layer]).shape[1]
 
 
 def _extent(
     network: nn.Module, path: str, images: Inputs, layer: str
 ) -> tuple[set[str], set[str], Tensor, set[str]]:
-    """Return the modules that begin and those that end before a layer has returned its output; the
-    output; the parameters that it depends on.
+    """Find what belongs to a layer's output.
+
+    Returns:
+        The modules that begin before it is returned, those that end before; the output; the
+        parameters that it depends on.
     """
     began: set[str] = set()
     ended: set[str] = set()
-    given: list[Any] = []
+    outputs: list[Any] = []
 
     def starts(name: str) -> Callable[..., None]:
-        return lambda part, args: None if given else began.add(name)
+        return lambda module, args: None if outputs else began.add(name)
 
     def ends(name: str) -> Callable[..., None]:
-        def hook(part: nn.Module, args: object, output: object) -> None:
-            if not given:
+        def hook(module: nn.Module, args: object, output: object) -> None:
+            if not outputs:
                 ended.add(name)
             if name == path:
-                given.append(output)
+                outputs.append(output)
 
         return hook
 
     named = dict(network.named_modules())
-    handles = [part.register_forward_pre_hook(starts(name)) for name, part in named.items()]
-    handles += [part.register_forward_hook(ends(name)) for name, part in named.items()]
+    handles = [module.register_forward_pre_hook(starts(name)) for name, module in named.items()]
+    handles += [module.register_forward_hook(ends(name)) for name, module in named.items()]
+    # autograd tells what the output depends on, so frozen parameters have to be part of the graph
     parameters = {id(p): p for p in network.parameters() if p.is_floating_point()}
     constant = [p for p in parameters.values() if not p.requires_grad]
     try:
         with torch.enable_grad():
             for parameter in constant:
                 parameter.requires_grad_(True)
-            network(images) if isinstance(images, Tensor) else network(**images)
-            if len(given) != 1 or not isinstance(given[0], Tensor):
+            answered(network, images)
+            if len(outputs) != 1 or not isinstance(outputs[0], Tensor):
                 raise TapError(
-                    f"'{layer}' runs {len(given)} times or does not give one tensor; a trunk ends"
+                    f"'{layer}' runs {len(outputs)} times or does not give one tensor; a trunk ends"
                     " behind a layer that does"
                 )
-            found = torch.autograd.grad(
-                given[0].sum(), list(parameters.values()), allow_unused=True
+            slopes = torch.autograd.grad(
+                outputs[0].sum(), list(parameters.values()), allow_unused=True
             )
     finally:
         for handle in handles:
             handle.remove()
         for parameter in constant:
             parameter.requires_grad_(False)
-    reached = {key for key, slope in zip(parameters, found, strict=True) if slope is not None}
+    reached = {key for key, slope in zip(parameters, slopes, strict=True) if slope is not None}
     shared = {
         name for name, p in network.named_parameters(remove_duplicate=False) if id(p) in reached
     }
     # detached: the graph would keep every activation of the probe alive
-    return began, ended, given[0].detach(), shared
+    return began, ended, outputs[0].detach(), shared
 
 
 def _share(source: nn.Module, target: nn.Module, parameters: set[str], modules: set[str]) -> None:
     """Replace parameters and buffers of one network by those of another."""
-    for path, part in source.named_modules():
+    for path, module in source.named_modules():
         other, prefix = target.get_submodule(path), f"{path}." if path else ""
-        for name, parameter in part.named_parameters(recurse=False, remove_duplicate=False):
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if f"{prefix}{name}" in parameters:
                 setattr(other, name, parameter)
+        # nothing tells what a buffer affects; those of modules that run before the end are shared
         if path in modules:
-            for name, buffer in part.named_buffers(recurse=False, remove_duplicate=False):
+            for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
                 setattr(other, name, buffer)
-
-
-@contextlib.contextmanager
-def _at_rest(*networks: nn.Module) -> Iterator[None]:
-    """Put the network in eval mode inside the block; restore its modes afterwards."""
-    training = [part for network in networks for part in network.modules() if part.training]
-    try:
-        for network in networks:
-            network.eval()
-        yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 def _tapped(student: Model) -> TappedModel:
@@ -251,10 +244,6 @@ def _input_shape(model: TappedModel) -> Shape:
     if model.input_shape is None:
         raise TapError(f"{model.role}: the shape of its images is not known")
     return model.input_shape
-
-
-def _device(model: TappedModel) -> torch.device:
-    return next(model.module.parameters()).device
 
 
 def _logits(output: object) -> Tensor:

@@ -1,6 +1,4 @@
-"""Reads files of weights, and fits their content to a network by names and shapes. Code in such a
-file is never run.
-"""
+"""Reads files of weights, and fits them to a network. Code in such a file is never run."""
 
 from __future__ import annotations
 
@@ -45,9 +43,7 @@ OwnName = Callable[[str, str], str]  # from a file's key and the prefix to drop
 
 @dataclass(frozen=True)
 class Fitted:
-    """A file's weights under the network's own names, and notes on how they were matched, a clause
-    each.
-    """
+    """A file's weights under the network's names, and notes on the match, a clause each."""
 
     weights: Weights
     notes: tuple[str, ...]
@@ -82,34 +78,25 @@ def fit_weights(
     content, prefix, notes = _chosen(read_groups(path, shapes_only=shapes_only), path, strip_prefix)
     wanted = {key: value for key, value in module.state_dict().items() if not _within(key, head)}
     own = functools.partial(_own_name, rename=rename)
-    found, candidates = _named(content, prefix, own, head, path), _prefixes(content, wanted)
+    weights, candidates = _named(content, prefix, own, head, path), _prefixes(content, wanted)
     if not strip_prefix and (common := _dropped_unasked(content, wanted, candidates, own, head)):
-        found, notes = (
-            _named(content, common, own, head, path),
-            [
-                *notes,
-                f"the prefix `{common}` of its keys is dropped",
-            ],
-        )
+        weights = _named(content, common, own, head, path)
+        notes.append(f"the prefix `{common}` of its keys is dropped")
+    # a file of several networks: keys without the prefix belong to another one, unless they fit
     others = {own(key, "") for key in content if not key.startswith(prefix)}
-    if left := sorted(others & (found.keys() - wanted.keys())):
-        found = {key: value for key, value in found.items() if key not in left}
-        notes = [*notes, _listed(left, "key", f"without the prefix `{prefix}` are left out")]
-    missing, unexpected = _lacking(wanted, found), sorted(found.keys() - wanted.keys())
+    if left := sorted(others & (weights.keys() - wanted.keys())):
+        weights = {key: value for key, value in weights.items() if key not in left}
+        notes.append(_listed(left, "key", f"without the prefix `{prefix}` are left out"))
+    missing, unexpected = _lacking(wanted, weights), sorted(weights.keys() - wanted.keys())
     reshaped = {
-        key: (found[key].shape, value.shape)
+        key: (weights[key].shape, value.shape)
         for key, value in wanted.items()
-        if key in found and found[key].shape != value.shape
+        if key in weights and weights[key].shape != value.shape
     }
     if missing or unexpected or reshaped:
-        raise Misfit(
-            path,
-            missing,
-            unexpected,
-            reshaped,
-            _hint(content, wanted, candidates, own) if missing else "",
-        )
-    return Fitted(found, tuple(notes))
+        hint = _hint(content, wanted, candidates, own) if missing else ""
+        raise Misfit(path, missing, unexpected, reshaped, hint)
+    return Fitted(weights, tuple(notes))
 
 
 def _own_name(key: str, prefix: str, rename: Callable[[str], str] | None) -> str:
@@ -123,17 +110,17 @@ def _named(content: Weights, prefix: str, own: OwnName, head: str | None, path: 
     Raises:
         CheckpointError: two of them have the same name.
     """
-    found: Weights = {}
+    weights: Weights = {}
     for key, value in content.items():
-        if (name := own(key, prefix)) in found:
+        if (name := own(key, prefix)) in weights:
             raise CheckpointError(f"{path} does not fit: several of its keys mean '{name}'")
         if not _within(name, head):
-            found[name] = value
-    return found
+            weights[name] = value
+    return weights
 
 
-def _lacking(wanted: Mapping[str, Tensor], found: Iterable[str]) -> list[str]:
-    there = set(found)
+def _lacking(wanted: Mapping[str, Tensor], names: Iterable[str]) -> list[str]:
+    there = set(names)
     return [key for key in wanted if key not in there and not key.endswith(COUNTER)]
 
 
@@ -144,9 +131,7 @@ def _dropped_unasked(
     own: OwnName,
     head: str | None,
 ) -> str:
-    """Return a prefix of all keys without which each of them fits, if they do not fit with it;
-    otherwise an empty string.
-    """
+    """Return a prefix of all keys that has to be dropped for them to fit, or an empty string."""
     if not _lacking(wanted, (own(key, "") for key in content)):
         return ""
     for prefix in candidates:
@@ -162,8 +147,7 @@ def _dropped_unasked(
 
 
 def adopt_shapes(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Give a network's tensors the shapes of weights that it has saved: it may have pruned itself,
-    or its observers may have grown.
+    """Give a network's tensors the shapes of saved weights: it may have pruned itself.
 
     A parameter stays the same object, so that an optimizer can continue with it. Tensors that the
     network does not have are ignored.
@@ -171,25 +155,23 @@ def adopt_shapes(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     for name, value in weights.items():
         path, _, attribute = name.rpartition(".")
         try:
-            part = module.get_submodule(path)
+            owner = module.get_submodule(path)
         # the network has no such module
         except AttributeError:
             continue
-        if isinstance(own := part._parameters.get(attribute), nn.Parameter) and not is_lazy(own):
+        # a lazy parameter takes its shape when it is loaded
+        if isinstance(own := owner._parameters.get(attribute), nn.Parameter) and not is_lazy(own):
             if own.shape != value.shape:
                 own.data = torch.empty(value.shape, dtype=own.dtype, device=own.device)
-        elif attribute in part._buffers:
-            buffer = part._buffers[attribute]
+        elif attribute in owner._buffers:
+            buffer = owner._buffers[attribute]
             if buffer is None or buffer.shape != value.shape:
-                part._buffers[attribute] = torch.empty_like(
-                    value, device=value.device if buffer is None else buffer.device
-                )
+                device = value.device if buffer is None else buffer.device
+                owner._buffers[attribute] = torch.empty_like(value, device=device)
 
 
 class Misfit(CheckpointError):
-    """Weights whose names or shapes are not the network's: keys that are missing, unexpected,
-    and reshaped (theirs, ours).
-    """
+    """Weights that do not fit: keys missing, unexpected, or reshaped (theirs, ours)."""
 
     def __init__(
         self,
@@ -206,8 +188,8 @@ class Misfit(CheckpointError):
             f"{key} {tuple(theirs)}, not {tuple(ours)}" for key, (theirs, ours) in reshaped.items()
         ]
         kinds = [("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)]
-        said = [_listed(keys, "key", kind) for kind, keys in kinds if keys]
-        super().__init__(f"{path} does not fit: {'; '.join(said)}{hint}")
+        clauses = [_listed(keys, "key", kind) for kind, keys in kinds if keys]
+        super().__init__(f"{path} does not fit: {'; '.join(clauses)}{hint}")
 
 
 def refuse_other_classes(
@@ -236,21 +218,21 @@ def refuse_other_classes(
         if theirs > (outputs or theirs)
         else ""
     )
+    # no `new_head` for a teacher: a random classifier has nothing to teach
     raise CheckpointError(f"{says}; a teacher needs weights for these classes{more}")
 
 
-def read_weights(path: Path, strip_prefix: str = "") -> Weights:
+def read_weights(path: Path) -> Weights:
     """Read the weights in a safetensors or torch file, even if a training script nested them.
 
     Raises:
         CheckpointError: the file is missing, broken, or holds more than tensors and plain values.
     """
-    return _chosen(read_groups(path), path, strip_prefix)[0]
+    return _chosen(read_groups(path), path, strip_prefix="")[0]
 
 
 def read_groups(path: Path, *, shapes_only: bool = False) -> dict[str, Weights]:
-    """Read every mapping of tensors in a file, by its place there: "" is the file itself, `model.`
-    the mapping under that key.
+    """Read every mapping of tensors in a file by its place: "" is the file, `model.` a key.
 
     Raises:
         CheckpointError: there is none; the file is missing, broken, or holds more than tensors and
@@ -290,10 +272,8 @@ def _safetensors(path: Path, shapes_only: bool) -> Any:
     if not shapes_only:
         return load_file(path)
     with safe_open(path, framework="pt") as file:
-        names = list(file.keys())
-        return {
-            name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names
-        }
+        shapes = {name: file.get_slice(name).get_shape() for name in list(file.keys())}
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
 def _torch_file(path: Path, shapes_only: bool) -> Any:
@@ -311,14 +291,17 @@ def _torch_file(path: Path, shapes_only: bool) -> Any:
                     f"{path}: is a compressed archive, which torch does not write; unpacked it may"
                     " fill the memory"
                 )
+    # mapped, so that values which are not looked at are not read; files of torch < 1.6 cannot be
     return torch.load(path, map_location="cpu", weights_only=True, mmap=archive and shapes_only)
 
 
 def _groups(
     content: Any, shapes_only: bool, place: str = "", depth: int = 3, met: set[int] | None = None
 ) -> Iterator[tuple[str, Weights]]:
-    """Yield each mapping once, to a limited depth: a file may contain itself, under many keys."""
+    """Yield each mapping once, to a limited depth."""
+    # a file of strangers may contain itself, or one mapping under many keys
     met = set() if met is None else met
+    # met by identity, as mappings of tensors cannot be compared
     if not isinstance(content, Mapping) or not content or id(content) in met:
         return
     met.add(id(content))
@@ -331,9 +314,7 @@ def _groups(
 
 
 def _is_plain(value: object, shapes_only: bool) -> bool:
-    """Check whether it is an ordinary tensor with a value for each element, or one of which only
-    the shape was read.
-    """
+    """Check whether it is an ordinary tensor, with values or (`shapes_only`) without."""
     return (
         isinstance(value, Tensor)
         and value.layout is torch.strided
@@ -349,21 +330,22 @@ def _chosen(
     Raises:
         CheckpointError: the choice is ambiguous.
     """
-    known = [place for place in groups if all(step in CONTAINERS for step in place.split(".")[:-1])]
-    likely = sorted(
-        known, key=lambda place: [CONTAINERS.index(step) for step in place.split(".")[:-1]]
-    )
+    # a place such as `model.` ends in a dot
+    steps = {place: place.split(".")[:-1] for place in groups}
+    known = [place for place in groups if all(step in CONTAINERS for step in steps[place])]
+    likely = sorted(known, key=lambda place: [CONTAINERS.index(step) for step in steps[place]])
     place = likely[0] if likely else next(iter(groups))
+    # the prefix may name a group, or begin the keys of one
     named = [other for other in groups if other and strip_prefix.startswith(other)]
     if named and not any(key.startswith(strip_prefix) for key in groups[place]):
         return groups[named[0]], strip_prefix.removeprefix(named[0]), []
     if len(groups) > 1 and not likely:
-        listed = ", ".join(f"`{one}`" for one in groups)
+        listed = ", ".join(f"`{other}`" for other in groups)
         raise CheckpointError(
             f"{path}: has weights under several keys; say which are meant by `strip_prefix`, one of"
             f" {listed}"
         )
-    others = [f"`{one}`" for one in likely[1:]]
+    others = [f"`{other}`" for other in likely[1:]]
     notes = (
         [f"the weights are those under `{place}`; it also has some under {', '.join(others)}"]
         if others
@@ -374,12 +356,10 @@ def _chosen(
 
 def _prefixes(content: Weights, wanted: Mapping[str, Tensor]) -> list[str]:
     """List the prefixes that may precede the network's own names in the file."""
+    # the first name is enough: a prefix precedes all of them
     first = next(iter(wanted), "")
-    return list(
-        dict.fromkeys(
-            key.removesuffix(first) for key in content if first and key.endswith(f".{first}")
-        )
-    )
+    prefixes = (key.removesuffix(first) for key in content if first and key.endswith(f".{first}"))
+    return list(dict.fromkeys(prefixes))
 
 
 def _hint(
@@ -390,12 +370,10 @@ def _hint(
         for prefix in candidates
     }
     best = [prefix for prefix, count in fits.items() if count == max(fits.values())]
-    return (
-        f"; with `strip_prefix: {'` or `'.join(best)}` {fits[best[0]]} of {len(wanted)} keys"
-        " would fit"
-        if best
-        else ""
-    )
+    if not best:
+        return ""
+    prefixes = "` or `".join(best)
+    return f"; with `strip_prefix: {prefixes}` {fits[best[0]]} of {len(wanted)} keys would fit"
 
 
 def _within(key: str, layer: str | None) -> bool:

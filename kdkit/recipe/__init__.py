@@ -1,15 +1,6 @@
-"""Reads YAML files and plugins into one typed recipe with a fingerprint; every error has file and
-line.
-"""
+"""Reads YAML files and plugins into one typed, fingerprinted recipe; errors have file and line."""
 
-from kdkit.recipe.loading import (
-    Recipe,
-    code_of_all,
-    content_of,
-    load,
-    read,
-    teacher_recipes,
-)
+from kdkit.recipe.loading import Recipe, code_of_all, content_of, load, read, teacher_recipes
 from kdkit.recipe.walk import code_in, models_in
 
 __all__ = [

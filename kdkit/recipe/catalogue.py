@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from kdkit.contracts.options import Options, Ramp
+from kdkit.recipe.reading import seen_from_here
 from kdkit.recipe.registry import FROM_A_FILE, Plugin, Registry
 
 KINDS = {
@@ -60,9 +61,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a plugin: its type with bounds, default ("required" if it has none), and
-    meaning.
-    """
+    """One option of a plugin: type with bounds, default (or "required"), and meaning."""
 
     name: str
     type: str
@@ -74,14 +73,14 @@ def entries(plugins: Registry) -> Iterator[Entry]:
     """List every plugin found, by kind and name."""
     for kind, plugin in plugins:
         first, _, rest = inspect.cleandoc(plugin.__doc__ or "").partition("\n\n")
-        module = (
-            inspect.cleandoc(sys.modules[plugin.__module__].__doc__ or "")
-            .partition("\n\n")[2]
-            .strip()
+        # a module's first paragraph says what the class's does
+        _, _, paper = inspect.cleandoc(sys.modules[plugin.__module__].__doc__ or "").partition(
+            "\n\n"
         )
-        said = ("knowledge", "scheme", "rows_are")
-        group = next((str(getattr(plugin, name)) for name in said if hasattr(plugin, name)), "")
-        origin = _shown(plugins.origins[plugin])
+        groups = ("knowledge", "scheme", "rows_are")
+        group = next((str(getattr(plugin, name)) for name in groups if hasattr(plugin, name)), "")
+        origin = seen_from_here(plugins.origins[plugin])
+        # the path of an installed plugin differs from machine to machine, its module does not
         source = origin if plugin.__module__.startswith(FROM_A_FILE) else plugin.__module__
         yield Entry(
             plugin.name,
@@ -89,16 +88,11 @@ def entries(plugins: Registry) -> Iterator[Entry]:
             group,
             " ".join(first.split()),
             rest.strip(),
-            module,
+            paper.strip(),
             origin,
             source,
             tuple(options(plugin)),
         )
-
-
-def _shown(origin: str) -> str:
-    path = Path(origin)
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else origin
 
 
 def options(plugin: Plugin) -> Iterator[Option]:
@@ -118,10 +112,10 @@ def _value(value: Any) -> str:
 
 def _type(info: FieldInfo) -> str:
     bounds = [
-        f"{sign} {getattr(m, key):g}"
-        for m in info.metadata
+        f"{sign} {getattr(bound, key):g}"
+        for bound in info.metadata
         for key, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
-        if hasattr(m, key)
+        if hasattr(bound, key)
     ]
     ramp = ["or a ramp"] if any(type(m).__name__ == "_NumberOrRamp" for m in info.metadata) else []
     return " ".join([_name(info.annotation), *([", ".join(bounds)] if bounds else []), *ramp])
@@ -130,16 +124,17 @@ def _type(info: FieldInfo) -> str:
 def _name(annotation: Any) -> str:
     if isinstance(annotation, type) and issubclass(annotation, Options) and annotation is not Ramp:
         return "{" + ", ".join(annotation.model_fields) + "}"
-    origin, parts = get_origin(annotation), [a for a in get_args(annotation) if a is not Ellipsis]
+    origin = get_origin(annotation)
+    # `tuple[X, ...]` has an ellipsis among its arguments
+    members = [member for member in get_args(annotation) if member is not Ellipsis]
     if origin is Annotated:
-        return _name(parts[0])
+        return _name(members[0])
     if origin in (tuple, list):
-        return f"list of {_name(parts[0])}"
+        return f"list of {_name(members[0])}"
     if origin is Literal:
-        return " | ".join(
-            str(part).lower() if isinstance(part, bool) else str(part) for part in parts
-        )
-    if parts and origin is not dict:
-        return " | ".join("none" if part is type(None) else _name(part) for part in parts)
+        # YAML writes booleans in small letters
+        return " | ".join(str(m).lower() if isinstance(m, bool) else str(m) for m in members)
+    if members and origin is not dict:
+        return " | ".join("none" if m is type(None) else _name(m) for m in members)
     plain = {str: "text", float: "number", int: "integer", bool: "true | false", Path: "path"}
     return "mapping" if origin is dict else plain.get(annotation, str(annotation))

@@ -1,6 +1,4 @@
-"""Decides which Python files a recipe may run, and announces them. Files that the user names by
-`--plugins` need no consent.
-"""
+"""Decides which Python files a recipe may run, and announces them."""
 
 from __future__ import annotations
 
@@ -14,9 +12,7 @@ from kdkit.errors import RecipeError
 
 
 class Unasked(RecipeError):
-    """Python files that were not run for lack of consent; `says` leaves out where they are
-    named.
-    """
+    """Python files that may not run; `says` leaves out where they are named."""
 
     def __init__(self, place: str, says: str) -> None:
         super().__init__(f"{place}: {says}")
@@ -25,21 +21,18 @@ class Unasked(RecipeError):
 
 @dataclass(frozen=True)
 class _Watch:
-    """The state of `watch`: the function that announces files, the files of `--plugins` if no
-    others may run, and what was announced already.
-    """
+    """The arguments of `watch`, and the announcements made so far."""
 
     say: Callable[[str], None]
     only: tuple[Path, ...] | None
-    told: set[str] = field(default_factory=set)
+    announced: set[str] = field(default_factory=set)
 
 
 _watch: ContextVar[_Watch | None] = ContextVar("who is told of Python files that run", default=None)
 
 
 def watch(say: Callable[[str], None], only: Sequence[Path] | None = None) -> None:
-    """From here on, in this context of the process, announce each Python file that recipes run,
-    once.
+    """Announce each Python file that recipes run, once, from here on in this context.
 
     Args:
         say: called with the announcement, before the file runs.
@@ -68,6 +61,7 @@ def meet(named: Mapping[Path, str], allowed: Sequence[Path] | None = None) -> No
             f" trust it, add {options}"
         )
         raise Unasked(named[strange[0]], says)
+    # a user who has named the files of a run needs no announcement
     if watch is None or allowed is not None:
         return
     if watch.only is not None and (strange := _others(named, watch.only)):
@@ -75,27 +69,24 @@ def meet(named: Mapping[Path, str], allowed: Sequence[Path] | None = None) -> No
             named[strange[0]], f"names {_listed(strange)}, which --no-plugins does not let run"
         )
     for path, place in named.items():
-        if (text := f"runs {path}, which {place} names") not in watch.told:
-            watch.told.add(text)
+        if (text := f"runs {path}, which {place} names") not in watch.announced:
+            watch.announced.add(text)
             watch.say(text)
 
 
-def moved(named: Mapping[str, Path], given: Sequence[Path]) -> dict[str, Path]:
-    """Map each file that a run's recipe names at another place, by its key path, to the user's file
-    of the same name.
-    """
-    own = {path.name: path for path in given}
+def moved(named: Mapping[str, Path], files: Sequence[Path]) -> dict[str, Path]:
+    """Map key paths of files that are elsewhere now to the user's files of the same name."""
+    # a run that was moved, or came from another machine, names files where they were then
+    own = {path.name: path for path in files}
     return {
         key: own[path.name]
         for key, path in named.items()
-        if _others([path], given) and path.name in own
+        if _others([path], files) and path.name in own
     }
 
 
 def _others(named: Sequence[Path] | Mapping[Path, str], allowed: Sequence[Path]) -> list[Path]:
-    return [
-        path for path in named if not any(path == one or one in path.parents for one in allowed)
-    ]
+    return [path for path in named if not any(path.is_relative_to(free) for free in allowed)]
 
 
 def _listed(paths: Sequence[Path]) -> str:

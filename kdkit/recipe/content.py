@@ -26,6 +26,7 @@ def trained_values(
         taught: gives the fingerprint of the recipe that trains a teacher.
         older: digest files as an older kdkit did; see `Recipe.content`.
     """
+    # the fingerprint stands for the recipe's path and seed; a name changes no answer
     if isinstance(value, RecipeTeacher):
         options = {
             name: trained_values(option, taught, older=older)
@@ -43,20 +44,19 @@ def trained_values(
         return [trained_values(item, taught, older=older) for item in value]
     if isinstance(value, Mapping):
         return {key: trained_values(item, taught, older=older) for key, item in value.items()}
+    # a file by its content, so that a copy elsewhere gives the same run
     if isinstance(value, Path):
         return digest(value, older=older) if value.is_file() else str(value)
     return value
 
 
 def _is_trained(field: Any, value: Any) -> bool:
-    """True if an option's value is part of what is trained."""
+    """Check whether an option's value is part of what is trained."""
     return not is_bookkeeping(field) and not (is_marked(field, "later") and value == field.default)
 
 
 def digest(file: Path, *, older: bool) -> str:
-    """SHA-256 of a file; of a Python file with the modules beside it that it imports, unless
-    `older`.
-    """
+    """Digest a file; a Python file with the modules beside it that it imports, unless `older`."""
     with_modules = file.suffix == ".py" and not older
     return dependencies.code_digest(file) if with_modules else file_digest(file)
 

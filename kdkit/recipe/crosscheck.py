@@ -1,6 +1,4 @@
-"""Checks a recipe as a whole: keys that conflict, missing files, teachers whose recipes have
-teachers themselves.
-"""
+"""Checks a recipe as a whole: keys that conflict, missing files, teachers of teachers."""
 
 from __future__ import annotations
 
@@ -38,6 +36,7 @@ def conflicts(spec: RecipeBase, plugins: Registry, path: Path) -> Iterator[Probl
         path: its file.
     """
     for location, value in leaves(spec):
+        # pydantic takes integers of any size, and NaN where a field has no bound
         if isinstance(value, int) and abs(value) > LARGEST_INT:
             yield location, f"{shown(value)} is too large"
         if isinstance(value, float) and math.isnan(value):
@@ -69,9 +68,7 @@ def task_of(spec: RecipeBase, plugins: Registry) -> Task:
 
 
 def unknown_task(spec: RecipeBase, plugins: Registry) -> Problem | None:
-    """Explain that the task that the dataset is made for does not exist; None if it does, or if the
-    recipe names another one.
-    """
+    """Explain that the dataset's task does not exist; None if it does, or another is named."""
     name = plugins.datasets[spec.data.dataset.use].task
     if spec.task is not None or name in plugins.tasks:
         return None
@@ -87,27 +84,23 @@ def _task_conflicts(spec: RecipeBase, plugins: Registry) -> Iterator[Problem]:
     task = task_of(spec, plugins)
     schedule = plugins.schedules[spec.schedule.use]
     if not serves(schedule.tasks, task):
-        says = (
-            f"schedule '{schedule.name}' is for {' and '.join(sorted(schedule.tasks))}, and task"
-            f" '{task.name}' has rows of {task.rows_are}"
-        )
-        yield ["schedule"], says
+        yield ["schedule"], f"schedule '{schedule.name}' {_serves_others(schedule.tasks, task)}"
     for i, entry in enumerate(spec.losses):
-        loss = plugins.losses[entry.use]
-        tasks = loss.for_tasks(entry)
+        tasks = plugins.losses[entry.use].for_tasks(entry)
         if not serves(tasks, task):
-            says = (
-                f"'{entry.use}' is for {' and '.join(sorted(tasks))}, and task"
-                f" '{task.name}' has rows of {task.rows_are}; its usual loss on labels is"
-                f" '{task.default_loss}'"
-            )
-            yield ["losses", i, "use"], says
+            says = f"'{entry.use}' {_serves_others(tasks, task)}"
+            usual = f"its usual loss on labels is '{task.default_loss}'"
+            yield ["losses", i, "use"], f"{says}; {usual}"
+
+
+def _serves_others(tasks: Iterable[str], task: Task) -> str:
+    return (
+        f"is for {' and '.join(sorted(tasks))}, and task '{task.name}' has rows of {task.rows_are}"
+    )
 
 
 def _model_conflicts(spec: RecipeBase, plugins: Registry, path: Path) -> Iterator[Problem]:
-    """Find unknown models, teachers that do not fit the rest, and students initialised from unknown
-    teachers.
-    """
+    """Find unknown models, teachers that do not fit, and `init` from an unknown teacher."""
     if spec.teacher is not None and spec.teachers:
         yield ["teachers"], "give `teacher` or `teachers`, not both"
         return
@@ -164,19 +157,15 @@ def _teacher_conflicts(spec: RecipeBase, plugins: Registry, path: Path) -> Itera
 
 
 def _refused_line(start: Path, path: Path) -> str | None:
-    """Explain the errors in the recipes that train a teacher, its teachers, and so on; None if
-    there are none. Each file is read once.
-    """
-    known: dict[Path, int] = {}
+    """Explain what is wrong with the line of recipes that train a teacher; None if nothing."""
+    known: dict[Path, int] = {}  # each file is read once
     try:
         count = _count_recipes(path, (Path(os.path.realpath(start)),), known)
     except _ComesBackError:
         return f"{path.name} has this recipe among its own teachers"
-    return (
-        f"{path.name}, its teachers and theirs are {count} recipes, more than {MOST_RECIPES}"
-        if count > MOST_RECIPES
-        else None
-    )
+    if count <= MOST_RECIPES:
+        return None
+    return f"{path.name}, its teachers and theirs are {count} recipes, more than {MOST_RECIPES}"
 
 
 class _ComesBackError(Exception):
@@ -184,8 +173,7 @@ class _ComesBackError(Exception):
 
 
 def _count_recipes(path: Path, above: tuple[Path, ...], known: dict[Path, int]) -> int:
-    """Count the recipes that are planned for a teacher: its own, and those of its teachers, as
-    often as they teach.
+    """Count the recipes that train a teacher and its teachers, as often as they teach.
 
     Args:
         path: the teacher's recipe.
@@ -194,6 +182,7 @@ def _count_recipes(path: Path, above: tuple[Path, ...], known: dict[Path, int]) 
     """
     if path in above:
         raise _ComesBackError
+    # too many in any case
     if len(above) > MOST_RECIPES:
         return 1
     if path not in known:
@@ -206,6 +195,7 @@ def _count_recipes(path: Path, above: tuple[Path, ...], known: dict[Path, int]) 
 
 def _recipes_of_teachers(data: Mapping[str, Any]) -> Iterable[tuple[Path, int]]:
     """List the recipes that train a recipe's teachers, and the number of seeds of each."""
+    # unchecked data: loading these recipes would load their teachers', and so on
     several = data.get("teachers")
     for section in [data.get("teacher"), *(several if isinstance(several, list) else [several])]:
         text = section.get("recipe") if isinstance(section, dict) else None

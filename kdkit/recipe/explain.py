@@ -1,23 +1,22 @@
-"""Turns pydantic's errors in a recipe into lines for its author: file:line, key, what, did you
-mean, what is allowed.
-"""
+"""Turns pydantic's errors in a recipe into lines: place, key, what, did you mean, allowed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from kdkit.contracts.model_source import RecipeTeacher
 from kdkit.contracts.options import IN_WORDS, Ramp, said
-from kdkit.errors import dotted, one_line, shown, suggest
+from kdkit.errors import KdkitError, dotted, one_line, shown, suggest
 from kdkit.recipe.reading import COMMAND_LINE
 from kdkit.recipe.types import TAUGHT
 from kdkit.recipe.yaml_source import Source
 
 Location = Sequence[str | int]
+M = TypeVar("M", bound=BaseModel)
 
 MOST_PROBLEMS = 50
 """Maximum number of error lines for one file."""
@@ -26,16 +25,13 @@ DEEPEST_KEY = 4
 
 
 def explain(
-    error: ValidationError,
-    model: type[BaseModel] | None,
-    data: Any,
-    place: Callable[[Location], str],
+    error: ValidationError, model: type[BaseModel], data: Any, place: Callable[[Location], str]
 ) -> str:
     """Format one line for each error: place, key, what, did you mean, allowed.
 
     Args:
         error: the error from pydantic.
-        model: the type that was validated, for the names of its keys (None: list none).
+        model: the type that was validated, for the names of its keys.
         data: the value that was validated.
         place: of a key, such as `file:line`.
     """
@@ -46,17 +42,27 @@ def explain(
         for i, (e, where) in enumerate(zip(errors, places, strict=False))
         if not _is_surpassed(i, errors[:MOST_PROBLEMS], places)
     ]
-    more = (
-        [f"{place([])}: and {len(errors) - MOST_PROBLEMS} problems more"]
-        if len(errors) > MOST_PROBLEMS
-        else []
-    )
-    return "\n".join(dict.fromkeys([*lines, *more]))
+    if len(errors) > MOST_PROBLEMS:
+        lines.append(f"{place([])}: and {len(errors) - MOST_PROBLEMS} problems more")
+    # members of a union may report the same problem
+    return "\n".join(dict.fromkeys(lines))
 
 
 def explain_source(error: ValidationError, model: type[BaseModel], source: Source) -> str:
     """Format the errors in a recipe or a study, with the places of its source."""
     return explain(error, model, source.data, source.where)
+
+
+def validated(kind: type[M], values: Any, place: str, raised: type[KdkitError]) -> M:
+    """Validate values that are in no recipe, such as a file's entry; `place` begins the lines.
+
+    Raises:
+        KdkitError: of type `raised`; the values are wrong.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise raised(explain(error, kind, values, lambda _: place)) from None
 
 
 def _is_echo(error: ErrorDetails) -> bool:
@@ -67,21 +73,18 @@ def _is_echo(error: ErrorDetails) -> bool:
 def _is_surpassed(
     number: int, errors: Sequence[ErrorDetails], places: Sequence[list[str | int]]
 ) -> bool:
-    """Hide a union member's errors when another member is a closer match: only out of range, or
-    wrong in one part.
-    """
+    """Hide errors of a union member if another is a closer match: in range, or in one key."""
 
     def distance(error: ErrorDetails) -> int:
-        return (
-            2
-            if error["type"].endswith(("_type", "_parsing"))
-            else int(error["type"] == "literal_error")
-        )
+        if error["type"].endswith(("_type", "_parsing")):
+            return 2
+        return int(error["type"] == "literal_error")
 
-    own, place = distance(errors[number]), places[number]
+    own, key = distance(errors[number]), places[number]
     for i, (other, where) in enumerate(zip(errors, places, strict=True)):
-        deeper = own == 2 and len(where) > len(place) and where[: len(place)] == place
-        if deeper or (where == place and (distance(other), i) < (own, number) and own > 0):
+        # an error inside of a mapping shows that its author meant the member that is a mapping
+        deeper = own == 2 and len(where) > len(key) and where[: len(key)] == key
+        if deeper or (where == key and (distance(other), i) < (own, number) and own > 0):
             return True
     return False
 
@@ -89,37 +92,37 @@ def _is_surpassed(
 def _explain(
     error: ErrorDetails,
     location: list[str | int],
-    model: type[BaseModel] | None,
+    model: type[BaseModel],
     data: Any,
     place: Callable[[Location], str],
 ) -> str:
     kind = error["type"]
     context = error.get("ctx", {})
-    given = error["input"]
+    value = error["input"]
     if kind == "union_tag_invalid":
         location = [*location, "use"]
+        # pydantic gives the allowed values only as a text, as below
         tags = [tag.strip(" '") for tag in context["expected_tags"].split(",")]
         says = f"unknown {shown(context['tag'])}; {suggest(context['tag'], tags)}"
     elif kind == "extra_forbidden":
         key = str(location[-1])
-        allowed = _keys_at(error["loc"][:-1], model) if model else []
-        elsewhere = _places_of(key, model, data) if model else []
-        says = f"no such key; {suggest(key, allowed, meant=_nearest(elsewhere, location))}"
+        meant = _nearest(_places_of(key, model, data), location)
+        says = f"no such key; {suggest(key, _keys_at(error['loc'][:-1], model), meant)}"
     elif kind == "literal_error":
         allowed = [
             word.strip(" '") for word in context["expected"].replace(" or ", ", ").split(",")
         ]
         # as YAML writes them
         allowed = [word.lower() if word in ("True", "False") else word for word in allowed]
-        says = f"got {shown(given)}; {suggest(str(given), allowed)}"
-    elif kind == "string_type" and given is None:
+        says = f"got {shown(value)}; {suggest(str(value), allowed)}"
+    elif kind == "string_type" and value is None:
         says = "needs a text, got nothing; an empty text is written ''"
         says += f", as in \"{dotted(location)}=''\"" if place(location) == COMMAND_LINE else ""
     elif kind == "string_pattern_mismatch" and context["pattern"] in IN_WORDS:
-        says = f"may hold {IN_WORDS[context['pattern']]}, got {shown(given)}"
+        says = f"may hold {IN_WORDS[context['pattern']]}, got {shown(value)}"
     else:
         says = _SAYS[kind](context) if kind in _SAYS else said(error["msg"])
-        says += "" if kind in _WITHOUT_VALUE else f", got {shown(given)}"
+        says += "" if kind in _WITHOUT_VALUE else f", got {shown(value)}"
     key = f"{dotted(location)}: " if location else ""
     return f"{place(location)}: {key}{one_line(says)}"
 
@@ -144,21 +147,14 @@ _WITHOUT_VALUE = {"union_tag_not_found", "too_short", "missing", "value_error"}
 
 def _in_file(error: ErrorDetails, data: Any) -> list[str | int]:
     """Return the error's location without the names of union members that pydantic adds to it."""
-    if data is None:
-        return list(error["loc"])
     location: list[str | int] = []
     for position, step in enumerate(error["loc"]):
         is_last = position == len(error["loc"]) - 1
-        inside = (
-            data
-            if isinstance(data, dict)
-            else dict(enumerate(data))
-            if isinstance(data, list | tuple)
-            else {}
-        )
-        if step in inside:
+        inside = dict(enumerate(data)) if isinstance(data, list | tuple) else data
+        if isinstance(inside, dict) and step in inside:
             data = inside[step]
             location.append(step)
+        # a missing key is not in the data, so it is the one step that cannot be found there
         elif is_last and error["type"] == "missing":
             location.append(step)
     return location
@@ -168,32 +164,30 @@ def _places_of(
     key: str, model: type[BaseModel], data: Any, above: tuple[str, ...] = ()
 ) -> list[tuple[str, ...]]:
     """List other places where a key of that name could stand in the recipe `data`."""
-    found: list[tuple[str, ...]] = []
+    keys: list[tuple[str, ...]] = []
     for name, field in model.model_fields.items():
         called = field.alias or name
-        found += [(*above, called)] if called == key else []
-        value, inside = (
-            data.get(called) if isinstance(data, dict) else None,
-            _models_in(field.annotation),
-        )
-        parts = (
-            [(value, called), *((item, f"{called}.{number}") for number, item in enumerate(value))]
-            if isinstance(value, list)
-            else [(value, called)]
-        )
-        for part, path in parts if len(above) < DEEPEST_KEY and inside else ():
-            for member in [one for one in inside if len(inside) == 1 or _is_chosen(one, part)]:
-                found += _places_of(key, member, part, (*above, path))
-    return found
+        if called == key:
+            keys.append((*above, called))
+        inside = _models_in(field.annotation)
+        if len(above) >= DEEPEST_KEY or not inside:
+            continue
+        value = data.get(called) if isinstance(data, dict) else None
+        sections = [(value, called)]
+        if isinstance(value, list):
+            sections += [(item, f"{called}.{number}") for number, item in enumerate(value)]
+        for section, path in sections:
+            for member in inside:
+                if len(inside) == 1 or _is_chosen(member, section):
+                    keys += _places_of(key, member, section, (*above, path))
+    return keys
 
 
 def _is_chosen(member: type[BaseModel], value: Any) -> bool:
-    """Check whether a part of a recipe is of this one of several types."""
-    names = (
-        [value.get("use"), str(value.get("model")).partition("/")[0]]
-        if isinstance(value, dict)
-        else []
-    )
+    """Check whether a section of a recipe is of this one of several types."""
+    if not isinstance(value, dict):
+        return False
+    names = [value.get("use"), str(value.get("model")).partition("/")[0]]
     return any(_is_called(member, name) for name in names if isinstance(name, str))
 
 
@@ -201,18 +195,14 @@ def _nearest(places: list[tuple[str, ...]], location: Location) -> list[str]:
     """Return the two places that share most with the key's own, the less deeply nested first."""
 
     def distance(place: tuple[str, ...]) -> tuple[int, int]:
-        common = sum(
-            1 for one, other in zip(place, map(str, location), strict=False) if one == other
-        )
+        common = sum(a == b for a, b in zip(place, map(str, location), strict=False))
         return -common, len(place)
 
     return [".".join(place) for place in sorted(places, key=distance)[:2]]
 
 
 def _keys_at(location: Location, model: type[BaseModel]) -> list[str]:
-    """List the keys allowed in the mapping at pydantic's `location`, which contains the names of
-    union members.
-    """
+    """List the keys allowed at pydantic's `location`, which includes names of union members."""
     here: list[type[BaseModel]] = [model]
     for step in location:
         fields = [m.model_fields[step] for m in here if step in m.model_fields]
@@ -237,4 +227,4 @@ def _is_called(member: type[BaseModel], step: str | int) -> bool:
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [m for part in get_args(annotation) for m in _models_in(part)]
+    return [model for member in get_args(annotation) for model in _models_in(member)]

@@ -10,9 +10,7 @@ from kdkit.errors import RecipeError
 from kdkit.recipe.loading import Recipe
 
 COMPARED = ("losses", "schedule", "teacher", "teachers", "plugins", "seed")
-"""Keys of a recipe that define what is learnt from whom; a study's variants may differ in them.
-The seed differs by design.
-"""
+"""Keys that define what is learnt from whom, in which variants may differ, and the seed."""
 
 VIEWS = "teacher.cache.views"
 """A compared key that also determines the student's augmentations, and so must not differ."""
@@ -20,9 +18,7 @@ VIEWS = "teacher.cache.views"
 
 @dataclass(frozen=True)
 class Unequal:
-    """A key in which a variant differs from the baseline, although it is not part of the
-    comparison.
-    """
+    """A key in which a variant differs from the baseline, although it is not compared."""
 
     variant: str
     key: str
@@ -31,15 +27,14 @@ class Unequal:
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield the (key, old value, new value) of the deepest keys in which two plain values
-    differ.
-    """
+    """Yield (key, old value, new value) of the deepest keys in which plain values differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *(k for k in new if k not in old)]:
             yield from differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         for i, pair in enumerate(zip(old, new, strict=True)):
             yield from differences(*pair, f"{prefix}.{i}")
+    # also lists of unequal lengths, whose items do not correspond
     elif old != new:
         yield prefix, old, new
 
@@ -47,30 +42,27 @@ def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any
 def unequal(
     recipes: Mapping[str, Recipe], baseline: str, allowed: Sequence[str] = ()
 ) -> Iterator[Unequal]:
-    """Find where the variants differ from the baseline in more than `COMPARED` and the `allowed`
-    keys (and keys below them).
-    """
+    """Find the keys outside of `COMPARED` and `allowed` in which variants differ."""
     known = recipes[baseline].content()
     for name, recipe in recipes.items():
         ours, theirs = _views(recipe), _views(recipes[baseline])
-        if ours != theirs and not any(
-            free == VIEWS or VIEWS.startswith(f"{free}.") for free in allowed
-        ):
+        if ours != theirs and not _is_below(VIEWS, allowed):
             yield Unequal(name, VIEWS, ours, theirs)
     for name, recipe in recipes.items():
         for key, theirs, ours in differences(known, recipe.content()):
-            if not any(key == free or key.startswith(f"{free}.") for free in (*COMPARED, *allowed)):
+            if not _is_below(key, (*COMPARED, *allowed)):
                 yield Unequal(name, key, ours, theirs)
 
 
+def _is_below(key: str, sections: Iterable[str]) -> bool:
+    return any(f"{key}.".startswith(f"{section}.") for section in sections)
+
+
 def _views(recipe: Recipe) -> int | None:
-    """Return the maximum number of views of an image that the recipe trains on, as its teachers'
-    caches specify it.
-    """
-    data, caches = (
-        recipe.spec.data,
-        [getattr(one, "cache", None) for one in recipe.spec.all_teachers().values()],
-    )
+    """Return the number of views of an image to which the teachers' caches limit training."""
+    data = recipe.spec.data
+    caches = [getattr(teacher, "cache", None) for teacher in recipe.spec.all_teachers().values()]
+    # without augmentation, all views of an image are the same
     counts = [cache.views for cache in caches if cache is not None and cache.views != "all"]
     return min(counts) if counts and (data.augment or data.timm_augment) else None
 
@@ -83,24 +75,20 @@ def refuse_unequal(
     Raises:
         RecipeError: it is not; one line a key, with its place and the way to allow it.
     """
-    found = list(unequal(recipes, baseline, allowed))
-    if found:
+    unfair = list(unequal(recipes, baseline, allowed))
+    if unfair:
+        lines = [_line(difference, recipes, baseline) for difference in unfair]
         free = "variants may differ in losses, schedule and teachers"
-        raise RecipeError(
-            "\n".join(
-                [
-                    *(_told(one, recipes, baseline) for one in found),
-                    f"{free}; {advice(one.key for one in found)}",
-                ]
-            )
-        )
+        lines.append(f"{free}; {advice(difference.key for difference in unfair)}")
+        raise RecipeError("\n".join(lines))
 
 
-def _told(one: Unequal, recipes: Mapping[str, Recipe], baseline: str) -> str:
-    location = [int(step) if step.isdecimal() else step for step in one.key.split(".")]
+def _line(difference: Unequal, recipes: Mapping[str, Recipe], baseline: str) -> str:
+    variant, key = difference.variant, difference.key
+    location = [int(step) if step.isdecimal() else step for step in key.split(".")]
     return (
-        f"{recipes[one.variant].source.where(location)}: {one.variant}: {one.key}:"
-        f" {_short(one.value)} ({baseline}: {_short(one.baseline)})"
+        f"{recipes[variant].source.where(location)}: {variant}: {key}:"
+        f" {_short(difference.value)} ({baseline}: {_short(difference.baseline)})"
     )
 
 

@@ -1,6 +1,4 @@
-"""Downloads for a recipe: announced first, to a folder that the user expects, and never during a
-check.
-"""
+"""Downloads for a recipe: announced, to a folder that the user expects, never in a check."""
 
 from __future__ import annotations
 
@@ -19,12 +17,12 @@ from kdkit.errors import DataError
 from kdkit.recipe.loading import Recipe
 
 DATA_FOLDER = "KDKIT_DATA"  # environment variable
+# of the context, so that a check in one thread does not hold up a download in another
 _nothing: ContextVar[bool] = ContextVar("nothing is fetched", default=False)
 
 
 def fetch(recipe: Recipe, source: DatasetSource, say: Callable[[str], None]) -> None:
-    """Fetch the missing files of the recipe's dataset, if its options allow it. Other processes of
-    this machine wait meanwhile.
+    """Fetch the dataset's missing files, if its options allow it; other processes wait.
 
     Args:
         recipe: names the dataset.
@@ -49,29 +47,30 @@ def fetch(recipe: Recipe, source: DatasetSource, say: Callable[[str], None]) -> 
 
 
 def refuse_elsewhere(recipe: Recipe, folder: Path) -> None:
-    """Refuse folders outside the recipe's folder, the current one and that of KDKIT_DATA, and
-    hidden folders.
+    """Refuse hidden folders, and any outside of the recipe's, the current and KDKIT_DATA.
 
     Raises:
         DataError: this folder is another one.
     """
-    place, own = folder.resolve(), recipe.source.path.resolve().parent
+    # resolved, so that a link cannot lead outside
+    target, own = folder.resolve(), recipe.source.path.resolve().parent
     bases = [own, Path.cwd(), *([Path(data)] if (data := os.environ.get(DATA_FOLDER)) else [])]
-    for base in (one.expanduser().resolve() for one in bases):
-        if place.is_relative_to(base) and not any(
-            part.startswith(".") for part in place.relative_to(base).parts
+    for base in (base.expanduser().resolve() for base in bases):
+        if target.is_relative_to(base) and not any(
+            name.startswith(".") for name in target.relative_to(base).parts
         ):
             return
     says = (
-        f"would be fetched to {place}, which is neither below {own} nor below the current folder,"
+        f"would be fetched to {target}, which is neither below {own} nor below the current folder,"
         " or is hidden"
     )
-    raise DataError(f"{says}; {DATA_FOLDER}={place} in the environment allows it")
+    raise DataError(f"{says}; {DATA_FOLDER}={target} in the environment allows it")
 
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Make other processes wait that fetch into the same folder."""
+    # the lock is on the nearest folder that exists: a lock file of our own would stay there
     while not folder.is_dir():
         folder = folder.parent
     handle = os.open(folder, os.O_RDONLY)
@@ -90,8 +89,7 @@ class NothingFetched(ConnectionError):
 
 @contextlib.contextmanager
 def nothing_fetched() -> Iterator[None]:
-    """Refuse every connection to another machine from Python code of this thread; Hugging Face's
-    libraries use only their caches.
+    """Refuse connections from Python code of this thread; hub libraries use their caches.
 
     It keeps honest plugins and libraries from fetching. It is no protection against code outside
     Python or against malicious code.
@@ -107,11 +105,10 @@ def nothing_fetched() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _hub_offline() -> Iterator[None]:
-    """Set the libraries' own offline switch, as they otherwise retry a refused connection several
-    times, with pauses.
-    """
+    """Set the hub's offline switch: its libraries retry a refused connection, with pauses."""
     from huggingface_hub import constants
 
+    # the environment variable is read only once, at import
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = True
     try:
@@ -125,6 +122,8 @@ def _hub_offline() -> Iterator[None]:
 
 def wanted_to_fetch(error: BaseException | None) -> bool:
     """Check whether an error was caused by a refused download."""
+    # libraries wrap the refusal in errors of their own; the hub's, of a file that is not in its
+    # cache, is no ConnectionError
     while error is not None:
         if isinstance(error, ConnectionError) or type(error).__name__ == "LocalEntryNotFoundError":
             return True
@@ -146,6 +145,7 @@ def _watch() -> None:
 def _hook(event: str, arguments: tuple[Any, ...]) -> None:
     if not event.startswith("socket.") or not _nothing.get():
         return
+    # a socket of this machine, as between a process and its data loaders
     local = event == "socket.connect" and arguments[0].family == socket.AF_UNIX
     if event in ("socket.connect", "socket.sendto", "socket.getaddrinfo") and not local:
         raise NothingFetched("a check connects to no other machine")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from typing import Any, cast
 import yaml
 from pydantic import ValidationError
 
-from kdkit.contracts.model_source import RecipeTeacher
+from kdkit.contracts.dataset_source import DatasetSource
+from kdkit.contracts.model_source import ModelOptions, ModelSource, RecipeTeacher
 from kdkit.contracts.options import Text, path_of
 from kdkit.contracts.task import Task
 from kdkit.errors import RecipeError, dotted, one_line
@@ -21,7 +23,7 @@ from kdkit.recipe.content import digest, fingerprint_of, trained_values
 from kdkit.recipe.explain import Location, explain_source
 from kdkit.recipe.registry import Registry
 from kdkit.recipe.sections import RecipeBase
-from kdkit.recipe.types import recipe_type
+from kdkit.recipe.types import recipe_type, source_of
 from kdkit.recipe.walk import code_in, is_bookkeeping
 from kdkit.recipe.yaml_source import Source
 
@@ -34,9 +36,7 @@ class Recipe:
     source: Source
     plugins: Registry
     allowed: tuple[Path, ...] | None = None
-    """For a run's recipe, the Python files and folders that may run (None: any other recipe,
-    which may run the files it names).
-    """
+    """For a run's recipe, the Python files and folders that may run (None: all that it names)."""
 
     def problem(self, location: Location, says: str) -> str:
         """Format an error as `file:line: key: what`."""
@@ -61,19 +61,18 @@ class Recipe:
         return crosscheck.task_of(self.spec, self.plugins)
 
     def loss_names(self) -> list[str]:
-        """The names of the losses in order: `name`, or `use` (numbered if it is repeated)."""
+        """List the names of the losses: `name`, or `use` (numbered if it is repeated)."""
         names: list[str] = []
         for entry in self.spec.losses:
-            name, count = entry.name or entry.use, 2
+            name = called = entry.name or entry.use
+            numbers = itertools.count(2)
             while name in names:
-                name, count = f"{entry.name or entry.use}_{count}", count + 1
+                name = f"{called}_{next(numbers)}"
             names.append(name)
         return names
 
     def plain(self) -> dict[str, Any]:
-        """Return the resolved recipe as plain values: no parents, no overrides, paths absolute,
-        defaults spelt out.
-        """
+        """Return the recipe as plain values: merged, paths absolute, defaults spelt out."""
         return self.spec.model_dump(mode="json", by_alias=True, exclude_none=True)
 
     def dump(self) -> str:
@@ -81,26 +80,36 @@ class Recipe:
         return yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True, width=120)
 
     def content(self, *, older: bool = False) -> dict[str, Any]:
-        """Return everything that the trained weights depend on: `plain` without bookkeeping, files
-        by their content.
+        """Return all that the weights depend on: `plain` without bookkeeping, files by content.
 
         `older`: without the files of the data and the modules that Python files import, as in an
         older kdkit.
         """
         plain = cast("dict[str, Any]", content_of(self.spec, older=older))
+        # a run that is called otherwise is still the same run
         del plain["name"]
         plain["plugins"] = [
             digest(file, older=older)
             for path in self.spec.plugins
             for file in ([path] if path.is_file() else sorted(path.rglob("*.py")))
         ]
-        if not older and (files := self._data_files()):
+        if not older and (files := dependencies.files_digest(self.dataset().own_files())):
             plain["data"]["files"] = files
         return plain
 
-    def _data_files(self) -> str | None:
-        dataset = self.spec.data.dataset
-        return dependencies.files_digest(self.plugins.datasets[dataset.use](dataset).own_files())
+    def dataset(self) -> DatasetSource:
+        """Return the dataset plugin with the recipe's options."""
+        options = self.spec.data.dataset
+        return self.plugins.datasets[options.use](options)
+
+    def model_source(self, options: ModelOptions) -> ModelSource:
+        """Return the source that builds a network of the recipe.
+
+        Raises:
+            ModelError: there is no such source.
+        """
+        source, name = source_of(options.model, self.plugins.models)
+        return self.plugins.models[source](options, name)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -119,6 +128,7 @@ class Recipe:
         """
         if fingerprint in (self.fingerprint, self.older_fingerprint):
             return True
+        # data that are gone leave the digest out; the run's own stands in for it
         own, files = self.content(), content.get("data", {}).get("files")
         if files is None or "files" in own["data"]:
             return False
@@ -156,8 +166,7 @@ def read(
     files: bool = True,
     allowed: tuple[Path, ...] | None = None,
 ) -> Recipe:
-    """Validate the content of a source; `plugins` and `files` as for `load`, `allowed` as in
-    `Recipe`.
+    """Validate a source; `plugins` and `files` as for `load`, `allowed` as in `Recipe`.
 
     Raises:
         RecipeError: all problems found, one line each.
@@ -168,6 +177,7 @@ def read(
             f"{source.where(['variants'])}: variants: this is a study, which `kdkit compare`"
             " carries out, not a recipe"
         )
+    # asked before anything is imported, and again for files that only valid options name
     named = _plugin_paths(source)
     consent.meet({path: source.where(["plugins", i]) for i, path in enumerate(named)}, allowed)
     available = registry.load((*plugins, *named))
@@ -177,6 +187,7 @@ def read(
     except ValidationError as error:
         raise RecipeError(explain_source(error, model, source)) from None
     consent.meet({path: source.where(place) for place, path in code_in(spec)}, allowed)
+    # plugins of the command line join the recipe's own, so that its run can be loaded again
     recipe = Recipe(
         spec.model_copy(update={"plugins": (*spec.plugins, *plugins)}), source, available, allowed
     )
@@ -211,33 +222,29 @@ def code_of_all(recipe: Recipe) -> tuple[Path, ...]:
 
 
 def content_of(value: Any, *, older: bool = False) -> Any:
-    """Reduce a recipe, or a part of it, to what changes the result, in plain values; `older`: see
-    `Recipe.content`.
-    """
+    """Reduce a recipe or a section to what changes the result; `older` as in `Recipe.content`."""
 
     def fingerprint(teacher: RecipeTeacher) -> str:
-        taught = load(teacher.recipe, {} if teacher.seed is None else {"seed": teacher.seed})
+        taught = load(teacher.recipe, _seed_of(teacher))
         return taught.older_fingerprint if older else taught.fingerprint
 
     return trained_values(value, fingerprint, older=older)
 
 
 def _recipe_of(teacher: RecipeTeacher, spec: RecipeBase) -> Recipe:
-    """Load the recipe that trains a teacher, with the file locations of `spec` if both use the same
-    dataset plugin.
-    """
-    seed: dict[str, Any] = {} if teacher.seed is None else {"seed": teacher.seed}
-    path, dataset = teacher.recipe, spec.data.dataset
-    if load(path).spec.data.dataset.use != dataset.use:
-        return load(path, seed)
-    shared = [
-        name
-        for name, field in type(dataset).model_fields.items()
-        if is_bookkeeping(field) and name in dataset.model_fields_set
-    ]
-    return load(
-        path, {**seed, **{f"data.dataset.{name}": getattr(dataset, name) for name in shared}}
-    )
+    """Load a teacher's recipe, with the file locations of `spec` for the same dataset plugin."""
+    overrides = _seed_of(teacher)
+    dataset = spec.data.dataset
+    # only bookkeeping that is written: it changes no result, so the teacher's run stays the same
+    if load(teacher.recipe).spec.data.dataset.use == dataset.use:
+        for name, field in type(dataset).model_fields.items():
+            if is_bookkeeping(field) and name in dataset.model_fields_set:
+                overrides[f"data.dataset.{name}"] = getattr(dataset, name)
+    return load(teacher.recipe, overrides)
+
+
+def _seed_of(teacher: RecipeTeacher) -> dict[str, Any]:
+    return {} if teacher.seed is None else {"seed": teacher.seed}
 
 
 def _plugin_paths(source: Source) -> list[Path]:
@@ -247,18 +254,21 @@ def _plugin_paths(source: Source) -> list[Path]:
         RecipeError: some do not exist, one a line.
     """
     named = source.data.get("plugins") or []
-    texts = [p for p in named if isinstance(p, Text)] if isinstance(named, list) else []
-    paths, problems = list[Path](), list[str]()
+    # anything else is reported by the check of the recipe's type
+    texts = [text for text in named if isinstance(text, Text)] if isinstance(named, list) else []
+    paths: list[Path] = []
+    problems: list[str] = []
     for i, text in enumerate(texts):
-        place = f"{source.where(['plugins', i])}: plugins.{i}"
+        key = f"{source.where(['plugins', i])}: plugins.{i}"
         try:
-            paths.append(path_of(text))
+            path = path_of(text)
         except ValueError as error:
-            problems.append(f"{place}: {error}")
+            problems.append(f"{key}: {error}")
             continue
-        problems += (
-            [] if os.path.exists(paths[-1]) else [f"{place}: no such file or folder: {paths[-1]}"]
-        )
+        paths.append(path)
+        # `Path.exists` raises an error for a name that is too long
+        if not os.path.exists(path):
+            problems.append(f"{key}: no such file or folder: {path}")
     if problems:
         raise RecipeError("\n".join(problems))
     return paths

@@ -25,6 +25,7 @@ DEEPEST = 32
 """Maximum nesting of lists and mappings."""
 
 _TAG = "tag:yaml.org,2002:"
+# control characters but for tab, line feed and next line (0x85), and lone surrogates
 _STRANGE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
 
 
@@ -56,6 +57,7 @@ class _Composer(yaml.SafeLoader):
                 raise _refused("contains itself", event.start_mark)
             self._sizes[node] = self._measured(node)
         size, depth = self._sizes[node]
+        # aliases of aliases multiply, though the text and the number of nodes stay small
         if size > MOST_NODES or len(self._sizes) > MOST_NODES:
             raise _refused(f"more than {MOST_NODES:,} values in one file", event.start_mark)
         if self._depth + depth > DEEPEST:
@@ -80,6 +82,7 @@ class _Composer(yaml.SafeLoader):
             *self._merged(node),
             *((key, value) for key, value in node.value if key.tag != f"{_TAG}merge"),
         ]
+        # PyYAML keeps the last of two equal keys without a word
         first: dict[str, int] = {}
         for key, _ in node.value:
             if key.value in first:
@@ -89,33 +92,22 @@ class _Composer(yaml.SafeLoader):
         return node
 
     def _merged(self, node: yaml.MappingNode) -> list[tuple[yaml.Node, yaml.Node]]:
-        """Return the items that `<<: *other` adds to a mapping that does not have these keys
-        itself.
-        """
-        found: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+        """Return the items that `<<: *other` adds: those of keys that the mapping itself lacks."""
+        items: dict[str, tuple[yaml.Node, yaml.Node]] = {}
         own = {key.value for key, _ in node.value}
         for key, value in node.value:
-            parts = value.value if isinstance(value, yaml.SequenceNode) else [value]
-            for part in parts if key.tag == f"{_TAG}merge" else ():
-                if not isinstance(part, yaml.MappingNode):
+            others = value.value if isinstance(value, yaml.SequenceNode) else [value]
+            for other in others if key.tag == f"{_TAG}merge" else ():
+                if not isinstance(other, yaml.MappingNode):
                     raise _refused("<<: takes a mapping, or a list of mappings", key.start_mark)
-                found = {**{k.value: (k, v) for k, v in part.value if k.value not in own}, **found}
-        return list(found.values())
+                # of several mappings the first one wins, as in YAML 1.1
+                items = {**{k.value: (k, v) for k, v in other.value if k.value not in own}, **items}
+        return list(items.values())
 
     def _measured(self, node: yaml.Node) -> tuple[int, int]:
-        children = (
-            [child for pair in node.value for child in pair]
-            if isinstance(node, yaml.MappingNode)
-            else node.value
-        )
-        sizes = (
-            [self._sizes[child] for child in children]
-            if isinstance(node, yaml.CollectionNode)
-            else []
-        )
-        return 1 + sum(size for size, _ in sizes), 1 + max(
-            (depth for _, depth in sizes), default=-1
-        )
+        sizes = [self._sizes[child] for child in children(node)]
+        depth = max((depth for _, depth in sizes), default=-1)
+        return 1 + sum(size for size, _ in sizes), 1 + depth
 
     def _check_tag(self, event: yaml.Event) -> None:
         tag = getattr(event, "tag", None)
@@ -132,7 +124,15 @@ class _Composer(yaml.SafeLoader):
             )
 
 
+def children(node: yaml.Node) -> list[yaml.Node]:
+    """List the nodes in a node: items of a list, keys and values of a mapping."""
+    if isinstance(node, yaml.MappingNode):
+        return [child for pair in node.value for child in pair]
+    return node.value if isinstance(node, yaml.SequenceNode) else []
+
+
 def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
+    # what YAML 1.2 reads otherwise: `no` as a word, a date as text
     left_out = {f"{_TAG}{kind}" for kind in ("bool", "timestamp", "value")}
     known = yaml.SafeLoader.yaml_implicit_resolvers.items()
     return {
@@ -143,6 +143,7 @@ def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
 
 _Composer.yaml_implicit_resolvers = _resolvers()
 _Composer.add_implicit_resolver(f"{_TAG}bool", re.compile(r"true|True|false|False"), list("tTfF"))
+# in YAML 1.1 a number needs a dot and a signed exponent, so that PyYAML reads `5e-4` as text
 _Composer.add_implicit_resolver(
     f"{_TAG}float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
 )
@@ -156,15 +157,15 @@ def read(path: Path) -> yaml.MappingNode:
     """
     name = seen_from_here(str(path))
     try:
+        # one byte more than allowed, so that a larger file is noticed but not read
         with path.open("rb") as file:
             content = file.read(LARGEST_FILE + 1)
         text = content.decode()
     except OSError as error:
         raise RecipeError(f"{name}: {error.strerror}") from None
     except ValueError as error:  # UnicodeDecodeError is one
-        raise RecipeError(
-            f"{name}: {'is not UTF-8 text' if isinstance(error, UnicodeError) else error}"
-        ) from None
+        says = "is not UTF-8 text" if isinstance(error, UnicodeError) else error
+        raise RecipeError(f"{name}: {says}") from None
     if len(content) > LARGEST_FILE:
         raise RecipeError(f"{name}: is larger than {LARGEST_FILE:,} bytes, which no recipe is")
     root = compose(text, str(path))
@@ -204,9 +205,9 @@ def value(node: yaml.Node, location: tuple[str | int, ...] = ()) -> Any:
         RecipeError: a number is too large.
     """
     if isinstance(node, yaml.MappingNode):
-        return {key.value: value(part, (*location, key.value)) for key, part in node.value}
+        return {key.value: value(item, (*location, key.value)) for key, item in node.value}
     if isinstance(node, yaml.SequenceNode):
-        return [value(part, (*location, number)) for number, part in enumerate(node.value)]
+        return [value(item, (*location, number)) for number, item in enumerate(node.value)]
     return _scalar(cast("yaml.ScalarNode", node), location)
 
 
@@ -218,20 +219,15 @@ def _scalar(node: yaml.ScalarNode, location: tuple[str | int, ...]) -> Any:
         return node.value.lower() == "true"
     if kind in ("int", "float"):
         try:
-            number = (
-                yaml.SafeLoader("").construct_yaml_int
-                if kind == "int"
-                else yaml.SafeLoader("").construct_yaml_float
-            )(node)
+            loader = yaml.SafeLoader("")
+            construct = loader.construct_yaml_int if kind == "int" else loader.construct_yaml_float
+            number = construct(node)
         # too many digits for Python's conversion: treat the number as too large
         except (ValueError, OverflowError, IndexError):
             number = LARGEST_INT + 1
         if isinstance(number, int) and abs(number) > LARGEST_INT:
-            where = (
-                f"{place(node.start_mark)}: {dotted(location)}"
-                if location
-                else place(node.start_mark)
-            )
+            where = place(node.start_mark)
+            where += f": {dotted(location)}" if location else ""
             raise RecipeError(
                 f"{where}: {shorten(node.value, 40)} is too large, or is no number; write text in"
                 " quotes"
@@ -243,11 +239,9 @@ def _scalar(node: yaml.ScalarNode, location: tuple[str | int, ...]) -> Any:
 
 def place(mark: yaml.Mark) -> str:
     """Format a place as `file:line`, or as the command line."""
-    return (
-        COMMAND_LINE
-        if mark.name == COMMAND_LINE
-        else f"{seen_from_here(mark.name)}:{mark.line + 1}"
-    )
+    if mark.name == COMMAND_LINE:
+        return COMMAND_LINE
+    return f"{seen_from_here(mark.name)}:{mark.line + 1}"
 
 
 def seen_from_here(name: str) -> str:
@@ -261,6 +255,7 @@ def _refused(says: str, mark: Any) -> yaml.MarkedYAMLError:
 
 
 def _told(error: yaml.YAMLError, text: str, name: str) -> str:
+    # the only error without a mark: it is found before the text is divided into lines
     if isinstance(error, yaml.reader.ReaderError):
         mark = yaml.Mark(name, 0, text.count("\n", 0, error.position), 0, None, 0)
         return (
@@ -271,6 +266,7 @@ def _told(error: yaml.YAMLError, text: str, name: str) -> str:
     says = next(
         (words for begin, words in _IN_PLAIN_WORDS.items() if problem.startswith(begin)), problem
     )
+    # a missing bracket is noticed at the end of the file; its beginning is more of a help
     begins = error.context_mark
     if begins is not None and says.startswith(_UNCLOSED):
         mark = begins

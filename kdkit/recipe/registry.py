@@ -26,7 +26,7 @@ from kdkit.contracts.model_source import ModelSource
 from kdkit.contracts.options import Options
 from kdkit.contracts.schedule import Schedule
 from kdkit.contracts.task import RowMeaning, Task
-from kdkit.errors import PluginError, suggest
+from kdkit.errors import PluginError, cause, suggest
 from kdkit.recipe.dependencies import beside
 
 Plugin = (
@@ -50,6 +50,7 @@ ENTRY_POINTS = "kdkit"
 FROM_A_FILE = "kdkit_plugin_"
 """Prefix of the module name of a plugin that is not installed."""
 NAME = re.compile(r"[a-z][a-z0-9_]*")
+# keys that a recipe adds to the options of losses and other plugins
 RESERVED = {"use", "weight", "name", "teacher"}
 KNOWLEDGE = {"labels", "response", "feature", "relation"}
 ROWS = set(get_args(RowMeaning))
@@ -69,17 +70,14 @@ class Registry:
     origins: Mapping[Plugin, str]
 
     def __iter__(self) -> Iterator[tuple[str, Plugin]]:
-        """Iterate over (kind, class) of every plugin: losses, schedules, models, datasets, tasks,
-        metrics.
-        """
+        """Iterate over (kind, class) of every plugin, by kind and name."""
         for kind in (hook.removeprefix("kdkit_") for hook in KINDS):
             for plugin in getattr(self, kind).values():
                 yield kind, plugin
 
 
 def load(files: tuple[Path, ...] = (), *, installed: bool = True) -> Registry:
-    """Load all plugins: installed ones (entry-point group `kdkit`, which includes the standard
-    plugins), then files and folders.
+    """Load all plugins: installed ones (entry-point group `kdkit`), then files and folders.
 
     An entry point names a module, or a package whose modules are all plugins. Folders are searched
     recursively; names that begin with `_` are skipped. The result does not depend on what was
@@ -94,21 +92,23 @@ def load(files: tuple[Path, ...] = (), *, installed: bool = True) -> Registry:
     )
 
 
+# cached, as every recipe of a study and of a teacher asks for the same plugins
 @functools.lru_cache(maxsize=8)
 def _load(files: tuple[tuple[Path, int, int], ...], installed: bool) -> Registry:
-    """Load the plugins in the current content of these files: an edited file is read again."""
+    """Load the plugins; times and sizes of the files are arguments so that edits are noticed."""
     manager = pluggy.PluginManager("kdkit")
     manager.add_hookspecs(hooks)
-    found = [
+    modules = [
         *(_installed() if installed else ()),
         *((str(path), _import(path)) for path, _, _ in files),
     ]
-    for origin, module in found:
+    for origin, module in modules:
         try:
             manager.register(module, name=origin)
         except pluggy.PluginValidationError as error:
             raise PluginError(f"{origin}: {str(error).splitlines()[-1].strip()}") from error
-    _refuse_misspelt_hooks(found)
+    # pluggy ignores functions that are no hooks
+    _refuse_misspelt_hooks(modules)
     origins: dict[Plugin, str] = {}
     by_kind = {
         hook.removeprefix("kdkit_"): _collect(getattr(manager.hook, hook), base, origins)
@@ -118,20 +118,20 @@ def _load(files: tuple[tuple[Path, int, int], ...], installed: bool) -> Registry
 
 
 def _installed() -> Iterator[tuple[str, ModuleType]]:
+    # sorted: their order in the environment depends on how packages were installed
     for point in sorted(entry_points(group=ENTRY_POINTS), key=lambda p: (p.name, p.value)):
         distribution = point.dist.name if point.dist else point.value
         try:
             module = point.load()
         except Exception as error:
             raise PluginError(
-                f"{distribution} (entry point '{point.name}'): cannot be imported: {_cause(error)}"
+                f"{distribution} (entry point '{point.name}'): cannot be imported: {cause(error)}"
             ) from error
+        # a package: each of its modules is a plugin, as in the standard ones
         if module.__spec__ and module.__spec__.submodule_search_locations:
-            for path in _plugin_files([Path(p) for p in module.__path__]):
-                yield (
-                    str(path),
-                    _import(path, package=module.__name__, root=Path(next(iter(module.__path__)))),
-                )
+            root = Path(next(iter(module.__path__)))
+            for path in _plugin_files([Path(folder) for folder in module.__path__]):
+                yield str(path), _import(path, package=module.__name__, root=root)
         else:
             yield f"{distribution} ({module.__name__})", module
 
@@ -139,12 +139,10 @@ def _installed() -> Iterator[tuple[str, ModuleType]]:
 def _plugin_files(paths: Iterable[Path]) -> Iterator[Path]:
     for path in paths:
         if path.is_dir():
-            inside = (
-                p
-                for p in sorted(path.rglob("*.py"))
-                if not any(part.startswith((".", "_")) for part in p.relative_to(path).parts)
-            )
-            yield from inside
+            for file in sorted(path.rglob("*.py")):
+                names = file.relative_to(path).parts
+                if not any(name.startswith((".", "_")) for name in names):
+                    yield file
         elif path.is_file():
             yield path
         else:
@@ -155,6 +153,7 @@ def _import(path: Path, package: str = "", root: Path | None = None) -> ModuleTy
     if root:
         name = ".".join([package, *path.relative_to(root).with_suffix("").parts])
     else:
+        # two plugins of different folders may have one file name
         digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()
         name = f"{FROM_A_FILE}{path.stem}_{digest[:8]}"
     # modules of a package may be imported already, by one another
@@ -172,26 +171,15 @@ def _import(path: Path, package: str = "", root: Path | None = None) -> ModuleTy
     except Exception as error:
         # a half-initialised module must not be found by a later import
         del sys.modules[name]
-        raise PluginError(f"{path}: cannot be imported: {_cause(error)}") from error
+        raise PluginError(f"{path}: cannot be imported: {cause(error)}") from error
     return module
 
 
-def _cause(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def _refuse_misspelt_hooks(found: Iterable[tuple[str, ModuleType]]) -> None:
-    for origin, module in found:
-        hooks = [
-            name
-            for name, value in vars(module).items()
-            if inspect.isfunction(value) and name.startswith("kdkit_")
-        ]
-        marked = [
-            name
-            for name, value in vars(module).items()
-            if inspect.isfunction(value) and getattr(value, "kdkit_impl", None)
-        ]
+def _refuse_misspelt_hooks(modules: Iterable[tuple[str, ModuleType]]) -> None:
+    for origin, module in modules:
+        functions = {n: value for n, value in vars(module).items() if inspect.isfunction(value)}
+        hooks = [name for name in functions if name.startswith("kdkit_")]
+        marked = [name for name, value in functions.items() if getattr(value, "kdkit_impl", None)]
         if wrong := sorted({*hooks, *marked} - KINDS.keys()):
             raise PluginError(
                 f"{origin}: '{wrong[0]}' is no kdkit hook; {suggest(wrong[0], KINDS)}"
@@ -205,13 +193,14 @@ def _refuse_misspelt_hooks(found: Iterable[tuple[str, ModuleType]]) -> None:
 def _collect(
     hook: pluggy.HookCaller, base: type[Any], origins: dict[Plugin, str]
 ) -> dict[str, Any]:
-    found: dict[str, Plugin] = {}
-    for impl in reversed(hook.get_hookimpls()):  # one by one, so that an error names its plugin
+    plugins: dict[str, Plugin] = {}
+    # one by one, so that an error names its plugin; reversed, as pluggy would call them
+    for impl in reversed(hook.get_hookimpls()):
         try:
             returned = impl.function()
         except Exception as error:
             raise PluginError(
-                f"{impl.plugin_name}: {hook.name}() failed: {_cause(error)}"
+                f"{impl.plugin_name}: {hook.name}() failed: {cause(error)}"
             ) from error
         if not isinstance(returned, Sequence):
             raise PluginError(
@@ -219,14 +208,14 @@ def _collect(
             )
         for cls in returned:
             _check(cls, base, impl.plugin_name)
-            if cls.name in found:
+            if cls.name in plugins:
                 raise PluginError(
-                    f"'{cls.name}' is registered twice: by {origins[found[cls.name]]} and by"
+                    f"'{cls.name}' is registered twice: by {origins[plugins[cls.name]]} and by"
                     f" {impl.plugin_name}"
                 )
-            found[cls.name] = cls
+            plugins[cls.name] = cls
             origins[cls] = impl.plugin_name
-    return dict(sorted(found.items()))
+    return dict(sorted(plugins.items()))
 
 
 def _check(cls: Any, base: type, plugin: str) -> None:
@@ -234,10 +223,16 @@ def _check(cls: Any, base: type, plugin: str) -> None:
         if not condition:
             raise PluginError(f"{plugin}: {says}")
 
+    def require_one_of(attribute: str, allowed: Set[str]) -> None:
+        value = getattr(cls, attribute, None)
+        says = f"{cls.__name__}.{attribute} is {value!r}; {suggest(str(value), allowed)}"
+        require(value in allowed, says)
+
     require(
         inspect.isclass(cls) and issubclass(cls, base),
         f"{cls!r} is not a kdkit.{base.__name__} class",
     )
+    # a class that lacks methods would fail only when a recipe uses it
     missing = ", ".join(sorted(cls.__abstractmethods__))
     require(not missing, f"{cls.__name__} does not implement {missing}")
     name = getattr(cls, "name", None)
@@ -251,6 +246,7 @@ def _check(cls: Any, base: type, plugin: str) -> None:
     )
     clash = ", ".join(sorted(RESERVED & cls.Options.model_fields.keys()))
     require(not clash, f"{cls.__name__}.Options may not define {clash}: the recipe uses that key")
+    # `__dict__`: an inherited docstring describes the base
     require(
         cls.__dict__.get("__doc__"),
         f"{cls.__name__} has no docstring: its first line is what `kdkit plugins` shows",
@@ -260,17 +256,9 @@ def _check(cls: Any, base: type, plugin: str) -> None:
     )
     require(not undescribed, f"{cls.__name__}.Options: {undescribed} lacks Field(description=...)")
     if base is Loss:
-        knowledge = getattr(cls, "knowledge", None)
-        require(
-            knowledge in KNOWLEDGE,
-            f"{cls.__name__}.knowledge is {knowledge!r}; {suggest(str(knowledge), KNOWLEDGE)}",
-        )
+        require_one_of("knowledge", KNOWLEDGE)
     if base is Task:
-        meaning = getattr(cls, "rows_are", None)
-        require(
-            meaning in ROWS,
-            f"{cls.__name__}.rows_are is {meaning!r}; {suggest(str(meaning), ROWS)}",
-        )
+        require_one_of("rows_are", ROWS)
         require(
             isinstance(getattr(cls, "default_loss", None), str),
             f"{cls.__name__}.default_loss must be the name of a loss",
@@ -281,11 +269,7 @@ def _check(cls: Any, base: type, plugin: str) -> None:
             f"{cls.__name__}.tasks must be a set of names, or 'any'",
         )
     if base is Schedule:
-        scheme = getattr(cls, "scheme", None)
-        require(
-            scheme in SCHEMES,
-            f"{cls.__name__}.scheme is {scheme!r}; {suggest(str(scheme), SCHEMES)}",
-        )
+        require_one_of("scheme", SCHEMES)
         require(
             isinstance(getattr(cls, "needs_teacher", None), bool),
             f"{cls.__name__}.needs_teacher must be True or False",

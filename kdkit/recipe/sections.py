@@ -45,14 +45,9 @@ class BatchAugment(Options):
         default=0,
         ge=0,
         le=SIDE,
-        description=(
-            "Pad by that many pixels (zeros), then crop at a random place: shifts of up to so many"
-            " pixels."
-        ),
+        description="Zero padding in pixels before a random crop: the maximum shift.",
     )
-    flip: float = Field(
-        default=0.0, ge=0, le=1, description="Share of the images mirrored left to right."
-    )
+    flip: float = Field(default=0.0, ge=0, le=1, description="Probability of a horizontal flip.")
 
 
 class TimmAugment(Options):
@@ -63,39 +58,45 @@ class TimmAugment(Options):
     """
 
     scale: tuple[float, float] | None = Field(
-        default=None, description="RandomResizedCrop: range of the area (timm: 0.08 to 1)."
+        default=None,
+        description="Range of areas for RandomResizedCrop (default: timm's, 0.08 to 1).",
     )
     ratio: tuple[float, float] | None = Field(
-        default=None, description="RandomResizedCrop: range of the aspect ratio (timm: 3/4 to 4/3)."
+        default=None,
+        description="Range of aspect ratios for RandomResizedCrop (default: timm's, 3/4 to 4/3).",
     )
-    flip: float = Field(
-        default=0.5, ge=0, le=1, description="Share of the images mirrored left to right."
-    )
+    flip: float = Field(default=0.5, ge=0, le=1, description="Probability of a horizontal flip.")
     vertical_flip: float = Field(
-        default=0.0, ge=0, le=1, description="Share of the images mirrored top to bottom."
+        default=0.0, ge=0, le=1, description="Probability of a vertical flip."
     )
     color_jitter: float | None = Field(
-        default=None, ge=0, description="Strength of brightness, contrast and saturation jitter."
+        default=None,
+        ge=0,
+        description="Strength of brightness, contrast and saturation jitter (default: none).",
     )
     auto_augment: str | None = Field(
         default=None,
-        description="A timm policy string, such as `rand-m7-mstd0.5` or `augmix-m5-w4`.",
+        description="timm policy, such as `rand-m7-mstd0.5` or `augmix-m5-w4` (default: none).",
     )
     random_erasing: float = Field(
-        default=0.0, ge=0, le=1, description="Share of the images with a rectangle erased."
+        default=0.0, ge=0, le=1, description="Probability of random erasing."
     )
     erasing_mode: Literal["const", "rand", "pixel"] = Field(
-        default="pixel", description="What fills the rectangle."
+        default="pixel",
+        description=(
+            "Fill of the erased rectangle: const (the mean), rand (one random colour) or pixel (a"
+            " random colour per pixel)."
+        ),
     )
     interpolation: Literal["random", "bilinear", "bicubic"] = Field(
-        default="random", description="How crops are resized."
+        default="random", description="Interpolation for resizing crops."
     )
 
 
 class DatasetEntry(DatasetOptions):
     """The dataset plugin that reads the samples."""
 
-    use: str = Field(description="Name of a dataset plugin.")
+    use: str = Field(description="Name of the dataset plugin.")
 
 
 def named(value: Any) -> Any:
@@ -106,21 +107,18 @@ def named(value: Any) -> Any:
 class TaskEntry(TaskOptions):
     """The task: the question that is asked of every sample."""
 
-    use: str = Field(description="Name of a task plugin.")
+    use: str = Field(description="Name of the task plugin.")
 
 
 class MetricEntry(Options):
-    """A metric that is reported in addition to the task's scores; further keys are its
-    arguments.
-    """
+    """A metric in addition to the task's scores; further keys are its arguments."""
 
+    # which arguments a torchmetrics class takes is known only when it is imported
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, JsonValue]
 
     use: str = Field(
-        description=(
-            "Name of a metric plugin, or of a torchmetrics class, such as `MulticlassCohenKappa`."
-        )
+        description="Metric plugin, or torchmetrics class such as `MulticlassCohenKappa`."
     )
 
     @property
@@ -137,87 +135,87 @@ MetricOrName = Annotated[
 class DataSpec(Options):
     """The data for training and measuring."""
 
-    dataset: DatasetEntry = Field(description="A dataset plugin and its options.")
+    dataset: DatasetEntry = Field(description="Dataset plugin and its options.")
     image_size: int | None = Field(
         default=None,
         gt=0,
         le=SIDE,
-        description=(
-            "Side of the square images that batches hold (default: the dataset's own size)."
-        ),
+        description="Side of the square images in a batch, in pixels (default: the dataset's).",
     )
     crop_pct: float = Field(
         default=1.0,
         gt=0,
         le=1,
-        description=(
-            "Share of the side that the central crop keeps when measuring, of images read one by"
-            " one."
-        ),
+        description="Fraction of the side that evaluation's centre crop keeps, for image files.",
     )
     interpolation: Literal["bilinear", "bicubic"] = Field(
-        default="bilinear", description="How images are resized to `image_size`."
+        default="bilinear", description="Interpolation for resizing to `image_size`."
     )
     batch_size: int = Field(
-        default=64, gt=0, le=COUNT, description="Images per step, over all processes together."
+        default=64, gt=0, le=COUNT, description="Samples per training batch, over all processes."
     )
     eval_batch_size: int = Field(
-        default=256, gt=0, le=COUNT, description="Images per step when measuring, per process."
+        default=256, gt=0, le=COUNT, description="Samples per evaluation batch, per process."
     )
     train_samples: int | None = Field(
         default=None,
         gt=0,
         le=1000 * COUNT,
-        description="Train on so many images only, drawn by class shares and `data.seed`.",
+        description="Number of training samples, stratified by class, by `seed` (default: all).",
     )
     train_fraction: float | None = Field(
         default=None,
         gt=0,
         le=1,
-        description="Train on that share of the images only, drawn likewise.",
+        description="Fraction of training samples, stratified by class, by `seed` (default: all).",
     )
     validation: float | int | None = Field(
         default=None,
         gt=0,
-        description="Share (below 1) or number of training images set aside for validation.",
+        description=(
+            "Fraction (below 1) or number of training samples held out for validation (default:"
+            " none)."
+        ),
     )
     seed: int = Field(
         default=0,
         ge=0,
-        description="Which images `train_samples`, `train_fraction` and `validation` draw.",
+        description="Random seed of `train_samples`, `train_fraction` and `validation`.",
     )
-    augment: BatchAugment | None = Field(default=None, description="Batched crops and flips.")
+    augment: BatchAugment | None = Field(
+        default=None, description="Random crops and flips of whole batches (default: none)."
+    )
     timm_augment: TimmAugment | None = Field(
-        default=None, description="timm's augmentations, image by image (instead of `augment`)."
+        default=None,
+        description="timm's augmentations of single images, instead of `augment` (default: none).",
     )
     repeats: int = Field(
         default=1,
         gt=0,
         le=COUNT,
         description=(
-            "Repeated augmentation: each image of an epoch comes so many times side by side, each"
-            " time augmented differently. The epoch keeps its length, so that it shows that part of"
-            " the images."
+            "Repeated augmentation: number of differently augmented copies of an image, side by"
+            " side in an epoch, which keeps its length and so shows 1/`repeats` of the images."
         ),
         json_schema_extra=LATER,
     )
     sampling: Literal["all", "balanced"] = Field(
         default="all",
         description=(
-            "all: every image once an epoch. balanced: images of each class equally often, in an"
-            " epoch of the same length; of a large class others in each epoch, of a small one the"
-            " same again, in further augmentations."
+            "Sampling of an epoch. all: every image once; balanced: every class equally often, in"
+            " an epoch of the same length (large classes are subsampled, small ones repeated with"
+            " further augmentations)."
         ),
         json_schema_extra=LATER,
     )
     drop_last: bool = Field(
-        default=True, description="Leave out an epoch's last batch when it is not full."
+        default=True, description="Drop the last batch of an epoch if it is incomplete."
     )
     workers: int = Field(
         default=2,
         ge=0,
         le=1024,
-        description="Processes that load and augment images which are not held in memory.",
+        description="Worker processes that load and augment images that are not in memory.",
         json_schema_extra=BOOKKEEPING,
     )
 
@@ -232,6 +230,7 @@ class DataSpec(Options):
                 "repeats needs augment or timm_augment: without them an image's copies are all the"
                 " same"
             )
+        # both number the copies of an image, and both decide what an epoch shows
         if self.repeats > 1 and self.sampling == "balanced":
             raise ValueError("give repeats or sampling: balanced, not both")
         return self
@@ -239,37 +238,34 @@ class DataSpec(Options):
     @property
     def repeating(self) -> str | None:
         """Name of the key that repeats images within an epoch, if one does."""
-        return (
-            "repeats" if self.repeats > 1 else "sampling" if self.sampling == "balanced" else None
-        )
+        if self.repeats > 1:
+            return "repeats"
+        return "sampling" if self.sampling == "balanced" else None
 
 
 class LossEntry(LossOptions):
     """One term of the objective."""
 
-    use: str = Field(description="Name of a loss plugin.")
+    use: str = Field(description="Name of the loss plugin.")
     name: str | None = Field(
         default=None,
         pattern=TERM_NAME,
         max_length=LONGEST_NAME,
-        description="Name of the term in logs and stages (default: `use`).",
+        description="Name of the loss in logs and stages (default: `use`).",
     )
     weight: Rampable = Field(
-        default=1.0, ge=0, description="Multiplies this loss in the total; a number or a ramp."
+        default=1.0, ge=0, description="Weight of the loss in the total; a number or a ramp."
     )
     teacher: str | None = Field(
         default=None,
-        description=(
-            "Of several teachers, the one that this loss looks at (default: all that teach)."
-        ),
+        description="Name of the teacher to compare with (default: all teachers of the stage).",
     )
     output: int = Field(
         default=0,
         ge=0,
         description=(
-            "Of a student that gives several outputs while it is trained, the one that this loss"
-            " takes for its predictions, counted from 0; layers may also be called `output1` and"
-            " so on."
+            "Index, from 0, of the student's output to use as its predictions, for networks with"
+            " several outputs in training; layers can also be named `output1` and so on."
         ),
         json_schema_extra=LATER,
     )
@@ -278,7 +274,7 @@ class LossEntry(LossOptions):
 class ScheduleEntry(ScheduleOptions):
     """The schedule: who teaches whom."""
 
-    use: str = Field(description="Name of a schedule plugin.")
+    use: str = Field(description="Name of the schedule plugin.")
 
 
 class OptimizerSpec(Options):
@@ -286,28 +282,28 @@ class OptimizerSpec(Options):
 
     name: str = Field(
         default="sgd",
-        description="Any name that timm knows: sgd (Nesterov), momentum (plain), adamw, lamb...",
+        description="timm optimizer: sgd (Nesterov), momentum (plain momentum), adamw, lamb...",
     )
     lr: float = Field(gt=0, description="Learning rate.")
     weight_decay: float = Field(default=0.0, ge=0, description="Weight decay.")
     momentum: float = Field(
-        default=0.9, ge=0, lt=1, description="Momentum, where the optimizer has one."
+        default=0.9, ge=0, lt=1, description="Momentum, for optimizers that have one."
     )
     decay_norm_and_bias: bool = Field(
         default=False,
-        description="Decay normalisation parameters and biases too, as the CIFAR papers do.",
+        description="Apply weight decay to norm parameters and biases, as the CIFAR papers do.",
     )
     layer_decay: float | None = Field(
         default=None,
         gt=0,
         le=1,
-        description="Factor on the learning rate per layer, from the last to the first.",
+        description="Learning-rate factor per layer, from the last to the first (default: none).",
     )
     args: Arguments = Field(default_factory=dict, description="Further arguments of the optimizer.")
 
 
 class AdapterSpec(Options):
-    """Optimizer group of the losses' learnable parts."""
+    """Optimizer settings of the losses' learnable parts."""
 
     lr: float | None = Field(
         default=None, gt=0, description="Learning rate (default: the optimizer's)."
@@ -321,49 +317,51 @@ class LrScheduleSpec(Options):
     """A learning-rate schedule of timm's factory."""
 
     name: Literal["constant", "cosine", "tanh", "step", "multistep", "plateau", "poly"] = Field(
-        default="cosine", description="Shape."
+        default="cosine", description="Shape of the learning-rate curve."
     )
     warmup_epochs: int = Field(
         default=0,
         ge=0,
         le=COUNT,
         description=(
-            "Epochs of linear warm-up. One that is longer than the stage, with the cool-down, is"
-            " shortened with it in proportion, so that both together take half of the stage."
+            "Epochs of linear warm-up. If warm-up and cool-down are longer than the stage, both are"
+            " shortened in proportion to half of it."
         ),
     )
     warmup_lr: float = Field(
         default=1e-5, ge=0, description="Learning rate at the start of the warm-up."
     )
     cooldown_epochs: int = Field(
-        default=0, ge=0, le=COUNT, description="Last epochs at `min_lr`, part of `train.epochs`."
+        default=0,
+        ge=0,
+        le=COUNT,
+        description="Final epochs at `min_lr`, included in `train.epochs`.",
     )
-    min_lr: float = Field(default=0.0, ge=0, description="Learning rate at the end.")
-    milestones: tuple[int, ...] = Field(
-        default=(), description="multistep: epochs at which the rate is multiplied by `decay_rate`."
+    min_lr: float = Field(default=0.0, ge=0, description="Final learning rate.")
+    milestones: tuple[int, ...] = Field(default=(), description="Epochs of the decays (multistep).")
+    step_epochs: int = Field(
+        default=30, gt=0, le=COUNT, description="Epochs between decays (step)."
     )
-    step_epochs: int = Field(default=30, gt=0, le=COUNT, description="step: epochs between decays.")
     decay_rate: float = Field(
         default=0.1,
         gt=0,
         le=1,
-        description="step, multistep, plateau, poly (power): factor of a decay.",
+        description="Factor of each decay (step, multistep, plateau), or the exponent (poly).",
     )
     patience: int = Field(
         default=10,
         ge=0,
         le=COUNT,
         description=(
-            "plateau: epochs without improvement of the validation accuracy (without a validation"
-            " split: training loss)."
+            "Epochs without an improvement of the validation score, or of the training loss without"
+            " validation data, before a decay (plateau)."
         ),
     )
 
     def within(self, epochs: int) -> Self:
-        """Return the same shape for a stage of `epochs` epochs, of which warm-up and cool-down take
-        at most half if they are longer than it.
-        """
+        """Fit warm-up and cool-down to a stage: longer ones take half of it."""
         both = self.warmup_epochs + self.cooldown_epochs
+        # half of the stage: otherwise a short trial of a long recipe would only warm up
         if both <= epochs:
             return self
         shorter = {
@@ -386,25 +384,25 @@ class EmaSpec(Options):
     """Exponential moving average of the student's weights, which is then measured and exported."""
 
     decay: float = Field(
-        default=0.9999, gt=0, lt=1, description="Share of the old average kept at each step."
+        default=0.9999, gt=0, lt=1, description="Decay of the average per optimizer step."
     )
-    warmup: bool = Field(default=False, description="Begin with a small decay (timm's warm-up).")
+    warmup: bool = Field(default=False, description="Increase the decay from 0 (timm's warm-up).")
 
 
 class MixupSpec(Options):
     """timm's mixup and cutmix."""
 
-    mixup_alpha: float = Field(default=0.0, ge=0, description="Mixup's alpha; 0 switches it off.")
-    cutmix_alpha: float = Field(default=0.0, ge=0, description="Cutmix's alpha; 0 switches it off.")
-    prob: float = Field(default=1.0, ge=0, le=1, description="Share of the batches that are mixed.")
+    mixup_alpha: float = Field(default=0.0, ge=0, description="Alpha of mixup; 0: no mixup.")
+    cutmix_alpha: float = Field(default=0.0, ge=0, description="Alpha of cutmix; 0: no cutmix.")
+    prob: float = Field(default=1.0, ge=0, le=1, description="Probability of mixing a batch.")
     switch_prob: float = Field(
-        default=0.5, ge=0, le=1, description="Share of cutmix where both are on."
+        default=0.5, ge=0, le=1, description="Probability of cutmix if both are used."
     )
     mode: Literal["batch", "pair", "elem"] = Field(
-        default="batch", description="How mixing is drawn."
+        default="batch", description="Draw the mixing per batch, per pair of images, or per image."
     )
     off_epoch: int = Field(
-        default=0, ge=0, le=COUNT, description="Epoch from which nothing is mixed; 0: never."
+        default=0, ge=0, le=COUNT, description="Epoch from which mixing is off; 0: never off."
     )
 
     @model_validator(mode="after")
@@ -415,6 +413,7 @@ class MixupSpec(Options):
 
 
 def _name_of_a_device(name: str) -> str:
+    # torch knows names of devices that this machine lacks; whether it has one is checked later
     try:
         torch.device("cpu" if name == "auto" else name)
     except RuntimeError:
@@ -427,25 +426,27 @@ Device = Annotated[str, AfterValidator(_name_of_a_device)]
 
 
 class TrainSpec(Options):
-    """Training of a student, whatever it learns from."""
+    """Training of a student."""
 
     epochs: int = Field(gt=0, le=COUNT, description="Epochs per stage.")
-    optimizer: OptimizerSpec = Field(description="Optimizer.")
+    optimizer: OptimizerSpec = Field(description="Optimizer and its settings.")
     adapters: AdapterSpec = Field(
-        default=AdapterSpec(), description="The optimizer's group of the losses' learnable parts."
+        default=AdapterSpec(), description="Optimizer settings of the losses' learnable parts."
     )
     lr_schedule: LrScheduleSpec = Field(
         default=LrScheduleSpec(), description="Learning-rate schedule."
     )
-    ema: EmaSpec | None = Field(default=None, description="Moving average of the weights.")
+    ema: EmaSpec | None = Field(
+        default=None, description="Moving average of the weights (default: none)."
+    )
     average_best: int | None = Field(
         default=None,
         gt=0,
         le=COUNT,
         description=(
-            "Leave the mean of the weights of so many epochs, those of the last stage that are best"
-            " on validation data, instead of the last epoch's weights. Needs `data.validation`;"
-            " every epoch is measured."
+            "Number of the last stage's best epochs, by validation score, whose mean weights are"
+            " the result (default: the last epoch's weights). Needs `data.validation`; every epoch"
+            " is measured."
         ),
         json_schema_extra=LATER,
     )
@@ -453,48 +454,56 @@ class TrainSpec(Options):
         default=None,
         gt=0,
         description=(
-            "End a stage when its validation score has not improved for so many epochs. The last"
-            " epoch's weights are left; with `average_best: 1`, the best epoch's. Needs"
-            " `data.validation`."
+            "Early stopping: end a stage after that number of epochs without a better validation"
+            " score. The result is the last epoch's weights, or with `average_best: 1` the best"
+            " epoch's. Needs `data.validation`."
         ),
         json_schema_extra=LATER,
     )
-    mixup: MixupSpec | None = Field(default=None, description="Mixed images and labels.")
+    mixup: MixupSpec | None = Field(
+        default=None, description="Mixup and cutmix of images and labels (default: none)."
+    )
     clip_grad: float | None = Field(
-        default=None, gt=0, description="Largest norm of the gradient of all parameters together."
+        default=None, gt=0, description="Maximum norm of the whole gradient (default: no clipping)."
     )
     accumulate: int = Field(default=1, gt=0, le=COUNT, description="Batches per optimizer step.")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
-        default="fp32", description="Precision of the students' forward pass (losses run in fp32)."
+        default="fp32", description="Precision of the students' forward pass; losses are in fp32."
     )
     channels_last: Literal["auto", True, False] = Field(
         default="auto",
-        description=(
-            "Keep images and convolutions channels-last in memory; auto: on an accelerator only."
-        ),
+        description="Channels-last memory format of images and convolutions; auto: not on the CPU.",
     )
     compile: bool = Field(default=False, description="Compile the networks with torch.compile.")
+    capture: Literal["auto", True, False] = Field(
+        default="auto",
+        description=(
+            "Record the optimizer step once and launch it as a whole (a CUDA graph) instead of"
+            " kernel by kernel; auto: on a CUDA device, where the stage allows it."
+        ),
+        json_schema_extra=BOOKKEEPING,
+    )
     device: Device = Field(
         default="auto",
         description=(
-            "auto: the accelerator there is, else the processor; or a device by torch's name: cpu,"
-            " cuda, cuda:1, mps..."
+            "Device by torch's name: cpu, cuda, cuda:1, mps...; auto: the accelerator, or the CPU"
+            " if there is none."
         ),
     )
     evaluate_every: int = Field(
         default=1,
         gt=0,
         le=COUNT,
-        description="Epochs between measurements on validation and test data.",
+        description="Epochs between evaluations on validation and test data.",
     )
 
 
 class RunSpec(Options):
-    """The folder and the logging of a run; changes no result."""
+    """The folder and the logging of a run; none of it changes the result."""
 
     folder: FolderPath = Field(
         default=Path("runs"),
-        description="Folder in which run folders are made (relative to the current one).",
+        description="Parent of the run folders, relative to the current folder.",
     )
     checkpoint_epochs: int = Field(
         default=1, gt=0, le=COUNT, description="Epochs between checkpoints."
@@ -503,22 +512,20 @@ class RunSpec(Options):
         default=None,
         gt=0,
         le=COUNT,
-        description="Optimizer steps between checkpoints inside an epoch.",
+        description="Optimizer steps between checkpoints within an epoch (default: none).",
     )
     snapshots: int | None = Field(
         default=None,
         gt=0,
         le=COUNT,
-        description=(
-            "Epochs between snapshots: the student's weights on its way, kept in the run folder."
-        ),
+        description="Epochs between snapshots of the student's weights (default: no snapshots).",
     )
     log_steps: int = Field(
         default=50, gt=0, le=COUNT, description="Optimizer steps between lines in metrics.jsonl."
     )
     trackers: tuple[str, ...] = Field(
         default=(),
-        description="Accelerate trackers that also get the metrics: tensorboard, wandb...",
+        description="Accelerate trackers that also receive the metrics: tensorboard, wandb...",
     )
 
 
@@ -529,46 +536,51 @@ class RecipeBase(Options):
         pattern=RUN_NAME, max_length=LONGEST_NAME, description="Name of the run and of its folder."
     )
     plugins: tuple[RecipePath, ...] = Field(
-        default=(), description="Plugin files or folders of your own."
+        default=(), description="Further plugin files or folders."
     )
-    seed: int = Field(default=0, ge=0, description="Everything random follows from it.")
+    seed: int = Field(default=0, ge=0, description="Random seed of the run.")
     task: TaskEntry | None = Field(
         default=None,
-        description="A task plugin, by name or with options (default: the one of the dataset).",
+        description="Task plugin, by name or with options (default: the dataset's task).",
         json_schema_extra=LATER,
     )
     metrics: tuple[MetricOrName, ...] = Field(
         default=(),
         description=(
-            "Numbers to tell beside the task's own: names of torchmetrics classes or of metric"
-            " plugins, each alone or with arguments (`{use: NAME, ...}`)."
+            "Metrics in addition to the task's scores: torchmetrics classes or metric plugins, by"
+            " name or with arguments (`{use: NAME, ...}`)."
         ),
         json_schema_extra=BOOKKEEPING,
     )
     data: DataSpec
     teacher: ModelOptions | RecipeTeacher | None = Field(
-        default=None, description="Who teaches; none for schedules without a teacher."
+        default=None, description="The teacher; none for schedules without a teacher."
     )
     teachers: tuple[ModelOptions | RecipeTeacher, ...] = Field(
         default=(),
         description=(
-            "Several teachers instead; `{recipe: FILE, seeds: [0, 1]}` is one recipe with several"
-            " seeds."
+            "Several teachers, instead of `teacher`; `{recipe: FILE, seeds: [0, 1]}` is one recipe"
+            " with several seeds."
         ),
     )
     student: ModelOptions
     schedule: ScheduleEntry
-    losses: tuple[LossEntry, ...] = Field(min_length=1, description="total = sum of weight * loss")
+    losses: tuple[LossEntry, ...] = Field(
+        min_length=1, description="Losses to minimise: the sum of weight * loss."
+    )
     train: TrainSpec
     run: RunSpec = Field(
-        default=RunSpec(), description="Bookkeeping.", json_schema_extra=BOOKKEEPING
+        default=RunSpec(),
+        description="Folder, checkpoints and logging; none of it changes the result.",
+        json_schema_extra=BOOKKEEPING,
     )
 
+    # before validation, as the type of a teacher has one seed
     @field_validator("teachers", mode="before")
     @classmethod
     def _one_for_each_seed(cls, value: Any) -> Any:
         if isinstance(value, Mapping) and "seeds" in value and isinstance(value["seeds"], list):
-            rest = {key: part for key, part in value.items() if key != "seeds"}
+            rest = {key: option for key, option in value.items() if key != "seeds"}
             return [{**rest, "seed": seed} for seed in value["seeds"]]
         return value
 
@@ -577,14 +589,12 @@ class RecipeBase(Options):
         if self.teacher is not None:
             return {"teacher": self.teacher}
         return {
-            getattr(one, "name", None) or f"teacher{number}": one
-            for number, one in enumerate(self.teachers, 1)
+            getattr(teacher, "name", None) or f"teacher{number}": teacher
+            for number, teacher in enumerate(self.teachers, 1)
         }
 
     def place_of(self, teacher: str) -> list[str | int]:
         """Return the place of a teacher in the recipe."""
-        return (
-            ["teacher"]
-            if self.teacher is not None
-            else ["teachers", list(self.all_teachers()).index(teacher)]
-        )
+        if self.teacher is not None:
+            return ["teacher"]
+        return ["teachers", list(self.all_teachers()).index(teacher)]

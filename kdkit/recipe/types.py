@@ -29,6 +29,8 @@ RECIPE = "recipe"  # key of a teacher that another recipe trains
 TAUGHT = "@recipe"  # pydantic's tag of that kind of teacher; no key can have this name
 
 
+# by the classes, not the registry: a study loads the same plugins once for each recipe, and
+# pydantic takes long to build types of all their options
 @functools.lru_cache(maxsize=8)
 def _recipe_type(
     losses: tuple[Any, ...],
@@ -37,51 +39,40 @@ def _recipe_type(
     datasets: tuple[Any, ...],
     tasks: tuple[Any, ...],
 ) -> type[RecipeBase]:
-    def variants(
-        plugins: Iterable[Any], kind: str, base: type[Options]
-    ) -> dict[str, type[Options]]:
-        return {
-            p.name: _variant(f"{p.name}_{kind}", (base, p.Options), p.__doc__, p.name, student)
-            for p in plugins
-        }
+    def networks(kind: str, base: type[Options]) -> dict[str, type[Options]]:
+        return {p.name: _variant(p, kind, base) for p in models}
 
-    student = _by_source(
-        {
-            p.name: _variant(f"{p.name}_student", (StudentOptions, p.Options), p.__doc__)
-            for p in models
-        }
-    )
-    teachers = {
-        p.name: _variant(f"{p.name}_teacher", (TeacherOptions, p.Options), p.__doc__)
-        for p in models
-    }
-    teacher = _by_source({**teachers, TAUGHT: RecipeTeacher})
+    def variants(plugins: Iterable[Any], kind: str, base: type[Options]) -> Any:
+        return _by_use({p.name: _variant(p, kind, base, model=student) for p in plugins})
+
+    student = _by_source(networks("student", StudentOptions))
+    teacher = _by_source({**networks("teacher", TeacherOptions), TAUGHT: RecipeTeacher})
     data = create_model(
         "DataSpec",
         __base__=DataSpec,
         __doc__=DataSpec.__doc__,
         dataset=(
-            _by_use(variants(datasets, "dataset", DatasetEntry)),
-            Field(description="A dataset plugin and its options."),
+            variants(datasets, "dataset", DatasetEntry),
+            Field(description="Dataset plugin and its options."),
         ),
     )
-    task: Any = _by_use(variants(tasks, "task", TaskEntry)) | None
+    task: Any = variants(tasks, "task", TaskEntry) | None
     task = Annotated[task, BeforeValidator(named, json_schema_input_type=task | str)]
     return create_model(
         "Recipe",
         __base__=RecipeBase,
         __doc__=RecipeBase.__doc__,
         task=(task, RecipeBase.model_fields["task"]),
-        data=(data, Field(description="What is trained and measured on.")),
+        data=(data, Field(description="Data for training, validation and test.")),
         teacher=(teacher | None, RecipeBase.model_fields["teacher"]),
         teachers=(_several(teacher), RecipeBase.model_fields["teachers"]),
-        student=(student, Field(description="Who learns.")),
+        student=(student, Field(description="The network to train.")),
         schedule=(
-            _by_use(variants(schedules, "schedule", ScheduleEntry)),
-            Field(description="Who teaches whom, and when."),
+            variants(schedules, "schedule", ScheduleEntry),
+            Field(description="Schedule: which networks teach which, in which stages."),
         ),
         losses=(
-            _several(_by_use(variants(losses, "loss", LossEntry))),
+            _several(variants(losses, "loss", LossEntry)),
             RecipeBase.model_fields["losses"],
         ),
     )
@@ -93,40 +84,30 @@ def _several(item: Any) -> Any:
 
 def recipe_type(plugins: Registry) -> type[RecipeBase]:
     """Build a RecipeBase that accepts exactly the registered plugins and their options."""
-    return _recipe_type(
-        *(
-            tuple(kind.values())
-            for kind in (
-                plugins.losses,
-                plugins.schedules,
-                plugins.models,
-                plugins.datasets,
-                plugins.tasks,
-            )
-        )
-    )
+    kinds = (plugins.losses, plugins.schedules, plugins.models, plugins.datasets, plugins.tasks)
+    return _recipe_type(*(tuple(kind.values()) for kind in kinds))
 
 
-def _variant(
-    name: str,
-    bases: tuple[type[Options], ...],
-    doc: str | None,
-    use: str | None = None,
-    model: Any = None,
-) -> type[Options]:
-    """Build a section's type; where a plugin's options have a `ModelOptions`, any `model` is
-    allowed.
+def _variant(plugin: Any, kind: str, base: type[Options], model: Any = None) -> type[Options]:
+    """Build the type of a plugin's section.
+
+    Args:
+        plugin: the plugin's class.
+        kind: of the section; ends the name of the type.
+        base: the options that every such section has.
+        model: type in place of a `ModelOptions` in the plugin's options; with it, the section has
+            a `use:` (None: a network's section, which has a `model:`).
     """
-    fields: dict[str, Any] = (
-        {"use": (Literal[use], Field(description="Name of the plugin."))} if use else {}
-    )
-    for key, info in bases[-1].model_fields.items():
-        if model is not None and (kind := _filled(info.annotation, model)) != info.annotation:
-            fields[key] = (kind, info)
+    fields: dict[str, Any] = {}
+    if model is not None:
+        fields["use"] = (Literal[plugin.name], Field(description="Name of the plugin."))
+        for key, info in plugin.Options.model_fields.items():
+            if (filled := _filled(info.annotation, model)) != info.annotation:
+                fields[key] = (filled, info)
     return create_model(
-        name,
-        __base__=bases,
-        __doc__=" ".join((doc or "").strip().split("\n\n")[0].split()),
+        f"{plugin.name}_{kind}",
+        __base__=(base, plugin.Options),
+        __doc__=" ".join((plugin.__doc__ or "").strip().split("\n\n")[0].split()),
         **fields,
     )
 
@@ -135,15 +116,17 @@ def _filled(annotation: Any, model: Any) -> Any:
     """Return a type with `model` in place of `ModelOptions`."""
     if annotation is ModelOptions:
         return model
-    parts = get_args(annotation)
-    filled = tuple(_filled(part, model) for part in parts)
-    if filled == parts:
+    members = get_args(annotation)
+    filled = tuple(_filled(member, model) for member in members)
+    if filled == members:
         return annotation
+    # the type of `X | Y` cannot be subscripted
     origin = Union if get_origin(annotation) is UnionType else get_origin(annotation)
     return origin[filled]
 
 
 def _by_use(variants: Mapping[str, type[Options]]) -> Any:
+    # pydantic's discriminator needs two members at least
     if len(variants) == 1:
         return next(iter(variants.values()))
     return Annotated[Union[tuple(variants.values())], Field(discriminator="use")]  # noqa: UP007
@@ -153,11 +136,10 @@ def _by_source(variants: Mapping[str, type[Options]]) -> Any:
     tagged = tuple(Annotated[variant, Tag(tag)] for tag, variant in variants.items())
 
     def which(value: Any) -> str:
+        # a recipe that is built in Python, or validated again
         if isinstance(value, BaseModel):
-            return next(
-                (tag for tag, variant in variants.items() if isinstance(value, variant)),
-                DEFAULT_SOURCE,
-            )
+            tags = (tag for tag, variant in variants.items() if isinstance(value, variant))
+            return next(tags, DEFAULT_SOURCE)
         if isinstance(value, Mapping) and RECIPE in value and TAUGHT in variants:
             return TAUGHT
         model = value.get("model") if isinstance(value, Mapping) else None
@@ -170,13 +152,13 @@ def _by_source(variants: Mapping[str, type[Options]]) -> Any:
 
 
 def source_of(model: str, sources: Iterable[str]) -> tuple[str, str]:
-    """Return source and name of `model:`; a bare name, and one that begins with `hf-hub:`, is
-    timm's.
+    """Return source and name of `model:`; a bare name, or one of `hf-hub:`, is timm's.
 
     Raises:
         ModelError: there is no such source.
     """
     source, slash, name = model.partition("/")
+    # `hf-hub:org/name` is a name of timm's
     if not slash or ":" in source:
         return DEFAULT_SOURCE, model
     names = set(sources) - {TAUGHT}
@@ -195,21 +177,20 @@ def schema(plugins: Registry) -> str:
     content.pop("required", None)  # required keys may come from the parent
     _allow_seeds(content)
     _allow_overlap(content)
+    # sorted, so that the file in the repository changes with the content only
     return json.dumps(content, indent=1, sort_keys=True) + "\n"
 
 
 def _allow_seeds(content: dict[str, Any]) -> None:
     """Allow several teachers to be one recipe with several seeds."""
-    one = content["$defs"]["RecipeTeacher"]
+    single = content["$defs"]["RecipeTeacher"]["properties"]
     seeds = {
         "type": "array",
         "items": {"type": "integer", "minimum": 0},
-        "description": "A teacher for each.",
+        "description": "Seeds of the recipe, one teacher for each.",
     }
-    keys = {
-        **{key: value for key, value in one["properties"].items() if key not in ("seed", "name")},
-        "seeds": seeds,
-    }
+    keys = {key: value for key, value in single.items() if key not in ("seed", "name")}
+    keys["seeds"] = seeds
     mapping = {
         "type": "object",
         "additionalProperties": False,
@@ -217,17 +198,20 @@ def _allow_seeds(content: dict[str, Any]) -> None:
         "required": ["recipe", "seeds"],
     }
     listed = content["properties"]["teachers"]
-    said = {key: listed.pop(key) for key in ("description", "title") if key in listed}
-    content["properties"]["teachers"] = {**said, "anyOf": [listed, mapping]}
+    titles = {key: listed.pop(key) for key in ("description", "title") if key in listed}
+    content["properties"]["teachers"] = {**titles, "anyOf": [listed, mapping]}
 
 
 def _allow_overlap(node: Any) -> None:
-    """Accept any of the model sources in the schema, not exactly one: they share many keys, and
-    only kdkit knows which name belongs to which source.
+    """Let a model fit several sources in the schema, as they share most of their keys.
+
+    Only kdkit knows which name belongs to which source.
     """
-    for child in (
-        node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-    ):
-        _allow_overlap(child)
-    if isinstance(node, dict) and "oneOf" in node and "discriminator" not in node:
-        node["anyOf"] = node.pop("oneOf")
+    if isinstance(node, list):
+        for item in node:
+            _allow_overlap(item)
+    elif isinstance(node, dict):
+        for item in node.values():
+            _allow_overlap(item)
+        if "oneOf" in node and "discriminator" not in node:
+            node["anyOf"] = node.pop("oneOf")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,52 +10,52 @@ from pydantic import BaseModel
 
 from kdkit.contracts.model_source import ModelOptions
 
+Key = list[str | int]
+"""Location of a value in a recipe."""
+
 
 def leaves(
     value: Any, location: Sequence[str | int] = (), but: Callable[[Any], bool] = lambda field: False
-) -> Iterable[tuple[list[str | int], Any]]:
-    """Yield every leaf value in a part of the recipe, with its place; `but` selects options to
-    leave out.
-    """
-    if isinstance(value, tuple | list | Mapping):
-        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
-            yield from leaves(item, [*location, key], but)
-    elif isinstance(value, BaseModel):
-        for name, field in type(value).model_fields.items():
-            if not but(field):
-                yield from leaves(getattr(value, name), [*location, field.alias or name], but)
-    else:
+) -> Iterable[tuple[Key, Any]]:
+    """Yield every leaf value of a section with its location; `but` selects options to leave out."""
+    # an empty list has no leaves, and is none itself
+    if not isinstance(value, BaseModel | Mapping | tuple | list):
         yield [*location], value
+    for key, field, item in _items(value, location):
+        if field is None or not but(field):
+            yield from leaves(item, key, but)
 
 
-def models_in(
-    value: Any, location: Sequence[str | int] = ()
-) -> Iterable[tuple[list[str | int], ModelOptions]]:
-    """Yield every model in a part of the recipe, with its place."""
+def models_in(value: Any, location: Sequence[str | int] = ()) -> Iterable[tuple[Key, ModelOptions]]:
+    """Yield every model in a section of the recipe, with its location."""
     if isinstance(value, ModelOptions):
         yield [*location], value
-    elif isinstance(value, Mapping | BaseModel):
-        for key, item in value.items() if isinstance(value, Mapping) else value:
-            yield from models_in(item, [*location, key])
-    elif isinstance(value, tuple):
-        for i, item in enumerate(value):
-            yield from models_in(item, [*location, i])
+        return
+    for key, _, item in _items(value, location):
+        yield from models_in(item, key)
 
 
-def code_in(
-    value: Any, location: Sequence[str | int] = ()
-) -> Iterable[tuple[list[str | int], Path]]:
-    """Yield the Python files that a part of the recipe runs, plugins aside, with their places."""
-    if isinstance(value, tuple | list | Mapping):
-        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
-            yield from code_in(item, [*location, key])
-    elif isinstance(value, BaseModel):
+def code_in(value: Any, location: Sequence[str | int] = ()) -> Iterable[tuple[Key, Path]]:
+    """Yield the Python files that a section of the recipe runs, with their locations.
+
+    `plugins` are not among them.
+    """
+    for key, field, item in _items(value, location):
+        if field is not None and is_marked(field, "code") and isinstance(item, Path):
+            yield key, item
+        else:
+            yield from code_in(item, key)
+
+
+def _items(value: Any, location: Sequence[str | int]) -> Iterator[tuple[Key, Any, Any]]:
+    """Yield (location, field of a model or None, value) of what a value holds."""
+    if isinstance(value, BaseModel):
         for name, field in type(value).model_fields.items():
-            place, item = [*location, field.alias or name], getattr(value, name)
-            if is_marked(field, "code") and isinstance(item, Path):
-                yield place, item
-            else:
-                yield from code_in(item, place)
+            yield [*location, field.alias or name], field, getattr(value, name)
+    elif isinstance(value, Mapping):
+        yield from (([*location, key], None, item) for key, item in value.items())
+    elif isinstance(value, tuple | list):
+        yield from (([*location, i], None, item) for i, item in enumerate(value))
 
 
 def is_bookkeeping(field: Any) -> bool:

@@ -1,6 +1,4 @@
-"""A recipe's data with their places, merged from a file, the files that it extends, and
-overrides.
-"""
+"""A recipe's data with their places, merged from files and overrides."""
 
 from __future__ import annotations
 
@@ -53,28 +51,27 @@ class Source:
         root: yaml.MappingNode | None = None,
     ) -> None:
         self.path = path
+        # copied: overrides change nodes, and aliases or other sources share them
         self._root = _copied(root or _merged(path, ()))
         for key, value in (overrides or {}).items():
             _override(self._root, key, value)
         self.data: dict[str, Any] = reading.value(self._root)
 
     def section(self, location: Sequence[str], *, but: Sequence[str] = ()) -> Source:
-        """Return a mapping in it as a separate source, merged with what it `extends`; empty if
-        there is none. The keys `but` are left out.
-        """
+        """Return a mapping in it as a source, with what it `extends` but without the keys `but`."""
         node = self._node(location)
         if not isinstance(node, yaml.MappingNode):
             node = yaml.MappingNode(
                 "tag:yaml.org,2002:map", [], self._root.start_mark, self._root.end_mark
             )
-        kept = [(key, value) for key, value in node.value if key.value not in but]
-        root = yaml.MappingNode(node.tag, kept, node.start_mark, node.end_mark, node.flow_style)
+        items = [(key, value) for key, value in node.value if key.value not in but]
+        root = yaml.MappingNode(node.tag, items, node.start_mark, node.end_mark, node.flow_style)
         return Source(self.path, root=_with_parent(root, ()))
 
     def items(self, location: Sequence[str]) -> list[yaml.Node]:
         """Return the items of a list, as values for an override."""
         node = self._node(location)
-        return list(node.value) if isinstance(node, yaml.SequenceNode) else []
+        return _items(node) if node else []
 
     def over(self, base: Source) -> Source:
         """Merge with another source; this one's values win."""
@@ -92,20 +89,14 @@ class Source:
         return node
 
     def where(self, location: Sequence[str | int]) -> str:
-        """Return `file:line` of the deepest existing part of `location`; for a key, the line where
-        it is written.
-        """
+        """Return `file:line` of the deepest existing key of `location`."""
         node: yaml.Node = self._root
         mark = node.start_mark
         for step in location:
             if isinstance(node, yaml.MappingNode) and (entry := _entry(node, step)):
                 mark, node = entry[0].start_mark, entry[1]
-            elif (
-                isinstance(node, yaml.SequenceNode)
-                and isinstance(step, int)
-                and step < len(node.value)
-            ):
-                node = node.value[step]
+            elif isinstance(step, int) and step < len(items := _items(node)):
+                node = items[step]
                 mark = node.start_mark
         return place(mark)
 
@@ -139,6 +130,7 @@ def override_words(overrides: Mapping[str, Any]) -> list[str]:
 
     def plain(value: Any) -> str:
         text: str = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=10_000)
+        # PyYAML ends a document that is a plain scalar with `...`
         return text.strip().removesuffix("...").strip()
 
     return [f"{key}={plain(value)}" for key, value in overrides.items()]
@@ -158,11 +150,12 @@ def nested(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 def _merged(path: Path, children: tuple[Path, ...]) -> yaml.MappingNode:
     path = path.absolute()
-    shown, real = seen_from_here(str(path)), Path(os.path.realpath(path))
+    real = Path(os.path.realpath(path))
+    # by real paths: a link to a child is the child
     if real in children:
         raise RecipeError(
-            f"{shown}: extends itself, by way of"
-            f" {' -> '.join(seen_from_here(str(p)) for p in children)}"
+            f"{seen_from_here(str(path))}: extends itself, by way of"
+            f" {' -> '.join(seen_from_here(str(child)) for child in children)}"
         )
     if len(children) == LONGEST_CHAIN:
         raise RecipeError(
@@ -185,15 +178,14 @@ def _with_parent(root: yaml.MappingNode, children: tuple[Path, ...]) -> yaml.Map
         parent = path_of(Text.of(entry[1].value, Path(entry[0].start_mark.name).parent))
     except ValueError as error:
         raise RecipeError(f"{at}: {error}") from None
+    # `Path.is_file` raises an error for a name that is too long
     if not os.path.isfile(parent):
         raise RecipeError(f"{at}: no such file: {entry[1].value}")
     return _merge(_merged(parent, children), root)
 
 
 def _copied(node: Any) -> Any:
-    """Copy a node, so that changing it changes no other; a node with two names (`&a`, `*a`) becomes
-    two nodes.
-    """
+    """Copy a node, so that changes stay local; an alias (`*a`) becomes a node of its own."""
     if isinstance(node, yaml.MappingNode):
         children: list[Any] = [(key, _copied(value)) for key, value in node.value]
     elif isinstance(node, yaml.SequenceNode):
@@ -219,6 +211,10 @@ def _merge(base: yaml.MappingNode, over: yaml.MappingNode) -> yaml.MappingNode:
     )
 
 
+def _items(node: yaml.Node) -> list[yaml.Node]:
+    return list(node.value) if isinstance(node, yaml.SequenceNode) else []
+
+
 def _override(root: yaml.MappingNode, path: str, value: Any) -> None:
     mark = (
         value.start_mark
@@ -234,9 +230,10 @@ def _override(root: yaml.MappingNode, path: str, value: Any) -> None:
             node = node.value[_position(node, step, path, mark)]
         elif isinstance(node, yaml.MappingNode):
             entry = _entry(node, step)
+            # a value in the way, as in `teacher: null`, becomes a mapping
             if entry is None or not isinstance(entry[1], yaml.CollectionNode):
                 entry = (_node_of(step, path, mark), _node_of({}, path, mark))
-                node.value = [(k, v) for k, v in node.value if k.value != step] + [entry]
+                node.value = [item for item in node.value if item[0].value != step] + [entry]
             node = entry[1]
     if isinstance(node, yaml.SequenceNode):
         node.value[_position(node, last, path, mark)] = _node_of(value, path, mark)
@@ -264,49 +261,37 @@ def _node_of(data: Any, path: str, mark: yaml.Mark) -> yaml.Node:
         ) from None
     except RecipeError as error:
         raise RecipeError(f"{at}: {str(error).removeprefix(f'{COMMAND_LINE}: ')}") from None
-    for part in _walk(node):
-        part.start_mark = mark
+    _mark(node, mark)
     return node
 
 
 def _position(node: yaml.SequenceNode, step: str, path: str, mark: yaml.Mark) -> int:
     def called(item: yaml.Node) -> list[str]:
-        entries = (
-            [_entry(item, key) for key in ("name", "use")]
-            if isinstance(item, yaml.MappingNode)
-            else []
-        )
-        return [
-            str(entry[1].value)
-            for entry in entries
-            if entry and isinstance(entry[1], yaml.ScalarNode)
-        ]
+        if not isinstance(item, yaml.MappingNode):
+            return []
+        entries = [_entry(item, key) for key in ("name", "use")]
+        values = [entry[1] for entry in entries if entry]
+        return [str(value.value) for value in values if isinstance(value, yaml.ScalarNode)]
 
+    # `isdecimal` alone takes digits of other scripts; `int` refuses numbers of thousands of digits
     if step.isascii() and step.isdecimal() and len(step) < 9 and int(step) < len(node.value):
         return int(step)
     matches = [i for i, item in enumerate(node.value) if step in called(item)]
     if len(matches) != 1:
         problem = "no item" if not matches else f"{len(matches)} items"
-        there = ", ".join(
+        items = ", ".join(
             f"{i} {shorten((called(item) or [''])[0], 40)}".rstrip()
             for i, item in enumerate(node.value[:20])
         )
         says = (
             f"{problem} called '{dotted([step])}' in a list of {len(node.value)}; there are"
-            f" {there or 'none'}"
+            f" {items or 'none'}"
         )
         raise RecipeError(f"{place(mark)}: {dotted([path])}: {says}")
     return matches[0]
 
 
-def _walk(node: yaml.Node) -> Iterable[yaml.Node]:
-    yield node
-    children = (
-        node.value
-        if isinstance(node, yaml.SequenceNode)
-        else [n for pair in node.value for n in pair]
-        if isinstance(node, yaml.MappingNode)
-        else []
-    )
-    for child in children:
-        yield from _walk(child)
+def _mark(node: yaml.Node, mark: yaml.Mark) -> None:
+    node.start_mark = mark
+    for child in reading.children(node):
+        _mark(child, mark)

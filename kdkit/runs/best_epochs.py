@@ -71,6 +71,7 @@ class BestEpochs:
             student: [(int(epoch), float(score)) for epoch, score in each]
             for student, each in ranked.items()
         }
+        # The checkpoint that was just loaded names them.
         self._saved = set(self._files())
 
     def tidy(self, *, for_good: bool) -> None:
@@ -109,6 +110,8 @@ class BestEpochs:
                         " `train.average_best` has no mean to take"
                     )
                     raise RunError(f"{self.folder}: {says}; leave it out")
+                # Adds to the fp64 tensor in place, so that the weights of one epoch at a time are
+                # in memory.
                 total += other[name]
         return {
             name: (sums[name] / len(ranked)).to(value.dtype) if name in sums else value
@@ -120,6 +123,7 @@ class BestEpochs:
         try:
             content = path.read_bytes()
             written = self.digests.get(path.name)
+            # An epoch of an older kdkit has no digest: its file is read as it is.
             if written and written != hashlib.sha256(content).hexdigest():
                 raise SafetensorError("it is not the file that was written")
             found: dict[str, Tensor] = load(content)

@@ -12,9 +12,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from kdkit.cache import given
-from kdkit.cache.given import STREAM as STREAM
-from kdkit.cache.given import has_answers_alone as has_answers_alone
-from kdkit.cache.given import read_answers as read_answers
+from kdkit.cache.given import has_answers_alone
 from kdkit.cache.opening import wanted
 from kdkit.cache.packing import KeptAnswers, Slots
 from kdkit.cache.store import SMALLER, gigabytes
@@ -40,24 +38,8 @@ def refused(recipe: Recipe, factory: ModelFactory, info: DataInfo) -> Iterator[s
         teacher, place = spec.all_teachers()[name], [*spec.place_of(name), "cache"]
         assert isinstance(teacher, TeacherOptions)
         views.add(options.views)
-        if spec.train.mixup is not None:
-            yield recipe.problem(
-                place,
-                "mixed images never come twice (`train.mixup`), so answers to them cannot be kept;"
-                " leave one of them out",
-            )
-        if key := spec.data.repeating:
-            says = (
-                f"repeated images (`data.{key}`) come in ever new views, of which answers are not"
-                " kept; leave one of them out"
-            )
+        for says in _never_again(recipe, teacher):
             yield recipe.problem(place, says)
-        if teacher.mode == "train":
-            yield recipe.problem(
-                place,
-                "with `mode: train` an answer depends on the whole batch, and cannot be kept for"
-                " each image",
-            )
         if options.views == "all" and spec.data.timm_augment is not None:
             says = (
                 "`data.timm_augment` gives ever new views, so that not all can be kept; say how"
@@ -65,12 +47,31 @@ def refused(recipe: Recipe, factory: ModelFactory, info: DataInfo) -> Iterator[s
             )
             yield recipe.problem([*place, "views"], says)
         if len(views) > 1:
-            yield recipe.problem(
-                [*place, "views"],
-                "all teachers see the same images, so the caches of all must have the same `views`",
+            says = (
+                "all teachers see the same images, so the caches of all must have the same `views`"
             )
+            yield recipe.problem([*place, "views"], says)
         for key, says in _unreadable(recipe, factory, info, name, options):
             yield recipe.problem([*place, key], says)
+
+
+def _never_again(recipe: Recipe, teacher: TeacherOptions) -> Iterator[str]:
+    """Yield the reasons for which an answer is of no use for a later batch."""
+    if recipe.spec.train.mixup is not None:
+        yield (
+            "mixed images never come twice (`train.mixup`), so answers to them cannot be kept;"
+            " leave one of them out"
+        )
+    if key := recipe.spec.data.repeating:
+        yield (
+            f"repeated images (`data.{key}`) come in ever new views, of which answers are not"
+            " kept; leave one of them out"
+        )
+    if teacher.mode == "train":
+        yield (
+            "with `mode: train` an answer depends on the whole batch, and cannot be kept for each"
+            " image"
+        )
 
 
 def _unreadable(
@@ -87,6 +88,7 @@ def _unreadable(
     if recipe.task.rows_are != "classes":
         says = f"keeps the likeliest classes, and task '{recipe.task.name}' has rows of"
         yield "top_k", f"{says} {recipe.task.rows_are}; leave it out"
+    # Keeping indices beside all values would only take more space.
     if options.top_k >= info.outputs:
         yield (
             "top_k",
@@ -94,6 +96,8 @@ def _unreadable(
         )
     for called, entry in zip(recipe.loss_names(), recipe.spec.losses, strict=True):
         loss = recipe.plugins.losses[entry.use]
+        # Losses on responses read softened probabilities, of which the likeliest are kept exactly;
+        # others may read any logit.
         whole = loss.knowledge not in ("response", "labels") and loss.needs_teacher_logits
         if entry in factory.looking_at(name) and (
             whole or any(pair.teacher == "logits" for pair in entry.taps())
@@ -137,6 +141,7 @@ def sizes(
             yield says, recipe.problem([*place, "what"], says)
             continue
         kept = KeptAnswers(options, info.outputs, factory.classes.are_known(name), taps)
+        # An upper bound: rows are filled as images are seen, and the files are sparse.
         size = slots.count * num_train * kept.bytes
         views = "1 view" if slots.count == 1 else f"{slots.count} views"
         says = (
@@ -161,6 +166,7 @@ def refused_answers(recipe: Recipe, factory: ModelFactory, name: str) -> Iterato
     spec, place = recipe.spec, recipe.spec.place_of(name)
     teacher = spec.all_teachers()[name]
     for key in NETWORK_KEYS:
+        # A key at its default says nothing, whether it is written or not.
         if getattr(teacher, key) != type(teacher).model_fields[key].default:
             yield recipe.problem(
                 [*place, key],
@@ -172,6 +178,7 @@ def refused_answers(recipe: Recipe, factory: ModelFactory, name: str) -> Iterato
                 [section, key],
                 f"changes images, and {name} has answers to them as they are; leave it out",
             )
+    # Schedules may name students of their own, which begin with a teacher's layers as well.
     for where, model in models_in({"student": spec.student, "schedule": spec.schedule}):
         if (
             isinstance(model, StudentOptions)
@@ -220,8 +227,12 @@ class Rehearsal:
 
     def __init__(self, recipe: Recipe, factory: ModelFactory) -> None:
         self._recipe = recipe
+        # By identity, as caches know the images of a batch by the tensor itself; tensors compare by
+        # value.
         self._shown: Any = WeakIdKeyDictionary()
         self._places = {name: [*recipe.spec.place_of(name), "cache"] for name, _ in _wanted(recipe)}
+        # Answers from a file are rows by image number, as those of a cache: the same images can be
+        # asked for.
         alone = [name for name in recipe.spec.all_teachers() if has_answers_alone(recipe, name)]
         self._places |= {name: [*recipe.spec.place_of(name), "model"] for name in alone}
         for name, place in self._places.items():
@@ -237,6 +248,7 @@ class Rehearsal:
         Raises:
             RecipeError: they come in several views.
         """
+        # Rows are kept by image and view, and further views of a batch have no number.
         if stage.data.views > 1 and self._places:
             name, place = next(iter(self._places.items()))
             alone = has_answers_alone(self._recipe, name)

@@ -18,25 +18,18 @@ from kdkit.data.mixing import options_of as mixing_options
 from kdkit.engine.evaluate import Tally
 from kdkit.engine.optim import build_optimizer
 from kdkit.engine.scores import scores_of
-from kdkit.errors import (
-    DataError,
-    one_line,
-    suggest,
-)
+from kdkit.errors import DataError, RunError, one_line, suggest
 from kdkit.models.devices import chosen
 from kdkit.recipe import Recipe, fetching
-from kdkit.runs.check_report import Report
+from kdkit.runs.check_report import Checks, Report
 from kdkit.runs.random_batches import PROBE
 
 
-class DataChecks:
+class DataChecks(Checks):
     """Checks the data and the way they are used for training."""
 
     def __init__(self, recipe: Recipe, report: Report, fetch: Callable[[str], None] | None) -> None:
-        self.recipe = recipe
-        self.spec = recipe.spec
-        self.task = recipe.task
-        self.report = report
+        super().__init__(recipe, report)
         self.fetch = fetch
 
     def info(self, source: DatasetSource) -> DataInfo:
@@ -45,9 +38,10 @@ class DataChecks:
         """
         if self.fetch:
             fetching.fetch(self.recipe, source, self.fetch)
-            return described(source, self.task)
+            return self._described(source)
         if (lacking := source.lacks()) is None:
-            return described(source, self.task)
+            return self._described(source)
+        # A check must not promise a download that training would refuse.
         if lacking.folder is not None:
             fetching.refuse_elsewhere(self.recipe, lacking.folder)
         says = f"training first fetches {lacking}"
@@ -57,9 +51,27 @@ class DataChecks:
         except DataError as error:
             raise DataError(f"is not there yet, so nothing is known of it; {says}") from error
 
+    def _described(self, source: DatasetSource) -> DataInfo:
+        """Return the properties of a dataset that is there.
+
+        Raises:
+            DataError: the recipe's task does not take its samples; names tasks that do.
+        """
+        try:
+            return described(source, self.task)
+        except DataError as error:
+            kind = {1: "texts", 3: "images"}.get(len(source.info().image_shape))
+            fitting = [
+                name for name, task in self.recipe.plugins.tasks.items() if task.takes == kind
+            ]
+            if kind == self.task.takes or not fitting:
+                raise
+            raise DataError(f"{error}; for {kind}: {', '.join(sorted(fitting))}") from error
+
     def check_labels(self, source: DatasetSource, info: DataInfo) -> None:
         """Read both parts if that is cheap, to report wrong labels before anything is trained."""
         parts: tuple[Literal["train", "test"], ...] = ("train", "test")
+        # Sources whose parts take long to read, or would be fetched, say so by `split_at_check`.
         for name in parts if source.split_at_check and source.lacks() is None else ():
             part = split(source, name, info)
             if not isinstance(part, Stream) and (info.labelled or name == "test"):
@@ -72,21 +84,26 @@ class DataChecks:
         for key in ("average_best", "patience"):
             if getattr(train, key) and not self.spec.data.validation:
                 says = "the epochs are chosen on validation data; set `data.validation`"
-                self.report.problems.append(self.recipe.problem(["train", key], says))
+                self.report.refuse(["train", key], says)
         with self.report.at("train", "device"):
             chosen(train.device)
+        with self.report.at("train", "capture"):
+            if train.capture is True and not torch.cuda.is_available():
+                raise RunError("true needs a CUDA device; auto records steps where there is one")
         with self.report.at("train", "optimizer"):
+            # Any small network does: only the optimizer's name and arguments are tried.
             build_optimizer(train, nn.Linear(PROBE, PROBE), nn.Identity())
         if train.mixup:
             with self.report.at("train", "mixup"):
                 self.task.mixer(mixing_options(train.mixup), info)
         with self.report.at("metrics"):
             self._try_scores(info)
+        # Each image is mixed with another one of its batch.
         if train.mixup and (size % 2 or (not self.spec.data.drop_last and num_train % size % 2)):
             says = (
                 f"mixes pairs, so every batch must be even: batches of {size} of {num_train} images"
             )
-            self.report.problems.append(self.recipe.problem(["train", "mixup"], says))
+            self.report.refuse(["train", "mixup"], says)
 
     def _try_scores(self, info: DataInfo) -> None:
         """Compute the scores on random answers: each must give one number."""
@@ -97,6 +114,7 @@ class DataChecks:
         )
         (rows,), asked = self.task.rows([answer], batch)
         scores = scores_of(self.recipe, info)
+        # The task's own scores come first; those that the recipe names are to be tried.
         own = len(scores) - len(self.spec.metrics)
         for i, score in enumerate(scores[own:]):
             tally = Tally([score], together=False)
@@ -105,7 +123,7 @@ class DataChecks:
                 tally.values()
             except Exception as error:  # torchmetrics and plugins raise errors of any type
                 says = f"'{score.name}' does not count answers of task '{self.task.name}': {error}"
-                self.report.problems.append(self.recipe.problem(["metrics", i], one_line(says)))
+                self.report.refuse(["metrics", i], one_line(says))
 
     def refuse_labels(self) -> None:
         """Report the keys that need labels of training images, if there are none."""
@@ -115,22 +133,17 @@ class DataChecks:
         }
         places: list[list[str | int]] = [["data", key] for key, wanted in asked.items() if wanted]
         for place in places + ([["train", "mixup"]] if self.spec.train.mixup else []):
-            self.report.problems.append(
-                self.recipe.problem(
-                    place, "needs the labels of training images, and they have none"
-                )
-            )
+            self.report.refuse(place, "needs the labels of training images, and they have none")
 
     def check_trackers(self) -> None:
         known = [tracker.value for tracker in LoggerType]
+        # Accelerate takes `all` for every tracker that is installed.
         installed = {"all", *map(str, get_available_trackers())}
         for i, name in enumerate(self.spec.run.trackers):
             if name not in known:
-                self.report.problems.append(
-                    self.recipe.problem(
-                        ["run", "trackers", i], f"unknown '{name}'; {suggest(name, known)}"
-                    )
+                self.report.refuse(
+                    ["run", "trackers", i], f"unknown '{name}'; {suggest(name, known)}"
                 )
             elif name not in installed:
                 says = f"'{name}' is not installed (`pip install {name}`)"
-                self.report.problems.append(self.recipe.problem(["run", "trackers", i], says))
+                self.report.refuse(["run", "trackers", i], says)

@@ -1,13 +1,17 @@
-"""Checks of a recipe's networks: layers, shapes, meaning of their numbers, caches."""
+"""Checks of a recipe's networks: layers, shapes, initial weights, meaning of their numbers,
+caches.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from kdkit.cache.given import STREAM, has_answers_alone, read_answers
 from kdkit.contracts.dataset_source import DataInfo, DatasetSource, Stream
 from kdkit.contracts.inputs import kind_of, random_inputs
 from kdkit.contracts.model_source import (
@@ -15,21 +19,17 @@ from kdkit.contracts.model_source import (
     AnswersOptions,
     Meaning,
     ModelOptions,
+    ModelSource,
 )
 from kdkit.contracts.records import Inputs
 from kdkit.data.labels import split
-from kdkit.errors import (
-    DataError,
-    KdkitError,
-    ModelError,
-    TapError,
-)
+from kdkit.errors import CheckpointError, DataError, KdkitError, ModelError, RecipeError, TapError
+from kdkit.models.build import build_model, compare_checkpoint, random_weights
 from kdkit.models.devices import LEAST_CHANNELS, trains_on_cpu, unsafe_convolution
 from kdkit.models.tapped import TappedModel
-from kdkit.recipe import Recipe, models_in
+from kdkit.recipe import models_in
 from kdkit.runs import check_caches as cache_plan
-from kdkit.runs.check_report import Report
-from kdkit.runs.check_weights import random_parts
+from kdkit.runs.check_report import Checks
 from kdkit.runs.meaning import meaning_of, other_class_names, refuse_other_meaning
 from kdkit.runs.networks import ModelFactory
 from kdkit.runs.plan import ModelPlan
@@ -37,14 +37,8 @@ from kdkit.runs.random_batches import PROBE
 from kdkit.runs.trained_teachers import TrainedTeacher
 
 
-class NetworkChecks:
+class NetworkChecks(Checks):
     """Checks the student and the teachers."""
-
-    def __init__(self, recipe: Recipe, report: Report) -> None:
-        self.recipe = recipe
-        self.spec = recipe.spec
-        self.task = recipe.task
-        self.report = report
 
     def check_layers(self, factory: ModelFactory) -> None:
         for i, entry in enumerate(self.spec.losses):
@@ -56,6 +50,8 @@ class NetworkChecks:
                             entry.teacher,
                             self.recipe.plugins.losses[entry.use].knowledge == "labels",
                         )
+                    # Placed here, at the pair itself: `Report` would look for the layer's name in
+                    # all losses.
                     except TapError as error:
                         raise self.recipe.error(["losses", i, "layers", j], str(error)) from None
         self.report.raise_if_any()
@@ -104,15 +100,8 @@ class NetworkChecks:
         """
         student.module.train()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _told(f"{student.role} does not run in training mode"):
                 outputs = student.outputs(images)
-        # kdkit's own errors already name the cause
-        except KdkitError:
-            raise
-        except Exception as error:  # whatever a network's own code raises
-            raise ModelError(
-                f"{student.role} does not run in training mode: {' '.join(str(error).split())}"
-            ) from error
         finally:
             student.module.eval()
         if not self.task.fits(outputs[0].shape, info, PROBE):
@@ -121,6 +110,8 @@ class NetworkChecks:
                 f" training mode, for {info.outputs} {self.task.rows_are}"
             )
         for i, entry in enumerate(self.spec.losses):
+            # The number of outputs is known only after a forward in training mode: auxiliary heads
+            # answer only there.
             if entry.output >= len(outputs):
                 says = (
                     f"there is no such output: the student gives {len(outputs)} in training mode,"
@@ -150,11 +141,9 @@ class NetworkChecks:
             if entry in factory.looking_at(name) and (
                 loss.knowledge == "response" or loss.needs_teacher_logits
             ):
-                self.report.problems.append(
-                    self.recipe.problem(
-                        ["losses", i],
-                        f"'{entry.use}' compares predictions with those of {name}, and {what}",
-                    )
+                self.report.refuse(
+                    ["losses", i],
+                    f"'{entry.use}' compares predictions with those of {name}, and {what}",
                 )
 
     def _model(
@@ -168,18 +157,12 @@ class NetworkChecks:
     ) -> ModelPlan:
         """Run a model; `answering`: whether it must give answers in the task's form."""
         images = random_inputs(info.image_shape, PROBE, device)
+        # A view without caches, and with all taps: the model itself may stop after its deepest tap.
         everything = model.view(model.layers, needs_logits=answering, answers=None)
         everything.module.eval()
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            try:
-                outputs = everything(images)
-            except KdkitError:
-                raise
-            except Exception as error:  # whatever a network's own code raises
-                what = f"{kind_of(info.image_shape)} {info.image_shape}"
-                raise ModelError(
-                    f"{model.role} cannot take {what}: {' '.join(str(error).split())}"
-                ) from error
+        taken = _told(f"{model.role} cannot take {kind_of(info.image_shape)} {info.image_shape}")
+        with torch.no_grad(), FlopCounterMode(display=False) as counter, taken:
+            outputs = everything(images)
         self.check_layout(model)
         if answering and not self.task.fits(outputs.logits.shape, info, PROBE):
             says = (
@@ -196,12 +179,14 @@ class NetworkChecks:
         return ModelPlan(
             role,
             sum(p.numel() for p in model.module.parameters()),
+            # A multiply-accumulate counts as two floating-point operations.
             counter.get_total_flops() // 2 // PROBE,
             taps,
         )
 
     def check_layout(self, model: TappedModel) -> None:
         """Check whether channels-last is safe for a network on the device where it is trained."""
+        # `auto` is off on the CPU.
         if self.spec.train.channels_last is not True or not trains_on_cpu(self.spec.train):
             return
         if (name := unsafe_convolution(model.module)) is not None:
@@ -210,7 +195,7 @@ class NetworkChecks:
                 f" than {LEAST_CHANNELS} channels) corrupts memory where images are channels-last;"
                 " say `auto` or `false`"
             )
-            self.report.problems.append(self.recipe.problem(["train", "channels_last"], says))
+            self.report.refuse(["train", "channels_last"], says)
 
     def compare_meanings(self, factory: ModelFactory, info: DataInfo) -> None:
         """Check whether the networks' classes and tokens are those of the data; add the notes on
@@ -244,6 +229,7 @@ class NetworkChecks:
                 if isinstance(chosen, Mapping)
                 else chosen
             )
+            # Numbers without a name are left out: nothing is known of those classes.
             known = dict(enumerate(theirs.class_names))
             theirs = replace(
                 theirs, class_names=tuple(known[number] for number in numbers if number in known)
@@ -277,26 +263,23 @@ class NetworkChecks:
     def check_answers(self, factory: ModelFactory, info: DataInfo, source: DatasetSource) -> None:
         """Check whether teachers without a network can teach what the recipe asks for."""
         is_here = source.split_at_check and source.lacks() is None
+        # Rows of an answers file go by the number of an image, which a stream does not tell.
         is_stream = is_here and isinstance(split(source, "train", info), Stream)
         for name in self.spec.all_teachers():
-            if not cache_plan.has_answers_alone(self.recipe, name):
+            if not has_answers_alone(self.recipe, name):
                 continue
             self.report.problems += cache_plan.refused_answers(self.recipe, factory, name)
             with self.report.at(*self.spec.place_of(name), "model"):
                 if is_stream:
-                    raise DataError(cache_plan.STREAM)
-                rows = cache_plan.read_answers(
-                    self.recipe, name, info.num_train, factory.classes.own(name)
-                )
+                    raise DataError(STREAM)
+                rows = read_answers(self.recipe, name, info.num_train, factory.classes.own(name))
                 self.report.notes += cache_plan.notes_on_answers(self.recipe, name, rows)
         for place, model in models_in(
             {"student": self.spec.student, "schedule": self.spec.schedule}
         ):
             if isinstance(model, AnswersOptions):
-                self.report.problems.append(
-                    self.recipe.problem(
-                        [*place, "model"], "has answers alone, and no network that could learn"
-                    )
+                self.report.refuse(
+                    [*place, "model"], "has answers alone, and no network that could learn"
                 )
         self.report.raise_if_any()
 
@@ -312,6 +295,18 @@ class NetworkChecks:
         for note, problem in cache_plan.sizes(self.recipe, factory, info, num_train, shapes):
             self.report.notes.append(note)
             self.report.problems += [problem] if problem else []
+
+
+@contextlib.contextmanager
+def _told(says: str) -> Iterator[None]:
+    """Turn whatever a network's own code raises into a ModelError."""
+    try:
+        yield
+    # kdkit's own errors already name the cause
+    except KdkitError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{says}: {' '.join(str(error).split())}") from error
 
 
 def _teacher_name(options: object, trained: TrainedTeacher | None) -> str:
@@ -334,3 +329,68 @@ def has_random_weights(options: object) -> bool:
         options.checkpoint or getattr(options, "pretrained", False)
     )
     return isinstance(options, ModelOptions) and (options.new_head or not told)
+
+
+def compare_checkpoints(factory: ModelFactory) -> list[str]:
+    """Check whether the checkpoints that the recipe names fit their networks, by names and shapes;
+    return notes on them.
+
+    Raises:
+        RecipeError: some do not, one a line.
+    """
+    spec = factory.recipe.spec
+    problems = []
+    notes = []
+    sections = {
+        "teacher": spec.teacher,
+        "teachers": spec.teachers,
+        "student": spec.student,
+        "schedule": spec.schedule,
+    }
+    # Schedules may name models of their own: peers, assistants.
+    for place, options in models_in(sections):
+        if options.checkpoint is None:
+            continue
+        source, shape = factory.source(options), factory.info.image_shape
+        try:
+            classes = (
+                said
+                if (said := getattr(options, OWN_OUTPUTS, None)) is not None
+                else factory.info.outputs
+            )
+            # On the meta device: shapes are all that is compared, and a file's header tells them.
+            built = build_model(options, source, classes, shape, weights=False)
+            told = compare_checkpoint(options, source, built.module, classes)
+        except ModelError as error:
+            # A network that cannot be built is told at its name, a file that does not fit it at the
+            # file.
+            key = "checkpoint" if isinstance(error, CheckpointError) else "model"
+            problems.append(
+                factory.recipe.problem([*place, key], str(error).removeprefix("model: "))
+            )
+        else:
+            notes += [f"{options.checkpoint.name}: {note}" for note in told]
+    if problems:
+        raise RecipeError("\n".join(problems))
+    return notes
+
+
+def random_parts(factory: ModelFactory, name: str) -> str:
+    """Describe which weights of a teacher its network's options leave random; empty if it loads its
+    own.
+    """
+    options = factory.teacher_options(name)
+    assert options is not None
+    source = factory.source(options)
+    # the model has pretrained weights, but the recipe does not request them
+    if type(source).load is not ModelSource.load:
+        return "the weights"
+    # Builds the network twice from different seeds: what both agree in was read from somewhere.
+    drawn, read = random_weights(source, factory.classes.own(name), factory.info.image_shape)
+    return (
+        f"some weights ({', '.join(drawn[:3])})"
+        if drawn and read
+        else "the weights"
+        if drawn
+        else ""
+    )

@@ -39,17 +39,18 @@ class Report:
         except RecipeError as error:  # a RecipeError already contains its place
             self.problems.append(f"{error}{self._hint(error)}")
         except (DataError, ModelError, TapError, ShapeError, RunError) as error:
-            self.problems.append(
-                self.recipe.problem(self._place(error, location), f"{error}{self._hint(error)}")
-            )
+            self.refuse(self._place(error, location), f"{error}{self._hint(error)}")
         except Exception as error:
+            # Elsewhere an unexpected error is a fault of kdkit, and keeps its traceback.
             if location != ("schedule",):
                 raise
             # an error in a plugin's own code
             says = f"fails: {type(error).__name__}: {' '.join(str(error).split())}"
-            self.problems.append(
-                self.recipe.problem(location, f"schedule '{self.recipe.spec.schedule.use}' {says}")
-            )
+            self.refuse(location, f"schedule '{self.recipe.spec.schedule.use}' {says}")
+
+    def refuse(self, location: Sequence[str | int], says: str) -> None:
+        """Add a problem of that place in the recipe."""
+        self.problems.append(self.recipe.problem(location, says))
 
     def raise_if_any(self) -> None:
         """End the check if there are problems.
@@ -58,6 +59,7 @@ class Report:
             RecipeError: all problems, one a line.
         """
         if self.problems:
+            # One problem may be found in several stages: each line once.
             raise RecipeError("\n".join(dict.fromkeys(self.problems)))
 
     def _hint(self, error: KdkitError) -> str:
@@ -79,3 +81,13 @@ class Report:
                 ):
                     return ["losses", i, "layers"]
         return location
+
+
+class Checks:
+    """Checks of one part of a recipe, which add to a report."""
+
+    def __init__(self, recipe: Recipe, report: Report) -> None:
+        self.recipe = recipe
+        self.spec = recipe.spec
+        self.task = recipe.task
+        self.report = report

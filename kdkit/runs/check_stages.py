@@ -6,7 +6,7 @@ import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import NoReturn, cast
 
 import torch
 from torch import nn
@@ -20,32 +20,25 @@ from kdkit.data.labels import NO_LABELS
 from kdkit.engine.objective import Objective
 from kdkit.engine.reach import names_of, reached
 from kdkit.engine.setup import rehearse
-from kdkit.errors import (
-    KdkitError,
-    ShapeError,
-    suggest,
-)
+from kdkit.errors import KdkitError, ShapeError, suggest
 from kdkit.models.freezing import freeze_all_but
 from kdkit.models.tapped import TappedModel
 from kdkit.randomness import seeded
 from kdkit.recipe import Recipe
 from kdkit.runs import check_caches as cache_plan
 from kdkit.runs.check_networks import NetworkChecks
-from kdkit.runs.check_report import Report
+from kdkit.runs.check_report import Checks, Report
 from kdkit.runs.networks import ModelFactory
 from kdkit.runs.plan import StagePlan, adapters, formula
 from kdkit.runs.random_batches import PROBE, batch_of, labels_of, on_random_numbers, shapes_of
 from kdkit.runs.step_cost import step_cost
 
 
-class StageChecks:
+class StageChecks(Checks):
     """Tries every stage of a schedule."""
 
     def __init__(self, recipe: Recipe, report: Report, networks: NetworkChecks) -> None:
-        self.recipe = recipe
-        self.spec = recipe.spec
-        self.task = recipe.task
-        self.report = report
+        super().__init__(recipe, report)
         self.networks = networks
         self.used: set[str] = set()  # losses that some stage uses
         self._stages: set[str] = set()
@@ -78,12 +71,16 @@ class StageChecks:
         lessons = rehearsed.lessons
         objectives = [rehearsed.objective(i) for i in range(len(lessons))]
         self._check_stage(stage, lessons, objectives)
+        # The first student stands for its peers, but for those of another architecture below.
         objective, network = objectives[0], stage.students[0].module
         self._networks = factory.teacher_modules()
         context = replace(rehearsed.context(0), num_samples=num_train)
         index = torch.arange(PROBE)
+        # A check must not change the caller's random state, and gives the same messages each time.
         with seeded("plan"):
             known = Batch(images, labels_of(self.task, index, info), index % num_train)
+            # Answers of networks on the meta device have shapes only, and losses may look at
+            # numbers.
             tried = [
                 on_random_numbers(self.task, lesson, info)
                 if factory.device.type == "meta"
@@ -91,6 +88,7 @@ class StageChecks:
                 for lesson in lessons
             ]
             left = self._try_losses(objective, tried[0], known, context)
+            # A later stage may freeze this student as its teacher: then it is the deployed network.
             cast("TappedModel", stage.students[0]).settle(left)
             for i, (other, lesson) in enumerate(zip(objectives, tried, strict=True)):
                 # a peer of another architecture, or not a student's parameter
@@ -99,12 +97,16 @@ class StageChecks:
                     whose = replace(context, student=own.student, teacher=own.teacher)
                     self._try_losses(other, lesson, known, whose)
         frozen: list[nn.Parameter] = []
+        # After `setup`: losses may have added parts that the globs are matched with.
         if stage.training.train is not None and not self.report.problems:
             frozen = freeze_all_but(stage.training.train, network, objective.parts())
             for parameter in frozen:
+                # Only which parameters would be frozen is asked here; later stages train them
+                # perhaps.
                 parameter.requires_grad_(True)
         if not self.report.problems:
             with torch.enable_grad():
+                # A step with gradients: the one above ran without.
                 answered = stage.step(batch(PROBE))[0]
             self._note_what_learns(stage, objective, answered, tried[0], known, frozen)
         epochs = stage.training.epochs or self.spec.train.epochs
@@ -113,8 +115,10 @@ class StageChecks:
         active = objective.active(lessons[0])
         self.used.update(active)
         entries = {name: objective.entries[name] for name in active}
+        # The last epoch, as some schedules ask no teacher in the first ones.
         late = Moment(epochs - 1, (epochs - 1) * steps)
         cost = step_cost(stage, factory.models(), batch, PROBE, late)
+        # Last, as its step in training mode changes running statistics.
         self._check_single(stage, batch, num_train)
         return StagePlan(
             stage.name,
@@ -180,7 +184,7 @@ class StageChecks:
                 f"{batches} a single image, of which a BatchNorm layer of the student gets one"
                 " value a channel; it needs two"
             )
-            self.report.problems.append(self.recipe.problem(place, says))
+            self.report.refuse(place, says)
         finally:
             for student in stage.students:
                 student.module.eval()
@@ -189,37 +193,28 @@ class StageChecks:
         """Check whether the recipe can give the stage its views, and its images in the requested
         order.
         """
+
+        def refuse(*place: str, says: str) -> NoReturn:
+            raise self.recipe.error(place, f"stage '{stage.name}' {says}")
+
         mixed, size = self.spec.train.mixup is not None, self.spec.data.batch_size
         if stage.data.views > 1 and is_text(info.image_shape):
-            raise self.recipe.error(
-                ["schedule"], f"stage '{stage.name}' compares views of images, and texts have one"
-            )
+            refuse("schedule", says="compares views of images, and texts have one")
         if stage.data.views > 1 and mixed:
-            raise self.recipe.error(
-                ["train", "mixup"],
-                f"stage '{stage.name}' compares views of single images; leave mixup out",
-            )
-        if stage.data.arrange is not None and mixed:
-            raise self.recipe.error(
-                ["train", "mixup"],
-                f"stage '{stage.name}' chooses which images come together; leave mixup out",
-            )
-        if stage.data.arrange is not None and (key := self.spec.data.repeating):
-            raise self.recipe.error(
-                ["data", key],
-                f"stage '{stage.name}' chooses which images come together; leave {key} out",
-            )
-        if stage.data.arrange is not None:
-            if groups is NO_LABELS or groups is None:
-                raise self.recipe.error(
-                    ["schedule"],
-                    f"stage '{stage.name}' brings images together by their labels, and they have"
-                    " none",
-                )
-            used = len(groups) - (len(groups) % size if self.spec.data.drop_last else 0)
-            stage.data.arrange(
-                torch.arange(used), groups[:used], size
-            )  # losses may refuse the probe's numbers
+            refuse("train", "mixup", says="compares views of single images; leave mixup out")
+        if stage.data.arrange is None:
+            return
+        together = "chooses which images come together; leave"
+        if mixed:
+            refuse("train", "mixup", says=f"{together} mixup out")
+        if key := self.spec.data.repeating:
+            refuse("data", key, says=f"{together} {key} out")
+        if groups is NO_LABELS or groups is None:
+            refuse("schedule", says="brings images together by their labels, and they have none")
+        # Images that `drop_last` leaves out are never arranged.
+        used = len(groups) - (len(groups) % size if self.spec.data.drop_last else 0)
+        # The schedule may refuse these labels, or the size of a batch.
+        stage.data.arrange(torch.arange(used), groups[:used], size)
 
     def _try_losses(
         self, objective: Objective, lesson: Lesson, batch: Batch, context: Context
@@ -230,25 +225,26 @@ class StageChecks:
         network = context.student
         for name, loss in objective.active(lesson).items():
             place: list[str | int] = ["losses", self.recipe.loss_names().index(name)]
+            # One at a time, so that each error is told at its own loss.
             alone = Objective({name: (objective.entries[name], loss)}, self.task)
             try:
                 alone.setup(lesson, batch, context, self._networks)
                 value = alone(lesson, batch).terms[name]
                 if value.shape != ():
                     raise ShapeError(f"{name} gives a tensor {tuple(value.shape)}, not a scalar")
+                # A loss may deploy the network that the loss before it has deployed.
                 network = alone.deploy(network)
             except ShapeError as error:
+                # The probe's number of samples would mislead: the user's batches have another.
                 any_batch = re.sub(rf"\({PROBE},(?=[ )])", "(B,", str(error))
-                self.report.problems.append(self.recipe.problem(place, any_batch))
+                self.report.refuse(place, any_batch)
             except KdkitError as error:
-                self.report.problems.append(self.recipe.problem(place, str(error)))
+                self.report.refuse(place, str(error))
             except Exception as error:  # an error in a plugin's own code
-                self.report.problems.append(
-                    self.recipe.problem(
-                        place,
-                        f"fails on the models' shapes: {type(error).__name__}:"
-                        f" {' '.join(str(error).split())}",
-                    )
+                self.report.refuse(
+                    place,
+                    f"fails on the models' shapes: {type(error).__name__}:"
+                    f" {' '.join(str(error).split())}",
                 )
         return network
 
@@ -276,9 +272,11 @@ class StageChecks:
         counting = Objective(
             {name: (objective.entries[name], loss) for name, loss in weighed.items()}, self.task
         )
+        # Frozen parameters are left out: no gradient is meant to reach them.
         found = reached(counting, answered, tried, batch) - {id(parameter) for parameter in frozen}
         network = stage.students[0].module
         learning = {id(p) for p in network.parameters() if p.requires_grad}
+        # Popped and set again, so that the student of the latest stage is the last entry.
         self._still[network] = self._still.pop(network, learning) - found
 
     def note_what_stays(self) -> None:

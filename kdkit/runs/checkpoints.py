@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from kdkit.files import write_atomically as write_atomically
+from kdkit.files import write_atomically
 
 NAME = re.compile(r"(?P<kind>[a-z0-9_]+)-(?P<number>\d{8,})-(?P<digest>[0-9a-f]{16})\.pt")
 
@@ -28,6 +28,7 @@ class Checkpoints:
         """Save a state under its kind and number; keep the newest `keep` of that kind, this one
         included.
         """
+        # In memory first: the file's name is a digest of its content.
         buffer = io.BytesIO()
         torch.save(state, buffer)
         content = buffer.getvalue()
@@ -55,6 +56,7 @@ class Checkpoints:
             state = _read(path)
             if state is None:
                 wrong[path] = "is damaged"
+            # States of an older kdkit do not say whose they are.
             elif run is not None and isinstance(state, dict) and state.get("run", run) != run:
                 wrong[path] = "is of another recipe's run"
             else:
@@ -72,6 +74,8 @@ class Checkpoints:
             for p in self.folder.glob("*.pt")
             if (m := NAME.fullmatch(p.name)) and m["kind"] == kind
         ]
+        # By time where numbers are equal: a state saved again under its number may have another
+        # digest, and is another file.
         return iter(
             sorted(found, key=lambda path: (_number(path), path.stat().st_mtime_ns), reverse=True)
         )
@@ -83,6 +87,7 @@ def _number(path: Path) -> int:
 
 def _read(path: Path) -> Any:
     content = path.read_bytes()
+    # Before torch reads it: a damaged file is never unpickled.
     if hashlib.sha256(content).hexdigest()[:16] != path.stem.rsplit("-", 1)[1]:
         return None
     try:

@@ -5,6 +5,7 @@ losses on random numbers.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,23 +13,16 @@ from dataclasses import replace
 import torch
 
 from kdkit.contracts.dataset_source import DataInfo
-from kdkit.contracts.model_source import (
-    Meaning,
-    TeacherOptions,
-)
-from kdkit.contracts.schedule import Schedule
+from kdkit.contracts.model_source import Meaning, TeacherOptions
 from kdkit.data import loaders
 from kdkit.data.subsets import images_per_epoch, samples
-from kdkit.errors import (
-    ModelError,
-)
+from kdkit.errors import ModelError
 from kdkit.recipe import Recipe, fetching, teacher_recipes
 from kdkit.runs import check_caches as cache_plan
 from kdkit.runs.check_data import DataChecks
-from kdkit.runs.check_networks import NetworkChecks
-from kdkit.runs.check_report import Report
+from kdkit.runs.check_networks import NetworkChecks, compare_checkpoints
+from kdkit.runs.check_report import Checks, Report
 from kdkit.runs.check_stages import StageChecks
-from kdkit.runs.check_weights import compare_checkpoints
 from kdkit.runs.networks import ModelFactory
 from kdkit.runs.plan import Plan
 from kdkit.runs.trained_teachers import TrainedTeacher
@@ -45,17 +39,15 @@ def make(recipe: Recipe, fetch: Callable[[str], None] | None = None) -> Plan:
     Raises:
         RecipeError: everything that cannot work, one line each with file and line.
     """
+    # Guards the whole plan: networks and datasets may connect wherever they are built.
     with contextlib.nullcontext() if fetch else fetching.nothing_fetched():
         return _Planner(recipe, fetch).plan()
 
 
-class _Planner:
+class _Planner(Checks):
     def __init__(self, recipe: Recipe, fetch: Callable[[str], None] | None) -> None:
-        self.recipe = recipe
-        self.spec = recipe.spec
-        self.task = recipe.task
+        super().__init__(recipe, Report(recipe, fetches=fetch is not None))
         self.fetch = fetch
-        self.report = Report(recipe, fetches=fetch is not None)
         self.data = DataChecks(recipe, self.report, fetch)
         self.networks = NetworkChecks(recipe, self.report)
         self.stages = StageChecks(recipe, self.report, self.networks)
@@ -66,6 +58,7 @@ class _Planner:
         with self.report.at("data", "dataset"):
             info = self.data.info(source)
             with self.report.at("data"):
+                # The size in a batch, which `data.image_size` may change.
                 info = replace(info, image_shape=loaders.image_shape(spec.data, info))
                 num_train = samples(spec.data, info.num_train)
                 if num_train < spec.data.batch_size:
@@ -76,7 +69,8 @@ class _Planner:
             self.data.check_labels(source, info)
             trained = self._trained(info)
         self.report.raise_if_any()
-        factory = ModelFactory(self.recipe, info, trained, device=torch.device("meta"))
+        build = functools.partial(ModelFactory, self.recipe, info, trained)
+        factory = build(device=torch.device("meta"))
         self.networks.check_answers(factory, info, source)
         with self.report.at():
             self.report.notes += compare_checkpoints(factory)
@@ -86,9 +80,7 @@ class _Planner:
         # the network may only need real numbers to run: try again off the meta device
         if self.report.problems:
             self.report.problems.clear()
-            factory = ModelFactory(
-                self.recipe, info, trained, device=torch.device("cpu"), rehearsal=True
-            )
+            factory = build(device=torch.device("cpu"), rehearsal=True)
             students, planned = self.networks.networks_of(factory, info)
             if not self.report.problems:
                 self.report.notes.append(
@@ -101,10 +93,9 @@ class _Planner:
         self.report.raise_if_any()
         batches = math.ceil(images_per_epoch(spec.data, num_train) / spec.data.batch_size)
         steps = math.ceil(batches / spec.train.accumulate)
+        # Such losses read weights in `setup`, and the meta device has none.
         if any(self.recipe.plugins.losses[entry.use].needs_networks for entry in spec.losses):
-            factory = ModelFactory(
-                self.recipe, info, trained, device=torch.device("cpu"), rehearsal=True
-            )
+            factory = build(device=torch.device("cpu"), rehearsal=True)
         self.networks.check_caches(
             factory,
             info,
@@ -116,9 +107,10 @@ class _Planner:
         )
         watching = cache_plan.Rehearsal(self.recipe, factory)
         with self.report.at("schedule"):
+            schedule = self.recipe.plugins.schedules[spec.schedule.use](spec.schedule)
             stages = tuple(
                 self.stages.plan(stage, factory, info, num_train, steps, watching)
-                for stage in self._schedule().stages(factory)
+                for stage in schedule.stages(factory)
             )
         self.data.check_trackers()
         self.data.check_training(num_train, info)
@@ -145,6 +137,8 @@ class _Planner:
         found = {}
         for name, source in teacher_recipes(self.spec).items():
             with self.report.at(*self.spec.place_of(name)):
+                # The teacher's recipe is checked whole: its training comes first, and would fail
+                # late.
                 planned = make(source, self.fetch)
                 theirs = planned.info.outputs
                 whose = f"the teacher of {source.source.path.name}"
@@ -169,12 +163,10 @@ class _Planner:
     def _refuse_unused(self) -> None:
         """Report the losses that no stage uses, if there are no other problems."""
         for i, name in enumerate(self.recipe.loss_names()):
+            # A problem above may be the reason why it is not used.
             if name not in self.stages.used and not self.report.problems:
                 says = (
                     f"'{name}' is never used: no stage of schedule '{self.spec.schedule.use}' has a"
                     " teacher for it, or asks for it"
                 )
-                self.report.problems.append(self.recipe.problem(["losses", i], says))
-
-    def _schedule(self) -> Schedule:
-        return self.recipe.plugins.schedules[self.spec.schedule.use](self.spec.schedule)
+                self.report.refuse(["losses", i], says)

@@ -49,16 +49,21 @@ def deployed(
         trained: teachers by name, if other recipes trained them; their weights are not read.
         network: options of the student, if there are several (None: the recipe's `student`).
     """
+    # Most recipes deploy nothing: their networks are not built here.
     if not (names := deploying(recipe)):
         return None
     factory = ModelFactory(recipe, info, trained, device=torch.device("cpu"), rehearsal=True)
+    # The run's result is the student of its last stage; earlier ones are gone through for their
+    # networks.
     *_, stage = recipe.plugins.schedules[recipe.spec.schedule.use](recipe.spec.schedule).stages(
         factory
     )
+    # A loss that the last stage does not use deploys nothing.
     used = [
         name for name in names if stage.training.losses is None or name in stage.training.losses
     ]
     built = [options_of(recipe, factory.network(one)) for one in stage.students]
+    # Peers of one architecture are the same network without weights: the first of them does.
     number = built.index(network) if network in built else 0
     student = stage.students[number]
     assert isinstance(student, TappedModel)
@@ -66,6 +71,7 @@ def deployed(
     labels = recipe.task.random_targets(info, index)
     # seeded: loading a student must not change the caller's random state
     with torch.no_grad(), seeded("deployed"):
+        # Other numbers for each view: equal ones would make losses on pairs of views degenerate.
         views = tuple(
             random_inputs(info.image_shape, PROBE, seed=i) for i in range(stage.data.views)
         )
@@ -143,6 +149,7 @@ def unreadable(again: Callable[[], TappedModel], student: TappedModel, shape: Sh
     except KdkitError as error:
         return str(error).removeprefix("student: ")
     student.module.eval()
+    # A network without parameters is on no device.
     device = next((value.device for value in student.module.parameters()), None)
     with torch.no_grad():
         ours, theirs = (

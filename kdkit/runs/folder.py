@@ -5,12 +5,11 @@ result.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +17,22 @@ from filelock import FileLock, Timeout
 
 from kdkit import files
 from kdkit import recipe as recipes
-from kdkit.contracts.dataset_source import DataInfo, DatasetSource
+from kdkit.contracts.dataset_source import DataInfo
 from kdkit.contracts.task import ScoreInfo
-from kdkit.engine.scores import scores_of
+from kdkit.engine.scores import scores_of, usual_scores
 from kdkit.errors import BusyError, DamagedFile, RunError
 from kdkit.finite import with_nan
-from kdkit.recipe import Recipe, consent, registry
+from kdkit.recipe import Recipe, consent
 from kdkit.recipe.fairness import differences
 from kdkit.recipe.yaml_source import Source
 from kdkit.runs.checkpoints import Checkpoints
-from kdkit.runs.file_shapes import LINE, RECIPE, Marker
 from kdkit.runs.leftovers import LOCK, is_leftover, python_in, remove
-from kdkit.runs.result import Result
+from kdkit.runs.result import LINE, RECIPE, Marker, Result, versions
 
 DATA_FILES = "data.files"  # key in the content; no recipe has such a key
 AGAIN = "`kdkit train` with the same recipe makes it again"
 ANEW = "`kdkit train` with the same recipe and `--restart` trains the run again"
-VERSIONS = ("kdkit", "torch", "torchvision", "timm", "accelerate")
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)
 
 
 class RunFolder:
@@ -66,9 +64,7 @@ class RunFolder:
         if self.marker.is_file():
             if not restart and not self.is_untrained():
                 self._refuse_other_recipe(recipe)
-        elif self.path.exists() and (
-            not self.path.is_dir() or any(not is_leftover(path) for path in self.path.iterdir())
-        ):
+        elif not self.is_free():
             raise RunError(
                 f"{self.path} exists and is not a run folder; give the recipe another `name:` or"
                 " `--run FOLDER`"
@@ -86,6 +82,12 @@ class RunFolder:
                 f"{self.path} holds a run of another recipe (different: {keys}); give this one"
                 " another `name:` or `--run FOLDER`, or throw the old one away with `--restart`"
             )
+
+    def is_free(self) -> bool:
+        """Check that nothing is here, but for what a process leaves that has only locked it."""
+        return not self.path.exists() or (
+            self.path.is_dir() and all(is_leftover(path) for path in self.path.iterdir())
+        )
 
     def is_untrained(self) -> bool:
         """Check that no training here could be lost: the run was refused, or failed, before the end
@@ -113,7 +115,7 @@ class RunFolder:
             RunError: as `check`, or another process trains here.
         """
         self.check(recipe, restart=restart)
-        with self._locked():
+        with self.held():
             # another process may have made it before the lock was taken
             self.check(recipe, restart=restart)
             anew = restart or self.is_untrained()
@@ -134,21 +136,32 @@ class RunFolder:
 
     def wait(self) -> None:
         """Wait until no process trains here."""
-        with FileLock(self.path / LOCK, poll_interval=1, fallback_to_soft=False):
+        with self._lock.acquire(poll_interval=1):
             pass
 
-    def _locked(self) -> contextlib.AbstractContextManager[object]:
+    def held(self) -> contextlib.AbstractContextManager[object]:
+        """Lock the folder against other processes; this object may lock it again.
+
+        Raises:
+            BusyError: another process, or another object of this one, holds it.
+            RunError: it cannot be made or locked.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            # only the system's own lock: a lock file would outlive a killed process
-            return FileLock(self.path / LOCK, fallback_to_soft=False).acquire(blocking=False)
+            return self._lock.acquire(blocking=False)
         except Timeout:
             raise BusyError(f"{self.path}: another process is training in this folder") from None
         except OSError as error:
+            what = "locked" if error.errno in NO_LOCKS else "written"
             says = "the run is written there (`run.folder`, or `--run FOLDER`)"
             raise RunError(
-                f"{self.path.absolute()}: cannot be written: {error.strerror}; {says}"
+                f"{self.path.absolute()}: cannot be {what}: {error.strerror}; {says}"
             ) from None
+
+    @functools.cached_property
+    def _lock(self) -> FileLock:
+        # only the system's own lock: a lock file would outlive a killed process
+        return FileLock(self.path / LOCK, fallback_to_soft=False)
 
     def about(self, way_out: str = ANEW) -> Marker:
         """Return the content of run.json.
@@ -171,7 +184,7 @@ class RunFolder:
         if not self.marker.is_file():
             return None
         about = self.marker.stat()
-        return _fingerprint(self, about.st_ino, about.st_size, about.st_mtime_ns)
+        return _fingerprint(self.path, about.st_ino, about.st_size, about.st_mtime_ns)
 
     def holds(self, recipe: Recipe) -> bool:
         """Check whether a run of exactly this recipe is here."""
@@ -197,7 +210,7 @@ class RunFolder:
             return (*about["scores"], *about.get("agreement", ()))
         lines = self.metrics("epoch")
         measured: dict[str, float] = next((each["test"] for each in lines if "test" in each), {})
-        known = _usual_scores(self.info()) if self.marker.is_file() else {}
+        known = usual_scores(self.info()) if self.marker.is_file() else {}
         return tuple(known.get(name) or ScoreInfo(name=name, title=name) for name in measured)
 
     def recipe(
@@ -410,21 +423,8 @@ class RunFolder:
 
 
 @functools.lru_cache(maxsize=1000)
-def _usual_scores(info: DataInfo) -> dict[str, ScoreInfo]:
-    """Describe the scores of the task that all runs had before there were others."""
-    if (task := registry.load().tasks.get(DatasetSource.task)) is None:
-        return {}
-    scores = (*task().scores(info), *task().agreement(info))
-    return {score.name: score.info() for score in scores}
-
-
-def _fingerprint(folder: RunFolder, inode: int, size: int, modified: int) -> str:
+def _fingerprint(path: Path, inode: int, size: int, modified: int) -> str:
     """Read the fingerprint in a run.json; the file's size and time in the cache key make a changed
     file be read again.
     """
-    return folder.about()["fingerprint"]
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that a run's numbers depend on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}}
+    return RunFolder(path).about()["fingerprint"]

@@ -50,5 +50,6 @@ def _digest(module: nn.Module) -> str:
     # state_dict leaves some buffers out
     for name, value in itertools.chain(module.named_parameters(), module.named_buffers()):
         digest.update(name.encode())
+        # As bytes: numpy has no bf16.
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

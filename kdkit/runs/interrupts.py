@@ -12,6 +12,7 @@ from typing import Any, Self
 STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
+# A KeyboardInterrupt, so that whatever cleans up after Ctrl-C does so after SIGTERM.
 class Terminated(KeyboardInterrupt):
     """SIGTERM, where Ctrl-C would have raised its parent."""
 
@@ -52,6 +53,7 @@ class StopRequest:
         return self
 
     def _take(self, number: int, frame: FrameType | None) -> None:
+        # Only noted: training looks at it between two steps, when its state is whole.
         self.signal = signal.Signals(number)
         # restore the handlers at once, so that a second signal ends the process
         self._restore()
@@ -59,6 +61,7 @@ class StopRequest:
     def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        # `_restore` is called again on leaving, and must not undo handlers set in between.
         self._before = {}
 
     def __exit__(

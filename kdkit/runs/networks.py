@@ -38,8 +38,8 @@ from kdkit.recipe.sections import LossEntry
 from kdkit.recipe.types import source_of
 from kdkit.runs import wanted
 from kdkit.runs.frozen import FrozenModels
+from kdkit.runs.meaning import TeacherClasses
 from kdkit.runs.shared import Alone, Demand, Shared
-from kdkit.runs.teacher_classes import TeacherClasses
 from kdkit.runs.trained_teachers import TrainedTeacher, snapshot_of
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -84,6 +84,8 @@ class ModelFactory:
         self._networks: weakref.WeakKeyDictionary[Model, ModelOptions] = weakref.WeakKeyDictionary()
         self._teachers: dict[str, TappedModel] = {}
         self._past: list[weakref.ref[TappedModel]] = []  # teachers at an earlier epoch
+        # By section: networks on the meta device, whose layers the globs of losses are matched
+        # with.
         self._skeletons: dict[str, nn.Module] = {}
         self.inherited: list[str] = []  # tensors that the last student has inherited from a teacher
         self._shared = shared or Alone()
@@ -110,10 +112,12 @@ class ModelFactory:
         Raises:
             TapError: a layer does not exist.
         """
+        # Without pairs no skeleton is built, which losses on responses do not need.
         if not pairs:
             return []
         teachers = self.recipe.spec.all_teachers()
         student = self._skeleton("student", self.recipe.spec.student)
+        # A loss without `teacher:` reads every teacher; its layers are named as in the first one.
         name = teacher or next(iter(teachers), None)
         options = self.teacher_options(name) if name else None
         return expand_pairs(
@@ -167,15 +171,8 @@ class ModelFactory:
                 functools.partial(source.rename, module=student.module),
             )
         except ModelError as error:
-            place = next(
-                (
-                    where
-                    for where, model in models_in({"schedule": self.recipe.spec.schedule})
-                    if model is options
-                ),
-                ["student"],
-            )
-            raise self.recipe.error([*place, "init"], str(error)) from error
+            place = [*self._place_of("student", options), "init"]
+            raise self.recipe.error(place, str(error)) from error
 
     def models(self) -> list[TappedModel]:
         """List all models that were provided and are still in use."""
@@ -199,9 +196,11 @@ class ModelFactory:
         if name is None and len(names) != 1:
             raise RunError(f"this schedule takes one teacher, the recipe has {len(names)}")
         chosen = name or names[0]
+        # A snapshot is not kept in `_teachers`: the route's anchors would all stay in memory.
         if epoch is not None:
             file = snapshot_of(self.recipe, self.trained, chosen, epoch)
             model = self._build_teacher(chosen, names.index(chosen), file)
+            # Weak: a schedule that follows a route holds one anchor at a time.
             self._past.append(weakref.ref(model))
             return model
         if chosen not in self._teachers:
@@ -216,15 +215,12 @@ class ModelFactory:
         """Return the frozen teachers without taps, for measuring, except those without a network;
         `answering`: only those that have the data's classes.
         """
-        asked = {
-            name: teacher
-            for name, teacher in self.teachers().items()
-            if not has_answers_alone(self.recipe, name)
-        }
         return [
             teacher.twin()
-            for name, teacher in asked.items()
-            if not answering or self.classes.are_known(name)
+            for name, teacher in self.teachers().items()
+            # Answers from a file cost nothing and have no network to measure.
+            if not has_answers_alone(self.recipe, name)
+            and (self.classes.are_known(name) or not answering)
         ]
 
     def teacher_modules(self) -> dict[str, nn.Module]:
@@ -245,6 +241,7 @@ class ModelFactory:
         """Record digests of the students that are frozen now, except those that a stage changes
         itself (`but`); `verify_frozen` raises if they change.
         """
+        # Teachers were recorded when they were built; students may be frozen between stages.
         for model in filter(None, (student() for student in self._students)):
             self._frozen.add(model)
         for changing in but:
@@ -272,12 +269,12 @@ class ModelFactory:
         return wanted.looking_at(self.recipe, name)
 
     def _build_teacher(self, name: str, number: int, file: Path | None = None) -> TappedModel:
-        def build(layers: Sequence[str], needs_logits: bool) -> TappedModel:
-            return self._frozen_teacher(name, number, file, layers, needs_logits)
-
+        build = functools.partial(self._frozen_teacher, name, number, file)
         layers, needs_logits = self.teacher_layers(name), self._needs_logits(name)
+        # Not computed yet: the key needs skeletons of networks, which a run alone can do without.
         key = functools.partial(self._sort_of_teacher, name, number)
         model = self._shared.teacher(key, str(file), layers, needs_logits=needs_logits, build=build)
+        # On the meta device there are no bytes to digest, and in a rehearsal nothing is trained.
         if self._real:
             self._frozen.add(model)
         return model
@@ -286,13 +283,17 @@ class ModelFactory:
         self, name: str, number: int, file: Path | None, layers: Sequence[str], needs_logits: bool
     ) -> TappedModel:
         spec, options = self.recipe.spec.all_teachers()[name], self.teacher_options(name)
+        # A teacher's recipe was trained before any teacher is built.
         assert options is not None and isinstance(spec, TeacherOptions)
         model = self._build(name, options, layers, number, file)
+        # A hook on the network itself: a wrapper would change the names of its layers.
         if (chosen := self.classes.chosen(name)) is not None or spec.answers != "logits":
             model.module.register_forward_hook(Reading(spec.answers, chosen))
+        # Without a reader of its logits, a forward stops after the deepest tap.
         model.needs_logits = needs_logits
         model.precision = PRECISIONS[spec.precision] if spec.precision else None
         model.freeze(spec.mode)
+        # After `freeze`, as batch statistics of a network in training mode cannot be folded.
         if self._real and self._folds(name):
             # the comparison needs more precision than TF32
             with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
@@ -303,7 +304,9 @@ class ModelFactory:
         return self.classes.are_known(name) and wanted.needs_logits(self.recipe, name)
 
     def _folds(self, name: str) -> bool:
+        # Answers from a file have no such option.
         asked = getattr(self.recipe.spec.all_teachers()[name], "fold_batchnorm", False)
+        # A loss that inspects the network would find other layers than the recipe names.
         return asked and not wanted.needs_network(self.recipe, name)
 
     def _sort_of_teacher(self, name: str, number: int) -> str:
@@ -360,10 +363,9 @@ class ModelFactory:
     def _skeleton(self, section: str, options: ModelOptions) -> nn.Module:
         if section not in self._skeletons:
             try:
-                source = self.source(options)
                 built = build_model(
                     options,
-                    source,
+                    self.source(options),
                     self._classes(section),
                     self.info.image_shape,
                     role=section,
@@ -377,15 +379,6 @@ class ModelFactory:
     def _error(
         self, section: str, error: Exception, options: ModelOptions | None = None
     ) -> RecipeError:
-        place = ["student"] if section == "student" else self.recipe.spec.place_of(section)
-        place = next(
-            (
-                where
-                for where, model in models_in({"schedule": self.recipe.spec.schedule})
-                if model is options
-            ),
-            place,
-        )
         key = (
             "recipe"
             if section in self.trained
@@ -393,7 +386,14 @@ class ModelFactory:
             if isinstance(error, CheckpointError)
             else "model"
         )
-        return self.recipe.error([*place, key], str(error).removeprefix(f"{section}: "))
+        place = [*self._place_of(section, options), key]
+        return self.recipe.error(place, str(error).removeprefix(f"{section}: "))
+
+    def _place_of(self, section: str, options: ModelOptions | None) -> Sequence[str | int]:
+        """Find where a model's options stand in the recipe: in the schedule, or their section."""
+        own = ["student"] if section == "student" else self.recipe.spec.place_of(section)
+        schedules = models_in({"schedule": self.recipe.spec.schedule})
+        return next((place for place, model in schedules if model is options), own)
 
     def source(self, options: ModelOptions) -> ModelSource:
         sources = self.recipe.plugins.models
@@ -413,6 +413,7 @@ class ModelFactory:
             trained = self.trained[section]
             file = trained.checked(file or trained.file)
         try:
+            # A network's first weights must not depend on which others were built before it.
             with seeded(spec.seed, "student" if section == "student" else "teacher", number):
                 model = build_model(
                     options,

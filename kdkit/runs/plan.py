@@ -63,6 +63,7 @@ class Plan:
             if is_text(info.image_shape)
             else f"images {info.image_shape}"
         )
+        # `image` or `text`.
         one = what.split()[0][:-1]
         yield (
             f"{self.name}: {self.num_train:,} training and {info.num_test:,} test {what},"
@@ -119,6 +120,7 @@ def _details(entry: LossEntry) -> str:
     layers = [f"{pair.student} ~ {pair.teacher}" for pair in entry.taps()]
     said = [
         f"{key} {_short(getattr(entry, key))}"
+        # Only what the recipe says: defaults would make each formula a paragraph.
         for key in entry.model_fields_set
         if key not in ("use", "name", "weight", "layers")
     ]

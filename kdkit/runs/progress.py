@@ -16,6 +16,7 @@ from kdkit.terminal import Terminal
 REFRESH = 0.25
 
 
+# A status that wraps would make the bar jump.
 class _Free(ProgressColumn):
     def render(self, task: Task) -> Text:
         return Text(task.fields["status"], overflow="ellipsis", no_wrap=True)
@@ -56,6 +57,7 @@ class Reporter:
 
     def warn(self, text: str) -> None:
         """Print a warning once, and store it for the result."""
+        # Some are found in every epoch.
         if text not in self.warnings:
             self.warnings.append(text)
             self.console.print(f"warning: {text}", style="yellow", markup=False)
@@ -63,6 +65,7 @@ class Reporter:
     @contextmanager
     def training(self, label: str, steps: int, done: int) -> Iterator[None]:
         """Show a bar while a stage of `steps` steps is trained, `done` of them already."""
+        # In a file or pipe a bar would be a line for each update.
         if self.quiet or not self.console.is_terminal:
             yield
             return
@@ -74,6 +77,7 @@ class Reporter:
             TimeRemainingColumn(),
             _Free(),
         )
+        # Transient: the bar gives way to the lines of epochs.
         with Progress(*columns, console=self.console, transient=True) as self._progress:
             self._progress.add_task(label, total=steps, completed=done, status="")
             try:
@@ -104,7 +108,7 @@ class Reporter:
         left: float,
     ) -> None:
         """Print one line for a finished epoch."""
-        test = ", ".join(f"{score.name} {score.text(value)}" for score, value in scores)
+        test = ", ".join(f"{score.title} {score.text(value)}" for score, value in scores)
         parts = [label, _terms(terms), *([f"test {test}"] if test else [])]
         parts += [f"lr {lr:.2g}", f"{images_per_second:,.0f} images/s", f"{_clock(left)} left"]
         if self.quiet:
@@ -132,6 +136,7 @@ def _terms(terms: Mapping[str, float]) -> str:
     """
     shown = []
     for name in terms:
+        # Told in front, and in brackets.
         if name == "loss" or name.endswith(".weighted"):
             continue
         value, weighted = f"{terms[name]:.3g}", f"{terms[f'{name}.weighted']:.3g}"

@@ -21,6 +21,7 @@ def batch_of(task: Task, images: Inputs, info: DataInfo, views: int, count: int)
     """Make a batch of `count` images, repeating the given ones if they are too few."""
     index = torch.arange(count, device=first_tensor(images).device)
     shown = rows(images, index % len(first_tensor(images)))
+    # All views are the same tensor: only shapes count here.
     return Batch(shown, labels_of(task, index, info), index, (shown,) * (views - 1))
 
 
@@ -33,6 +34,7 @@ def labels_of(task: Task, index: torch.Tensor, info: DataInfo) -> torch.Tensor:
 
 def _mask(samples: int, tokens: int) -> torch.Tensor:
     """Make a mask of texts of unequal lengths, the first of them full."""
+    # No text is shorter than half, so that short probes keep some tokens.
     return torch.arange(tokens) < tokens - torch.arange(samples)[:, None] % max(1, tokens // 2)
 
 
@@ -63,6 +65,8 @@ def on_random_numbers(task: Task, lesson: Lesson, info: DataInfo) -> Lesson:
         teachers=[like(teacher) for teacher in lesson.teachers],
         named=named,
     )
+    if isinstance(lesson.weights, torch.Tensor):
+        changed = replace(changed, weights=torch.ones(lesson.weights.shape))
     if lesson.batch is not None:
         index = torch.arange(len(lesson.batch.index))
         changed = replace(

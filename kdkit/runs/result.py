@@ -1,11 +1,25 @@
-"""The result of a finished run."""
+"""The result of a finished run, and the content of a run's files as far as kdkit reads them back:
+validated by pydantic.
+"""
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired, cast
+
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter
+from typing_extensions import TypedDict
+
+from kdkit.contracts.dataset_source import DataInfo
+from kdkit.contracts.synonyms import renamed
+from kdkit.contracts.task import ScoreInfo
+from kdkit.finite import Number
+
+VERSIONS = ("kdkit", "torch", "torchvision", "timm", "accelerate")
 
 
 @dataclass(frozen=True)
@@ -67,3 +81,102 @@ class Result:
     def student(self) -> Path:
         """Path of the student's weights, safetensors."""
         return self.folder / "student.safetensors"
+
+
+class _Open(TypedDict):
+    """May hold more keys than those named."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+
+class Marker(TypedDict):
+    """Content of run.json."""
+
+    fingerprint: str
+    content: Content
+    # Files of an older kdkit name some fields otherwise.
+    data: Annotated[DataInfo, BeforeValidator(renamed)]
+    versions: dict[str, str]
+    scores: NotRequired[list[ScoreInfo]]
+    agreement: NotRequired[list[ScoreInfo]]
+
+
+class Content(_Open):
+    """Everything that the weights depend on; see `Recipe.content`."""
+
+    data: dict[str, Any]
+    teacher: dict[str, Any] | None
+    teachers: list[dict[str, Any]]
+
+
+# Open, as schedules and older versions write further fields.
+class Line(_Open):
+    """Fields of every line of metrics.jsonl, and further ones of an epoch's line."""
+
+    kind: Literal["step", "epoch"]
+    stage: str
+    epoch: int
+    step: int
+    lr: NotRequired[float]
+    train: NotRequired[dict[str, Number]]
+    test: NotRequired[dict[str, Number]]
+    validation: NotRequired[dict[str, Number]]
+
+
+# Cast: what is read is used as a plain dictionary, which to mypy no TypedDict is.
+LINE: TypeAdapter[dict[str, Any]] = TypeAdapter(cast("Any", Line))
+
+
+class PlainRecipe(_Open):
+    """Minimum content of a resolved recipe when it is read without its plugins."""
+
+    name: str
+    seed: int
+    data: PlainData
+    student: dict[str, Any]
+    schedule: PlainEntry
+    losses: list[PlainEntry]
+    train: PlainTraining
+
+
+class PlainEntry(_Open):
+    """The section of a plugin."""
+
+    use: str
+
+
+class PlainData(_Open):
+    """The data section."""
+
+    dataset: PlainEntry
+    batch_size: int
+
+
+class PlainNamed(_Open):
+    """A section with a name."""
+
+    name: str
+
+
+class PlainOptimizer(PlainNamed):
+    """The optimizer's section."""
+
+    lr: float
+    weight_decay: float
+
+
+class PlainTraining(_Open):
+    """The train section."""
+
+    epochs: int
+    precision: str
+    optimizer: PlainOptimizer
+    lr_schedule: PlainNamed
+
+
+RECIPE: TypeAdapter[dict[str, Any]] = TypeAdapter(cast("Any", PlainRecipe))
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that a run's numbers depend on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}}

@@ -20,6 +20,7 @@ class Run:
     @property
     def key(self) -> str:
         """Key that identifies what is trained."""
+        # Not the folder: a run that was moved, or is another study's, is the same training.
         return self.recipe.fingerprint
 
     @property

@@ -74,12 +74,16 @@ class Standing:
         Processes that train apart measure their own students on the whole data, and exchange the
         scores. Runs that are trained side by side meet by the number of the epoch.
         """
-        setting, processes, stage = self.setting, self.trainer.processes, self.trainer.stage
+        setting, processes = self.setting, self.trainer.processes
+        stage = self.trainer.stage
         models = [*self.deployed(), *(stage.company if processes.groups == 1 else ())]
         self.scores = [{} for _ in range(len(stage.students) * processes.groups)]
         self.ensemble = {}
         for number, (part, batches) in enumerate(
-            (("test", setting.data.test), ("validation", setting.data.validation)), -2
+            # Numbers below those of training batches, so that runs in lockstep measure at one place
+            # before they go on.
+            (("test", setting.data.test), ("validation", setting.data.validation)),
+            -2,
         ):
             if batches is None:
                 continue
@@ -124,11 +128,13 @@ class Standing:
         is best on validation, never on test.
         """
         setting, stage = self.setting, self.trainer.stage.name
+        # Without validation data there is no best epoch: test data choose nothing.
         if "validation" not in self.scores[0]:
             return
         scores, student = self.scores[self.chosen], self.trainer.stage.students[self.chosen]
         # an earlier stage trained something else
         known = setting.best if setting.best and setting.best["stage"] == stage else None
+        # Of equal epochs the first one stays.
         if known is None or self._rank(scores) > self._rank(known):
             setting.best = {"stage": stage, "epoch": self.trainer.epoch, **scores}
             if (network := setting.factory.network(student)) is not None:
@@ -147,6 +153,8 @@ class Standing:
         ]
         written: dict[str, str] = {}
         for number, model in zip(self._own, self.deployed(), strict=True):
+            # Students that all processes train together are the same in each: one process writes
+            # them.
             if wanted[number] and self.trainer.processes.writes:
                 written |= self.best_epochs.write(number, epoch, weights(model))
         for one in gather_object([written]):  # each process reads all files at the end
@@ -164,6 +172,7 @@ class Standing:
         for number, network in zip(self._own, self.trainer.deployed(), strict=True):
             network.load_state_dict(self.best_epochs.mean(number))
         self.last = self.scores
+        # Another place than the last epoch's own measurement: runs in lockstep share by place.
         yield from self.measure(self.trainer.epoch + 1)
 
     def keep_snapshot(self) -> None:

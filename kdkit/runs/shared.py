@@ -28,11 +28,13 @@ class Demand(NamedTuple):
     needs_logits: bool
 
 
+# A protocol, so that `study.shared.Sharing` provides it without being imported from here.
 class Shared(Protocol):
-    """Provides a run's data and its frozen teachers."""
+    """Provides a run's data and its frozen teachers; the methods here share nothing."""
 
     def opened(self, read: Callable[[], Data]) -> Data:
         """Return the data; `read` opens them for a single run."""
+        return read()
 
     def changed(
         self, key: str, train: TrainLoader, change: Callable[[TrainLoader], TrainLoader]
@@ -40,9 +42,11 @@ class Shared(Protocol):
         """Return the training batches with a change that the key identifies (mixed, fewer
         views).
         """
+        return change(train)
 
     def expect(self, demands: Iterable[Demand]) -> None:
         """Register what a run reads of its teachers, before any of them is built."""
+        return
 
     def teacher(
         self,
@@ -62,45 +66,6 @@ class Shared(Protocol):
             needs_logits: of this run.
             build: builds the teacher.
         """
-
-    def answering(
-        self,
-        recipe: Recipe,
-        teachers: Mapping[str, TappedModel],
-        data: Data,
-        warn: Callable[[str], None],
-    ) -> contextlib.AbstractContextManager[Data]:
-        """Open the caches of a run's teachers; return the data with the views that they store."""
-
-    def taught_answers(
-        self, teachers: Sequence[TappedModel], data: Data, judge: Judge, *, world: int
-    ) -> TaughtAnswers | None:
-        """Return the teachers' combined answer to the test data."""
-
-
-class Alone:
-    """Shares nothing: for a single run."""
-
-    def opened(self, read: Callable[[], Data]) -> Data:
-        return read()
-
-    def changed(
-        self, key: str, train: TrainLoader, change: Callable[[TrainLoader], TrainLoader]
-    ) -> TrainLoader:
-        return change(train)
-
-    def expect(self, demands: Iterable[Demand]) -> None:
-        return
-
-    def teacher(
-        self,
-        key: Callable[[], str],
-        state: str,
-        layers: Sequence[str],
-        *,
-        needs_logits: bool,
-        build: BuildTeacher,
-    ) -> TappedModel:
         return build(layers, needs_logits)
 
     def answering(
@@ -110,9 +75,15 @@ class Alone:
         data: Data,
         warn: Callable[[str], None],
     ) -> contextlib.AbstractContextManager[Data]:
+        """Open the caches of a run's teachers; return the data with the views that they store."""
         return opening.answering(recipe, teachers, data, warn)
 
     def taught_answers(
         self, teachers: Sequence[TappedModel], data: Data, judge: Judge, *, world: int
     ) -> TaughtAnswers | None:
+        """Return the teachers' combined answer to the test data."""
         return taught_answers(teachers, data.test, judge, world=world)
+
+
+class Alone(Shared):
+    """Shares nothing: for a single run."""

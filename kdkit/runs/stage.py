@@ -52,6 +52,7 @@ class StageRun:
             trainer.stage.name, trainer.epochs
         ):
             setting.reporter.warn(shortened)
+        trainer.capture(setting.recipe.spec.train.capture, setting.reporter.say)
         with setting.reporter.training(
             trainer.stage.name, trainer.epochs * trainer.steps_per_epoch, trainer.steps
         ):

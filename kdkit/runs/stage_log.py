@@ -29,6 +29,7 @@ def tell_step(
     setting.folder.log(
         kind="step", stage=stage, epoch=trainer.epoch, step=trainer.steps, lr=lr, terms=terms
     )
+    # Trackers have one axis of names: losses of two stages may be called alike.
     shown = {f"{stage}/{name}": value for name, value in terms.items()}
     setting.accelerator.log(shown, step=trainer.steps)
 
@@ -54,6 +55,7 @@ def tell_epoch(
     scores = (*setting.judge.scores, *setting.judge.agreement)
     told = [(score, test[score.name]) for score in scores if score.name in test]
     label = f"{trainer.stage.name} epoch {trainer.epoch}/{trainer.epochs}"
+    # By the mean of the epochs so far: measurements and checkpoints are in it.
     left = spent * trainer.epochs / trainer.epoch - spent
     setting.reporter.epoch(label, means, lr, speed, told, left)
     if not setting.is_main:

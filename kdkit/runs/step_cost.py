@@ -58,6 +58,7 @@ def step_cost(
     """
     students = {id(student.module) for student in stage.students}
     others = [model for model in (*models, *stage.buffers) if isinstance(model, TappedModel)]
+    # By the network: a student and its view or twin are one model.
     known = {
         id(model.module): model
         for model in (*others, *stage.students)
@@ -69,9 +70,11 @@ def step_cost(
     )
     forwards = backwards = teachers = 0.0
     for key, model in known.items():
+        # Of twice as many images less those of one: work that is done once a batch cancels out.
         more = [many[key, learns] - few[key, learns] for learns in (False, True)]
         if not any(more):
             continue
+        # The unit: a complete forward, also of a teacher that stops after its deepest tap.
         whole = _whole(model, batch(images))
         if key in students:
             forwards, backwards = forwards + sum(more) / whole, backwards + more[True] / whole
@@ -97,6 +100,7 @@ def _passes(
             learns = any(
                 isinstance(value, Tensor) and value.requires_grad for value in _values(output)
             )
+            # A forward that runs inside another one counts for both networks.
             spent[id(part), learns] += counter.get_total_flops() - began[id(part)]
 
         handles = [network.register_forward_pre_hook(starts) for network in networks]
@@ -120,4 +124,5 @@ def _whole(model: TappedModel, batch: Batch) -> float:
     """Count the operations of one complete forward with a batch."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.twin()(batch.inputs)
+    # A network without counted operations must not divide by 0.
     return max(1.0, float(counter.get_total_flops()))

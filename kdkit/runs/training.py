@@ -250,7 +250,8 @@ def folder_for(recipe: Recipe, base: Path, name: str, taken: Path | None = None)
     the recipe's fingerprint in its name.
     """
     named = base / name
-    free = not named.exists() and (taken is None or named.resolve() != taken.resolve())
+    # another process may have locked it only: it is that of this run all the same
+    free = RunFolder(named).is_free() and (taken is None or named.resolve() != taken.resolve())
     return (
         named
         if free or RunFolder(named).holds(recipe)

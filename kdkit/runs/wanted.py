@@ -25,12 +25,14 @@ def student_layers(recipe: Recipe, expand: Expand) -> list[str]:
     teach.
     """
     schedule = recipe.plugins.schedules[recipe.spec.schedule.use]
+    # Then an answer of a student stands on the teacher's side, with its layers.
     teaches = schedule.students_teach or not recipe.spec.all_teachers()
     names: list[str] = []
     for entry in recipe.spec.losses:
         own = _kind(recipe, entry).knowledge == "labels"
         for pair in expand(entry.taps(), entry.teacher, own):
             names += [pair.student, pair.teacher] if teaches or own else [pair.student]
+        # Output 0 is the logits, which need no tap.
         names += [f"output{entry.output}"] if entry.output else []
     return list(dict.fromkeys(names))
 
@@ -38,7 +40,10 @@ def student_layers(recipe: Recipe, expand: Expand) -> list[str]:
 def teacher_layers(recipe: Recipe, teacher: str, expand: Expand) -> list[str]:
     """List the layers that the losses read of a teacher."""
     entries = [
-        entry for entry in looking_at(recipe, teacher) if _kind(recipe, entry).knowledge != "labels"
+        # Both layers of a loss on labels are the student's.
+        entry
+        for entry in looking_at(recipe, teacher)
+        if _kind(recipe, entry).knowledge != "labels"
     ]
     pairs = (pair for entry in entries for pair in expand(entry.taps(), teacher, False))
     return list(dict.fromkeys(pair.teacher for pair in pairs))

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from rich.table import Table
 from rich.text import Text
 
@@ -16,7 +15,7 @@ from kdkit.errors import ModelError, RunError
 from kdkit.models.build import build_model
 from kdkit.models.tapped import TappedModel
 from kdkit.recipe import registry
-from kdkit.recipe.explain import explain
+from kdkit.recipe.explain import validated
 from kdkit.recipe.types import source_of
 from kdkit.students.loaded import LoadedRun
 from kdkit.students.profile import Profile
@@ -42,8 +41,7 @@ def subjects(
     device: torch.device,
     plugins: tuple[Path, ...] = (),
 ) -> list[Subject]:
-    """List each run's teacher and student, and each named model with random weights, which uses the
-    first run's shape and number of classes.
+    """List each run's teacher and student, and named models with random weights.
 
     Args:
         words: run folders, and model names as a recipe has them.
@@ -58,24 +56,25 @@ def subjects(
         ModelError: a model cannot be built.
     """
     runs = {word: LoadedRun(Path(word), plugins=plugins) for word in words if Path(word).is_dir()}
+    # networks that are only named are compared with the first run's
     first = next(iter(runs.values()), None)
     asked = parse_shape(size) if size else None
     shape = asked or (first.info.image_shape if first else None)
     number = classes or (first.info.outputs if first else DEFAULT_CLASSES)
-    found: list[Subject] = []
+    listed: list[Subject] = []
     for word in words:
-        found += (
-            _of_run(word, runs[word], asked, device)
-            if word in runs
-            else [_of_name(word, shape, number, device, plugins)]
-        )
-    return found
+        if word in runs:
+            listed += _of_run(word, runs[word], asked, device)
+        else:
+            listed.append(_of_name(word, shape, number, device, plugins))
+    return listed
 
 
 def _of_run(
     word: str, run: LoadedRun, asked: Shape | None, device: torch.device
 ) -> Iterator[Subject]:
     shape, name = asked or run.info.image_shape, Path(word).resolve().name
+    # `--size 224` is a text's length or an image's side, which only the run tells
     if not is_text(run.info.image_shape):
         shape = as_image(shape, run.info.image_shape[0])
     if kind_of(shape) != kind_of(run.info.image_shape):
@@ -93,37 +92,27 @@ def _of_name(
         source, name = source_of(word, sources)
     except ModelError as error:
         raise RunError(f"{word}: no such run folder, and {error}") from None
-    kind = sources[source].Options
-    try:
-        options = kind(model=word)
-    except ValidationError as error:
-        place = f"{word}: needs options that only a recipe can give"
-        raise ModelError(explain(error, kind, {"model": word}, lambda _: place)) from None
+    prefix = f"{word}: needs options that only a recipe can give"
+    options = validated(sources[source].Options, {"model": word}, prefix, ModelError)
     is_reader = sources[source].takes == "texts"
     taken = shape or DEFAULT_TEXT if is_reader else as_image(shape or DEFAULT_SHAPE)
+    builder = sources[source](options, name)
+    # as `train.channels_last: auto`, so that its time is that of a run's network
     last = device.type != "cpu"
     model = build_model(
-        options,
-        sources[source](options, name),
-        classes,
-        taken,
-        role=word,
-        device=device,
-        channels_last=last,
+        options, builder, classes, taken, role=word, device=device, channels_last=last
     )
     return Subject(word, model, taken)
 
 
 def table(names: Sequence[str], profiles: Sequence[Profile]) -> Table:
-    """Build a table with one column a model and one row a quantity; from the second model on, also
-    as a multiple of the first model's.
-    """
-    shown = Table("", box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    """Build a table of a column per model; from the second on, also as multiples of the first."""
+    costs = Table("", box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for name in names:
-        shown.add_column(name, justify="right", overflow="fold")
+        costs.add_column(name, justify="right", overflow="fold")
     for title, value, text in _rows(profiles[0]):
         values = [value(profile) for profile in profiles]
-        shown.add_row(
+        costs.add_row(
             title,
             text(values[0]),
             *(
@@ -131,7 +120,7 @@ def table(names: Sequence[str], profiles: Sequence[Profile]) -> Table:
                 for v in values[1:]
             ),
         )
-    return shown
+    return costs
 
 
 def _rows(
@@ -151,6 +140,7 @@ def _rows(
         yield f"batch {latency.batch}: images/s", _throughput(position), lambda v: f"{v:,.0f}"
 
 
+# functions that return functions: a lambda in the loop above would see the loop's last values
 def _milliseconds(position: int, percent: float) -> Callable[[Profile], float]:
     return lambda profile: 1000 * profile.latencies[position].percentile(percent)
 

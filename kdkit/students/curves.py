@@ -1,6 +1,4 @@
-"""A run's learning curves, from its metrics.jsonl: as rows of numbers, as block characters for a
-terminal, as a picture.
-"""
+"""A run's learning curves: as numbers, as block characters for a terminal, as a picture."""
 
 from __future__ import annotations
 
@@ -61,7 +59,9 @@ class Curves:
 
     def of(self, score: ScoreInfo) -> dict[str, Curve]:
         """Return the curves of a score on each part of the data."""
-        return {p: found[score.name] for p, found in self.scores.items() if score.name in found}
+        return {
+            name: values[score.name] for name, values in self.scores.items() if score.name in values
+        }
 
 
 def deciding(scores: Sequence[ScoreInfo]) -> ScoreInfo:
@@ -73,6 +73,7 @@ def read(folder: RunFolder) -> Curves:
     """Read the curves of a run so far."""
     curves = Curves()
     for line in folder.metrics("epoch"):
+        # epochs are numbered from 1 in each stage
         if not curves.stages or line["stage"] != curves.stages[-1][1]:
             curves.stages.append((curves.epochs, line["stage"]))
         x = curves.stages[-1][0] + line["epoch"]
@@ -86,18 +87,17 @@ def _take(curves: Curves, line: dict[str, Any], x: float) -> None:
     for name, value in line["train"].items():
         if name == "loss" or name.endswith(".weighted"):
             curves.losses.setdefault(name.removesuffix(".weighted"), Curve()).add(x, value)
-    measured = [(part, line.get(part, {})) for part in ("test", "validation")]
+    measured = [(split, line.get(split, {})) for split in ("test", "validation")]
     peers = enumerate(line.get("peers", ()), 2)
     measured += [(f"test, student {number}", peer["test"]) for number, peer in peers]
-    for part, values in measured:
+    for split, values in measured:
         for name, value in values.items():
             if math.isfinite(value):
-                curves.scores.setdefault(part, {}).setdefault(name, Curve()).add(x, value)
+                curves.scores.setdefault(split, {}).setdefault(name, Curve()).add(x, value)
 
 
 def blocks(curve: Curve, epochs: int, width: int) -> str:
-    """Draw a curve in one line of text: `epochs` are scaled to `width` characters or, if there are
-    fewer, one character each.
+    """Draw a curve in one line of text: `epochs` on up to `width` characters.
 
     Its lowest value is the lowest block, its highest the full one. A character shows the last value
     up to its place; before the first value and after the last one there is nothing.
@@ -107,10 +107,12 @@ def blocks(curve: Curve, epochs: int, width: int) -> str:
     text = ""
     for column in range(1, columns + 1):
         until, since = column * epochs / columns, (column - 1) * epochs / columns
+        # validation may be measured every few epochs only
         known = [y for x, y in zip(curve.x, curve.y, strict=True) if x <= until]
         if not known or since >= curve.x[-1]:
             text += BLOCKS[0]
         else:
+            # a constant curve is drawn at half height
             text += BLOCKS[1 + round((known[-1] - low) / span * 7)] if span else BLOCKS[4]
     return text
 
@@ -118,8 +120,7 @@ def blocks(curve: Curve, epochs: int, width: int) -> str:
 def draw(
     curves: Curves, title: str, file: Path, score: ScoreInfo, teacher: float | None = None
 ) -> None:
-    """Draw a score, weighted losses and learning rate as a picture, in the format of the file's
-    suffix.
+    """Draw a score, weighted losses and learning rate in the format of the file's suffix.
 
     Args:
         curves: of at least one epoch.
@@ -131,6 +132,7 @@ def draw(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    # not pyplot, which keeps global state and may look for a display
     figure = Figure(figsize=(8, 8.4), dpi=150, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     quality, loss, rate = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1.3))
@@ -147,6 +149,7 @@ def draw(
         )
     _lines(loss, curves.losses, curves, "{:.4g}".format)
     values = [v for curve in curves.losses.values() for v in curve.y]
+    # a logarithmic axis has no place for 0 or a negative loss
     if min(values) > 0 and max(values) / min(values) > TALL:
         loss.set_yscale("log")
     rate.plot(
@@ -181,6 +184,7 @@ def _lines(
     axes: Axes, lines: Mapping[str, Curve], curves: Curves, number: Callable[[float], str]
 ) -> None:
     for i, (name, curve) in enumerate(lines.items()):
+        # a marker at every epoch of a long run would hide the line
         every = max(1, math.ceil(len(curve.x) / 12))
         axes.plot(
             *broken(curve.x, curve.y, curves.stages),
@@ -197,17 +201,16 @@ def _lines(
 def broken(
     x: Sequence[float], y: Sequence[float], stages: Sequence[tuple[float, str]]
 ) -> tuple[list[float], list[float]]:
-    """Return the points with a gap at the beginning of each stage, because a new stage does not
-    continue the course of the previous one.
-    """
+    """Return the points with a gap before each stage, which does not continue the curve."""
     xs = []
     ys = []
     starts = [start for start, _ in stages[1:]]
-    for place, value in zip(x, y, strict=True):
-        while starts and place > starts[0]:
+    for position, value in zip(x, y, strict=True):
+        # matplotlib interrupts a line at NaN
+        while starts and position > starts[0]:
             xs.append(starts.pop(0))
             ys.append(math.nan)
-        xs.append(place)
+        xs.append(position)
         ys.append(value)
     return xs, ys
 
@@ -218,9 +221,7 @@ def _furnish(axes: Axes, label: str, curves: Curves) -> None:
 
 
 def furnish(axes: Axes, label: str) -> None:
-    """Draw a plain frame: grid behind the lines, two spines, dark grey text; `label` is the title
-    of the y axis.
-    """
+    """Draw a plain frame with a grid behind the lines; `label` is the title of the y axis."""
     axes.set_ylabel(label, color=INK)
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
@@ -230,9 +231,7 @@ def furnish(axes: Axes, label: str) -> None:
 
 
 def over_epochs(axes: Axes, epochs: int, stages: Sequence[tuple[float, str]]) -> None:
-    """Draw an x axis from the first epoch to the last, with a line at the beginning of each
-    stage.
-    """
+    """Draw an x axis over all epochs, with a line at the beginning of each stage."""
     from matplotlib.ticker import MaxNLocator
 
     margin = max(0.3, 0.02 * epochs)

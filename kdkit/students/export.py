@@ -1,6 +1,4 @@
-"""Exports a run's student for use without its run: as a folder that timm loads, or as an ONNX
-file.
-"""
+"""Exports a run's student for use without its run: as a folder for timm, or as an ONNX file."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ from kdkit.contracts.inputs import TOKENS, is_text, random_inputs
 from kdkit.contracts.layers import outputs_of
 from kdkit.contracts.model_source import FIRST_WEIGHTS, ModelOptions, ModelSource
 from kdkit.contracts.records import MASK
-from kdkit.errors import ModelError, RunError
+from kdkit.errors import ModelError, RunError, cause
 from kdkit.files import sealed, write_atomically
 from kdkit.finite import to_json
 from kdkit.models.normalization import NormalizationAdapter
@@ -80,21 +78,19 @@ def export(
             f"{run.folder.path}: the student is deployed with parts of {names}, which timm cannot"
             " build; use --format onnx"
         )
+    # a folder that the user names may be a link; one in a run folder may be a stranger's
     target = folder or run.folder.path / "export"
     _refuse_foreign(target, run.folder.path if folder is None else target)
     student = run.student(best=best, channels_last=False)
     target.mkdir(parents=True, exist_ok=True)
     network, source = run.network(best=best), run.model_source(best=best)
-    return (
-        _write_onnx(student, run.info, target)
-        if form == "onnx"
-        else _write_weights(run, student, network, source, target)
-    )
+    if form == "onnx":
+        return _write_onnx(student, run.info, target)
+    return _write_weights(run, student, network, source, target)
 
 
 def _refuse_foreign(target: Path, home: Path) -> None:
-    """Check that only kdkit's own files are replaced, and that no link in a run folder leads
-    elsewhere.
+    """Check that only kdkit's own files are replaced, and no link leads elsewhere.
 
     Raises:
         RunError: a file is not kdkit's, or a link leads elsewhere.
@@ -104,6 +100,7 @@ def _refuse_foreign(target: Path, home: Path) -> None:
             f"{target}: is a link to {target.resolve()}; name that folder by --output if the"
             " student is to be written there"
         )
+    # by their content, as `config.json` and `model.onnx` are names that others use too
     about, network = target / EXPORTED, target / ONNX_FILE
     if (about.exists() or (target / WEIGHTS).exists()) and not _mentions(about, b'"kdkit"'):
         raise RunError(f"{about}: is not kdkit's, and would be replaced; choose another --output")
@@ -112,6 +109,7 @@ def _refuse_foreign(target: Path, home: Path) -> None:
 
 
 def _mentions(file: Path, word: bytes) -> bool:
+    # an empty file cannot be mapped
     if not file.is_file() or not file.stat().st_size:
         return False
     with (
@@ -129,21 +127,10 @@ def _write_weights(
     write_atomically(files[0], content)
     own["files"] = {WEIGHTS: hashlib.sha256(content).hexdigest()}
     if (portable := source.portable(student.module)) is not None:
-        _write_json(
-            files[1],
-            {
-                **portable.config,
-                "kdkit": sealed({**own, "options": portable.options, "needs_files": []}),
-            },
-        )
-        return Export(
-            files,
-            (
-                portable.how.format(folder=folder),
-                f'or by kdkit.load_student("{folder}")',
-                _expects(student),
-            ),
-        )
+        about = sealed({**own, "options": portable.options, "needs_files": []})
+        _write_json(files[1], {**portable.config, "kdkit": about})
+        how = portable.how.format(folder=folder)
+        return Export(files, (how, f'or by kdkit.load_student("{folder}")', _expects(student)))
     reason = f"{source.name} is not timm"
     if source.name == DEFAULT_SOURCE:
         _write_json(files[1], {**_timm_config(run, student, network, source), "kdkit": sealed(own)})
@@ -155,23 +142,21 @@ def _write_weights(
             )
             return Export(files, (how, _expects(student)))
     # A name that timm does not have, so that its message says what this is.
-    about = {
+    architecture = {
         "architecture": f"kdkit:{source.name}/{source.model_name}",
         "num_classes": run.info.outputs,
     }
-    _write_json(files[1], {**about, "kdkit": sealed(own)})
+    _write_json(files[1], {**architecture, "kdkit": sealed(own)})
     how = f'load it by kdkit.load_student("{folder}")'
     if own["needs_files"]:
         how = f"build the network by {', '.join(own['needs_files'])} and load {WEIGHTS} into it"
-    return Export(
-        files, (f"plain timm cannot rebuild this network: {reason}", how, _expects(student))
-    )
+    reason = f"plain timm cannot rebuild this network: {reason}"
+    return Export(files, (reason, how, _expects(student)))
 
 
 def _own_config(run: LoadedRun, options: ModelOptions) -> dict[str, Any]:
-    """Return the options that `kdkit.load_student` builds the network from. Paths are left out:
-    they mean nothing on another machine.
-    """
+    """Return the options that `kdkit.load_student` builds the network from."""
+    # paths mean nothing on another machine
     files = sorted(key for key, value in options if isinstance(value, Path) and key != "checkpoint")
     return {
         "version": __version__,
@@ -189,9 +174,7 @@ def _own_config(run: LoadedRun, options: ModelOptions) -> dict[str, Any]:
 def _timm_config(
     run: LoadedRun, student: TappedModel, network: ModelOptions, source: ModelSource
 ) -> dict[str, Any]:
-    """Return timm's own configuration: an architecture, the arguments to create it with, the
-    properties of its images.
-    """
+    """Return timm's configuration: an architecture, its arguments, properties of its images."""
     spec, built = run.recipe.spec, getattr(student.module, "pretrained_cfg", None) or {}
     mean, std = expected(student)
     shape = student.input_shape or run.info.image_shape
@@ -215,16 +198,14 @@ def _timm_config(
 
 
 def expected(student: TappedModel) -> tuple[list[float], list[float]]:
-    """Return the mean and standard deviation per channel that the network expects of images in [0,
-    1], to float32's precision.
-    """
+    """Return the mean and deviation per channel that the network expects of images in [0, 1]."""
     adapter = getattr(student.adapt, "normalization", None)
     if not isinstance(adapter, NormalizationAdapter):
         return [0.0], [1.0]
     scale, shift = (
         value.detach().double().flatten().cpu() for value in (adapter.scale, adapter.shift)
     )
-    # + 0.0 turns -0.0 into 0.0
+    # 7 digits, as many as float32 has: 0.485, not 0.48500001; + 0.0 turns -0.0 into 0.0
     mean, std = (
         [float(f"{v:.7g}") + 0.0 for v in row.tolist()] for row in (-shift / scale, 1 / scale)
     )
@@ -240,9 +221,7 @@ def _expects(student: TappedModel) -> str:
 
 
 def _difference(student: TappedModel, folder: Path) -> str:
-    """Describe how the network that timm builds from the folder differs from the student; empty if
-    it does not.
-    """
+    """Describe how timm's network from the folder differs from the student; empty: not at all."""
     import timm
 
     ours = {name: tuple(value.shape) for name, value in student.module.state_dict().items()}
@@ -251,8 +230,9 @@ def _difference(student: TappedModel, folder: Path) -> str:
             name: tuple(value.shape)
             for name, value in timm.create_model(f"local-dir:{folder}").state_dict().items()
         }
-        if said := _other_shapes(ours, theirs):
-            return said
+        # before the weights: timm would report all misfits at once, in a page of text
+        if difference := _other_shapes(ours, theirs):
+            return difference
         rebuilt = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         images = torch.rand(
             (2, *(student.input_shape or ())), generator=torch.Generator().manual_seed(0)
@@ -260,7 +240,7 @@ def _difference(student: TappedModel, folder: Path) -> str:
         with torch.no_grad():
             gap = _relative_gap(rebuilt(images), student.module(images))
     except Exception as error:  # libraries raise errors of any type for unknown arguments
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return cause(error)
     return f"its logits differ by {gap:.1g}" if gap > 1e-6 else ""
 
 
@@ -269,22 +249,18 @@ def _other_shapes(
 ) -> str:
     for name in (*ours, *theirs):
         if ours.get(name) != theirs.get(name):
-            here, there = (
-                str(found[name]) if name in found else "not there" for found in (ours, theirs)
-            )
+            here, there = (str(shapes.get(name, "not there")) for shapes in (ours, theirs))
             return f"its {name} is {here}, that of timm's {there}"
     return ""
 
 
-def _relative_gap(found: Tensor, wanted: Tensor) -> float:
+def _relative_gap(exported: Tensor, expected: Tensor) -> float:
     # the clamp avoids 0 / 0 if all values are 0
-    return float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12))
+    return float((exported - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
 
 
 class _Deployed(nn.Module):
-    """Input adaptation and network as one module: from images in [0, 1], or from the tensors of
-    a text, to logits.
-    """
+    """Input adaptation and network in one: from images in [0, 1], or a text, to logits."""
 
     def __init__(self, student: TappedModel, names: Sequence[str]) -> None:
         super().__init__()
@@ -292,28 +268,27 @@ class _Deployed(nn.Module):
         self.network = student.module
         self.names = names
 
-    def forward(self, *given: Tensor) -> Tensor:
-        answer = (
-            self.network(self.adapt(*given))
-            if self.names == IMAGES
-            else self.network(**dict(zip(self.names, given, strict=True)))
-        )
+    def forward(self, *tensors: Tensor) -> Tensor:
+        if self.names == IMAGES:
+            answer = self.network(self.adapt(*tensors))
+        else:
+            answer = self.network(**dict(zip(self.names, tensors, strict=True)))
         return outputs_of(answer)[0]
 
 
 def _write_onnx(student: TappedModel, info: DataInfo, folder: Path) -> Export:
-    shape, probe = info.image_shape, random_inputs(info.image_shape, 3)
-    if not isinstance(probe, Tensor):
-        probe = {**probe, **{name: torch.zeros_like(probe[TOKENS]) for name in info.further}}
-    names = IMAGES if isinstance(probe, Tensor) else [*probe]
-    network, given = (
-        _Deployed(student, names).eval(),
-        ([probe] if isinstance(probe, Tensor) else [*probe.values()]),
-    )
-    free = {0: torch.export.Dim("batch")} | (
-        {1: torch.export.Dim("tokens", max=shape[0])} if is_text(shape) else {}
-    )
+    shape, samples = info.image_shape, random_inputs(info.image_shape, 3)
+    probe = {IMAGES[0]: samples} if isinstance(samples, Tensor) else {**samples}
+    # segment ids, for example, which are 0 in a single text
+    probe |= {name: torch.zeros_like(probe[TOKENS]) for name in info.further}
+    names = [*probe]
+    network = _Deployed(student, names).eval()
+    # dimensions that the exporter must not fix to those of the probe
+    free = {0: torch.export.Dim("batch")}
+    if is_text(shape):
+        free[1] = torch.export.Dim("tokens", max=shape[0])
     outside = len(weights(student)) > EMBEDDED
+    # in the folder, so that moving the files cannot fail between two file systems
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as draft:
         path = Path(draft) / ONNX_FILE
         try:
@@ -321,7 +296,7 @@ def _write_onnx(student: TappedModel, info: DataInfo, folder: Path) -> Export:
                 warnings.simplefilter("ignore")  # the exporter warns about its own internals
                 torch.onnx.export(
                     network,
-                    tuple(given),
+                    tuple(probe.values()),
                     path,
                     dynamo=True,
                     dynamic_shapes=(tuple(free for _ in names),),
@@ -334,7 +309,7 @@ def _write_onnx(student: TappedModel, info: DataInfo, folder: Path) -> Export:
         except Exception as error:
             raise ModelError(f"ONNX cannot express this network: {_first_line(error)}") from error
         _describe(path, info)
-        gap = _onnx_gap(path, network, dict(zip(names, given, strict=True)))
+        gap = _onnx_gap(path, network, probe)
         # moved only after the comparison, so that a wrong export leaves no files
         written = sorted(Path(draft).iterdir())
         for file in written:
@@ -357,6 +332,7 @@ def _describe(path: Path, info: DataInfo) -> None:
     }
     if not is_text(info.image_shape):
         about["input_range"] = [0, 1]
+    # without the weights, which may be larger than the 2 GiB that one message can hold
     model = onnx.load(path, load_external_data=False)
     onnx.helper.set_model_props(
         model, {key: to_json(value) for key, value in about.items() if value}
@@ -364,29 +340,27 @@ def _describe(path: Path, info: DataInfo) -> None:
     path.write_bytes(model.SerializeToString())
 
 
-def _onnx_gap(path: Path, network: nn.Module, given: Mapping[str, Tensor]) -> float:
-    """Return the largest absolute difference of the logits, over batches of one and of all
-    samples.
-    """
+def _onnx_gap(path: Path, network: nn.Module, probe: Mapping[str, Tensor]) -> float:
+    """Return the largest difference of the logits, over batches of one and of all samples."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 3  # errors only
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     gaps = []
+    # a batch of one is where an exporter that fixed the batch size fails
     for count in (1, None):
-        batch = {name: value[:count] for name, value in given.items()}
-        found = torch.from_numpy(
-            session.run(None, {name: value.numpy() for name, value in batch.items()})[0]
-        )
+        batch = {name: value[:count] for name, value in probe.items()}
+        arrays = {name: value.numpy() for name, value in batch.items()}
+        exported = torch.from_numpy(session.run(None, arrays)[0])
         with torch.no_grad():
             wanted = network(*batch.values())
-        if (relative := _relative_gap(found, wanted)) > TOLERANCE:
+        if (relative := _relative_gap(exported, wanted)) > TOLERANCE:
             raise ModelError(
                 "the ONNX network gives other logits than torch: relative difference"
                 f" {relative:.1g}; nothing was written"
             )
-        gaps.append(float((found - wanted).abs().max()))
+        gaps.append(float((exported - wanted).abs().max()))
     return max(gaps)
 
 

@@ -1,6 +1,4 @@
-"""Rebuilds what a run has trained: its student, the teacher it learnt from, the data it is measured
-on.
-"""
+"""Rebuilds what a run has trained: its student, its teachers, the data it is measured on."""
 
 from __future__ import annotations
 
@@ -12,11 +10,10 @@ from pathlib import Path
 from typing import Any, NotRequired
 
 import torch
-from pydantic import ValidationError
 from typing_extensions import TypedDict
 
 from kdkit import files
-from kdkit.contracts.dataset_source import DataInfo, DatasetSource
+from kdkit.contracts.dataset_source import DataInfo
 from kdkit.contracts.inputs import Shape, TextShape
 from kdkit.contracts.model_source import ModelOptions, ModelSource, RecipeTeacher
 from kdkit.contracts.synonyms import renamed
@@ -27,7 +24,7 @@ from kdkit.models.build import build_model
 from kdkit.models.devices import is_channels_last
 from kdkit.models.tapped import TappedModel
 from kdkit.recipe import code_in, consent, fetching, registry
-from kdkit.recipe.explain import explain
+from kdkit.recipe.explain import validated
 from kdkit.recipe.types import source_of
 from kdkit.runs.deployment import deployed, deploying, rebuilt
 from kdkit.runs.folder import ANEW, RunFolder
@@ -81,27 +78,20 @@ class LoadedRun:
 
     @functools.cached_property
     def info(self) -> DataInfo:
-        """Return the class count and image shape that the student was trained for; the data itself
-        need not exist.
-        """
+        """Return what the student was trained for; the data themselves need not exist."""
         info = self.folder.info()
         return replace(info, image_shape=self.recipe.task.shape(info.image_shape))
 
     def network(self, *, best: bool = False) -> ModelOptions:
-        """Return the options of the student's network: the recipe's `student`, unless a peer was
-        the best (of the best epoch, or the last).
-        """
+        """Return the options of the student's network: those of a peer if that was the best."""
         if (result := self.folder.result()) is None:
             return self.recipe.spec.student
-        return options_of(
-            self.recipe, result.best.get("network") if best and result.best else result.network
-        )
+        network = result.best.get("network") if best and result.best else result.network
+        return options_of(self.recipe, network)
 
     def model_source(self, *, best: bool = False) -> ModelSource:
         """Return the source that builds the student's network."""
-        options, sources = self.network(best=best), self.recipe.plugins.models
-        source, name = source_of(options.model, sources)
-        return sources[source](options, name)
+        return self.recipe.model_source(self.network(best=best))
 
     def student(
         self,
@@ -120,26 +110,25 @@ class LoadedRun:
         Raises:
             RunError: its weights do not exist (yet).
         """
-        spec, file = self.recipe.spec, self._weights(best)
-        layout = (
-            is_channels_last(spec.train, device or torch.device("cpu"))
-            if channels_last is None
-            else channels_last
-        )
+        file = self._weights(best)
+        if channels_last is None:
+            train = self.recipe.spec.train
+            channels_last = is_channels_last(train, device or torch.device("cpu"))
+        # a student alone needs no teacher, whose run may be gone
         taught = self._taught_by() if deploying(self.recipe) else {}
+        network = self.network(best=best)
         return rebuilt(
             self.recipe,
             self.info,
             taught,
-            self.network(best=best),
+            network,
             file,
             device=device,
-            channels_last=layout,
+            channels_last=channels_last,
         )
 
     def deployed(self, *, best: bool = False) -> TappedModel | None:
-        """Build the network that the losses deploy in the student's place, with random weights;
-        None if they deploy the student itself.
+        """Build what the losses deploy for the student, with random weights; None: itself.
 
         Raises:
             RunError: it contains a part of a teacher whose run no longer exists.
@@ -168,13 +157,12 @@ class LoadedRun:
         Raises:
             RunError: one no longer exists.
         """
-        return [RunFolder(one.file.parent) for one in self._taught_by().values() if one.file]
+        teachers = self._taught_by().values()
+        return [RunFolder(teacher.file.parent) for teacher in teachers if teacher.file]
 
     def data(self, *, device: torch.device | None = None) -> loaders.Data:
-        """Open the data in a single process. Nothing is fetched unless an override requests it:
-        `data.dataset.download=true`.
-        """
-        spec, source = self.recipe.spec, self._dataset()
+        """Open the data in one process; the override `data.dataset.download=true` fetches them."""
+        spec, source = self.recipe.spec, self.recipe.dataset()
         if self._fetch:
             fetching.fetch(self.recipe, source, lambda text: print(text, file=sys.stderr))
         return loaders.prepare(
@@ -185,15 +173,12 @@ class LoadedRun:
             device=device or torch.device("cpu"),
         )
 
-    def _dataset(self) -> DatasetSource:
-        entry = self.recipe.spec.data.dataset
-        return self.recipe.plugins.datasets[entry.use](entry)
-
     def _weights(self, best: bool) -> Path:
         folder, file = self.folder, self.folder.best_file if best else self.folder.student_file
         if file.is_file():
             folder.refuse_damaged(file)
             return file
+        # the file is missing; say which of the reasons it is
         if best and not self.recipe.spec.data.validation:
             raise RunError(
                 f"{folder.path}: has no best epoch, which only `data.validation` can tell; leave"
@@ -208,33 +193,33 @@ class LoadedRun:
         )
 
     def _taught_by(self) -> dict[str, TrainedTeacher]:
-        """Find the runs of teachers by the fingerprints that this run recorded: a recipe file may
-        have changed since.
-        """
+        """Find the teachers' runs by the fingerprints that this run recorded."""
+        # not by the teachers' recipes, which may have been edited since
         content = self.folder.about()["content"]
         sections = [content["teacher"]] if content["teacher"] else content["teachers"]
         teachers = zip(self.recipe.spec.all_teachers().items(), sections, strict=True)
         return {
-            name: self._run_of(one, saved["recipe"])
-            for (name, one), saved in teachers
-            if isinstance(one, RecipeTeacher)
+            name: self._run_of(teacher, saved["recipe"])
+            for (name, teacher), saved in teachers
+            if isinstance(teacher, RecipeTeacher)
         }
 
     def _run_of(self, teacher: RecipeTeacher, wanted: str) -> TrainedTeacher:
-        places = dict.fromkeys(
+        # runs may have been moved together, away from the folder that the recipe names
+        folders = dict.fromkeys(
             (self.folder.path.resolve().parent, self.recipe.spec.run.folder.resolve())
         )
         unreadable: list[str] = []
-        for marker in (m for place in places for m in sorted(place.glob("*/run.json"))):
-            found = RunFolder(marker.parent)
+        for marker in (m for folder in folders for m in sorted(folder.glob("*/run.json"))):
+            run = RunFolder(marker.parent)
             try:
-                fingerprint = found.about()["fingerprint"]
+                fingerprint = run.about()["fingerprint"]
             except RunError as error:  # the result may belong to another run
                 unreadable.append(str(error))
                 continue
-            if fingerprint == wanted and found.student_file.is_file():
-                return TrainedTeacher.of(found, found.recipe(plugins=self._plugins), found.result())
-        looked = " or ".join(map(str, places))
+            if fingerprint == wanted and run.student_file.is_file():
+                return TrainedTeacher.of(run, run.recipe(plugins=self._plugins), run.result())
+        looked = " or ".join(map(str, folders))
         says = (
             f"{self.folder.path}: the run that trained its teacher ({teacher.recipe}) is not in"
             f" {looked}; train it again first"
@@ -252,21 +237,19 @@ class Scores:
 
 
 def evaluate(run: LoadedRun, *, best: bool = False, device: torch.device) -> Iterator[Scores]:
-    """Measure a run's student and teacher again, on test data and on the validation split if
-    there is one.
-    """
+    """Measure a run's student and teacher again, on test data and the validation split."""
     teachers = run.teachers(device=device)
     student = run.student(best=best, device=device)
     prepared = run.data(device=device)
     judge = Judge.of(run.recipe, prepared.info)
-    for part, batches in (("test", prepared.test), ("validation", prepared.validation)):
+    for split, batches in (("test", prepared.test), ("validation", prepared.validation)):
         if batches is None:
             continue
         known = taught_answers(teachers, batches, judge)
-        yield Scores("student", part, measure(student, batches, judge, known))
+        yield Scores("student", split, measure(student, batches, judge, known))
         if known:
             who = "teacher" if len(teachers) == 1 else "teachers together"
-            yield Scores(who, part, known.scores)
+            yield Scores(who, split, known.scores)
 
 
 def load_student(
@@ -276,8 +259,7 @@ def load_student(
     device: torch.device | str = "cpu",
     plugins: Sequence[Path | str] = (),
 ) -> TappedModel:
-    """Load the student of a finished run, or one that `kdkit export` wrote: call it with images (B,
-    C, H, W) in [0, 1].
+    """Load the student of a finished run or an export: call it with images in [0, 1].
 
     Its network is `.module`, in eval mode; its preprocessing of images is `.adapt`.
 
@@ -305,18 +287,16 @@ def load_student(
 
 
 def _load_exported(folder: Path, device: torch.device, plugins: tuple[Path, ...]) -> TappedModel:
-    config = files.read_json(folder / EXPORTED, dict[str, Any], EXPORT_AGAIN)
+    record = folder / EXPORTED
+    config = files.read_json(record, dict[str, Any], EXPORT_AGAIN)
     if "kdkit" not in config:
         raise RunError(f"{folder}: {EXPORTED} was not written by `kdkit export`")
-    about = files.fitting(
-        folder / EXPORTED,
-        renamed(files.unsealed(folder / EXPORTED, config["kdkit"], EXPORT_AGAIN)),
-        Exported,
-        EXPORT_AGAIN,
-    )
-    files.refuse_other(
-        folder / WEIGHTS, about.get("files", {}).get(WEIGHTS), folder / EXPORTED, EXPORT_AGAIN
-    )
+    # the seal covers this entry only: the rest of the file is in the form of another library
+    entry = files.unsealed(record, config["kdkit"], EXPORT_AGAIN)
+    # an older kdkit wrote it under another name
+    about = files.fitting(record, renamed(entry), Exported, EXPORT_AGAIN)
+    digest = about.get("files", {}).get(WEIGHTS)
+    files.refuse_other(folder / WEIGHTS, digest, record, EXPORT_AGAIN)
     if about["needs_files"]:
         needed = ", ".join(about["needs_files"])
         raise ModelError(
@@ -325,26 +305,16 @@ def _load_exported(folder: Path, device: torch.device, plugins: tuple[Path, ...]
         )
     sources = registry.load(plugins).models
     source, name = source_of(about["options"]["model"], sources)
-    kind = sources[source].Options
-    try:
-        options = kind.model_validate(about["options"])
-    except ValidationError as error:
-        raise ModelError(
-            explain(error, kind, about["options"], lambda _: str(folder / EXPORTED))
-        ) from None
-    consent.meet({path: str(folder / EXPORTED) for _, path in code_in(options)}, plugins)
+    options = validated(sources[source].Options, about["options"], str(record), ModelError)
+    consent.meet({path: str(record) for _, path in code_in(options)}, plugins)
     builder = sources[source](options, name)
+    # an older export does not say what its network takes
     takes, shape = about.get("takes", builder.takes), about["image_shape"]
     if takes == "texts":
         shape = TextShape(shape)
+    outputs, weights = about["outputs"], folder / WEIGHTS
     model = build_model(
-        options,
-        builder,
-        about["outputs"],
-        shape,
-        role="student",
-        file=folder / WEIGHTS,
-        device=device,
+        options, builder, outputs, shape, role="student", file=weights, device=device
     )
     model.module.eval()
     return model

@@ -32,6 +32,7 @@ class ImageFiles:
     """Image files as a part of a dataset, without labels."""
 
     def __init__(self, files: Sequence[Path]) -> None:
+        # `ReadImages` takes a labelled part; these labels are not read
         self.files, self.labels = files, [0] * len(files)
 
     def __len__(self) -> int:
@@ -48,8 +49,7 @@ class ImageFiles:
 
 
 def find_images(path: Path) -> list[Path]:
-    """List the image files in a folder and its subfolders, in the order of their paths; a file
-    stands for itself.
+    """List the image files below a folder, in the order of their paths; a file is itself.
 
     Raises:
         DataError: there are none.
@@ -58,19 +58,17 @@ def find_images(path: Path) -> list[Path]:
 
     if path.is_file():
         return [path]
-    found = sorted(
-        file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS and file.is_file()
-    )
-    if not found:
+    files = (file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+    images = sorted(file for file in files if file.is_file())
+    if not images:
         raise DataError(f"{path}: no image files in it (looked for {', '.join(IMG_EXTENSIONS)})")
-    return found
+    return images
 
 
 def predict_files(
     run: LoadedRun, files: Sequence[Path], *, best: bool = False, device: torch.device
 ) -> Iterator[Prediction]:
-    """Predict the classes of image files with a run's student; the images are preprocessed as its
-    test images were.
+    """Predict the classes of image files, preprocessed as a run's test images were.
 
     Args:
         run: a finished run.
@@ -103,9 +101,9 @@ def predict_files(
     for batch in images.batches(plan, [None] * len(plan)):
         with torch.no_grad():
             shares = student(batch.inputs).logits.float().softmax(1)
-        for index, share, number in zip(
-            batch.index.tolist(), *(column.tolist() for column in shares.max(1)), strict=True
-        ):
+        largest, numbers = shares.max(1)
+        columns = (batch.index.tolist(), largest.tolist(), numbers.tolist())
+        for index, share, number in zip(*columns, strict=True):
             yield Prediction(files[index], names[number] if names else str(number), share)
 
 
@@ -115,6 +113,5 @@ def as_csv(predictions: Sequence[Prediction], root: Path) -> str:
     def name(file: Path) -> Path:
         return file.relative_to(root) if file != root and file.is_relative_to(root) else file
 
-    return spreadsheets.as_csv(
-        COLUMNS, ([name(one.file), one.label, f"{one.probability:.4f}"] for one in predictions)
-    )
+    rows = ([name(p.file), p.label, f"{p.probability:.4f}"] for p in predictions)
+    return spreadsheets.as_csv(COLUMNS, rows)

@@ -15,6 +15,8 @@ from kdkit.contracts.inputs import Shape, first_tensor, kind_of, random_inputs
 from kdkit.contracts.records import Inputs
 from kdkit.contracts.schedule import Model
 from kdkit.errors import ModelError
+from kdkit.models.devices import device_of
+from kdkit.models.freezing import in_eval_mode
 from kdkit.runs.scoring import weights
 
 WARM_UP = 5  # calls before any is counted
@@ -31,9 +33,7 @@ class Latency:
     seconds: tuple[float, ...]
 
     def percentile(self, percent: float) -> float:
-        """Return the time in seconds within which that percentage of the answers was done (nearest
-        rank).
-        """
+        """Return the time in seconds within which that share was done, by nearest rank."""
         rank = -(-len(self.seconds) * percent // 100)
         return self.seconds[max(0, int(rank) - 1)]
 
@@ -68,8 +68,7 @@ def measure(
     runs: int = RUNS,
     seconds: float = SECONDS,
 ) -> Profile:
-    """Measure the costs of one model for images (C, H, W) in [0, 1], or texts of N tokens (N,), on
-    its device and with its own call.
+    """Measure the costs of a model for samples of a shape, on its device, by its own call.
 
     Raises:
         ModelError: it cannot take such images.
@@ -84,8 +83,7 @@ def measure_together(
     runs: int = RUNS,
     seconds: float = SECONDS,
 ) -> list[Profile]:
-    """Measure the costs of several models, timed in turns, so that other load on the machine slows
-    all of them.
+    """Measure the costs of several models, timed in turns, so that other load hits all.
 
     Args:
         models: each with the shape of its inputs.
@@ -96,10 +94,9 @@ def measure_together(
     Raises:
         ModelError: a model cannot take such images.
     """
-    with contextlib.ExitStack() as stack:
-        for model, _ in models:
-            stack.enter_context(_answering(model))
+    with in_eval_mode(*(model.module for model, _ in models)), torch.no_grad():
         costs = [_count(model, shape) for model, shape in models]
+        # the limit of all models together, as they are timed in turns
         latencies = [_time(models, batch, runs, seconds * len(models)) for batch in batch_sizes]
         return [
             Profile(*cost, latencies=tuple(by_batch[i] for by_batch in latencies))
@@ -118,21 +115,6 @@ def threads(number: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@contextlib.contextmanager
-def _answering(model: Model) -> Iterator[None]:
-    """Put the model in eval mode without gradients inside the block; restore the mode of each part
-    afterwards.
-    """
-    training = [part for part in model.module.modules() if part.training]
-    model.module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part in training:
-            part.training = True
-
-
 def _count(model: Model, shape: Shape) -> tuple[int, int, int]:
     """Count parameters, multiply-accumulates and bytes."""
     images = _images(model, shape, 1)
@@ -146,7 +128,7 @@ def _count(model: Model, shape: Shape) -> tuple[int, int, int]:
         ) from error
     return (
         sum(p.numel() for p in model.module.parameters()),
-        counter.get_total_flops() // 2,
+        counter.get_total_flops() // 2,  # a multiply-accumulate is two operations
         len(weights(model)),
     )
 
@@ -155,8 +137,9 @@ def _time(
     models: Sequence[tuple[Model, Shape]], batch: int, runs: int, seconds: float
 ) -> list[Latency]:
     inputs = [_images(model, shape, batch) for model, shape in models]
-    taken: list[list[float]] = [[] for _ in models]
+    durations: list[list[float]] = [[] for _ in models]
     began = 0.0
+    # the first calls allocate memory and choose kernels
     for turn in range(-WARM_UP, runs):
         began = time.perf_counter() if turn == 0 else began
         if turn >= min(MIN_RUNS, runs) and time.perf_counter() - began > seconds:
@@ -166,12 +149,13 @@ def _time(
         for i in order:
             duration = _timed(models[i][0], inputs[i])
             if turn >= 0:
-                taken[i].append(duration)
-    return [Latency(batch, tuple(sorted(row))) for row in taken]
+                durations[i].append(duration)
+    return [Latency(batch, tuple(sorted(row))) for row in durations]
 
 
 def _timed(model: Model, images: Inputs) -> float:
     device = first_tensor(images).device
+    # a GPU works through its queue after the call has returned
     _wait(device)
     began = time.perf_counter()
     model(images)
@@ -185,5 +169,4 @@ def _wait(device: torch.device) -> None:
 
 
 def _images(model: Model, shape: Shape, batch: int) -> Inputs:
-    device = next((p.device for p in model.module.parameters()), torch.device("cpu"))
-    return random_inputs(shape, batch, device)
+    return random_inputs(shape, batch, device_of(model.module))

@@ -1,6 +1,4 @@
-"""The output of `kdkit show` for a run, finished or not: the recipe in brief, the result, the
-learning curves.
-"""
+"""The output of `kdkit show` for a run: its recipe in brief, its result, its curves."""
 
 from __future__ import annotations
 
@@ -21,14 +19,14 @@ from kdkit.students.curves import Curve, Curves
 from kdkit.terminal import printable
 
 WIDTH = 48  # characters of a curve
+# options that stand elsewhere in the line, or say little about a run
 UNTOLD = {"use", "name", "weight", "layers", "model", "recipe", "interpolation", "args"}
 # values that need no mention
 USUAL: tuple[object, ...] = (None, False, "", 0, [], "eval", "logits")
 
 
 class Story:
-    """A run folder, read for display. The recipe is read as plain data: no plugin is run, and none
-    has to exist.
+    """A run folder, read for display as plain data: no plugin runs, and none has to exist.
 
     Raises:
         RunError: no run folder.
@@ -36,6 +34,7 @@ class Story:
 
     def __init__(self, path: Path) -> None:
         self.folder = RunFolder(path)
+        # what an untrusted run names is not imported to show it
         self.recipe: dict[str, Any] = self.folder.plain_recipe()
         self.result: Result | None = self.folder.result()
         self.scores = self.folder.scores()
@@ -43,19 +42,18 @@ class Story:
 
     def report(self) -> RenderableType:
         """Return the whole report for a rich console."""
-        parts: list[RenderableType] = [_facts(brief(self.recipe)), Text()]
-        parts += (
+        blocks: list[RenderableType] = [_facts(brief(self.recipe)), Text()]
+        blocks += (
             list(_outcome(self.result, self.scores))
             if self.result
             else [_text(self._so_far(), style="yellow")]
         )
         if self.curves.epochs:
-            parts += [Text(), _curve_table(self.curves, curves.deciding(self.scores))]
-        return Group(*parts)
+            blocks += [Text(), _curve_table(self.curves, curves.deciding(self.scores))]
+        return Group(*blocks)
 
     def draw(self, file: Path | None = None) -> Path:
-        """Write the learning curves as a picture (default: `curves.png` in the run folder); return
-        its path.
+        """Write the learning curves as a picture (default: `curves.png`); return its path.
 
         Raises:
             RunError: no epoch has been finished, or the file cannot be written so.
@@ -65,19 +63,19 @@ class Story:
                 f"{self.folder.path}: has not finished an epoch, so there are no curves to draw"
             )
         path = file or self.folder.path / "curves.png"
-        told = (self.result.teacher if self.result else None) or {}
+        teacher = (self.result.teacher if self.result else None) or {}
         title = f"{self.recipe['name']}, seed {self.recipe['seed']}"
         score = curves.deciding(self.scores)
         try:
-            curves.draw(self.curves, title, path, score, told.get(score.name))
+            curves.draw(self.curves, title, path, score, teacher.get(score.name))
         # matplotlib raises ValueError for an unknown suffix
         except (OSError, ValueError) as error:
-            raise RunError(f"{path}: cannot be written: {' '.join(str(error).split())}") from None
+            reason = " ".join(str(error).split())
+            raise RunError(f"{path}: cannot be written: {reason}") from None
         return path
 
     def picture(self, file: Path | None = None) -> str:
-        """Draw the curves, and return a line with their path; empty if no epoch has been finished
-        and no file was requested.
+        """Draw the curves, and return a line with their path; empty if nothing was drawn.
 
         A read-only run folder is no error: the report is then shown without the picture.
 
@@ -108,10 +106,8 @@ def brief(recipe: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for number, teacher in enumerate(recipe.get("teachers", ()), 1):
         yield teacher.get("name") or f"teacher{number}", _model(teacher)
     yield "schedule", _named(recipe["schedule"])
-    yield (
-        "total",
-        " + ".join(f"{_number(entry['weight'])} * {_named(entry)}" for entry in recipe["losses"]),
-    )
+    terms = (f"{_number(entry['weight'])} * {_named(entry)}" for entry in recipe["losses"])
+    yield "total", " + ".join(terms)
     augment = [
         f"{key} ({', '.join(_on(data[key]))})"
         for key in ("augment", "timm_augment")
@@ -124,42 +120,29 @@ def brief(recipe: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     ]
     chosen += [f"repeats {data['repeats']}"] if data.get("repeats", 1) > 1 else []
     chosen += ["balanced classes"] if data.get("sampling") == "balanced" else []
-    yield (
-        "data",
-        ", ".join([_named(data["dataset"]), *chosen, f"batches of {data['batch_size']}", *augment]),
-    )
+    batches = f"batches of {data['batch_size']}"
+    yield "data", ", ".join([_named(data["dataset"]), *chosen, batches, *augment])
     optimizer = train["optimizer"]
     rate = f"lr {optimizer['lr']:g} {train['lr_schedule']['name']}"
     extra = [key for key in ("ema", "mixup", "compile") if train.get(key)]
     extra += [f"{key} {train[key]}" for key in ("average_best", "patience") if train.get(key)]
     decay = f", weight decay {optimizer['weight_decay']:g}" if optimizer["weight_decay"] else ""
-    yield (
-        "train",
-        ", ".join(
-            [
-                f"{train['epochs']} epochs",
-                f"{optimizer['name']}, {rate}{decay}",
-                train["precision"],
-                *extra,
-            ]
-        ),
-    )
+    steps = [f"{train['epochs']} epochs", f"{optimizer['name']}, {rate}{decay}"]
+    yield "train", ", ".join([*steps, train["precision"], *extra])
 
 
 def _model(section: Mapping[str, Any]) -> str:
     name = section.get("model") or f"the student of {section['recipe']}"
-    told = [
-        *_on(section),
-        *(f"{key} {_number(value)}" for key, value in (section.get("args") or {}).items()),
-    ]
-    return name + (f" ({', '.join(told)})" if told else "")
+    arguments = (section.get("args") or {}).items()
+    options = [*_on(section), *(f"{key} {_number(value)}" for key, value in arguments)]
+    return name + (f" ({', '.join(options)})" if options else "")
 
 
 def _named(entry: Mapping[str, Any]) -> str:
     """Describe a plugin with those of its options that are set."""
     pairs = [f"{pair['student']} ~ {pair['teacher']}" for pair in entry.get("layers", ())]
-    told = ", ".join([*pairs, *_on(entry)])
-    return str(entry.get("name") or entry["use"]) + (f" ({told})" if told else "")
+    options = ", ".join([*pairs, *_on(entry)])
+    return str(entry.get("name") or entry["use"]) + (f" ({options})" if options else "")
 
 
 def _on(options: Mapping[str, Any]) -> list[str]:
@@ -200,17 +183,15 @@ def _facts(rows: Iterable[tuple[str, str]]) -> Table:
 def score_table(
     rows: Iterable[tuple[str, Mapping[str, float]]], scores: Sequence[ScoreInfo]
 ) -> Table:
-    """Build a table with one row for each (who, values by name) and a column for each score that
-    anyone has; a dash if it is not defined.
-    """
+    """Build a table of a row per (who, values by name), a column per score; dash: undefined."""
     listed = list(rows)
-    known = [one for one in scores if any(one.name in values for _, values in listed)]
+    known = [score for score in scores if any(score.name in values for _, values in listed)]
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column(no_wrap=True)
-    for one in known:
-        table.add_column(one.heading, justify="right", overflow="fold")
+    for score in known:
+        table.add_column(score.heading, justify="right", overflow="fold")
     for who, values in listed:
-        cells = (one.number(values[one.name]) if one.name in values else "-" for one in known)
+        cells = (s.number(values[s.name]) if s.name in values else "-" for s in known)
         table.add_row(who, *cells)
     return table
 
@@ -221,8 +202,8 @@ def _outcome(result: Result, scores: Sequence[ScoreInfo]) -> Iterator[Renderable
         [(f"student, validation, {result.moment}", result.validation)] if result.validation else []
     )
     rows += [
-        (f"student, {part}, last epoch", result.last[part])
-        for part in ("test", "validation")
+        (f"student, {split}, last epoch", result.last[split])
+        for split in ("test", "validation")
         if result.last
     ]
     if best := result.best:
@@ -239,18 +220,16 @@ def _outcome(result: Result, scores: Sequence[ScoreInfo]) -> Iterator[Renderable
         yield _text(f"warning: {warning}", style="yellow")
 
 
-def _curve_table(found: Curves, score: ScoreInfo) -> Table:
+def _curve_table(run: Curves, score: ScoreInfo) -> Table:
     table = Table("", box=None, pad_edge=False, header_style="bold")
     for title in ("first", "", "last", "lowest", "highest"):
         table.add_column(title, justify="left" if not title else "right", no_wrap=True)
-    for part, curve in found.of(score).items():
-        cells = _curve(curve, found.epochs, score.number)
-        table.add_row(f"{score.heading}, {part}", *cells)
-    for name, curve in found.losses.items():
-        table.add_row(
-            "training loss" if name == "loss" else f"  {name}, weighted",
-            *_curve(curve, found.epochs, "{:.4g}".format),
-        )
+    for split, curve in run.of(score).items():
+        cells = _curve(curve, run.epochs, score.number)
+        table.add_row(f"{score.heading}, {split}", *cells)
+    for name, curve in run.losses.items():
+        title = "training loss" if name == "loss" else f"  {name}, weighted"
+        table.add_row(title, *_curve(curve, run.epochs, "{:.4g}".format))
     return table
 
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from kdkit.data.subsets import images_per_epoch
 from kdkit.engine.evaluate import Judge
 from kdkit.errors import RecipeError, shown, suggest
+from kdkit.recipe import Recipe
+from kdkit.recipe.fairness import advice
+from kdkit.recipe.sections import DataSpec
 from kdkit.runs import checks
 from kdkit.runs.folder import RunFolder
+from kdkit.runs.plan import Plan
 from kdkit.study.findings import LOSSES, Length
-from kdkit.study.lengths import of_plan, of_run, refuse_longer
+from kdkit.study.measurements import of_run
 from kdkit.study.trainings import StudyRun, judges, scores_of, trainings
-from kdkit.study.variants import Study, point_name
+from kdkit.study.variants import STEPS, Study, point_name
+
+EPOCHS = "train.epochs"  # allowing this key also allows longer training
 
 
 def check(study: Study, fetch: Callable[[str], None] | None = None) -> dict[str, Length]:
@@ -32,10 +39,12 @@ def check(study: Study, fetch: Callable[[str], None] | None = None) -> dict[str,
     """
     planned = trainings(study)
     if study.points:
+        # One point stands for all of a variant: the longest, as lengths are compared.
         planned = _at_longest_points(study)
     lengths: dict[str, Length] = {}
     judged_by: list[Judge] = []
     problems: list[str] = []
+    # One run a variant: seeds change no shape.
     by_variant = {each.variant: each for each in planned}
     # finished runs need no plan
     by_variant |= {each.variant: each for each in planned if each.result}
@@ -47,14 +56,16 @@ def check(study: Study, fetch: Callable[[str], None] | None = None) -> dict[str,
                 judged_by += judges([each])
             else:
                 made = checks.make(each.recipe, fetch)
-                lengths[name] = of_plan(made, each.recipe.spec.data)
+                lengths[name] = _of_plan(made, each.recipe.spec.data)
                 judged_by.append(Judge.of(each.recipe, made.info))
         except RecipeError as error:
             problems += [f"{line} (variant {name})" for line in str(error).splitlines()]
     if problems:
+        # Variants share a base: a problem of the base is one line.
         raise RecipeError("\n".join(dict.fromkeys(problems)))
     _refuse_unknown_scores(study, judged_by)
-    refuse_longer(lengths, study.variants, study.baseline, study.allow)
+    _refuse_longer(lengths, study.variants, study.baseline, study.allow)
+    # In the study's order: finished runs came last above.
     return {name: lengths[name] for name in study.variants}
 
 
@@ -88,3 +99,41 @@ def _refuse_unknown_scores(study: Study, judged_by: Sequence[Judge]) -> None:
     ]
     if lines:
         raise RecipeError("\n".join(lines))
+
+
+def _of_plan(plan: Plan, data: DataSpec) -> Length:
+    """Compute the length from the plan of `kdkit check`; `data` is the recipe's section."""
+    epochs, steps = (
+        sum(counts) for counts in zip(*((s.epochs, s.steps) for s in plan.stages), strict=True)
+    )
+    return Length(plan.num_train, epochs, steps, epochs * images_per_epoch(data, plan.num_train))
+
+
+def _refuse_longer(
+    lengths: Mapping[str, Length],
+    recipes: Mapping[str, Recipe],
+    baseline: str,
+    allowed: Sequence[str],
+) -> None:
+    """Check that no variant trains longer than the baseline: more steps help by themselves.
+
+    Raises:
+        RecipeError: some do; one line a variant, with the place of its schedule and the way to
+            allow it.
+    """
+    # Who allows `train` allows `train.epochs` too.
+    if STEPS in allowed or any(key == EPOCHS or EPOCHS.startswith(f"{key}.") for key in allowed):
+        return
+    known = lengths[baseline]
+    lines = [
+        f"{recipes[name].source.where(['schedule'])}: {name}: {STEPS}: {one.steps:,} in all its"
+        f" stages, with {one.images:,} images ({baseline}: {known.steps:,}, with {known.images:,})"
+        for name, one in lengths.items()
+        if one.longer_than(known)
+    ]
+    if lines:
+        raise RecipeError(
+            "\n".join(
+                [*lines, f"a variant may not train longer than the baseline; {advice([STEPS])}"]
+            )
+        )

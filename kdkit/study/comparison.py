@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from kdkit.errors import Interrupted
-from kdkit.launching import is_first
+from kdkit.files import write_atomically
+from kdkit.launching import is_first, leave_launch
 from kdkit.runs.agreement import agreed
-from kdkit.runs.checkpoints import write_atomically
 from kdkit.runs.folder import RunFolder
 from kdkit.runs.interrupts import sigterm_raises
+from kdkit.runs.leftovers import LOCK
 from kdkit.runs.run import Run
-from kdkit.runs.spreading import Crew, part
 from kdkit.study.checks import check
-from kdkit.study.finder import Finder
+from kdkit.study.finder import Finder, Searched, after_search
 from kdkit.study.findings import Findings
 from kdkit.study.lockstep import train_together
 from kdkit.study.measurements import Measured
-from kdkit.study.search import Searched, after_search
 from kdkit.study.trainings import StudyRun, trainings
 from kdkit.study.variants import Study
 
@@ -41,8 +43,8 @@ def compare(
     Args:
         study: the study to run.
         max_parallel: runs that are trained side by side at most.
-        spread: if a launcher has started several processes, each trains its own seeds and groups
-            (False: all train each run together).
+        spread: share the runs with every other process that compares this study, of this launch or
+            another (False: the processes of a launch train each run together).
         say: called with messages about the progress.
 
     Returns:
@@ -54,27 +56,33 @@ def compare(
         Interrupted: a signal stopped it; everything is saved, and another call resumes.
     """
     first = is_first()
+    writes = first or spread
     with agreed("study") as asked:
         planned = trainings(study)
         with _advice_if_stopped(study, planned):
             check(study, say)
         asked |= {f"{each.variant} (seed {each.seed})": each.recipe.content() for each in planned}
         asked["--spread"] = spread
-    crew = Crew.of_launch() if spread else None
-    if first:
+    if spread:
+        leave_launch()
+    if writes:
         write_atomically(study.path / STUDY, study.dump().encode())
     searched: Searched | None = None
     if study.tune:
-        study, searched = _searched(study, max_parallel, say, crew)
+        planned = trainings(study.search)
+        with _advice_if_stopped(study.search, planned):
+            _train(study.search, planned, max_parallel, spread, writes, say)
+        study, searched = after_search(study, planned)
     planned = trainings(study)
-    measured = _measured(study, say) if first else None
     with _advice_if_stopped(study, planned):
-        failures = _train(planned, measured, max_parallel, say, crew)
-        if measured is None:
+        failures = _train(study, planned, max_parallel, spread, writes, say)
+        if not first:
             return None
-        part()
-        findings = Finder(study, planned, failures, measured, searched).findings()
-    findings.save(study.path / FINDINGS)
+        leave_launch()
+        # whoever measures later finds what the first one has measured
+        with _measured(study, say) as measured:
+            findings = Finder(study, planned, failures, measured, searched).findings()
+            findings.save(study.path / FINDINGS)
     return findings
 
 
@@ -97,54 +105,62 @@ def _advice_if_stopped(study: Study, planned: Sequence[StudyRun]) -> Iterator[No
         raise Interrupted(says, getattr(error, "signal", signal.SIGINT)) from None
 
 
-def _searched(
-    study: Study, max_parallel: int | None, say: Callable[[str], None], crew: Crew | None
-) -> tuple[Study, Searched]:
-    """Run the search of a study, and replace each variant by its chosen point."""
-    planned = trainings(study.search)
-    measured = _measured(study.search, say) if is_first() else None
-    with _advice_if_stopped(study.search, planned):
-        _train(planned, measured, max_parallel, say, crew)
-    return after_search(study, planned)
-
-
-def _measured(study: Study, say: Callable[[str], None]) -> Measured:
-    return Measured(study.path / "measured.json", say)
-
-
 def _train(
+    study: Study,
     planned: Sequence[StudyRun],
-    measured: Measured | None,
     max_parallel: int | None,
+    spread: bool,
+    writes: bool,
     say: Callable[[str], None],
-    crew: Crew | None,
 ) -> dict[Path, str]:
-    """Train the unfinished runs, and record their costs; return the reasons of failures by
-    folder.
+    """Train the unfinished runs, and record their costs if this process `writes`; return the
+    reasons of failures by folder.
     """
-    left = {each.folder: Run(each.recipe, each.folder) for each in planned if each.result is None}
-    every = len({each.folder for each in planned})
-    if measured:
-        say(f"{every} runs: {every - len(left)} trained already, {len(left)} to train")
-        for folder, recipe in {each.folder: each.recipe for each in planned}.items():
+    runs = {each.folder: Run(each.recipe, each.folder) for each in planned}
+    left = {folder: run for folder, run in runs.items() if run.result is None}
+    if writes:
+        say(f"{len(runs)} runs: {len(runs) - len(left)} trained already, {len(left)} to train")
+        for folder, run in runs.items():
             if folder not in left:
-                RunFolder(folder).finished(recipe, say)  # tells of metrics that they lack
+                RunFolder(folder).finished(run.recipe, say)  # tells of metrics that they lack
     if not left:
         return {}
-    wall, cpu = time.monotonic(), time.process_time()
-    try:
-        outcomes = train_together(
-            list(left.values()), max_parallel=max_parallel, say=say, crew=crew
-        )
-    finally:
-        spent = time.process_time() - cpu
-        if measured:
-            done = [
-                each.recipe.fingerprint for each in planned if each.folder in left and each.result
-            ]
-            measured.spend(time.monotonic() - wall, spent, done)
-    if crew and (others := crew.gather(spent)[1:]) and measured:
-        measured.spend(0, sum(others), [])
+    outcomes = train_together(
+        list((runs if spread else left).values()),
+        max_parallel=max_parallel,
+        spread=spread,
+        booked=functools.partial(_booked, study, say) if writes else contextlib.nullcontext,
+        say=say,
+    )
     return {
         outcome.job.folder: outcome.reason for outcome in outcomes if outcome.reason is not None
     }
+
+
+@contextlib.contextmanager
+def _booked(study: Study, say: Callable[[str], None], runs: Sequence[Run]) -> Iterator[None]:
+    """Record what it costs to train some runs inside the block, and which of them it finishes."""
+    wall, cpu = time.monotonic(), time.process_time()
+    try:
+        yield
+    finally:
+        wall, cpu = time.monotonic() - wall, time.process_time() - cpu
+        done = [run.key for run in runs if run.result]
+        with _measured(study, say) as measured:
+            measured.spend(wall, cpu, done)
+
+
+@contextlib.contextmanager
+def _measured(study: Study, say: Callable[[str], None]) -> Iterator[Measured]:
+    """Open the study's measurements; other processes wait until the block ends."""
+    study.path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(study.path / LOCK, fallback_to_soft=False)
+    with contextlib.suppress(Timeout):
+        lock.acquire(blocking=False)
+    if not lock.is_locked:
+        say(f"{study.name}: another process is measuring; waiting for it")
+        lock.acquire()
+    try:
+        yield Measured(study.path / "measured.json", say)
+    finally:
+        lock.release()

@@ -37,6 +37,7 @@ def rank(score: ScoreInfo, values: Sequence[float]) -> float:
     worst.
     """
     found = score.rank(statistics.fmean(values))
+    # `max` and `sorted` depend on the order of their items if one of them is NaN.
     return -math.inf if math.isnan(found) else found
 
 
@@ -71,6 +72,8 @@ class Difference:
         """Return the verdict that the corrected p-value supports at 5 %; the difference is in that
         score.
         """
+        # The verdict follows the corrected p-value, not the interval, which knows nothing of the
+        # other variants.
         if self.p_holm is None or self.p_holm >= SIGNIFICANT:
             return "inconclusive"
         return "better" if score.rank(sum(self.values)) > 0 else "worse"
@@ -94,6 +97,7 @@ class Length:
 
     def longer_than(self, other: Length) -> bool:
         """Check whether it takes more steps, or shows more images."""
+        # Either is more training: larger batches show more images with as many steps.
         return self.steps > other.steps or self.images > other.images
 
 
@@ -253,6 +257,7 @@ class Findings:
     scores: tuple[ScoreInfo, ...] = ()
     agreement: tuple[ScoreInfo, ...] = ()
 
+    # JSON has no NaN: a score that is not finite is null in the file.
     __pydantic_config__ = ConfigDict(ser_json_inf_nan="null")
 
     def __post_init__(self) -> None:
@@ -260,6 +265,8 @@ class Findings:
             return
         names = dict.fromkeys(name for variant in self.variants for name in variant.last)
         found = [ScoreInfo(name=name, title=name) for name in names if name not in LOSSES]
+        # An older kdkit has not recorded which scores compare with a teacher: the teacher has all
+        # others.
         known = self.teacher.last if self.teacher and self.teacher.last else names
         # the dataclass is frozen
         object.__setattr__(self, "scores", tuple(one for one in found if one.name in known))
@@ -273,11 +280,13 @@ class Findings:
     @property
     def ran(self) -> list[Variant]:
         """The variants with a finished run."""
+        # A variant whose runs all failed has no scores.
         return [one for one in self.variants if one.last.get(self.deciding.name)]
 
     @property
     def moment(self) -> str:
         """The moment at which the measured weights of the students were taken, in words."""
+        # Variants may differ in it, if a study allows that: the words name those that do.
         averaged = [variant for variant in self.variants if variant.averaged]
         if not averaged:
             return "after the last epoch"
@@ -298,6 +307,7 @@ class Findings:
             RunError: it is not there, or is no such file.
         """
         found = files.read_json(path, cls, AGAIN)
+        # Any JSON with the right keys would pass, and a report of no variants fails later.
         if not found.variants:
             raise RunError(f"{path}: not the findings of a study: it has no variants; {AGAIN}")
         return found

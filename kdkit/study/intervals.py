@@ -12,7 +12,9 @@ from dataclasses import replace
 
 from kdkit.study.findings import Difference, Findings, Interval, Variant
 
+# Of the intervals; verdicts go by `findings.SIGNIFICANT`.
 LEVEL = 0.95
+# SciPy's default
 RESAMPLES = 9999
 
 
@@ -22,6 +24,7 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     """
     if not values:
         return ""
+    # `statistics.stdev` raises for values that are not finite.
     several = len(values) > 1 and all(map(math.isfinite, values))
     deviation = f" +- {statistics.stdev(values):.{digits}f}" if several else ""
     return f"{statistics.mean(values):.{digits}f}{deviation}"
@@ -34,6 +37,7 @@ def paired(own: Mapping[int, float], baseline: Mapping[int, float]) -> Differenc
     values = tuple(own[seed] - baseline[seed] for seed in own if seed in baseline)
     if not values:
         return None
+    # SciPy's functions give NaN, with a warning, for values that are not finite.
     enough = len(values) > 1 and all(map(math.isfinite, values))
     return Difference(
         values,
@@ -46,6 +50,7 @@ def t_interval(values: Sequence[float]) -> Interval:
     """Compute the 95 % interval of the mean of two or more values, by Student's t: mean -+ t(n - 1)
     s / sqrt(n).
     """
+    # SciPy is slow to import, and most commands do without it.
     from scipy import stats
 
     mean = statistics.mean(values)
@@ -64,6 +69,7 @@ def p_value(values: Sequence[float]) -> float:
     from scipy import stats
 
     mean, error = statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
+    # Equal differences: t is infinite, or undefined if all are 0.
     if error == 0:
         return 0.0 if mean else 1.0
     return float(2 * stats.t.sf(abs(mean) / error, len(values) - 1))
@@ -77,6 +83,7 @@ def holm(values: Sequence[float]) -> list[float]:
     Statistics 1979.
     """
     order = sorted(range(len(values)), key=values.__getitem__)
+    # Made monotonic by the running maximum: a larger p-value never gets a smaller correction.
     times = (min(1.0, (len(values) - i) * values[place]) for i, place in enumerate(order))
     corrected = dict(zip(order, itertools.accumulate(times, max), strict=True))
     return [corrected[place] for place in range(len(values))]
@@ -106,7 +113,9 @@ def bootstrap_interval(values: Sequence[float]) -> Interval:
         np.mean,
         n_resamples=RESAMPLES,
         confidence_level=LEVEL,
+        # SciPy's default, BCa, has no interval for equal differences, and few seeds are usual here.
         method="percentile",
+        # The same resamples each time, so that a report written again has the same interval.
         rng=np.random.default_rng(0),
     ).confidence_interval
     return Interval(float(found.low), float(found.high))
@@ -134,6 +143,7 @@ def gained(found: Findings, variant: Variant, *, best: bool = False) -> Differen
 
     def by_seed(one: Variant) -> dict[int, float]:
         values = (one.best if best else one.last).get(found.deciding.name, ())
+        # Not strict: a score that some runs lack has no values.
         return dict(zip(one.seeds, values, strict=False))
 
     baseline = next((other for other in found.variants if other.name == found.baseline), variant)

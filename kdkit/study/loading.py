@@ -45,6 +45,7 @@ def load(
         raise RecipeError("name a study file, or recipes")
     if seeds is not None and not 1 <= seeds <= MOST_SEEDS:
         raise RecipeError(f"between 1 and {MOST_SEEDS} seeds are possible, not {shown(seeds)}")
+    # Read once: a study is told from a recipe by its keys.
     opened = {path: Source(path) for path in paths}
     studies = [path for path, source in opened.items() if any(key in source.data for key in MARKS)]
     if studies and len(paths) > 1:
@@ -60,6 +61,7 @@ def load(
     if seeds:
         study = replace(study, seeds=tuple(range(seeds)))
     chosen_with = study.tune_seeds if isinstance(study.tune_seeds, Sequence) else ()
+    # After `--seeds`, which replaces the study's own.
     if shared := {*study.seeds} & {*chosen_with}:
         where = opened[studies[0]].where(["tune_seeds"])
         raise RecipeError(
@@ -89,6 +91,7 @@ def _command(
 
 
 def _seen_from_here(path: Path) -> str:
+    # The command is told in reports, which are read on other machines.
     return str(path).removeprefix(f"{Path.cwd()}/")
 
 
@@ -106,6 +109,7 @@ def _of_recipes(
                 for number in itertools.count()
             )
             candidates = itertools.chain([recipe.spec.name], further_names)
+            # Two recipes may have one name, and two files one stem.
             variants[next(name for name in candidates if name not in variants)] = recipe
     problems.raise_if_any(len(paths))
     baseline = next(iter(variants))
@@ -114,6 +118,7 @@ def _of_recipes(
     # not the recipe's own name, which is that of its run
     names = [other.name for other in others] or ["study"]
     name = "-".join([first.name, *names])
+    # The name is a folder's, and has to fit with the names of the runs in it.
     if len(name) > LONGEST_JOINED:
         name = f"{first.name}-and-{len(others)}-others"
     return Study(name, "", baseline, variants, tuple(range(SEEDS)), (), first.run.folder)

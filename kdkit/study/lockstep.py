@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +21,7 @@ from accelerate import Accelerator
 
 from kdkit.contracts.dataset_source import DataInfo
 from kdkit.engine.turns import BEGINNING, Place, Stopwatch, Turns
-from kdkit.errors import Interrupted, KdkitError, RunError
+from kdkit.errors import BusyError, Interrupted, KdkitError, RunError
 from kdkit.recipe import Recipe, content_of
 from kdkit.runs import training
 from kdkit.runs.folder import RunFolder
@@ -27,11 +29,16 @@ from kdkit.runs.interrupts import StopRequest
 from kdkit.runs.progress import Seldom
 from kdkit.runs.result import Result
 from kdkit.runs.run import Run
-from kdkit.runs.spreading import Crew
 from kdkit.study.shared import Sharing
 
+OF_A_GROUP = ("device", "precision", "accumulate", "capture")  # keys of `train`
 # torch reports out of memory, and much else, by a RuntimeError
 FAILURES = (KdkitError, RuntimeError, OSError)
+BETWEEN_LOOKS = 1.0  # seconds until a process looks again for runs that others have left
+BETWEEN_REMINDERS = 300.0  # seconds
+
+Claims = Generator[tuple[int, dict[int, RunFolder]], None, None]
+"""Runs to be trained together, with the number of their pass: their folders, by position."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +70,9 @@ def train_together(
     jobs: Sequence[Run],
     *,
     max_parallel: int | None = None,
+    spread: bool = False,
+    booked: Callable[[Sequence[Run]], AbstractContextManager[object]] = nullcontext,
     say: Callable[[str], None] = lambda _: None,
-    crew: Crew | None = None,
 ) -> list[Outcome]:
     """Train recipes side by side; return one outcome per job, in their order; a failing run does
     not stop the others.
@@ -74,9 +82,10 @@ def train_together(
     Args:
         jobs: recipes with different folders.
         max_parallel: maximum number of runs in memory at once (None: all of a group).
+        spread: share them with every other process that is called with the same jobs: train what
+            no other process has claimed, wait for the rest (False: a claimed run fails).
+        booked: context in which some of the jobs are trained.
         say: called with a message when a group begins or a run ends.
-        crew: processes over which the groups are distributed, each training its own alone (None:
-            all processes train each group together).
 
     Raises:
         Interrupted: a signal stopped them; all are saved, and another call resumes.
@@ -84,44 +93,109 @@ def train_together(
     if max_parallel is not None and max_parallel < 1:
         raise RunError(f"at least one run must be in memory at once, not {max_parallel}")
     outcomes = {i: Outcome(job, result) for i, job in enumerate(jobs) if (result := job.result)}
-    # all processes must have the same view before the runs are distributed
-    left = [i for i in range(len(jobs)) if crew or i not in outcomes]
-    passes = list(_passes({i: _kind(jobs[i].recipe) for i in left}, max_parallel))
-    mine = [
-        still
-        for part in (crew.share(passes) if crew else passes)
-        if (still := [i for i in part if i not in outcomes])
-    ]
-
-    def prepare() -> dict[int, training.Prepared | Outcome]:
-        sound: dict[str, DataInfo] = {}
-        return {i: _prepared(jobs[i], sound, say) for i in itertools.chain(*mine)}
-
-    # otherwise two processes would train the same teacher
-    prepared = crew.in_turn(prepare) if crew else prepare()
-    for number, group in enumerate(mine, 1):
-        ready = [(i, run) for i in group if isinstance(run := prepared[i], training.Prepared)]
-        outcomes |= {i: run for i in group if isinstance(run := prepared[i], Outcome)}
-        say(
-            f"pass {number} of {len(mine)}: {len(ready)} run{'s' * (len(ready) > 1)} side by side,"
-            f" seed {jobs[group[0]].recipe.spec.seed}"
-        )
-        trained = _train_group(
-            [(jobs[i], run) for i, run in ready], say, f"pass {number} of {len(mine)}"
-        )
-        outcomes |= zip([i for i, _ in ready], trained, strict=True)
-    if crew:
-        told = crew.gather({i: outcomes[i].reason for i in itertools.chain(*mine)})
-        outcomes |= {
-            int(i): Outcome(jobs[int(i)], jobs[int(i)].result, reason)
-            for one in told
-            for i, reason in one.items()
-        }
+    # all processes that share the jobs must divide them alike, whatever is finished already
+    divided = [i for i in range(len(jobs)) if spread or i not in outcomes]
+    parts = list(_passes({i: _kind(jobs[i].recipe) for i in divided}, max_parallel))
+    offered = _claims(jobs, parts, outcomes, say) if spread else _unclaimed(jobs, parts)
+    sound: dict[str, DataInfo] = {}
+    with closing(offered):
+        for number, folders in offered:
+            name = f"pass {number} of {len(parts)}"
+            with booked([jobs[i] for i in folders]):
+                outcomes |= _trained(jobs, folders, sound, say, name)
     return [outcomes[i] for i in range(len(jobs))]
 
 
+def _unclaimed(jobs: Sequence[Run], parts: Sequence[Sequence[int]]) -> Claims:
+    """Yield pass after pass; each run claims its folder when it begins."""
+    for number, part in enumerate(parts, 1):
+        yield number, {i: RunFolder(jobs[i].folder) for i in part}
+
+
+def _claims(
+    jobs: Sequence[Run],
+    parts: Sequence[Sequence[int]],
+    outcomes: dict[int, Outcome],
+    say: Callable[[str], None],
+) -> Claims:
+    """Yield runs that this process has claimed, until every run has a result or has failed here.
+
+    Whole passes come first, so that processes take different ones; then what is left of any, such
+    as the runs of a process that has died. A claim ends when the next one is asked for.
+    """
+    remind = Seldom(say, BETWEEN_REMINDERS)
+    told, whole = False, True
+    while True:
+        begun, waits = False, []
+        for number, part in enumerate(parts, 1):
+            with ExitStack() as claim:
+                folders, busy = _claim(jobs, part, outcomes, claim, whole=whole)
+                waits += busy
+                if folders and not (whole and busy):
+                    begun = True
+                    yield number, folders
+        if not (begun or waits):
+            return
+        if waits and not (begun or whole):
+            names = ", ".join(jobs[i].folder.name for i in waits)
+            (remind if told else say)(f"waiting for what other processes train: {names}")
+            told = True
+            time.sleep(BETWEEN_LOOKS)
+        whole = False
+
+
+def _claim(
+    jobs: Sequence[Run],
+    part: Sequence[int],
+    outcomes: dict[int, Outcome],
+    claim: ExitStack,
+    *,
+    whole: bool,
+) -> tuple[dict[int, RunFolder], list[int]]:
+    """Claim the runs of a pass that are to be trained here; also return those that other processes
+    hold, the first one only if `whole` passes are wanted. What others have finished becomes an
+    outcome.
+    """
+    folders, busy = {}, []
+    for i in part:
+        if i in outcomes and outcomes[i].result:
+            continue
+        folder = RunFolder(jobs[i].folder)
+        with ExitStack() as lock:
+            try:
+                lock.enter_context(folder.held())
+            except BusyError:
+                busy.append(i)
+                if whole:
+                    break  # at the first one, or two processes that begin at once tear a pass apart
+                continue
+            if result := jobs[i].result:
+                outcomes[i] = Outcome(jobs[i], result)
+            elif i not in outcomes:  # else it has failed here; another process may try it
+                folders[i] = folder
+                claim.push(lock.pop_all())
+    return folders, busy
+
+
+def _trained(
+    jobs: Sequence[Run],
+    folders: Mapping[int, RunFolder],
+    sound: dict[str, DataInfo],
+    say: Callable[[str], None],
+    name: str,
+) -> dict[int, Outcome]:
+    """Train the runs of one pass side by side."""
+    made = {i: _prepared(jobs[i], folder, sound, say) for i, folder in folders.items()}
+    ready = {i: run for i, run in made.items() if isinstance(run, training.Prepared)}
+    seed = jobs[next(iter(folders))].recipe.spec.seed
+    say(f"{name}: {len(ready)} run{'s' * (len(ready) > 1)} side by side, seed {seed}")
+    trained = _train_group([(jobs[i], run) for i, run in ready.items()], say, name)
+    failed = {i: run for i, run in made.items() if isinstance(run, Outcome)}
+    return failed | dict(zip(ready, trained, strict=True))
+
+
 def _prepared(
-    job: Run, sound: dict[str, DataInfo], say: Callable[[str], None]
+    job: Run, folder: RunFolder, sound: dict[str, DataInfo], say: Callable[[str], None]
 ) -> training.Prepared | Outcome:
     """Prepare a run; return its outcome if it cannot begin. `sound` are recipes whose plan was
     validated with another seed.
@@ -129,7 +203,7 @@ def _prepared(
     but_for_the_seed = json.dumps({**job.recipe.content(), "seed": None}, sort_keys=True)
     try:
         prepared = training.Prepared.make(
-            job.recipe, RunFolder(job.folder), info=sound.get(but_for_the_seed), quiet=True, say=say
+            job.recipe, folder, info=sound.get(but_for_the_seed), quiet=True, say=say
         )
         sound[but_for_the_seed] = prepared.info
         return prepared
@@ -143,7 +217,7 @@ def _prepared(
 def _kind(recipe: Recipe) -> str:
     """Return the properties that runs trained side by side must share."""
     spec = recipe.spec
-    train = spec.train.device, spec.train.precision, spec.train.accumulate
+    train = [getattr(spec.train, name) for name in OF_A_GROUP]
     # a tracker logs a single run, so such runs are not grouped
     trackers = str(spec.run.folder / spec.name) if spec.run.trackers else None
     dataset = recipe.plugins.datasets[spec.data.dataset.use]
@@ -180,7 +254,13 @@ def _train_group(
     first = group[0][0]
     try:
         accelerator = training.accelerator_for(first.recipe, RunFolder(first.folder))
-        sharing = Sharing(training.read_data(first.recipe, accelerator), accelerator.num_processes)
+        train = first.recipe.spec.train
+        on_gpu = accelerator.device.type == "cuda"
+        sharing = Sharing(
+            training.read_data(first.recipe, accelerator),
+            accelerator.num_processes,
+            records=on_gpu and train.capture is not False and not train.compile,
+        )
     except FAILURES as error:
         return [_failed(job, error, say) for job, _ in group]
     with StopRequest() as stop:
@@ -250,6 +330,8 @@ def _turn(run: Going, sharing: Sharing, say: Callable[[str], None]) -> None:
 
 def _failed(job: Run, error: Exception, say: Callable[[str], None]) -> Outcome:
     reason = " ".join(str(error).split())
+    if isinstance(error, BusyError):
+        reason += "; with `--spread` processes share a study"
     if isinstance(error, torch.OutOfMemoryError):
         reason = (
             "out of memory; `--max-parallel` with a smaller number, or a smaller data.batch_size"

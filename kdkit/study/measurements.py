@@ -1,5 +1,5 @@
 """Measures the finished runs of a study: networks side by side, memory of a step, agreement with
-the common teacher. The results are stored.
+the common teacher, which are stored; lengths of training.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,16 +18,19 @@ from typing_extensions import TypedDict
 from kdkit import files
 from kdkit import recipe as recipes
 from kdkit.contracts.model_source import ModelOptions, TeacherOptions
+from kdkit.data.subsets import images_per_epoch, samples
 from kdkit.engine.evaluate import Judge, TaughtAnswers, measure, taught_answers
 from kdkit.engine.trainer import build_accelerator
-from kdkit.errors import RunError
+from kdkit.errors import KdkitError, RunError
 from kdkit.finite import Number
 from kdkit.recipe import Recipe
+from kdkit.recipe.sections import DataSpec
 from kdkit.runs.check_networks import has_random_weights
 from kdkit.runs.folder import RunFolder
 from kdkit.runs.run import Run
 from kdkit.students import profile
 from kdkit.students.loaded import LoadedRun
+from kdkit.study.findings import Length
 from kdkit.study.step_memory import step_memory
 
 LATENCY_RUNS = 300
@@ -74,6 +78,7 @@ class Measured:
     def __init__(self, path: Path, say: Callable[[str], None] = lambda _: None) -> None:
         self.path, self.say = path, say
         self._kept: Kept = {"spent": {}, "trained": [], "networks": {}, "memory": {}, "answers": {}}
+        # Measurements are only a matter of time: a damaged file is no reason to fail.
         if path.exists():
             try:
                 self._kept = files.read_json(path, Kept, "all is measured again", path.parent.name)
@@ -91,6 +96,7 @@ class Measured:
             "wall": spent.get("wall", 0.0) + wall,
             "cpu": spent.get("cpu", 0.0) + cpu,
         }
+        # A study that was stopped and called again counts each run once.
         self._kept["trained"] = list(dict.fromkeys([*self._kept["trained"], *trained]))
         self.save()
 
@@ -123,6 +129,8 @@ class Measured:
         keys = [*(run.key for run in runs), *teacher]
         if not runs:
             return [], None
+        # One that is missing means that all are timed again, as times of different days do not
+        # compare.
         if not set(keys) <= set(self._kept["networks"]):
             self._kept["networks"] = self._measure_networks(
                 {run.key: run for run in runs}, taught, teacher
@@ -147,7 +155,7 @@ class Measured:
             costs = profile.measure_together(models, runs=LATENCY_RUNS, seconds=LATENCY_SECONDS)
         groups = [[cost] for cost in costs[: len(runs)]] + [costs[len(runs) :]]
         # not strict: without teachers the last group has no key
-        return {key: _sum(group) for key, group in zip([*runs, *teacher], groups, strict=False)}
+        return {key: total(group) for key, group in zip([*runs, *teacher], groups, strict=False)}
 
     def answers(self, run: Run, teacher: CommonTeacher, *, best: bool = False) -> dict[str, float]:
         """Compare a run's student with that teacher on the test data."""
@@ -193,6 +201,7 @@ class CommonTeacher:
         """Measure how a run's student agrees with it on the test data."""
         opened, device = _opened(run), self._device
         data = opened.data(device=device)
+        # The run has its own scores already.
         only_agreement = replace(Judge.of(opened.recipe, data.info), scores=())
         student = opened.student(best=best, device=device)
         return measure(student, data.test, only_agreement, self.answers)
@@ -216,22 +225,54 @@ def who_teaches(recipe: Recipe) -> str:
     weights differs for each seed.
     """
     content, options = recipe.content(), recipe.spec.all_teachers().values()
+    # Random weights follow from the run's seed.
     seed = [recipe.spec.seed] if any(has_random_weights(one) for one in options) else []
     teachers = [one for one in (content["teacher"], *content["teachers"]) if one]
     told = [
         one.get("recipe")
+        # Precision, cache and the like say how a teacher is asked, not which one it is.
         or {key: value for key, value in one.items() if key not in TeacherOptions.model_fields}
         for one in teachers
     ]
     return hashlib.sha256(json.dumps([*told, *seed], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _sum(costs: Sequence[profile.Profile]) -> Network:
+def total(costs: Sequence[profile.Profile]) -> Network:
     """Add up the costs of several networks that answer one after the other."""
-    latency = sum(cost.latencies[0].percentile(50) for cost in costs)
     return Network(
-        sum(c.parameters for c in costs),
-        sum(c.macs for c in costs),
-        sum(c.bytes for c in costs),
-        latency,
+        sum(cost.parameters for cost in costs),
+        sum(cost.macs for cost in costs),
+        sum(cost.bytes for cost in costs),
+        sum(cost.latencies[0].percentile(50) for cost in costs),
     )
+
+
+def of_run(folder: RunFolder, data: DataSpec) -> Length:
+    """Compute the length from a finished run's files; `data` is its recipe's section."""
+    # of each stage, its last epoch
+    ends = {line["stage"]: line for line in folder.metrics("epoch")}.values()
+    count, epochs = samples(data, folder.info().num_train), sum(end["epoch"] for end in ends)
+    return Length(
+        count, epochs, sum(end["step"] for end in ends), epochs * images_per_epoch(data, count)
+    )
+
+
+def mean_length(runs: Sequence[tuple[RunFolder, DataSpec]]) -> Length | None:
+    """Average the lengths of a variant's finished runs, which may end after different epochs; None
+    without any.
+    """
+    found = [of_run(folder, data) for folder, data in runs]
+    whole = zip(*((one.samples, one.epochs, one.steps, one.images) for one in found), strict=True)
+    return Length(*(round(statistics.fmean(values)) for values in whole)) if found else None
+
+
+def of_teachers(folder: Path, plugins: Sequence[Path]) -> tuple[Length, ...]:
+    """Return the lengths of those teachers of a run that other recipes train; empty if their runs
+    no longer exist, or need more than `plugins`.
+    """
+    try:
+        runs = LoadedRun(folder, plugins=plugins).teacher_runs()
+        return tuple(of_run(one, one.recipe(plugins=plugins).spec.data) for one in runs)
+    # the lengths are only reported: what cannot be read is left out
+    except KdkitError:
+        return ()

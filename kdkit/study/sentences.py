@@ -14,8 +14,10 @@ def verdicts(found: Findings) -> str | None:
     told = {
         v.name: v.difference.verdict(found.deciding)
         for v in found.variants
+        # Variants with one seed have a difference, but nothing to test it by.
         if v.difference and v.difference.p_holm is not None
     }
+    # With a single variant, Holm's correction changes nothing, and is not named.
     if len(told) == 1:
         [(name, verdict)] = told.items()
         compared = (
@@ -52,6 +54,7 @@ def training_data(found: Findings) -> str | None:
     for v in found.variants:
         if v.length:
             variants.setdefault(v.length.samples, []).append(v.name)
+    # Most variants have the first number of examples; only the others are named.
     first, *others = variants.items() if variants else [(0, [])]
     students = "; ".join(
         [
@@ -59,6 +62,7 @@ def training_data(found: Findings) -> str | None:
             *(f"{', '.join(names)}: {count:,}" for count, names in others),
         ]
     )
+    # Teachers of equal lengths are told once.
     lengths = list(dict.fromkeys(found.teacher.lengths))
     if not lengths:
         return f"On what the teacher was trained is not known; {students}"
@@ -106,6 +110,7 @@ def trained(variant: Variant, found: Findings, what: str) -> str:
         (getattr(v.length, what) for v in found.variants if v.name == found.baseline and v.length),
         own,
     )
+    # Marked only where it is not equal, so that a longer training catches the eye.
     return f"{own:,}" if own == known else f"{own:,} (x {own / known:.3g})"
 
 
@@ -114,3 +119,11 @@ def teacher_trained(teacher: Teacher, what: str) -> str:
     return " or ".join(
         f"{count:,}" for count in dict.fromkeys(getattr(one, what) for one in teacher.lengths)
     )
+
+
+def with_unit(number: float) -> str:
+    """Format a large number as `1.23 M`."""
+    unit, sign = next(
+        ((u, s) for u, s in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if number >= u), (1.0, "")
+    )
+    return f"{number / unit:,.2f} {sign}" if sign else f"{number:,.0f}"

@@ -20,7 +20,9 @@ from kdkit.cache.teacher import TeacherCache
 from kdkit.contracts.records import Batch, Inputs, Outputs, tensors
 from kdkit.contracts.schedule import Arrange
 from kdkit.data.loaders import Data, EvalLoader, TrainLoader
+from kdkit.engine.capture import Repeated
 from kdkit.engine.evaluate import Judge, TaughtAnswers, taught_answers
+from kdkit.engine.graphs import CudaGraphs
 from kdkit.engine.turns import Place, Stopwatch
 from kdkit.errors import RunError
 from kdkit.models.hooks import version
@@ -171,11 +173,13 @@ class Sharing:
         data: the data opened for the group.
         world: training processes; several measure without yielding in between, so no batch is
             shared while measuring.
+        records: whether the teachers' answers are recorded (`train.capture`).
     """
 
-    def __init__(self, data: Data, world: int = 1) -> None:
+    def __init__(self, data: Data, world: int = 1, *, records: bool = False) -> None:
         self.memo = Memo()
         self._alone, self.world = data, world
+        self._graphs = CudaGraphs() if records else None
         self.data = replace(data, train=SharedTrainLoader(data.train, self.memo))
         if world == 1:
             validation = (
@@ -241,6 +245,8 @@ class Sharing:
         whole = self._teachers.get((demand.key, state))
         if whole is None:
             self._teachers[demand.key, state] = whole = build(demand.layers, demand.needs_logits)
+            if self._graphs is not None:
+                whole.answers = Repeated(whole.forward, self._graphs)
         answers = functools.partial(self._answer, whole, list(layers), needs_logits)
         view = whole.view(layers, needs_logits=needs_logits, answers=answers)
         self._wholes[view] = whole
@@ -261,9 +267,8 @@ class Sharing:
             if whole not in self._caches:
                 cache = opening.open_answers(recipe, name, whole, data.info, data.train, warn)
                 self._caches[whole] = cache
-                whole.answers = (
-                    functools.partial(cache.answer, forward=whole.forward) if cache else None
-                )
+                if cache is not None:
+                    whole.answers = functools.partial(cache.answer, forward=whole.forward)
             caches.append(self._caches[whole])
         found = [cache for cache in caches if cache is not None]
 

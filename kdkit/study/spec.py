@@ -1,17 +1,21 @@
-"""The keys of a study file."""
+"""The keys of a study file, and their JSON Schema for editors."""
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
 from kdkit.contracts.options import LONGEST_NAME, RUN_NAME, FolderPath, Options, RecipePath
+from kdkit.recipe import types
+from kdkit.recipe.registry import Registry
 
 SEEDS = 3  # default number of seeds
 MOST_SEEDS = 1000
 Seed = Annotated[int, Field(ge=0, strict=True)]
 Seeds = (
+    # Strict, as pydantic would take `true` or "3" for a number.
     Annotated[int, Field(gt=0, le=MOST_SEEDS, strict=True)]
     | Annotated[list[Seed], Field(min_length=1, max_length=MOST_SEEDS)]
 )
@@ -81,3 +85,42 @@ class StudySpec(Options):
         if isinstance(value, list) and len(set(value)) < len(value):
             raise ValueError("a seed is given twice")
         return value
+
+
+def schema(plugins: Registry) -> str:
+    """Build the schema: a study's own keys, and recipes in their places; a variant may contain any
+    part of a recipe.
+    """
+    recipe = json.loads(types.schema(plugins))
+    shared = recipe.pop("$defs")
+    _require_nothing(shared)
+    replaced = {"type": "string", "description": "Recipe file in the place of the base."}
+    variant = {
+        **recipe,
+        "title": "Variant",
+        "properties": {**recipe["properties"], "recipe": replaced},
+    }
+    content = StudySpec.model_json_schema()
+    keys = content["properties"]
+    # StudySpec cannot name the types of recipes: they depend on the plugins that are found.
+    keys["base"]["anyOf"] = [{"type": "string"}, {"$ref": "#/$defs/Recipe"}]
+    keys["variants"]["additionalProperties"] = {
+        "anyOf": [{"$ref": "#/$defs/Variant"}, {"type": "null"}]
+    }
+    keys["extends"] = {
+        "type": "string",
+        "description": "Study file that this one builds on: mappings merge, lists replace.",
+    }
+    content["$defs"] = {**shared, "Recipe": recipe, "Variant": variant}
+    return json.dumps(content, indent=1, sort_keys=True) + "\n"
+
+
+def _require_nothing(node: Any) -> None:
+    """Remove `required` from a section, as the base may supply what is missing."""
+    for child in (
+        node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    ):
+        _require_nothing(child)
+    # A recipe key may be called `required`; only a list is the schema's own word.
+    if isinstance(node, dict) and isinstance(node.get("required"), list):
+        del node["required"]

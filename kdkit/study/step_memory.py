@@ -40,8 +40,7 @@ def step_memory(recipe: Recipe, folder: Path) -> int:
     def step() -> object:
         nonlocal steps
         # created inside the record: torch's profiler warns about freed blocks whose allocation it
-        # did
-        # not see
+        # did not see
         steps = steps or _steps(_trainer(recipe, folder))
         return next(steps)
 
@@ -87,6 +86,8 @@ def _on_cpu(run: Callable[[], object], warm_up: bool) -> int:
             run()
     with tempfile.TemporaryDirectory() as folder:
         recorded.export_chrome_trace(str(Path(folder) / "trace.json"))
+        # The trace is the only place where torch tells the time of each block: `key_averages` has
+        # sums.
         events = json.loads((Path(folder) / "trace.json").read_text())["traceEvents"]
     begins = next(event["ts"] for event in events if event["name"] == MEASURED)
     memory = sorted(
@@ -108,6 +109,7 @@ def _trainer(recipe: Recipe, folder: Path) -> Trainer:
         device=accelerator.device,
     )
     schedule = recipe.plugins.schedules[recipe.spec.schedule.use](recipe.spec.schedule)
+    # As in a run: schedules draw the initial values of their own parts.
     reseed(recipe.spec.seed, "stage", 0)
     stage = next(iter(schedule.stages(factory)))
     return build_trainer(recipe, prepared, factory, accelerator, 0, stage)

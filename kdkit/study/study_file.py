@@ -20,9 +20,8 @@ from kdkit.errors import RecipeError, dotted, one_line, shorten, suggest
 from kdkit.recipe import Recipe
 from kdkit.recipe.explain import explain_source
 from kdkit.recipe.yaml_source import Source
-from kdkit.study.grid import Grid, has
 from kdkit.study.spec import StudySpec
-from kdkit.study.variants import Point, Study, renamed
+from kdkit.study.variants import Grid, Point, Study, has, renamed
 
 MOST_VARIANTS = 1000  # including those of the grid, and all points of a search
 
@@ -48,6 +47,7 @@ class StudyFile:
         except ValidationError as error:
             raise RecipeError(explain_source(error, StudySpec, source)) from None
         folder = {"run.folder": str(self.spec.folder)} if self.spec.folder is not None else {}
+        # Each variant needs some name to be valid; `renamed` gives it its own.
         self.overrides = {**folder, **(overrides or {}), "name": self.spec.name}
         self._refuse_keys()
 
@@ -81,7 +81,9 @@ class StudyFile:
         """Read the variants at every point of the grid, and name the first point of each."""
         sources, plain = self._plain_variants()
         grid = Grid(self.source, self.spec.vary)
+        # Before points are made, which leave out keys that a recipe does not have.
         grid.refuse_idle_keys(plain.values())
+        # Counted before any recipe is read: the product of a few lists may not fit into memory.
         if (count := sum(map(grid.count, plain.values()))) > MOST_VARIANTS:
             raise self._error(["vary"], f"makes {count:,} variants, more than {MOST_VARIANTS:,}")
         problems = Problems()
@@ -91,8 +93,10 @@ class StudyFile:
             for labels, values in grid.points(recipe):
                 named = self.spec.variants or not labels
                 point = ", ".join([name, *labels] if named else labels)
+                # A baseline that is varied itself stands for its first point.
                 firsts.setdefault(name, point)
                 with problems.of(point):
+                    # A grid may leave a variant alone that has none of its keys.
                     variants[point] = self._read(sources[name], values) if values else recipe
         problems.raise_if_any(len(plain))
         return variants, firsts
@@ -107,6 +111,7 @@ class StudyFile:
             with problems.of(name):
                 sources[name] = self._source(name)
                 plain[name] = self._read(sources[name], {})
+        # Before points are read: they would tell the same problems once more each.
         problems.raise_if_any(len(names))
         return sources, plain
 
@@ -119,6 +124,8 @@ class StudyFile:
         points: dict[str, tuple[Point, ...]] = {}
         for name, recipe in variants.items():
             with problems.of(name):
+                # The grid has nodes with their places in the file; a point also needs the plain
+                # values.
                 combinations = zip(
                     grid.points(recipe), itertools.product(*tune.values()), strict=True
                 )
@@ -171,6 +178,7 @@ class StudyFile:
         """
         for word, done in (("vary", "varies"), ("tune", "tunes")):
             for key in getattr(self.spec, word):
+                # Seeds are paired between variants, which a variant for each seed would break.
                 if key == "seed":
                     raise self._error([word, key], "the seeds of a study are its `seeds:`")
                 if key in self.overrides:
@@ -197,6 +205,8 @@ class StudyFile:
         base = self._base
         if (written := (self.spec.variants.get(name) or {}).get("recipe")) is not None:
             try:
+                # Not yet validated: the value may be a number or a list, which `isfile` below
+                # refuses.
                 path = path_of(written) if isinstance(written, Text) else Path()
             except ValueError as error:
                 raise self._error([*where, "recipe"], str(error)) from None

@@ -11,12 +11,18 @@ from rich.table import Table
 from kdkit.contracts.task import ScoreInfo
 from kdkit.recipe.fairness import unequal
 from kdkit.study.checks import check
-from kdkit.study.finder import about
+from kdkit.study.finder import about, after_search
 from kdkit.study.findings import LOSSES, Findings, Length, Teacher, Variant
 from kdkit.study.intervals import gained, p_value_shown, shown, spread
 from kdkit.study.lockstep import passes
-from kdkit.study.search import after_search
-from kdkit.study.sentences import search, teacher_trained, trained, training_data, verdicts
+from kdkit.study.sentences import (
+    search,
+    teacher_trained,
+    trained,
+    training_data,
+    verdicts,
+    with_unit,
+)
 from kdkit.study.trainings import StudyRun, trainings
 from kdkit.study.variants import Study
 
@@ -33,12 +39,14 @@ def tables(found: Findings, width: int = 160, show: Sequence[str] = ()) -> list[
     further = [_last(told[name]) for name in show if name in told]
     costs = [*_lengths(found), *_costs(found.teacher)]
     made: list[Table] = []
+    # From one wide table to three narrow ones: the first that fits is taken, else the last.
     for parts in (
         [[*results, *further, *costs]],
         [[*results, *further], costs],
         [results, further, costs],
     ):
         made = [_table(found, columns) for columns in parts if columns]
+        # Measured on a console that cuts nothing off.
         if all(Console(width=10_000).measure(one).maximum <= width for one in made):
             break
     return made
@@ -46,6 +54,7 @@ def tables(found: Findings, width: int = 160, show: Sequence[str] = ()) -> list[
 
 def caption(found: Findings) -> Iterator[str]:
     """Yield lines that explain the figures, the failures, and the total cost."""
+    # Without 0: a variant that failed altogether is told below.
     counts = sorted({len(variant.seeds) for variant in found.variants} - {0})
     if counts == [1]:
         seeds = "one seed, so no deviation and no interval"
@@ -55,6 +64,7 @@ def caption(found: Findings) -> Iterator[str]:
         seeds = "no run is finished"
     parts = [f"Test data, {found.moment}; {seeds}"]
     if any(variant.difference for variant in found.variants):
+        # One seed has a difference, but no interval.
         level = (
             " [95 % interval by t]"
             if any(v.difference and v.difference.t for v in found.variants)
@@ -104,6 +114,7 @@ def planned(study: Study, max_parallel: int | None = None) -> Iterator[Table | s
     if study.tune:
         searching = trainings(study.search)
         yield _planned(study.search, searching, {}, study.tune)
+        # Which points are chosen is not known before the search is finished.
         if not all(each.result for each in searching):
             seeds = _seeds(study.seeds)
             yield _left(searching, {}, max_parallel)
@@ -112,6 +123,7 @@ def planned(study: Study, max_parallel: int | None = None) -> Iterator[Table | s
                 f" the longest takes: {_longest(lengths)}"
             )
             return
+        # The search is finished, so that the chosen values are known.
         study, _ = after_search(study, searching)
     runs = trainings(study)
     yield _planned(study, runs, lengths)
@@ -122,6 +134,7 @@ def _left(runs: Sequence[StudyRun], lengths: Mapping[str, Length], max_parallel:
     """Describe the remaining training in runs, passes, and, if the lengths are known, steps and
     images.
     """
+    # Equal variants share a folder, and are trained once.
     left = list({each.folder: each for each in runs if each.result is None}.values())
     every = len({each.folder for each in runs})
     told = f"{every} runs: {every - len(left)} trained already, {len(left)} to train"
@@ -134,6 +147,7 @@ def _left(runs: Sequence[StudyRun], lengths: Mapping[str, Length], max_parallel:
     steps, images = (
         sum(getattr(lengths[each.variant], key) for each in left) for key in ("steps", "images")
     )
+    # Runs with a teacher are told apart, as most of their time is shared in a pass.
     taught = sum(lengths[each.variant].images for each in left if each.recipe.spec.all_teachers())
     shared = (
         f", {taught:,} of them with a teacher, which answers once for all runs of a pass"
@@ -191,6 +205,7 @@ def _seeds(numbers: Sequence[int]) -> str:
 def _table(found: Findings, columns: Sequence[Cells]) -> Table:
     table = Table("", box=None, pad_edge=False)
     for title, *_ in columns:
+        # A number that is broken over two lines cannot be compared with its column.
         table.add_column(title, justify="right", no_wrap=True)
     if teacher := found.teacher:
         table.add_row(
@@ -227,6 +242,7 @@ def _results(found: Findings) -> Iterator[Cells]:
             lambda v: shown(there, score.digits) if (there := gained(found, v, best=True)) else "",
             lambda _: "",
         )
+    # Last, as it says how, not how well, a variant answers.
     yield from map(_last, _agreement(found))
 
 
@@ -267,17 +283,10 @@ def _costs(teacher: Teacher | None) -> Iterable[Cells]:
             lambda v: f"{v.cost.parameters:,}" if v.cost else "",
             lambda t: f"{t.parameters:,}",
         ),
-        ("MACs", lambda v: _count(v.cost.macs) if v.cost else "", lambda t: _count(t.macs)),
+        ("MACs", lambda v: with_unit(v.cost.macs) if v.cost else "", lambda t: with_unit(t.macs)),
         (
             "latency",
             lambda v: latency(v.cost.latency) if v.cost else "",
             lambda t: f"{1000 * t.latency:.2f} ms",
         ),
     ]
-
-
-def _count(value: float) -> str:
-    unit, name = next(
-        ((u, n) for u, n in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if value >= u), (1.0, "")
-    )
-    return f"{value / unit:,.2f} {name}" if name else f"{value:,.0f}"

@@ -16,9 +16,7 @@ from kdkit.recipe.fairness import refuse_unequal
 from kdkit.runs.folder import RunFolder
 from kdkit.runs.run import Run
 from kdkit.runs.training import folder_for
-from kdkit.study.grid import has
-from kdkit.study.lengths import STEPS
-from kdkit.study.variants import Study
+from kdkit.study.variants import STEPS, Study, has
 
 
 @dataclass(frozen=True)

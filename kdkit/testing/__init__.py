@@ -31,7 +31,7 @@ from kdkit.testing.gradient_checks import (
     check_the_gradient_is_that_of_the_value,
 )
 from kdkit.testing.losses import FORMULA, LOSS_CHECKS, PROCESSES, Report, check_loss
-from kdkit.testing.operation_checks import (
+from kdkit.testing.operations import (
     check_does_not_loop_over_the_batch,
     check_stays_in_its_type,
     check_works_on_any_device,

@@ -15,8 +15,7 @@ from kdkit.testing.forms import CLASSES, FORMS, MISFITS, shapes_of
 from kdkit.testing.operations import ConstantDraws
 from kdkit.testing.options import is_valid, other_values, reads_layers, varied_options
 from kdkit.testing.outputs import twice_as_high, with_impossible
-from kdkit.testing.probe import observations
-from kdkit.testing.probes import probe_on, probes, some_probes
+from kdkit.testing.probes import observations, probe_on, probes, some_probes
 from kdkit.testing.promises import NAMES, promise
 
 
@@ -26,6 +25,7 @@ def check_is_documented(cls: type[Loss], **options: Any) -> None:
     assert cls.__dict__.get("__doc__"), f"{cls.name}: {cls.__name__} has no docstring"
     for key, option in cls.Options.model_fields.items():
         assert option.description, f"{cls.name}: option '{key}' lacks Field(description=...)"
+    # A misspelt exception would silently exempt from nothing.
     for name, reason in cls.exceptions.items():
         assert name in NAMES, f"{cls.name}: exceptions: there is no '{name}'"
         assert reason.strip(), f"{cls.name}: exceptions: '{name}' lacks its reason"
@@ -41,6 +41,7 @@ def check_says_its_reduction(cls: type[Loss], **options: Any) -> None:
     with contextlib.suppress(ShapeError):
         for growth, of in _growths(cls, options):
             grown = f"{cls.name}: with twice as many {of} the value is {growth:.2f} times as large"
+            # Below 2, as a part of the value may not grow.
             if growth > 1.8:
                 words = re.search(r"\bsum", formula)
                 assert words, f"{grown}, and the formula says nothing of a sum"
@@ -62,7 +63,9 @@ def _growths(cls: type[Loss], options: dict[str, Any]) -> Iterator[tuple[float, 
         of, change = "positions", twice_as_high
     else:
         return
+    # Set up on the larger shapes, but with the smaller probe's own numbers in them.
     more = replace(other, student=change(p.student), teacher=change(p.teacher), batch=p.batch)
+    # A loss that draws would draw more numbers for more classes or positions.
     with ConstantDraws():
         yield float(more.value().detach()) / float(p.value().detach()), of
 
@@ -105,6 +108,7 @@ def check_options_are_bounded(cls: type[Loss], **options: Any) -> None:
     has a bound (`gt=0`).
     """
     for name in varied_options(cls):
+        # The tuples are for options that are lists of numbers.
         for value in (0, -1, (0.0,), (-1.0,)):
             if is_valid(cls, {**options, name: value}):
                 with contextlib.suppress(ShapeError):
@@ -165,6 +169,8 @@ def _differs(cls: type[Loss], options: dict[str, Any], changed: dict[str, Any]) 
         ):
             return True
         deployed = [each.loss.deploy(each.context.student) for each in (p, other)]
+        # Networks that are deployed are compared by type only: their weights are among the
+        # observations.
         if type(deployed[0]) is not type(deployed[1]):
             return True
     return False

@@ -1,15 +1,24 @@
-"""Shapes of the layers that a loss is tried on: the student's and the teacher's, without the
-batch.
+"""What a loss is tried on: shapes of the student's and the teacher's layers, without the batch, and
+stand-ins for networks that have such layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from kdkit.contracts.features import as_vectors
+from kdkit.contracts.records import Outputs
 
 Shape = tuple[int, ...]
 CLASSES = 5
 NO_LAYERS: tuple[Shape, Shape] = ((), ())
 
+# Most differ in channels, so that a loss needs its adapters; 17 tokens are a class token before a
+# grid of 4 x 4, and 10 one before a grid of 3 x 3.
 FORMS: Mapping[str, tuple[Shape, Shape]] = {
     "maps of one shape": ((6, 8, 8), (6, 8, 8)),
     "maps of other channels": ((6, 8, 8), (10, 8, 8)),
@@ -35,3 +44,39 @@ MISFITS: Mapping[str, tuple[Shape, Shape]] = {
 def shapes_of(form: str) -> tuple[Shape, Shape]:
     """Look up the shapes of a form; a loss that reads no layers has none."""
     return FORMS.get(form, NO_LAYERS)
+
+
+class Network(nn.Module):
+    """Stand-in for a network in the context: batch norms named like the tapped layers, and a
+    classifier of the last one's mean.
+    """
+
+    def __init__(self, layers: Mapping[str, Shape], classes: int = CLASSES) -> None:
+        super().__init__()
+        for name, shape in layers.items():
+            norm = nn.BatchNorm2d(_channels(shape))
+            # Losses that read the norms, as OFD for its margins, would see equal channels if all
+            # biases were 0.
+            nn.init.normal_(norm.bias)
+            # A module's name must not contain a dot.
+            self.add_module(name.replace(".", "_"), norm)
+        self.last = next(reversed(list(layers)), None)
+        self.classes = classes
+        self.classifier = nn.Linear(_channels(layers[self.last]) if self.last else 6, classes)
+
+    def answer(self, outputs: Outputs) -> Outputs:
+        """Replace the logits by the classifier's output for the last layer."""
+        # The classifier has `classes` outputs: answers with another number are misfits that `setup`
+        # must refuse, and a layer called `logits` is the logits themselves.
+        if self.last is None or outputs.logits.shape[1] != self.classes or self.last == "logits":
+            return outputs
+        with torch.no_grad():
+            return replace(outputs, logits=self.classifier(as_vectors(outputs.features[self.last])))
+
+    def get_classifier(self) -> nn.Module:
+        return self.classifier
+
+
+def _channels(shape: Shape) -> int:
+    """Count the channels of a map, of tokens or of a vector."""
+    return as_vectors(torch.empty(1, *shape)).shape[1]

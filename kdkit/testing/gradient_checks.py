@@ -15,8 +15,15 @@ from kdkit.errors import ShapeError
 from kdkit.testing.forms import FORMS
 from kdkit.testing.options import TWO_PAIRS
 from kdkit.testing.outputs import tensors_by_name, with_noise
-from kdkit.testing.probe import Probe, leaves_behind, observations
-from kdkit.testing.probes import probe_of_each_kind, probe_on, probes, some_probes
+from kdkit.testing.probes import (
+    Probe,
+    leaves_behind,
+    observations,
+    probe_of_each_kind,
+    probe_on,
+    probes,
+    some_probes,
+)
 from kdkit.testing.promises import promise
 
 
@@ -43,6 +50,7 @@ def check_teaches_every_part(cls: type[Loss], **options: Any) -> None:
         for name, slope in p.slopes().items():
             if not slope.any():
                 continue
+            # Tokens (B, N, D) have their channels last, maps and logits second.
             dimensions = {0: "samples"} | (
                 {1: "classes" if name == "logits" else "channels"}
                 if slope.ndim != 3
@@ -65,6 +73,8 @@ def check_reads_every_layer(cls: type[Loss], **options: Any) -> None:
     p = _on_two_pairs(cls, options)
     slopes, before = p.slopes(), observations(p)
     for pair in p.loss.options.taps():
+        # A loss on labels has both layers of a pair in the student: a pair of one layer compares it
+        # with itself.
         if cls.knowledge != "labels" or pair.student != pair.teacher:
             p.require(
                 slopes[pair.student].any(),
@@ -115,6 +125,7 @@ def check_adapters_learn(cls: type[Loss], **options: Any) -> None:
         }
         value = p.value(loss)
         p.require(value.requires_grad, "the value has no gradient")
+        # Leaves that a backward pass would reach, but no optimizer knows.
         strangers = [tuple(leaf.shape) for leaf in leaves_behind(value) if id(leaf) not in known]
         p.require(
             not strangers,
@@ -123,6 +134,7 @@ def check_adapters_learn(cls: type[Loss], **options: Any) -> None:
         )
         weights = {name: weight for name, weight in loss.named_parameters() if weight.requires_grad}
         before = {name: weight.detach().clone() for name, weight in weights.items()}
+        # Behind a layer that begins at zero, the first step has no gradient yet.
         for seed in range(3 if weights else 0):
             _descend(p.value(loss, seed), list(weights.values()))
         still = [name for name, weight in weights.items() if torch.equal(weight, before[name])]
@@ -143,6 +155,7 @@ def check_leaves_the_teacher_alone(cls: type[Loss], **options: Any) -> None:
     """Check that the teacher gets no gradient, and that its network is not part of the loss."""
     for p in probe_of_each_kind(cls, options):
         network = p.context.teacher or nn.Module()
+        # By identity: a copy of a part of the teacher may be the loss's own.
         inside = {id(module) for module in p.loss.modules()} & {
             id(module) for module in network.modules()
         }
@@ -152,6 +165,7 @@ def check_leaves_the_teacher_alone(cls: type[Loss], **options: Any) -> None:
             " it in a tuple",
         )
         given = p.copied()
+        # On the tensors themselves: a copy would not show that `requires_grad` was switched on.
         given.value(copies=False)
         tensors = [*tensors_by_name(given.teacher).values(), *network.parameters()]
         p.require(
@@ -171,10 +185,12 @@ def check_the_gradient_is_that_of_the_value(cls: type[Loss], **options: Any) -> 
         inputs = [
             x
             for name, x in tensors_by_name(p.student).items()
+            # A layer called `logits` is the same tensor as the logits, and would be moved twice.
             if name == "logits" or x is not p.student.logits
         ]
         slopes = torch.autograd.grad(p.value(), inputs, allow_unused=True)
         gaps = []
+        # Along one direction the value may happen to have a kink; a detached term shows along all.
         for seed in range(3):
             moves = {
                 id(x): torch.randn(
@@ -188,6 +204,7 @@ def check_the_gradient_is_that_of_the_value(cls: type[Loss], **options: Any) -> 
                 if slope is not None
             )
             measured = _difference(p, moves)
+            # The floor keeps directions in which the value hardly changes from counting as errors.
             gaps.append(abs(measured - expected) / max(abs(measured), abs(expected), 1e-6))
         says = f"the gradient is off by {min(gaps):.0%} of what the value does: is a term detached?"
         p.require(min(gaps) < 0.01, f"{says} If that is meant, say so in `exceptions`")
@@ -202,4 +219,5 @@ def _difference(p: Probe, moves: dict[int, Tensor], step: float = 1e-6) -> float
         moved = p.student.map(lambda x: x.detach() + sign * step * moves[id(x)])
         return replace(p, student=moved).value().detach()
 
+    # In fp64 a step of 1e-6 costs about 1e-12 by curvature and 1e-10 by rounding.
     return float(value(1) - value(-1)) / (2 * step)

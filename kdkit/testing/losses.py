@@ -10,13 +10,15 @@ from kdkit.contracts.loss import Loss
 from kdkit.testing import (
     contract_checks,
     gradient_checks,
-    operation_checks,
+    operations,
     state_checks,
     value_checks,
 )
 from kdkit.testing.promises import Check
 from kdkit.testing.reference import Formula, assert_agrees_on_all_forms
 
+# Simple promises first: a loss that breaks one of them fails the later checks for no reason of
+# their own.
 LOSS_CHECKS: list[Check] = [
     contract_checks.check_is_documented,
     contract_checks.check_refuses_by_shape_error,
@@ -42,9 +44,9 @@ LOSS_CHECKS: list[Check] = [
     value_checks.check_averages_over_the_batch,
     contract_checks.check_says_its_reduction,
     contract_checks.check_takes_two_classes,
-    operation_checks.check_stays_in_its_type,
-    operation_checks.check_does_not_loop_over_the_batch,
-    operation_checks.check_works_on_any_device,
+    operations.check_stays_in_its_type,
+    operations.check_does_not_loop_over_the_batch,
+    operations.check_works_on_any_device,
     state_checks.check_keeps_no_graph,
 ]
 """A check for each promise: called with the loss's class and options, it returns what it could
@@ -94,6 +96,7 @@ def check_loss(cls: type[Loss], /, *, reference: Formula | None = None, **option
     Raises:
         AssertionError: a promise is broken; one line for each.
     """
+    # All checks run, as one mistake may break several promises and the names tell which.
     broken, unknown = [], [] if reference else [FORMULA]
     for check in LOSS_CHECKS:
         try:
@@ -107,6 +110,7 @@ def check_loss(cls: type[Loss], /, *, reference: Formula | None = None, **option
             broken.append(f"reference: {error}")
     if broken:
         raise AssertionError("\n".join(broken))
+    # The checks run in one process, where nothing is gathered.
     if "gather" in cls.Options.model_fields:
         unknown.append(PROCESSES)
     kept = tuple(check.__name__ for check in LOSS_CHECKS if check.__name__ not in cls.exceptions)

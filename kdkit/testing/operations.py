@@ -1,6 +1,4 @@
-"""Records the tensor operations of a loss: how many there are, which widen or draw random numbers,
-on which device they are.
-"""
+"""Checks of a loss's tensor operations: how many, of which type, on which device."""
 
 from __future__ import annotations
 
@@ -16,9 +14,12 @@ from torch.utils._pytree import tree_iter
 
 from kdkit.contracts.loss import Loss
 from kdkit.contracts.records import Batch, Outputs
+from kdkit.testing.probes import readable, some_probes
+from kdkit.testing.promises import promise
 
 # fake tensors have only shapes, so the device is not needed
 ELSEWHERE = torch.device("cuda:0")
+# What each operation draws inside `ConstantDraws`: numbers that any sample may get.
 DRAWN = {
     "rand": 0.5,
     "rand_like": 0.5,
@@ -34,7 +35,6 @@ DRAWN = {
     "random_": 0.0,
     "exponential_": 1.0,
 }
-DRAWN_BY_PLACE = {"randperm", "multinomial"}
 
 
 def _tensors(found: Any) -> Iterable[Tensor]:
@@ -46,30 +46,26 @@ def _name(operation: Any) -> str:
 
 
 class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts operations inside the `with` block, and notes those that make doubles of floats, and
-    those that draw random numbers.
+    """Counts operations inside the `with` block, and notes those that make doubles of floats.
 
     Attributes:
         count: of operations.
         widening: names of those that return doubles (0-dimensional ones aside), although none of
             their inputs is double.
-        drawing: names of those that draw at random.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
         self.widening: set[str] = set()
-        self.drawing: set[str] = set()
 
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         given = operation(*args, **(kwargs or {}))
         self.count += 1
-        if _name(operation) in DRAWN.keys() | DRAWN_BY_PLACE:
-            self.drawing.add(_name(operation))
         wide = any(x.dtype == torch.float64 for x in _tensors((args, kwargs)))
+        # Python's floats become 0-dimensional doubles, which widen nothing.
         if not wide and any(x.dtype == torch.float64 and x.ndim for x in _tensors(given)):
             self.widening.add(_name(operation))
         return given
@@ -103,6 +99,7 @@ def run_elsewhere(
     """
     # copied together: the loss may hold a layer of the network
     loss, network = copy.deepcopy((loss, network))
+    # Tensors that forward makes itself are let in as they are: their device is what this is about.
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def there(x: Tensor) -> Tensor:
@@ -120,9 +117,62 @@ def run_elsewhere(
         try:
             value = loss(*given)
         except Exception as error:
+            # Torch has no error type of its own for mixed devices.
             if "devices" in str(error) or "on device" in str(error) or "device type" in str(error):
                 raise RuntimeError(" ".join(str(error).split())) from None
             return type(error).__name__
     if value.device != ELSEWHERE:
         raise RuntimeError(f"the value is on {value.device.type}, the inputs are not")
     return None
+
+
+@promise
+def check_stays_in_its_type(cls: type[Loss], **options: Any) -> None:
+    """Check that forward makes no doubles from floats: doubles are slow on GPUs and unsupported on
+    Apple's.
+    """
+    for p in some_probes(cls, options):
+        with Operations() as seen:
+            p.value()
+        p.require(
+            not seen.widening,
+            f"forward makes fp64 tensors of fp32 ones (in {', '.join(sorted(seen.widening))})",
+        )
+
+
+@promise
+def check_does_not_loop_over_the_batch(cls: type[Loss], **options: Any) -> None:
+    """Check that a larger batch takes the same number of operations."""
+    p = some_probes(cls, options)[0]
+    counts = []
+    # Both on copies of one loss, as the first step of a memory may take more operations.
+    for batch in (p, p.rows("each sample twice", [*range(6), *range(6)])):
+        loss = batch.copy_of_loss()
+        with Operations() as seen:
+            batch.value(loss)
+        counts.append(seen.count)
+    says = f"{counts[0]} operations for 6 samples, {counts[1]} for 12: work on all samples at once"
+    p.require(counts[1] <= counts[0], says)
+
+
+@promise
+def check_works_on_any_device(cls: type[Loss], **options: Any) -> list[str]:
+    """Check that every tensor in forward is on the device of its inputs, or in a parameter or
+    buffer that moves there with the loss.
+    """
+    p = some_probes(cls, options)[0]
+    teacher = readable(p.loss, p.teacher)
+    try:
+        why = run_elsewhere(p.loss, p.student, teacher, p.batch, p.context.student)
+    except RuntimeError as error:
+        says = (
+            "on an accelerator it mixes devices; make constants on the device of an input, or"
+            " buffers of them"
+        )
+        raise AssertionError(f"{cls.name}: on {p.form}: {says}: {error}") from None
+    if why is None:
+        return []
+    return [
+        "whether it works on an accelerator: forward asks for values, which shapes alone do not"
+        f" have ({why})"
+    ]

@@ -14,6 +14,7 @@ from kdkit.contracts.loss_options import FeatureOptions, LossOptions
 
 ONE_PAIR = {"student": "a", "teacher": "a"}
 TWO_PAIRS = [{"student": "a", "teacher": "b"}, {"student": "c", "teacher": "d"}]
+# Their effect is not the loss's business, and `gather` needs several processes to have one.
 OURS = ("layers", "gather")  # options that kdkit itself implements
 
 
@@ -50,6 +51,7 @@ def other_values(cls: type[Loss], options: Mapping[str, Any], name: str) -> Iter
     """Yield valid values of an option other than its present one."""
     field = cls.Options.model_fields[name]
     now = options.get(name, field.get_default(call_default_factory=True))
+    # Also inside a union, such as `Literal[...] | None`.
     literals: list[Any] = [
         choice
         for annotation in (field.annotation, *get_args(field.annotation))
@@ -64,6 +66,7 @@ def other_values(cls: type[Loss], options: Mapping[str, Any], name: str) -> Iter
         values.append(tuple(2 * value for value in now))
     elif now is not None:  # a ramp
         values += [0.3, 0.7]
+    # For 1, twice as much and one more are the same value.
     for value in dict.fromkeys(values):
         if value != now and is_valid(cls, {**options, name: value}):
             yield value

@@ -1,8 +1,10 @@
-"""Random answers of networks, and changes of them that must, or must not, affect a loss."""
+"""Random answers of networks, and changes of them: those that must, or must not, affect a loss, and
+edge cases.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -33,6 +35,7 @@ def random_outputs(
         for name, shape in (features or {}).items()
     }
     answers_to_views = {
+        # The seeds of the two sides are neighbours: views are drawn far from both.
         name: random_outputs(features, size=n * size, classes=classes, seed=seed + 100 * n)
         for name, n in (views or {}).items()
     }
@@ -97,7 +100,9 @@ def with_noise(outputs: Outputs, name: str) -> Outputs:
 def with_impossible(outputs: Outputs) -> Outputs:
     """Add the same number of classes again, the new ones of probability 0."""
     return replace(
-        outputs, logits=torch.cat([outputs.logits, torch.full_like(outputs.logits, -1e4)], 1)
+        # Not -inf: a probability of 0 times a logarithm of -inf is NaN.
+        outputs,
+        logits=torch.cat([outputs.logits, torch.full_like(outputs.logits, -1e4)], 1),
     )
 
 
@@ -106,3 +111,75 @@ def twice_as_high(outputs: Outputs) -> Outputs:
     return replace(
         outputs, features={name: torch.cat([x, x], 2) for name, x in outputs.features.items()}
     )
+
+
+Change = Callable[[Tensor], Tensor]
+LARGEST = "numbers up to 6e4"  # inputs for which a large gradient is legitimate
+
+
+def as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+def equal_rows(x: Tensor) -> Tensor:
+    return x[:1].expand_as(x).clone()
+
+
+def huge_logits(x: Tensor) -> Tensor:
+    # The softmax of such logits underflows to exactly 0, and its logarithm is infinite.
+    return 1e4 * x.sign() if x.ndim == 2 else x
+
+
+def certain(x: Tensor) -> Tensor:
+    # exp(-100) is a subnormal number in fp32: not 0 yet, but its reciprocal overflows.
+    return 100.0 * (x == x.amax(1, keepdim=True)) if x.ndim == 2 else x
+
+
+def constant(x: Tensor) -> Tensor:
+    return torch.ones_like(x) if x.ndim > 2 else x
+
+
+def tiny(x: Tensor) -> Tensor:
+    return 1e-6 * torch.ones_like(x) if x.ndim > 2 else x
+
+
+def smallest(x: Tensor) -> Tensor:
+    # The squares of such numbers vanish beside an epsilon of 1e-12 under a root.
+    return 1e-8 * x
+
+
+def largest(x: Tensor) -> Tensor:
+    return 6e4 * x.clamp(-1, 1)  # the range of fp16
+
+
+# The change of the student's tensors, and of the teacher's.
+DEGENERATE: Mapping[str, tuple[Change, Change]] = {
+    "equal rows": (equal_rows, as_it_is),
+    "equal rows of the teacher": (as_it_is, equal_rows),
+    "two equal rows": (lambda x: torch.cat([x[:1], x[:1], x[2:]]), as_it_is),
+    "two rows equal but for rounding": (
+        # Two steps of fp32 apart: their distance is nothing but rounding.
+        lambda x: torch.cat([x[:1], x[:1] * (1 + 2e-7), x[2:]]),
+        as_it_is,
+    ),
+    "a row of zeros": (lambda x: torch.cat([0 * x[:1], x[1:]]), as_it_is),
+    "a row of zeros of the teacher": (as_it_is, lambda x: torch.cat([0 * x[:1], x[1:]])),
+    "zeros": (torch.zeros_like, as_it_is),
+    "zeros of the teacher": (as_it_is, torch.zeros_like),
+    "zeros on both sides": (torch.zeros_like, torch.zeros_like),
+    "a dead channel": (
+        lambda x: torch.cat([0 * x[:, :1], x[:, 1:]], 1),
+        lambda x: torch.cat([0 * x[:, :1], x[:, 1:]], 1),
+    ),
+    "constant maps": (constant, as_it_is),
+    "constant maps on both sides": (constant, constant),
+    "constant maps of 1e-6": (tiny, as_it_is),
+    "numbers of 1e-8": (smallest, as_it_is),
+    "numbers of 1e-8 of the teacher": (as_it_is, smallest),
+    LARGEST: (largest, as_it_is),
+    f"{LARGEST} on both sides, opposed": (largest, lambda x: -largest(x)),
+    "logits of 1e4": (huge_logits, as_it_is),
+    "logits of 1e4 of the teacher": (as_it_is, huge_logits),
+    "a teacher that is certain": (as_it_is, certain),
+    "logits of 1e4 on both sides, opposed": (huge_logits, lambda x: -huge_logits(x)),
+}

@@ -22,10 +22,12 @@ def promise(check: Callable[..., list[str] | None]) -> Check:
 
     @functools.wraps(check)
     def checked(cls: type[Loss], **options: Any) -> list[str]:
+        # Here, not in `check_loss`: a test of a single promise skips declared exceptions too.
         if check.__name__ in cls.exceptions:
             return []
         try:
             return check(cls, **options) or []
+        # Broken promises pass as they are; whatever else a loss raises names it, too.
         except AssertionError:
             raise
         except Exception as error:
@@ -33,5 +35,6 @@ def promise(check: Callable[..., list[str] | None]) -> Check:
                 f"{cls.name}: {type(error).__name__}: {' '.join(str(error).split())}"
             ) from error
 
+    # `exceptions` of a loss are checked against these names.
     NAMES.add(check.__name__)
     return checked

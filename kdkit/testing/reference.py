@@ -15,8 +15,7 @@ from kdkit.contracts.loss import Loss
 from kdkit.contracts.records import Batch, Outputs
 from kdkit.errors import ShapeError
 from kdkit.testing.outputs import tensors_by_name
-from kdkit.testing.probe import readable
-from kdkit.testing.probes import probes
+from kdkit.testing.probes import gradient, probes, readable
 
 Formula = Callable[[Any, Outputs, Outputs, Batch], Tensor]
 
@@ -30,6 +29,7 @@ def assert_agrees(
     The formula is computed in fp64; the loss must agree within 1e-6 in fp64 and 1e-4 in fp32,
     relative to the largest entry.
     """
+    # In fp64 the formulas must be equal; in fp32 the loss may round otherwise, not more.
     for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 1e-4)):
         ours = copy.deepcopy(loss).to(dtype)
         naive = copy.deepcopy(ours).double()
@@ -44,6 +44,7 @@ def assert_agrees(
         )
         for name, exact in expected.items():
             error = float((values[name] - exact).abs().max())
+            # A gradient that is zero everywhere has no relative error.
             size = max(float(exact.abs().max()), 1e-6)
             assert error <= tolerance * size, (
                 f"{loss.name}: {name} is off by {error:.2e} of {size:.2e} in {dtype}"
@@ -55,19 +56,20 @@ def _value_and_slopes(
 ) -> dict[str, Tensor]:
     """Compute the value, and the gradients for the student's tensors and the loss's weights."""
     student = student.map(lambda x: x.clone().requires_grad_())
+    # Shares of classes take part in the arithmetic: fp32 ones would round an fp64 comparison.
     if batch.labels.is_floating_point():
         batch = replace(batch, labels=batch.labels.to(student.logits.dtype))
     with torch.random.fork_rng(devices=[]):
+        # Both forms draw the same numbers, if the loss draws any.
         torch.manual_seed(0)
         value = compute(student, teacher, batch)
     inputs = {
         **tensors_by_name(student),
         **{name: weight for name, weight in loss.named_parameters() if weight.requires_grad},
     }
-    slopes = torch.autograd.grad(value, list(inputs.values()), allow_unused=True)
+    slopes = gradient(value, list(inputs.values()))
     gradients = {
-        f"the gradient for {name}": torch.zeros_like(x) if slope is None else slope
-        for (name, x), slope in zip(inputs.items(), slopes, strict=True)
+        f"the gradient for {name}": slope for name, slope in zip(inputs, slopes, strict=True)
     }
     return {"the value": value.detach(), **gradients}
 

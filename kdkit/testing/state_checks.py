@@ -11,8 +11,7 @@ from torch.utils._pytree import tree_iter
 
 from kdkit.contracts.loss import Loss
 from kdkit.testing.outputs import tensors_by_name
-from kdkit.testing.probe import Probe
-from kdkit.testing.probes import probe_of_each_kind, set_up, some_probes
+from kdkit.testing.probes import Probe, probe_of_each_kind, set_up, some_probes
 from kdkit.testing.promises import promise
 
 
@@ -20,6 +19,7 @@ from kdkit.testing.promises import promise
 def check_is_complete_after_setup(cls: type[Loss], **options: Any) -> None:
     """Check that nothing learnable or saved appears in `forward`: the optimizer was made before."""
     for p in probe_of_each_kind(cls, options):
+        # The optimizer is made after `setup`, and takes no weights without a shape.
         lazy = [
             name
             for name, weight in p.loss.named_parameters()
@@ -32,6 +32,7 @@ def check_is_complete_after_setup(cls: type[Loss], **options: Any) -> None:
         loss = p.copy_of_loss()
         before = set(loss.state_dict())
         p.value(loss)
+        # The names, not the values, which a memory may change.
         late = sorted(set(loss.state_dict()) - before)
         p.require(not late, f"forward creates {late}; that belongs in setup")
 
@@ -53,6 +54,7 @@ def check_is_restored_from_its_state(cls: type[Loss], **options: Any) -> None:
                 f"{cls.name}: its state_dict holds more than tensors and plain values: {error}"
             ) from error
         other = type(loss)(loss.options)
+        # Another seed than the first loss's: equal values must come from the state alone.
         set_up(other, p.student, p.teacher, p.context, p.form, seed=1)
         try:
             other.load_state_dict(state)
@@ -76,6 +78,7 @@ def check_keeps_no_graph(cls: type[Loss], **options: Any) -> None:
     for original in some_probes(cls, options):
         p, loss = original.learning(), original.copy_of_loss()
         value = p.value(loss)
+        # Weights that require a gradient are no results of a step.
         own = {id(x) for x in [*p.context.student.parameters(), *loss.parameters()]}
         for module in loss.modules():
             for name, attribute in vars(module).items():
@@ -90,6 +93,7 @@ def check_keeps_no_graph(cls: type[Loss], **options: Any) -> None:
                 p.require(
                     not held, f"it keeps the graph of a step, in '{name}': remember `x.detach()`"
                 )
+        # Frees the buffers of the first step's graph, so that a second one through it fails.
         torch.autograd.backward(value)
         try:
             torch.autograd.backward(p.learning().value(loss, seed=1))

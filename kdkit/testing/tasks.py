@@ -15,6 +15,7 @@ from kdkit.contracts.task import Rows, Score, Task
 from kdkit.engine.evaluate import Tally
 from kdkit.errors import DataError
 
+# Not a multiple of 7, so that one of the batch sizes tried leaves a smaller last batch.
 SAMPLES = 24
 IMAGES = DataInfo((3, 8, 8), outputs=5, num_train=SAMPLES, num_test=SAMPLES)
 TEXTS = DataInfo((7,), outputs=5, num_train=SAMPLES, num_test=SAMPLES)
@@ -72,6 +73,7 @@ def _check_targets(task: Task, info: DataInfo, targets: Tensor) -> None:
     assert groups is None or (len(groups) == SAMPLES and int(groups.min()) >= 0), (
         f"{task.name}: `strata` gives no group from 0 on for each sample"
     )
+    # What a broken dataset gives: words for numbers, or nothing.
     for wrong in (["a"] * SAMPLES, [None] * SAMPLES):
         try:
             task.targets(wrong, info, "targets")
@@ -119,6 +121,7 @@ def _check_scores(
     for size in (1, 7):
         parts = _values(task, [*scores, *agreement], answer, teacher, batch, size)
         for name, value in whole.items():
+            # Sums over other batches round otherwise in fp32.
             assert math.isclose(parts[name], value, rel_tol=1e-4, abs_tol=1e-5), (
                 f"{task.name}: {name} is {value:.6g} at once and {parts[name]:.6g} in batches of"
                 f" {size}"
@@ -128,6 +131,7 @@ def _check_scores(
 def _values(
     task: Task, scores: list[Score], answer: Outputs, teacher: Outputs, batch: Batch, size: int
 ) -> dict[str, float]:
+    # Not over the processes of a launch: each has the same answers here.
     tally = Tally(scores, together=False)
     remembered = task.remembered(teacher, batch)
     for part in torch.split(torch.arange(SAMPLES), size):

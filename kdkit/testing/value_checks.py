@@ -12,13 +12,11 @@ from torch import nn
 from kdkit.contracts.loss import Loss
 from kdkit.contracts.records import Outputs
 from kdkit.errors import ShapeError
-from kdkit.testing.degenerate import DEGENERATE, LARGEST
 from kdkit.testing.forms import CLASSES, FORMS
 from kdkit.testing.operations import ConstantDraws
 from kdkit.testing.options import reads_layers
-from kdkit.testing.outputs import with_other_padding
-from kdkit.testing.probe import STEEPEST
-from kdkit.testing.probes import probe_of_each_kind, probe_on, probes, some_probes
+from kdkit.testing.outputs import DEGENERATE, LARGEST, with_other_padding
+from kdkit.testing.probes import STEEPEST, probe_of_each_kind, probe_on, probes, some_probes
 from kdkit.testing.promises import promise
 
 
@@ -51,6 +49,7 @@ def check_survives_degenerate_inputs(cls: type[Loss], **options: Any) -> None:
             p.student.features[pair.student].shape == p.teacher.features[pair.teacher].shape
             for pair in pairs
         ):
+            # A student that is its own teacher: roots and logarithms of differences are at 0.
             alike = _renamed(p.student, {pair.teacher: pair.student for pair in pairs})
             replace(p, teacher=alike, form=f"{p.form}, student and teacher alike").require_finite()
 
@@ -74,6 +73,8 @@ def check_takes_rounded_inputs(cls: type[Loss], **options: Any) -> None:
         )
         exact, value = p.value(), rounded.value()
         rounded.require(
+            # bf16 has 8 bits of mantissa: a rounding is up to 0.4 %, and differences of features
+            # enlarge it.
             torch.allclose(value, exact, rtol=0.05, atol=1e-4),
             f"the value is {value:.6g}, in fp32 {exact:.6g}",
         )
@@ -83,6 +84,7 @@ def check_takes_rounded_inputs(cls: type[Loss], **options: Any) -> None:
 def check_takes_mixed_labels(cls: type[Loss], **options: Any) -> None:
     """Check that labels that are shares of the classes (R, K), as from mixup, are accepted."""
     for p in probe_of_each_kind(cls, options):
+        # As mixup makes them: each sample with the one at the other end of the batch.
         one_hot = nn.functional.one_hot(p.batch.labels, CLASSES).float()
         batch = replace(p.batch, labels=0.7 * one_hot + 0.3 * one_hot.flip(0))
         replace(p, batch=batch, form=f"{p.form}, labels as shares").require_finite()
@@ -107,6 +109,7 @@ def check_averages_over_the_batch(cls: type[Loss], **options: Any) -> None:
         with ConstantDraws():
             one = float(p.value().detach())
             two = float(p.rows("each sample twice", [*range(6), *range(6)]).value().detach())
+        # New pairs of equal samples have distance 0 and lower most means; only a sum would double.
         gap, most = (two - one, 0.6) if cls.knowledge == "relation" else (abs(two - one), 0.02)
         says = (
             f"with each sample twice the value is {two:.6g}, not {one:.6g}: divide sums over the"
@@ -124,6 +127,7 @@ def check_ignores_the_order_of_samples(cls: type[Loss], **options: Any) -> None:
         with ConstantDraws():
             value, shuffled = p.value(), p.rows("shuffled", [3, 0, 5, 1, 4, 2]).value()
         p.require(
+            # Sums in another order round otherwise.
             torch.allclose(value, shuffled, rtol=1e-4, atol=1e-6),
             f"shuffling the batch turns {value:.6g} into {shuffled:.6g}",
         )

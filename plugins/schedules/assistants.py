@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from pydantic import Field, model_validator
+from torch import Tensor
 
 import kdkit
 
@@ -86,16 +87,17 @@ class Assistants(kdkit.Schedule):
         def step(batch: kdkit.Batch) -> Sequence[kdkit.Lesson]:
             with torch.no_grad():
                 answers = [teacher(batch.inputs).detach() for teacher in by]
-            return [kdkit.Lesson(student(batch.inputs), answers, self.kept(len(by)))]
+            kept = self.kept(len(by), batch.labels.device)
+            return [kdkit.Lesson(student(batch.inputs), answers, kept)]
 
         return kdkit.Stage(name, [student], step, epochs=epochs, teachers=by[:1])
 
-    def kept(self, teachers: int) -> Sequence[float] | None:
+    def kept(self, teachers: int, device: torch.device) -> Tensor | None:
         """1 for each teacher of a batch that is kept, 0 for the others."""
         if not self.options.drop or teachers == 1:
             return None
-        draws = torch.rand(teachers)
-        return ((draws >= self.options.drop) | (draws == draws.max())).float().tolist()
+        draws = torch.rand(teachers, device=device)
+        return ((draws >= self.options.drop) | (draws == draws.max())).float()
 
 
 @kdkit.hookimpl

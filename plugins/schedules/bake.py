@@ -102,9 +102,9 @@ class BatchEnsemble(kdkit.Schedule):
         affinity = F.softmax(
             (f @ f.T / self.options.tau).masked_fill(one.bool(), -torch.inf), dim=1
         )
-        shares: Tensor = (1 - self.options.omega) * torch.linalg.inv(
-            one - self.options.omega * affinity
-        )
+        # `inv` would make the host wait to look whether the matrix is singular, which it is not
+        inverse, _ = torch.linalg.inv_ex(one - self.options.omega * affinity)
+        shares: Tensor = (1 - self.options.omega) * inverse
         return shares
 
 

@@ -98,7 +98,8 @@ def lowest(logits: Tensor, labels: Tensor) -> Tensor:
     The problem is convex. From equal weights, each round multiplies them by exp(- stride * slope)
     and keeps the best of a few strides.
     """
-    newton, change = logits.new_tensor(NEWTON), logits.new_tensor(CHANGE)
+    newton = kdkit.constants(NEWTON, like=logits)
+    change = kdkit.constants(CHANGE, like=logits)
     log_weights = logits.new_zeros(len(logits)).log_softmax(0)
     for _ in range(ROUNDS):
         weights = log_weights.exp()

@@ -102,8 +102,8 @@ class Offline(kdkit.Schedule):
 
         yield kdkit.Stage("distill", [student], step)
 
-    def shares(self, names: Sequence[str]) -> Tensor:
-        """Each teacher's share, (M,); they sum to 1.
+    def shares(self, names: Sequence[str]) -> Sequence[float]:
+        """Each teacher's weight.
 
         Raises:
             RunError: the weights are not those of these teachers.
@@ -124,23 +124,25 @@ class Offline(kdkit.Schedule):
             if isinstance(weights, Mapping)
             else weights or [1.0] * len(names)
         )
-        return torch.tensor(found, dtype=torch.float32) / sum(found)
+        return found
 
     def combined(
         self,
         task: kdkit.Task,
         answers: Sequence[kdkit.Outputs],
-        shares: Tensor,
+        given: Sequence[float],
         batch: kdkit.Batch,
-    ) -> tuple[Sequence[kdkit.Outputs], Sequence[float] | None]:
+    ) -> tuple[Sequence[kdkit.Outputs], Tensor | None]:
         """The answers that losses look at, and their shares in each loss."""
         if len(answers) == 1:
             return answers, None
+        shares = kdkit.constants(given, like=answers[0].logits.float()) / sum(given)
         if self.options.combine == "each":
-            return answers, shares.tolist()
+            return answers, shares
         if self.options.combine == "random":
-            drawn = torch.multinomial(shares, 1)
-            return answers, F.one_hot(drawn[0], len(answers)).tolist()
+            # as `torch.multinomial` draws, which makes the host wait for the device
+            drawn = (shares / torch.empty_like(shares).exponential_()).argmax()
+            return answers, torch.arange(len(answers), device=shares.device) == drawn
         if self.options.per_sample != "none":
             shares = confidence(
                 answers, batch.labels if self.options.per_sample == "cross_entropy" else None

@@ -64,7 +64,7 @@ def taught(**options):
         yield stage.name, stage.students[0].number, numbers, stage.training.epochs
 
 
-def test_each_teaches_the_next():
+def test_each_assistant_teaches_the_next():
     assert list(taught(epochs=7)) == [("assistant_1", 1, [0], 7), ("assistant_2", 2, [1], 7), ("student", 99, [2], None)]
 
 
@@ -74,14 +74,14 @@ def test_dense_all_before_it_teach():
     ]  # fmt: skip
 
 
-def test_each_is_left_out_now_and_then_but_never_all():
+def test_dropped_assistants_are_never_all():
     schedule = Assistants(Assistants.Options(assistants=({"model": "a"},), dense=True, drop=0.8))
     torch.manual_seed(0)
-    draws = torch.tensor([schedule.kept(3) for _ in range(500)])
+    draws = torch.stack([schedule.kept(3, torch.device("cpu")) for _ in range(500)])
     assert set(draws.flatten().tolist()) == {0, 1} and bool((draws.sum(1) >= 1).all())
     wanted = 0.2 + 0.8**3 / 3  # kept by itself, or as the one that stays
     assert all(abs(float(share) - wanted) < 0.07 for share in draws.mean(0))
-    assert schedule.kept(1) is None
+    assert schedule.kept(1, torch.device("cpu")) is None
 
 
 def test_drop_is_for_several_teachers():
@@ -94,8 +94,9 @@ def test_the_chain_is_plain_torch_code_in_a_row(tmp_path, options):
     path = write(tmp_path, MLPS, schedule={**MLPS["schedule"], **options})
     kdkit.train(path, folder=tmp_path / "run", quiet=True)
     loaded = recipe.load(path)
-    prepared = training.open_data(loaded, build_accelerator(loaded.spec.train))
-    factory = ModelFactory(loaded, prepared.info, {}, device=torch.device("cpu"))
+    accelerator = build_accelerator(loaded.spec.train)
+    prepared = training.open_data(loaded, accelerator)
+    factory = ModelFactory(loaded, prepared.info, {}, device=accelerator.device)
     student, *earlier = factory.student(), factory.teacher()
     chain = [factory.student(assistant) for assistant in loaded.spec.schedule.assistants]
     for number, learner in enumerate([*chain, student], 1):
@@ -132,7 +133,7 @@ def watched(monkeypatch):
 
 
 @pytest.mark.parametrize("ema", [None, {"decay": 0.6}])
-def test_what_teaches_is_the_assistant_as_it_was_measured(tmp_path, monkeypatch, ema):
+def test_an_assistant_teaches_as_it_was_measured(tmp_path, monkeypatch, ema):
     found = watched(monkeypatch)
     train(tmp_path, MLPS, train={"ema": ema})
     assert [len(frozen) for frozen in found] == [1, 2, 3]

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from test_distributed import NET, assert_alike
 from test_distributed import RECIPE as SHARED
 from test_engine import trainer_of
-from test_stage_run import interrupt_at
+from test_stage_resume import interrupt_at
 from training import PLAIN, Command, assert_same_run, together, train, write
 
 import kdkit

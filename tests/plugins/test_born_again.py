@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from test_distributed import NET, assert_alike
 from test_distributed import RECIPE as SHARED
-from test_stage_run import interrupt_at
+from test_stage_resume import interrupt_at
 from torch import nn
 from training import PLAIN, Command, assert_same_run, metrics, together, train, weights, write
 

@@ -6,8 +6,7 @@ import torch
 import kdkit
 from kdkit.recipe import registry
 from kdkit.testing import assert_agrees, check_loss, random_batch, random_outputs
-from kdkit.testing.forms import CLASSES
-from kdkit.testing.networks import Network
+from kdkit.testing.forms import CLASSES, Network
 
 CAT = registry.load().losses["cat_kd"]
 PAIR = [{"student": "a", "teacher": "b"}]

@@ -80,7 +80,7 @@ def test_processes_are_the_students(tmp_path):
         torch.testing.assert_close(value, nets[0].state_dict()[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_each_process_goes_on_with_its_own_student(tmp_path):
+def test_codistill_resumes_each_process_with_its_own_student(tmp_path):
     path = shared(tmp_path, **PAIR, train={"epochs": 12})
     ran(together(tmp_path, "train", path, "--run", "whole"))
     stopped = together(tmp_path, "train", path, "--run", "run")
@@ -106,7 +106,7 @@ def test_each_process_goes_on_with_its_own_student(tmp_path):
         ),
     ],
 )
-def test_what_processes_that_train_apart_cannot_do(tmp_path, changes, says):
+def test_codistill_refuses_what_processes_that_train_apart_cannot_do(tmp_path, changes, says):
     path = shared(tmp_path, **merged(PAIR, changes))
     for command in together(tmp_path, "train", path, "--run", "run"):
         code, log = command.finish()

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from test_distributed import NET, assert_alike
 from test_distributed import RECIPE as SHARED
 from test_engine import trainer_of
-from test_stage_run import interrupt_at
+from test_stage_resume import interrupt_at
 from training import PLAIN, Command, assert_same_run, together, train, write
 
 import kdkit
@@ -62,7 +62,7 @@ def test_mutual_with_a_squared_loss_is_the_pi_model(tmp_path):
     trainer, _ = trainer_of(tmp_path, RECIPE, losses=[{"use": "logit_mse"}])
     (tapped,) = trainer.stage.students
     batch = next(batches(trainer.loader, trainer.stage, 0))
-    total, _ = trainer.learner.train()(batch, trainer.moment, 0.0)
+    total, _ = trainer.learner.train()(batch, trainer.moment, trainer.numbers.ramps)
     a, b = tapped.module(tapped.adapt(torch.cat([batch.inputs, batch.views[0]]))).chunk(2)
     weights = list(tapped.module.parameters())
     ours, theirs = (torch.autograd.grad(value, weights) for value in (total, F.mse_loss(a, b) / 2))

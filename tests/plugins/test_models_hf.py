@@ -92,7 +92,7 @@ def test_a_folder_is_meant_from_its_file(tmp_path):
     ],
     ids=["no such model", "no such type", "impossible", "for images", "no such key", "too long", "too long for roberta", "no such folder"],
 )
-def test_what_cannot_be_is_one_line(model, options, says, monkeypatch):
+def test_impossible_hf_models_are_one_line(model, options, says, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match=says) as caught:
         build(model, **options)
@@ -115,7 +115,7 @@ def test_layers_are_observed_by_path():
     }
 
 
-def test_what_a_network_does_not_take_is_kept_back():
+def test_inputs_that_a_network_does_not_take_are_kept_back():
     model = build("hf/distilbert", pretrained=False, config=DISTILBERT)
     types = {"token_type_ids": torch.zeros(2, 4, dtype=torch.long)}
     model.module.eval()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from test_distributed import assert_alike
 from test_distributed import recipe as shared
 from test_engine import epoch, trainer_of
-from test_stage_run import interrupt_at
+from test_stage_resume import interrupt_at
 from training import PLAIN, Command, assert_same_run, merged, together, train, weights, write
 
 import kdkit

@@ -112,14 +112,14 @@ def test_each_image_weighs_its_teachers(kind, mixed):
         torch.testing.assert_close(teacher.logits[row].exp(), sum(x * q for x, q in zip(w, p, strict=True)))
 
 
-def test_one_is_drawn_for_a_batch_by_the_weights():
+def test_one_teacher_is_drawn_for_a_batch_by_the_weights():
     counts = torch.zeros(3)
     (stage,) = Offline(Offline.Options(combine="random", weights=(1, 3, 0))).stages(Pair(*NAMES))
     torch.manual_seed(0)
     for _ in range(400):
         (lesson,) = stage.step(random_batch(3))
         assert sorted(lesson.weights) == [0, 0, 1] and len(lesson.teachers) == 3
-        counts += torch.tensor(lesson.weights)
+        counts += lesson.weights
     assert counts[2] == 0 and 70 < counts[0] < 130
 
 
@@ -191,7 +191,7 @@ def test_mistakes_are_one_line(tmp_path, losses, options, says):
     assert says in str(caught.value) and "recipe.yaml:" in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
-def test_what_learns_nothing_takes_teachers_of_several_widths(tmp_path):
+def test_losses_without_adapters_take_teachers_of_several_widths(tmp_path):
     path = write(tmp_path, SEVERAL, losses=[{"use": "rkd_distance", "layers": LAYERS}], **schedule(combine="each"))
     assert "rkd_distance" in str(kdkit.check(path))
 
@@ -254,7 +254,7 @@ def test_two_processes_equal_one(tmp_path):
         torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-5)
 
 
-def test_interrupted_it_ends_with_the_same_bits(tmp_path):
+def test_offline_resumes_to_the_same_bits(tmp_path):
     recipe = merged(SEVERAL, {"train": {"epochs": 3}, "run": {"checkpoint_steps": 2}, **schedule(combine="random")})
     path = write(tmp_path, recipe, losses=[*PLAIN["losses"], HINTS[0]])
     assert Command(tmp_path, "train", path, "--run", "whole").finish()[0] == 0

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from test_distributed import NET, assert_alike
 from test_distributed import RECIPE as SHARED
-from test_stage_run import interrupt_at
+from test_stage_resume import interrupt_at
 from torch import nn
 from training import PLAIN, Command, assert_same_run, metrics, together, train, write
 
@@ -83,7 +83,7 @@ def test_in_the_first_epoch_the_student_stands_for_its_teacher():
     assert lesson.student.logits.requires_grad and not teacher.logits.requires_grad and not teacher.features["0"].requires_grad
 
 
-def test_what_teaches_is_frozen_until_the_epoch_ends():
+def test_the_past_student_is_frozen_until_the_epoch_ends():
     models = Students()
     stage = stage_of(models)
     stage.after_epoch()

@@ -85,9 +85,10 @@ def test_the_route_is_plain_torch_code_in_a_row(tmp_path, monkeypatch):
     kdkit.train(path, quiet=True)
     made = tmp_path / "runs" / "taught"
     loaded = recipe.load(path)
-    prepared = training.open_data(loaded, build_accelerator(loaded.spec.train))
+    accelerator = build_accelerator(loaded.spec.train)
+    prepared = training.open_data(loaded, accelerator)
     trained = training.trained_teachers(loaded, tmp_path / "runs" / "pupil", quiet=True)
-    factory = ModelFactory(loaded, prepared.info, trained, device=torch.device("cpu"))
+    factory = ModelFactory(loaded, prepared.info, trained, device=accelerator.device)
     student, teacher = factory.student(), factory.teacher()
     stages = [("snapshots/train/epoch-0002", 1), ("snapshots/train/epoch-0004", 1), ("student", 2)]
     for file, epochs in stages:

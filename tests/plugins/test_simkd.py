@@ -8,8 +8,7 @@ from timm.models.resnet import BasicBlock, ResNet
 import kdkit
 from kdkit.recipe import registry
 from kdkit.testing import assert_agrees, check_adapters_learn, random_batch, random_outputs
-from kdkit.testing.forms import CLASSES
-from kdkit.testing.networks import Network
+from kdkit.testing.forms import CLASSES, Network
 
 SimKD = registry.load().losses["simkd"]
 PAIR = [{"student": "a", "teacher": "b"}]

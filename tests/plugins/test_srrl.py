@@ -7,8 +7,7 @@ import torch.nn.functional as F
 import kdkit
 from kdkit.recipe import registry
 from kdkit.testing import assert_agrees, random_batch, random_outputs
-from kdkit.testing.forms import CLASSES
-from kdkit.testing.networks import Network
+from kdkit.testing.forms import CLASSES, Network
 
 SRRL = registry.load().losses["srrl"]
 PAIR = [{"student": "a", "teacher": "b"}]

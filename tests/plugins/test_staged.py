@@ -37,7 +37,7 @@ def test_each_stage_has_its_own_losses_weights_epochs_and_rate(tmp_path):
     assert max(rates[:12]) == pytest.approx(0.02, rel=0.1) and max(rates[12:]) == pytest.approx(0.05, rel=0.1)
 
 
-def test_what_is_not_named_stays_bit_for_bit(tmp_path):
+def test_parameters_that_train_does_not_name_stay_bit_for_bit(tmp_path):
     """Batch norm's statistics included; in the next stage it learns again."""
     only_hint = {**RECIPE, "losses": [HINT]}
     nothing = {"name": "hints", "epochs": 2, "train": ["hint"]}

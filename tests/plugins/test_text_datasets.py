@@ -41,14 +41,14 @@ def test_long_texts_are_cut(folder):
     assert max(clinc(folder, folder, max_length=5).split("train").lengths) == 5
 
 
-def test_before_it_is_fetched_its_sizes_are_known(tmp_path, folder):
+def test_sizes_of_the_dataset_are_known_before_it_is_fetched(tmp_path, folder):
     info = clinc(tmp_path, folder, download=True).info()
     assert (info.num_classes, info.num_train, info.num_test) == (151, 15_250, 5_500)
     with pytest.raises(DataError, match="there is no .*data_full.json; `download: true` fetches it"):
         clinc(tmp_path, folder, config="full").info()
 
 
-def test_it_is_fetched_once(tmp_path, folder, monkeypatch):
+def test_the_dataset_is_fetched_once(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(sys.modules[Clinc150.__module__], "URL", (folder / "clinc150").as_uri() + "/{file}")
     wanted = clinc(tmp_path, folder, download=True)
     assert str(wanted.lacks()) == f"{(folder / 'clinc150').as_uri()}/data_oos_plus.json to {tmp_path / 'clinc150'}"

@@ -90,7 +90,7 @@ def test_stream_is_measured_once_over(shards, workers):
         ({"batch_size": 60}, "60 is more than the 48 training images"),
     ],
 )
-def test_what_a_stream_cannot_do_is_said(shards, settings, says):
+def test_options_that_a_stream_cannot_have_are_refused(shards, settings, says):
     with pytest.raises(DataError, match=says):
         load(options=shards, **settings)
 
@@ -162,7 +162,7 @@ def test_unknown_lengths_and_classes_are_asked_for(shards):
         load(options={key: value for key, value in shards.items() if key != "num_classes"})
 
 
-def test_what_timm_says_is_passed_on(tmp_path):
+def test_errors_of_timm_are_passed_on(tmp_path):
     with pytest.raises(DataError, match=r"^timm dataset 'torch/kmnist', split 'train', root .*: RuntimeError: Dataset not found") as raised:
         load(options={"dataset": "torch/kmnist", "root": tmp_path})
     assert "\n" not in str(raised.value)

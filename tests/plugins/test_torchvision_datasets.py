@@ -80,7 +80,7 @@ def test_missing_files_name_the_folder_and_what_helps(tmp_path, cls):
 
 
 @pytest.mark.parametrize("cls", SETS)
-def test_what_can_be_downloaded_need_not_be_there(tmp_path, cls):
+def test_a_dataset_that_can_be_downloaded_need_not_be_there(tmp_path, cls):
     source = cls(SmallSetOptions(root=tmp_path, download=True))
     assert source.info() == cls.facts
     assert str(source.lacks()) == f"{cls.torchvision_name} by torchvision to {tmp_path / cls.folder}"

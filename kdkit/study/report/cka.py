@@ -53,6 +53,8 @@ class LayerSimilarity:
         """Return the CKA (rows, columns), at most 1; about 0 for layers that have nothing in
         common; NaN for a layer with equal features for all samples.
         """
+        # A square root of each layer's own sum, not a mean of the batches' values: sums of unbiased
+        # estimates stay unbiased.
         return (self._across / (self._own[0][:, None] * self._own[1][None]).sqrt()).cpu()
 
 

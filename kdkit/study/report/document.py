@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
+# `kind` tells the template of the page how to write a block: Jinja has no isinstance.
 class Words:
     """A paragraph."""
 
@@ -93,6 +94,7 @@ class Section:
     @property
     def anchor(self) -> str:
         """Its name in links."""
+        # Links must not depend on how a browser escapes blanks and signs.
         return "".join(letter if letter.isalnum() else "-" for letter in self.title.lower())
 
 

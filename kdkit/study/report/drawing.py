@@ -71,6 +71,7 @@ def labels(names: Sequence[str], letters: int = LETTERS) -> dict[str, str]:
         while short in found.values():
             ending = f"…({number})"
             short, number = f"{name[: letters - len(ending)]}{ending}", number + 1
+        # Names that are alike in their first and last letters get numbers.
         found[name] = short
     return found
 
@@ -81,6 +82,7 @@ def groups(names: Sequence[str], baseline: str, size: int = 6) -> list[list[str]
     """
     others = [name for name in names if name != baseline]
     first = [baseline] if baseline in names else []
+    # As many in each panel as in the next, not a last panel of one.
     count = max(1, -(-len(others) // (size - 1)))
     step = -(-len(others) // count) if others else 1
     return [first + others[i : i + step] for i in range(0, max(1, len(others)), step)]
@@ -90,11 +92,13 @@ def blank(width: float = WIDTH, height: float = HEIGHT) -> Figure:
     """Make an empty picture, inches wide and high."""
     from matplotlib.figure import Figure
 
+    # Not through pyplot, which would keep every figure and choose a backend with windows.
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
 
 
 def titled(figure: Figure, title: str, width: float = WIDTH) -> None:
     """Write a heading at the left, broken at the edge of the picture."""
+    # About 12.5 bold letters of 10 points an inch.
     lines = textwrap.wrap(plain(title), round(12.5 * width))
     figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=10, fontweight="bold", color=INK)
 
@@ -117,6 +121,7 @@ def keyed(figure: Figure, handles: Sequence[Any], names: Sequence[str]) -> None:
 
 def plain(text: str) -> str:
     """Escape a text for matplotlib: a dollar sign begins no formula."""
+    # Two dollar signs would begin a formula.
     return text.replace("$", r"\$")
 
 
@@ -129,6 +134,7 @@ def png(figure: Figure) -> bytes:
 
     canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()
+    # `quantize` takes median cut for RGB, but the fast octree for RGBA.
     image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     small = io.BytesIO()
     image.quantize(COLORS_OF_FILE, dither=Image.Dither.NONE).save(

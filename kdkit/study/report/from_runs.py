@@ -6,7 +6,6 @@ import contextlib
 import json
 import platform
 import shlex
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,9 @@ from kdkit.students.loaded import LoadedRun
 from kdkit.students.profile import Profile
 from kdkit.students.show import brief
 from kdkit.study import intervals
-from kdkit.study.findings import Cost, Findings, Length, Teacher, Variant
-from kdkit.study.lengths import mean_length, of_teachers
+from kdkit.study.finder import by_name, cost
+from kdkit.study.findings import Findings, Length, Teacher, Variant
+from kdkit.study.measurements import mean_length, of_teachers, total
 
 TIMED = 0.5  # seconds of timing per network
 
@@ -43,6 +43,7 @@ class _Run:
     def taught_by(self) -> list[Any]:
         """The definition of the teachers, without execution options."""
         content = self.marker["content"]
+        # The same recipe counts as the same teacher, however its answers are kept.
         return [one.get("recipe", one) for one in (content["teacher"], *content["teachers"]) if one]
 
     @property
@@ -72,6 +73,7 @@ def of_runs(folders: Sequence[Path], plugins: Sequence[Path] = ()) -> Findings:
     for run in runs:
         groups.setdefault(run.kind, []).append(run)
     named = _named(list(groups.values()))
+    # As for `kdkit compare RECIPE...`, where the first recipe is the baseline.
     baseline = next(iter(named))
     teachers = [run for run in runs if run.taught_by and run.result]
     alike = len({json.dumps(run.taught_by) for run in teachers}) == 1
@@ -82,12 +84,14 @@ def of_runs(folders: Sequence[Path], plugins: Sequence[Path] = ()) -> Findings:
         for key in ("scores", "agreement")
     )
     found = Findings(
+        # Runs without a study are named after the folder that holds them.
         name=folders[0].resolve().parent.name,
         question="",
         baseline=baseline,
         command="\n".join(_again(run.folder.path) for run in runs if run.result),
         variants=tuple(_variant(name, each, costs.get(name)) for name, each in named.items()),
         teacher=teacher,
+        # Trained by separate commands: there is no common time.
         together={},
         versions=runs[0].marker["versions"],
         machine={"processor": platform.processor() or platform.machine()},
@@ -118,6 +122,7 @@ def _named(groups: Sequence[Sequence[_Run]]) -> dict[str, list[_Run]]:
     for name, each in zip(names, groups, strict=True):
         called = name if names.count(name) == 1 else f"{name}, {each[0].folder.path.name}"
         seeds: dict[int, _Run] = {}
+        # Of several runs of one seed, a finished one stands for it.
         for run in sorted(each, key=lambda one: one.result is None):
             seeds.setdefault(int(run.recipe["seed"]), run)
         found[called] = [seeds[seed] for seed in sorted(seeds)]
@@ -126,25 +131,26 @@ def _named(groups: Sequence[Sequence[_Run]]) -> dict[str, list[_Run]]:
 
 def _variant(name: str, runs: Sequence[_Run], network: Profile | None) -> Variant:
     done = [run for run in runs if run.result]
+    results = [run.result for run in done if run.result]
     told = dict(brief(runs[0].recipe))
     return Variant(
         name=name,
         about=f"{told['total']}; schedule {told['schedule']}",
         seeds=tuple(int(run.recipe["seed"]) for run in done),
         folders=tuple(run.folder.path for run in done),
-        last=_columns([run.result.test for run in done if run.result]),
-        best=_columns([run.result.best["test"] for run in done if run.result and run.result.best]),
+        last=by_name([result.test for result in results]),
+        best=by_name([result.best["test"] for result in results if result.best]),
         difference=None,
-        cost=_cost(done, network) if done and network else None,
+        cost=cost(results, total([network]), memory=0) if results and network else None,
         failures={
-            int(run.recipe["seed"]): f"not finished, {_epochs(run)} epochs so far"
+            int(
+                run.recipe["seed"]
+            ): f"not finished, {len(run.folder.metrics('epoch'))} epochs so far"
             for run in runs
             if not run.result
         },
         averaged=runs[0].recipe["train"].get("average_best") or 0,
-        validation=_columns(
-            [run.result.validation for run in done if run.result and run.result.validation]
-        ),
+        validation=by_name([result.validation for result in results if result.validation]),
         length=_length(done),
     )
 
@@ -153,34 +159,6 @@ def _length(runs: Sequence[_Run]) -> Length | None:
     with contextlib.suppress(KdkitError):  # files that a recipe names no longer exist
         return mean_length([(run.folder, run.opened().recipe.spec.data) for run in runs])
     return None
-
-
-def _columns(rows: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, ...]]:
-    """Return the values, by name, that all rows have."""
-    return {
-        key: tuple(row[key] for row in rows)
-        for key in (rows[0] if rows else ())
-        if all(key in row for row in rows)
-    }
-
-
-def _epochs(run: _Run) -> int:
-    return len(run.folder.metrics("epoch"))
-
-
-def _cost(runs: Sequence[_Run], network: Profile) -> Cost:
-    rates = [line["images_per_second"] for run in runs for line in run.folder.metrics("epoch")]
-    results = [run.result for run in runs if run.result]
-    return Cost(
-        seconds=statistics.fmean(result.seconds for result in results),
-        cpu_seconds=statistics.fmean(result.cpu_seconds for result in results),
-        memory=0,
-        images_per_second=statistics.fmean(rates) if rates else 0.0,
-        parameters=network.parameters,
-        macs=network.macs,
-        bytes=network.bytes,
-        latency=network.latencies[0].percentile(50),
-    )
 
 
 def _profiles(
@@ -204,6 +182,7 @@ def _profiles(
             run = taught.opened()
             teachers = [(one, run.info.image_shape) for one in run.teachers()]
     with profile.threads(1):  # several threads wait for each other on a busy machine
+        # In turns, as times of different moments on a busy machine do not compare.
         found = profile.measure_together([*teachers, *models.values()], runs=100, seconds=TIMED)
     own = found[: len(teachers)]
     return _teacher(taught, own), dict(zip(models, found[len(teachers) :], strict=True))
@@ -211,15 +190,13 @@ def _profiles(
 
 def _teacher(taught: _Run | None, networks: Sequence[Profile]) -> Teacher | None:
     """Describe the teacher with the scores measured when it taught; several are added up."""
+    # A teacher without the data's classes is not measured, and has no row.
     if taught is None or taught.result is None or not taught.result.teacher:
         return None
     return Teacher(
         name=_called(taught),
         last=taught.result.teacher,
-        parameters=sum(one.parameters for one in networks),
-        macs=sum(one.macs for one in networks),
-        bytes=sum(one.bytes for one in networks),
-        latency=sum(one.latencies[0].percentile(50) for one in networks),
+        **vars(total(networks)),
         lengths=of_teachers(taught.folder.path, taught.plugins),
     )
 

@@ -27,6 +27,7 @@ BARS = 10  # number of classes in the picture of an answer
 def class_accuracy(names: Sequence[str], classes: Sequence[str], accuracy: Tensor) -> Picture:
     """Draw a heat map of the accuracies in percent (variants, classes)."""
     short, across = labels(names), _short(classes, range(len(classes)))
+    # Inches a letter: long names would squeeze the cells of a picture of fixed width.
     left = 0.085 * max(len(label) for label in short.values())
     long = max(map(len, across)) > 4
     width = max(WIDTH, 0.6 + left + CELL * len(classes))
@@ -56,6 +57,7 @@ def confusion_change(name: str, baseline: str, classes: Sequence[str], change: T
     bound = max(1.0, float((change - change.diag().diag()).abs().max()))
     width = max(WIDTH, 1.2 + CELL * len(classes))
     across = _short(classes, range(len(classes)))
+    # Nearly square cells, as both axes are the same classes.
     figure = blank(width, 1.0 + 0.8 * width)
     axes = figure.subplots()
     _heat(axes, change, TWO_WAYS, -bound, bound, "{:+.1f}", 7.5, least=0.05)
@@ -121,7 +123,7 @@ def confusion_pairs(name: str, baseline: str, classes: Sequence[str], change: Te
 
 def _strongest(change: Tensor, count: int) -> list[tuple[int, int]]:
     """List the (true, predicted) pairs of different classes with the largest changes."""
-    size = change.abs().clone().fill_diagonal_(0).flatten()
+    size = change.abs().fill_diagonal_(0).flatten()
     order = size.argsort(descending=True)[:count]
     return [(int(i) // len(change), int(i) % len(change)) for i in order if size[i] > 0]
 
@@ -155,6 +157,7 @@ def softened(
             edgecolor=INK,
             linewidth=0.5,
         )
+        # T = 1 has the highest bar: with one scale for all, softening is seen.
         axes.set_ylim(0, 1.15 * float(answers[1].max()))
         axes.tick_params(labelleft=place == 0, labelsize=8, colors=INK, length=2, pad=1.5)
         axes.set_xticks(
@@ -184,6 +187,7 @@ def _short(classes: Sequence[str], chosen: Iterable[int]) -> list[str]:
 
 def _visible(image: Tensor) -> Tensor:
     """Convert an image to (H, W) or (H, W, 3)."""
+    # matplotlib takes grey images of two dimensions only, and warns of colours outside [0, 1].
     return image.permute(1, 2, 0).clamp(0, 1) if len(image) == 3 else image[0].clamp(0, 1)
 
 
@@ -195,6 +199,7 @@ def similar_layers(
     figure = blank(WIDTH, 1.4 + 0.36 * len(rows))
     axes = figure.subplots()
     _heat(axes, values, ONE_WAY, 0, 1, "{:.2f}", 8.5)
+    # Names that are wider than a cell are turned, so that neighbours do not overlap.
     cell = (WIDTH - 0.6 - 0.07 * max(map(len, down))) / len(across)  # inches
     _ticks(axes, down, across, 0 if 0.072 * max(map(len, across)) < cell else 45)
     axes.set_ylabel("teacher", color=INK)
@@ -223,13 +228,16 @@ def _heat(
     image = axes.imshow(values.numpy(), cmap=colors, vmin=low, vmax=high, aspect="auto")
     for y, row in enumerate(values.tolist()):
         for x, value in enumerate(row):
+            # NaN, of a class without test images, is not equal to itself.
             if value != value or abs(value) < least:
                 continue
             red, green, blue, _ = image.cmap(image.norm(value))
+            # The luminance of the cell: white digits where it is dark, also in a grey print.
             dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.6
             axes.text(
                 x,
                 y,
+                # Turns -0.0 into 0.0, which is written without a sign.
                 number.format(value + 0.0),
                 ha="center",
                 va="center",

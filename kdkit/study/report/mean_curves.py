@@ -46,12 +46,14 @@ def read(folders: Sequence[Path]) -> Courses:
     """Read the curves of one variant, from those of its runs that exist and have logged
     something.
     """
+    # A run without a logged epoch would leave no epoch that all seeds have.
     found = [one for one in (curves.read(RunFolder(folder)) for folder in folders) if one.epochs]
     if not found:
         return Courses()
     return Courses(
         scores=_means([one.scores.get("test", {}) for one in found]),
         losses=_means([one.losses for one in found]),
+        # Runs may end early, by `train.patience` or a failure.
         stages=_longest(found).stages,
         epochs=_longest(found).epochs,
         seeds=len(found),
@@ -74,6 +76,7 @@ def _mean(found: Sequence[Curve]) -> Course | None:
     shared = sorted(set.intersection(*(set(one) for one in values))) if values else []
     if not shared:
         return None
+    # A mean over other seeds at each epoch would jump where a run ends.
     columns = [[one[x] for one in values] for x in shared]
     deviation = tuple(statistics.stdev(column) for column in columns) if len(values) > 1 else ()
     return Course(tuple(shared), tuple(statistics.fmean(column) for column in columns), deviation)

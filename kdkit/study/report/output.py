@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from kdkit.errors import RunError
+from kdkit.files import write_atomically
 from kdkit.finite import to_json, without_nan
-from kdkit.runs.checkpoints import write_atomically
 from kdkit.runs.folder import RunFolder
 from kdkit.spreadsheets import as_csv
 from kdkit.study import intervals
@@ -65,7 +65,9 @@ def write(
     files["report.md"] = page.markdown(document, PICTURES).encode()
     files["report.csv"] = table(findings).encode()
     files["report.json"] = (to_json(figures(material), indent=1) + "\n").encode()
+    # Last in the order of writing: where it is, the pictures and figures are too.
     files["report.html"] = page.html(document).encode()
+    # Before anything is written: a report is whole or not there.
     _refuse_foreign(folder, files)
     (folder / PICTURES).mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
@@ -88,6 +90,8 @@ def _refuse_foreign(folder: Path, files: Iterable[str]) -> None:
         )
     there = [folder / name for name in files if (folder / name).exists()]
     try:
+        # Only a report's own JSON has this key: its presence tells that the other files are a
+        # report's too.
         known = "findings" in json.loads((folder / "report.json").read_text(encoding="utf-8"))
     # missing, or not a report's JSON
     except (OSError, ValueError, TypeError):
@@ -106,6 +110,7 @@ def gather(paths: Sequence[Path], plugins: Sequence[Path] = ()) -> tuple[Finding
         RunError: neither a study nor runs.
     """
     file = paths[0] if paths[0].name == STUDY else paths[0] / STUDY
+    # A folder may hold a study and its runs: the study, which knows more, comes first.
     if len(paths) == 1 and file.is_file():
         found = Findings.load(file)
         # which an older kdkit did not do
@@ -119,6 +124,7 @@ def gather(paths: Sequence[Path], plugins: Sequence[Path] = ()) -> tuple[Finding
 def _moved(findings: Findings, home: Path) -> Findings:
     """Update the run folders of findings that were moved together with their runs."""
 
+    # Where they were is tried first: two copies of a study may exist.
     def place(folder: Path) -> Path:
         return (
             home / folder.name if not folder.is_dir() and (home / folder.name).is_dir() else folder
@@ -156,6 +162,7 @@ def read(
     say: Callable[[str], None] = lambda _: None,
 ) -> Material:
     """Read all content of the report, from the run folders that exist."""
+    # Runs may have been deleted since: what is left is told, and the rest as missing.
     there = {
         v.name: [folder for folder in v.folders if (folder / "run.json").is_file()]
         for v in findings.variants
@@ -183,6 +190,7 @@ def _seen_from_here(value: Any) -> Any:
 def table(findings: Findings) -> str:
     """Format a CSV table, one row a run, failed ones included."""
     rows = list(_rows(findings))
+    # Variants may have other scores: a column for each that some run has.
     columns = dict.fromkeys(key for row in rows for key in row)
     return as_csv(list(columns), ([row.get(column) for column in columns] for row in rows))
 
@@ -195,25 +203,18 @@ def _rows(findings: Findings) -> Iterator[dict[str, Any]]:
             "baseline": variant.name == findings.baseline,
         }
         for i, (seed, folder) in enumerate(zip(variant.seeds, variant.folders, strict=True)):
-            last = {
-                f"last.{key}": values[i] for key, values in variant.last.items() if i < len(values)
-            }
-            validation = {
-                f"validation.{key}": values[i]
-                for key, values in variant.validation.items()
+            scores = {
+                f"{part}.{key}": values[i]
+                for part in ("last", "validation", "best")
+                for key, values in getattr(variant, part).items()
                 if i < len(values)
-            }
-            best = {
-                f"best.{key}": values[i] for key, values in variant.best.items() if i < len(values)
             }
             yield {
                 **about,
                 "seed": seed,
                 "folder": folder,
                 "failure": "",
-                **last,
-                **validation,
-                **best,
+                **scores,
                 **_length(variant),
                 **_spent(folder),
             }

@@ -12,6 +12,7 @@ from kdkit.study.report.drawing import DPI
 
 TEMPLATE = "page.html.jinja"
 PIXELS = 104  # screen pixels per inch of a picture
+# Characters that Markdown, or GitHub's dialect of it, would take for a mark.
 SIGNS = re.compile(r"([\\`*_{}\[\]<>|#~$])")
 
 
@@ -22,6 +23,7 @@ def html(document: Document) -> str:
     environment = Environment(
         loader=PackageLoader("kdkit.study", "report"),
         autoescape=True,
+        # A misspelt name in the template is an error, not an empty place on the page.
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -32,6 +34,7 @@ def html(document: Document) -> str:
 
 def width(png: bytes) -> int:
     """Return the width of a picture on a screen, in CSS pixels."""
+    # A PNG begins with 8 bytes of signature and the IHDR chunk, whose first field is the width.
     pixels: int = struct.unpack(">I", png[16:20])[0]
     return round(pixels * PIXELS / DPI)
 
@@ -66,6 +69,7 @@ def _block(block: Block, pictures: str) -> Iterator[str]:
     elif isinstance(block, Pictures):
         yield from (f"![{escaped(one.alt)}]({pictures}/{one.name}.png)" for one in block.pictures)
     else:
+        # Longer than any run of backticks in the text, which would end the block.
         fence = "`" * max(3, 1 + max(map(len, re.findall("`+", block.text)), default=0))
         yield f"{escaped(block.title)}:"
         yield f"{fence}text\n{block.text.rstrip()}\n{fence}"
@@ -74,6 +78,7 @@ def _block(block: Block, pictures: str) -> Iterator[str]:
 def _table(block: Figures) -> str:
     lines = [block.header, [":--", *("--:" for _ in block.header[1:])], *block.rows]
     return "\n".join(
+        # Line 1 is the rule between head and body, whose colons and dashes must stay.
         f"| {' | '.join(cell if i == 1 else escaped(cell) for cell in line)} |"
         for i, line in enumerate(lines)
     )

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +81,9 @@ def against_cost(
     axes.set_xlabel(f"{unit} of training one run", color=INK)
     axes.margins(x=0.12, y=0.1)
     low, high = axes.get_ylim()
+    # Fixed from here on: names are placed on this scale.
     axes.set_ylim(low, high)
+    # 0.19 inches a name, in the unit of the axis; 0.9 inches of the height are title and labels.
     room = (high - low) * 0.19 / (height - 0.9)
     named: list[tuple[float, str, Look | None]] = [
         (statistics.fmean(p.scores), short[p.name], look[p.name]) for p in points
@@ -120,6 +122,8 @@ def spaced(wanted: Sequence[float], room: float, low: float, high: float) -> lis
             later = blocks.pop()
             blocks[-1] += later
     places = [_bottom(block, room) + room * i for block in blocks for i in range(len(block))]
+    # From the top down, then from the bottom up: if there is not enough space, names stick out
+    # above.
     for i in range(len(places) - 1, -1, -1):
         places[i] = min(places[i], high - room * (len(places) - 1 - i))
     for i in range(len(places)):
@@ -138,15 +142,14 @@ def learning_curves(
     picture.
     """
     shown = _of(score, courses)
-    panels = groups(list(shown), baseline) if shown else []
-    for number, names in enumerate(panels, 1):
-        of = f" ({number} of {len(panels)})" if len(panels) > 1 else ""
+    for number, names, of in _numbered(shown, baseline):
         for late in (False, True):
             lines = {
                 name: _late(shown[name], courses[name].epochs) if late else shown[name]
                 for name in names
             }
             title = f"Test {score.title}{', the last epochs' if late else ''}{of}"
+            # A teacher far above would flatten the enlarged curves.
             reference = teacher if not late or teacher is None or _near(teacher, lines) else None
             yield _panel(
                 f"learning-curves-{number}{'-late' if late else ''}",
@@ -180,6 +183,15 @@ def _of(score: ScoreInfo, courses: Mapping[str, Courses]) -> dict[str, Course]:
     return {name: course for name, course in found.items() if course is not None}
 
 
+def _numbered(shown: Mapping[str, Course], baseline: str) -> Iterator[tuple[int, list[str], str]]:
+    """Split the variants over panels; yield the number of each, its variants, and what its title
+    says of the number.
+    """
+    panels = groups(list(shown), baseline) if shown else []
+    for number, names in enumerate(panels, 1):
+        yield number, names, f" ({number} of {len(panels)})" if len(panels) > 1 else ""
+
+
 def _panels(
     file: str,
     score: ScoreInfo,
@@ -189,9 +201,7 @@ def _panels(
 ) -> Iterator[Picture]:
     title = score.meaning or score.title
     title = title[:1].upper() + title[1:]
-    panels = groups(list(shown), baseline) if shown else []
-    for number, names in enumerate(panels, 1):
-        of = f" ({number} of {len(panels)})" if len(panels) > 1 else ""
+    for number, names, of in _numbered(shown, baseline):
         lines = {name: shown[name] for name in names}
         yield _panel(
             f"{file}-{number}", title + of, score, lines, courses, list(courses), baseline, None
@@ -199,6 +209,7 @@ def _panels(
 
 
 def _late(course: Course, epochs: int) -> Course:
+    # A run measured only every few epochs may have no point there: its last one stands in.
     keep = [i for i, x in enumerate(course.x) if x > epochs * (1 - ZOOM)] or [len(course.x) - 1]
     first = keep[0]
     return Course(course.x[first:], course.mean[first:], course.deviation[first:])
@@ -222,6 +233,7 @@ def _panel(
     baseline: str,
     teacher: float | None,
 ) -> Picture:
+    # The legend is outside the axes and grows with its rows, so the picture has to.
     rows = -(-(len(lines) + 1) // 2) if max(map(len, lines)) <= 24 else len(lines)
     figure = blank(WIDTH, HEIGHT - 0.4 + 0.18 * rows)
     axes = figure.subplots()
@@ -236,16 +248,23 @@ def _panel(
         names.append(f"teacher ({score.number(teacher)})")
     furnish(axes, score.heading)
     over_epochs(axes, max(courses[name].epochs for name in lines), stages)
+    # The first point is at the end of epoch 1; an axis from 0 would begin with a gap.
     axes.set_xlim(left=min(course.x[0] for course in lines.values()) - 0.3)
-    values = [y for course in lines.values() for y in course.mean]
-    if not score.higher_is_better and min(values) > 0 and max(values) / min(values) > STEEP:
-        axes.set_yscale("log")
-        axes.set_ylim(bottom=0.6 * min(values))  # a band may reach below 0
+    if not score.higher_is_better:
+        _scale(axes, lines.values(), STEEP)
     axes.set_xlabel("epoch" if len(stages) < 2 else "epoch, over all stages", color=INK)
     titled(figure, title)
     keyed(figure, handles, names)
     ends = ", ".join(f"{name} {course.mean[-1]:.4g}" for name, course in lines.items())
     return Picture(file, png(figure), f"{title}: {score.heading} by epoch. At the end: {ends}.")
+
+
+def _scale(axes: Axes, lines: Iterable[Course], most: float) -> None:
+    """Make the scale logarithmic if the largest value is more than `most` times the smallest."""
+    values = [y for course in lines for y in course.mean]
+    if min(values) > 0 and max(values) / min(values) > most:
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=0.6 * min(values))  # a band may reach below 0
 
 
 def _line(axes: Axes, course: Course, look: Look, stages: Sequence[tuple[float, str]]) -> object:
@@ -281,6 +300,7 @@ def loss_terms(courses: Mapping[str, Courses]) -> Iterator[Picture]:
     for number, (name, one) in enumerate(((n, c) for n, c in courses.items() if c.losses), 1):
         lines = (
             one.losses
+            # With a single term, the total is that term again.
             if len(one.losses) > 2
             else {k: v for k, v in one.losses.items() if k != "loss"} or one.losses
         )
@@ -293,10 +313,7 @@ def loss_terms(courses: Mapping[str, Courses]) -> Iterator[Picture]:
         handles = [
             _line(axes, line, Look(*next(styles), 1.7), one.stages) for line in lines.values()
         ]
-        values = [y for line in lines.values() for y in line.mean]
-        if min(values) > 0 and max(values) / min(values) > TALL:
-            axes.set_yscale("log")
-            axes.set_ylim(bottom=0.6 * min(values))
+        _scale(axes, lines.values(), TALL)
         furnish(axes, "training loss, weighted")
         over_epochs(axes, one.epochs, one.stages)
         axes.set_xlabel("epoch" if len(one.stages) < 2 else "epoch, over all stages", color=INK)

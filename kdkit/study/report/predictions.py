@@ -101,6 +101,7 @@ def confusion(found: Predictions) -> Tensor:
     classes = found.logits.shape[1]
     pairs = found.labels * classes + found.logits.argmax(1)
     counts = torch.bincount(pairs, minlength=classes**2).view(classes, classes).float()
+    # 0 / 0 = NaN for a class without test images: whoever draws it decides what that means.
     return 100 * counts / counts.sum(1, keepdim=True)
 
 
@@ -143,6 +144,7 @@ class _Asking:
         self._asked: object = None  # the data section of the current batches
 
     def all(self) -> Answers:
+        # Opened before anything is asked, so that a wrong override is told at once.
         runs = {variant.name: list(self._runs(variant)) for variant in self.findings.variants}
         opened = [one for each in runs.values() for _, one in each]
         self.answers.of_classes = all(map(_gives_classes, opened))
@@ -150,6 +152,7 @@ class _Asking:
         compared = [v.name for v in _best_first(self.findings)][:COMPARED] if teachers else []
         for name, each in runs.items():
             for place, (seed, run) in enumerate(each):
+                # Layers of several teachers are not comparable: the first one stands for them.
                 teacher = teachers[0] if place == 0 and name in compared else None
                 if self.answers.of_classes or teacher is not None:
                     self.say(f"{name}, seed {seed}: answers the test data")
@@ -169,9 +172,12 @@ class _Asking:
         """Note and skip what can no longer be read; a wrong override is an error."""
         try:
             yield
+        # Python of a run folder runs only when its user names it: the report says which file it
+        # would need.
         except Unasked as error:
             self._gone.setdefault(error.says, []).append(of)
         except (KdkitError, OSError) as error:
+            # A wrong `--data` key is the user's mistake, not a run that has gone.
             if self.overrides and isinstance(error, RecipeError):
                 raise
             self._gone.setdefault(" ".join(str(error).split()), []).append(of)
@@ -182,9 +188,11 @@ class _Asking:
         """
         content = run.folder.about()["content"]["data"]
         if self._batches is None or content != self._asked:
+            # Runs may have been trained on a device that this machine lacks.
             device = build_accelerator(for_reading(run.recipe.spec.train)).device
             found = run.data(device=device)
             small = found.test.num_samples * math.prod(found.info.image_shape) * 4 < HELD
+            # Held, so that images are decoded once for all networks.
             self._batches, self._asked = list(found.test) if small else found.test, content
             if self.answers.of_classes:
                 names = found.info.class_names or map(str, range(found.info.outputs))
@@ -270,6 +278,7 @@ def _chosen(teacher: Predictions) -> list[int]:
     """Choose the images with the most probable second class, then the median ones of further
     classes; one of each class.
     """
+    # 0 where the teacher is wrong, so that such images are never chosen.
     second = teacher.logits.softmax(1).topk(2).values[:, 1] * (
         teacher.logits.argmax(1) == teacher.labels
     )
@@ -300,6 +309,7 @@ def alike(student: TappedModel, teacher: TappedModel, batches: Iterable[Batch]) 
     ours, theirs = _observed(student, first), _observed(teacher, first)
     similarity = LayerSimilarity(tuple(theirs.layers), tuple(ours.layers))
     for batch in batches:
+        # Every batch costs a Gram matrix of each layer of both networks.
         if similarity.samples >= IMAGES:
             break
         similarity.add(theirs(batch.inputs).features, ours(batch.inputs).features)
@@ -323,6 +333,7 @@ def _observed(model: TappedModel, batch: Batch) -> TappedModel:
 
 def _answers(model: TappedModel, name: str, batch: Batch) -> bool:
     try:
+        # Two images are enough to see whether the layer gives one tensor.
         _tapped(model, [name])(rows(batch.inputs, torch.arange(2, device=batch.labels.device)))
     except TapError:
         return False

@@ -40,6 +40,7 @@ class Material:
     @property
     def missing(self) -> list[str]:
         """Omitted parts and the reasons, a phrase each."""
+        # A variant without a finished run has no folders, and is told as a failure instead.
         gone = [v.name for v in self.findings.variants if v.folders and v.name not in self.recipes]
         gone = (
             [f"the curves and recipes of {', '.join(gone)}: their runs are not there any more"]
@@ -52,6 +53,7 @@ class Material:
 def document(material: Material) -> Document:
     """Build the whole report; a part without data says so in its place."""
     findings = material.findings
+    # Other tasks than classification have no confusions and no softened classes.
     of_classes = [
         ("Classes and confusions", _classes),
         ("What the teacher knows that labels do not say", _softened),
@@ -104,7 +106,9 @@ def _cost(material: Material) -> Iterator[Block]:
     if together := findings.together:
         yield Words(_all_in_all(together))
     score = findings.deciding
+    # NaN cannot be drawn, and would take the limits of the axis with it.
     shown = [v for v in findings.ran if v.cost and all(map(math.isfinite, v.last[score.name]))]
+    # An older kdkit has not recorded processor time: seconds then stand for all.
     measured = all(v.cost and v.cost.cpu_seconds > 0 for v in shown)
     points = [
         Priced(v.name, v.last[score.name], v.cost.cpu_seconds if measured else v.cost.seconds)
@@ -165,6 +169,7 @@ def _agreement(material: Material) -> Iterator[Block]:
         yield Words("No run was measured against a teacher while it was trained.")
         return
     names = {one.name for one in findings.agreement}
+    # Variants without a teacher are compared with the common one after training only.
     silent = [v.name for v in findings.variants if not names & courses[v.name].scores.keys()]
     without = (
         f" Not measured while training, for want of a teacher: {', '.join(silent)}."
@@ -189,6 +194,7 @@ def _classes(material: Material) -> Iterator[Block]:
         else ""
     )
     if many:
+        # In the order of the data's classes, not of the differences.
         chosen = sorted(
             # NaN: classes without test images come last
             (accuracy.amax(0) - accuracy.amin(0)).nan_to_num(-1).topk(MANY).indices.tolist()
@@ -211,6 +217,7 @@ def _classes(material: Material) -> Iterator[Block]:
             " how many more percent are taken for each class. On the diagonal, more is better;"
             " elsewhere, less."
         )
+        # A matrix of many classes is not readable: the largest changes are drawn as bars.
         draw = (
             heatmaps.confusion_pairs if len(answers.classes) > MANY else heatmaps.confusion_change
         )
@@ -275,6 +282,7 @@ def _layers(material: Material) -> Iterator[Block]:
     if not found:
         yield Words("Teacher and students cannot be compared layer by layer here.")
         return
+    # All variants are compared on the same images.
     images = next(iter(found.values())).images
     first = (
         "first "
@@ -304,6 +312,7 @@ def _layers(material: Material) -> Iterator[Block]:
 def _repeat(material: Material) -> Iterator[Block]:
     findings = material.findings
     if findings.command:
+        # Runs without a study have a command each.
         yield Listing("The command", findings.command, folded=findings.command.count("\n") > LINES)
     versions = ", ".join(f"{name} {version}" for name, version in findings.versions.items())
     yield Facts([("versions", versions), *findings.machine.items()])

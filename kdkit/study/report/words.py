@@ -21,6 +21,7 @@ from kdkit.study.findings import (
     rank,
 )
 from kdkit.study.report.document import Figures
+from kdkit.study.sentences import with_unit
 
 NONE = "–"
 # title, cell of a variant, score of the teacher
@@ -37,11 +38,13 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 def gain(difference: Difference | None, score: ScoreInfo) -> str:
     """Format the mean difference in a score, with its 95 % interval if there are enough seeds."""
+    # A minus sign, as wide as a plus: numbers of a column stay under each other.
     return intervals.shown(difference, score.digits).replace("-", "−") if difference else NONE
 
 
 def points(score: ScoreInfo) -> str:
     """Return the unit of its differences."""
+    # A difference of percentages in % would read as relative.
     return "points" if score.unit == "%" else score.unit
 
 
@@ -56,6 +59,8 @@ def best(findings: Findings) -> Variant | None:
     score, by_validation = findings.deciding, chosen_by_validation(findings)
     return max(
         findings.ran,
+        # Validation data where there are any: chosen by the test data, the best is flattered by its
+        # luck.
         key=lambda v: rank(score, (v.validation if by_validation else v.last)[score.name]),
         default=None,
     )
@@ -111,6 +116,7 @@ def _over(leader: Variant, baseline: Variant, score: ScoreInfo) -> str:
             if baseline.last.get(score.name)
             else f" (no run of the baseline, {baseline.name}, is finished)"
         )
+    # A gain of a loss is negative, and is none "over" the baseline.
     word = "over" if score.higher_is_better else "against"
     return f", {_joined(gain(leader.difference, score), points(score), word)} {baseline.name}"
 
@@ -123,6 +129,7 @@ def _carried(leader: Variant, findings: Findings) -> str:
     if found.t is None:
         return "They share one seed only: how much of the difference is chance cannot be told."
     says = f"In brackets: 95 % confidence interval, paired t over {len(found.values)} seeds."
+    # The interval above is not corrected, and may leave out 0 all the same.
     if found.p_holm is not None and found.p_holm >= SIGNIFICANT:
         says += " The difference may be chance."
     several = sum(v.difference is not None for v in findings.variants) > 1
@@ -139,6 +146,7 @@ def _next_best(leader: Variant, findings: Findings) -> Iterator[str]:
     second = best(replace(findings, variants=others))
     if second is None:
         return
+    # As if the next best were the baseline: paired by seed, like all differences here.
     apart = intervals.gained(replace(findings, baseline=second.name), leader)
     if apart is not None and apart.t is not None:
         told = _joined(gain(apart, findings.deciding), points(findings.deciding))
@@ -153,10 +161,13 @@ def protocol(
     findings: Findings, recipes: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[tuple[str, str]]:
     """List (title, text): what all runs share, what was compared, how it was measured."""
+    # Folders differ between machines and say nothing about the protocol.
     told = {name: dict(brief(shortened(recipe))) for name, recipe in recipes.items()}
     for key in SHARED if told else ():
         names: dict[str, list[str]] = {}
         for name, parts in told.items():
+            # Variants with equal descriptions share one text: the first, usually the baseline's, is
+            # told whole.
             names.setdefault(parts[key], []).append(name)
         first, *rest = names
         others = [f"{', '.join(names[text])}: {text}" for text in rest]
@@ -240,6 +251,7 @@ def score_table(findings: Findings) -> Figures:
         ),
         *map(_last, findings.agreement[:1]),
     ]
+    # Some runs have failed: each mean is over its own number of seeds.
     if len(numbers) > 1:
         columns.append(("seeds", lambda v: str(len(v.seeds)), None))
     table = _table(findings, columns, caption)
@@ -258,6 +270,7 @@ def further_table(findings: Findings) -> Figures:
 
 
 def _table(findings: Findings, columns: Sequence[Column], caption: str) -> Figures:
+    # A column that no variant fills is left out.
     shown = [column for column in columns if any(column[1](v) != NONE for v in findings.variants)]
     rows = [[_called(v, findings), *(text(v) for _, text, _ in shown)] for v in findings.variants]
     if findings.teacher:
@@ -320,7 +333,10 @@ def cost_table(findings: Findings) -> Figures | None:
         return None
     # its network may no longer exist
     whole = findings.teacher if findings.teacher and findings.teacher.parameters else None
+    # A column without a figure is left out: reports of runs have no memory, older studies no
+    # processor time.
     columns = [c for c in _cost_columns(whole) if any(c[1](cost) != NONE for _, cost in shown)]
+    # An older kdkit has not recorded lengths.
     told = [what for what in LENGTHS if any(v.length for v, _ in shown)]
     rows = []
     for v, cost in shown:
@@ -366,7 +382,11 @@ def _cost_columns(teacher: Teacher | None) -> list[tuple[str, Callable[[Cost], s
             lambda c: f"{c.parameters:,}",
             f"{teacher.parameters:,}" if teacher else NONE,
         ),
-        ("MACs per image", lambda c: count(c.macs), count(teacher.macs) if teacher else NONE),
+        (
+            "MACs per image",
+            lambda c: with_unit(c.macs),
+            with_unit(teacher.macs) if teacher else NONE,
+        ),
         (
             "size",
             lambda c: f"{c.bytes / 1024:,.0f} KiB",
@@ -378,11 +398,3 @@ def _cost_columns(teacher: Teacher | None) -> list[tuple[str, Callable[[Cost], s
             f"{1000 * teacher.latency:.2f} ms" if teacher else NONE,
         ),
     ]
-
-
-def count(number: float) -> str:
-    """Format a number as `1.23 M`."""
-    unit, sign = next(
-        ((u, s) for u, s in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if number >= u), (1.0, "")
-    )
-    return f"{number / unit:.2f} {sign}" if sign else f"{number:.0f}"

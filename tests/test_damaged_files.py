@@ -218,7 +218,7 @@ def names_of(file, damage):
 
 @pytest.mark.parametrize("damage", [name for name in DAMAGES if name != "bit at the end"])
 @pytest.mark.parametrize("pattern", FILES)
-def test_damage_is_noticed_where_a_file_is_used(world, healthy, tmp_path, pattern, damage):
+def test_damaged_files_are_noticed_where_they_are_used(world, healthy, tmp_path, pattern, damage):
     outcome = tried(world, healthy, tmp_path / "copy", pattern, damage, FILES[pattern])
     assert outcome in ("refused", "told", "untouched")
     assert (outcome == "untouched") <= harmless(pattern, damage)
@@ -235,7 +235,7 @@ def harmless(pattern, damage):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_every_kind_every_damage_every_command(world, healthy, tmp_path):
+def test_every_damaged_file_under_every_command(world, healthy, tmp_path):
     counts, wrong = collections.Counter(), []
     for pattern in FILES:
         for damage in DAMAGES:

@@ -83,19 +83,19 @@ def kill_often(folder, recipe, run, total_lines, kills, seed):
     assert code == 0, log
 
 
-def test_killed_anywhere_it_ends_with_the_same_bits(tmp_path, whole):
+def test_a_killed_stage_resumes_to_the_same_bits(tmp_path, whole):
     kill_often(tmp_path, write(tmp_path, EVERYTHING), "run", lines(whole), 4, time.time_ns())
     assert_same_run(tmp_path / "run", whole)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
-def test_killed_anywhere_many_times(tmp_path, whole, seed):
+def test_a_stage_killed_many_times_resumes_to_the_same_bits(tmp_path, whole, seed):
     kill_often(tmp_path, write(tmp_path, EVERYTHING), "run", lines(whole), 12, seed)
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_several_stages_killed_between_and_inside(tmp_path):
+def test_several_stages_resume_between_and_inside(tmp_path):
     recipe = write(tmp_path, twice(tmp_path))
     assert Command(tmp_path, "train", recipe, "--run", "whole").finish()[0] == 0
     kill_often(tmp_path, recipe, "run", lines(tmp_path / "whole"), 5, time.time_ns())
@@ -106,7 +106,7 @@ def test_several_stages_killed_between_and_inside(tmp_path):
 @pytest.mark.parametrize(
     ("number", "code", "group"), [(signal.SIGTERM, 143, False), (signal.SIGTERM, 143, True), (signal.SIGINT, 130, True)]
 )
-def test_a_signal_saves_and_says_how_to_go_on(tmp_path, whole, number, code, group):
+def test_a_signal_saves_and_says_how_to_resume(tmp_path, whole, number, code, group):
     recipe = write(tmp_path, EVERYTHING, run={"checkpoint_steps": None})
     command = Command(tmp_path, "train", recipe, "--run", "run")
     assert command.wait_for(lambda: lines(tmp_path / "run") >= 9), command.finish()
@@ -155,7 +155,7 @@ def interrupted(folder, step, **changes):
     return folder / "run"
 
 
-def test_truncated_checkpoint_is_noticed_and_the_one_before_used(tmp_path):
+def test_resume_passes_over_a_truncated_checkpoint(tmp_path):
     train(tmp_path, into="whole")
     run = interrupted(tmp_path, 9)
     newest = max((run / "checkpoints").glob("*.pt"))
@@ -168,7 +168,7 @@ def test_truncated_checkpoint_is_noticed_and_the_one_before_used(tmp_path):
     assert len(list((run / "checkpoints").iterdir())) == 1
 
 
-def test_all_checkpoints_damaged_begins_the_stage_anew(tmp_path):
+def test_resume_without_an_intact_checkpoint_begins_the_stage_anew(tmp_path):
     train(tmp_path, into="whole")
     run = interrupted(tmp_path, 9)
     for file in (run / "checkpoints").glob("*.pt"):
@@ -178,7 +178,7 @@ def test_all_checkpoints_damaged_begins_the_stage_anew(tmp_path):
     assert_same_run(run, tmp_path / "whole")
 
 
-def test_a_finished_stage_that_is_lost_is_trained_again(tmp_path):
+def test_resume_trains_a_lost_stage_again(tmp_path):
     recipe = write(tmp_path, twice(tmp_path))
     kdkit.train(recipe, folder=tmp_path / "whole", quiet=True)
     with pytest.MonkeyPatch.context() as patch:
@@ -197,7 +197,7 @@ def test_a_finished_stage_that_is_lost_is_trained_again(tmp_path):
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_line_that_was_being_written_is_left_out(tmp_path):
+def test_resume_leaves_out_a_half_written_line_of_metrics(tmp_path):
     train(tmp_path, into="whole")
     run = interrupted(tmp_path, 9)
     with (run / "metrics.jsonl").open("a") as stream:
@@ -206,7 +206,7 @@ def test_a_line_that_was_being_written_is_left_out(tmp_path):
     assert_same_run(run, tmp_path / "whole")
 
 
-def test_plateau_goes_on_with_what_it_has_counted(tmp_path):
+def test_plateau_schedule_resumes_with_its_counts(tmp_path):
     plateau = {"epochs": 5, "lr_schedule": {"name": "plateau", "patience": 1, "decay_rate": 0.5}}
     train(tmp_path, into="whole", train=plateau)
     run = interrupted(tmp_path, 21, train=plateau)
@@ -222,20 +222,20 @@ def test_a_checkpoint_of_something_else_is_one_line(tmp_path):
         train(tmp_path)
 
 
-def test_warnings_survive_a_stop(tmp_path):
+def test_warnings_survive_a_resume(tmp_path):
     silent = {"losses": [*PLAIN["losses"], {"use": "logit_mse", "name": "mse"}]}
     with pytest.MonkeyPatch.context() as patch:
-        from kdkit.engine.objective import Objective
+        from kdkit.engine.trainer import Learner
 
-        forward = Objective.forward
+        forward = Learner.forward
 
-        def silenced(self, lesson, batch, epoch=0.0):
-            value = forward(self, lesson, batch, epoch)
-            if epoch < 1 and "mse" in value.terms:
-                value.terms["mse"].zero_()
-            return value
+        def silenced(self, batch, moment, ramps):
+            total, values = forward(self, batch, moment, ramps)
+            if moment.epoch < 1:
+                values[0].terms["mse"].zero_()
+            return total, values
 
-        patch.setattr(Objective, "forward", silenced)
+        patch.setattr(Learner, "forward", silenced)
         interrupted(tmp_path, 9, **silent)
         result = train(tmp_path, **silent)
     zero = "mse was exactly 0 in all of epoch 1 of stage 'distill': nothing is learnt from it"

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save
-from test_stage_run import kill_often, twice
+from test_stage_resume import kill_often, twice
 from training import EVERYTHING, PLAIN, Command, assert_same_run, lines, metrics, together, train, weights, write
 
 from kdkit import cli, recipe
@@ -45,7 +45,7 @@ def mean_of(files):
     }
 
 
-def test_the_best_are_ranked_and_averaged(tmp_path):
+def test_best_epochs_are_ranked_and_averaged(tmp_path):
     kept = BestEpochs(tmp_path / "best", 3)
     for epoch, top1 in enumerate([50.0, 70.0, 60.0, 70.0, 55.0, 65.0], 1):
         if kept.offer(0, epoch, top1):
@@ -56,7 +56,7 @@ def test_the_best_are_ranked_and_averaged(tmp_path):
     assert found["w"].dtype == torch.bfloat16 and found["w"].item() == 4.0 and found["n"].item() == 20  # the best one's count
 
 
-def test_a_file_stays_as_long_as_a_checkpoint_names_it(tmp_path):
+def test_an_epochs_weights_stay_as_long_as_a_checkpoint_names_them(tmp_path):
     kept = BestEpochs(tmp_path, 1)
     for epoch, top1 in enumerate([50.0, 60.0], 1):
         kept.offer(0, epoch, top1)
@@ -78,7 +78,7 @@ def test_a_file_stays_as_long_as_a_checkpoint_names_it(tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, b"nothing"])
-def test_weights_that_are_gone_or_damaged_are_told_in_one_line(tmp_path, content):
+def test_missing_or_damaged_epoch_weights_are_one_line(tmp_path, content):
     kept = BestEpochs(tmp_path, 1)
     kept.offer(0, 4, 50.0)
     if content:
@@ -89,7 +89,7 @@ def test_weights_that_are_gone_or_damaged_are_told_in_one_line(tmp_path, content
 
 
 @pytest.mark.parametrize("ema", [None, {"decay": 0.7}])
-def test_the_student_is_the_mean_of_its_best_epochs(tmp_path, monkeypatch, capsys, ema):
+def test_average_best_gives_the_mean_of_the_best_epochs(tmp_path, monkeypatch, capsys, ema):
     result = (
         train(tmp_path, **CHANGES, run={"snapshots": 1})
         if ema is None
@@ -116,7 +116,7 @@ def test_the_student_is_the_mean_of_its_best_epochs(tmp_path, monkeypatch, capsy
     assert f"student, test, mean of epochs {', '.join(map(str, epochs))}" in told and "student, test, last epoch" in told
 
 
-def test_a_run_whose_student_was_taken_away_makes_the_same_mean_again(tmp_path):
+def test_a_deleted_student_is_averaged_again_to_the_same_bits(tmp_path):
     result = train(tmp_path, **CHANGES)
     before = result.student.read_bytes()
     result.student.unlink()
@@ -124,12 +124,12 @@ def test_a_run_whose_student_was_taken_away_makes_the_same_mean_again(tmp_path):
     assert again.student.read_bytes() == before and again.test == result.test and again.averaged == result.averaged
 
 
-def test_every_epoch_is_measured(tmp_path):
+def test_average_best_measures_every_epoch(tmp_path):
     train(tmp_path, **{**CHANGES, "train": {**CHANGES["train"], "evaluate_every": 4}})
     assert all("validation" in line for line in metrics(tmp_path / "run") if line["kind"] == "epoch")
 
 
-def test_killed_anywhere_it_ends_with_the_same_bits(tmp_path):
+def test_average_best_resumes_to_the_same_bits(tmp_path):
     path = write(tmp_path, AVERAGED)
     assert Command(tmp_path, "train", path, "--run", "whole").finish()[0] == 0
     kill_often(tmp_path, path, "run", lines(tmp_path / "whole"), 4, time.time_ns())
@@ -138,14 +138,14 @@ def test_killed_anywhere_it_ends_with_the_same_bits(tmp_path):
     assert kept[0] == kept[1] and len(kept[0]) == 2
 
 
-def test_the_last_stage_alone_is_averaged(tmp_path):
+def test_average_best_averages_the_last_stage_alone(tmp_path):
     found = twice(tmp_path)
     result = train(tmp_path, found, data={"validation": 12}, train={"average_best": 3})
     assert [path.name for path in (tmp_path / "run" / "best-epochs").iterdir()] == ["stage2"]
     assert result.averaged == (1,) and result.last["test"] == result.test  # it has one epoch
 
 
-def test_of_several_students_each_is_its_own_mean(tmp_path):
+def test_average_best_of_several_students(tmp_path):
     """`mutual` may leave the best peer: here that is seen from the means."""
     both = {"schedule": {"use": "mutual", "result": "best"}, "teacher": None}
     result = train(tmp_path, **CHANGES, **both)
@@ -156,7 +156,7 @@ def test_of_several_students_each_is_its_own_mean(tmp_path):
     assert sum(alike) == 1 and len(result.averaged) == 2 and len(result.peers) == 1
 
 
-def test_side_by_side_it_is_what_it_is_alone(tmp_path):
+def test_average_best_in_lockstep_is_what_it_is_alone(tmp_path):
     alone = train(tmp_path, **CHANGES, into="alone")
     files = [write(tmp_path, name=f"{i}.yaml", **CHANGES, losses=losses) for i, losses in enumerate([PLAIN["losses"], PLAIN["losses"][1:]])]
     jobs = [Run(recipe.load(file), tmp_path / file.stem) for file in files]
@@ -165,7 +165,7 @@ def test_side_by_side_it_is_what_it_is_alone(tmp_path):
     assert results[0].averaged == alone.averaged
 
 
-def test_two_processes_stop_and_go_on(tmp_path):
+def test_average_best_resumes_in_two_processes(tmp_path):
     path = write(tmp_path, **{**CHANGES, "train": {**CHANGES["train"], "epochs": 8}})
     commands = together(tmp_path, "train", path, "--run", "whole")
     assert [command.finish()[0] for command in commands] == [0, 0], commands[0].log.read_text()
@@ -180,11 +180,11 @@ def test_two_processes_stop_and_go_on(tmp_path):
     assert told["averaged"] == best(tmp_path / "run", 2)
 
 
-def test_validation_data_are_needed(tmp_path):
+def test_average_best_needs_validation_data(tmp_path):
     with pytest.raises(RecipeError, match=r"recipe.yaml:\d+: train.average_best: .* set `data.validation`") as raised:
         checks.make(recipe.load(write(tmp_path, train={"average_best": 3})))
     assert "\n" not in str(raised.value)
 
 
-def test_without_it_a_recipe_is_what_it_was(tmp_path):
+def test_average_best_left_out_changes_no_fingerprint(tmp_path):
     assert "average_best" not in recipe.load(write(tmp_path)).content()["train"] and "average_best" not in PLAIN["train"]

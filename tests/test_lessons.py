@@ -25,13 +25,13 @@ def test_a_lesson_may_have_its_own_images_and_another_for_the_labels(tmp_path):
     assert whole.terms["logit_kl"] == alone.terms["logit_kl"]
 
 
-def test_a_batch_is_mapped_whole():
+def test_map_changes_every_tensor_of_a_batch():
     batch = kdkit.Batch({"ids": torch.arange(4)}, torch.arange(4), torch.arange(4), (torch.arange(4.0),))
     half = batch.map(lambda x: x[::2])
     assert half.inputs["ids"].tolist() == half.labels.tolist() == half.index.tolist() == half.views[0].tolist() == [0, 2]
 
 
-def test_a_schedule_may_read_layers_of_its_own(tmp_path):
+def test_a_schedule_taps_layers_of_its_own(tmp_path):
     loaded = recipe.load(write(tmp_path))
     info = kdkit.DataInfo((3, 8, 8), 6, 48, 20)
     student = ModelFactory(loaded, info, {}, device=torch.device("cpu")).student(taps=["penultimate"])
@@ -46,7 +46,7 @@ def epoch_of(classes, seed=0):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("counts", [(12, 12, 24), (11, 7, 30), (47, 1), (1, 2, 3, 4, 38)])
-def test_images_of_a_class_come_in_groups(size, counts):
+def test_by_class_arranges_images_of_a_class_in_groups(size, counts):
     order, classes = epoch_of([k for k, count in enumerate(counts) for _ in range(count)])
     found = kdkit.by_class(size)(order, classes, 12)
     assert len(found) == len(order)
@@ -62,7 +62,7 @@ def test_images_of_a_class_come_in_groups(size, counts):
         assert len(set(order.tolist()) - set(found.tolist())) <= fills
 
 
-def test_groups_come_by_chance():
+def test_by_class_draws_groups_by_chance():
     classes = [k for k in range(4) for _ in range(12)]
     one, again, other = (kdkit.by_class(2)(*epoch_of(classes, seed), 8) for seed in (0, 0, 1))
     assert torch.equal(one, again) and not torch.equal(one, other)
@@ -71,12 +71,12 @@ def test_groups_come_by_chance():
 
 
 @pytest.mark.parametrize(("batch_size", "images"), [(7, 14), (8, 45)])
-def test_what_does_not_divide_is_refused(batch_size, images):
+def test_by_class_refuses_a_batch_that_does_not_divide(batch_size, images):
     with pytest.raises(kdkit.RunError, match=rf"groups of 2.*\({batch_size}\).*{images} images"):
         kdkit.by_class(2)(*epoch_of([0] * images), batch_size)
 
 
-def test_what_cannot_be_arranged_is_told_before_training(tmp_path):
+def test_by_class_is_checked_before_training(tmp_path):
     alone = {**PLAIN, "teacher": None, "schedule": {"use": "cs_kd"}}
     with pytest.raises(kdkit.RecipeError, match=r"recipe.yaml:\d+: schedule: images come in groups of 2"):
         kdkit.check(write(tmp_path, alone, data={"batch_size": 9}))

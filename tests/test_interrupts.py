@@ -13,7 +13,7 @@ from kdkit.runs.interrupts import StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_is_a_wish_and_the_second_is_not(number):
+def test_the_first_signal_requests_a_stop_and_the_second_ends_the_process(number):
     caught = []
     before = signal.signal(number, lambda *_: caught.append(1))
     try:
@@ -29,7 +29,7 @@ def test_the_first_is_a_wish_and_the_second_is_not(number):
         signal.signal(number, before)
 
 
-def test_elsewhere_than_in_the_main_thread_it_catches_nothing():
+def test_outside_the_main_thread_no_signal_is_caught():
     found = []
 
     def enter():
@@ -52,7 +52,7 @@ def _send(pid, number):
     os.kill(pid, number)
 
 
-def test_a_worker_is_ended_by_its_parent_alone():
+def test_a_loader_worker_ignores_signals_and_is_ended_by_its_parent():
     ready = PROCESSES.Event()
     worker = PROCESSES.Process(target=_worker, args=(ready,))
     worker.start()

@@ -108,7 +108,7 @@ def differences(parts, case):
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "for itself" not in case])
-def test_two_processes_give_the_whole_batchs_value_and_gradients(parts, case):
+def test_gather_in_two_processes_gives_the_whole_batchs_value_and_gradients(parts, case):
     found = differences(parts, case)
     assert max(found.values()) < 1e-6, found
     for name in set(found) - {"value"}:
@@ -116,12 +116,12 @@ def test_two_processes_give_the_whole_batchs_value_and_gradients(parts, case):
 
 
 @pytest.mark.parametrize("name", [name for name in GATHERING if name != "irg"])
-def test_every_process_has_the_same_value(parts, name):
+def test_gather_gives_every_process_the_same_value(parts, name):
     """But for `irg`, whose vertices are each process's own answers."""
     torch.testing.assert_close(*(part[name]["value"] for part in parts), rtol=1e-12, atol=0)
 
 
-def test_each_process_for_itself_is_another_loss(parts):
+def test_without_gather_each_process_has_another_loss(parts):
     found = differences(parts, "sp, each process for itself")
     assert found["value"] > 0.01 and found["student.two.weight"] > 0.01
 

@@ -10,7 +10,7 @@ from kdkit.contracts.features import as_map, as_tokens, as_vectors, pooled_alike
     ("count", "prefix"),
     [(196, 0), (197, 1), (198, 2), (201, 5), (50, 1), (65, 1), (257, 1), (261, 5), (1374, 5), (1, 0), (2, 1), (15, None), (24, None)],
 )
-def test_what_precedes_the_patches(count, prefix):
+def test_prefix_tokens_before_the_patches(count, prefix):
     assert prefix_tokens(count) == prefix
 
 
@@ -26,12 +26,12 @@ def test_tokens_fold_row_by_row_without_their_prefix():
 
 
 @pytest.mark.parametrize("f", [torch.rand(2, 15, 4), torch.rand(2, 4), torch.rand(2)])
-def test_what_has_no_positions(f):
+def test_features_without_positions_are_refused(f):
     with pytest.raises(kdkit.ShapeError):
         as_map(f)
 
 
-def test_vectors_are_means():
+def test_maps_and_tokens_become_vectors_by_their_mean():
     f = torch.rand(2, 5, 4, 4)
     assert torch.equal(as_vectors(f), f.mean((2, 3)))
     assert torch.equal(as_vectors(f[:, :, 0]), f[:, :, 0].mean(1))
@@ -40,7 +40,7 @@ def test_vectors_are_means():
         as_vectors(torch.rand(2))
 
 
-def test_sizes():
+def test_map_sizes():
     large, small = torch.rand(1, 2, 8, 6), torch.rand(1, 3, 4, 6)
     one, other = pooled_alike(large, small)
     assert torch.equal(other, small)
@@ -71,23 +71,23 @@ class TestFormsOfPairs:
         ((one, other),) = options(layers=layers).pairs(student, teacher)
         return one.shape, other.shape
 
-    def test_any_form(self):
+    def test_adapter_for_any_form(self):
         assert self.pair(kdkit.FeatureOptions, torch.rand(2, 5), torch.rand(2, 7)) == ((2, 5), (2, 7))
         assert self.pair(kdkit.FeatureOptions, torch.rand(2, 10, 5), torch.rand(2, 10, 7)) == ((2, 10, 5), (2, 10, 7))
         assert self.pair(kdkit.FeatureOptions, torch.rand(2, 10, 5), torch.rand(2, 17, 7)) == ((2, 5, 3, 3), (2, 7, 4, 4))
         assert self.pair(kdkit.FeatureOptions, torch.rand(2, 10, 5), torch.rand(2, 7, 8, 8)) == ((2, 5, 3, 3), (2, 7, 8, 8))
 
-    def test_maps(self):
+    def test_adapter_of_maps(self):
         assert self.pair(kdkit.MapOptions, torch.rand(2, 10, 5), torch.rand(2, 10, 7)) == ((2, 5, 3, 3), (2, 7, 3, 3))
 
-    def test_tokens(self):
+    def test_adapter_of_tokens(self):
         assert self.pair(kdkit.TokenOptions, torch.rand(2, 10, 5), torch.rand(2, 10, 7)) == ((2, 10, 5), (2, 10, 7))
         assert self.pair(kdkit.TokenOptions, torch.rand(2, 10, 5), torch.rand(2, 7, 3, 3)) == ((2, 9, 5), (2, 9, 7))
         with pytest.raises(kdkit.ShapeError, match=r"student 'a' \(2, 10, 5\) and teacher 'a' \(2, 7, 4, 4\) must be equally many"):
             self.pair(kdkit.TokenOptions, torch.rand(2, 10, 5), torch.rand(2, 7, 4, 4))
 
-    def test_vectors(self):
+    def test_adapter_of_vectors(self):
         assert self.pair(kdkit.VectorOptions, torch.rand(2, 10, 5), torch.rand(2, 7, 3, 3)) == ((2, 5), (2, 7))
 
-    def test_embeddings(self):
+    def test_adapter_of_embeddings(self):
         assert self.pair(kdkit.RelationOptions, torch.rand(2, 10, 5), torch.rand(2, 7, 3, 3)) == ((2, 50), (2, 63))

@@ -83,12 +83,12 @@ def first_stage(folder):
     loaded = recipe.load(write(folder, RECIPE))
     accelerator = build_accelerator(loaded.spec.train)
     prepared = training.open_data(loaded, accelerator)
-    factory = ModelFactory(loaded, prepared.info, {}, device=torch.device("cpu"))
+    factory = ModelFactory(loaded, prepared.info, {}, device=accelerator.device)
     stage = next(iter(loaded.plugins.schedules["asking"](loaded.spec.schedule).stages(factory)))
     return training.build_trainer(loaded, prepared, factory, accelerator, 0, stage), prepared
 
 
-def test_images_come_together_as_arranged(folder):
+def test_stage_arranges_images(folder):
     trainer, prepared = first_stage(folder)
     seen = list(batches(prepared.train, trainer.stage, 0))
     assert [len(batch.labels) for batch in seen] == [8] * 6
@@ -99,7 +99,7 @@ def test_images_come_together_as_arranged(folder):
     assert not torch.equal(seen[0].index, next(batches(prepared.train, trainer.stage, 1)).index)
 
 
-def test_views_are_the_same_images_augmented_otherwise(folder):
+def test_stage_views_are_the_same_images_augmented_otherwise(folder):
     trainer, prepared = first_stage(folder)
     one, again = (next(batches(prepared.train, trainer.stage, 3)) for _ in range(2))
     (other,) = one.views
@@ -109,7 +109,7 @@ def test_views_are_the_same_images_augmented_otherwise(folder):
     assert (one.inputs.flatten(1).sort(1)[0] == other.flatten(1).sort(1)[0]).float().mean() > 0.5  # the same pixels, mostly
 
 
-def test_parts_learn_and_hooks_are_called(folder):
+def test_stage_parts_learn_and_hooks_are_called(folder):
     trainer, _ = first_stage(folder)
     for _ in range(2):
         list(train_epoch(trainer))
@@ -119,7 +119,7 @@ def test_parts_learn_and_hooks_are_called(folder):
     assert any(memory.scale is p for p in trainer.updaters[0].parameters)
 
 
-def test_hooks_are_told_the_moment(folder):
+def test_stage_hooks_get_the_moment(folder):
     trainer, _ = first_stage(folder)
     seen = []
 
@@ -143,7 +143,7 @@ def test_hooks_are_told_the_moment(folder):
     assert seen == wanted
 
 
-def test_what_a_schedule_remembers_is_gone_on_with(folder):
+def test_stage_state_of_a_schedule_resumes(folder):
     path = write(folder, RECIPE, train={"epochs": 3})
     assert Command(folder, "train", path, "--run", "whole").finish()[0] == 0
     for wanted in (3, 9):
@@ -155,13 +155,13 @@ def test_what_a_schedule_remembers_is_gone_on_with(folder):
     assert_same_run(folder / "whole", folder / "parts")
 
 
-def test_mixed_images_have_no_views(folder):
+def test_stage_views_and_mixup_are_refused_together(folder):
     mixed = {"epochs": 1, "optimizer": {"lr": 0.1}, "mixup": {"mixup_alpha": 0.2}}
     with pytest.raises(kdkit.RecipeError, match=r"recipe.yaml:\d+: train.mixup: stage 'train' compares views"):
         kdkit.check(write(folder, RECIPE, train=mixed))
 
 
-def test_peers_are_measured_together(folder):
+def test_stage_peers_are_measured_together(folder):
     mutual = (
         ASKING[: ASKING.index("class Memory")]
         + '''

@@ -33,7 +33,7 @@ def tree(folder, files):
     return folder
 
 
-def test_local_modules_are_found_by_whatever_way_they_are_imported(tmp_path):
+def test_local_modules_are_found_however_they_are_imported(tmp_path):
     found = dependencies.local_modules(tree(tmp_path, MODULES) / "net.py")
     assert {str(path.relative_to(tmp_path)) for path in found} == set(MODULES) - {"net.py", "stranger.py"}
 
@@ -50,7 +50,7 @@ def test_the_digest_of_code_covers_what_it_imports(tmp_path, name):
 
 
 @pytest.mark.parametrize("text", ["", "def broken(", "\0", "import nowhere"])
-def test_without_local_modules_it_is_the_file_s_own(tmp_path, text):
+def test_the_digest_of_code_without_local_modules_is_the_file_s_own(tmp_path, text):
     file = tree(tmp_path, {"net.py": text}) / "net.py"
     assert dependencies.code_digest(file) == dependencies.file_digest(file)
 
@@ -98,7 +98,7 @@ def test_the_digest_of_data_files(tmp_path, monkeypatch, large, change, notices)
     assert (dependencies.files_digest(folders) != before) == notices
 
 
-def test_a_large_set_is_read_in_part(tmp_path, monkeypatch):
+def test_the_digest_of_a_large_data_set_reads_a_part(tmp_path, monkeypatch):
     """What remains unseen: another content of the same size in a file that is not looked into."""
     root = images(tmp_path / "images")
     for name, value in (("SMALL_FILES", 3), ("SAMPLED", 2)):
@@ -124,7 +124,7 @@ FOLDER = {
 }
 
 
-def test_replaced_images_are_another_run(tmp_path):
+def test_replaced_images_have_another_fingerprint(tmp_path):
     images(tmp_path / "images")
     train(tmp_path, FOLDER)
     before = (tmp_path / "run" / "result.json").read_bytes()
@@ -138,7 +138,7 @@ def test_replaced_images_are_another_run(tmp_path):
     assert (tmp_path / "run" / "result.json").read_bytes() == before
 
 
-def test_a_changed_module_that_a_network_s_file_imports_is_another_run(tmp_path):
+def test_a_changed_module_that_a_network_s_file_imports_has_another_fingerprint(tmp_path):
     tree(tmp_path, {"net.py": "def f():\n    import blocks\n", "blocks.py": ""})
     plain = {key: value for key, value in PLAIN.items() if key != "teacher"}
     alone = {"schedule": {"use": "supervised"}, "losses": [{"use": "cross_entropy"}], "student": {"model": "python/f", "file": "net.py"}}
@@ -149,7 +149,7 @@ def test_a_changed_module_that_a_network_s_file_imports_is_another_run(tmp_path)
     assert recipe.load(path).fingerprint != before and recipe.load(path).older_fingerprint == older
 
 
-def test_a_run_of_an_older_kdkit_is_known(tmp_path):
+def test_the_fingerprint_of_an_older_kdkit_is_known(tmp_path):
     """Its fingerprint covers neither data files nor imported modules."""
     images(tmp_path / "images")
     loaded = recipe.load(write(tmp_path, FOLDER))

@@ -32,13 +32,13 @@ def write(path, text):
         ("a b", "a b"),
     ],
 )
-def test_scalars_mean_what_they_look_like(tmp_path, text, value):
+def test_yaml_scalars_mean_what_they_look_like(tmp_path, text, value):
     data = Source(write(tmp_path / "a.yaml", f"key: {text}\n")).data
     assert data["key"] == value and type(data["key"]) in (type(value), Text)
 
 
 @given(st.floats(min_value=1e-12, max_value=1e12))
-def test_every_number_in_scientific_notation_is_a_number(number):
+def test_yaml_numbers_in_scientific_notation_are_numbers(number):
     word = f"{number:e}"
     assert math.isclose(parse_overrides([f"a={word}"])["a"], number, rel_tol=1e-6)
 
@@ -59,7 +59,7 @@ def test_every_number_in_scientific_notation_is_a_number(number):
         ("extends: [a.yaml]\n", 1, "extends: names one recipe file"),
     ],
 )
-def test_what_is_wrong_is_told_with_file_and_line(tmp_path, text, line, says):
+def test_yaml_errors_have_file_and_line(tmp_path, text, line, says):
     path = write(tmp_path / "bad.yaml", text)
     with pytest.raises(RecipeError) as caught:
         Source(path)
@@ -67,7 +67,7 @@ def test_what_is_wrong_is_told_with_file_and_line(tmp_path, text, line, says):
     assert "\n" not in str(caught.value)
 
 
-def test_missing_and_binary_files(tmp_path):
+def test_missing_and_binary_recipe_files(tmp_path):
     with pytest.raises(RecipeError, match="No such file"):
         Source(tmp_path / "none.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
@@ -75,7 +75,7 @@ def test_missing_and_binary_files(tmp_path):
         Source(tmp_path / "binary.yaml")
 
 
-def test_parents_merge_mappings_and_replace_lists(tmp_path):
+def test_extends_merges_mappings_and_replaces_lists(tmp_path):
     write(tmp_path / "base.yaml", "a: {x: 1, y: 2}\nl: [1, 2, 3]\nb: 1\n")
     child = write(tmp_path / "child.yaml", "extends: base.yaml\na: {y: 3, z: 4}\nl: [9]\n")
     source = Source(child)
@@ -85,14 +85,14 @@ def test_parents_merge_mappings_and_replace_lists(tmp_path):
     assert source.where(["l", 0]) == f"{child}:3"
 
 
-def test_a_parent_of_itself_is_refused(tmp_path):
+def test_extends_in_a_circle_is_refused(tmp_path):
     write(tmp_path / "a.yaml", "extends: b.yaml\n")
     write(tmp_path / "b.yaml", "extends: a.yaml\n")
     with pytest.raises(RecipeError, match="extends itself"):
         Source(tmp_path / "a.yaml")
 
 
-def test_strings_know_the_folder_of_their_file(tmp_path, monkeypatch):
+def test_yaml_strings_know_the_folder_of_their_file(tmp_path, monkeypatch):
     (tmp_path / "sub").mkdir()
     write(tmp_path / "base.yaml", "here: a.txt\n")
     child = write(tmp_path / "sub" / "child.yaml", "extends: ../base.yaml\nthere: b.txt\n")
@@ -135,7 +135,7 @@ def test_an_override_that_leads_nowhere(tmp_path, key, says):
 
 
 @pytest.mark.parametrize("word", ["epochs", "=3", "a=[1"])
-def test_a_word_that_is_no_override(word):
+def test_a_word_that_is_no_override_is_refused(word):
     with pytest.raises(RecipeError, match="override: "):
         parse_overrides([word])
 

@@ -58,7 +58,7 @@ class Pair(nn.Module):
 R = torch.rand(6, 4, generator=torch.Generator().manual_seed(0))
 
 
-def test_usable_alone_on_any_module():
+def test_taps_are_usable_alone_on_any_module():
     net = tiny().eval()
     tapped = kdkit.taps(net, ["layer2", "stage3", "penultimate", "logits", "layer4.*"])
     out = tapped(X)
@@ -70,21 +70,21 @@ def test_usable_alone_on_any_module():
     out.features["layer2"].sum().backward()
     assert net.layer1[0].conv1.weight.grad is not None
     assert net.layer3[0].conv1.weight.grad is None
-    assert isinstance(kdkit.taps, type(test_usable_alone_on_any_module))  # the function, not a module
+    assert isinstance(kdkit.taps, type(test_taps_are_usable_alone_on_any_module))  # the function, not a module
 
 
-def test_mapping_inputs_become_keyword_arguments():
+def test_tapped_model_passes_mappings_as_keyword_arguments():
     net = Net("mapping")
     assert torch.equal(kdkit.taps(net, [])({"x": R}).logits, net(R)["logits"])
 
 
-def test_unknown_layer_names_the_role():
+def test_tap_of_an_unknown_layer_names_the_role():
     with pytest.raises(kdkit.TapError, match=r"^teacher t: there is no layer 'layer9'; did you mean"):
         TappedModel(tiny(), ["layer9"], role="teacher t")
 
 
 @pytest.mark.parametrize(("behave", "instead"), [("inplace", "'relu'"), ("function", "a later layer")])
-def test_overwritten_output_is_an_error_that_says_what_to_tap(behave, instead):
+def test_tap_of_an_overwritten_output_says_what_to_tap(behave, instead):
     with pytest.raises(kdkit.TapError, match=f"the output of 'bn' is overwritten in place; tap {instead} instead"):
         kdkit.taps(Net(behave), ["bn"])(R)
     net = timm.create_model("test_resnet").eval()
@@ -98,24 +98,24 @@ def test_in_place_layer_itself_can_be_tapped():
     assert (kdkit.taps(Net("inplace"), ["relu"])(R).features["relu"] >= 0).all()
 
 
-def test_layer_that_never_runs_is_an_error():
+def test_tap_of_a_layer_that_never_runs_is_an_error():
     with pytest.raises(kdkit.TapError, match="unused exist but did not run"):
         kdkit.taps(Net(), ["bn", "unused"])(R)
 
 
-def test_layer_that_runs_twice_gives_its_last_output():
+def test_tap_of_a_layer_that_runs_twice_gives_its_last_output():
     net = Net("repeat").eval()
     assert torch.equal(kdkit.taps(net, ["bn"])(R).features["bn"], net.bn(net.bn(R)))
 
 
-def test_output_that_is_not_one_tensor_is_an_error():
+def test_tap_of_an_output_that_is_not_one_tensor_is_an_error():
     with pytest.raises(kdkit.TapError, match="layer 'pair' gives tuple, not one tensor"):
         kdkit.taps(Net("repeat"), ["pair"])(R)
     with pytest.raises(kdkit.TapError, match="returns set, no tensor of logits"):
         kdkit.taps(Net("set"), ["bn"])(R)
 
 
-def test_of_several_outputs_the_first_is_the_logits_and_the_others_have_names():
+def test_several_outputs_are_logits_and_named_taps():
     net = Net("tuple")
     first, second = net(R)
     out = kdkit.taps(net, ["logits", "output1"])(R)
@@ -127,7 +127,7 @@ def test_of_several_outputs_the_first_is_the_logits_and_the_others_have_names():
 @pytest.mark.parametrize(
     ("behave", "layer", "error"), [("fail", "bn", ZeroDivisionError), ("repeat", "pair", kdkit.TapError), ("inplace", "bn", kdkit.TapError)]
 )
-def test_no_hook_outlives_a_call(behave, layer, error):
+def test_no_hook_of_a_tap_outlives_a_call(behave, layer, error):
     net = Net(behave)
     with pytest.raises(error):
         kdkit.taps(net, [layer])(R)
@@ -137,7 +137,7 @@ def test_no_hook_outlives_a_call(behave, layer, error):
     assert hooks(good) == 0
 
 
-def test_nothing_is_kept_alive_between_calls():
+def test_taps_keep_no_tensor_between_calls():
     tapped = kdkit.taps(tiny(), ["layer1", "penultimate"])
     out = tapped(X)
     alive = [weakref.ref(value) for value in (out.logits, *out.features.values())]
@@ -149,7 +149,7 @@ def test_nothing_is_kept_alive_between_calls():
         gc.enable()
 
 
-def test_copy_is_independent():
+def test_copy_of_a_tapped_model_is_independent():
     one = kdkit.taps(tiny().eval(), ["layer2"])
     before = one(X)
     two = copy.deepcopy(one)
@@ -159,7 +159,7 @@ def test_copy_is_independent():
     assert not two(X).features["layer2"].any()
 
 
-def test_works_within_inference_mode():
+def test_taps_work_within_inference_mode():
     with torch.inference_mode():
         assert kdkit.taps(tiny(), ["layer1"])(X).features["layer1"].shape[0] == 3
 
@@ -171,7 +171,7 @@ def counting(net):
     return ran
 
 
-def test_stops_behind_the_deepest_tap_with_the_same_values():
+def test_forward_stops_behind_the_deepest_tap_with_the_same_values():
     net = tiny().eval()
     whole = kdkit.taps(net, ["layer2", "layer1"])(X)
     short = TappedModel(net, ["layer2", "layer1"], needs_logits=False, role="teacher t")
@@ -185,7 +185,7 @@ def test_stops_behind_the_deepest_tap_with_the_same_values():
         }
 
 
-def test_stopped_answer_has_no_logits_and_says_why():
+def test_forward_stopped_at_a_tap_has_no_logits_and_says_why():
     answer = TappedModel(tiny(), ["layer1"], needs_logits=False, role="teacher t")(X)
     for same in (answer, answer.detach(), answer.map(lambda value: value * 2)):
         assert isinstance(same, kdkit.Outputs)
@@ -195,14 +195,14 @@ def test_stopped_answer_has_no_logits_and_says_why():
     assert "layer1" in repr(answer)
 
 
-def test_stopping_waits_for_a_layer_that_runs_again():
+def test_forward_stops_only_after_a_tapped_layer_has_run_again():
     net = Net("repeat").eval()
     short = TappedModel(net, ["bn"], needs_logits=False)
     assert torch.equal(short(R).features["bn"], short(R).features["bn"])
     assert torch.equal(short(R).features["bn"], net.bn(net.bn(R)))
 
 
-def test_nothing_to_observe_runs_nothing():
+def test_model_without_taps_and_logits_runs_nothing():
     net = Net("fail")
     assert TappedModel(net, [], needs_logits=False)(R).features == {}
 
@@ -214,7 +214,7 @@ def test_tapped_logits_need_the_whole_forward():
         assert torch.equal(short(X).features["logits"], net(X))
 
 
-def test_stopping_does_not_swallow_other_errors():
+def test_forward_stopped_at_a_tap_swallows_no_other_error():
     net = Net()
     short = TappedModel(net, ["bn"], needs_logits=False)
     short(R)
@@ -226,7 +226,7 @@ def test_stopping_does_not_swallow_other_errors():
     assert len(net.bn._forward_hooks) == 0
 
 
-def test_channels_last_changes_the_layout_only():
+def test_channels_last_changes_the_layout_of_taps_only():
     net = tiny().eval()
     expected = kdkit.taps(net, ["layer1"])(X)
     found = TappedModel(copy.deepcopy(net), ["layer1"], channels_last=True)(X)
@@ -247,7 +247,7 @@ def test_precision_is_that_of_the_model_and_answers_are_fp32():
         assert TappedModel(net)(X).logits.dtype == torch.bfloat16
 
 
-def test_adapter_comes_first():
+def test_input_adapter_comes_before_the_network():
     net = tiny().eval()
     adapt = kdkit.NormalizationAdapter(0.0, 1.0, (0.5,) * 3, (0.25,) * 3)
     torch.testing.assert_close(TappedModel(net, adapt=adapt)(X).logits, net((X - 0.5) / 0.25))
@@ -267,7 +267,7 @@ class Holder(nn.Module):
         self.teacher, self.own = teacher, nn.Linear(1, 1)
 
 
-def test_frozen_means_frozen():
+def test_frozen_model_does_not_change():
     model = TappedModel(tiny(drop_rate=0.5)).freeze()
     before = state(model.module)
     holder = Holder(model)
@@ -279,7 +279,7 @@ def test_frozen_means_frozen():
     assert same_state(model.module, before)
 
 
-def test_train_mode_uses_batch_statistics_and_changes_nothing():
+def test_frozen_model_in_train_mode_uses_batch_statistics():
     net = tiny(drop_rate=0.5)
     with torch.no_grad():
         net(X * 3)  # running statistics that differ from the batch's
@@ -365,7 +365,7 @@ def test_compiling_checks_the_taps_without_a_trace():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # the compiler's own
-def test_compiled_for_real():
+def test_compiled_by_the_real_compiler():
     net = tiny().eval()
     expected = kdkit.taps(net, ["layer2", "penultimate"])(X)
     out = kdkit.taps(net, ["layer2", "penultimate"]).compile()(X)
@@ -386,7 +386,7 @@ class Step(nn.Module):
         return out.logits, out.features["layer2"]
 
 
-def test_under_distributed_data_parallel(tmp_path):
+def test_taps_under_distributed_data_parallel(tmp_path):
     net = tiny().eval()
     expected = kdkit.taps(net, ["layer2"])(X)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
@@ -402,7 +402,7 @@ def test_under_distributed_data_parallel(tmp_path):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_what_an_activation_takes_is_kept_although_it_is_overwritten(compiled):
+def test_tap_of_an_activations_input_survives_overwriting(compiled):
     module = timm.create_model("resnet18", num_classes=3, layers=(1, 1, 1, 1), zero_init_last=False).eval()
     block = module.layer1[0]
     assert block.act2.inplace
@@ -436,7 +436,7 @@ class Turn(nn.Module):
         return x.permute(0, 2, 3, 1)
 
 
-def test_channels_come_first_whatever_the_network_does():
+def test_tapped_channels_come_first_whatever_the_network_does():
     tapped = kdkit.taps(LastChannels(), ["conv", "turn"])
     out = tapped(torch.rand(2, 3, 6, 6))
     assert out.features["turn"].shape == (2, 4, 6, 6) and torch.equal(out.features["turn"], out.features["conv"])

@@ -3,7 +3,6 @@
 import itertools
 
 import pytest
-import torch
 from training import TINY, train, write
 
 import kdkit
@@ -85,10 +84,10 @@ def two_steps(path):
     """The first two steps of every stage; the values of their terms."""
     loaded = recipe.load(path)
     checks.make(loaded)
+    teachers = training.trained_teachers(loaded, path.parent / "run", quiet=True)
     accelerator = build_accelerator(loaded.spec.train)
     prepared = training.open_data(loaded, accelerator)
-    teachers = training.trained_teachers(loaded, path.parent / "run", quiet=True)
-    factory = ModelFactory(loaded, prepared.info, teachers, device=torch.device("cpu"))
+    factory = ModelFactory(loaded, prepared.info, teachers, device=accelerator.device)
     carried, found = {}, []
     schedule = loaded.plugins.schedules[loaded.spec.schedule.use](loaded.spec.schedule)
     for number, stage in enumerate(schedule.stages(factory)):
@@ -101,7 +100,7 @@ def two_steps(path):
 
 
 @pytest.mark.parametrize("schedule", PLUGINS.schedules)
-def test_some_losses_train_together_under(schedule, teacher, tmp_path, monkeypatch):
+def test_several_losses_train_together_under_a_schedule(schedule, teacher, tmp_path, monkeypatch):
     monkeypatch.chdir(teacher.parent)
     names = [loss for loss in ("byot", "logit_kl", "hint", "rkd_distance", "srrl") if (schedule, loss) not in REFUSED]
     values = two_steps(written(tmp_path, schedule, names, teacher))
@@ -110,7 +109,7 @@ def test_some_losses_train_together_under(schedule, teacher, tmp_path, monkeypat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", PLUGINS.schedules)
-def test_every_loss_trains_under(schedule, teacher, tmp_path, monkeypatch):
+def test_every_loss_trains_under_a_schedule(schedule, teacher, tmp_path, monkeypatch):
     monkeypatch.chdir(teacher.parent)
     wrong = []
     for loss in PLUGINS.losses:

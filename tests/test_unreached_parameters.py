@@ -36,12 +36,12 @@ def notes(tmp_path, losses, schedule=OFFLINE):
         (f"[{FIRST}, {{use: logit_kl}}]", "{use: staged, stages: [{name: one, losses: [hint]}, {name: two, losses: [logit_kl]}]}", None),
     ],
 )
-def test_what_no_loss_reaches_is_named(tmp_path, losses, schedule, stays):
+def test_parameters_that_no_loss_reaches_are_named(tmp_path, losses, schedule, stays):
     told = [note for note in notes(tmp_path, losses, schedule) if "no loss reaches" in note]
     assert bool(told) == bool(stays) and all(note.startswith(f"no loss reaches {stays} (") for note in told)
 
 
-def test_an_objective_of_weight_0_is_told(tmp_path):
+def test_an_objective_of_weight_0_is_noted(tmp_path):
     told = notes(tmp_path, "[{use: logit_kl, weight: 0}]")
     assert told[0] == "stage 'distill' learns nothing: all its losses have weight 0"
     assert told[1].startswith("no loss reaches the student (")

@@ -21,7 +21,7 @@ def sorted_rows(batches):
 
 
 @pytest.mark.parametrize(("count", "repeats"), [(256, 3), (512, 2), (300, 3), (513, 4)])
-def test_the_order_is_that_of_timms_sampler(count, repeats):
+def test_repeats_come_in_the_order_of_timms_sampler(count, repeats):
     """The same permutation given, and as far as an epoch of timm's goes, which has whole multiples of 256 images."""
     from timm.data.distributed_sampler import RepeatAugSampler
 
@@ -36,7 +36,7 @@ def test_the_order_is_that_of_timms_sampler(count, repeats):
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_each_process_has_the_images_that_timms_sampler_gives_it(world):
+def test_repeats_of_each_process_are_those_of_timms_sampler(world):
     from timm.data.distributed_sampler import RepeatAugSampler
 
     source = type("Many", (Held,), {"__doc__": "Many.", "train": 256 * world})
@@ -48,7 +48,7 @@ def test_each_process_has_the_images_that_timms_sampler_gives_it(world):
 
 
 @every_kind
-def test_the_copies_of_an_image_differ_and_come_again(kind):
+def test_repeated_copies_of_an_image_differ_and_come_again(kind):
     source, settings = KINDS[kind]
     loaded = data(source, repeats=4, **settings)
     batches = list(loaded.train.epoch(2))
@@ -63,7 +63,7 @@ def test_the_copies_of_an_image_differ_and_come_again(kind):
 
 
 @every_kind
-def test_the_first_copies_are_the_pictures_without_repeats(kind):
+def test_first_copies_are_the_pictures_without_repeats(kind):
     source, settings = KINDS[kind]
     plain = {int(i): x for batch in data(source, **settings).train.epoch(1) for i, x in zip(batch.index, batch.inputs, strict=True)}
     for batch in data(source, repeats=2, **settings).train.epoch(1):
@@ -73,7 +73,7 @@ def test_the_first_copies_are_the_pictures_without_repeats(kind):
 
 @every_kind
 @pytest.mark.parametrize(("world", "sizes"), [(2, {}), (4, {}), (2, {"batch_size": 12, "drop_last": False})])
-def test_processes_share_the_images_of_one(kind, world, sizes):
+def test_processes_share_the_repeated_images_of_one(kind, world, sizes):
     source, settings = KINDS[kind]
     settings = {**settings, "repeats": 3, **sizes}
     ranks = [list(data(source, rank=rank, world=world, **settings).train.epoch(1)) for rank in range(world)]
@@ -83,7 +83,7 @@ def test_processes_share_the_images_of_one(kind, world, sizes):
 
 
 @every_kind
-def test_start_skips_without_changing_what_follows(kind):
+def test_start_of_a_repeated_epoch_skips_without_changing_what_follows(kind):
     source, settings = KINDS[kind]
     train = data(source, repeats=3, **settings).train
     whole = list(train.epoch(2))
@@ -92,12 +92,12 @@ def test_start_skips_without_changing_what_follows(kind):
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_workers_change_nothing():
+def test_workers_change_no_repeats():
     source, settings = KINDS["read, timm"]
     assert same(*(data(source, repeats=3, **settings, workers=workers).train.epoch(1) for workers in (0, 2)))
 
 
-def test_views_of_copies_are_no_other_views():
+def test_views_of_repeated_copies_are_no_other_views():
     """A stage's further views are numbered by epochs and multiples of MOST_EPOCHS; the copies of each by multiples of MOST_VIEWS."""
     assert MOST_VIEWS == MOST_EPOCHS**2
     index = torch.arange(8)
@@ -119,7 +119,7 @@ def test_without_repeats_a_recipe_is_what_it_was(tmp_path):
     assert one.fingerprint == plain.fingerprint and two.content()["data"]["repeats"] == 2
 
 
-def test_two_processes_learn_what_one_learns(tmp_path):
+def test_two_processes_learn_from_repeats_what_one_learns(tmp_path):
     repeated = {"repeats": 3, "augment": {"crop_padding": 1, "flip": 0.5}, "drop_last": False}
     path = write(tmp_path, {**PLAIN, "student": {"model": "mlp/8"}, "teacher": {"model": "mlp/8"}}, data=repeated)
     commands = [Command(tmp_path, "train", path, "--run", "one"), *together(tmp_path, "train", path, "--run", "two")]
@@ -140,19 +140,19 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("changes", "says"), REFUSED, ids=["arranged", "cached", "cached, balanced"])
-def test_what_cannot_go_together_is_one_line(tmp_path, changes, says):
+def test_repeats_with_options_that_exclude_them_are_one_line(tmp_path, changes, says):
     path = write(tmp_path, **{**changes, "data": {"repeats": 2, "augment": {"flip": 0.5}} | changes.get("data", {})})
     with pytest.raises(RecipeError, match=says) as raised:
         checks.make(recipe.load(path))
     assert "\n" not in str(raised.value)
 
 
-def test_copies_must_be_able_to_differ():
+def test_repeats_need_augmentation():
     with pytest.raises(ValueError, match="repeats needs augment or timm_augment"):
         DataSpec(dataset={"use": "held"}, repeats=2)
     assert DataSpec(dataset={"use": "held"}, repeats=2, timm_augment=POLICY).repeats == 2
 
 
-def test_an_arranged_epoch_has_no_copies():
+def test_an_arranged_epoch_has_no_repeats():
     with pytest.raises(DataError, match="data.repeats: the schedule chooses"):
         data(augment=CROPS, repeats=2).train.epoch(0, arrange=lambda order, *_: order)

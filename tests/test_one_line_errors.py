@@ -93,7 +93,7 @@ def refused(call, *args, seconds=20, **options):
 
 
 @pytest.mark.parametrize("case", SCALARS)
-def test_an_override(write, case):
+def test_a_wrong_override_is_one_line(write, case):
     key, value, says = SCALARS[case]
     path = write(RECIPE)
 
@@ -108,7 +108,7 @@ def test_an_override(write, case):
 
 
 @pytest.mark.parametrize("case", SCALARS)
-def test_in_a_file(write, case):
+def test_a_wrong_value_in_a_file_is_one_line(write, case):
     key, value, says = SCALARS[case]
     last, *above = reversed(key.split("."))
     tree = f"{last}: {value}"
@@ -149,14 +149,14 @@ FILES = {
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_a_file_that_is_wrong(write, case):
+def test_a_file_that_is_no_recipe_is_one_line(write, case):
     text, line, says = FILES[case]
     path = write(text)
     told = refused(recipe.load, path)
     assert any(one.startswith(f"{path}:{line}: ") and says in one for one in told), told
 
 
-def test_a_large_file_is_not_read(write):
+def test_a_recipe_file_that_is_too_large_is_not_read(write):
     assert "is larger than 1,000,000 bytes" in refused(recipe.load, write("# " + "x" * 2_000_000))[0]
 
 
@@ -168,7 +168,7 @@ def test_values_of_a_script_that_no_recipe_can_hold(write):
     refused(recipe.load, path, {"a." * 2000 + "b": 1})
 
 
-def test_a_chain_of_files_has_an_end(write, tmp_path):
+def test_a_chain_of_extends_has_an_end(write, tmp_path):
     for i in range(1500):
         (tmp_path / f"{i}.yaml").write_text(f"extends: {i + 1}.yaml\n")
     assert "extends a file that extends another, and so on, more than 20 times" in refused(recipe.load, tmp_path / "0.yaml")[0]
@@ -207,7 +207,7 @@ STUDIES = {
 
 
 @pytest.mark.parametrize("case", STUDIES)
-def test_a_study(write, case):
+def test_a_wrong_study_is_one_line(write, case):
     text, says = STUDIES[case]
     write(RECIPE, "base.yaml")
     path = write(f"name: s\nbase: base.yaml\n{text.replace('LIST', ', '.join(f'0.{i:03}1' for i in range(100)))}\n", "s.yaml")
@@ -215,7 +215,7 @@ def test_a_study(write, case):
     assert any(says in line for line in told), told
 
 
-def test_seeds_of_the_command_line(write):
+def test_wrong_seeds_on_the_command_line_are_one_line(write):
     with pytest.raises(RecipeError, match="between 1 and 1000 seeds are possible, not 100000000000"):
         loading.load([write(RECIPE)], seeds=100_000_000_000)
 
@@ -238,29 +238,29 @@ MEANT = {  # what is said, and what is meant
 
 
 @pytest.mark.parametrize("key", MEANT)
-def test_a_key_of_another_section_is_found(write, key):
+def test_a_key_of_another_section_is_suggested(write, key):
     assert refused(recipe.load, write(RECIPE), {key: 2})[0].startswith(MEANT[key])
 
 
-def test_a_plugin_whose_name_begins_so_is_found(write):
+def test_a_plugin_whose_name_begins_so_is_suggested(write):
     told = refused(recipe.load, write(RECIPE), {"losses.0.use": "rkd"})[0]
     assert told.startswith("override: losses.0.use: unknown 'rkd'; did you mean 'rkd_angle' or 'rkd_distance'?")
     assert told.count(",") == 20 and "in all" in told
 
 
-def test_only_the_keys_of_the_loss_that_is_meant_are_told(write, tmp_path):
+def test_only_the_options_of_the_loss_that_is_meant_are_suggested(write, tmp_path):
     plugin = "import kdkit\n\nclass Logit(kdkit.Loss):\n    '''Mine.'''\n    name, knowledge = 'logit', 'response'\n\n    def forward(self, student, teacher, batch):\n        return student.logits.sum()\n\n@kdkit.hookimpl\ndef kdkit_losses():\n    return [Logit]\n"
     (tmp_path / "mine.py").write_text(plugin)
     told = refused(recipe.load, write(RECIPE), {"losses.0": {"use": "logit", "temprature": 2}, "plugins": [str(tmp_path / "mine.py")]})
     assert told == ["override: losses.0.temprature: no such key; allowed: name, output, teacher, use, weight"]
 
 
-def test_an_item_that_is_not_there_is_told_with_those_that_are(write):
+def test_an_override_of_a_missing_item_lists_those_that_exist(write):
     told = refused(recipe.load, write(RECIPE), {"losses.kd.temperature": 2})
     assert told == ["override: losses.kd.temperature: no item called 'kd' in a list of 2; there are 0 cross_entropy, 1 logit_kl"]
 
 
-def test_an_empty_text_is_told_how_it_is_written(write):
+def test_an_empty_value_is_told_how_it_is_written(write):
     told = refused(recipe.load, write(RECIPE), parse_overrides(["teacher.strip_prefix="]))
     assert told == [
         "override: teacher.strip_prefix: needs a text, got nothing; an empty text is written '', as in \"teacher.strip_prefix=''\""

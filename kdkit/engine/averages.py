@@ -1,0 +1,81 @@
+"""Moving averages of a student's weights (`train.ema`), by timm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdkit.errors import RunError
+from kdkit.recipe.sections import TrainSpec
+
+
+class Average:
+    """The moving average of one network's weights.
+
+    Attributes:
+        module: the network with the averaged weights.
+    """
+
+    def __init__(self, network: nn.Module, decay: float, warmup: bool) -> None:
+        # timm takes seconds to import, and few recipes average
+        from timm.utils import ModelEmaV3
+
+        self._ema = ModelEmaV3(network, decay=decay, use_warmup=warmup)
+        self.module: nn.Module = self._ema.module
+
+    def changing_decay(self, steps: int) -> float | None:
+        """Return the decay after `steps` steps; None if it stays the same from step to step."""
+        return float(self._ema.get_decay(steps)) if self._ema.use_warmup else None
+
+    def take_in(self, network: nn.Module, steps: int, decay: Any = None) -> None:
+        """Update the average with a network that has done `steps` steps.
+
+        Args:
+            network: the one that is averaged.
+            steps: its optimizer steps.
+            decay: in a step that is recorded, a tensor with the decay.
+
+        Raises:
+            RunError: the network has changed its shape.
+        """
+        try:
+            if isinstance(decay, torch.Tensor):
+                self._move(network, decay)
+            else:
+                self._ema.update(network, step=steps)
+        # shapes differ: the network was pruned, or its buffers have grown
+        except RuntimeError:
+            theirs = self.module.state_dict()
+            changed = [
+                name
+                for name, value in network.state_dict().items()
+                if name not in theirs or theirs[name].shape != value.shape
+            ]
+            if not changed:
+                raise
+            says = f"step {steps}: the student's '{changed[0]}' has another shape than at the start"
+            raise RunError(
+                f"{says}, so that `train.ema` has no mean to take; leave it out"
+            ) from None
+
+    @torch.no_grad()
+    def _move(self, network: nn.Module, decay: torch.Tensor) -> None:
+        """Update by a decay in a tensor, which timm's foreach functions do not take."""
+        values = zip(self.module.state_dict().values(), network.state_dict().values(), strict=True)
+        averaged, new = [], []
+        for old, value in values:
+            if old.is_floating_point():
+                averaged.append(old)
+                new.append(value)
+            else:
+                old.copy_(value)
+        steps = torch._foreach_sub(new, averaged)
+        torch._foreach_mul_(steps, 1 - decay)
+        torch._foreach_add_(averaged, steps)
+
+
+def average_of(network: nn.Module, spec: TrainSpec) -> Average | None:
+    """Return the average that the recipe asks for; None if it asks for none."""
+    return Average(network, spec.ema.decay, spec.ema.warmup) if spec.ema else None
