@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from training import PLAIN, Command, lines, metrics, start, together, write
+from training import PLAIN, Command, lines, metrics, needs_a_device_each, start, together, write
 
 from kdkit import launching
 from kdkit.data import images
@@ -91,6 +91,7 @@ def ranks_of(launcher):
 
 
 def test_processes_of_kdkit_s_own_launch(tmp_path):
+    needs_a_device_each(2)
     """One is killed: the others end, and the last line says which died of what. The same command goes on; a signal stops all."""
     path = write(tmp_path, SUPERVISED, train={"epochs": 100_000})
     words = [sys.executable, "-m", "kdkit", "train", str(path), "--processes", "2", "--quiet", "train.device=cpu"]

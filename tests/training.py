@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -121,6 +122,12 @@ class Command:
         return self.process.is_alive()
 
 
+def needs_a_device_each(processes):
+    """Skip a test where processes would share a GPU."""
+    if torch.cuda.is_available() and torch.cuda.device_count() < processes:
+        pytest.skip(f"{processes} processes need a GPU each, or a machine without any")
+
+
 def free_port():
     """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
@@ -135,6 +142,7 @@ def together(folder, *arguments):
 
 def start(folder, commands):
     """Processes of one launch, each with the arguments that it gets."""
+    needs_a_device_each(len(commands))
     shared = {
         "WORLD_SIZE": str(len(commands)),
         "LOCAL_WORLD_SIZE": str(len(commands)),

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import itertools
 import weakref
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar, cast
@@ -192,6 +193,7 @@ class Sharing:
             )
         self._loaders: dict[str, TrainLoader] = {}
         self._demands: dict[str, Demand] = {}  # of all runs together
+        self._asking: Counter[str] = Counter()  # runs by the key of their demand
         # while a run has a view
         self._teachers: weakref.WeakValueDictionary[tuple[str, str], TappedModel] = (
             weakref.WeakValueDictionary()
@@ -222,6 +224,8 @@ class Sharing:
         return self._loaders[key]
 
     def expect(self, demands: Iterable[Demand]) -> None:
+        demands = list(demands)
+        self._asking.update({demand.key for demand in demands})
         for demand in demands:
             known = self._demands.get(demand.key, Demand(demand.key, [], False))
             layers = list(dict.fromkeys([*known.layers, *demand.layers]))
@@ -245,6 +249,9 @@ class Sharing:
         whole = self._teachers.get((demand.key, state))
         if whole is None:
             self._teachers[demand.key, state] = whole = build(demand.layers, demand.needs_logits)
+            # a teacher that one run asks is its own: it is recorded with the run's step
+            if self._asking[demand.key] == 1:
+                return whole
             if self._graphs is not None:
                 whole.answers = Repeated(whole.forward, self._graphs)
         answers = functools.partial(self._answer, whole, list(layers), needs_logits)
@@ -263,7 +270,7 @@ class Sharing:
         """Return the data; the caches stay open until all runs have ended."""
         caches = []
         for name, view in teachers.items():
-            whole = self._wholes[view]
+            whole = self._wholes.get(view, view)
             if whole not in self._caches:
                 cache = opening.open_answers(recipe, name, whole, data.info, data.train, warn)
                 self._caches[whole] = cache

@@ -40,11 +40,13 @@ def fetch(
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        # on the disk of the folder itself, so that the move at the end is one step
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as draft:
             archive, content = Path(draft) / "archive.zip", Path(draft) / "content"
             _download(url, archive, most, sha256)
             _unpack(url, archive, content, kinds, most)
             inside = list(content.iterdir())
+            # many archives have one folder around everything
             only = inside[0] if len(inside) == 1 and inside[0].is_dir() else content
             only.replace(folder)
     except kdkit.DataError:
@@ -62,9 +64,11 @@ def _download(url: str, file: Path, most: float, sha256: str | None) -> None:
     with _web().open(url, timeout=PATIENCE) as answer, file.open("wb") as written:
         while block := answer.read(CHUNK):
             count += len(block)
+            # while it is read: a server need not say how much it sends
             _refuse_larger(url, count, most)
             digest.update(block)
             written.write(block)
+    # before it is unpacked
     if sha256 is not None and digest.hexdigest() != sha256.lower():
         raise kdkit.DataError(
             f"{url}: is another archive: its SHA-256 is {digest.hexdigest()}, not {sha256}"
@@ -101,6 +105,7 @@ def _unpack(url: str, file: Path, content: Path, kinds: tuple[str, ...], most: f
         wanted = [
             entry
             for entry in entries
+            # macOS puts a file beside each image that has its ending and is none
             if entry.filename.lower().endswith(kinds) and "__MACOSX" not in entry.filename
         ]
         if not wanted:
@@ -113,6 +118,7 @@ def _unpack(url: str, file: Path, content: Path, kinds: tuple[str, ...], most: f
             target = content / entry.filename.replace("\\", "/")
             target.parent.mkdir(parents=True, exist_ok=True)
             # a plain file, whatever the entry says that it is
+            # x: an entry that comes twice must not replace the first
             with archive.open(entry) as packed, target.open("xb") as written:
                 shutil.copyfileobj(packed, written, CHUNK)
 
@@ -125,5 +131,6 @@ def _refuse_larger(url: str, count: int, most: float) -> None:
 
 
 def _leads_outside(name: str) -> bool:
+    # some archives of Windows have its separators
     path = PurePosixPath(name.replace("\\", "/"))
     return path.is_absolute() or ".." in path.parts

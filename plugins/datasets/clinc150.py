@@ -55,12 +55,14 @@ class Clinc150(kdkit.DatasetSource):
 
     name = "clinc150"
     task = "text_classification"
+    # `split` tokenises all texts
     split_at_check = False
     Options = Clinc150Options
     options: Clinc150Options
 
     def info(self) -> kdkit.DataInfo:
         """What the file has, or, before it is fetched, what is known of it."""
+        # so that `kdkit check` can plan before anything is fetched
         if self.lacks():
             return kdkit.DataInfo((self.options.max_length,), INTENTS, *SIZES[self.options.config])
         counts = [
@@ -85,6 +87,7 @@ class Clinc150(kdkit.DatasetSource):
         url = URL.format(file=self._file.name)
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
+            # writes to a temporary file, and moves it when it is whole
             torch.hub.download_url_to_file(url, str(self._file), progress=False)
         except Exception as error:  # no network, no room...
             raise kdkit.DataError(

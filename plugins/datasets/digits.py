@@ -14,6 +14,7 @@ import torch
 import kdkit
 
 TRAIN, TEST = 1000, 797
+# not the run's seed: the split belongs to the dataset
 SPLIT_SEED = 0
 
 
@@ -23,6 +24,7 @@ class Digits(kdkit.DatasetSource):
     """
 
     name = "digits"
+    # `split` loads scikit-learn
     split_at_check = False
 
     def info(self) -> kdkit.DataInfo:
@@ -35,6 +37,7 @@ class Digits(kdkit.DatasetSource):
         )
 
     def split(self, part: Literal["train", "test"]) -> kdkit.InMemory:
+        # here: scikit-learn takes long to load
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 

@@ -59,6 +59,7 @@ class HfDataset(kdkit.DatasetSource):
 
     name = "hf_dataset"
     task = "text_classification"
+    # `split` tokenises all texts
     split_at_check = False
     Options = HfDatasetOptions
     options: HfDatasetOptions
@@ -77,6 +78,7 @@ class HfDataset(kdkit.DatasetSource):
         )
         texts = list(zip(*(rows[column] for column in columns), strict=True))
         labels = [
+            # the numbers of words are those of the training part
             label if isinstance(label, int) else number.get(label, -1)
             for label in rows[self.options.label]
         ]
@@ -112,6 +114,7 @@ class HfDataset(kdkit.DatasetSource):
         )
         try:
             loaded = {
+                # whatever a dataset comes with, no Python of it runs
                 part: datasets.load_dataset(
                     options.dataset, options.config, split=name, trust_remote_code=False, **files
                 )
@@ -146,6 +149,7 @@ class HfDataset(kdkit.DatasetSource):
                 f" {strangers[0]!r}"
             )
         return (
+            # up to the largest: a class without training texts keeps its number
             [*map(str, range(max(found) + 1))]
             if all(isinstance(label, int) for label in found)
             else sorted(found)

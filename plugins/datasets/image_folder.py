@@ -118,6 +118,7 @@ class ImageFolder(kdkit.DatasetSource):
     def info(self) -> kdkit.DataInfo:
         train, test = self._parts["train"], self._parts["test"]
         names = tuple(self._classes)
+        # 0: of any size; `data.image_size` says to which they are brought
         return kdkit.DataInfo(
             (3, 0, 0), len(names), len(train), len(test), names, labelled=self._labelled
         )
@@ -151,6 +152,7 @@ class ImageFolder(kdkit.DatasetSource):
     def _parts(self) -> dict[str, Files]:
         unlabelled = [] if self._labelled else _images_in(self._folder(self.options.train))
         train = (
+            # -1: no label
             Files([(str(path), -1) for path in unlabelled])
             if unlabelled
             else self._list(self.options.train)
@@ -198,6 +200,7 @@ class ImageFolder(kdkit.DatasetSource):
                 f"{folder / strangers[0]}: no such class in"
                 f" {self.options.root / self.options.train}"
             )
+        # a class may be absent from one part; no image at all is refused below
         found = make_dataset(folder, self._classes, extensions=IMG_EXTENSIONS, allow_empty=True)
         if not found:
             raise kdkit.DataError(

@@ -41,6 +41,7 @@ class Synthetic(kdkit.DatasetSource):
     """
 
     name = "synthetic"
+    # `split` makes all images
     split_at_check = False
     Options = SyntheticOptions
     options: SyntheticOptions
@@ -61,8 +62,10 @@ class Synthetic(kdkit.DatasetSource):
             generator=torch.Generator().manual_seed(3 * o.seed),
         )
         patterns = F.interpolate(coarse, size=(o.image_size, o.image_size), mode="bilinear")
+        # 3 seed, 3 seed + 1 and 3 seed + 2: no two seeds share patterns or images
         random = torch.Generator().manual_seed(3 * o.seed + (1 if part == "train" else 2))
         count = o.train if part == "train" else o.test
+        # a permutation, not draws, so that classes have equally many images
         labels = (torch.arange(count) % o.num_classes)[torch.randperm(count, generator=random)]
         farthest = o.image_size // 8
         images = torch.empty((count, o.channels, o.image_size, o.image_size), dtype=torch.uint8)

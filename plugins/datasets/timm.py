@@ -202,6 +202,7 @@ class Timm(kdkit.DatasetSource):
         from timm.data.dataset_factory import create_dataset
 
         o = self.options
+        # torchvision's constructors take none of these
         if self._kind != "torch":
             settings |= {
                 "input_key": o.input_key,
@@ -214,6 +215,7 @@ class Timm(kdkit.DatasetSource):
                 (o.train_split if part == "train" else o.test_split),
             )
             if self._kind in ("hfds", "hfids"):
+                # no Python that comes with a dataset runs
                 settings["trust_remote_code"] = False
             return create_dataset(o.dataset, root=root, split=split, **settings)
         except Exception as error:  # each of the libraries behind it has errors of its own

@@ -59,6 +59,7 @@ class SmallSet(kdkit.DatasetSource):
 
     torchvision_name: ClassVar[str]
     folder: ClassVar[str]
+    # `split` reads all images, whose numbers are known
     split_at_check = False
     files: ClassVar[tuple[str, ...]]
     facts: ClassVar[kdkit.DataInfo]
@@ -87,6 +88,7 @@ class SmallSet(kdkit.DatasetSource):
     def split(self, part: Literal["train", "test"]) -> kdkit.InMemory:
         data = self._open(part)
         pixels = torch.as_tensor(data.data)
+        # grey images come without an axis of channels, colours with it last
         images = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
         return kdkit.InMemory(images, torch.as_tensor(data.targets))
 

@@ -47,6 +47,7 @@ class ActivationBoundary(kdkit.Loss):
         for f_s, f_t in self.options.pairs(student, teacher):
             c_s, c_t = f_s.shape[1], f_t.shape[1]
             self.connectors.append(
+                # no bias: batch normalisation would take it away
                 nn.Sequential(nn.Conv2d(c_s, c_t, 1, bias=False), kdkit.AnyBatchNorm(c_t))
             )
 
@@ -56,7 +57,9 @@ class ActivationBoundary(kdkit.Loss):
             self.connectors, self.options.pairs(student, teacher), strict=True
         ):
             s = kdkit.resized(connector(f_s), f_t.shape[2:])
+            # mirrored where the teacher's neuron is on, so that one hinge serves both sides
             towards = torch.where(f_t > 0, -s, s)
+            # the released code's factor of 1/1000 belongs in the recipe's weight
             hinges.append(F.relu(towards + self.options.margin).square().sum() / len(s))
         return torch.stack(hinges).mean()
 

@@ -54,6 +54,7 @@ class FeatureMatching(kdkit.Loss):
             raise kdkit.ShapeError(
                 f"{shapes}: a single student layer leaves no choice; name two or more, or use `at`"
             )
+        # at unit length, a map of one position is 1 whatever it holds
         if any(f.shape[2:].numel() == 1 for f in theirs.values()):
             raise kdkit.ShapeError(
                 f"{shapes}: teacher layers must have several positions to attend to; take larger"
@@ -64,6 +65,7 @@ class FeatureMatching(kdkit.Loss):
         self.keys = nn.ModuleList(
             nn.Sequential(normalised(f.shape[1], width), nn.ReLU()) for f in ours.values()
         )
+        # W_t of all teacher layers in one map: one product gives the keys for each of them
         self.bilinear = normalised(width, width * len(theirs), affine=False)
         self.teacher_positions = nn.Parameter(
             nn.init.xavier_normal_(torch.empty(len(theirs), width))
@@ -79,6 +81,7 @@ class FeatureMatching(kdkit.Loss):
         )
         bias = self.teacher_positions @ self.student_positions.T
         attention = ((torch.einsum("nstw,ntw->nts", k, q) + bias) / math.sqrt(width)).softmax(2)
+        # before the loop: each student layer is compared with every teacher layer
         squares = [f.square().mean(1, keepdim=True) for f in ours]
         errors = []
         for f_t in theirs:
@@ -93,6 +96,7 @@ class FeatureMatching(kdkit.Loss):
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The maps of the student's layers and of the teacher's by name."""
         ours, theirs = {}, {}
+        # by name, so that a layer that stands in several pairs counts once
         for pair, (f_s, f_t) in zip(
             self.options.layers, self.options.pairs(student, teacher), strict=True
         ):
@@ -119,6 +123,7 @@ def embedded(embeddings: nn.ModuleList, maps: list[Tensor]) -> Tensor:
 
 
 def flat(f: Tensor) -> Tensor:
+    # the square of 1e-6, as maps are of squared activations
     return F.normalize(f.flatten(1), eps=1e-12)
 
 

@@ -30,7 +30,9 @@ class ClassAttention(kdkit.Loss):
 
     name = "cat_kd"
     knowledge = "feature"
+    # by them it is checked that the heads are pooling and a linear layer
     needs_teacher_logits = True
+    # the maps are made of the classifiers' weights
     needs_networks = True
 
     class Options(kdkit.MapOptions):
@@ -71,6 +73,7 @@ class ClassAttention(kdkit.Loss):
         own = kdkit.pooled_head(
             context.student_classifier(), f_s, student.logits, f"student '{pair.student}'"
         )
+        # a tuple hides it from `parameters()` and `state_dict()`: the student trains and saves it
         self.student_classifier = (own,)
         if own.out_features != self.teacher_classifier.out_features:
             raise kdkit.ShapeError(
@@ -81,6 +84,7 @@ class ClassAttention(kdkit.Loss):
 
     def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
         ((f_s, f_t),) = self.options.pairs(student, teacher)
+        # features come in fp32 at least, the student's weights in their own type
         own = self.student_classifier[0].weight.to(f_s.dtype)
         return F.mse_loss(
             maps(f_s, own, self.options.r),

@@ -59,6 +59,7 @@ class ChannelWise(kdkit.Loss):
             self.adapters, self.options.pairs(student, teacher), strict=True
         ):
             f_s = kdkit.resized(adapter(f_s), f_t.shape[2:])
+            # the channels of all images are rows, so that `batchmean` divides by B * C
             log_p, log_q = (
                 F.log_softmax(f.flatten(2).flatten(0, 1) / t, dim=1) for f in (f_s, f_t)
             )

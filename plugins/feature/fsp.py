@@ -65,6 +65,7 @@ def flows(maps: Sequence[Tensor]) -> list[Tensor]:
     next.
     """
     pooled = (kdkit.pooled_alike(f, g) for f, g in itertools.pairwise(maps))
+    # a mean over positions, so that the two models' sizes need not agree
     return [f.flatten(2) @ g.flatten(2).mT / f[0, 0].numel() for f, g in pooled]
 
 

@@ -60,6 +60,7 @@ class FactorTransfer(kdkit.Loss):
         self.paraphrasers, self.translators = nn.ModuleList(), nn.ModuleList()
         for f_s, f_t in self.options.pairs(student, teacher):
             c_s, c_t = f_s.shape[1], f_t.shape[1]
+            # a small rate would leave a narrow teacher no factor
             width = max(1, round(self.options.rate * c_t))
             self.paraphrasers.append(Paraphraser(c_t, width))
             self.translators.append(condenser(c_s, width))
@@ -76,6 +77,7 @@ class FactorTransfer(kdkit.Loss):
         )
         for paraphraser, translator, (f_s, f_t) in parts:
             factors, reconstruction_error = paraphraser(f_t)
+            # to one size first, so that the vectors that are compared have unit length
             wanted, got = (unit(f) for f in kdkit.pooled_alike(factors, translator(f_s)))
             difference = F.l1_loss(got, wanted) if self.options.p == 1 else F.mse_loss(got, wanted)
             values.append(difference + reconstruction_error)
@@ -93,7 +95,9 @@ class Paraphraser(nn.Module):
     def forward(self, f: Tensor) -> tuple[Tensor, Tensor]:
         """Its factors, as constants, and its reconstruction error, 0 where it does not learn."""
         factors = self.condense(f)
+        # while it rests, the value is the paper's, and the decoder costs nothing
         learns = any(weight.requires_grad for weight in self.parameters())
+        # constants: the paraphraser learns to reconstruct, not to be easy to imitate
         return factors.detach(), F.mse_loss(self.expand(factors), f) if learns else f.new_zeros(())
 
 
@@ -113,6 +117,7 @@ def stack(
 
 def unit(f: Tensor) -> Tensor:
     """Maps (B, C, H, W) as vectors of length 1, (B, C * H * W)."""
+    # torch's own 1e-12 would let the gradient grow to 1e12 where factors vanish
     return F.normalize(f.flatten(1), eps=1e-5)
 
 

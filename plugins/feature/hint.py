@@ -50,11 +50,13 @@ class Hint(kdkit.Loss):
     ) -> None:
         self.adapters = nn.ModuleList()
         for f_s, f_t in self.options.pairs(student, teacher):
+            # tokens or vectors: one linear layer serves both, as it takes the last dimension
             if f_s.ndim < 4:
                 self.adapters.append(nn.Linear(f_s.shape[-1], f_t.shape[-1]))
             elif self.options.adapter == "linear":
                 self.adapters.append(nn.Conv2d(f_s.shape[1], f_t.shape[1], 1))
             else:
+                # the convolutions have no bias, which batch normalisation would take away
                 self.adapters.append(
                     nn.Sequential(
                         convolution(f_s, f_t), kdkit.AnyBatchNorm(f_t.shape[1]), nn.ReLU()
@@ -83,6 +85,7 @@ def convolution(f_s: Tensor, f_t: Tensor) -> nn.Module:
         return nn.Conv2d(f_s.shape[1], f_t.shape[1], 3, stride=2, padding=1, bias=False)
     if all(2 * s == t for s, t in sizes):
         return nn.ConvTranspose2d(f_s.shape[1], f_t.shape[1], 4, stride=2, padding=1, bias=False)
+    # any other ratio: `forward` resizes what it gives
     return nn.Conv2d(f_s.shape[1], f_t.shape[1], 1, bias=False)
 
 

@@ -57,6 +57,7 @@ def unlikeness(s: Tensor, t: Tensor) -> Tensor:
     # With fewer positions than channels, products between positions are fewer; the square is then 2
     # - 2 cos.
     both = heard_s & heard_t
+    # 1 before the root, whose slope at 0 is infinite
     norms = [torch.where(both, row_products(f, f), 1.0).sqrt() for f in (s, t)]
     cosine = torch.where(both, row_products(s, t) / (norms[0] * norms[1]), 0.0)
     return (heard_s.to(s) + heard_t.to(s) - 2 * cosine)[..., 0]
@@ -67,12 +68,14 @@ def rows(f: Tensor, heard: Tensor) -> Tensor:
     heard.
     """
     gram = f @ f.mT
+    # a norm of 0 must not reach the division: `where` would turn its infinite slope into NaN
     norm = torch.linalg.vector_norm(gram, dim=2, keepdim=True).masked_fill(~heard, 1.0)
     return gram * torch.where(heard, 1 / norm, 0.0)
 
 
 def row_products(a: Tensor, b: Tensor) -> Tensor:
     """Inner product of each row of a a^T with that of b b^T, (B, C, 1)."""
+    # in this order no (C, C) matrix is made
     return ((a @ (a.mT @ b)) * b).sum(2, keepdim=True)
 
 

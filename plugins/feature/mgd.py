@@ -68,12 +68,14 @@ class MaskedGeneration(kdkit.Loss):
         for align, generate, (f_s, f_t) in zip(
             self.aligns, self.generators, self.options.pairs(student, teacher), strict=True
         ):
+            # aligned before it is masked: the convolution's bias would fill the holes
             f_s = kdkit.resized(align(f_s), f_t.shape[2:])
             n, channels, height, width = f_s.shape
             shape = (
                 (n, 1, height, width) if self.options.mask == "positions" else (n, channels, 1, 1)
             )
             shown = torch.rand(shape, device=f_s.device) >= self.options.ratio
+            # a sum over the map, as in the released code, which is why usual weights are small
             errors.append((generate(f_s * shown) - f_t).square().sum() / n)
         return torch.stack(errors).mean()
 

@@ -36,6 +36,7 @@ class NeuronSelectivity(kdkit.Loss):
     def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
         discrepancies = []
         for f_s, f_t in self.options.pairs(student, teacher):
+            # torch's own 1e-12 would let the gradient of a silent channel grow to 1e12
             x, y = (
                 F.normalize(f.flatten(2), dim=2, eps=1e-5) for f in kdkit.pooled_alike(f_s, f_t)
             )

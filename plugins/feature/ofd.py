@@ -35,6 +35,7 @@ class Overhaul(kdkit.Loss):
 
     name = "ofd"
     knowledge = "feature"
+    # margins come from the teacher's batch norms
     needs_networks = True
 
     class Options(kdkit.MapOptions):
@@ -73,9 +74,11 @@ class Overhaul(kdkit.Loss):
                     f"{shapes}: the batch norm of '{norm}' has {len(margins)} channels; name the"
                     " right one in `norms`"
                 )
+            # no bias: batch normalisation would take it away
             self.connectors.append(
                 nn.Sequential(nn.Conv2d(c_s, c_t, 1, bias=False), kdkit.AnyBatchNorm(c_t))
             )
+            # buffers, not parameters: margins follow from the teacher and do not learn
             self.register_buffer(f"margins{i}", margins.to(f_t)[:, None, None])
 
     def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
@@ -88,6 +91,7 @@ class Overhaul(kdkit.Loss):
                 torch.maximum(f_t, self.get_buffer(f"margins{i}")),
             )
             counts = (s > target) | (target > 0)
+            # a sum over the map, as in the released code, which is why usual weights are small
             errors.append(torch.where(counts, s - target, 0.0).square().sum() / len(s))
         return torch.stack(errors).mean()
 
@@ -110,9 +114,11 @@ def margins_of(norm: nn.Module) -> Tensor:
         ones = torch.ones(norm.num_features, dtype=torch.float64)
         bias = ones * 0 if norm.bias is None else norm.bias.to(ones)
         scale = ones if norm.weight is None else norm.weight.to(ones).abs()
+        # at a scale of 0 the ratio then has the bias's sign, and the limit min(bias, 0) comes out
         ratio = bias / scale.clamp_min(1e-12)
         density = torch.exp(-ratio.square() / 2) / math.sqrt(2 * math.pi)
         negative = torch.special.ndtr(-ratio)  # share of the values
+        # `where` computes both sides: the divisor must not vanish on the one that is not taken
         return torch.where(
             negative > 0.001, bias - scale * density / negative.clamp_min(0.001), -3 * scale
         )

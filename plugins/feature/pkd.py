@@ -37,6 +37,7 @@ class Pearson(kdkit.Loss):
     ) -> None:
         self.adapters = nn.ModuleList()
         for f_s, f_t in self.options.pairs(student, teacher):
+            # no bias: it would go away with the mean
             self.adapters.append(kdkit.aligned(f_s, f_t, bias=False))
 
     def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
@@ -55,7 +56,9 @@ def standardised(f: Tensor) -> Tensor:
     """
     centred = f - f.mean((0, 2, 3), keepdim=True)
     count = f.numel() // f.shape[1]
+    # a single value has no variance: 0 / 1, not 0 / 0
     variance = centred.square().sum((0, 2, 3), keepdim=True) / max(count - 1, 1)
+    # clamp before the root: its slope at 0 is infinite, and `where` would turn it into NaN
     return torch.where(variance > 1e-14, centred / (1e-6 + variance.clamp_min(1e-14).sqrt()), 0.0)
 
 

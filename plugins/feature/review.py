@@ -63,9 +63,11 @@ class KnowledgeReview(kdkit.Loss):
         pairs = list(self.options.pairs(student, teacher))
         deeper: Tensor | None = None
         errors = []
+        # the deepest first: each fusion needs the map of the next deeper one
         for fusion, (f_s, f_t) in zip(reversed(self.fusions), reversed(pairs), strict=True):
             guess, deeper = fusion(f_s, deeper, f_t.shape[2:])
             errors.append(hierarchical(guess, f_t))
+        # a sum over pairs, as in the paper, where most losses average
         return torch.stack(errors).sum()
 
 
@@ -76,6 +78,7 @@ class Fusion(nn.Module):
 
     def __init__(self, channels: int, width: int, wanted: int, *, fuses: bool) -> None:
         super().__init__()
+        # no biases: batch normalisation would take them away
         first, last = (
             nn.Conv2d(channels, width, 1, bias=False),
             nn.Conv2d(width, wanted, 3, padding=1, bias=False),
@@ -84,6 +87,7 @@ class Fusion(nn.Module):
         self.outer = nn.Sequential(last, kdkit.AnyBatchNorm(wanted))
         self.attention = nn.Sequential(nn.Conv2d(2 * width, 2, 1), nn.Sigmoid()) if fuses else None
         for convolution in (first, last):
+            # a = 1, as in the released code; torch's own is sqrt(5)
             nn.init.kaiming_uniform_(convolution.weight, a=1)
 
     def forward(self, f: Tensor, deeper: Tensor | None, size: torch.Size) -> tuple[Tensor, Tensor]:
@@ -95,6 +99,7 @@ class Fusion(nn.Module):
             deeper = F.interpolate(deeper, fused.shape[2:])
             own, other = self.attention(torch.cat([fused, deeper], 1)).split(1, dim=1)
             fused = own * fused + other * deeper
+        # to the teacher's size first: as in the released code, the shallower layer takes this map
         fused = F.interpolate(fused, size)
         return self.outer(fused), fused
 
@@ -108,6 +113,7 @@ def as_maps(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
 def hierarchical(f_s: Tensor, f_t: Tensor) -> Tensor:
     """HCL of two maps of one shape."""
     levels = [level for level in LEVELS if level < min(f_t.shape[2:])]
+    # by the order of the levels in use: where 4 does not fit, 2 has the weight 1/2
     weights = [0.5 ** (i + 1) for i in range(len(levels))]
     pooled = [
         F.mse_loss(F.adaptive_avg_pool2d(f_s, level), F.adaptive_avg_pool2d(f_t, level))

@@ -76,6 +76,8 @@ class SemanticCalibration(kdkit.Loss):
             (r(f_s) - f_t).square().mean((1, 2, 3))
             for r, (f_s, f_t) in zip(self.regressors, pairs, strict=True)
         ]
+        # the attention sums to 1 over teacher layers; student layers are averaged, as in the
+        # released code
         return (attention.flatten(1) * torch.stack(errors, 1)).sum(1).mean() / len(ours)
 
     def layers(
@@ -83,6 +85,7 @@ class SemanticCalibration(kdkit.Loss):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """The maps of the student's layers and of the teacher's, each once."""
         ours, theirs = {}, {}
+        # by name, so that a layer that stands in several pairs counts once
         for pair, (f_s, f_t) in zip(
             self.options.layers, self.options.pairs(student, teacher), strict=True
         ):
@@ -96,6 +99,7 @@ def embedding(channels: int, width: int) -> nn.Sequential:
 
 def embedded(embeddings: nn.ModuleList, maps: list[Tensor]) -> Tensor:
     """One unit vector per layer, (B, layers, width)."""
+    # 1e-5 bounds the gradient of an embedding near 0, where torch's own 1e-12 does not
     return F.normalize(
         torch.stack([embed(f.mean((2, 3))) for embed, f in zip(embeddings, maps, strict=True)], 1),
         dim=2,

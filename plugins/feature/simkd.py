@@ -29,7 +29,9 @@ class ReusedClassifier(kdkit.Loss):
 
     name = "simkd"
     knowledge = "feature"
+    # by them it is checked that the teacher's head is pooling and a linear layer
     needs_teacher_logits = True
+    # a deployed student has the teacher's classifier
     needs_networks = True
 
     class Options(kdkit.MapOptions):
@@ -58,10 +60,12 @@ class ReusedClassifier(kdkit.Loss):
             )
         ((f_s, f_t),) = self.options.pairs(student, teacher)
         layer = self.options.layers[0].teacher
+        # a frozen copy, which a deployed student takes along
         self.classifier = kdkit.pooled_head(
             context.teacher_classifier(), f_t, teacher.logits, f"teacher '{layer}'"
         )
         wide = f_t.shape[1]
+        # a large factor would leave a narrow teacher no channel
         inner = max(wide // self.options.factor, 1)
         self.projector = nn.Sequential(
             *block(f_s.shape[1], inner, 1), *block(inner, inner, 3), *block(inner, wide, 1)
@@ -99,6 +103,7 @@ class Deployed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         f = kdkit.as_map(self.backbone(images))
+        # what `pooled_alike` did in training, without the teacher's map
         size = min(f.shape[2], self.size[0]), min(f.shape[3], self.size[1])
         f = f if tuple(f.shape[2:]) == size else F.adaptive_avg_pool2d(f, size)
         logits: Tensor = self.classifier(self.projector(f).mean((2, 3)))

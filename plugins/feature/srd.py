@@ -51,6 +51,7 @@ class SimpleRecipe(kdkit.Loss):
         self.projectors, self.norms = nn.ModuleList(), nn.ModuleList()
         for v_s, v_t in self.options.pairs(student, teacher):
             width = v_t.shape[1]
+            # a norm for each side, as each keeps running statistics of its own
             norm = kdkit.AnyBatchNorm(width, affine=False)
             self.projectors.append(
                 nn.Sequential(nn.Conv2d(v_s.shape[1], width, 1, bias=False), norm)
@@ -62,7 +63,10 @@ class SimpleRecipe(kdkit.Loss):
         for project, norm, (v_s, v_t) in zip(
             self.projectors, self.norms, self.options.pairs(student, teacher), strict=True
         ):
+            # as maps of one position, which `AnyBatchNorm` takes
             difference = (project(v_s[:, :, None, None]) - norm(v_t[:, :, None, None])).abs()
+            # one logarithm of the whole batch's sum, as in the paper: the value depends on the
+            # batch's size
             distances.append(2 * (difference.pow(self.options.exponent).sum() + 1e-5).log())
         return torch.stack(distances).mean()
 

@@ -30,6 +30,7 @@ class SoftmaxRegression(kdkit.Loss):
     name = "srrl"
     knowledge = "feature"
     needs_teacher_logits = True
+    # the teacher's classifier judges the student's features
     needs_networks = True
     Options = kdkit.VectorOptions
     options: kdkit.VectorOptions
@@ -62,8 +63,10 @@ class SoftmaxRegression(kdkit.Loss):
 
     def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
         pair = self.options.layers[0]
+        # the mean comes after the connector, whose ReLU acts at each position
         v_s = self.connector(positions(student.features[pair.student], student.mask)).mean((2, 3))
         v_t = kdkit.as_vectors(teacher.features[pair.teacher])
+        # the teacher's logits are what the classifier gives for v_t, as `pooled_head` has checked
         return F.mse_loss(v_s, v_t) + F.mse_loss(self.classifier(v_s), teacher.logits)
 
 

@@ -49,6 +49,7 @@ class VariationalInformation(kdkit.Loss):
     ) -> None:
         self.regressors, self.scales = nn.ModuleList(), nn.ParameterList()
         above = self.options.initial_variance - LEAST_VARIANCE
+        # not log(expm1(above)), which overflows from 710 on
         start = above + math.log(-math.expm1(-above))  # softplus of it is `above`
         for f_s, f_t in self.options.pairs(student, teacher):
             c_s, c_t = f_s.shape[1], f_t.shape[1]
@@ -57,6 +58,8 @@ class VariationalInformation(kdkit.Loss):
                 nn.Conv2d(before, after, 1, bias=False) for before, after in widths
             )
             self.regressors.append(nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third))
+            # of a channel, as in the authors' code: a variance of each position would fit one size
+            # only
             self.scales.append(nn.Parameter(torch.full((c_t, 1, 1), start)))
 
     def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
@@ -65,6 +68,7 @@ class VariationalInformation(kdkit.Loss):
             self.regressors, self.scales, self.options.pairs(student, teacher), strict=True
         ):
             f_s, f_t = kdkit.pooled_alike(f_s, f_t)
+            # added, not clamped: a clamped variance would have no gradient to grow again
             variance = F.softplus(scale) + LEAST_VARIANCE
             surprises.append(
                 ((regressor(f_s) - f_t).square() / variance + variance.log()).mean() / 2

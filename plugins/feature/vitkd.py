@@ -73,6 +73,7 @@ class ViTKD(kdkit.Loss):
             nn.Identity() if f_s.shape[2] == f_t.shape[2] else nn.Linear(f_s.shape[2], f_t.shape[2])
             for f_s, f_t in pairs
         )
+        # zeros as in the released code: at first a hidden token is an empty one
         self.hidden = nn.Parameter(torch.zeros(1, wide, 1, 1))
         self.generator = nn.Sequential(
             nn.Conv2d(wide, wide, 3, padding=1), nn.ReLU(), nn.Conv2d(wide, wide, 3, padding=1)
@@ -84,10 +85,12 @@ class ViTKD(kdkit.Loss):
         mimicked = torch.stack(
             [
                 (align(f_s) - f_t).square().sum()
+                # not strict: the last pair is generated, not mimicked
                 for align, (f_s, f_t) in zip(first, pairs, strict=False)
             ]
         ).sum()
         f_s, f_t = self.grids(student, teacher)
+        # a linear layer takes the channels last
         f_s = last(f_s.movedim(1, 3)).movedim(3, 1)
         n, _, height, width = f_s.shape
         mask = hidden(n, height * width, self.options.ratio, f_s.device).view(n, 1, height, width)
@@ -95,6 +98,7 @@ class ViTKD(kdkit.Loss):
             ((self.generator(torch.where(mask, self.hidden, f_s)) - f_t) * mask).square().sum()
         )
         value: Tensor = (
+            # over `ratio`, as in the released code: only this share of the tokens counts
             self.options.mimic * mimicked + self.options.generation / self.options.ratio * generated
         ) / n
         return value
@@ -124,6 +128,8 @@ def hidden(samples: int, tokens: int, ratio: float, device: torch.device) -> Ten
     all.
     """
     kept = min(max(int(tokens * (1 - ratio)), 1), tokens - 1)
+    # the second argsort makes ranks: with a threshold on the draws, samples would hide unequally
+    # many
     return torch.rand(samples, tokens, device=device).argsort(1).argsort(1) >= kept
 
 

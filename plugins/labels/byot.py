@@ -93,6 +93,7 @@ class OwnTeacher(kdkit.Loss):
 
     def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
         o, terms = self.options, []
+        # a constant: the exits must not draw the deepest classifier towards them
         log_q = F.log_softmax(student.logits.detach() / o.temperature, 1)
         for leave, (f, deepest) in zip(self.exits, self.maps(student), strict=True):
             feature, z = leave(f)
@@ -120,11 +121,14 @@ class Exit(nn.Module):
         channels = f.shape[1]
         wide = deepest.shape[1]
         self.size = (deepest.shape[2], deepest.shape[3])
+        # a quarter of few channels would be none
         inner = max(wide // 4, 1)
+        # rounded down: `forward` pools what is left
         halvings = int(
             math.log2(max(1, min(s // d for s, d in zip(f.shape[2:], self.size, strict=True))))
         )
         down = [part for _ in range(halvings) for part in block(inner, inner, 3)]
+        # without the last activation, as the deepest features may be negative
         self.bottleneck = nn.Sequential(
             *block(channels, inner, 1), *down, *block(inner, wide, 1)[:-1]
         )
@@ -132,6 +136,7 @@ class Exit(nn.Module):
 
     def forward(self, f: Tensor) -> tuple[Tensor, Tensor]:
         f = self.bottleneck(f)
+        # what strides of 2 do not reach exactly
         f = f if tuple(f.shape[2:]) == self.size else F.adaptive_avg_pool2d(f, self.size)
         return f, self.classifier(f.mean((2, 3)))
 

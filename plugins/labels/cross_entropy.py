@@ -66,6 +66,7 @@ class CrossEntropy(kdkit.Loss):
                 f"{self.name}: student logits {tuple(z_s.shape)} do not fit the labels, which need"
                 f" {wanted}; give the student one logit per class of the dataset"
             )
+        # once: the labels of all samples do not change
         self.weights = self._weights(z_s.shape[1], context)
 
     def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
@@ -73,6 +74,7 @@ class CrossEntropy(kdkit.Loss):
         if self.weights is None:
             return F.cross_entropy(student.logits, batch.labels, label_smoothing=smoothing)
         weights = self.weights.to(student.logits)
+        # not torch's own mean, which divides by the weights of the batch
         each = F.cross_entropy(
             student.logits, batch.labels, weights, label_smoothing=smoothing, reduction="none"
         )
@@ -93,7 +95,9 @@ class CrossEntropy(kdkit.Loss):
                 f"{self.name}: class_weights: balanced needs the labels of all training samples;"
                 f" write the {num_classes} weights out"
             )
+        # -1: a sample that is not trained on
         counts = context.labels[context.labels >= 0].bincount(minlength=num_classes)
+        # the weight of a class without samples is never used, but must be finite
         return counts.sum() / (num_classes * counts.clamp(min=1)).float()
 
 

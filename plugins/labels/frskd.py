@@ -127,6 +127,7 @@ class Pyramid(nn.Module):
             nn.ModuleList(separable(w) for w in some) for some in (wide[:-1], wide[1:])
         )
         self.up_shares = nn.ParameterList(torch.ones(2) for _ in steps)
+        # on the way back, the deepest map has no map from the first way beside it
         self.down_shares = nn.ParameterList(
             torch.ones(3 if i < len(steps) else 2) for i in range(1, len(steps) + 1)
         )
@@ -137,6 +138,7 @@ class Pyramid(nn.Module):
         for i in reversed(range(len(maps) - 1)):
             grown = self.widen[i](F.interpolate(above[i + 1], size=above[i].shape[2:]))
             above[i] = self.up[i](mean(self.up_shares[i], above[i], grown)).relu()
+        # nothing comes to the shallowest map on the way back
         refined = above[:1]
         for i in range(1, len(maps)):
             shrunk = self.narrow[i - 1](F.adaptive_max_pool2d(refined[-1], maps[i].shape[2:]))
@@ -162,6 +164,7 @@ def kept_if_varied(f: Tensor) -> Tensor:
 def mean(shares: Tensor, *maps: Tensor) -> Tensor:
     """Their mean by learnt shares, none negative."""
     positive = shares.relu()
+    # 1e-6: all shares may be 0 behind the ReLU
     return (positive.view(-1, 1, 1, 1, 1) * torch.stack(maps)).sum(0) / (positive.sum() + 1e-6)
 
 
@@ -183,6 +186,7 @@ def separable(width: int) -> nn.Sequential:
 
 def attention(f: Tensor) -> Tensor:
     """Maps (B, C, H, W) to unit vectors over the positions, (B, H * W)."""
+    # of squared activations: those below 1e-6 count as none
     return F.normalize(f.square().mean(1).flatten(1), eps=1e-12)
 
 

@@ -69,6 +69,7 @@ class VirtualTeacher(kdkit.Loss):
         shares = (
             F.one_hot(batch.labels, z.shape[1]) if batch.labels.ndim == 1 else batch.labels
         ).to(z.dtype)
+        # nowhere 0, as `correct` lies between 0 and 1: its logarithm is finite
         u = a * shares + (1 - a) / (z.shape[1] - 1) * (1 - shares)
         t_s = t if self.options.soften_student else 1.0
         log_q, log_p = F.log_softmax(u.log() / t, dim=1), F.log_softmax(z / t_s, dim=1)

@@ -39,6 +39,7 @@ class AnswersSource(kdkit.KnownAnswers):
             shape, kind = (_npz if self._is_npz else _safetensors)(
                 self.options.file, self.model_name
             )
+        # it says more than `_damaged` would
         except kdkit.ModelError:
             raise
         except Exception as error:  # whatever a damaged file makes a reader raise
@@ -51,11 +52,14 @@ class AnswersSource(kdkit.KnownAnswers):
 
     def read(self) -> torch.Tensor:
         """The whole array."""
+        # refuses what is no such array before all of it is read
         self.shape()
         try:
             if self._is_npz:
+                # a pickle could run code
                 with numpy.load(self.options.file, allow_pickle=False) as file:
                     rows = file[self.model_name]
+                # torch takes the machine's own byte order only
                 return torch.from_numpy(rows.astype(rows.dtype.newbyteorder("=")))
             with safe_open(self.options.file, framework="pt") as file:
                 found: torch.Tensor = file.get_tensor(self.model_name)

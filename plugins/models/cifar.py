@@ -38,6 +38,7 @@ class CifarSource(kdkit.ModelSource):
 
     def build(self, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
         """The network by `timm.create_model`, with random weights."""
+        # here: timm takes long to load, and `import kdkit` must not
         import timm
 
         from ._cifar.registration import ARCHITECTURES, PREFIX

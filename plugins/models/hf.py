@@ -109,12 +109,15 @@ class HuggingFaceSource(kdkit.ModelSource):
             donor, found = transformers.AutoModelForSequenceClassification.from_pretrained(
                 self.model_name,
                 config=module.config,
+                # a classifier of other classes keeps random weights; the encoder's misfits are
+                # refused below
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 **OWN_CODE_ONLY,
             )
         encoder = f"{module.base_model_prefix}."
         absent = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
+        # a pooler belongs to the classifier: many encoders are published without one
         if lacking := sorted(
             key for key in absent if key.startswith(encoder) and ".pooler." not in key
         ):

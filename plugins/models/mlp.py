@@ -70,6 +70,7 @@ class MLPSource(kdkit.ModelSource):
 
     def build(self, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
         """A perceptron for flattened images."""
+        # sizes have a bound, so that a slip is refused instead of filling the memory
         if not re.fullmatch(r"[1-9]\d{0,5}(-[1-9]\d{0,5}){0,99}", self.model_name):
             raise kdkit.ModelError(
                 f"'{self.model_name}' is no list of hidden sizes, each below a million; write"

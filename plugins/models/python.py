@@ -68,6 +68,7 @@ class PythonSource(kdkit.ModelSource):
 
 def _import(file: Path) -> ModuleType:
     try:
+        # of what it imports too: a file that was edited is another module
         digest = hashlib.sha256(f"{file} {kdkit.code_digest(file)}".encode()).hexdigest()[:12]
     except OSError as error:
         raise kdkit.ModelError(f"{file}: cannot be read: {error.strerror}") from error
@@ -77,11 +78,13 @@ def _import(file: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise kdkit.ModelError(f"{file}: a model file is Python source and ends in .py")
+    # registered before it runs, as an import does: dataclasses look their module up there
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         with kdkit.beside(file):
             spec.loader.exec_module(module)
     except Exception as error:
+        # the next call must not find what broke half-way
         del sys.modules[name]
         raise kdkit.ModelError(f"{file}: cannot be imported: {_cause(error)}") from error
     return module
@@ -91,6 +94,7 @@ def _near(name: str, file: Path) -> str:
     own = [
         key
         for key, value in vars(_import(file)).items()
+        # not what it imports from elsewhere
         if getattr(value, "__module__", None) == _import(file).__name__
     ]
     close = difflib.get_close_matches(name, own, n=1, cutoff=0.5)

@@ -67,6 +67,7 @@ class TimmSource(kdkit.ModelSource):
         arguments = {
             "in_chans": image_shape[0],
             **(self._narrow_stem() if options.stem == "small" else {}),
+            # last: what the recipe says counts
             **options.args,
         }
         module = self._create(num_classes=num_classes, **arguments)
@@ -112,6 +113,7 @@ class TimmSource(kdkit.ModelSource):
         )
 
     def _create(self, **arguments: Any) -> nn.Module:
+        # here: timm takes long to load, and `import kdkit` must not
         import timm
 
         name = self.model_name

@@ -29,6 +29,7 @@ class TorchvisionSource(kdkit.ModelSource):
 
     def build(self, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
         """The network by torchvision's `get_model`."""
+        # here: torchvision takes long to load, and `import kdkit` must not
         from torchvision import models
 
         known = models.list_models(module=models)
@@ -53,6 +54,7 @@ class TorchvisionSource(kdkit.ModelSource):
         if not self.options.pretrained:
             return
         try:
+            # the digest in the file's name tells a download that was cut short
             weights = self._weights().get_state_dict(progress=False, check_hash=True)
         except Exception as error:
             cause = " ".join(str(error).split())
@@ -66,9 +68,11 @@ class TorchvisionSource(kdkit.ModelSource):
             if key in own and own[key].shape == value.shape
         }
         misfits = (own.keys() | weights.keys()) - fitting.keys()
+        # the oldest files lack the counters, which no answer depends on
         left = sorted(
             {key.rpartition(".")[0] for key in misfits if not key.endswith("num_batches_tracked")}
         )
+        # one layer may be another: the classifier of other classes
         if len(left) > 1:
             raise kdkit.ModelError(
                 f"torchvision's weights of '{self.model_name}' do not fit these arguments:"

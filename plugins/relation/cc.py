@@ -56,6 +56,7 @@ class CorrelationCongruence(kdkit.Loss):
         """Embeddings (N, D) to the kernel of each pair, (N, N)."""
         silent = e.detach().norm(dim=1, keepdim=True) < 1e-6
         # a single sample correlates with nothing
+        # before the division: a quotient by a norm near 0 would have a huge gradient
         unit = F.normalize(e.masked_fill(silent | (len(e) < 2), 0.0))
         cosine = unit @ unit.T
         width = 2 * self.options.gamma
@@ -63,6 +64,7 @@ class CorrelationCongruence(kdkit.Loss):
         kernel = torch.ones_like(cosine)
         for p in range(order, 0, -1):  # Horner's scheme, from the highest power
             kernel = 1 + width / p * cosine * kernel
+        # the factor that all terms have in common
         return math.exp(-width) * kernel
 
 

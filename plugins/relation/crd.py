@@ -46,6 +46,7 @@ class ContrastiveRepresentation(kdkit.Loss):
 
     name = "crd"
     knowledge = "relation"
+    # negatives are images of other classes
     tasks = frozenset({"classes"})
     exceptions = {
         "check_the_gradient_is_that_of_the_value": (
@@ -85,6 +86,7 @@ class ContrastiveRepresentation(kdkit.Loss):
             )
         # a class's images are neighbours in the memories
         classes, order = context.labels.cpu().sort(stable=True)
+        # -1: an image that is not trained on
         classes, order = classes[classes >= 0], order[classes >= 0]
         counts = classes.bincount()
         if int((counts > 0).sum()) < 2:
@@ -93,6 +95,7 @@ class ContrastiveRepresentation(kdkit.Loss):
                 " of one class"
             )
         rows = torch.full((context.num_samples,), -1).scatter_(0, order, torch.arange(len(order)))
+        # these three are not saved: they follow from the data
         self.register_buffer("rows", rows, persistent=False)  # by an image's number
         # by row: its class's first row
         self.register_buffer("first", (counts.cumsum(0) - counts)[classes], persistent=False)
@@ -114,6 +117,8 @@ class ContrastiveRepresentation(kdkit.Loss):
         these images.
         """
         first, count = self.first[own, None], self.count[own, None]
+        # how many rows there are to draw from differs by class: the remainder of a large number
+        # serves all, and is uniform but for M / 2^32
         number = torch.randint(2**32 - 1, (len(own), self.options.negatives), device=own.device)
         other = number % (len(self.first) - count)  # its place among the images of other classes
         return other + count * (other >= first)
@@ -141,6 +146,7 @@ class Memories(nn.Module):
         """The loss of both directions, on the rows `chosen` (B, 1 + K), the images' own first;
         then remembers the embeddings.
         """
+        # 1e-4 bounds the gradient of an embedding near 0, where torch's own 1e-12 does not
         v_s, v_t = (
             F.normalize(self.student(f_s), eps=1e-4),
             F.normalize(self.teacher(f_t), eps=1e-4),
@@ -153,7 +159,9 @@ class Memories(nn.Module):
         )
         value: Tensor = one + two
         if self.training:
+            # only in training: a validation or a probe must leave no trace
             self.partition.copy_(torch.stack([z_s, z_t]))
+            # of all processes, so that all keep the same memories
             rows = kdkit.gather(chosen[:, 0].contiguous())
             ascending, order = rows.sort(stable=True)
             # equal rows write equal values, in whatever order
@@ -163,6 +171,7 @@ class Memories(nn.Module):
                     options.momentum * memory[rows]
                     + (1 - options.momentum) * kdkit.gather(v.detach())[last]
                 )
+                # in place: a recorded step goes on with the same tensor
                 memory.index_copy_(0, rows, F.normalize(new))
         return value
 
@@ -179,11 +188,14 @@ class Contrast(torch.autograd.Function):
     def forward(
         ctx: Any, v: Tensor, memory: Tensor, chosen: Tensor, known: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
+        # the whole memory in one product: gathering K rows for each image would take (B, K, D)
         scores = (v @ memory.T).div_(temperature)
         logits = scores.gather(1, chosen)
+        # over all processes, so that all have one Z
         here = kdkit.gather((logits.logsumexp((0, 1)) - math.log(logits.numel()))[None])
         partition = torch.where(known == 0, here.logsumexp(0) - math.log(len(here)), known)
         logits -= partition + math.log(chosen.shape[1] - 1)  # log of P / (K / M)
+        # -log h = softplus(-x) for the positive, -log(1 - h) = softplus(x) for negatives
         logits[:, 0].neg_()
         value = F.softplus(logits).sum() / len(v)
         ctx.mark_non_differentiable(partition)
@@ -194,6 +206,7 @@ class Contrast(torch.autograd.Function):
             # slopes.
             coefficients = scores.zero_().scatter_add_(1, chosen, torch.ones_like(slope))
             slope *= coefficients.gather(1, chosen)
+            # the finished gradient, not its parts: the memory changes before backward
             ctx.save_for_backward(
                 coefficients.scatter_(1, chosen, slope) @ memory / (temperature * len(v))
             )

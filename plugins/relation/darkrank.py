@@ -67,8 +67,10 @@ class DarkRank(kdkit.Loss):
             e_s, e_t = unit(e_s), unit(e_t)
         length = min(self.options.length, len(e_s) - 1)
         if length < 2:
+            # not a plain zero: backward needs a graph
             return 0.0 * e_s.sum()
         itself = torch.eye(len(e_t), dtype=torch.bool, device=e_t.device)
+        # each sample is nearest to itself, which says nothing
         nearest = distances(e_t).masked_fill(itself, math.inf).topk(length, largest=False).indices
         scores = self.scores(distances(e_s).gather(1, nearest))
         # before k, when k is drawn
@@ -78,6 +80,7 @@ class DarkRank(kdkit.Loss):
 
     def scores(self, d: Tensor) -> Tensor:
         alpha, beta = self.options.alpha, self.options.beta
+        # with beta 1 the slope is alpha everywhere
         far = (STEEPEST / (alpha * beta)) ** (1 / (beta - 1)) if beta > 1 else math.inf
         return -alpha * d.clamp_max(far) ** beta - STEEPEST * (d - far).clamp_min(0.0)
 
@@ -89,9 +92,11 @@ def unit(e: Tensor) -> Tensor:
 
 def distances(e: Tensor) -> Tensor:
     """Embeddings (N, D) to Euclidean distances, (N, N)."""
+    # changes no distance, and saves digits of the Gram matrix
     e = e - e.detach().mean(0)
     gram = e @ e.T
     square = gram.diagonal()
+    # clamp before the root, whose slope at 0 is infinite: equal samples have no gradient
     return (square[:, None] + square - 2 * gram).clamp_min(1e-12).sqrt()
 
 

@@ -37,6 +37,7 @@ class InstanceGraph(kdkit.Loss):
 
     name = "irg"
     knowledge = "relation"
+    # they are the vertices
     needs_teacher_logits = True
 
     class Options(kdkit.RelationOptions):
@@ -57,6 +58,7 @@ class InstanceGraph(kdkit.Loss):
 
         def check(self, student: kdkit.Outputs, teacher: kdkit.Outputs) -> None:
             super().check(student, teacher)
+            # without vertices, logits of other classes will do
             if self.vertex:
                 kdkit.ResponseOptions().check(student, teacher)
             for pair in self.layers if self.transformation else ():
@@ -98,6 +100,7 @@ class InstanceGraph(kdkit.Loss):
             f, g = kdkit.pooled_alike(f, g)
             width = min(f.shape[1], g.shape[1])
             move = (narrowed(f, width) - narrowed(g, width)).square().sum((1, 2, 3))
+            # the largest of the whole batch, not of a process's share
             moves.append(over_largest(kdkit.gather(move) if self.options.gather else move))
         return moves
 
@@ -120,11 +123,13 @@ def narrowed(f: Tensor, width: int) -> Tensor:
 
 def distances(e: Tensor) -> Tensor:
     """Embeddings (N, D) to squared Euclidean distances over the largest, (N, N)."""
+    # changes no distance, and saves digits of the Gram matrix
     e = e - e.detach().mean(0)
     gram = e @ e.T
     square = gram.diagonal()
     itself = torch.eye(len(e), dtype=torch.bool, device=e.device)
     return over_largest(
+        # rounding leaves values below 0, and on the diagonal values beside 0
         (square[:, None] + square - 2 * gram).clamp_min(0.0).masked_fill(itself, 0.0)
     )
 
@@ -133,6 +138,7 @@ def over_largest(squares: Tensor) -> Tensor:
     """Squared distances over the largest; those of a batch of one, or of which all are below
     1e-10, say little or nothing.
     """
+    # clamped: a batch of equal samples would divide by 0
     return squares / squares.amax().clamp_min(1e-10) if len(squares) > 1 else 0.0 * squares
 
 

@@ -77,6 +77,7 @@ class SingularVectors(kdkit.Loss):
     def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
         maps = zip(self.adapters, self.options.pairs(student, teacher), strict=True)
         pairs = [(adapter(f_s), f_t) for adapter, (f_s, f_t) in maps]
+        # one k for all layers: the kernel relates vectors of two layers one by one
         k = min(self.options.k, *(rank(f) for pair in pairs for f in pair))
         layers = []
         for f_s, f_t in pairs:
@@ -97,6 +98,7 @@ def rank(f: Tensor) -> int:
 
 
 def signs(x: Tensor) -> Tensor:
+    # not torch.sign, which would make a vector of sign 0 vanish
     return torch.where(x < 0, -1.0, 1.0).to(x.dtype)
 
 
@@ -104,6 +106,7 @@ def most_alike(v_s: Tensor, v_t: Tensor) -> Tensor:
     """For each of the teacher's vectors (B, C, k), that one of the student's (B, C, n) with the
     largest absolute cosine, towards it.
     """
+    # which vector is taken, and its sign, have no slope
     cosine = v_s.detach().mT @ v_t
     best = cosine.abs().argmax(1, keepdim=True)
     return v_s.gather(2, best.expand_as(v_t)) * signs(cosine.gather(1, best))
@@ -123,7 +126,9 @@ def singular_vectors(f: Tensor, count: int) -> tuple[Tensor, Tensor]:
     flat = x.shape[1] <= x.shape[2]
     values, vectors = FirstEigenvectors.apply(x @ x.mT if flat else x.mT @ x, count)
     silent = values <= least_gap(values)
+    # a value of nothing but rounding has no direction
     vectors = vectors.masked_fill(silent[:, None], 0.0)
+    # normalised, not divided by the singular values, which may be 0
     return (vectors if flat else F.normalize(x @ vectors, dim=1)).to(f), values.masked_fill(
         silent, 0.0
     ).to(f)
@@ -142,6 +147,7 @@ class FirstEigenvectors(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
         squares, vectors = torch.linalg.eigh(gram)
+        # `eigh` gives the smallest first, and by rounding some below 0
         values, vectors = squares.flip(1).clamp_min(0.0).sqrt(), vectors.flip(2)
         ctx.save_for_backward(values, vectors)
         first = values[:, :count]
@@ -153,8 +159,10 @@ class FirstEigenvectors(torch.autograd.Function):
     def backward(ctx: Any, _: Tensor, grad: Tensor) -> tuple[Tensor, None]:
         values, vectors = ctx.saved_tensors
         first = values[:, None, : grad.shape[2]]
+        # their product is the difference of eigenvalues, which are the squares
         gap, total = first - values[..., None], first + values[..., None]
         apart = gap.abs() > least_gap(values)[..., None]
+        # 1 in the divisor of what is not taken: 0 / 0 would be NaN
         turn = torch.where(apart, vectors.mT @ grad / torch.where(apart, gap * total, 1.0), 0.0)
         return vectors @ turn @ vectors[..., : grad.shape[2]].mT, None
 

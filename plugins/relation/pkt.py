@@ -39,6 +39,7 @@ class ProbabilisticTransfer(kdkit.Loss):
             s, t = neighbours(e_s), neighbours(e_t)
             change = (s - t) / (t + EPS)
             near = change.abs() < 0.5  # there, log1p keeps the digits that a ratio near 1 has not
+            # clamped also where it is not taken: the logarithm of a number below 0 would be NaN
             log_ratio = torch.where(
                 near, change.clamp(-0.5, 0.5).log1p(), ((s + EPS) / (t + EPS)).log()
             )
@@ -51,6 +52,7 @@ def neighbours(e: Tensor) -> Tensor:
     """Embeddings (N, D) to the probability that j is the neighbour of i, (N, N)."""
     silent = e.detach().norm(dim=1, keepdim=True) < 1e-6
     e = e.masked_fill(silent | (len(e) < 2), 0.0)  # a single sample has no neighbours
+    # the released code's constant, although rows with a norm near 0 are out already
     unit = e / (e.norm(dim=1, keepdim=True) + EPS)
     likeness: Tensor = ((1 + unit @ unit.T) / 2).clamp_min(0.0)  # rounding takes a cosine below -1
     return likeness / likeness.sum(1, keepdim=True)

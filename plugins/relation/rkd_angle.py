@@ -67,6 +67,7 @@ class AngleDifference(torch.autograd.Function):
         for rows in (slice(start, start + chunk) for start in range(0, n, chunk)):
             cosines, wanted = student.cosines(rows), teacher.cosines(rows)
             value += F.smooth_l1_loss(cosines, wanted, reduction="sum")
+            # the slope of smooth_l1, which is linear beyond 1
             slope = (cosines - wanted).clamp_(-1, 1)
             # turning a side keeps its length: this part of the slope is taken out
             length[rows] = (slope * cosines).sum(2)
@@ -108,6 +109,7 @@ class Triplets:
         square = self.gram.diagonal()
         both = square[:, None] + square
         squared_distance = both - 2 * self.gram
+        # relative to the norms, as the rounding of a Gram matrix is
         floor = max(1e-12, 32 * torch.finfo(wide).eps) * both.clamp_min(1.0)
         self.inverse = torch.where(
             squared_distance > floor, squared_distance.clamp_min(1e-12).rsqrt(), 0.0

@@ -44,7 +44,9 @@ def distances(e: Tensor) -> Tensor:
     gram = e @ e.T
     square = gram.diagonal()
     itself = torch.eye(len(e), dtype=torch.bool, device=e.device)
+    # clamp before the root, whose slope at 0 is infinite, and the diagonal after it
     d = (square[:, None] + square - 2 * gram).clamp_min(1e-12).sqrt().masked_fill(itself, 0.0)
+    # a batch of one has no pair: 0 / 1, not 0 / 0
     mean = d.sum() / max(len(e) * (len(e) - 1), 1)
     return d / mean.clamp_min(1e-6)  # a mean of distances never is below that, except that of none
 

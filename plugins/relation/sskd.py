@@ -41,6 +41,7 @@ class SelfSupervision(kdkit.Loss):
 
     name = "sskd"
     knowledge = "relation"
+    # of turned images, for the second part
     needs_teacher_logits = True
     needs_views = {"turned": 3}
     exceptions = {
@@ -118,6 +119,7 @@ class SelfSupervision(kdkit.Loss):
                 a_s, a_t.detach(), image, options.similarity_share, options.similarity_temperature
             )
             values.append(options.similarity_weight * value)
+            # only where the head learns: in later stages the value is the paper's
             if any(weight.requires_grad for weight in head_t.parameters()):
                 values[-1] = values[-1] + F.cross_entropy(a_t, image)
         total = torch.stack(values).mean()
@@ -126,6 +128,7 @@ class SelfSupervision(kdkit.Loss):
         answers = (
             seen_s.logits,
             seen_t.logits,
+            # turned images come a whole batch at a time, one angle after the other
             batch.classes.repeat(len(seen_s.logits) // len(batch.labels)),
         )
         z_s, z_t, classes = (kdkit.gather(x) if options.gather else x for x in answers)
@@ -140,6 +143,7 @@ def head(width: int) -> nn.Sequential:
 
 def cosines(one: Tensor, other: Tensor) -> Tensor:
     """Cosines of the rows of (M, D) and (N, D), (M, N)."""
+    # 1e-4 bounds the gradient of a projection near 0, where torch's own 1e-12 does not
     return F.normalize(one, eps=1e-4) @ F.normalize(other, eps=1e-4).T
 
 
@@ -150,9 +154,11 @@ def divergence(s: Tensor, t: Tensor, truth: Tensor, share: float, temperature: f
     log_p, log_q = (F.log_softmax(x / temperature, 1) for x in (s, t))
     true = t.gather(1, truth[:, None])
     rank = (t > true).sum(1)
+    # stable sorts: equal answers are kept in the order of the images, on every device
     order = log_q.gather(1, truth[:, None])[:, 0].argsort(descending=True, stable=True)
     order = order[rank[order].argsort(stable=True)]  # by rank, then by certainty
     wrong = (rank > 0).sum()
+    # counts stay tensors, so that the host need not wait for the device
     kept = len(t) - wrong + (share * wrong).floor()
     rows = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(1)[order]
     return (

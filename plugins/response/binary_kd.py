@@ -53,6 +53,7 @@ class BinaryKD(kdkit.Loss):
             if self.options.target == "softmax"
             else teacher.logits.sigmoid()
         )
+        # from logits: the logarithm of a sigmoid that rounds to 0 would be infinite
         return F.binary_cross_entropy_with_logits(student.logits, q)
 
 

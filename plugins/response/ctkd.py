@@ -56,9 +56,11 @@ class CurriculumTemperature(kdkit.Loss):
         self, student: kdkit.Outputs, teacher: kdkit.Outputs, context: kdkit.Context | None = None
     ) -> None:
         super().setup(student, teacher, context)
+        # 1, not 0, as in the released code: the temperature starts at 15.6, not in the middle
         self.theta = nn.Parameter(torch.ones((), device=student.logits.device))
 
     def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
+        # reversed at theta alone: the student's own gradient keeps its sign
         theta: Tensor = _Reversal.apply(self.theta, self.options.reversal)
         t = self.options.start + self.options.range * theta.sigmoid()
         log_p, log_q = (

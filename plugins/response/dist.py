@@ -51,6 +51,7 @@ class DIST(kdkit.Loss):
     def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
         tau = self.options.temperature
         p, q = (student.logits / tau).softmax(1), (teacher.logits / tau).softmax(1)
+        # in a batch of one, columns do not vary: the second part is a constant
         inter, intra = 1 - correlation(p, q).mean(), 1 - correlation(p.T, q.T).mean()
         return tau**2 * (self.options.beta * inter + self.options.gamma * intra)
 
@@ -60,7 +61,9 @@ def correlation(a: Tensor, b: Tensor) -> Tensor:
     a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
     size = torch.linalg.vector_norm(b, dim=1)
     norms = torch.linalg.vector_norm(a, dim=1) * size
+    # the slope by a is |b| / (|a| |b| + 1e-8) at most
     steep = size > 1e5 * (norms + 1e-8)
+    # `where` computes both sides: the one that is not taken must have a finite slope too
     return torch.where(steep, 0.0, (a * b).sum(1) / (norms.masked_fill(steep, 1.0) + 1e-8))
 
 

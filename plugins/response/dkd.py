@@ -79,7 +79,9 @@ def log_probabilities(z: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
     """
     k = torch.arange(z.shape[1] - 1, device=z.device)
     others = z.gather(1, k + (k >= classes[:, None]))  # every class but the label, in order
+    # log p_y - log(1 - p_y), from logits: 1 - p_y would round to 0 for a certain label
     margin = z.gather(1, classes[:, None]) - others.logsumexp(1, keepdim=True)
+    # both from one margin: log(1 - sigmoid) would be infinite where the sigmoid rounds to 1
     return F.logsigmoid(torch.cat([margin, -margin], 1)), F.log_softmax(others, dim=1)
 
 

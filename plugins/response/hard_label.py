@@ -26,6 +26,7 @@ class HardLabel(kdkit.Loss):
     Options = kdkit.ResponseOptions
 
     def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
+        # a decision has no gradient, so the teacher's side needs no `detach`
         return F.cross_entropy(student.logits, teacher.logits.argmax(1))
 
 

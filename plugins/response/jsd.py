@@ -52,10 +52,12 @@ class JensenShannon(kdkit.Loss):
             F.log_softmax(student.logits / t, dim=1),
             F.log_softmax(teacher.logits / t, dim=1),
         )
+        # at both ends the mixture is one of the two, and the logarithm of a share is infinite
         if b == 0:
             return divergence(log_q, log_p)
         if b == 1:
             return divergence(log_p, log_q)
+        # by logarithms: a mixture of probabilities rounds to 0 where both are small
         log_m = torch.logaddexp(log_p + math.log1p(-b), log_q + math.log(b))
         return b * divergence(log_q, log_m) + (1 - b) * divergence(log_p, log_m)
 

@@ -60,6 +60,8 @@ class LogitKL(kdkit.Loss):
             z_s, z_t = kdkit.standardized(z_s), kdkit.standardized(z_t)
         log_p, log_q = F.log_softmax(z_s / t, dim=1), F.log_softmax(z_t / t, dim=1)
         divergence = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(1)
+        # a product, not a selection: the host would wait for its size
+        # where the teacher gets none right: 0 / 1, not 0 / 0
         return t**2 * (divergence * correct).sum() / correct.sum().clamp_min(1)
 
 

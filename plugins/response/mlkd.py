@@ -72,6 +72,7 @@ class MultiLevelKD(kdkit.Loss):
         values = []
         for t in o.temperatures:
             log_p, log_q = F.log_softmax(z_s / t, dim=1), F.log_softmax(z_t / t, dim=1)
+            # not the other way round: log(softmax) is infinite where a probability rounds to 0
             p, q = log_p.exp(), log_q.exp()
             divergence = t**2 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
             category, samples = correlation_gaps(p, q)

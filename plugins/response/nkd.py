@@ -54,6 +54,7 @@ class NKD(kdkit.Loss):
         z_t = teacher.logits
         t = self.options.temperature
         y = batch.classes[:, None]
+        # at temperature 1, as in the paper: T is for the other classes only
         label = z_t.softmax(1).gather(1, y) * z_s.log_softmax(1).gather(1, y)
         k = torch.arange(z_s.shape[1] - 1, device=z_s.device)
         others = k + (k >= y)  # every class but the label, in order
@@ -61,6 +62,7 @@ class NKD(kdkit.Loss):
             (z_t.gather(1, others) / t).softmax(1),
             F.log_softmax(z_s.gather(1, others) / t, dim=1),
         )
+        # cross-entropies, not divergences, as in the paper: the teacher's entropy is a constant
         return -label.mean() - self.options.gamma * t**2 * (soft * log_p).sum(1).mean()
 
 

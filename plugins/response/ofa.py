@@ -73,7 +73,9 @@ class OneForAll(kdkit.Loss):
 
     def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
         q = teacher.logits.softmax(1)
+        # of a mixed sample the class with the largest share, as in the released code
         label = F.one_hot(batch.classes, q.shape[1]).to(q)
+        # the label is added before the power and taken off behind it: at eps 1 this is q itself
         target = (q + label) ** self.options.eps - label
         stages = (
             kdkit.as_vectors(student.features[pair.student], student.mask)

@@ -42,6 +42,7 @@ class SoftLabels(kdkit.Loss):
 
     def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
         z_s, alpha = student.logits, self.options.alpha
+        # mixed inputs have shares already
         y = batch.labels if batch.labels.ndim == 2 else F.one_hot(batch.labels, z_s.shape[1])
         return F.cross_entropy(z_s, (1 - alpha) * y.to(z_s) + alpha * teacher.logits.softmax(1))
 

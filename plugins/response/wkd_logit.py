@@ -40,6 +40,7 @@ class WassersteinLogits(kdkit.Loss):
 
     name = "wkd_logit"
     knowledge = "response"
+    # the cost is made of the teacher's classifier
     needs_networks = True
 
     class Options(kdkit.ResponseOptions):
@@ -57,6 +58,7 @@ class WassersteinLogits(kdkit.Loss):
         )
         regularization: float = Field(
             default=0.05,
+            # a cost is 2 at most, and exp(-2 / 0.025) is still a normal number in fp32
             ge=0.025,
             description=(
                 "Weight of the plan's entropy: a smaller one is nearer to exact transport, and"
@@ -98,8 +100,10 @@ class WassersteinLogits(kdkit.Loss):
         """exp(-cost / regularization) (K, K), symmetric and nowhere 0, by the bound on
         `regularization`; made in place.
         """
+        # rounding takes a cosine above 1, and that of a row with itself off 1
         kernel = (rows @ rows.T).neg_().add_(1).clamp_min_(0).fill_diagonal_(0)
         if sharpness := self.options.sharpness:
+            # expm1 keeps the digits of small costs, which 1 - exp loses
             kernel.mul_(-sharpness).expm1_().neg_()
         return kernel.div_(-self.options.regularization).exp_()
 
@@ -114,17 +118,21 @@ class WassersteinLogits(kdkit.Loss):
         y = batch.classes[:, None]
         label = z_t.softmax(1).gather(1, y) * z_s.log_softmax(1).gather(1, y)
         target = torch.zeros_like(z_s, dtype=torch.bool).scatter(1, y, True)
+        # -inf: the label has no share at all, and no gradient from here
         log_p, log_q = ((z / t).masked_fill(target, -torch.inf).log_softmax(1) for z in (z_s, z_t))
         return -label.mean() + self.options.gamma * self.transport(log_p, log_q).mean()
 
     def transport(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         """Cost (B,) of moving p to q, whose logarithms (B, K) may be -inf."""
         kernel = self.kernel.to(log_p)
+        # the label stays out on the student's side too, also before the first step
         log_u = torch.zeros_like(log_p).masked_fill(log_p.isneginf(), -torch.inf)
         log_v = log_q - log_product(log_u, kernel)
+        # one fewer: the last step is in the quotient below
         for _ in range(self.options.iterations - 1):
             log_u = log_p - log_product(log_v, kernel)
             log_v = log_q - log_product(log_u, kernel)
+        # v stands above and below the fraction, so that a common factor goes away
         v = torch.exp(log_v - log_v.detach().amax(1, keepdim=True))
         moved: Tensor = CostProduct.apply(v, kernel, self.options.regularization)
         return (log_p.exp() * moved / (v @ kernel)).sum(1)
@@ -149,6 +157,7 @@ class CostProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (kernel,) = ctx.saved_tensors
+        # kernel and cost are symmetric, so that the transposed product is the same one
         return in_blocks(grad, kernel, ctx.regularization), None, None
 
 
@@ -160,6 +169,7 @@ def in_blocks(v: Tensor, kernel: Tensor, regularization: float) -> Tensor:
 
 def log_product(log_x: Tensor, kernel: Tensor) -> Tensor:
     """log(exp(log_x) @ kernel), without the exponentials' size."""
+    # the shift changes no value, and needs no gradient
     largest = log_x.detach().amax(1, keepdim=True)
     return largest + torch.log(torch.exp(log_x - largest) @ kernel)
 

@@ -50,6 +50,7 @@ class WSLD(kdkit.Loss):
         ce_s, ce_t = (
             F.cross_entropy(z, batch.labels, reduction="none") for z in (z_s.detach(), z_t)
         )
+        # expm1 keeps the digits of weights near 0, which 1 - exp loses
         weight = -torch.expm1(-ce_s / (ce_t + 1e-7))
         soft = F.cross_entropy(z_s / t, (z_t / t).softmax(1), reduction="none")
         return t**2 * (weight * soft).mean()

@@ -75,6 +75,7 @@ class Assistants(kdkit.Schedule):
         for number, options in enumerate(self.options.assistants, 1):
             assistant = models.student(options)
             yield self.stage(f"assistant_{number}", assistant, taught, self.options.epochs)
+            # frozen before the next stage begins: it does not change while it teaches
             taught.append(assistant.freeze())
         yield self.stage("student", student, taught, None)
 
@@ -90,6 +91,7 @@ class Assistants(kdkit.Schedule):
             kept = self.kept(len(by), batch.labels.device)
             return [kdkit.Lesson(student(batch.inputs), answers, kept)]
 
+        # a loss may look into one network: of several, the teacher's
         return kdkit.Stage(name, [student], step, epochs=epochs, teachers=by[:1])
 
     def kept(self, teachers: int, device: torch.device) -> Tensor | None:
@@ -97,6 +99,7 @@ class Assistants(kdkit.Schedule):
         if not self.options.drop or teachers == 1:
             return None
         draws = torch.rand(teachers, device=device)
+        # the largest draw always stays, so that no batch is without a teacher
         return ((draws >= self.options.drop) | (draws == draws.max())).float()
 
 

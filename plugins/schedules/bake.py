@@ -31,6 +31,7 @@ class BatchEnsemble(kdkit.Schedule):
 
     name = "bake"
     scheme = "self"
+    # similar images come by class
     tasks = frozenset({"classes"})
     needs_teacher = False
     students_teach = True
@@ -71,6 +72,7 @@ class BatchEnsemble(kdkit.Schedule):
             return [kdkit.Lesson(answer, [self._ensembled(answer.detach())])]
 
         arrange = kdkit.by_class(self.options.similar + 1) if self.options.similar else None
+        # the student teaches: losses that look into the teacher's network see its own
         yield kdkit.Stage("ensembling", [student], step, arrange=arrange, teachers=[student])
 
     @torch.no_grad()
@@ -83,19 +85,22 @@ class BatchEnsemble(kdkit.Schedule):
             if x is not answer.logits:
                 return (shares @ everyone.flatten(1)).view_as(x)
             mean = shares @ F.softmax(everyone / t, dim=1)
+            # a share may round to 0, whose logarithm no loss could take
             return t * mean.clamp_min(torch.finfo(mean.dtype).tiny).log()
 
-        # there is none on the meta device
+        # without autocast, which would take products to half precision; the meta device has none
         with torch.autocast("cpu" if device == "meta" else device, enabled=False):
             shares = self._shares(
                 kdkit.gather(kdkit.as_vectors(_exact(answer.features[self.options.layer])))
             )
+            # the others' targets are for their own processes
             shares = shares.narrow(0, rank * len(answer.logits), len(answer.logits))
             return answer.map(change)
 
     def _shares(self, f: Tensor) -> Tensor:
         """How much of each image's target each image gives, (N, N); rows sum to 1."""
         one = torch.eye(len(f), dtype=f.dtype, device=f.device)
+        # a softmax over no other image would be NaN
         if len(f) == 1:
             return one
         f = F.normalize(f, dim=1)
@@ -109,6 +114,7 @@ class BatchEnsemble(kdkit.Schedule):
 
 
 def _exact(x: Tensor) -> Tensor:
+    # `inv` knows no half precision
     return x if x.dtype == torch.float64 else x.float()
 
 

@@ -54,6 +54,7 @@ class BornAgain(kdkit.Schedule):
     def stages(self, models: kdkit.Models) -> Iterator[kdkit.Stage]:
         earlier: list[kdkit.Model] = []
         for generation in range(1, self.options.generations + 1):
+            # a new one each time: each generation has an initialisation of its own
             student = models.student()
             step = kdkit.teach(student, by=earlier[-1:])
             losses = self.options.later if earlier else self.options.first
@@ -66,6 +67,7 @@ class BornAgain(kdkit.Schedule):
                 company=tuple(earlier),
                 teachers=tuple(earlier[-1:]),
             )
+            # frozen: it teaches the next generation, and is measured in its ensemble
             earlier.append(student.freeze())
 
 

@@ -60,6 +60,7 @@ class Branches(kdkit.Schedule):
 
     def stages(self, models: kdkit.Models) -> Iterator[kdkit.Stage]:
         students = [
+            # the trunk is the first student's: only there is the split looked at
             models.student(taps=(self.options.split,) if k == 0 else ())
             for k in range(self.options.branches)
         ]
@@ -71,10 +72,12 @@ class Branches(kdkit.Schedule):
             mixture = gate(
                 kdkit.as_vectors(trunk, answers[0].mask), [answer.logits for answer in answers]
             )
+            # the mixture's logits with each branch's own layers, for losses that read layers
             taught = [kdkit.with_logits(answer.detach(), mixture.detach()) for answer in answers]
             lessons = [
                 kdkit.Lesson(own, taught[:k] + taught[k + 1 :]) for k, own in enumerate(answers)
             ]
+            # without layers: the mixture is of logits alone
             return [*lessons, kdkit.Lesson(kdkit.Outputs(mixture))]
 
         yield kdkit.Stage("branches", students, step, parts=gate, result=self.options.result)

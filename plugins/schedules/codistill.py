@@ -60,6 +60,7 @@ class Codistill(kdkit.Schedule):
 
         def step(batch: kdkit.Batch) -> Sequence[kdkit.Lesson]:
             with torch.no_grad():
+                # the copy of the only student of a process teaches nobody there
                 wanted = [k for k in range(len(peers)) if [*mine] != [k]]
                 taught = {k: copies[k](batch.inputs).detach() for k in wanted}
             return [
@@ -72,12 +73,15 @@ class Codistill(kdkit.Schedule):
         def exchange(moment: kdkit.Moment) -> None:
             if moment.step % self.options.every == 0:
                 for k in mine:
+                    # into the tensors that are there: a recorded step goes on with them
                     copies[k].module.load_state_dict(peers[k].module.state_dict())
+                # each process has only trained its own: that one goes to all the others
                 if len(mine) < len(peers):
                     for k, other in enumerate(copies):
                         for value in other.module.state_dict().values():
                             dist.broadcast(value, src=k)
 
+        # apart: each process trains students of its own, so no gradients are averaged
         yield kdkit.Stage(
             "codistill",
             [peers[k] for k in mine],

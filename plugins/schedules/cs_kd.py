@@ -47,16 +47,19 @@ class ClassWise(kdkit.Schedule):
 
         def both(batch: kdkit.Batch) -> Sequence[kdkit.Lesson]:
             _refuse_odd(batch)
+            # pooled: the two texts of a pair have different tokens
             answer = student(batch.inputs).pooled()
             return [kdkit.Lesson(answer, [answer.detach().map(_swapped)])]
 
         def first(batch: kdkit.Batch) -> Sequence[kdkit.Lesson]:
             _refuse_odd(batch)
+            # `by_class(2)` puts the images of a pair next to each other
             one, other = batch.map(lambda x: x[::2]), batch.map(lambda x: x[1::2])
             with torch.no_grad():
                 teacher = student(other.inputs).pooled().detach()
             return [kdkit.Lesson(student(one.inputs).pooled(), [teacher], batch=one)]
 
+        # the student teaches: losses that look into the teacher's network see its own
         yield kdkit.Stage(
             "class_wise",
             [student],

@@ -62,6 +62,7 @@ class TwoViews(kdkit.Schedule):
                 teacher = student(batch.views[0]).detach()
             return [kdkit.Lesson(student(batch.inputs), [teacher])]
 
+        # the student teaches: losses that look into the teacher's network see its own
         yield kdkit.Stage(
             "two_views",
             [student],
@@ -72,6 +73,7 @@ class TwoViews(kdkit.Schedule):
 
 
 def _swapped(x: Tensor) -> Tensor:
+    # the second views stand behind all first ones: half the rows on
     return x.roll(len(x) // 2, 0)
 
 

@@ -33,6 +33,7 @@ class LastBatch(nn.Module):
         self._known = {}
 
     def keep(self, answer: kdkit.Outputs, batch: kdkit.Batch) -> None:
+        # of all processes: an image may come to another one in the next step
         answer = answer.detach().map(kdkit.gather)
         self._known = {
             "index": kdkit.gather(batch.index),
@@ -81,6 +82,7 @@ class LastMiniBatch(kdkit.Schedule):
                     " halves; change `data.batch_size`"
                 )
             answer = student(batch.inputs).pooled()
+            # `overlapping` puts old images in even places, new ones in odd places
             seen, old = answer.map(lambda x: x[::2]), batch.map(lambda x: x[::2])
             teacher = last.recall(old) or seen.detach()
             if student.module.training:  # a probe leaves no trace
@@ -91,7 +93,9 @@ class LastMiniBatch(kdkit.Schedule):
             "last_batch",
             [student],
             step,
+            # the next epoch begins with images that were not in this one's last batch
             after_epoch=last.forget,
+            # saved with the stage, so that a resumed run knows the last batch
             parts=last,
             arrange=overlapping,
             teachers=[student],
@@ -107,6 +111,7 @@ def overlapping(order: Tensor, classes: Tensor, batch_size: int) -> Tensor:
             " must be even"
         )
     new = order[:count]
+    # no batch comes before the first: its old images are from the half that is not new
     old = torch.cat([order[count : count + half], new])[:count]
     return torch.stack([old, new], 1).flatten()
 

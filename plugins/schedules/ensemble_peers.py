@@ -41,6 +41,7 @@ class EnsemblePeers(kdkit.Schedule):
 
     name = "ensemble_peers"
     scheme = "online"
+    # two of the targets are chosen by cross-entropy on labels
     tasks = frozenset({"classes"})
     needs_teacher = False
     students_teach = True
@@ -66,6 +67,7 @@ class EnsemblePeers(kdkit.Schedule):
         def step(batch: kdkit.Batch) -> Sequence[kdkit.Lesson]:
             shown = (batch.inputs, *batch.views) if batch.views else (batch.inputs,) * len(peers)
             answers = [peer(images) for peer, images in zip(peers, shown, strict=True)]
+            # in fp32, as losses see it too
             target = self.target(
                 torch.stack([answer.logits.detach().float() for answer in answers]), batch.labels
             )
@@ -83,10 +85,12 @@ class EnsemblePeers(kdkit.Schedule):
         """
         if self.options.target == "mean":
             return logits.mean(0)
+        # of all processes, so that all choose the same ensemble
         everyones = kdkit.gather(logits.transpose(0, 1).contiguous()).transpose(0, 1)
         everyones_labels = kdkit.gather(labels)
         if self.options.target == "best":
             best = loss_of(everyones, everyones_labels).argmin()
+            # not `logits[best]`, for which the host would wait for the device
             return logits.index_select(0, best.reshape(1)).squeeze(0)
         return mixed(logits, lowest(everyones, everyones_labels))
 
@@ -98,6 +102,7 @@ def lowest(logits: Tensor, labels: Tensor) -> Tensor:
     The problem is convex. From equal weights, each round multiplies them by exp(- stride * slope)
     and keeps the best of a few strides.
     """
+    # made once, on the device: numbers from the host would be copied in each round
     newton = kdkit.constants(NEWTON, like=logits)
     change = kdkit.constants(CHANGE, like=logits)
     log_weights = logits.new_zeros(len(logits)).log_softmax(0)
@@ -105,10 +110,12 @@ def lowest(logits: Tensor, labels: Tensor) -> Tensor:
         weights = log_weights.exp()
         p = mixed(logits, weights).softmax(1)
         slope = ((p - shares(logits, labels)) * logits).sum(2).mean(1)
+        # what all weights have in common changes no convex weights
         slope = slope - (weights * slope).sum()
         # where the mixture goes for a small stride, up to sign
         way = mixed(logits, weights * slope)
         bend = ((p * way.square()).sum(1) - (p * way).sum(1).square()).mean()
+        # peers that agree leave no curvature to divide by
         steps = newton * (weights * slope.square()).sum() / bend.clamp_min(TINY)
         strides = torch.cat([steps, change / slope.abs().amax().clamp_min(TINY)])
         tried = (log_weights - (strides[:, None] * slope).clamp(-50, 50)).log_softmax(1)

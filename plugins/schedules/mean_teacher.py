@@ -64,10 +64,12 @@ class MeanTeacher(kdkit.Schedule):
             return [kdkit.Lesson(student(batch.inputs), [taught])]
 
         def follow(moment: kdkit.Moment) -> None:
+            # the plain mean at first: a decay of 0.999 would hold on to the initial weights
             share = max(1 / (moment.step + 1), 1 - self.options.decay)
             move(average.module, student.module, share)
 
         views = 2 if self.options.second_view else 1
+        # a buffer: saved and restored with the stage
         yield kdkit.Stage(
             "train", [student], step, after_step=follow, buffers=[average], views=views
         )
@@ -83,6 +85,7 @@ def move(average: nn.Module, student: nn.Module, share: float) -> None:
         if old.is_floating_point():
             old.lerp_(new[name], share)
         else:
+            # the mean of two counts is no count
             old.copy_(new[name])
 
 

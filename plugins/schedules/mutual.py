@@ -36,6 +36,7 @@ class Mutual(kdkit.Schedule):
         peers = self.options.students(models)
 
         def step(batch: kdkit.Batch) -> Sequence[kdkit.Lesson]:
+            # all answer before anyone learns: one forward of each serves as answer and as lesson
             answers = [peer(batch.inputs) for peer in peers]
             taught = [answer.detach() for answer in answers]
             return [

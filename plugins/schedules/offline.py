@@ -80,6 +80,7 @@ class Offline(kdkit.Schedule):
                     f" `combine: {self.combine}`"
                 )
             if self.per_sample != "none" and self.weights is not None:
+                # both say how much a teacher counts
                 raise ValueError("give weights or per_sample, not both")
             shares = self.weights.values() if isinstance(self.weights, dict) else self.weights
             if shares is not None and (min(shares, default=0) < 0 or not sum(shares)):
@@ -136,6 +137,7 @@ class Offline(kdkit.Schedule):
         """The answers that losses look at, and their shares in each loss."""
         if len(answers) == 1:
             return answers, None
+        # not normalised before: shares may be given as any numbers, such as 2 and 1
         shares = kdkit.constants(given, like=answers[0].logits.float()) / sum(given)
         if self.options.combine == "each":
             return answers, shares
@@ -154,11 +156,13 @@ def confidence(answers: Sequence[kdkit.Outputs], labels: Tensor | None) -> Tenso
     """Shares of M teachers for each sample, (M, B), by their cross-entropies on the labels, or
     (without) by their own entropies.
     """
+    # in fp32, also where teachers answer in half precision
     logits = [answer.logits.float() for answer in answers]
     doubts = [
         F.cross_entropy(z, z.softmax(1) if labels is None else labels, reduction="none")
         for z in logits
     ]
+    # the softmax is exp(CE_m) / sum exp(CE_j), without the exponentials' size
     return (1 - torch.stack(doubts).softmax(0)) / (len(answers) - 1)
 
 

@@ -75,6 +75,7 @@ class DiversePeers(kdkit.Schedule):
         layer = self.options.layer
         students = self.options.students(models, taps=(layer,))
         alike = not self.options.peers
+        # peers of one network embed alike; others may have embeddings of another length
         attention = Attention(
             [kdkit.channels(peer, layer) for peer in students[1:]], self.options.width, shared=alike
         )
@@ -82,11 +83,14 @@ class DiversePeers(kdkit.Schedule):
         def step(batch: kdkit.Batch) -> Sequence[kdkit.Lesson]:
             leader, *peers = (student(batch.inputs) for student in students)
             said = [peer.detach() for peer in peers]
+            # detached before they are mixed: a target's gradient reaches W_L and W_E alone
             logits = torch.stack([peer.logits.float() for peer in said], 1)
             targets = attention(
                 [kdkit.as_vectors(peer.features[layer], peer.mask) for peer in said], logits
             )
             lessons = [
+                # one answer for each peer, with one mean of logits: losses that read layers see all
+                # peers
                 kdkit.Lesson(leader, [kdkit.with_logits(peer, logits.mean(1)) for peer in said])
             ]
             for a, own in enumerate(peers):
@@ -94,6 +98,8 @@ class DiversePeers(kdkit.Schedule):
                     kdkit.Lesson(
                         own,
                         [
+                            # the same target with each other peer's own layers, for losses that
+                            # read layers
                             kdkit.with_logits(peer, targets[:, a])
                             for b, peer in enumerate(said)
                             if b != a
@@ -118,6 +124,7 @@ class Attention(nn.Module):
 
     def forward(self, embeddings: Sequence[Tensor], logits: Tensor) -> Tensor:
         """Targets (B, M - 1, C) from the peers' embeddings and logits (B, M - 1, C)."""
+        # matrices are one for all peers, or one for each
         times = len(embeddings) // len(self.asks)
         asked = torch.stack(
             [ask(h) for ask, h in zip([*self.asks] * times, embeddings, strict=True)], 1

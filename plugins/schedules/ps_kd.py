@@ -49,6 +49,7 @@ class ProgressiveSelf(kdkit.Schedule):
         def remember() -> None:
             previous.module.load_state_dict(student.module.state_dict())
 
+        # a buffer: a resumed run goes on with the teacher of the last finished epoch
         yield kdkit.Stage("train", [student], step, after_epoch=remember, buffers=[previous])
 
 

@@ -51,6 +51,7 @@ class Rco(kdkit.Schedule):
     def stages(self, models: kdkit.Models) -> Iterator[kdkit.Stage]:
         student = models.student()
         for epoch in self.options.anchors:
+            # when its turn comes: memory holds one snapshot
             anchor = models.teacher(epoch=epoch)
             step = kdkit.teach(student, by=[anchor])
             yield kdkit.Stage(

@@ -68,6 +68,7 @@ class Staged(kdkit.Schedule):
 
     def stages(self, models: kdkit.Models) -> Iterator[kdkit.Stage]:
         student, teacher = models.student(), models.teacher()
+        # one step for all stages, which differ in losses and in what learns
         step = kdkit.teach(
             student, by=[teacher], views={"turned": kdkit.turned} if self.options.turned else {}
         )

@@ -50,6 +50,7 @@ class Classes(kdkit.Task):
                 f"{whose} are {found.dtype} ({first}...); {supported}: regression is another task"
                 " (`task:`)"
             )
+        # torch's cross-entropy takes class indices in no other type
         found = found.to(torch.int64)
         if len(found) and not 0 <= int(found.min()) <= int(found.max()) < info.outputs:
             raise kdkit.DataError(
@@ -71,6 +72,7 @@ class Classes(kdkit.Task):
         def accuracy(top: int) -> Any:
             from torchmetrics.classification import MulticlassAccuracy
 
+            # its checks look at values, for which the host would wait for the device
             return MulticlassAccuracy(classes, average="micro", top_k=top, validate_args=False)
 
         def balanced() -> Any:
@@ -111,6 +113,7 @@ class Classes(kdkit.Task):
         )
         return (
             top1,
+            # of five classes or fewer, the five most likely are always right
             *([top5] if classes > 5 else []),
             kdkit.Score(
                 name="balanced_accuracy",
@@ -155,6 +158,7 @@ class Classes(kdkit.Task):
         def share() -> Any:
             from torchmetrics import MeanMetric
 
+            # a search for NaN would make the host wait in every batch
             return MeanMetric(nan_strategy="disable")
 
         def mean() -> Any:

@@ -20,6 +20,7 @@ class BalancedAccuracy(MulticlassRecall):
 
     def compute(self) -> Tensor:
         recalls: Tensor = super().compute()
+        # a class without samples has no recall: counted as 0, it would lower the mean
         labelled = dim_zero_cat(self.tp) + dim_zero_cat(self.fn) > 0
         return recalls[labelled].mean()
 
@@ -46,10 +47,12 @@ class CrossEntropy(Metric):
 
 def mean() -> Any:
     """The mean of a number of each sample, summed in double precision."""
+    # a search for NaN would make the host wait in every batch
     return MeanMetric(nan_strategy="disable").set_dtype(torch.float64)
 
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:
     """KL divergence (B,) of the student's answer from the teacher's, nats."""
     ours, theirs = student.log_softmax(1), teacher.log_softmax(1)
+    # summed in fp64: where answers agree, terms of both signs cancel
     return F.kl_div(ours, theirs, reduction="none", log_target=True).double().sum(1)

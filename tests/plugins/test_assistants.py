@@ -106,18 +106,20 @@ def test_the_chain_is_plain_torch_code_in_a_row(tmp_path, options):
             for batch in prepared.train.epoch(epoch):
                 by = earlier if options.get("dense") else earlier[-1:]
                 reseed(0, name, step, 0)
-                draws = torch.rand(len(by)) if options.get("drop") and len(by) > 1 else torch.ones(len(by))
+                draws = torch.ones(len(by))
+                if options.get("drop") and len(by) > 1:
+                    draws = torch.rand(len(by), device=batch.labels.device).cpu()
                 by = [model for model, draw in zip(by, draws, strict=True) if draw >= 0.5 or draw == draws.max()]
                 z = learner(batch.inputs).logits
                 targets = [model(batch.inputs).logits.softmax(1).detach() for model in by]
-                soft = sum(((p * (p.log() - z.log_softmax(1))).sum(1).mean() for p in targets), start=torch.zeros(())) / len(by)
+                soft = sum(((p * (p.log() - z.log_softmax(1))).sum(1).mean() for p in targets), start=z.new_zeros(())) / len(by)
                 optimizer.zero_grad()
                 (F.cross_entropy(z, batch.labels) + soft).backward()
                 optimizer.step()
                 step += 1
         earlier.append(learner)
     for key, value in weights(tmp_path / "run").items():
-        torch.testing.assert_close(student.module.state_dict()[key], value, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(student.module.state_dict()[key].cpu(), value, rtol=1e-4, atol=1e-6)
 
 
 def watched(monkeypatch):
@@ -126,7 +128,7 @@ def watched(monkeypatch):
 
     def watching(self, but=()):
         watch(self, but)
-        found.append([{k: v.clone() for k, v in model.module.state_dict().items()} for model in self._frozen._digests])
+        found.append([{k: v.cpu().clone() for k, v in model.module.state_dict().items()} for model in self._frozen._digests])
 
     monkeypatch.setattr(ModelFactory, "watch", watching)
     return found

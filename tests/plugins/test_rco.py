@@ -92,7 +92,7 @@ def test_the_route_is_plain_torch_code_in_a_row(tmp_path, monkeypatch):
     student, teacher = factory.student(), factory.teacher()
     stages = [("snapshots/train/epoch-0002", 1), ("snapshots/train/epoch-0004", 1), ("student", 2)]
     for file, epochs in stages:
-        state = load_file(made / f"{file}.safetensors")
+        state = load_file(made / f"{file}.safetensors", device=str(accelerator.device))
         optimizer = torch.optim.SGD(student.module.parameters(), lr=0.1, momentum=0.9)
         for epoch in range(epochs):
             for batch in prepared.train.epoch(epoch):
@@ -102,7 +102,7 @@ def test_the_route_is_plain_torch_code_in_a_row(tmp_path, monkeypatch):
                 (F.cross_entropy(z, batch.labels) + (p * (p.log() - z.log_softmax(1))).sum(1).mean()).backward()
                 optimizer.step()
     for key, value in weights(tmp_path / "runs" / "pupil").items():
-        torch.testing.assert_close(student.module.state_dict()[key], value, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(student.module.state_dict()[key].cpu(), value, rtol=1e-4, atol=1e-6)
     told = [(line["stage"], line["epoch"]) for line in metrics(tmp_path / "runs" / "pupil") if line["kind"] == "epoch"]
     assert told == [("epoch_2", 1), ("epoch_4", 1), ("trained", 1), ("trained", 2)]
 

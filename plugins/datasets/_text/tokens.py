@@ -48,6 +48,7 @@ def digest_of(tokenizer: str) -> tuple[str, int]:
     try:
         from transformers import AutoTokenizer
 
+        # local files only: a check fetches nothing
         known: Any = AutoTokenizer.from_pretrained(
             tokenizer, local_files_only=True, trust_remote_code=False
         )
@@ -90,6 +91,7 @@ def tokenized(options: TextOptions, texts: Sequence[Any], labels: Sequence[int])
     if "token_type_ids" in tokens and not any(map(any, tokens["token_type_ids"])):
         del tokens["token_type_ids"]  # of single texts they are what a network takes them to be
     padding = {
+        # some tokenizers have none; the mask hides what stands there
         "input_ids": tokenizer.pad_token_id or 0,
         "token_type_ids": tokenizer.pad_token_type_id,
     }

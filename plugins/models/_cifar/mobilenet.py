@@ -48,6 +48,7 @@ class MobileNetV2(CifarNetwork):
             self.blocks.append(nn.Sequential(*row))
             inside = outside
         self.conv2 = nn.Sequential(conv1x1(inside, LAST), nn.BatchNorm2d(LAST), nn.ReLU())
+        # a sequence of one, as the tables' code bases have it: the weight is `classifier.0.weight`
         self.classifier = nn.Sequential(nn.Identity())
         self.finish(
             LAST,

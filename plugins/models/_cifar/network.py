@@ -27,6 +27,7 @@ class CifarNetwork(nn.Module, abc.ABC):
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.num_classes = num_classes
+        # timm reads both names; `finish` sets them once the layers are known
         self.num_features = self.head_hidden_size = 0
         self.feature_info: list[dict[str, str | int]] = []
 
@@ -58,6 +59,7 @@ class CifarNetwork(nn.Module, abc.ABC):
         """The layer from embedding to logits."""
         return self.get_submodule(self.head)
 
+    # `global_pool` is timm's to give; these networks know one pooling
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Put in a new classifier; for 0 classes, none."""
         self.num_classes = num_classes

@@ -14,12 +14,14 @@ from .shufflenet import ShuffleNetV1, ShuffleNetV2
 from .vgg import VGG
 from .wide_resnet import WideResNet
 
+# timm has networks of its own called resnet50 or vgg11
 PREFIX = "cifar_"
 # CIFAR-100, as the code bases of the tables have it
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 
 
 def _resnet(depth: int, factor: int = 1) -> tuple[type[CifarNetwork], dict[str, Any]]:
+    # `x4` makes the stages four times as wide, and the stem twice, as in the tables' code bases
     stem = 16 if factor == 1 else 32
     return ResNet, {
         "depths": [(depth - 2) // 6] * 3,
@@ -56,6 +58,7 @@ def _config(network: type[CifarNetwork]) -> dict[str, Any]:
         "input_size": (3, 32, 32),
         "fixed_input_size": False,
         "num_classes": 100,
+        # images of 32 pixels are shown whole
         "crop_pct": 1.0,
         "interpolation": "bilinear",
     }

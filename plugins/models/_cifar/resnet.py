@@ -48,6 +48,7 @@ class ResNet(CifarNetwork):
                 for i, stride in enumerate(strides)
             ]
             self.add_module(f"layer{number + 1}", nn.Sequential(*blocks))
+            # the stem is no stage: the tables compare the others
             stages.append((f"layer{number + 1}", outside, 2**number))
             inside = outside
         self.finish(inside, stages)
@@ -95,6 +96,7 @@ class Bottleneck(nn.Module):
         self.conv1 = conv1x1(inside, width)
         self.bn1 = nn.BatchNorm2d(width)
         self.act1 = nn.ReLU()
+        # the stride is here, not in the first 1x1, as in the tables' code bases
         self.conv2 = conv3x3(width, width, stride)
         self.bn2 = nn.BatchNorm2d(width)
         self.act2 = nn.ReLU()

@@ -91,6 +91,7 @@ class GroupedBottleneck(nn.Module):
     def __init__(self, inside: int, outside: int, stride: int) -> None:
         super().__init__()
         added = outside - inside if stride == 2 else outside
+        # the stem's few channels are not split into groups, as in the paper
         width, self.groups = added // 4, 1 if inside == STEM else GROUPS
         self.conv1 = conv1x1(inside, width, groups=self.groups)
         self.bn1 = nn.BatchNorm2d(width)

@@ -47,11 +47,13 @@ class PreactivatedBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(outside)
         self.act2 = nn.ReLU()
         self.conv2 = conv3x3(outside, outside)
+        # spelt as in the tables' code bases, whose weights load by name
         self.convShortcut = conv1x1(inside, outside, stride) if inside != outside else None
 
     def forward(self, x: Tensor) -> Tensor:
         activated = self.act1(self.bn1(x))
         y: Tensor = self.conv2(self.act2(self.bn2(self.conv1(activated))))
+        # a convolution takes the activated input, an identity the input itself, as in the paper
         return y + (x if self.convShortcut is None else self.convShortcut(activated))
 
 
@@ -60,4 +62,5 @@ def _stage(inside: int, outside: int, stride: int, depth: int) -> nn.Sequential:
         PreactivatedBlock(outside if i else inside, outside, 1 if i else stride)
         for i in range(depth)
     ]
+    # `layer`, as in the tables' code bases
     return nn.Sequential(OrderedDict(layer=nn.Sequential(*blocks)))
