@@ -86,6 +86,7 @@ from .errors import RecipeError as RecipeError
 from .errors import RunError as RunError
 from .errors import ShapeError as ShapeError
 from .errors import TapError as TapError
+from .errors import cause as cause
 from .models.backbone import Backbone as Backbone
 from .models.normalization import NormalizationAdapter as NormalizationAdapter
 from .models.tapped import taps as taps

@@ -144,9 +144,11 @@ def either(names: Sequence[str]) -> str:
     return f"{', '.join(most)} or {last}" if most else last
 
 
-def cause(error: BaseException) -> str:
-    """Format another library's error as its type and its message, in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+def cause(error: BaseException, limit: int | None = None) -> str:
+    """Format another library's error as its type and its message, in one line; `limit` is the
+    maximum number of characters of the message.
+    """
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:limit]}"
 
 
 def _escaped(character: str) -> str:

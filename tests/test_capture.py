@@ -87,7 +87,7 @@ def plainly(trainer, stage):
 
 def on_tape(trainer, stage):
     """Record the steps on the processor."""
-    trainer.take = capture.Captured(Replays(), [trainer.learner, stage.step], lambda reason: None)
+    trainer.take = capture.Captured(Replays(), lambda reason: None, modules=[trainer.learner])
 
 
 def compare(path, record=on_tape, rtol=1e-4, atol=1e-6):
@@ -117,7 +117,7 @@ def written(folder, schedule, losses, teacher, combine=None, cache=None, **chang
 
 
 LABELS = {"use": "cross_entropy", "name": "labels"}
-PLAIN_SCHEDULES = {"dlb": "LastBatch._known changes"}
+PLAIN_SCHEDULES = {"dlb": "that is replaced from step to step"}
 """Schedules that cannot be recorded, and why."""
 MIXED = ("byot", "logit_kl", "hint", "rkd_distance", "mgd")
 
@@ -194,7 +194,7 @@ def cheating(loss, student, teacher, batch):
 
 
 CHEATS = {
-    "LogitMse.calls changes": count,
+    "in one step and": count,
     "the host reads a value": lambda loss, z: float(z.detach().mean()),
     "random numbers with `random`": lambda loss, z: random.random(),
     "by aten.index": lambda loss, z: z[z > 0].mean().detach(),
@@ -211,6 +211,50 @@ def test_what_would_be_frozen_is_found(says, teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(loss, "forward", cheating)
     (reason,) = compare(path)
     assert says.replace("LogitMse", loss.__name__) in reason
+
+
+HOOKED = """
+import kdkit
+
+class Hooked(kdkit.Schedule):
+    'Counts in a hook.'
+
+    name = "hooked"
+    scheme = "offline"
+    needs_teacher = True
+
+    def stages(self, models):
+        student, teacher = models.student(), models.teacher()
+        self.seen = {{"count": 0}}
+
+        def step(batch):
+            answer = teacher(batch.inputs)
+            return [kdkit.Lesson(student(batch.inputs), [answer.map(lambda x: x * {factor})])]
+
+        def hook():
+            self.seen["count"] += 1
+
+        yield kdkit.Stage("hooked", [student], step, {hook}=hook)
+
+@kdkit.hookimpl
+def kdkit_schedules():
+    return [Hooked]
+"""
+HOOKS = {
+    "a step": ("after_step", "(1 + self.seen['count'])", "in one step and"),
+    "an epoch": ("after_epoch", "(1 + self.seen['count'])", None),
+    "nothing": ("after_step", "(1 + 0 * self.seen['count'])", None),
+}
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_a_hook_that_changes_the_step_is_noticed(name, teacher, tmp_path, monkeypatch):
+    monkeypatch.chdir(teacher.parent)
+    hook, factor, says = HOOKS[name]
+    (tmp_path / "hooked.py").write_text(HOOKED.format(hook=hook, factor=factor))
+    spec = {**ALL, "schedule": {"use": "hooked"}, "losses": [LABELS, {"use": "logit_kl"}], "teacher": {"recipe": str(teacher)}}
+    reasons = compare(write(tmp_path, {**spec, "plugins": ["hooked.py"]}))
+    assert [says in reason for reason in reasons] == [True] * bool(says)
 
 
 @pytest.mark.parametrize("name", ["response", "accumulated", "cached", "two_stages"])

@@ -22,8 +22,8 @@ from kdkit import cli, recipe
 from kdkit.errors import KdkitError
 from kdkit.recipe import catalogue, registry, types
 from kdkit.study import loading as study_file
+from kdkit.study.plan import trainings
 from kdkit.study.report.heatmaps import TEMPERATURES
-from kdkit.study.trainings import trainings
 from kdkit.testing import check_loss
 
 ROOT = Path(__file__).resolve().parent.parent

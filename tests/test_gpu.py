@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_capture import GROUPS, LABELS, PLUGINS, beside_labels, compare, plainly, teacher, two_epochs, under, written  # noqa: F401
+from test_capture import GROUPS, LABELS, PLAIN_SCHEDULES, PLUGINS, beside_labels, compare, plainly, teacher, two_epochs, under, written  # noqa: F401
 from test_cifar_recipes import ALL_METHODS, FILES, TINY
 from test_lockstep import VARIANTS, alone, jobs
 
@@ -19,7 +19,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 DEVICE = {"device": "cuda"}
 PLAIN_LOSSES = {"kdsvd": ""}
 """Losses that cannot be recorded on the device, and why."""
-PLAIN_SCHEDULES = {"dlb": "LastBatch._known changes"}
 SPREAD = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 5e-2}
 """Relative spread of values between two runs, as some kernels add in any order."""
 

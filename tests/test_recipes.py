@@ -10,8 +10,8 @@ from recipe_files import RECIPES, lay_out
 from kdkit import recipe
 from kdkit.recipe import registry, types
 from kdkit.runs import checks
-from kdkit.study import checks as study_checks
 from kdkit.study import loading as study_file
+from kdkit.study import plan as study_checks
 
 EVERY = sorted(RECIPES.rglob("*.yaml"))
 STUDIES = [path for path in EVERY if re.search(r"^(variants|tune):", path.read_text(), re.MULTILINE)]

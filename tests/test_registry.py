@@ -93,6 +93,11 @@ def test_two_files_of_one_name_do_not_get_mixed_up(tmp_path):
     assert set(registry.load((tmp_path / "a", tmp_path / "b"), installed=False).losses) == {"one", "two"}
 
 
+def test_a_file_that_is_named_twice_counts_once(tmp_path):
+    file = write(tmp_path / "mine.py", loss())
+    assert "mine" in registry.load([file, tmp_path / ".." / tmp_path.name / "mine.py", tmp_path]).losses
+
+
 def test_a_changed_file_is_read_again(tmp_path):
     path = write(tmp_path / "mine.py", loss())
     assert "mine" in registry.load((path,), installed=False).losses

@@ -15,7 +15,7 @@ from kdkit import launching
 from kdkit.runs.agreement import agreed
 from kdkit.runs.folder import RunFolder
 from kdkit.study import loading
-from kdkit.study.trainings import trainings
+from kdkit.study.plan import trainings
 
 FORK = multiprocessing.get_context("fork")
 SHARE = ("compare", "study.yaml", "--spread")

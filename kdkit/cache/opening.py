@@ -16,7 +16,7 @@ from torch import Tensor
 from kdkit.cache import fingerprint
 from kdkit.cache.given import STREAM, GivenAnswers, has_answers_alone, read_answers
 from kdkit.cache.packing import KeptAnswers, Slots
-from kdkit.cache.store import SMALLER, AnswerStore, gigabytes
+from kdkit.cache.store import SMALLER, AnswerStore
 from kdkit.cache.teacher import TeacherCache, autocast
 from kdkit.contracts.dataset_source import DataInfo, InMemory, Split, Stream, Texts
 from kdkit.contracts.inputs import random_inputs
@@ -27,6 +27,7 @@ from kdkit.errors import RecipeError, RunError
 from kdkit.models.devices import device_of
 from kdkit.models.tapped import TappedModel
 from kdkit.recipe import Recipe
+from kdkit.units import gigabytes
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DIRECTORY = "teacher-cache"

@@ -30,6 +30,7 @@ from typing_extensions import TypedDict
 from kdkit import files
 from kdkit.cache.rows import CheckSum, Column
 from kdkit.errors import DamagedFile, RunError
+from kdkit.units import gigabytes
 
 MARKER = "cache.json"
 LOCK = ".lock"
@@ -281,14 +282,6 @@ SMALLER = (
     "keep less (`what: logits`, `top_k`, `dtype: fp16`, fewer `views`), choose another `dir`, or"
     " make room with `kdkit cache --clear`"
 )
-
-
-def gigabytes(count: int) -> str:
-    """Format a size as `1.62 GB`; small sizes in smaller units."""
-    unit, name = next(
-        ((size, name) for size, name in ((1e9, "GB"), (1e6, "MB")) if count >= size), (1e3, "kB")
-    )
-    return f"{count / unit:,.3g} {name}" if count < 1000 * unit else f"{count / unit:,.0f} {name}"
 
 
 def allocated(path: Path) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kdkit import launching
-from kdkit.errors import one_line
+from kdkit.errors import cause, one_line
 from kdkit.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -144,8 +144,5 @@ def unexpected(error: Exception) -> tuple[str, int]:
     # no temporary folder, or a full disk: the message must appear all the same
     except OSError:
         where = f"traceback with {DEBUG}=1"
-    says = (
-        f"{last.filename}:{last.lineno}: {type(error).__name__}: {' '.join(str(error).split())};"
-        f" {whose} ({where})"
-    )
+    says = f"{last.filename}:{last.lineno}: {cause(error)}; {whose} ({where})"
     return one_line(says), UNEXPECTED

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 
 from kdkit.contracts.inputs import Shape, TextShape, as_image, is_text, parse_shape
 from kdkit.contracts.layers import LayerRow, tappable_layers
 from kdkit.errors import ModelError
 from kdkit.recipe import registry
-from kdkit.recipe.explain import explain
+from kdkit.recipe.explain import validated
 from kdkit.recipe.types import source_of
 from kdkit.recipe.yaml_source import nested, parse_overrides
 
@@ -32,10 +31,7 @@ def layers(
     source, name = source_of(model, sources)
     shape = parse_shape(size)
     kind, said = sources[source].Options, {**nested(parse_overrides(words)), "model": model}
-    try:
-        options = kind.model_validate(said)
-    except ValidationError as error:
-        raise ModelError(explain(error, kind, said, lambda _: model)) from None
+    options = validated(kind, said, model, ModelError)
     builder = sources[source](options, name)
     if builder.takes == "texts":
         taken: Shape = shape if is_text(shape) else TextShape((TOKENS_SHOWN,))

@@ -195,10 +195,10 @@ def cache(
     watch(plugins, no_plugins=False)
     wanted = None if clear or listed or recipe is None else load(Path(recipe), overrides, plugins)
     from kdkit.cache import folder as store_folder
-    from kdkit.cache.store import gigabytes
 
     # after the recipe, so that its errors appear before the slow import
     from kdkit.runs import fill_caches
+    from kdkit.units import gigabytes
 
     if clear:
         for gone in store_folder.clear(folder, recipe):

@@ -145,6 +145,10 @@ class StageTraining:
     train: Sequence[str] | None = None
 
 
+def nothing() -> None:
+    """Do nothing, as the hook of a stage that has none."""
+
+
 @dataclass(frozen=True, init=False)
 class Stage:
     """One phase of training with a fixed set of students.
@@ -161,6 +165,7 @@ class Stage:
             students make together: losses that read layers are ignored in these.
         after_step: called after each optimizer step, which the moment counts.
         after_epoch: called after the last step of each epoch, which the moment counts.
+        has_hooks: whether there is one of the two.
         data: requirements on the batches.
         training: its length, losses and trained parts.
         buffers: frozen models that `after_step` or `after_epoch` changes (moving averages): saved
@@ -182,6 +187,7 @@ class Stage:
     step: Step
     after_step: Hook
     after_epoch: Hook
+    has_hooks: bool
     data: StageData
     training: StageTraining
     buffers: Sequence[Model]
@@ -197,8 +203,8 @@ class Stage:
         students: Sequence[Model],
         step: Callable[[Batch], Sequence[Lesson]] | Callable[[Batch, Moment], Sequence[Lesson]],
         *,
-        after_step: Callable[[], None] | Callable[[Moment], None] = lambda: None,
-        after_epoch: Callable[[], None] | Callable[[Moment], None] = lambda: None,
+        after_step: Callable[[], None] | Callable[[Moment], None] = nothing,
+        after_epoch: Callable[[], None] | Callable[[Moment], None] = nothing,
         data: StageData | None = None,
         training: StageTraining | None = None,
         buffers: Sequence[Model] = (),
@@ -224,6 +230,7 @@ class Stage:
             step=lambda batch, moment=START: lessons(batch, moment),
             after_step=lambda moment=START: follow(moment),
             after_epoch=lambda moment=START: close(moment),
+            has_hooks=after_step is not nothing or after_epoch is not nothing,
             data=replace(data or StageData(), **more_data),
             training=replace(training or StageTraining(), **more_training),
             buffers=buffers,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -25,24 +26,28 @@ class Average:
         self._ema = ModelEmaV3(network, decay=decay, use_warmup=warmup)
         self.module: nn.Module = self._ema.module
 
-    def changing_decay(self, steps: int) -> float | None:
-        """Return the decay after `steps` steps; None if it stays the same from step to step."""
-        return float(self._ema.get_decay(steps)) if self._ema.use_warmup else None
+    def changing_share(self, steps: int) -> float | None:
+        """Return the share of the network in its average after `steps` steps, 1 - decay in fp32;
+        None if it stays the same from step to step.
+        """
+        decay = self._ema.get_decay(steps)
+        return float(np.float32(1 - decay)) if self._ema.use_warmup else None
 
-    def take_in(self, network: nn.Module, steps: int, decay: Any = None) -> None:
+    def take_in(self, network: nn.Module, steps: int, share: Any = None) -> None:
         """Update the average with a network that has done `steps` steps.
 
         Args:
             network: the one that is averaged.
             steps: its optimizer steps.
-            decay: in a step that is recorded, a tensor with the decay.
+            share: of the network, where it changes; a tensor in a step that is recorded.
 
         Raises:
             RunError: the network has changed its shape.
         """
         try:
-            if isinstance(decay, torch.Tensor):
-                self._move(network, decay)
+            # on a GPU also in plain steps, so that recorded ones do the same arithmetic
+            if isinstance(share, torch.Tensor) or (share is not None and self._is_on_gpu):
+                self._move(network, share)
             else:
                 self._ema.update(network, step=steps)
         # shapes differ: the network was pruned, or its buffers have grown
@@ -60,9 +65,13 @@ class Average:
                 f"{says}, so that `train.ema` has no mean to take; leave it out"
             ) from None
 
+    @property
+    def _is_on_gpu(self) -> bool:
+        return any(p.device.type == "cuda" for p in self.module.parameters())
+
     @torch.no_grad()
-    def _move(self, network: nn.Module, decay: torch.Tensor) -> None:
-        """Update by a decay in a tensor, which timm's foreach functions do not take."""
+    def _move(self, network: nn.Module, share: Any) -> None:
+        """Update by a share in a tensor, which timm's foreach functions do not take."""
         values = zip(self.module.state_dict().values(), network.state_dict().values(), strict=True)
         averaged, new = [], []
         for old, value in values:
@@ -72,7 +81,7 @@ class Average:
             else:
                 old.copy_(value)
         steps = torch._foreach_sub(new, averaged)
-        torch._foreach_mul_(steps, 1 - decay)
+        torch._foreach_mul_(steps, share)
         torch._foreach_add_(averaged, steps)
 
 

@@ -5,20 +5,20 @@ step is launched as a whole. It repeats the same kernels on the same memory, so 
 from step to step must reach it through memory too:
 
 - the batches are copied into the tensors that were recorded;
-- learning rates, ramps and the decay of averages are numbers in tensors (`Numbers`);
+- learning rates, ramps and shares of averages are numbers in tensors (`Numbers`);
 - random numbers come from the device's generator, which is seeded before each step as always;
 - answers from a cache, or from a teacher that several runs share, are asked for before the step
   (`kdkit.models.outside`).
 
-The first steps of each shape run as they are, and the second is watched: whatever a recorded step
-would freeze (a value that the host reads, random numbers of the host, a plain attribute that
-changes) keeps the stage from being recorded, and the reason is told.
+The first step of each shape runs as it is. The next two are watched: if they send the same
+operations to the device, the following one is recorded, else none is, and the reason is told. Where
+a stage has hooks of its own, one step of each epoch is compared again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -31,11 +31,10 @@ from kdkit.engine.objective import Value
 from kdkit.engine.watch import Asked, SeenMoment, Watch, place_of, within
 from kdkit.models import outside
 
-PLAIN_STEPS = 2
-"""Steps of each shape that run before one is recorded: optimizers, libraries and plugins set
-themselves up in the first; the second is watched.
-"""
-NEVER = 1 << 62  # calls
+PLAIN_STEPS = 1
+"""Steps of each shape that run unwatched: optimizers, libraries and plugins set themselves up."""
+WATCHED_STEPS = 2
+"""Steps that are traced after these."""
 MOST_RECORDS = 16
 """Shapes of a batch that are recorded: texts may have many, and each record holds memory."""
 
@@ -47,19 +46,19 @@ class Numbers:
     Attributes:
         ramps: for each objective, the ramped options by (loss, option).
         rates: for each updater, the learning rate of each group of parameters.
-        decays: for each average of weights, its decay (None: it has no warm-up).
+        shares: for each average of weights, the share of the new ones (None: it has no warm-up).
     """
 
     ramps: Sequence[Mapping[tuple[str, str], Any]]
     rates: Sequence[Sequence[Any]]
-    decays: Sequence[Any]
+    shares: Sequence[Any]
 
     def map(self, change: Callable[[float], Any]) -> Numbers:
         """Return the same numbers with a function applied to each."""
         return Numbers(
             [{key: change(value) for key, value in ramps.items()} for ramps in self.ramps],
             [[change(rate) for rate in rates] for rates in self.rates],
-            [None if decay is None else change(decay) for decay in self.decays],
+            [None if share is None else change(share) for share in self.shares],
         )
 
     def listed(self) -> list[Any]:
@@ -94,58 +93,81 @@ class Plain:
         return learn(batches, moment, numbers)
 
 
-@dataclass
-class Record:
-    """A recorded step: the tensors that it reads, and those that it leaves."""
+class Held:
+    """The tensors from which recorded steps read the numbers that change."""
 
-    recorder: Recorder
-    batches: list[Batch]
-    numbers: Numbers
-    asked: list[Asked]
-    written: list[float]
-    values: list[Value] = field(default_factory=list)
-    terms: Tensor | None = None
-    _next: int = 0
+    def __init__(self, numbers: Numbers, device: torch.device) -> None:
+        self.numbers = numbers.map(
+            lambda value: torch.tensor(value, dtype=torch.float32, device=device)
+        )
+        self._written = numbers.listed()
 
-    def ask(self, answer: outside.Answer, inputs: Inputs) -> Outputs:
-        if place_of(inputs, self.batches) is None:
-            return within(answer, inputs)
-        held = self.asked[self._next].held
-        self._next += 1
-        assert held is not None
-        return _masked(held, inputs)
-
-    def record(self, learn: Learn, moment: Moment) -> list[Value]:
-        """Take the step that the tensors hold."""
-
-        def work() -> tuple[list[Value], Tensor]:
-            values = learn(self.batches, moment, self.numbers)
-            return values, torch.stack(_terms(values))
-
-        with outside.recording(self):
-            self.values, self.terms = self.recorder.record(work)
-        return self._result()
-
-    def repeat(self, batches: Sequence[Batch], numbers: Numbers) -> list[Value]:
-        """Take a step with these batches and numbers."""
-        for held, batch in zip(self.batches, batches, strict=True):
-            _copy(tensors(held), tensors(batch))
-        for asked in self.asked:
-            assert asked.held is not None
-            _copy(tensors(asked.held), tensors(asked.now(batches)))
+    def write(self, numbers: Numbers) -> None:
+        """Set the numbers of the next step."""
         given = numbers.listed()
-        for tensor, value, old in zip(self.numbers.listed(), given, self.written, strict=True):
+        for tensor, value, old in zip(self.numbers.listed(), given, self._written, strict=True):
             # most learning rates stay the same for many steps
             if value != old:
                 tensor.fill_(value)
-        self.written = given
-        self.recorder.replay()
+        self._written = given
+
+
+class Record:
+    """A recorded step: the tensors that it reads, and those that it leaves.
+
+    Args:
+        recorder: records and repeats it.
+        batches: those of the step that is recorded.
+        asked: the answers from outside that it reads.
+    """
+
+    def __init__(
+        self, recorder: Recorder, batches: Sequence[Batch], asked: Sequence[Asked]
+    ) -> None:
+        self._recorder = recorder
+        self._batches = [batch.map(torch.clone) for batch in batches]
+        self._asked = [replace(one, held=one.now(batches).map(torch.clone)) for one in asked]
+        self._values: list[Value] = []
+        self._terms: Tensor | None = None
+
+    def ask(self, answer: outside.Answer, inputs: Inputs) -> Outputs:
+        place = place_of(inputs, self._batches)
+        if place is None:
+            return within(answer, inputs)
+        for one in self._asked:
+            if one.place == place and one.answer == answer and one.held is not None:
+                return _masked(one.held, inputs)
+        raise NotRecordable("the step asks another teacher than the steps before it")
+
+    def record(self, learn: Learn, moment: Moment, numbers: Numbers) -> list[Value]:
+        """Take the step that the tensors hold.
+
+        Raises:
+            NotRecordable: it cannot be recorded, and was not taken.
+        """
+
+        def work() -> tuple[list[Value], Tensor]:
+            values = learn(self._batches, moment, numbers)
+            return values, torch.stack(_terms(values))
+
+        with outside.recording(self):
+            self._values, self._terms = self._recorder.record(work)
+        return self._result()
+
+    def repeat(self, batches: Sequence[Batch]) -> list[Value]:
+        """Take a step with these batches."""
+        for held, batch in zip(self._batches, batches, strict=True):
+            _copy(tensors(held), tensors(batch))
+        for one in self._asked:
+            assert one.held is not None
+            _copy(tensors(one.held), tensors(one.now(batches)))
+        self._recorder.replay()
         return self._result()
 
     def _result(self) -> list[Value]:
         """Return the values of the last step, in memory that the next one does not overwrite."""
-        assert self.terms is not None
-        terms = iter(self.terms.clone().unbind())
+        assert self._terms is not None
+        terms = iter(self._terms.clone().unbind())
         return [
             Value(
                 next(terms),
@@ -153,8 +175,25 @@ class Record:
                 {name: next(terms) for name in value.weighted},
                 value.samples,
             )
-            for value in self.values
+            for value in self._values
         ]
+
+
+@dataclass
+class Known:
+    """What is known of the steps of one shape.
+
+    Attributes:
+        steps: how many were taken.
+        epoch: in which the last one was watched.
+        watch: the last one that was watched.
+        record: the recorded one.
+    """
+
+    steps: int = 0
+    epoch: int = 0
+    watch: Watch | None = None
+    record: Record | None = None
 
 
 class Captured:
@@ -162,99 +201,108 @@ class Captured:
 
     Args:
         device: the kind of device.
-        holders: all that may hold state between steps: modules, functions, schedules.
         say: called with the reason if the stage cannot be recorded.
+        has_hooks: whether code of the stage runs between its steps or epochs.
+        modules: hold the parameters.
     """
 
     def __init__(
-        self, device: Device, holders: Sequence[object], say: Callable[[str], None]
+        self,
+        device: Device,
+        say: Callable[[str], None],
+        *,
+        has_hooks: bool = True,
+        modules: Sequence[nn.Module] = (),
     ) -> None:
         self.reason: str | None = None
-        self.records: dict[Key, Record] = {}
         self._device = device
-        self._holders = holders
         self._say = say
-        self._steps: dict[Hashable, int] = {}  # by shape
-        self._asked: dict[Hashable, list[Asked]] = {}  # by shape
+        self._has_hooks = has_hooks
+        self._modules = modules
+        self._held: Held | None = None
+        self._known: dict[Key, Known] = {}
         self._reads_epoch = False
+
+    @property
+    def records(self) -> list[Record]:
+        """The recorded steps."""
+        return [known.record for known in self._known.values() if known.record is not None]
 
     def __call__(
         self, learn: Learn, batches: Sequence[Batch], moment: Moment, numbers: Numbers
     ) -> list[Value]:
         if self.reason is not None:
             return learn(batches, moment, numbers)
+        known = self._known_of(batches, moment)
+        known.steps += 1
+        if known.steps <= PLAIN_STEPS:
+            return learn(batches, moment, numbers)
+        if self._held is None:
+            self._held = Held(numbers, batches[0].labels.device)
+        self._held.write(numbers)
+        is_doubted = self._has_hooks and known.epoch != moment.epoch
+        if known.steps <= PLAIN_STEPS + WATCHED_STEPS or (known.record and is_doubted):
+            return self._watched(known, learn, batches, moment)
+        if known.record is not None:
+            return known.record.repeat(batches)
+        if len(self.records) >= MOST_RECORDS:
+            return learn(batches, moment, numbers)
+        return self._recorded(known, learn, batches, moment, numbers)
+
+    def _known_of(self, batches: Sequence[Batch], moment: Moment) -> Known:
         shape = tuple((tuple(x.shape), x.dtype) for batch in batches for x in tensors(batch))
         key = (shape, moment.epoch if self._reads_epoch else None)
-        if key in self.records:
-            return self.records[key].repeat(batches, numbers)
-        steps = self._steps[shape] = self._steps.get(shape, 0) + 1
-        if steps == PLAIN_STEPS:
-            return self._watched(shape, learn, batches, moment, numbers)
-        if self._reads_epoch and steps > PLAIN_STEPS:
+        if key not in self._known and self._reads_epoch:
             # those of earlier epochs do not come again
-            self.records = {known: one for known, one in self.records.items() if known[1] == key[1]}
-        if steps < PLAIN_STEPS or len(self.records) >= MOST_RECORDS:
-            return learn(batches, moment, numbers)
-        return self._recorded(key, learn, batches, moment, numbers)
+            self._known = {one: known for one, known in self._known.items() if one[1] == key[1]}
+        return self._known.setdefault(key, Known())
 
     def _watched(
-        self,
-        shape: Hashable,
-        learn: Learn,
-        batches: Sequence[Batch],
-        moment: Moment,
-        numbers: Numbers,
+        self, known: Known, learn: Learn, batches: Sequence[Batch], moment: Moment
     ) -> list[Value]:
-        watch, seen = Watch(self._device, self._holders, batches), SeenMoment(moment)
+        assert self._held is not None
+        watch, seen = Watch(self._device, batches), SeenMoment(moment)
+        numbers = self._held.numbers
         values = watch.look(lambda: learn(batches, seen, numbers))
         if "step" in seen.read:
             watch.reasons.append("the schedule reads the number of the step")
         self._reads_epoch |= "epoch" in seen.read
-        self._asked[shape] = watch.asked
+        difference = known.watch.trace.difference(watch.trace) if known.watch is not None else None
+        known.watch, known.epoch = watch, moment.epoch
+        if known.record is not None and difference is not None:
+            # a hook has changed the stage: it is looked at again
+            known.record, known.steps = None, PLAIN_STEPS + 1
+        elif difference is not None:
+            watch.reasons.append(difference)
         if watch.reasons:
             self._refuse(watch.reasons[0])
         return values
 
     def _recorded(
         self,
-        key: Key,
+        known: Known,
         learn: Learn,
         batches: Sequence[Batch],
         moment: Moment,
         numbers: Numbers,
     ) -> list[Value]:
-        device = batches[0].labels.device
-        asked = [
-            replace(one, held=one.now(batches).map(torch.clone)) for one in self._asked[key[0]]
-        ]
-        record = Record(
-            self._device.recorder(),
-            [batch.map(torch.clone) for batch in batches],
-            numbers.map(lambda value: torch.tensor(value, dtype=torch.float32, device=device)),
-            asked,
-            numbers.listed(),
-        )
+        assert known.watch is not None and self._held is not None
+        record = Record(self._device.recorder(), batches, known.watch.asked)
         try:
-            values = record.record(learn, moment)
+            values = record.record(learn, moment, self._held.numbers)
         except NotRecordable as error:
             self._refuse(str(error))
-            for holder in self._holders:
-                if isinstance(holder, nn.Module):
-                    # gradients of the capture hold no values
-                    holder.zero_grad(set_to_none=True)
+            for module in self._modules:
+                # gradients of the capture hold no values
+                module.zero_grad(set_to_none=True)
             return learn(batches, moment, numbers)
-        self.records[key] = record
+        known.record = record
         return values
 
     def _refuse(self, reason: str) -> None:
         self.reason = reason
-        self.records.clear()
+        self._known.clear()
         self._say(f"each step is launched kernel by kernel (train.capture): {reason}")
-
-
-def holders(trainer: Any) -> list[object]:
-    """Return all that may hold state between the steps of a stage."""
-    return [trainer.learner, trainer.stage.step]
 
 
 class Repeated:
@@ -264,6 +312,7 @@ class Repeated:
         self.plain = answer
         self._device = device
         self._calls: dict[Hashable, int] = {}
+        self._refused: set[Hashable] = set()
         self._records: dict[Hashable, tuple[Recorder, list[Tensor], Outputs]] = {}
 
     def __call__(self, inputs: Inputs) -> Outputs:
@@ -276,7 +325,7 @@ class Repeated:
             # several batches of a step, and of other runs, are answered before any is read
             return _masked(answer.map(torch.clone), inputs)
         calls = self._calls[shape] = self._calls.get(shape, 0) + 1
-        if calls <= PLAIN_STEPS or len(self._records) >= MOST_RECORDS:
+        if calls <= PLAIN_STEPS or shape in self._refused or len(self._records) >= MOST_RECORDS:
             return self.plain(inputs)
         held = [x.clone() for x in given]
         shown = held[0] if isinstance(inputs, Tensor) else dict(zip(inputs, held, strict=True))
@@ -284,7 +333,7 @@ class Repeated:
         try:
             answer = recorder.record(lambda: self.plain(shown))
         except NotRecordable:
-            self._calls[shape] = -NEVER
+            self._refused.add(shape)
             return self.plain(inputs)
         self._records[shape] = recorder, held, answer
         return _masked(answer.map(torch.clone), inputs)

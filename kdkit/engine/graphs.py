@@ -98,7 +98,8 @@ class CudaGraph:
             # `thread_local`: loaders pin memory in threads of their own
             with torch.cuda.graph(self._graph, self._pool, capture_error_mode="thread_local"):
                 result = work()
-        except RuntimeError as error:
+        # of any type: nothing has run, and the plain step that follows raises what is real
+        except Exception as error:
             raise NotRecordable(" ".join(str(error).split())[:200]) from None
         # capturing launches nothing
         self._graph.replay()

@@ -116,5 +116,5 @@ def learn(trainer: Trainer, group: Sequence[Batch], now: Moment, numbers: Number
         updater.update(rates, trainer.scaler)
     if trainer.scaler is not None:
         trainer.scaler.update()
-    trainer.move_averages(numbers.decays)
+    trainer.move_averages(numbers.shares)
     return values

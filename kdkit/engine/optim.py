@@ -16,6 +16,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from kdkit.errors import RunError, suggest
 from kdkit.recipe.sections import LrScheduleSpec, TrainSpec
 
+FLAGS = ("fused", "capturable")  # of torch's optimizers: few kernels, which can be recorded
+
 
 class Updater:
     """Updates one student and the learnable parts of its losses: an optimizer, its learning-rate
@@ -80,6 +82,13 @@ class Updater:
         """
         scheduled = self._scheduled
         self._set(rates)
+        try:
+            self._update(scaler)
+        finally:
+            # schedules compute with plain numbers
+            self._set(scheduled)
+
+    def _update(self, scaler: Any) -> None:
         if self._clip:
             if scaler is not None:
                 scaler.unscale_(self.optimizer)
@@ -89,8 +98,6 @@ class Updater:
         else:
             scaler.step(self.optimizer)  # skips the step if the scaled gradients overflowed
         self.optimizer.zero_grad(set_to_none=True)
-        # schedules compute with plain numbers
-        self._set(scheduled)
 
     def advance(self, steps: int) -> None:
         """Set the rate for the step that follows `steps` steps."""
@@ -109,7 +116,11 @@ class Updater:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        # how the step is computed belongs to this device, not to the one that wrote the state
+        flags = [{key: group.get(key) for key in FLAGS} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, own in zip(self.optimizer.param_groups, flags, strict=True):
+            group.update({key: value for key, value in own.items() if key in group})
         self.schedule.load_state_dict(state["schedule"])
         self.lr = state.get("lr", self._next_lr)  # checkpoints of earlier versions have none
 
@@ -158,7 +169,7 @@ def build_optimizer(
             lr=want.lr,
             weight_decay=want.weight_decay,
             momentum=want.momentum,
-            **{**_for_device(want.name, groups), **want.args},
+            **{**_for_device(want.name, groups, want.args), **want.args},
         )
     except Exception as error:  # each optimizer raises its own errors
         raise RunError(
@@ -179,18 +190,23 @@ def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
-def _for_device(name: str, groups: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
+def _for_device(
+    name: str, groups: Sequence[Mapping[str, Any]], asked: Mapping[str, Any]
+) -> dict[str, bool]:
     """Return the arguments by which torch's optimizers do their step in few kernels on a GPU, and
     can be recorded.
     """
     import timm.optim
 
+    # torch refuses them together
+    if asked.get("foreach") or asked.get("differentiable"):
+        return {}
     if not all(p.device.type == "cuda" for group in groups for p in group["params"]):
         return {}
     optimizer = timm.optim.get_optimizer_class(name, bind_defaults=False)
     taken = inspect.signature(optimizer).parameters
     is_torchs = optimizer.__module__.startswith("torch.")
-    return {key: True for key in ("fused", "capturable") if is_torchs and key in taken}
+    return {key: True for key in FLAGS if is_torchs and key in taken}
 
 
 def _groups(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
@@ -171,11 +172,14 @@ class Trainer:
     def numbers(self) -> Numbers:
         """The numbers of the next step."""
         # epochs of the stage so far, including the fraction of the current one
-        progress = self.epoch + self.step / self.steps_per_epoch
+        ramps = self._ramps(self.epoch + self.step / self.steps_per_epoch)
+        if self.updaters[0].capturable:
+            # rounded as in the tensors that a recorded step reads, so that both compute alike
+            ramps = [{key: float(np.float32(x)) for key, x in each.items()} for each in ramps]
         return Numbers(
-            self._ramps(progress),
+            ramps,
             [updater.rates for updater in self.updaters],
-            [None if one is None else one.changing_decay(self.steps + 1) for one in self.averages],
+            [None if one is None else one.changing_share(self.steps + 1) for one in self.averages],
         )
 
     def _ramps(self, progress: float) -> list[Ramps]:
@@ -198,11 +202,11 @@ class Trainer:
         found: contextlib.AbstractContextManager[None] = self.accelerator.no_sync(self._forward)
         return found
 
-    def move_averages(self, decays: Sequence[Any]) -> None:
+    def move_averages(self, shares: Sequence[Any]) -> None:
         """Update the moving averages of the weights (`train.ema`) after a step."""
-        for network, average, decay in zip(self._networks, self.averages, decays, strict=True):
+        for network, average, share in zip(self._networks, self.averages, shares, strict=True):
             if average is not None:
-                average.take_in(network, self.steps + 1, decay)
+                average.take_in(network, self.steps + 1, share)
 
     def capture(self, wanted: bool | Literal["auto"], say: Callable[[str], None]) -> None:
         """Record the steps from here on (`train.capture`), if the device and the stage allow it.
@@ -216,7 +220,9 @@ class Trainer:
         if (reason := self._not_capturable()) is not None:
             say(f"each step is launched kernel by kernel (train.capture): {reason}")
             return
-        self.take = Captured(CudaGraphs(), [self.learner, self.stage.step], say)
+        self.take = Captured(
+            CudaGraphs(), say, has_hooks=self.stage.has_hooks, modules=[self.learner]
+        )
 
     def _not_capturable(self) -> str | None:
         if self.accelerator.num_processes > 1:

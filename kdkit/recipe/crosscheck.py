@@ -17,7 +17,7 @@ from kdkit.recipe.explain import Location
 from kdkit.recipe.registry import Registry
 from kdkit.recipe.sections import RecipeBase
 from kdkit.recipe.types import source_of
-from kdkit.recipe.walk import is_bookkeeping, leaves, models_in
+from kdkit.recipe.walk import is_bookkeeping, leaves
 from kdkit.recipe.yaml_source import Source
 
 MOST_RECIPES = 64
@@ -105,13 +105,7 @@ def _model_conflicts(spec: RecipeBase, plugins: Registry, path: Path) -> Iterato
         yield ["teachers"], "give `teacher` or `teachers`, not both"
         return
     yield from _teacher_conflicts(spec, plugins, path)
-    sections = {
-        "teacher": spec.teacher,
-        "teachers": spec.teachers,
-        "student": spec.student,
-        "schedule": spec.schedule,
-    }
-    for location, options in models_in(sections):
+    for location, options in spec.named_models():
         try:
             source_of(options.model, plugins.models)
         except ModelError as error:

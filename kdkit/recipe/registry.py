@@ -86,7 +86,8 @@ def load(files: tuple[Path, ...] = (), *, installed: bool = True) -> Registry:
     Raises:
         PluginError: naming the plugin and what is wrong with it.
     """
-    sources = tuple(_plugin_files(files))
+    # a file may be named by the recipe and by the command
+    sources = tuple({path.resolve(): path for path in _plugin_files(files)}.values())
     return _load(
         tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in sources), installed
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -36,6 +36,7 @@ from kdkit.contracts.options import (
 )
 from kdkit.contracts.schedule import ScheduleOptions
 from kdkit.contracts.task import TaskOptions
+from kdkit.recipe.walk import Key, models_in
 
 
 class BatchAugment(Options):
@@ -592,6 +593,19 @@ class RecipeBase(Options):
             getattr(teacher, "name", None) or f"teacher{number}": teacher
             for number, teacher in enumerate(self.teachers, 1)
         }
+
+    def named_models(self) -> Iterable[tuple[Key, ModelOptions]]:
+        """Yield every network that the recipe names, with its location; schedules may name peers
+        and assistants.
+        """
+        return models_in(
+            {
+                "teacher": self.teacher,
+                "teachers": self.teachers,
+                "student": self.student,
+                "schedule": self.schedule,
+            }
+        )
 
     def place_of(self, teacher: str) -> list[str | int]:
         """Return the place of a teacher in the recipe."""

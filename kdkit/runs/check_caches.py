@@ -15,7 +15,7 @@ from kdkit.cache import given
 from kdkit.cache.given import has_answers_alone
 from kdkit.cache.opening import wanted
 from kdkit.cache.packing import KeptAnswers, Slots
-from kdkit.cache.store import SMALLER, gigabytes
+from kdkit.cache.store import SMALLER
 from kdkit.cache.teacher import OTHER_IMAGES
 from kdkit.contracts.dataset_source import DataInfo
 from kdkit.contracts.inputs import first_tensor, is_text
@@ -27,6 +27,7 @@ from kdkit.models.given_answers import looks_like
 from kdkit.models.tapped import TappedModel
 from kdkit.recipe import Recipe, models_in
 from kdkit.runs.networks import ModelFactory
+from kdkit.units import gigabytes
 
 Shapes = Mapping[str, tuple[int, ...]]
 

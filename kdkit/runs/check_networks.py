@@ -204,7 +204,7 @@ class NetworkChecks(Checks):
         spec = self.spec
         with self.report.at("student"):
             begins = meaning_of(
-                spec.student, factory.source(spec.student), factory.student().module
+                spec.student, factory.recipe.model_source(spec.student), factory.student().module
             )
             # of the classes that it learns
             refuse_other_meaning(replace(begins, class_names=()), info, "student")
@@ -213,7 +213,9 @@ class NetworkChecks(Checks):
             if isinstance(one, ModelOptions):
                 with self.report.at(*spec.place_of(name)):
                     self.compare(
-                        meaning_of(one, factory.source(one), factory.teacher(name).module),
+                        meaning_of(
+                            one, factory.recipe.model_source(one), factory.teacher(name).module
+                        ),
                         info,
                         name,
                         one,
@@ -341,17 +343,10 @@ def compare_checkpoints(factory: ModelFactory) -> list[str]:
     spec = factory.recipe.spec
     problems = []
     notes = []
-    sections = {
-        "teacher": spec.teacher,
-        "teachers": spec.teachers,
-        "student": spec.student,
-        "schedule": spec.schedule,
-    }
-    # Schedules may name models of their own: peers, assistants.
-    for place, options in models_in(sections):
+    for place, options in spec.named_models():
         if options.checkpoint is None:
             continue
-        source, shape = factory.source(options), factory.info.image_shape
+        source, shape = factory.recipe.model_source(options), factory.info.image_shape
         try:
             classes = (
                 said
@@ -381,7 +376,7 @@ def random_parts(factory: ModelFactory, name: str) -> str:
     """
     options = factory.teacher_options(name)
     assert options is not None
-    source = factory.source(options)
+    source = factory.recipe.model_source(options)
     # the model has pretrained weights, but the recipe does not request them
     if type(source).load is not ModelSource.load:
         return "the weights"

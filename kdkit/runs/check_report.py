@@ -13,6 +13,7 @@ from kdkit.errors import (
     RunError,
     ShapeError,
     TapError,
+    cause,
 )
 from kdkit.recipe import Recipe, fetching
 
@@ -45,7 +46,7 @@ class Report:
             if location != ("schedule",):
                 raise
             # an error in a plugin's own code
-            says = f"fails: {type(error).__name__}: {' '.join(str(error).split())}"
+            says = f"fails: {cause(error)}"
             self.refuse(location, f"schedule '{self.recipe.spec.schedule.use}' {says}")
 
     def refuse(self, location: Sequence[str | int], says: str) -> None:

@@ -20,7 +20,7 @@ from kdkit.data.labels import NO_LABELS
 from kdkit.engine.objective import Objective
 from kdkit.engine.reach import names_of, reached
 from kdkit.engine.setup import rehearse
-from kdkit.errors import KdkitError, ShapeError, suggest
+from kdkit.errors import KdkitError, ShapeError, cause, suggest
 from kdkit.models.freezing import freeze_all_but
 from kdkit.models.tapped import TappedModel
 from kdkit.randomness import seeded
@@ -243,8 +243,7 @@ class StageChecks(Checks):
             except Exception as error:  # an error in a plugin's own code
                 self.report.refuse(
                     place,
-                    f"fails on the models' shapes: {type(error).__name__}:"
-                    f" {' '.join(str(error).split())}",
+                    f"fails on the models' shapes: {cause(error)}",
                 )
         return network
 

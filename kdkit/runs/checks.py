@@ -54,7 +54,7 @@ class _Planner(Checks):
 
     def plan(self) -> Plan:
         spec = self.spec
-        source = self.recipe.plugins.datasets[spec.data.dataset.use](spec.data.dataset)
+        source = self.recipe.dataset()
         with self.report.at("data", "dataset"):
             info = self.data.info(source)
             with self.report.at("data"):

@@ -18,7 +18,6 @@ from kdkit.models.build import build_model, load_checkpoint
 from kdkit.models.tapped import TappedModel
 from kdkit.randomness import seeded
 from kdkit.recipe import Recipe
-from kdkit.recipe.types import source_of
 from kdkit.runs.networks import ModelFactory
 from kdkit.runs.random_batches import PROBE
 from kdkit.runs.trained_teachers import TrainedTeacher, options_of
@@ -118,11 +117,9 @@ def rebuilt(
         model.adapt.to(device)
         model.channels_last = channels_last
         return model
-    sources = recipe.plugins.models
-    source, name = source_of(network.model, sources)
     model = build_model(
         network,
-        sources[source](network, name),
+        recipe.model_source(network),
         info.outputs,
         info.image_shape,
         role="student",

@@ -14,7 +14,6 @@ from torch import Tensor
 from kdkit.cache.folder import Found, look
 from kdkit.cache.opening import open_cache, wanted
 from kdkit.cache.packing import Slots
-from kdkit.cache.store import gigabytes
 from kdkit.cache.teacher import Forward, TeacherCache
 from kdkit.contracts.records import Inputs
 from kdkit.data import loaders
@@ -25,6 +24,7 @@ from kdkit.recipe import Recipe
 from kdkit.runs import checks, training
 from kdkit.runs.networks import ModelFactory
 from kdkit.runs.progress import Reporter
+from kdkit.units import gigabytes
 
 BETWEEN_COMMITS = 10.0  # seconds
 
@@ -51,7 +51,7 @@ def fill(recipe: Recipe, *, quiet: bool = False) -> list[Found]:
     device = build_accelerator(spec.train).device
     exact = Slots.of(next(iter(options.values())), spec.data, spec.seed).exact
     plain = {"augment": None} if exact else {}  # every outcome is visited in turn, without drawing
-    source = recipe.plugins.datasets[spec.data.dataset.use](spec.data.dataset)
+    source = recipe.dataset()
     prepared = loaders.prepare(
         spec.data.model_copy(update={"drop_last": False, **plain}),
         source,

@@ -19,7 +19,6 @@ from kdkit.contracts.loss_options import LayerPair
 from kdkit.contracts.model_source import (
     FIRST_WEIGHTS,
     ModelOptions,
-    ModelSource,
     RecipeTeacher,
     StudentOptions,
     TeacherOptions,
@@ -35,7 +34,6 @@ from kdkit.models.tapped import TappedModel
 from kdkit.randomness import seeded
 from kdkit.recipe import Recipe, content_of, models_in
 from kdkit.recipe.sections import LossEntry
-from kdkit.recipe.types import source_of
 from kdkit.runs import wanted
 from kdkit.runs.frozen import FrozenModels
 from kdkit.runs.meaning import TeacherClasses
@@ -161,7 +159,7 @@ class ModelFactory:
         assert known is not None
         donor, source = (
             self._build(wanted.from_, known, (), names.index(wanted.from_)),
-            self.source(options),
+            self.recipe.model_source(options),
         )
         try:
             self.inherited = inherit(
@@ -324,7 +322,7 @@ class ModelFactory:
         # the compiled code depends on the taps
         compiled = [sorted(layers), self._needs_logits(name)] if self._compiles else []
         # plugins may build different networks under the same name
-        source = type(self.source(options))
+        source = type(self.recipe.model_source(options))
         made_by = source.__module__, source.__qualname__
         return json.dumps(
             [content_of(spec), made_by, number, folded, compiled, self._channels_last],
@@ -365,7 +363,7 @@ class ModelFactory:
             try:
                 built = build_model(
                     options,
-                    self.source(options),
+                    self.recipe.model_source(options),
                     self._classes(section),
                     self.info.image_shape,
                     role=section,
@@ -395,11 +393,6 @@ class ModelFactory:
         schedules = models_in({"schedule": self.recipe.spec.schedule})
         return next((place for place, model in schedules if model is options), own)
 
-    def source(self, options: ModelOptions) -> ModelSource:
-        sources = self.recipe.plugins.models
-        name, model_name = source_of(options.model, sources)
-        return sources[name](options, model_name)
-
     def _build(
         self,
         section: str,
@@ -417,7 +410,7 @@ class ModelFactory:
             with seeded(spec.seed, "student" if section == "student" else "teacher", number):
                 model = build_model(
                     options,
-                    self.source(options),
+                    self.recipe.model_source(options),
                     self._classes(section),
                     self.info.image_shape,
                     layers,

@@ -280,7 +280,7 @@ def open_data(
 def read_data(recipe: Recipe, accelerator: Accelerator) -> loaders.Data:
     """Read the recipe's data without mixing."""
     spec = recipe.spec
-    source = recipe.plugins.datasets[spec.data.dataset.use](spec.data.dataset)
+    source = recipe.dataset()
     rank, world = accelerator.process_index, accelerator.num_processes
     try:
         with accelerator.local_main_process_first():  # it may download

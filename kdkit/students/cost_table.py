@@ -19,6 +19,7 @@ from kdkit.recipe.explain import validated
 from kdkit.recipe.types import source_of
 from kdkit.students.loaded import LoadedRun
 from kdkit.students.profile import Profile
+from kdkit.units import with_unit
 
 DEFAULT_SHAPE: Shape = (3, 224, 224)
 DEFAULT_TEXT = TextShape((16,))
@@ -128,7 +129,7 @@ def _rows(
 ) -> Iterator[tuple[str, Callable[[Profile], float], Callable[[float], str]]]:
     """List (title, quantity, formatter) of each row."""
     yield "parameters", lambda p: p.parameters, lambda v: f"{v:,.0f}"
-    yield "multiply-accumulates per image", lambda p: p.macs, _macs
+    yield "multiply-accumulates per image", lambda p: p.macs, with_unit
     yield "safetensors file, bytes", lambda p: p.bytes, lambda v: f"{v:,.0f}"
     for position, latency in enumerate(first.latencies):
         for percent in (50, 90, 99):
@@ -147,13 +148,6 @@ def _milliseconds(position: int, percent: float) -> Callable[[Profile], float]:
 
 def _throughput(position: int) -> Callable[[Profile], float]:
     return lambda profile: profile.latencies[position].throughput
-
-
-def _macs(count: float) -> str:
-    unit, name = next(
-        ((u, n) for u, n in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if count >= u), (1.0, "")
-    )
-    return f"{count / unit:,.2f} {name}" if name else f"{count:,.0f}"
 
 
 def _ratio(value: float, first: float) -> str:

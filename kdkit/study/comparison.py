@@ -19,12 +19,11 @@ from kdkit.runs.folder import RunFolder
 from kdkit.runs.interrupts import sigterm_raises
 from kdkit.runs.leftovers import LOCK
 from kdkit.runs.run import Run
-from kdkit.study.checks import check
 from kdkit.study.finder import Finder, Searched, after_search
 from kdkit.study.findings import Findings
 from kdkit.study.lockstep import train_together
 from kdkit.study.measurements import Measured
-from kdkit.study.trainings import StudyRun, trainings
+from kdkit.study.plan import StudyRun, check, trainings
 from kdkit.study.variants import Study
 
 FINDINGS = "study.json"
@@ -63,6 +62,9 @@ def compare(
             check(study, say)
         asked |= {f"{each.variant} (seed {each.seed})": each.recipe.content() for each in planned}
         asked["--spread"] = spread
+        if not spread:
+            # processes that train each run together must go through the same passes
+            asked["--max-parallel"] = max_parallel
     if spread:
         leave_launch()
     if writes:
@@ -79,6 +81,9 @@ def compare(
         if not first:
             return None
         leave_launch()
+        # another process may have finished what failed, or was busy, here
+        finished = {each.folder for each in planned if each.result is not None}
+        failures = {folder: why for folder, why in failures.items() if folder not in finished}
         # whoever measures later finds what the first one has measured
         with _measured(study, say) as measured:
             findings = Finder(study, planned, failures, measured, searched).findings()

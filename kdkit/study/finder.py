@@ -25,7 +25,7 @@ from kdkit.students.curves import deciding
 from kdkit.study.findings import Cost, Findings, Search, Teacher, Tuned, Variant, rank
 from kdkit.study.intervals import with_differences
 from kdkit.study.measurements import Measured, Network, common_teacher, mean_length, of_teachers
-from kdkit.study.trainings import StudyRun, judges, scores_of
+from kdkit.study.plan import StudyRun, judges, scores_of
 from kdkit.study.variants import Point, Study, point_name
 
 # by the name of a variant's point, one a seed; None: it could not be trained

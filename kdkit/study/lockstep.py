@@ -202,6 +202,7 @@ def _prepared(
     """
     but_for_the_seed = json.dumps({**job.recipe.content(), "seed": None}, sort_keys=True)
     try:
+        _refuse_other_study(job, folder)
         prepared = training.Prepared.make(
             job.recipe, folder, info=sound.get(but_for_the_seed), quiet=True, say=say
         )
@@ -212,6 +213,21 @@ def _prepared(
         raise
     except FAILURES as error:
         return _failed(job, error, say)
+
+
+def _refuse_other_study(job: Run, folder: RunFolder) -> None:
+    """Refuse a folder that another process has taken since the study was planned.
+
+    Raises:
+        RunError: it holds a run of another recipe.
+    """
+    try:
+        folder.check(job.recipe)
+    except RunError:
+        raise RunError(
+            f"{job.folder} holds a run of another recipe, begun since: another process compares"
+            " this study with other overrides; give one of the two another `name:`"
+        ) from None
 
 
 def _kind(recipe: Recipe) -> str:

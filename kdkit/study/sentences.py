@@ -119,11 +119,3 @@ def teacher_trained(teacher: Teacher, what: str) -> str:
     return " or ".join(
         f"{count:,}" for count in dict.fromkeys(getattr(one, what) for one in teacher.lengths)
     )
-
-
-def with_unit(number: float) -> str:
-    """Format a large number as `1.23 M`."""
-    unit, sign = next(
-        ((u, s) for u, s in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if number >= u), (1.0, "")
-    )
-    return f"{number / unit:,.2f} {sign}" if sign else f"{number:,.0f}"

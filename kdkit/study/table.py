@@ -10,21 +10,20 @@ from rich.table import Table
 
 from kdkit.contracts.task import ScoreInfo
 from kdkit.recipe.fairness import unequal
-from kdkit.study.checks import check
 from kdkit.study.finder import about, after_search
 from kdkit.study.findings import LOSSES, Findings, Length, Teacher, Variant
 from kdkit.study.intervals import gained, p_value_shown, shown, spread
 from kdkit.study.lockstep import passes
+from kdkit.study.plan import StudyRun, check, trainings
 from kdkit.study.sentences import (
     search,
     teacher_trained,
     trained,
     training_data,
     verdicts,
-    with_unit,
 )
-from kdkit.study.trainings import StudyRun, trainings
 from kdkit.study.variants import Study
+from kdkit.units import with_unit
 
 # title, of a variant, of the teacher
 Cells = tuple[str, Callable[[Variant], str], Callable[[Teacher], str]]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kdkit.contracts.loss import Loss
+from kdkit.errors import cause
 
 Check = Callable[..., list[str]]
 """Called with a loss's class and options; returns what it could not verify."""
@@ -31,9 +32,7 @@ def promise(check: Callable[..., list[str] | None]) -> Check:
         except AssertionError:
             raise
         except Exception as error:
-            raise AssertionError(
-                f"{cls.name}: {type(error).__name__}: {' '.join(str(error).split())}"
-            ) from error
+            raise AssertionError(f"{cls.name}: {cause(error)}") from error
 
     # `exceptions` of a loss are checked against these names.
     NAMES.add(check.__name__)

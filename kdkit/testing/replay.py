@@ -41,7 +41,8 @@ class Replays:
 
     @contextlib.contextmanager
     def watching(self, reasons: list[str]) -> Iterator[None]:
-        with _Operations(reasons.append), _Methods(reasons.append):
+        operations = _Operations(reasons.append)
+        with operations, _Methods(reasons.append, operations):
             yield
 
     @contextlib.contextmanager
@@ -56,14 +57,16 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, refuse: Callable[[str], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._refuse = refuse
+        self.is_lenient = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         by_mask = str(func).startswith("aten.index") and any(
-            isinstance(value, Tensor) and value.dtype == torch.bool for value in tree_leaves(args)
+            isinstance(value, Tensor) and value.dtype == torch.bool
+            for value in tree_leaves(args[1:])
         )
         plain = any(isinstance(value, (bool, int, float)) for value in tree_leaves(result))
-        if by_mask or plain or str(func) in DEPENDS_ON_DATA:
+        if not self.is_lenient and (by_mask or plain or str(func) in DEPENDS_ON_DATA):
             self._refuse(f"the host reads a value of the device by {func}")
         return result
 
@@ -71,19 +74,21 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class _Methods(TorchFunctionMode):
     """Finds methods that bring values to the host without an operation."""
 
-    def __init__(self, refuse: Callable[[str], None]) -> None:
+    def __init__(self, refuse: Callable[[str], None], operations: _Operations) -> None:
         super().__init__()
         self._refuse = refuse
+        self._operations = operations
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if name in READS:
             self._refuse(f"the host reads a value of the device by {name}")
-        if name == "one_hot":
-            # it checks its input on a processor only
-            with torch.utils._python_dispatch._disable_current_modes():
-                return func(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        # `one_hot` checks its input on a processor only
+        self._operations.is_lenient = name == "one_hot"
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self._operations.is_lenient = False
 
 
 class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]

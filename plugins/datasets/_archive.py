@@ -55,7 +55,7 @@ def fetch(
     except Exception as error:
         if isinstance(error, urllib.error.HTTPError):
             error.close()  # it is the page that says so
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        reason = kdkit.cause(error)
         raise kdkit.DataError(f"{folder} cannot be fetched from {url} ({reason})") from error
 
 

@@ -121,8 +121,8 @@ class HfDataset(kdkit.DatasetSource):
                 for part, name in wanted.items()
             }
         except Exception as error:  # whatever a hub or a file makes it raise
-            cause = error.__cause__ or error  # the library wraps what went wrong
-            reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
+            # the library wraps what went wrong
+            reason = kdkit.cause(error.__cause__ or error, 300)
             raise kdkit.DataError(
                 f"dataset '{options.dataset}' cannot be loaded: {reason}"
             ) from error

@@ -219,7 +219,7 @@ class Timm(kdkit.DatasetSource):
                 settings["trust_remote_code"] = False
             return create_dataset(o.dataset, root=root, split=split, **settings)
         except Exception as error:  # each of the libraries behind it has errors of its own
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            reason = kdkit.cause(error)
             raise kdkit.DataError(
                 f"timm dataset '{o.dataset}', split '{split}', root {o.root}: {reason}"
             ) from error

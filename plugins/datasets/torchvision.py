@@ -106,7 +106,7 @@ class SmallSet(kdkit.DatasetSource):
             )
         # missing, cut short, altered, no network: each raises something else
         except Exception as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            reason = kdkit.cause(error)
             raise kdkit.DataError(
                 f"dataset '{self.name}' cannot be read from {root} ({reason}); `download: true`"
                 " fetches its files"

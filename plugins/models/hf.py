@@ -214,10 +214,8 @@ class HuggingFaceSource(kdkit.ModelSource):
             where = (
                 "" if Path(name).is_dir() else "; a folder of this machine is written hf/./FOLDER"
             )
-            reason = " ".join(str(error).split())
             raise kdkit.ModelError(
-                f"'{self.model_name}' cannot be {what}: {type(error).__name__}:"
-                f" {reason[:300]}{where}"
+                f"'{self.model_name}' cannot be {what}: {kdkit.cause(error, 300)}{where}"
             ) from error
         finally:
             transformers.logging.set_verbosity(level)

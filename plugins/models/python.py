@@ -52,7 +52,8 @@ class PythonSource(kdkit.ModelSource):
             module = make(num_classes=num_classes, **self.options.args)
         except Exception as error:
             raise kdkit.ModelError(
-                f"{file}: {self.model_name}(num_classes={num_classes}, ...) failed: {_cause(error)}"
+                f"{file}: {self.model_name}(num_classes={num_classes}, ...) failed:"
+                f" {kdkit.cause(error)}"
             ) from error
         if not isinstance(module, nn.Module):
             raise kdkit.ModelError(
@@ -86,7 +87,7 @@ def _import(file: Path) -> ModuleType:
     except Exception as error:
         # the next call must not find what broke half-way
         del sys.modules[name]
-        raise kdkit.ModelError(f"{file}: cannot be imported: {_cause(error)}") from error
+        raise kdkit.ModelError(f"{file}: cannot be imported: {kdkit.cause(error)}") from error
     return module
 
 
@@ -101,10 +102,6 @@ def _near(name: str, file: Path) -> str:
     return (
         f"; did you mean '{close[0]}'?" if close else f"; it defines: {', '.join(own) or 'nothing'}"
     )
-
-
-def _cause(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 @kdkit.hookimpl

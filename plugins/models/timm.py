@@ -126,10 +126,7 @@ class TimmSource(kdkit.ModelSource):
         try:
             module: nn.Module = timm.create_model(name, **arguments)
         except Exception as error:
-            raise kdkit.ModelError(
-                f"timm cannot build '{name}': {type(error).__name__}:"
-                f" {' '.join(str(error).split())}"
-            ) from error
+            raise kdkit.ModelError(f"timm cannot build '{name}': {kdkit.cause(error)}") from error
         return module
 
     def _narrow_stem(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from kdkit.study.findings import (
     rank,
 )
 from kdkit.study.report.document import Figures
-from kdkit.study.sentences import with_unit
+from kdkit.units import with_unit
 
 NONE = "–"
 # title, cell of a variant, score of the teacher

@@ -75,7 +75,7 @@ def tokenized(options: TextOptions, texts: Sequence[Any], labels: Sequence[int])
     except Exception as error:  # whatever a hub or a file makes it raise
         if options.tokenizer.startswith("/") and not Path(options.tokenizer).is_dir():
             raise kdkit.DataError(f"tokenizer: there is no folder {options.tokenizer}") from error
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        reason = kdkit.cause(error, 300)
         raise kdkit.DataError(
             f"tokenizer '{options.tokenizer}' cannot be loaded: {reason}"
         ) from error
