@@ -145,7 +145,7 @@ class StageTraining:
     train: Sequence[str] | None = None
 
 
-def nothing() -> None:
+def nothing(moment: Moment = START, /) -> None:
     """Do nothing, as the hook of a stage that has none."""
 
 
@@ -165,7 +165,6 @@ class Stage:
             students make together: losses that read layers are ignored in these.
         after_step: called after each optimizer step, which the moment counts.
         after_epoch: called after the last step of each epoch, which the moment counts.
-        has_hooks: whether there is one of the two.
         data: requirements on the batches.
         training: its length, losses and trained parts.
         buffers: frozen models that `after_step` or `after_epoch` changes (moving averages): saved
@@ -187,7 +186,6 @@ class Stage:
     step: Step
     after_step: Hook
     after_epoch: Hook
-    has_hooks: bool
     data: StageData
     training: StageTraining
     buffers: Sequence[Model]
@@ -228,9 +226,8 @@ class Stage:
             name=name,
             students=students,
             step=lambda batch, moment=START: lessons(batch, moment),
-            after_step=lambda moment=START: follow(moment),
-            after_epoch=lambda moment=START: close(moment),
-            has_hooks=after_step is not nothing or after_epoch is not nothing,
+            after_step=nothing if after_step is nothing else lambda moment=START: follow(moment),
+            after_epoch=nothing if after_epoch is nothing else lambda moment=START: close(moment),
             data=replace(data or StageData(), **more_data),
             training=replace(training or StageTraining(), **more_training),
             buffers=buffers,
@@ -240,6 +237,11 @@ class Stage:
             result=result,
             apart=apart,
         )
+
+    @property
+    def has_hooks(self) -> bool:
+        """True if code of the schedule runs between steps or epochs."""
+        return self.after_step is not nothing or self.after_epoch is not nothing
 
 
 def _given(**values: Any) -> dict[str, Any]:
