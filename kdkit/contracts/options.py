@@ -75,7 +75,7 @@ _PROGRESS: dict[str, Callable[[float], float]] = {
 
 
 class _NumberOrRamp:
-    """Lets a float field hold a Ramp until `at_epoch` replaces it by the current number."""
+    """Lets a float field hold a Ramp until the objective replaces it by the current number."""
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler

@@ -56,13 +56,11 @@ class CudaGraphs:
         drawn = torch.get_rng_state()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-            # it warns that it is a prototype
-            caught.clear()
+            _set_sync_mode("warn")
             try:
                 yield
             finally:
-                torch.cuda.set_sync_debug_mode("default")
+                _set_sync_mode("default")
         for warning in caught:
             if "synchronizing CUDA operation" in str(warning.message):
                 place = "/".join(Path(warning.filename).parts[-2:])
@@ -77,13 +75,18 @@ class CudaGraphs:
     @contextlib.contextmanager
     def unwatched(self) -> Iterator[None]:
         mode = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("default")
+        _set_sync_mode("default")
         try:
             yield
         finally:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                torch.cuda.set_sync_debug_mode(mode)
+            _set_sync_mode(mode)
+
+
+def _set_sync_mode(mode: int | str) -> None:
+    with warnings.catch_warnings():
+        # torch warns that the mode is a prototype
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 class CudaGraph:

@@ -258,13 +258,6 @@ def mean_of(values: Sequence[Tensor], weights: Sequence[float] | Tensor | None) 
     return (stacked * shares.to(stacked)).sum() / shares.sum()
 
 
-def _as_tensor(weights: Sequence[float] | Tensor, like: Tensor) -> Tensor:
-    if isinstance(weights, Tensor):
-        return weights.to(like)
-    # filled on the device: a copy from the host would make every step wait for it
-    return torch.stack([like.new_full((), weight) for weight in weights])
-
-
 def sum_of(values: Iterable[Tensor], like: Tensor) -> Tensor:
     """Return the sum of the values; zero on the device of `like` if there are none."""
     return sum(values, start=torch.zeros((), device=like.device))

@@ -224,6 +224,8 @@ def _refuse_other_study(job: Run, folder: RunFolder) -> None:
     try:
         folder.check(job.recipe)
     except RunError:
+        if folder.owner in (None, job.recipe.fingerprint):
+            raise  # another fault than another's run
         raise RunError(
             f"{job.folder} holds a run of another recipe, begun since: another process compares"
             " this study with other overrides; give one of the two another `name:`"
