@@ -132,7 +132,7 @@ def test_average_best_measures_every_epoch(tmp_path):
 def test_average_best_resumes_to_the_same_bits(tmp_path):
     path = write(tmp_path, AVERAGED)
     assert Command(tmp_path, "train", path, "--run", "whole").finish()[0] == 0
-    kill_often(tmp_path, path, "run", lines(tmp_path / "whole"), 4, time.time_ns())
+    kill_often(tmp_path, path, "run", lines(tmp_path / "whole"), 2, time.time_ns())
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     kept = [sorted(file.read_bytes() for file in (tmp_path / run / "best-epochs").rglob("*.*")) for run in ("run", "whole")]
     assert kept[0] == kept[1] and len(kept[0]) == 2
@@ -166,7 +166,7 @@ def test_average_best_in_lockstep_is_what_it_is_alone(tmp_path):
 
 
 def test_average_best_resumes_in_two_processes(tmp_path):
-    path = write(tmp_path, **{**CHANGES, "train": {**CHANGES["train"], "epochs": 8}})
+    path = write(tmp_path, **{**CHANGES, "train": {**CHANGES["train"], "epochs": 6}})
     commands = together(tmp_path, "train", path, "--run", "whole")
     assert [command.finish()[0] for command in commands] == [0, 0], commands[0].log.read_text()
     stopped = together(tmp_path, "train", path, "--run", "run")

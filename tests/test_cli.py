@@ -1,12 +1,12 @@
 """The command line as a user meets it: output, exit codes, and never a traceback for a mistake of theirs."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from training import Command
 
 from kdkit import cli
 
@@ -23,21 +23,54 @@ train: {epochs: 2, optimizer: {lr: 0.1}}
 
 
 @pytest.fixture
-def kdkit(tmp_path):
+def main(tmp_path, monkeypatch, capsys):
+    """`main` in this process: exit code, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "120")
     (tmp_path / "r.yaml").write_text(RECIPE)
 
-    def run(*words, code=0):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-        done = subprocess.run([KDKIT, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == code, done.stdout + done.stderr
-        assert "Traceback" not in done.stderr
-        return done.stdout if code == 0 else done.stderr
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["kdkit", *words])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return caught.value.code or 0, *capsys.readouterr()
 
     return run
 
 
+@pytest.fixture
+def kdkit(main):
+    """What a command that ends with a code prints: to standard output, or to standard error if it fails."""
+
+    def run(*words, code=0):
+        found, out, error = main(*words)
+        assert found == code, out + error
+        assert "Traceback" not in error
+        return out if code == 0 else error
+
+    return run
+
+
+@pytest.fixture
+def shell(main):
+    """Exit code and standard error of a command."""
+
+    def run(*words):
+        code, _, error = main(*words)
+        return code, error
+
+    return run
+
+
+def test_the_installed_command_ends_with_its_code(tmp_path):
+    done = subprocess.run([KDKIT, "train", "none.yaml"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "none.yaml: No such file or directory\n")
+
+
 def test_train_and_what_it_says(kdkit, tmp_path):
-    said = kdkit("train", "r.yaml", "train.epochs=1", "losses.1.temperature=2")
+    code, said = Command(tmp_path, "train", "r.yaml", "train.epochs=1", "losses.1.temperature=2", COLUMNS="120").finish()
+    assert code == 0 and "Traceback" not in said, said
     assert "distill epoch 1/1  loss" in said and "logit_kl" in said and "images/s" in said and "teacher" in said
     assert json.loads((tmp_path / "runs" / "shell" / "result.json").read_text())["epochs"] == 1
     assert "trained already" in kdkit("train", "r.yaml", "train.epochs=1", "losses.1.temperature=2")
@@ -106,22 +139,6 @@ def test_a_study_is_no_recipe(kdkit, tmp_path):
         kdkit("train", "s.yaml", code=2).strip() == "s.yaml:3: variants: this is a study, which `kdkit compare` carries out, not a recipe"
     )
     assert kdkit("compare", "s.yaml", "--dry", code=2).strip() == "allow: no variant has the key 'train.epoch'"
-
-
-@pytest.fixture
-def shell(tmp_path, monkeypatch, capsys):
-    """`main` in this process: exit code and standard error."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    (tmp_path / "r.yaml").write_text(RECIPE)
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["kdkit", *words])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        return caught.value.code, capsys.readouterr().err
-
-    return run
 
 
 def test_a_fault_of_kdkit_is_one_line_and_keeps_its_traceback(shell, tmp_path, monkeypatch):

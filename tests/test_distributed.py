@@ -145,7 +145,7 @@ def test_a_plateau_schedule_is_the_same_in_all_processes(tmp_path):
 
 
 def test_two_processes_stop_together_and_resume(tmp_path):
-    path = recipe(tmp_path, train={"epochs": 12})
+    path = recipe(tmp_path, train={"epochs": 12, "evaluate_every": 6})
     whole = together(tmp_path, "train", path, "--run", "whole")
     assert [command.finish()[0] for command in whole] == [0, 0]
     stopped = together(tmp_path, "train", path, "--run", "run")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from loss_examples import OPTIONS
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from training import PATIENCE, PROCESSES
+from training import PATIENCE, forked
 
 import kdkit
 from kdkit.recipe import registry
@@ -91,7 +91,7 @@ def work(rank, folder):
 def parts(tmp_path_factory):
     """What each of the processes found."""
     folder = tmp_path_factory.mktemp("processes")
-    processes = [PROCESSES.Process(target=work, args=(rank, str(folder))) for rank in range(WORLD)]
+    processes = [forked(work, rank, str(folder)) for rank in range(WORLD)]
     for process in processes:
         process.start()
     for process in processes:

@@ -6,7 +6,7 @@ import threading
 import time
 
 import pytest
-from training import PATIENCE, PROCESSES
+from training import PATIENCE, PROCESSES, forked
 
 from kdkit.data.workers import leave_to_parent
 from kdkit.runs.interrupts import StopRequest
@@ -54,11 +54,11 @@ def _send(pid, number):
 
 def test_a_loader_worker_ignores_signals_and_is_ended_by_its_parent():
     ready = PROCESSES.Event()
-    worker = PROCESSES.Process(target=_worker, args=(ready,))
+    worker = forked(_worker, ready)
     worker.start()
     assert ready.wait(30)
     for number in (signal.SIGINT, signal.SIGTERM):
-        stranger = PROCESSES.Process(target=_send, args=(worker.pid, number))
+        stranger = forked(_send, worker.pid, number)
         stranger.start()
         stranger.join()
     worker.join(0.3)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing import SignalException
 from training import PLAIN, Command, lines, metrics, needs_a_device_each, start, together, write
 
 from kdkit import launching
@@ -90,20 +91,21 @@ def ranks_of(launcher):
     return found
 
 
-def test_processes_of_kdkit_s_own_launch(tmp_path):
+def launched(folder, until):
+    """A launch of two processes, by now with so many lines of metrics."""
     needs_a_device_each(2)
-    """One is killed: the others end, and the last line says which died of what. The same command goes on; a signal stops all."""
-    path = write(tmp_path, SUPERVISED, train={"epochs": 100_000})
+    path = write(folder, SUPERVISED, train={"epochs": 100_000})
     words = [sys.executable, "-m", "kdkit", "train", str(path), "--processes", "2", "--quiet", "train.device=cpu"]
-    run, environment = tmp_path / "runs" / "plain", {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while lines(folder / "runs" / "plain") < until and process.poll() is None:
+        time.sleep(0.05)
+    return process
 
-    def launched(until):
-        process = subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        while lines(run) < until and process.poll() is None:
-            time.sleep(0.05)
-        return process
 
-    first = launched(3)
+def test_one_that_is_killed_in_kdkit_s_own_launch_ends_the_others(tmp_path):
+    """The last line says which died of what."""
+    first = launched(tmp_path, 3)
     ranks = ranks_of(first.pid)
     os.kill(ranks[1], signal.SIGKILL)
     log = first.communicate()[0].splitlines()
@@ -113,12 +115,28 @@ def test_processes_of_kdkit_s_own_launch(tmp_path):
     )
     own = [line for line in log if not line.startswith("[")]  # torch's C++ code may warn of the lost connection
     assert len(own) <= 2 and "Traceback" not in "".join(log), log
-    steps = len(metrics(run))
-    second = launched(steps + 30)
-    second.send_signal(signal.SIGTERM)
-    log = second.communicate()[0]
-    assert second.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM in epoch" in log and "Traceback" not in log
-    assert len(metrics(run)) > steps
+
+
+@pytest.mark.slow
+def test_a_signal_stops_kdkit_s_own_launch_and_the_same_command_goes_on(tmp_path):
+    steps = 0
+    for _ in range(2):
+        process = launched(tmp_path, steps + 30)
+        process.send_signal(signal.SIGTERM)
+        log = process.communicate()[0]
+        assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM in epoch" in log and "Traceback" not in log
+        before, steps = steps, len(metrics(tmp_path / "runs" / "plain"))
+        assert steps > before
+
+
+def test_a_launch_that_a_signal_stops_ends_with_its_code(monkeypatch):
+    def stopped(*_):
+        raise SignalException("stopped", signal.SIGTERM)
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", lambda *_: stopped)
+    monkeypatch.setattr("logging.disable", lambda *_: None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert launching.launch(2, ["train", "r.yaml"]) == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize(
@@ -192,13 +210,17 @@ def test_a_loader_worker_that_is_killed_is_told_in_one_line(tmp_path):
 
 
 def test_processes_of_two_students_train_their_teacher_once(tmp_path):
-    write(tmp_path, {**SUPERVISED, "name": "teacher"}, "teacher.yaml", train={"epochs": 100, "evaluate_every": 100})
+    write(tmp_path, {**SUPERVISED, "name": "teacher"}, "teacher.yaml", train={"epochs": 10})
     taught = {**PLAIN, "teacher": {"recipe": "teacher.yaml"}, "train": {**PLAIN["train"], "epochs": 1}}
     paths = [write(tmp_path, {**taught, "name": name}, f"{name}.yaml") for name in ("one", "two")]
     first = Command(tmp_path, "train", paths[0])
     assert first.wait_for(lambda: lines(tmp_path / "runs" / "teacher") > 0)
-    codes, (one, two) = ends([first, Command(tmp_path, "train", paths[1])])
-    assert codes == [0, 0], (one, two)
+    first.send(signal.SIGSTOP)
+    second = Command(tmp_path, "train", paths[1])
     says = "teacher: another process is training the teacher in runs/teacher; waiting for it"
+    assert second.wait_for(lambda: second.log.exists() and says in second.log.read_text())
+    first.send(signal.SIGCONT)
+    codes, (one, two) = ends([first, second])
+    assert codes == [0, 0], (one, two)
     assert says in two and "teacher: trained already, see runs/teacher" in two and says not in one
     assert not any("train epoch" in line for line in two)

@@ -105,6 +105,23 @@ def test_a_changed_file_is_read_again(tmp_path):
     assert set(registry.load((path,), installed=False).losses) == {"yours"}
 
 
+def test_a_distribution_with_an_entry_point_trains(tmp_path, monkeypatch):
+    """As an installed package is found, without building and installing it."""
+    write(tmp_path / "site" / "kdkit_near.py", loss("from_near", "FromNear"))
+    write(tmp_path / "site" / "kdkit_near-1.0.dist-info" / "METADATA", "Metadata-Version: 2.1\nName: kdkit-near\nVersion: 1.0\n")
+    write(tmp_path / "site" / "kdkit_near-1.0.dist-info" / "entry_points.txt", "[kdkit]\nnear = kdkit_near\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    registry._load.cache_clear()
+    try:
+        result = kdkit.train(write(tmp_path / "r.yaml", RECIPE.format(name="from_near")), folder=tmp_path / "run", quiet=True)
+        assert '"from_near"' in (result.folder / "metrics.jsonl").read_text()
+        found = registry.load()
+        assert found.origins[found.losses["from_near"]] == "kdkit-near (kdkit_near)"
+    finally:
+        registry._load.cache_clear()  # the next test is without it
+
+
+@pytest.mark.slow
 def test_an_installed_package_with_an_entry_point_trains(tmp_path):
     """Builds and installs a package into a folder of its own, and trains with its loss in a fresh process."""
     package = tmp_path / "package"

@@ -91,7 +91,7 @@ def test_processes_without_a_launcher_share_a_study(tmp_path):
     """Each run, and the teacher of all, is trained once; both print the same table."""
     path = study(tmp_path, teacher=None)
     teacher = {**merged(BASE, VARIANTS["alone"]), "name": "teacher"}
-    write(tmp_path, merged(teacher, {"train": {"epochs": 20}}), "teacher.yaml")
+    write(tmp_path, merged(teacher, {"train": {"epochs": 8}}), "teacher.yaml")
     path.write_text(path.read_text().replace("teacher: null", "teacher: {recipe: teacher.yaml}"))
     first = Command(tmp_path, *SHARE)
     assert first.wait_for(lambda: lines(tmp_path / "runs" / "teacher"))
@@ -110,7 +110,7 @@ def test_processes_without_a_launcher_share_a_study(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_what_a_process_leaves_another_goes_on_with(tmp_path, number):
-    path = study(tmp_path, seeds=1, epochs=10)
+    path = study(tmp_path, seeds=1, epochs=5)
     first = Command(tmp_path, *SHARE)
     assert first.wait_for(lambda: list(run_of(tmp_path, 0).glob("checkpoints/*.pt")))
     first.send(signal.SIGSTOP)

@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -20,18 +21,8 @@ from kdkit.recipe import registry
 PATIENCE = 3000
 """Seconds that a test waits for another process: what takes longer on any machine hangs."""
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(
-    [
-        "kdkit.cli",
-        "kdkit.runs.training",
-        "timm",
-        "timm.data",
-        "timm.optim",
-        "timm.scheduler",
-        "timm.utils",
-        "torchmetrics.classification",
-    ]
-)
+PROCESSES.set_forkserver_preload(["preloaded"])
+"""Make them with `forked`: whoever starts the first one decides what all are forked from."""
 TIMES = ("seconds", "images_per_second", "crc")  # what differs between two runs of one recipe, and the check sum of it
 
 TINY = {"model": "resnet18", "stem": "small", "args": {"layers": [1, 1, 1, 1], "channels": [4, 4, 8, 8], "zero_init_last": False}}
@@ -96,12 +87,20 @@ def train(folder, recipe=PLAIN, into="run", restart=False, **changes):
     return kdkit.train(write(folder, recipe, **changes), folder=Path(folder) / into, restart=restart, quiet=True)
 
 
+def forked(target, *given):
+    """A process that calls the function, forked from one that has imported `preloaded`, which lies beside this module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        forkserver.ensure_running()
+    return PROCESSES.Process(target=target, args=given)
+
+
 class Command:
     """A `kdkit` command, running in `folder`, with some environment variables beside what there is."""
 
     def __init__(self, folder, *arguments, **environment):
         self.log = Path(folder) / f"log-{time.monotonic_ns()}"
-        self.process = PROCESSES.Process(target=_run, args=(str(folder), str(self.log), [str(a) for a in arguments], environment))
+        self.process = forked(_run, str(folder), str(self.log), [str(a) for a in arguments], environment)
         self.process.start()
 
     def finish(self):

@@ -81,7 +81,7 @@ def test_processes_are_the_students(tmp_path):
 
 
 def test_codistill_resumes_each_process_with_its_own_student(tmp_path):
-    path = shared(tmp_path, **PAIR, train={"epochs": 12})
+    path = shared(tmp_path, **PAIR, train={"epochs": 12, "evaluate_every": 6})
     ran(together(tmp_path, "train", path, "--run", "whole"))
     stopped = together(tmp_path, "train", path, "--run", "run")
     assert stopped[0].wait_for(lambda: lines(tmp_path / "run") >= 12), stopped[0].finish()

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
-from training import PROCESSES, train
+from training import forked, train
 
 import kdkit
 from kdkit.recipe import registry
@@ -255,7 +255,7 @@ def two_steps(rank, world, folder):
 
 
 def test_two_processes_equal_one(tmp_path):
-    processes = [PROCESSES.Process(target=two_steps, args=(rank, 2, str(tmp_path))) for rank in range(2)]
+    processes = [forked(two_steps, rank, 2, str(tmp_path)) for rank in range(2)]
     for process in processes:
         process.start()
     original = CRD.draw

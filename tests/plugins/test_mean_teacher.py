@@ -151,7 +151,7 @@ def test_two_processes_equal_one(tmp_path):
 
 def test_two_processes_with_batch_statistics_stop_and_go_on(tmp_path):
     """Each process has its own statistics after a step; the averages must have one and the same."""
-    path = write(tmp_path, RECIPE, train={"epochs": 6})
+    path = write(tmp_path, RECIPE, train={"epochs": 6, "evaluate_every": 3})
     whole = together(tmp_path, "train", path, "--run", "whole")
     assert [command.finish()[0] for command in whole] == [0, 0]
     stopped = together(tmp_path, "train", path, "--run", "run")

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 import torch.distributed as dist
-from training import PROCESSES, train
+from training import forked, train
 
 import kdkit
 from kdkit.recipe import registry
@@ -237,7 +237,7 @@ def gathered(rank, world, folder):
 
 
 def test_two_processes_that_gather_equal_one(tmp_path):
-    processes = [PROCESSES.Process(target=gathered, args=(rank, 2, str(tmp_path))) for rank in range(2)]
+    processes = [forked(gathered, rank, 2, str(tmp_path)) for rank in range(2)]
     for process in processes:
         process.start()
     gathered(0, 1, tmp_path)
