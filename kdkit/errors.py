@@ -8,6 +8,7 @@ KdkitError
   DataError     a dataset's files are missing or unreadable
   ModelError    a model cannot be built
     CheckpointError  its weights cannot be read, or do not fit
+    InputError       it cannot see of a sample what it is to see
   RunError      a run cannot go on: foreign folder, non-finite loss, broken checkpoint
     DamagedFile   a file of a run, study, cache or export is not what was written
     Interrupted   stopped by a signal after saving; the message says how to go on
@@ -61,6 +62,10 @@ class ModelError(KdkitError):
 
 class CheckpointError(ModelError):
     """A file of weights that cannot be read or does not fit the network."""
+
+
+class InputError(ModelError):
+    """A network's `input` that the samples do not have."""
 
 
 class RunError(KdkitError):

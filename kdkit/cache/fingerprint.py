@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from kdkit.cache.packing import KeptAnswers, Slots
-from kdkit.contracts.dataset_source import InMemory, Split, Texts
+from kdkit.contracts.dataset_source import InMemory, Pairs, Texts
 from kdkit.files import file_digest
 from kdkit.models.tapped import TappedModel
 from kdkit.recipe import Recipe, content_of
@@ -33,7 +33,8 @@ def key(
     teacher: TappedModel,
     kept: KeptAnswers,
     slots: Slots,
-    part: Split | InMemory | Texts,
+    part: Pairs | InMemory | Texts,
+    other: Pairs | InMemory | Texts | None = None,
 ) -> dict[str, Any]:
     """Collect all that the answers depend on: not the subset, the batch size or the student.
 
@@ -44,6 +45,7 @@ def key(
         kept: which parts of its answers are cached.
         slots: the views that are cached.
         part: the dataset's training part.
+        other: that of the dataset of `data.unlabelled`, if it names one.
     """
     spec = recipe.spec
     options = content_of(spec.all_teachers()[name])
@@ -78,6 +80,7 @@ def key(
         "layers": {layer: str(teacher.layers[layer]) for layer in sorted(teacher.layers)},
         "data": _data(recipe, slots),
         "images": _images_digest(part),
+        **({} if other is None else {"unlabelled": _unlabelled(recipe, other)}),
     }
 
 
@@ -141,16 +144,25 @@ def _data(recipe: Recipe, slots: Slots) -> dict[str, Any]:
             "flipped": [slots.outcome(slot) % 2 for slot in range(min(2, slots.count))],
         }
     augment = {"augment": content_of(spec.augment), "timm_augment": content_of(spec.timm_augment)}
+    if spec.joint_augment:
+        augment["joint_augment"] = content_of(spec.joint_augment)
     # both libraries make the pixels, and may do so differently in another version
-    versions = (
-        [version(package) for package in ("timm", "torchvision")] if spec.timm_augment else []
-    )
+    by_libraries = spec.timm_augment or spec.joint_augment
+    versions = [version(package) for package in ("timm", "torchvision")] if by_libraries else []
     return {**values, **augment, "versions": versions, "seed": slots.seed}
 
 
-def _images_digest(part: Split | InMemory | Texts) -> str:
+def _unlabelled(recipe: Recipe, part: Pairs | InMemory | Texts) -> list[Any]:
+    """Identify the images of `data.unlabelled`, whose answers come after those of the others."""
+    spec = recipe.spec.data.unlabelled
+    return [content_of(spec.dataset) if spec else None, _images_digest(part)]
+
+
+def _images_digest(part: Pairs | InMemory | Texts) -> str:
     """Digest labels and images: all in memory, or a sample of those that are read."""
-    digest = hashlib.sha256(np.asarray(part.labels, dtype=np.int64).tobytes())
+    # a part whose targets are read with the images may have none
+    labels = np.asarray(getattr(part, "labels", ()), dtype=np.int64)
+    digest = hashlib.sha256(labels.tobytes())
     for path in getattr(part, "paths", ()):  # of image files
         about = Path(path).stat()
         digest.update(f"{about.st_size} {about.st_mtime_ns}".encode())

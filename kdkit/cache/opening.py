@@ -18,10 +18,11 @@ from kdkit.cache.given import STREAM, GivenAnswers, has_answers_alone, read_answ
 from kdkit.cache.packing import KeptAnswers, Slots
 from kdkit.cache.store import SMALLER, AnswerStore
 from kdkit.cache.teacher import TeacherCache, autocast
-from kdkit.contracts.dataset_source import DataInfo, InMemory, Split, Stream, Texts
+from kdkit.contracts.dataset_source import DataInfo, Stream
 from kdkit.contracts.inputs import random_inputs
 from kdkit.contracts.model_source import CacheOptions, RecipeTeacher, TeacherOptions
 from kdkit.contracts.records import Outputs, tensors
+from kdkit.data import beside
 from kdkit.data.loaders import Data, TrainLoader
 from kdkit.errors import RecipeError, RunError
 from kdkit.models.devices import device_of
@@ -78,16 +79,19 @@ def open_cache(
             " answers under",
         )
     slots = Slots.of(options, recipe.spec.data, recipe.spec.seed)
+    other = None if (source := recipe.unlabelled()) is None else source.split("train")
+    assert not isinstance(other, Stream), "the loader has refused it"
+    images = len(part) + (0 if other is None else len(other))
     try:
         kept = _look(recipe, options, teacher, info)
-        key = fingerprint.key(recipe, name, teacher, kept, slots, part)
-        store = _open_store(recipe, name, options, kept, slots, part, key, train)
+        key = fingerprint.key(recipe, name, teacher, kept, slots, part, other)
+        store = _open_store(recipe, name, options, kept, slots, images, key, train)
     except RecipeError:
         raise
     except RunError as error:
         raise recipe.error(key_path, str(error)) from None
     return TeacherCache(
-        store, kept, slots, len(part), AUTOCAST.get(recipe.spec.train.precision), teacher.role, tell
+        store, kept, slots, images, AUTOCAST.get(recipe.spec.train.precision), teacher.role, tell
     )
 
 
@@ -109,7 +113,9 @@ def open_answers(
     if not train.indexed:
         raise recipe.error([*recipe.spec.place_of(name), "model"], STREAM)
     outputs = int(cast("Any", teacher.module).outputs)
-    return GivenAnswers(read_answers(recipe, name, info.num_train, outputs), teacher)
+    return GivenAnswers(
+        read_answers(recipe, name, beside.indexed(recipe.spec.data, info), outputs), teacher
+    )
 
 
 @contextlib.contextmanager
@@ -149,7 +155,7 @@ def _look(
     plain.layers = teacher.layers
     plain.needs_logits = teacher.needs_logits
     device = device_of(teacher.module)
-    noise = random_inputs(info.image_shape, PROBE, device)
+    noise = random_inputs(info.train_shape, PROBE, device)
     with torch.no_grad(), autocast(device, AUTOCAST.get(recipe.spec.train.precision)):
         answer, again = plain.forward(noise), plain.forward(noise)
     if not _same(answer, again, exactly=device.type == "cpu"):
@@ -170,7 +176,8 @@ def _look(
     last = [name for name in shapes if _is_channels_last(answer.features[name])]
     if not shapes and not teacher.needs_logits:
         raise RunError(f"no loss reads anything that {teacher.role} says; leave `cache` out")
-    return KeptAnswers(options, info.outputs, teacher.needs_logits, shapes, aliases, last)
+    logits = tuple(answer.logits.shape[1:]) if teacher.needs_logits else ()
+    return KeptAnswers(options, logits, teacher.needs_logits, shapes, aliases, last)
 
 
 def _open_store(
@@ -179,7 +186,7 @@ def _open_store(
     options: CacheOptions,
     kept: KeptAnswers,
     slots: Slots,
-    part: Split | InMemory | Texts,
+    images: int,
     key: dict[str, Any],
     train: TrainLoader,
 ) -> AnswerStore:
@@ -188,18 +195,18 @@ def _open_store(
         "teacher": called,
         "data": spec.data.dataset.use,
         "views": slots.count,
-        "images": len(part),
+        "images": images,
         "made": time.time(),
         "key": key,
     }
     # a model's name may hold slashes and colons
     label = "".join(sign if sign.isalnum() or sign in "-_." else "-" for sign in called)
     path = directory(recipe, options) / f"{label}-{fingerprint.fingerprint(key)[:16]}"
-    store = AnswerStore(path, kept.columns(), slots.count * len(part), about)
+    store = AnswerStore(path, kept.columns(), slots.count * images, about)
     # of the images that this run trains on; other runs may have written the same ones
     indices = train.indices.cpu()
     grown = store.allocated() + sum(
-        store.missing_bytes(slot * len(part) + indices) for slot in range(slots.count)
+        store.missing_bytes(slot * images + indices) for slot in range(slots.count)
     )
     if grown > options.max_gb * 1e9:
         store.close()

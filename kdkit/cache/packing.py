@@ -48,7 +48,8 @@ class Slots:
         """Determine the slots of a recipe; one, if images always look the same."""
         padding, flip = (data.augment.crop_padding, data.augment.flip) if data.augment else (0, 0.0)
         outcomes = crop_flip_count(padding) // (1 if 0 < flip < 1 else 2)
-        exact = options.views == "all" or (outcomes == 1 and not data.timm_augment)
+        is_still = outcomes == 1 and not data.timm_augment and not data.joint_augment
+        exact = options.views == "all" or is_still
         return cls(
             outcomes if options.views == "all" or exact else options.views,
             exact,
@@ -79,7 +80,7 @@ class KeptAnswers:
 
     Attributes:
         options: the recipe's.
-        classes: number of logits K.
+        shape: of the logits of a sample, such as (K,), or (K, H, W) of a map.
         logits: whether the answer has any.
         taps: shape of each tapped layer's output by name, without the batch.
         aliases: tapped layers that are the logits.
@@ -88,7 +89,7 @@ class KeptAnswers:
     """
 
     options: CacheOptions
-    classes: int
+    shape: tuple[int, ...]
     logits: bool
     taps: Mapping[str, tuple[int, ...]]
     aliases: Sequence[str] = ()
@@ -99,12 +100,14 @@ class KeptAnswers:
         k, dtype = self.options.top_k, TYPES[self.options.dtype]
         columns = []
         if self.logits and k is None:
-            columns.append(Column(LOGITS, (self.classes,), dtype))
+            columns.append(Column(LOGITS, self.shape, dtype))
         elif self.logits and k is not None:
-            short = "int16" if self.classes <= torch.iinfo(torch.int16).max else "int32"
-            columns += [Column(VALUES, (k,), dtype), Column(INDICES, (k,), short)]
+            classes, *places = self.shape
+            short = "int16" if classes <= torch.iinfo(torch.int16).max else "int32"
+            largest = (k, *places)
+            columns += [Column(VALUES, largest, dtype), Column(INDICES, largest, short)]
             # one number a row: its rounding would change the probability of every other class
-            columns.append(Column(REST, (1,), "float32"))
+            columns.append(Column(REST, (1, *places), "float32"))
         for name, shape in self.taps.items():
             stored = (*shape[1:], shape[0]) if name in self.channels_last else shape
             columns.append(Column(TAP + name, stored, dtype))
@@ -147,7 +150,7 @@ class KeptAnswers:
         return Outputs(logits, {**features, **dict.fromkeys(self.aliases, logits)})
 
     def _spread(self, values: Mapping[str, Tensor]) -> Tensor:
-        logits = values[REST].expand(-1, self.classes).clone()
+        logits = values[REST].expand(-1, *self.shape).clone()
         return logits.scatter_(1, values[INDICES].long(), values[VALUES].float())
 
     def _refuse_overflow(self, plain: Mapping[str, Tensor], packed: Mapping[str, Tensor]) -> None:
@@ -164,7 +167,9 @@ class KeptAnswers:
 
 
 def _largest(logits: Tensor, k: int) -> dict[str, Tensor]:
-    """Return the k largest logits of (R, K), their classes, and the logit of each other class."""
+    """Return the k largest logits of (B, K, ...), their classes, and the logit of each other
+    class.
+    """
     values, indices = logits.topk(k, dim=1)
     others = logits.scatter(1, indices, -torch.inf)
     # the other classes share the remaining probability evenly

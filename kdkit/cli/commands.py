@@ -168,10 +168,15 @@ def predict(
     output: Annotated[
         Path | None, option("--output", help="CSV file to write (default: print the table).")
     ] = None,
+    masks: Annotated[
+        Path | None, option("--masks", help="Folder to write the masks of a segmentation to.")
+    ] = None,
     best: Best = False,
     plugins: RunPlugins = None,
 ) -> None:
-    """Write the class that a run's student gives each image file, and its probability."""
+    """Write a table of what a run's student answers to each image file; pictures of pixels' classes
+    go to a folder.
+    """
     from kdkit.engine.trainer import build_accelerator
     from kdkit.files import write_atomically
     from kdkit.students import loaded, predictions
@@ -183,7 +188,9 @@ def predict(
     # As in training, so that `auto` means the same device.
     device = build_accelerator(opened.recipe.spec.train).device
     table = predictions.as_csv(
-        list(predictions.predict_files(opened, files, best=best, device=device)), images
+        predictions.predict_files(opened, files, best=best, device=device),
+        images,
+        predictions.Masks(masks, files),
     )
     if output is None:
         # Not through rich, which would wrap rows of a CSV file in a pipe.

@@ -17,21 +17,26 @@ from kdkit.contracts.synonyms import with_synonyms
 from kdkit.errors import DataError
 
 
-class Split(Protocol):
+class Pairs(Protocol):
     """One part of a dataset, as a map-style dataset: item i is (PIL image, target).
 
     Several processes read it at once. An image that cannot be read raises an exception, preferably
-    a DataError that names its file.
+    a DataError that names its file. It is enough for a task whose targets move with the image, such
+    as masks; other tasks need a `Split`.
     """
-
-    @property
-    def labels(self) -> Sequence[Any]:
-        """Target of each item, such as a class index, known without reading the images."""
-        ...
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[Any, Any]: ...
+
+
+class Split(Pairs, Protocol):
+    """A map-style dataset whose targets are known without reading the images."""
+
+    @property
+    def labels(self) -> Sequence[Any]:
+        """Target of each item, such as a class index."""
+        ...
 
 
 # checkable: `split` may return an object of any class
@@ -91,9 +96,17 @@ class DataInfo:
         further: names of the tensors that a text has beside its token ids and their mask; none for
             a single text.
         labelled: whether training images have labels; if not, `labels` of the training part are
-            ignored, and only losses that read none can be used. Test images always have some.
+            ignored, and only losses that read none can be used.
+        test_labelled: whether test images have labels; without, only a task that measures without
+            can be asked.
+        unlabelled: number of further training images without labels, if a recipe adds some
+            (`data.unlabelled`).
+        crop: (H, W) of training images, if a recipe crops them to another size than they are
+            measured in.
         tokenizer: of texts, a digest of the words and their token ids; empty where it is not known.
         num_tokens: of texts, the number of different token ids; 0 where it is not known.
+        fields: where an image holds several modalities, stacked as channels, the number of channels
+            of each by its name, in their order.
     """
 
     image_shape: Shape
@@ -105,6 +118,15 @@ class DataInfo:
     tokenizer: str = ""
     num_tokens: int = 0
     labelled: bool = True
+    test_labelled: bool = True
+    unlabelled: int = 0
+    crop: tuple[int, int] | None = None
+    fields: Mapping[str, int] = field(default_factory=dict, hash=False)
+
+    @property
+    def train_shape(self) -> Shape:
+        """Shape of a training sample."""
+        return (self.image_shape[0], *self.crop) if self.crop else self.image_shape
 
 
 @dataclass(frozen=True)
@@ -140,6 +162,11 @@ class DatasetSource(abc.ABC):
     def __init__(self, options: DatasetOptions) -> None:
         self.options = options
 
+    @classmethod
+    def for_task(cls, options: Any) -> str:
+        """Return the task that the targets under these options are made for: `task`, by default."""
+        return cls.task
+
     def lacks(self) -> Lacking | None:
         """Describe what `fetch` would load, without a connection; None: nothing, or not allowed."""
         return None
@@ -168,7 +195,7 @@ class DatasetSource(abc.ABC):
         return ()
 
     @abc.abstractmethod
-    def split(self, part: Literal["train", "test"]) -> Split | InMemory | Texts | Stream:
+    def split(self, part: Literal["train", "test"]) -> Pairs | InMemory | Texts | Stream:
         """Return one part: images in memory, a map-style dataset, a stream, or texts.
 
         Raises:

@@ -17,7 +17,7 @@ Combination = Literal["logits", "probabilities"]
 def combined(
     logits: Sequence[Tensor], by: Combination = "probabilities", weights: Tensor | None = None
 ) -> Tensor:
-    """Combine several models' logits, each (R, K), into one answer.
+    """Combine several models' logits, each (R, K) or (B, K, ...), into one answer.
 
     Args:
         logits: of each of M models.
@@ -53,10 +53,10 @@ def _log_mean(logs: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def _shares(weights: Tensor | None, stacked: Tensor) -> Tensor:
-    """Return the models' shares in the form (M, R or 1, 1)."""
+    """Return the models' shares in the form (M, R or 1, 1, ...)."""
     count = len(stacked)
     shares = stacked.new_full((count,), 1 / count) if weights is None else weights
-    return shares.to(stacked).reshape(count, -1, 1)
+    return shares.to(stacked).reshape(count, -1, *(1 for _ in stacked.shape[2:]))
 
 
 def ensemble(

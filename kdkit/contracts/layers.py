@@ -30,6 +30,10 @@ WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
+class NoHead(nn.Identity):
+    """Stands where a network that is built without a head would have its classifier."""
+
+
 @dataclass(frozen=True)
 class Layer:
     """A place to observe: output or first argument of the module at `path`; "" is the network.
@@ -55,17 +59,22 @@ class LayerRow:
     aliases: tuple[str, ...] = ()
 
 
+LOGITS = ("logits", "out")
+
+
 def outputs_of(returned: object) -> list[Tensor]:
     """List the tensors that a network returns, the logits first; empty if it returns others.
 
-    It returns one tensor, a mapping or a named tuple with `logits`, or a tuple that begins with
-    them.
+    It returns one tensor, a mapping or a named tuple with `logits` (or `out`, as torchvision's
+    segmentation networks call them), or a tuple that begins with them.
     """
     if isinstance(returned, Tensor):
         return [returned]
     named = returned._asdict() if hasattr(returned, "_asdict") else returned
-    if isinstance(named, Mapping) and "logits" in named:
-        values = [named["logits"], *(value for key, value in named.items() if key != "logits")]
+    keys = named.keys() if isinstance(named, Mapping) else ()
+    main = next((key for key in LOGITS if key in keys), None)
+    if isinstance(named, Mapping) and main is not None:
+        values = [named[main], *(value for key, value in named.items() if key != main)]
     else:
         values = [*returned] if isinstance(returned, tuple | list) else []
     # outputs may be None or nested, as a transformer's hidden states are; the logits may not
@@ -207,7 +216,8 @@ def classifier_path(module: nn.Module, outputs: int | None = None) -> str:
     inner = [
         path
         for path, child in head.named_modules()
-        if isinstance(child, nn.Linear) and outputs in (None, child.out_features)
+        if (isinstance(child, nn.Linear) and outputs in (None, child.out_features))
+        or isinstance(child, NoHead)
     ]
     if not inner:
         raise TapError("'penultimate': this network has no linear classifier; name a layer instead")

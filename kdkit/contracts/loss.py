@@ -89,8 +89,10 @@ class Loss(nn.Module, abc.ABC):
     """
     tasks: ClassVar[Set[str] | Literal["any"]] = frozenset()
     """Names of the supported tasks, or the meaning of their rows (`classes`, `labels`,
-    `numbers`), or `any`. Default: `classes` for a loss that reads labels or the teacher's
-    logits, otherwise any task.
+    `numbers`), or `any`. `classes of samples`: only where a row is a whole sample, not a part of
+    it such as a pixel. Default: `classes` for a loss on labels or responses; `classes of samples`
+    for another one that reads the teacher's logits, which are then not split into rows; otherwise
+    any task.
     """
     needs_networks: ClassVar[bool] = False
     """Whether `setup` reads the networks of its context. `kdkit check` then runs real ones;
@@ -119,8 +121,9 @@ class Loss(nn.Module, abc.ABC):
         """Return `tasks`, or its default."""
         if cls.tasks:
             return cls.tasks
-        reads_rows = cls.knowledge in ("labels", "response") or cls.needs_teacher_logits
-        return frozenset({"classes"}) if reads_rows else "any"
+        if cls.knowledge in ("labels", "response"):
+            return frozenset({"classes"})
+        return frozenset({"classes of samples"}) if cls.needs_teacher_logits else "any"
 
     def __getattr__(self, name: str) -> Any:
         """Explain in the error that a missing attribute may be one that `setup` builds."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
 from kdkit.contracts.options import (
@@ -37,6 +37,70 @@ class Normalize(Options):
     std: tuple[float, ...] = Field(
         min_length=1, description="Standard deviation per channel, of values in [0, 1]."
     )
+
+
+class CropOptions(Options):
+    """A square cut out of each image."""
+
+    size: int = Field(gt=0, le=SIDE, description="Side of the square, in pixels.")
+    place: Literal["centre", "random"] = Field(
+        default="centre",
+        description=(
+            "Place of the square. random: another one for each image and training step; the centre"
+            " wherever the network is measured or exported."
+        ),
+    )
+
+
+def _square(value: Any) -> Any:
+    """Expand a side to the section that it abbreviates."""
+    return {"size": value} if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+class InputOptions(Options):
+    """What a network sees of each sample, in this order: a field, a crop, grey, another size."""
+
+    field: str | None = Field(
+        default=None,
+        description=(
+            "Field of the sample, for datasets whose samples have several, such as colour and depth"
+            " (default: all of them, as channels)."
+        ),
+    )
+    crop: Annotated[
+        CropOptions | None, BeforeValidator(_square, json_schema_input_type=CropOptions | int)
+    ] = Field(
+        default=None,
+        description="Square cut out of each image: its side in pixels, or its options.",
+    )
+    grey: bool = Field(
+        default=False, description="Luminance of colour images (ITU-R BT.601), in one channel."
+    )
+    size: int | None = Field(
+        default=None,
+        gt=0,
+        le=SIDE,
+        description="Side of the square images that the network sees, in pixels.",
+    )
+    interpolation: Literal["bilinear", "bicubic", "nearest", "area"] = Field(
+        default="bilinear", description="Interpolation for resizing to `size`."
+    )
+
+    @property
+    def is_drawn(self) -> bool:
+        """True if it differs from step to step."""
+        return self.crop is not None and self.crop.place == "random"
+
+    def __str__(self) -> str:
+        said = [f"field {self.field}"] if self.field is not None else []
+        if self.crop is not None:
+            said.append(f"{self.crop.place} crop of {self.crop.size} x {self.crop.size}")
+        said += ["grey"] if self.grey else []
+        said += [f"{self.size} x {self.size} ({self.interpolation})"] if self.size else []
+        return ", ".join(said) or "whole samples"
+
+
+SEES = "What the network sees of each sample (default: all of it)."
 
 
 class ModelOptions(Options):
@@ -68,11 +132,12 @@ class ModelOptions(Options):
         default=None,
         description="Normalisation that the network expects (default: the source's values).",
     )
+    input: InputOptions | None = Field(default=None, description=SEES, json_schema_extra=LATER)
     input_size: int | None = Field(
         default=None,
         gt=0,
         le=SIDE,
-        description="Side of the network's square input, in pixels (default: that of the batches).",
+        description="Side of the network's square input, in pixels (default: as it sees samples).",
     )
     interpolation: Literal["bilinear", "bicubic", "nearest", "area"] = Field(
         default="bilinear", description="Interpolation for resizing to `input_size`."
@@ -221,6 +286,11 @@ class RecipeTeacher(TeacherOptions):
     seed: int | None = Field(
         default=None, ge=0, description="Seed of that recipe (default: the one in the file)."
     )
+    input: InputOptions | None = Field(
+        default=None,
+        description="What it sees of each sample (default: what it saw in its own training).",
+        json_schema_extra=LATER,
+    )
 
     @model_validator(mode="after")
     def _knows_its_classes(self) -> Self:
@@ -309,8 +379,8 @@ class AnswersOptions(ModelOptions):
 
 
 NETWORK_KEYS = (
-    *("checkpoint", "strip_prefix", "new_head", "normalize", "input_size", "interpolation"),
-    *("precision", "mode", "fold_batchnorm", "cache"),
+    *("checkpoint", "strip_prefix", "new_head", "normalize", "input", "input_size"),
+    *("interpolation", "precision", "mode", "fold_batchnorm", "cache"),
 )
 """Keys of a teacher that describe its network, or the way it is run."""
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from kdkit.contracts.features import as_vectors, is_padded
+from kdkit.contracts.missing_labels import HIDDEN_LABELS
 from kdkit.errors import KdkitError
 
 Inputs = Tensor | Mapping[str, Tensor]
@@ -26,12 +27,15 @@ class Batch:
         index: the samples' places in the dataset's whole training part (B,), whatever subset is
             trained on.
         views: the same images in further augmentations, if the stage asks for them.
+        labelled: how many of the samples, the first ones, have labels (None: all of them). If it is
+            set, only losses on labels can read some; they receive these samples alone.
     """
 
     inputs: Inputs
     labels: Tensor
     index: Tensor
     views: tuple[Inputs, ...] = ()
+    labelled: int | None = None
 
     @property
     def classes(self) -> Tensor:
@@ -44,7 +48,18 @@ class Batch:
             change(x) if isinstance(x, Tensor) else {k: change(v) for k, v in x.items()}
             for x in (self.inputs, *self.views)
         )
-        return Batch(inputs, change(self.labels), change(self.index), tuple(views))
+        labels, index = change(self.labels), change(self.index)
+        return Batch(inputs, labels, index, tuple(views), self.labelled)
+
+    def without_labels(self) -> Batch:
+        """Return the batch as all but losses on labels see it: if not every sample has a label,
+        reading one raises an error.
+        """
+        return self if self.labelled is None else replace(self, labels=HIDDEN_LABELS)
+
+    def labelled_part(self) -> Batch:
+        """Return those samples of the batch that have labels."""
+        return replace(self.map(lambda x: x[: self.labelled]), labelled=None)
 
 
 @dataclass(frozen=True, repr=False)
@@ -73,6 +88,11 @@ class Outputs:
         made = object.__new__(cls)
         vars(made).update(present, reason=reason)
         return made
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether the answer has logits, not only layers."""
+        return "logits" in vars(self)
 
     def __getattr__(self, name: str) -> Any:  # called for missing attributes only
         if name in self.__dataclass_fields__ and "reason" in vars(self):
@@ -125,6 +145,19 @@ class Outputs:
             for name, f in self.features.items()
         }
         return self._with(features=features, mask=None)
+
+    def first(self, count: int, of: int) -> Outputs:
+        """Return the answer to the first `count` of `of` samples; its views may hold several copies
+        of each sample, all samples once, then all again.
+        """
+
+        def of_these(x: Tensor) -> Tensor:
+            if len(x) == of:
+                return x[:count]
+            return x.reshape(-1, of, *x.shape[1:])[:, :count].flatten(0, 1)
+
+        answer = self.map(of_these)
+        return answer if self.mask is None else answer.masked(self.mask[:count])
 
     def detach(self) -> Outputs:
         """Return the same values as constants."""

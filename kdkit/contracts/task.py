@@ -8,8 +8,9 @@ serves every task whose rows mean the same.
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -20,15 +21,15 @@ from kdkit.contracts.ensembles import Combination, ensemble
 from kdkit.contracts.inputs import Shape, random_inputs
 from kdkit.contracts.options import Options
 from kdkit.contracts.records import Batch, Inputs, Outputs
-from kdkit.errors import DataError
+from kdkit.errors import DataError, ShapeError
 
 # torchmetrics takes seconds to import, and commands that measure nothing do without it
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
-RowMeaning = Literal["classes", "labels", "numbers"]
+RowMeaning = Literal["classes", "labels", "numbers", "embeddings"]
 """Meaning of the K values of a row: logits of mutually exclusive classes (softmax), logits of
-independent labels (sigmoid), or the answer itself.
+independent labels (sigmoid), the answer itself, or an embedding, whose axes have no meaning.
 """
 
 
@@ -54,6 +55,22 @@ class Rows:
         return Rows(self.answer.to(device), self.target.to(device), teacher)
 
 
+@dataclass(frozen=True)
+class Example:
+    """A sample of the test data, and what networks answer to it, for a report.
+
+    Attributes:
+        image: (C, H, W) in [0, 1], on the CPU.
+        target: in the task's form.
+        answers: logits by the network's name: those of the teacher first if there is one, then
+            those of the baseline's student and of the best other students.
+    """
+
+    image: Tensor
+    target: Tensor
+    answers: Mapping[str, Tensor]
+
+
 def answer_and_target(rows: Rows) -> tuple[Any, ...]:
     """Return the answer and the target, the arguments of most metrics."""
     return rows.answer, rows.target
@@ -71,6 +88,8 @@ class ScoreInfo:
         higher_is_better: its direction.
         chance: its value for random guessing; None if undefined.
         meaning: its definition in a few words.
+        part_of: title of the score that this is a part of, such as `IoU` of a class; empty for a
+            score of its own. Tables leave parts out.
     """
 
     name: str
@@ -80,6 +99,7 @@ class ScoreInfo:
     higher_is_better: bool = True
     chance: float | None = None
     meaning: str = ""
+    part_of: str = ""
 
     @property
     def heading(self) -> str:
@@ -99,6 +119,10 @@ class ScoreInfo:
         return f"{self.number(value)} {self.unit}".rstrip()
 
 
+def _whole(computed: Any) -> Any:
+    return computed
+
+
 @dataclass(frozen=True, kw_only=True)
 class Score(ScoreInfo):
     """A score: a number that measures how good answers are.
@@ -107,21 +131,60 @@ class Score(ScoreInfo):
         build: makes the torchmetrics object that accumulates it, batch by batch and over processes.
         sees: selects the arguments of the object's `update`.
         scale: factor of its value, 100 for per cent.
+        reads: selects the score from what the object computes. Scores with the same `build` and
+            `sees` share one object.
+        parts: names of the numbers (P,) that the object computes, such as classes; empty if it
+            computes one. Each is a score `name/part`; NaN, such as the accuracy of a class that
+            does not occur, is left out.
+        of_teacher: whether it compares answers with a teacher's. Without a teacher it is left out;
+            the score of the teacher itself is that of its answers to themselves.
     """
 
     build: Callable[[], Metric]
     sees: Callable[[Rows], tuple[Any, ...]] = answer_and_target
     scale: float = 1.0
+    reads: Callable[[Any], Any] = _whole
+    parts: tuple[str, ...] = ()
+    of_teacher: bool = False
 
-    def info(self) -> ScoreInfo:
-        """Return the description that is stored in files."""
+    def infos(self) -> tuple[ScoreInfo, ...]:
+        """Return the descriptions that are stored in files: one, or one for each part."""
         # `fields`, not `asdict`: this record also has functions, which no file can store
-        return ScoreInfo(**{field.name: getattr(self, field.name) for field in fields(ScoreInfo)})
+        whole = ScoreInfo(**{field.name: getattr(self, field.name) for field in fields(ScoreInfo)})
+        if not self.parts:
+            return (whole,)
+        return tuple(
+            replace(whole, name=f"{self.name}/{part}", title=part, part_of=self.title)
+            for part in self.parts
+        )
+
+    def numbers(self, computed: Any) -> dict[str, float]:
+        """Return what the object has computed, scaled, by the names of `infos`.
+
+        Raises:
+            ShapeError: it is not one number, or not one for each part.
+        """
+        value = self.reads(computed)
+        found = torch.as_tensor(value)
+        if found.shape != ((len(self.parts),) if self.parts else ()):
+            told = f"{len(self.parts)} parts" if self.parts else "a score, which is one number"
+            raise ShapeError(f"{self.name}: its values are {tuple(found.shape)}, for {told}")
+        if not self.parts:
+            return {self.name: float(self.scale * value)}
+        listed = (found * self.scale).tolist()
+        return {
+            f"{self.name}/{part}": number
+            for part, number in zip(self.parts, listed, strict=True)
+            if not math.isnan(number)
+        }
 
 
 def serves(tasks: Set[str] | Literal["any"], task: Task) -> bool:
     """Check whether a plugin for these tasks, by name or meaning of rows, serves this one."""
-    return tasks == "any" or bool({task.name, task.rows_are} & set(tasks))
+    meanings = {task.name, task.rows_are}
+    if type(task).rows is Task.rows:
+        meanings.add(f"{task.rows_are} of samples")
+    return tasks == "any" or bool(meanings & set(tasks))
 
 
 class TaskOptions(Options):
@@ -138,8 +201,14 @@ class Task(abc.ABC):
     name: ClassVar[str]
     takes: ClassVar[Literal["images", "texts"]] = "images"
     rows_are: ClassVar[RowMeaning]
+    moves: ClassVar[bool] = False
+    """Whether targets move with the image, as masks do: then they are read with it (`movable`), and
+    transformed together.
+    """
+    fill: ClassVar[int] = 0
+    """Value of a mask where its image is padded."""
     default_loss: ClassVar[str]
-    """Name of the usual loss on labels for this task."""
+    """Name of the usual loss on labels for this task; of embeddings, of the usual loss."""
     Options: ClassVar[type[TaskOptions]] = TaskOptions
 
     def __init__(self, options: TaskOptions | None = None) -> None:
@@ -181,6 +250,20 @@ class Task(abc.ABC):
             DataError: they are of the wrong type, shape or range.
         """
 
+    def movable(self, target: Any, size: tuple[int, int], info: DataInfo) -> Tensor:
+        """Convert one target that moves with its image to a `tv_tensor` of torchvision, which
+        transforms know how to move; only called if `moves`.
+
+        Args:
+            target: as the dataset gives it beside its image.
+            size: (H, W) of the image, pixels.
+            info: of the dataset.
+
+        Raises:
+            DataError: it is of the wrong type, size or range; the caller names the sample.
+        """
+        raise NotImplementedError(f"task '{self.name}' has targets that stay where they are")
+
     def strata(self, targets: Tensor) -> Tensor | None:
         """Return a group (N,), counted from 0, for each sample: subsets, balanced sampling and
         arrangements preserve the groups' proportions. None: there are no groups, and samples are
@@ -200,6 +283,12 @@ class Task(abc.ABC):
 
     # hooks about answers
 
+    def outputs(self, info: DataInfo) -> int:
+        """Return the number of outputs that a network is built with; 0: it is built without a
+        head, and its answer is an embedding.
+        """
+        return info.outputs
+
     def fits(self, shape: Sequence[int], info: DataInfo, count: int) -> bool:
         """Check whether a network's output of that shape is an answer to `count` samples."""
         return tuple(shape) == (count, info.outputs)
@@ -210,7 +299,7 @@ class Task(abc.ABC):
 
     def row_width(self, info: DataInfo) -> int:
         """Return K, the number of values in a row: by default all outputs of a network."""
-        return info.outputs
+        return self.outputs(info)
 
     def rows(self, answers: Sequence[Outputs], batch: Batch) -> tuple[list[Outputs], Batch]:
         """Split the answers to one batch, and the batch itself, into rows: `logits` (R, K) beside
@@ -218,6 +307,12 @@ class Task(abc.ABC):
         are left out; layers stay as they are.
         """
         return [*answers], batch
+
+    def scored_rows(self, answers: Sequence[Outputs], batch: Batch) -> tuple[list[Outputs], Batch]:
+        """Split answers and batch into the rows that scores receive, if those differ from the rows
+        that losses receive.
+        """
+        return self.rows(answers, batch)
 
     def combined(
         self,
@@ -275,6 +370,32 @@ class Task(abc.ABC):
         if self.rows_are == "labels":
             return rows.answer.sigmoid(), rows.target.long()
         return rows.answer.softmax(1), rows.target
+
+    def predicted(self, answer: Outputs, info: DataInfo) -> Sequence[Mapping[str, Any]]:
+        """Say what a network answers to each sample, by column of a table; a tensor (H, W) of uint8
+        is a picture.
+        """
+        names = info.class_names or tuple(map(str, range(info.outputs)))
+        logits = answer.logits.float()
+        if self.rows_are == "numbers":
+            return [dict(zip(names, row, strict=True)) for row in logits.tolist()]
+        if self.rows_are == "labels":
+            return [
+                {
+                    "labels": " ".join(n for n, p in zip(names, row, strict=True) if p > 0.5),
+                    **dict(zip(names, row, strict=True)),
+                }
+                for row in logits.sigmoid().tolist()
+            ]
+        largest, classes = logits.softmax(1).max(1)
+        pairs = zip(classes.tolist(), largest.tolist(), strict=True)
+        return [{"class": names[index], "probability": share} for index, share in pairs]
+
+    def drawn(self, example: Example, info: DataInfo) -> Any:
+        """Draw what networks answer to a sample, for a report; return a matplotlib figure, or None
+        if there is nothing to see.
+        """
+        return None
 
     def metric_arguments(self, info: DataInfo) -> Mapping[str, Any]:
         """Return the arguments for torchmetrics classes; a class receives those that it accepts."""

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from kdkit.contracts.dataset_source import InMemory, Split
+from kdkit.contracts.dataset_source import InMemory, Pairs
 from kdkit.contracts.records import Batch
 from kdkit.data.augment import crop_flip, draw_crop_flip
 from kdkit.data.transforms import MODES, Transform
@@ -24,6 +24,9 @@ View = int | Tensor
 
 
 DRAWN_TOGETHER = 64  # batches
+
+Moved = Tensor | tuple[Tensor, Tensor]
+"""Transformed images (uint8); with their targets, if those move with the images."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class Finish:
         """Finish a batch on the device whose augmentation (B,) is drawn."""
         if self.augment and outcome is not None:
             pixels = crop_flip(pixels, outcome, self.augment.crop_padding)
+        # masks are read as bytes; torch's losses take class indices as int64 only
+        labels = labels if labels.is_floating_point() else labels.to(torch.int64)
         return Batch(pixels.to(torch.float32).div_(255), labels, index)
 
 
@@ -62,7 +67,7 @@ class Images(Protocol):
     """Some images of one part of a dataset, numbered 0 to N - 1.
 
     Attributes:
-        labels: targets, (N, ...).
+        labels: targets, (N, ...); empty if they are read with the images.
         indices: positions in the whole part, (N,); the values of `Batch.index`.
     """
 
@@ -119,22 +124,24 @@ def _of_group(views: Sequence[View | None], sizes: Sequence[int]) -> View | None
 
 
 class ReadImages:
-    """Images that worker processes read and transform one by one.
+    """Images that worker processes read and transform one by one; targets that move with them,
+    too.
 
     Workers receive the (view, sample index) of each image, so their number changes nothing.
     """
 
     def __init__(
         self,
-        part: Split,
-        labels: Tensor,
+        part: Pairs,
+        labels: Tensor | None,
         indices: Tensor,
         finish: Finish,
         transform: Transform,
         workers: int,
         keep_workers: bool,
     ) -> None:
-        self.labels, self.indices = labels[indices], indices
+        self.labels = torch.empty(0, dtype=torch.int64) if labels is None else labels[indices]
+        self.indices = indices
         self._finish = finish
         # what workers get, without the labels and the device of this object
         self._reader = _Reader(part, transform)
@@ -150,10 +157,11 @@ class ReadImages:
             list(zip(_each(view, len(numbers)), self.indices[numbers].tolist(), strict=True))
             for numbers, view in zip(plan, views, strict=True)
         ]
-        for numbers, view, pixels in zip(plan, views, self._read(keys), strict=True):
-            yield self._finish(pixels, self.labels[numbers], self.indices[numbers], view)
+        for numbers, view, read in zip(plan, views, self._read(keys), strict=True):
+            pixels, labels = (read, self.labels[numbers]) if isinstance(read, Tensor) else read
+            yield self._finish(pixels, labels, self.indices[numbers], view)
 
-    def _read(self, keys: list[list[tuple[int, int]]]) -> Iterator[Tensor]:
+    def _read(self, keys: list[list[tuple[int, int]]]) -> Iterator[Moved]:
         if not self._keep_workers or self._in_use:  # kept workers serve one epoch at a time
             yield from map(intact, loaded(self._loader(_Keys(keys), keep=False)))
             return
@@ -226,41 +234,48 @@ class Broken:
 
 
 class _Reader(Dataset[Any]):
-    def __init__(self, part: Split, transform: Transform) -> None:
+    def __init__(self, part: Pairs, transform: Transform) -> None:
         self.part, self.transform = part, transform
 
-    def __getitem__(self, key: tuple[int, int]) -> Tensor | Broken:
+    def __getitem__(self, key: tuple[int, int]) -> Moved | Broken:
         view, index = key
-        # the label is not read here: all of them are known, in one tensor
         try:
-            image = self.part[index][0]
+            sample = self.part[index]
         except DataError as error:
             return Broken(str(error))
         except Exception as error:
             return Broken(f"image {index} cannot be read: {type(error).__name__}: {error}")
         try:
-            return self.transform(image, view, index)
+            return self.transform(sample, view, index)
         except DataError as error:
-            return Broken(f"image {index}: {error}")
+            return Broken(f"{called(self.part, index)}: {error}")
 
 
-def stack(samples: list[Tensor | Broken]) -> Tensor | Broken:
-    """Stack images to uint8 (B, C, H, W), or return the first broken one."""
-    tensors = [sample for sample in samples if isinstance(sample, Tensor)]
-    if len(tensors) == len(samples):
-        return torch.stack(tensors)
-    return next(sample for sample in samples if isinstance(sample, Broken))
+def called(part: Any, index: int) -> str:
+    """Name an image in a message: by its file, or else its number."""
+    paths = getattr(part, "paths", ())
+    return str(paths[index]) if index < len(paths) else f"image {index}"
 
 
-def intact(pixels: Tensor | Broken) -> Tensor:
-    """Return the pixels.
+def stack(samples: list[Moved | Broken]) -> Moved | Broken:
+    """Stack images to uint8 (B, C, H, W), with their targets if they have any; or return the first
+    broken one.
+    """
+    if broken := [sample for sample in samples if isinstance(sample, Broken)]:
+        return broken[0]
+    stacked = default_collate(samples)
+    return stacked if isinstance(stacked, Tensor) else (stacked[0], stacked[1])
+
+
+def intact(read: Moved | Broken) -> Moved:
+    """Return what was read.
 
     Raises:
         DataError: an image could not be read.
     """
-    if isinstance(pixels, Broken):
-        raise DataError(pixels.message)
-    return pixels
+    if isinstance(read, Broken):
+        raise DataError(read.message)
+    return read
 
 
 class Pictures:
@@ -269,16 +284,16 @@ class Pictures:
     def __init__(self, part: InMemory) -> None:
         if part.images.shape[1] not in MODES:
             raise DataError(
-                "data.timm_augment takes images of 1 or 3 channels, these have"
+                "augmentation image by image takes 1 or 3 channels, these images have"
                 f" {part.images.shape[1]}"
             )
         self.part = part
-        self.labels: list[int] = part.labels.tolist()
+        self.labels: Any = part.labels
 
     def __len__(self) -> int:
         return len(self.part)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
         from torchvision.transforms.functional import to_pil_image
 
         return to_pil_image(self.part.images[index]), self.labels[index]

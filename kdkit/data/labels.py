@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from kdkit.contracts.dataset_source import DataInfo, DatasetSource, InMemory, Split, Stream, Texts
+from kdkit.contracts.dataset_source import DataInfo, DatasetSource, InMemory, Pairs, Stream, Texts
 from kdkit.contracts.task import Task
-from kdkit.errors import DataError, KdkitError, ShapeError, cause
+from kdkit.errors import DataError, KdkitError, cause
 
-Part = Split | InMemory | Texts | Stream
+Part = Pairs | InMemory | Texts | Stream
 CALLED = {"train": "training", "test": "test"}
 
 
@@ -40,23 +40,19 @@ def split(source: DatasetSource, name: Literal["train", "test"], info: DataInfo)
     return part
 
 
-class NoLabels:
-    """Stand-in for missing labels while a recipe is checked: reading it raises an error."""
+def labels_of(part: Pairs | InMemory | Texts, task: Task, whose: str) -> Any:
+    """Return the labels of a part, as the dataset gives them.
 
-    def __len__(self) -> int:
-        return 0
-
-    @classmethod
-    def _refuse(cls, *_: Any, **__: Any) -> Any:
-        raise ShapeError("reads the labels of training images, and they have none")
-
-    # operators are looked up on the class, past `__getattr__`; torch's functions ask the last one
-    __getattr__ = __eq__ = __ne__ = __getitem__ = __iter__ = _refuse
-    __torch_function__ = _refuse
-    __hash__ = None  # type: ignore[assignment]
-
-
-NO_LABELS = cast("Tensor", NoLabels())
+    Raises:
+        DataError: it has none.
+    """
+    labels = getattr(part, "labels", None)
+    if labels is None:
+        raise DataError(
+            f"{whose} are missing: its part has no `labels`, which task '{task.name}' needs; a"
+            " dataset for another task says so (`task = ...`), or the recipe does (`task:`)"
+        )
+    return labels
 
 
 def as_values(targets: Any) -> Any:

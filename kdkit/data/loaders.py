@@ -14,18 +14,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kdkit.contracts.dataset_source import DataInfo, DatasetSource, InMemory, Split, Stream, Texts
+from kdkit.contracts.dataset_source import DataInfo, DatasetSource, InMemory, Pairs, Stream, Texts
 from kdkit.contracts.inputs import Shape, is_text
 from kdkit.contracts.options import SIDE
 from kdkit.contracts.records import Batch
 from kdkit.contracts.schedule import Arrange
 from kdkit.contracts.task import Task
-from kdkit.data import streams
+from kdkit.data import beside, streams
 from kdkit.data.augment import permutation, subseed
 from kdkit.data.images import Finish, HeldImages, Images, Pictures, ReadImages, View
-from kdkit.data.labels import Part, as_values, described, split
+from kdkit.data.labels import Part, as_values, described, labels_of, split
 from kdkit.data.subsets import balanced, choose
 from kdkit.data.texts import HeldTexts
+from kdkit.data.together import Together
 from kdkit.data.transforms import Transform, for_measuring, for_training, resized
 from kdkit.errors import DataError
 from kdkit.recipe.sections import DataSpec
@@ -36,7 +37,7 @@ MOST_VIEWS = 1 << 40
 LARGEST_IMAGE = 4 * SIDE**2
 """Maximum number of values in one image."""
 
-FOR_IMAGES = ("image_size", "augment", "timm_augment")
+FOR_IMAGES = ("image_size", "augment", "timm_augment", "joint_augment")
 
 
 class TrainLoader(Protocol):
@@ -47,7 +48,8 @@ class TrainLoader(Protocol):
     be larger than `num_samples`.
 
     Attributes:
-        labels: targets of the chosen images, (N, ...); empty for a stream.
+        labels: targets of the chosen images, (N, ...); empty if they are read with the images, as
+            masks and those of a stream are.
         indices: their places in the whole training part, (N,), ascending; empty for a stream.
         num_samples: N.
         indexed: whether `Batch.index` names the same image in every epoch (False for a stream).
@@ -125,22 +127,22 @@ class _ShuffledLoader:
         self, images: Images, task: Task, spec: DataSpec, seed: int, rank: int, world: int
     ) -> None:
         self.labels = images.labels
-        self._groups = task.strata(images.labels)
+        self._groups = None if task.moves else task.strata(images.labels)
         if self._groups is None and spec.repeating == "sampling":
             raise DataError(
                 f"data.sampling: targets of task '{task.name}' make no groups to balance"
             )
         self.indices = images.indices
-        self.num_samples = len(images.labels)
+        self.num_samples = len(images.indices)
         self._images = images
         self._seed = seed
         self._rank = rank
         self._world = world
-        self._batch_size = spec.batch_size
+        self._batch_size = spec.labelled_size
         self._repeats = spec.repeats
         self._repeating = spec.repeating
         # every process has a share of the last batch too, of equal size
-        unit = spec.batch_size if spec.drop_last else world
+        unit = spec.labelled_size if spec.drop_last else world
         self._used = self.num_samples - self.num_samples % unit
 
     def __len__(self) -> int:
@@ -149,12 +151,18 @@ class _ShuffledLoader:
     def epoch(
         self, number: int, start: int = 0, view: int | None = None, arrange: Arrange | None = None
     ) -> Iterator[Batch]:
+        plan, views = self.plan(number, start, number if view is None else view, arrange)
+        return self._images.batches(plan, views)
+
+    def plan(
+        self, number: int, start: int, view: int, arrange: Arrange | None
+    ) -> tuple[list[Tensor], Sequence[View]]:
+        """Return the numbers of the images of each of this process's batches, and their views."""
         if arrange is not None and self._repeating:
             raise DataError(
                 f"data.{self._repeating}: the schedule chooses which images come together; leave"
                 f" {self._repeating} out"
             )
-        view = number if view is None else view
         order, copies = self._draw(number)
         if arrange is not None:
             if self._groups is None:
@@ -167,7 +175,7 @@ class _ShuffledLoader:
         # each copy in a view of its own, or an image would come twice the same
         if self._repeating:
             views = self._shares(view + copies * MOST_VIEWS, start)
-        return self._images.batches(plan, views)
+        return plan, views
 
     def _draw(self, number: int) -> tuple[Tensor, Tensor]:
         """Draw the image at each place of an epoch, and the number of its copy, both (used,)."""
@@ -194,7 +202,7 @@ class _OrderedLoader:
     """Every image once, in order, without augmentation."""
 
     def __init__(self, images: Images, batch_size: int, rank: int, world: int) -> None:
-        self.num_samples = len(images.labels)
+        self.num_samples = len(images.indices)
         # a process without images would have no score to contribute
         if self.num_samples < world:
             raise DataError(
@@ -215,8 +223,36 @@ class _OrderedLoader:
         return _OrderedLoader(self._images, self._batch_size, rank=0, world=1)
 
 
+def measured_batch_size(spec: DataSpec, task: Task) -> int:
+    """Return the number of samples in an evaluation batch of a process."""
+    # an answer that is as large as an image takes much memory
+    return min(spec.eval_batch_size, spec.batch_size) if task.moves else spec.eval_batch_size
+
+
+def as_batched(spec: DataSpec, task: Task, info: DataInfo) -> DataInfo:
+    """Return the properties of the data as batches have them.
+
+    Raises:
+        DataError: see `image_shape`; or the augmentation is not one for this task.
+    """
+    shape = image_shape(spec, info)
+    for key in ("augment", "timm_augment"):
+        if task.moves and getattr(spec, key) is not None:
+            raise DataError(
+                f"data.{key}: moves images, and would leave the targets of task '{task.name}'"
+                " where they are; use `joint_augment`"
+            )
+    if spec.joint_augment is not None and not task.moves:
+        raise DataError(
+            f"data.joint_augment: the targets of task '{task.name}' do not move with images; use"
+            " `augment` or `timm_augment`"
+        )
+    crop = spec.joint_augment.crop if spec.joint_augment else None
+    return replace(info, image_shape=shape, crop=None if crop == shape[1:] else crop)
+
+
 def image_shape(spec: DataSpec, info: DataInfo) -> Shape:
-    """Return the shape (C, H, W) of a batch's images; for texts, at most N tokens (N,).
+    """Return the shape (C, H, W) of measured images; for texts, at most N tokens (N,).
 
     Raises:
         DataError: the dataset's images have many sizes and `data.image_size` is not set, or are too
@@ -229,8 +265,8 @@ def image_shape(spec: DataSpec, info: DataInfo) -> Shape:
             )
         return info.image_shape
     channels, height, width = info.image_shape
-    if spec.image_size is not None:
-        height = width = spec.image_size
+    if spec.size is not None:
+        height, width = spec.size
     if not height or not width:
         raise DataError(
             f"data.image_size: dataset '{spec.dataset.use}' has images of many sizes, so it must"
@@ -252,6 +288,7 @@ def prepare(
     device: torch.device,
     rank: int = 0,
     world: int = 1,
+    unlabelled: DatasetSource | None = None,
 ) -> Data:
     """Read the dataset and set up its loaders.
 
@@ -263,21 +300,33 @@ def prepare(
         device: device of the batches; images held in memory are sent there once.
         rank: this process's number, below `world`.
         world: training processes; each gets an equal share of every batch.
+        unlabelled: the dataset plugin of `data.unlabelled`, if it names one.
 
     Raises:
         DataError: files are missing, or the recipe asks for what the dataset cannot give.
     """
-    info = described(source, task)
-    shape = image_shape(spec, info)
+    info = as_batched(spec, task, described(source, task))
+    info = beside.described(spec, info, unlabelled, task)
     # equal shares, so that the mean of the processes' gradients is that of the batch
-    if spec.batch_size % world:
-        raise DataError(
-            f"data.batch_size: {spec.batch_size} images cannot be shared equally by {world}"
-            " processes"
-        )
-    build = _Builder(spec, task, replace(info, image_shape=shape), seed, device, rank, world)
-    train, validation = build.train(split(source, "train", info))
+    if problem := unshared(spec, world):
+        raise DataError("data.{}: {}".format(*problem))
+    build = _Builder(spec, task, info, seed, device, rank, world)
+    other = None if unlabelled is None else split(unlabelled, "train", unlabelled.info())
+    train, validation = build.train(split(source, "train", info), other)
     return Data(build.info, train, validation, build.test(split(source, "test", info)))
+
+
+def unshared(spec: DataSpec, world: int) -> tuple[str, str] | None:
+    """Explain why processes cannot share a batch equally: the key below `data`, and the reason;
+    None if they can.
+    """
+    equally = f"cannot be shared equally by {world} processes"
+    if spec.batch_size % world:
+        return "batch_size", f"{spec.batch_size} images {equally}"
+    if spec.labelled_size % world:
+        labelled = f"{spec.labelled_size} of {spec.batch_size} images have labels"
+        return "unlabelled.share", f"{labelled}, which {equally}"
+    return None
 
 
 @dataclass(frozen=True)
@@ -290,38 +339,57 @@ class _Builder:
     rank: int
     world: int
 
-    def train(self, part: Part) -> tuple[TrainLoader, EvalLoader | None]:
+    def train(self, part: Part, other: Part | None = None) -> tuple[TrainLoader, EvalLoader | None]:
         finish = Finish(self.spec.augment, self.seed, self.device)
         if isinstance(part, Stream):
             streams.refuse(self.spec, part, self.world)
             self._refuse_large_batch(len(part))
-            transform = for_training(self.spec, self.info.image_shape, self.seed)
+            transform = self._transform(training=True)
             reader = self._reader(part, self.spec.batch_size // self.world, finish, transform)
             return streams.StreamTrainLoader(reader, self.seed, self.spec.drop_last), None
         labels = self._labels(part, "training")
+        known = labels is not None and self.info.labelled
+        groups = self.task.strata(labels) if labels is not None and known else None
         # without groups, all images are one: subsets are then drawn at random
-        groups = self.task.strata(labels) if self.info.labelled else None
         if groups is None:
-            groups = torch.zeros(len(labels), dtype=torch.int64)
+            groups = torch.zeros(len(part), dtype=torch.int64)
         chosen, aside = choose(self.spec, groups)
         self._refuse_large_batch(len(chosen))
-        images = self._images(part, labels, chosen, finish, training=True)
         validation = self._ordered(part, labels, aside) if len(aside) else None
-        loader = _ShuffledLoader(images, self.task, self.spec, self.seed, self.rank, self.world)
-        return loader, validation
+        if self.spec.unlabelled is not None:
+            whole = beside.join(self.spec, self.task, part, other, labels, chosen, aside)
+            images = self._images(whole.part, whole.labels, whole.indices, finish, training=True)
+            labelled = self._shuffled(beside.Some(images, whole.own))
+            size = self.spec.batch_size - self.spec.labelled_size
+            sizes = (size, self.seed, self.rank, self.world)
+            return beside.BesideLoader(labelled, images, whole, *sizes), validation
+        images = self._images(part, labels, chosen, finish, training=True)
+        return self._shuffled(images), validation
+
+    def _shuffled(self, images: Images) -> _ShuffledLoader:
+        return _ShuffledLoader(images, self.task, self.spec, self.seed, self.rank, self.world)
 
     def test(self, part: Part) -> EvalLoader:
         if isinstance(part, Stream):
             streams.refuse_processes(part, self.world)
-            transform = for_measuring(self.spec, self.info.image_shape)
-            batch_size = self.spec.eval_batch_size
-            return streams.StreamEvalLoader(self._reader(part, batch_size, self._plain, transform))
-        labels = self._labels(part, "test")
-        return self._ordered(part, labels, torch.arange(len(labels)))
+            transform = self._transform(training=False)
+            reader = self._reader(
+                part, measured_batch_size(self.spec, self.task), self._plain, transform
+            )
+            return streams.StreamEvalLoader(reader)
+        return self._ordered(part, self._labels(part, "test"), torch.arange(len(part)))
 
     @property
     def _plain(self) -> Finish:
         return Finish(None, self.seed, self.device)
+
+    def _transform(self, *, training: bool) -> Transform:
+        spec, info = self.spec, self.info
+        if self.task.moves:
+            augment = (spec.joint_augment or None) if training else None
+            return Together(spec, self.task, info, self.seed, augment)
+        shape = info.image_shape
+        return for_training(spec, shape, self.seed) if training else for_measuring(spec, shape)
 
     def _reader(
         self, part: Stream, batch_size: int, finish: Finish, transform: Transform
@@ -333,52 +401,56 @@ class _Builder:
         )
 
     def _ordered(
-        self, part: Split | InMemory | Texts, labels: Tensor, indices: Tensor
+        self, part: Pairs | InMemory | Texts, labels: Tensor | None, indices: Tensor
     ) -> EvalLoader:
         images = self._images(part, labels, indices, self._plain, training=False)
-        return _OrderedLoader(images, self.spec.eval_batch_size, self.rank, self.world)
+        return _OrderedLoader(
+            images, measured_batch_size(self.spec, self.task), self.rank, self.world
+        )
 
     def _images(
         self,
-        part: Split | InMemory | Texts,
-        labels: Tensor,
+        part: Pairs | InMemory | Texts,
+        labels: Tensor | None,
         indices: Tensor,
         finish: Finish,
         training: bool,
     ) -> Images:
         if isinstance(part, Texts):
+            assert labels is not None, "no text has targets that move with it"
             return HeldTexts(part, labels, indices, self.device)
-        if isinstance(part, InMemory) and not (training and self.spec.timm_augment):
+        one_by_one = labels is None or (training and self.spec.timm_augment)
+        if isinstance(part, InMemory) and labels is not None and not one_by_one:
             # not indexed if all are chosen, as that copies them
             pixels = part.images if len(indices) == len(part) else part.images[indices]
-            pixels = resized(pixels, self.spec.image_size, self.spec.interpolation)
+            pixels = resized(pixels, self.spec.size, self.spec.interpolation)
             self._refuse_other_pixels(pixels)
             return HeldImages(pixels, labels[indices], indices, finish)
         files = Pictures(part) if isinstance(part, InMemory) else part
-        spec, shape = self.spec, self.info.image_shape
-        transform = for_training(spec, shape, self.seed) if training else for_measuring(spec, shape)
+        transform, workers = self._transform(training=training), self.spec.workers
         # workers of measurements would be idle, and take memory, during the training between
-        return ReadImages(
-            files, labels, indices, finish, transform, spec.workers, keep_workers=training
-        )
+        return ReadImages(files, labels, indices, finish, transform, workers, keep_workers=training)
 
-    def _labels(self, part: Split | InMemory | Texts, name: str) -> Tensor:
+    def _labels(self, part: Pairs | InMemory | Texts, name: str) -> Tensor | None:
+        """Return the targets of a part; None if they are read with the images."""
         if not len(part):
             raise DataError(f"dataset '{self.spec.dataset.use}' has no {name} images")
+        if self.task.moves:
+            return None
         # -1 is no class, so that a loss cannot learn from it by mistake
         if name == "training" and not self.info.labelled:
             return torch.full((len(part),), -1)
-        return self._targets(part.labels, name)
+        return self._targets(labels_of(part, self.task, self._whose(name)), name)
 
     def _targets(self, values: Any, name: str) -> Tensor:
-        whose = f"dataset '{self.spec.dataset.use}': {name} labels"
-        return self.task.targets(as_values(values), self.info, whose)
+        return self.task.targets(as_values(values), self.info, self._whose(name))
+
+    def _whose(self, name: str) -> str:
+        return f"dataset '{self.spec.dataset.use}': {name} labels"
 
     def _refuse_large_batch(self, count: int) -> None:
-        if self.spec.batch_size > count:
-            raise DataError(
-                f"data.batch_size: {self.spec.batch_size} is more than the {count} training images"
-            )
+        if (size := self.spec.labelled_size) > count:
+            raise DataError(f"data.batch_size: {size} is more than the {count} training images")
 
     def _refuse_other_pixels(self, pixels: Tensor) -> None:
         # images in [0, 1] that were cast to uint8 would train without an error, almost black

@@ -16,13 +16,13 @@ from kdkit.contracts.dataset_source import SharedStream, Stream
 from kdkit.contracts.records import Batch
 from kdkit.contracts.schedule import Arrange
 from kdkit.data.augment import sample_seed, subseed
-from kdkit.data.images import Broken, Finish, intact, loaded, stack
+from kdkit.data.images import Broken, Finish, Moved, intact, loaded, stack
 from kdkit.data.transforms import Transform
 from kdkit.data.workers import leave_to_parent
 from kdkit.errors import DataError
 from kdkit.recipe.sections import DataSpec
 
-Sample = tuple[Tensor | Broken, Any, int]
+Sample = tuple[Moved | Broken, Any, int]
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,10 @@ class StreamReader:
             worker_init_fn=leave_to_parent,
             generator=torch.Generator().manual_seed(seed or 0),  # determines the workers' own seeds
         )
-        for pixels, labels, index in loaded(loader):
-            yield self.finish(intact(pixels), self.targets(labels), index, view)
+        for read, labels, index in loaded(loader):
+            moved = intact(read)
+            pixels, found = (moved, self.targets(labels)) if isinstance(moved, Tensor) else moved
+            yield self.finish(pixels, found, index, view)
 
 
 class _Share(IterableDataset[Sample]):
@@ -86,14 +88,16 @@ class _Share(IterableDataset[Sample]):
             # unique over workers and processes
             index = (first + number * step) * self._world + self._rank
             try:
-                yield self._transform(image, self._view, index), label, index
+                yield self._transform((image, label), self._view, index), label, index
             except DataError as error:
                 yield Broken(str(error)), 0, index
 
 
-def _collate(samples: list[Sample]) -> tuple[Tensor | Broken, list[Any], Tensor]:
-    pixels, labels, index = zip(*samples, strict=True)
-    return stack(list(pixels)), list(labels), torch.tensor(index)
+def _collate(samples: list[Sample]) -> tuple[Moved | Broken, list[Any], Tensor]:
+    read, labels, index = zip(*samples, strict=True)
+    stacked = stack(list(read))
+    # targets that have moved are in `stacked`
+    return stacked, list(labels) if isinstance(stacked, Tensor) else [], torch.tensor(index)
 
 
 class StreamTrainLoader:
@@ -178,6 +182,11 @@ def refuse(spec: DataSpec, part: Stream, world: int) -> None:
         raise DataError(
             f"data.{spec.repeating}: this dataset can only be read from start to end, so no image"
             " can come repeatedly"
+        )
+    if spec.unlabelled is not None:
+        raise DataError(
+            "data.unlabelled: this dataset can only be read from start to end, so no others can"
+            " come beside it"
         )
     refuse_processes(part, world)
 

@@ -41,7 +41,7 @@ def choose(spec: DataSpec, labels: Tensor) -> tuple[Tensor, Tensor]:
         DataError: there are too few images, or none would be left.
     """
     total = len(labels)
-    aside = _validation_count(spec, total)
+    aside = validation_count(spec, total)
     # first, from all images: a smaller training subset must not change the validation images
     order = stratified_order(labels, subseed(spec.seed, "validation"))
     validation, rest = order[:aside].sort().values, order[aside:].sort().values
@@ -81,11 +81,15 @@ def samples(spec: DataSpec, total: int) -> int:
 
 
 def images_per_epoch(spec: DataSpec, count: int) -> int:
-    """Count the images that an epoch shows, repeated ones each time, if `count` are chosen."""
-    return count - count % spec.batch_size if spec.drop_last else count
+    """Count the images that an epoch shows, repeated ones each time, if `count` are chosen; those
+    without labels too.
+    """
+    whole = count // spec.labelled_size * spec.batch_size
+    return whole if spec.drop_last else count
 
 
-def _validation_count(spec: DataSpec, total: int) -> int:
+def validation_count(spec: DataSpec, total: int) -> int:
+    """Count the images out of `total` that are held out; errors as in `choose`."""
     if spec.validation is None:
         return 0
     asked = spec.validation

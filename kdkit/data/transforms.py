@@ -18,8 +18,10 @@ from kdkit.errors import DataError
 from kdkit.randomness import restored
 from kdkit.recipe.sections import DataSpec, TimmAugment
 
-Transform = Callable[[Any, int, int], Tensor]
-"""(PIL image, view, sample index) -> uint8 (C, H, W)."""
+Transform = Callable[[tuple[Any, Any], int, int], Tensor | tuple[Tensor, Tensor]]
+"""((PIL image, target), view, sample index) -> uint8 (C, H, W); with the target, if it moves with
+the image.
+"""
 
 MODES = {1: "L", 3: "RGB"}
 # PIL's modes of more than 8 bits, which `convert` would clip
@@ -45,7 +47,7 @@ class Plain:
         from timm.data.transforms_factory import create_transform
 
         self.shape = shape
-        self.resizes = spec.image_size is not None
+        self.resizes = spec.size is not None
         self.resize = create_transform(
             (shape[1], shape[2]),
             crop_pct=crop_pct,
@@ -53,10 +55,10 @@ class Plain:
             normalize=False,
         )
 
-    def __call__(self, image: Any, view: int, index: int) -> Tensor:
+    def __call__(self, sample: tuple[Any, Any], view: int, index: int) -> Tensor:
         from torchvision.transforms.functional import pil_to_tensor
 
-        image = with_channels(image, self.shape[0])
+        image = with_channels(sample[0], self.shape[0])
         if self.resizes:
             cropped: Tensor = self.resize(image)
             return cropped
@@ -102,10 +104,10 @@ class Augmented:
                 f" ({type(error).__name__}: {error})"
             ) from error
 
-    def __call__(self, image: Any, view: int, index: int) -> Tensor:
+    def __call__(self, sample: tuple[Any, Any], view: int, index: int) -> Tensor:
         with seeded(sample_seed(self.seed, view, index)):
             # timm's policies fill with three channels
-            normalised: Tensor = self.transform(with_channels(image, 3))
+            normalised: Tensor = self.transform(with_channels(sample[0], 3))
         # undo timm's normalisation: batches are in [0, 1]
         # rounded: normalising and undoing it leaves numbers that are whole but for an error
         pixels = (normalised * self.std + self.mean).mul_(255).round_().clamp_(0, 255)
@@ -136,19 +138,19 @@ def for_measuring(spec: DataSpec, shape: Shape) -> Transform:
     return Plain(spec, shape, spec.crop_pct)
 
 
-def resized(images: Tensor, size: int | None, interpolation: str) -> Tensor:
-    """Resize uint8 images (N, C, H, W) by their shorter side, and crop the centre to `size`."""
-    if size is None or images.shape[-2:] == (size, size):
+def resized(images: Tensor, size: tuple[int, int] | None, interpolation: str) -> Tensor:
+    """Resize uint8 images (N, C, H, W) until they cover `size`, and crop the centre."""
+    if size is None or images.shape[-2:] == size:
         return images
     height, width = images.shape[-2:]
-    scale = size / min(height, width)
-    target = [max(size, round(height * scale)), max(size, round(width * scale))]
+    scale = max(size[0] / height, size[1] / width)
+    target = [max(size[0], round(height * scale)), max(size[1], round(width * scale))]
     # in chunks: as floats, all images take four times the memory
     chunks = [
         F.interpolate(chunk.float(), target, mode=interpolation, antialias=True)
         for chunk in torch.split(images, 1024)
     ]
-    top, left = (target[0] - size) // 2, (target[1] - size) // 2
+    top, left = (target[0] - size[0]) // 2, (target[1] - size[1]) // 2
     # antialiased interpolation overshoots at edges, hence the clamp
     whole = torch.cat([chunk.round_().clamp_(0, 255).to(torch.uint8) for chunk in chunks])
-    return whole[..., top : top + size, left : left + size].contiguous()
+    return whole[..., top : top + size[0], left : left + size[1]].contiguous()

@@ -20,7 +20,7 @@ from kdkit.contracts.schedule import Model
 from kdkit.contracts.task import Rows, Score, Task
 from kdkit.engine.scores import scores_of
 from kdkit.engine.turns import Turns, finish
-from kdkit.errors import RunError, ShapeError
+from kdkit.errors import RunError
 from kdkit.finite import LOOK
 from kdkit.models.given_answers import looks_like
 from kdkit.recipe import Recipe
@@ -91,35 +91,28 @@ class Tally:
     def __init__(self, scores: Sequence[Score], *, together: bool) -> None:
         self._scores = scores
         self._together = together
-        self._metrics: list[Any] = []
+        # by what makes them and what they see: several scores may read one object
+        self._metrics: dict[Any, Any] = {}
 
     def add(self, rows: Rows) -> None:
         """Add a batch."""
         device = rows.answer.device
         if device.type == "mps":  # MPS has no double precision
             rows, device = rows.to(torch.device("cpu")), torch.device("cpu")
-        for score in self._scores[len(self._metrics) :]:
-            metric = score.build().to(device)
-            metric.sync_on_compute = self._together
-            self._metrics.append(metric)
-        for score, metric in zip(self._scores, self._metrics, strict=True):
-            metric.update(*score.sees(rows))
+        for score in self._scores:
+            if (key := (score.build, score.sees)) not in self._metrics:
+                self._metrics[key] = score.build().to(device)
+                self._metrics[key].sync_on_compute = self._together
+        for (_, sees), metric in self._metrics.items():
+            metric.update(*sees(rows))
 
     def values(self) -> dict[str, float]:
         """Return the scores by name."""
-        pairs = zip(self._scores, self._metrics, strict=True)
-        return {score.name: _number(score, metric.compute()) for score, metric in pairs}
-
-
-def _number(score: Score, value: Any) -> float:
-    """Return a computed score, scaled.
-
-    Raises:
-        ShapeError: it is not one number.
-    """
-    if not isinstance(value, float | int | Tensor) or torch.as_tensor(value).ndim:
-        raise ShapeError(f"{score.name} gives several numbers, and a score is one")
-    return float(score.scale * value)
+        values: dict[str, float] = {}
+        for score in self._scores:
+            # computed once: torchmetrics remembers the value until the next update
+            values |= score.numbers(self._metrics[score.build, score.sees].compute())
+        return values
 
 
 @contextlib.contextmanager
@@ -184,7 +177,8 @@ def measuring(
         everyones: adds the answers of models in other processes, which are shown the same batches,
             to those here (None: there are none).
     """
-    counted = [*judge.scores, *(judge.agreement if taught else ())]
+    known_alone = [score for score in judge.scores if taught or not score.of_teacher]
+    counted = [*known_alone, *(judge.agreement if taught else ())]
     tallies = [Tally(counted, together=world > 1) for _ in models]
     several = len(models) > 1 or everyones is not None
     ensemble = [Tally(counted, together=world > 1)] if several else []
@@ -194,7 +188,7 @@ def measuring(
         spoken = [Outputs(answer.logits) for answer in answers] if ensemble else []
         spoken = everyones(spoken) if everyones else spoken
         together = [judge.task.combined(spoken)] if ensemble else []
-        rows, asked = judge.task.rows([*answers, *together], batch)
+        rows, asked = judge.task.scored_rows([*answers, *together], batch)
         for tally, answer in zip([*tallies, *ensemble], rows, strict=True):
             tally.add(Rows(answer.logits.float(), asked.labels, known))
 
@@ -232,12 +226,12 @@ def taught_answers(
             wrong = ~answer.logits.isfinite().flatten(1).all(1)
             places += batch.index[wrong].tolist()
         whole = answers[0] if len(answers) == 1 else judge.task.combined(answers)
-        (rows,), asked = judge.task.rows([whole], batch)
-        tally.add(Rows(rows.logits.float(), asked.labels))
+        (rows,), asked = judge.task.scored_rows([whole], batch)
+        kept = judge.task.remembered(whole, batch)
+        tally.add(Rows(rows.logits.float(), asked.labels, kept))
         seen.add(looks_like(rows.logits.float()))
         index.append(batch.index.cpu())
-        kept = judge.task.remembered(whole, batch)
-        entries.append(kept.float().cpu() if isinstance(kept, Tensor) else kept)
+        entries.append(_on_host(kept) if isinstance(kept, Tensor) else kept)
 
     finish(asking(models, batches, take, world=world))
     ours = [(torch.cat(index), entries, faulty, seen)] if index else []
@@ -253,14 +247,36 @@ def taught_answers(
             )
     order = samples.argsort()
     kept = [entry for one in everyones for entry in one[1]]
+    for one in everyones:
+        one[1].clear()
     remembered = (
-        torch.cat(kept)[order]
+        _stacked(kept, order)
         if all(isinstance(batch, Tensor) for batch in kept)
         else _in_order(itertools.chain(*kept), order)
     )
     found = set().union(*(one[3] for one in everyones))
     seems = next(form for form in ("logits", "sigmoid", "softmax") if form in found)
     return TaughtAnswers(tally.values(), samples[order], remembered, seems)
+
+
+def _on_host(kept: Tensor) -> Tensor:
+    """Copy to the CPU; fp32 in place of half precision."""
+    return (kept.float() if kept.is_floating_point() else kept).cpu()
+
+
+def _stacked(batches: list[Tensor], order: Tensor) -> Tensor:
+    """Stack the samples of all batches in an order (N,); empties the list, so that memory holds
+    little more than them once.
+    """
+    whole = batches[0].new_empty((len(order), *batches[0].shape[1:]))
+    places = order.argsort()
+    batches.reverse()
+    first = 0
+    while batches:
+        batch = batches.pop()
+        whole[places[first : first + len(batch)]] = batch
+        first += len(batch)
+    return whole
 
 
 def _in_order(entries: Iterable[Any], order: Tensor) -> list[Any]:

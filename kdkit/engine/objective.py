@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdkit.contracts.distributed import share_of_mean
 from kdkit.contracts.ensembles import with_logits
 from kdkit.contracts.features import constants
 from kdkit.contracts.loss import Context, Loss
 from kdkit.contracts.loss_options import LayerPair
+from kdkit.contracts.missing_labels import HIDDEN_LABELS
 from kdkit.contracts.options import ramps_of
 from kdkit.contracts.records import Batch, Outputs
 from kdkit.contracts.schedule import Lesson
@@ -42,6 +44,12 @@ class Value:
     samples: int  # in the batch
 
 
+class Split(dict[tuple[bool, int], tuple[Lesson, Tensor | float]]):
+    """The rows of a lesson's answers, and their weight among those of all processes, by the
+    answers that they are of: only those with labels or all, and the student's output.
+    """
+
+
 class _ByName(nn.ModuleDict):
     """Modules by any name, including names of `nn.Module` attributes, such as `half`."""
 
@@ -57,6 +65,8 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         self.task = task
+        # False where each process trains a student of its own
+        self.shares_batches = True
         self.losses = _ByName({name: loss for name, (_, loss) in losses.items()})
         self.entries = {name: entry for name, (entry, _) in losses.items()}
         self._ramps = {
@@ -86,8 +96,9 @@ class Objective(nn.Module):
                 it) twice, or train the teacher.
         """
         probe = self._in_full_precision(probe)
+        split = Split()
         for name, loss in self.active(probe).items():
-            read = self._read(name, probe, batch)
+            read, _ = self._read(name, probe, batch, split)
             network = (teachers or {}).get(self.entries[name].teacher or "", context.teacher)
             networks = {
                 id(p)
@@ -96,9 +107,10 @@ class Objective(nn.Module):
                 for p in part.parameters()
             }
             try:
-                loss.setup(
-                    read.student, self._teachers(name, read)[0], replace(context, teacher=network)
-                )
+                known = replace(context, teacher=network)
+                if batch.labelled is not None and loss.knowledge != "labels":
+                    known = replace(known, labels=HIDDEN_LABELS)
+                loss.setup(read.student, self._teachers(name, read)[0], known)
                 self._compare_teachers(name, loss, probe)
             except (ShapeError, TapError) as error:
                 raise type(error)(f"{name}: {error}") from None
@@ -148,23 +160,42 @@ class Objective(nn.Module):
         """
         return {name: loss for name, loss in self.parts().items() if self._teachers(name, lesson)}
 
-    def _read(self, name: str, lesson: Lesson, batch: Batch) -> Lesson:
-        """Return a loss's view of the lesson and its batch: the student output that it reads takes
-        the place of the logits, and logits or labels are split into rows.
-        """
-        read = self._own(name, lesson)
-        is_on_rows = self.losses[name].knowledge in ("labels", "response")
-        if self.task is None or type(self.task).rows is Task.rows or not is_on_rows:
-            return read  # a row is a sample
-        return by_rows(self.task, read, read.batch or batch)
+    def _read(
+        self, name: str, lesson: Lesson, batch: Batch, split: Split
+    ) -> tuple[Lesson, Tensor | float]:
+        """Return a loss's view of the lesson and its batch, and the weight of this process's rows.
 
-    def _own(self, name: str, lesson: Lesson) -> Lesson:
-        read = lesson.supervised or lesson if self.losses[name].knowledge == "labels" else lesson
-        if not (number := self.entries[name].output):
-            return read
-        if (other := read.student.features.get(f"output{number}")) is None:
-            raise ShapeError(f"{name}: this answer has no output {number} of the student's network")
-        return replace(read, student=with_logits(read.student, other))
+        The student output that the loss reads takes the place of the logits, and logits or labels
+        are split into rows. `split` keeps those: losses on the same answers see the same rows,
+        which may be drawn. Of samples without labels, losses on labels see nothing, and others no
+        label.
+        """
+        is_of_labels = self.losses[name].knowledge == "labels"
+        is_on_rows = is_of_labels or self.losses[name].knowledge == "response"
+        if self.task is None or type(self.task).rows is Task.rows or not is_on_rows:
+            read = self._own(name, lesson, batch)
+            return _without_labels(read, read.batch or batch), 1.0  # a row is a sample
+        has_own = lesson.supervised is not None or batch.labelled is not None
+        key = (is_of_labels and has_own, self.entries[name].output)
+        if key not in split:
+            read = self._own(name, lesson, batch)
+            shown = read.batch or batch
+            read = by_rows(self.task, read, shown)
+            index = (read.batch or batch).index
+            share = share_of_mean(len(index), index.device) if self.shares_batches else 1.0
+            split[key] = _without_labels(read, shown), share
+        return split[key]
+
+    def _own(self, name: str, lesson: Lesson, batch: Batch) -> Lesson:
+        is_of_labels = self.losses[name].knowledge == "labels"
+        read = lesson.supervised or lesson if is_of_labels else lesson
+        if number := self.entries[name].output:
+            if (other := read.student.features.get(f"output{number}")) is None:
+                raise ShapeError(
+                    f"{name}: this answer has no output {number} of the student's network"
+                )
+            read = replace(read, student=with_logits(read.student, other))
+        return labelled_part(read, read.batch or batch) if is_of_labels else read
 
     def _teachers(self, name: str, lesson: Lesson) -> Sequence[Outputs]:
         """Return the answers that a loss learns from."""
@@ -203,6 +234,7 @@ class Objective(nn.Module):
         ramps = self.ramps(0.0) if ramps is None else ramps
         terms: dict[str, Tensor] = {}
         weighted: dict[str, Tensor] = {}
+        split = Split()
         with torch.autocast(lesson.student.logits.device.type, enabled=False):
             lesson = self._in_full_precision(lesson)
             for name, loss in self.active(lesson).items():
@@ -211,12 +243,15 @@ class Objective(nn.Module):
                 if now:
                     entry = entry.model_copy(update=now)
                 loss.options = entry
-                read = self._read(name, lesson, batch)
+                read, share = self._read(name, lesson, batch, split)
+                shown = read.batch or batch
                 values = [
-                    loss(read.student, teacher, read.batch or batch)
+                    # a batch without a row that counts teaches nothing
+                    loss(read.student, teacher, shown) if len(shown.index) else _nothing(read)
                     for teacher in self._teachers(name, read)
                 ]
-                terms[name] = values[0] if len(values) == 1 else mean_of(values, lesson.weights)
+                value = values[0] if len(values) == 1 else mean_of(values, lesson.weights)
+                terms[name] = value * share if isinstance(share, Tensor) else value
                 weighted[name] = terms[name] * entry.weight
         total = sum_of(weighted.values(), like=lesson.student.logits)
         return Value(
@@ -227,11 +262,36 @@ class Objective(nn.Module):
         )
 
 
+def _nothing(lesson: Lesson) -> Tensor:
+    """Return a loss of zero that depends on the student, as a backward pass requires."""
+    return lesson.student.logits.sum() * 0.0
+
+
+def labelled_part(lesson: Lesson, batch: Batch) -> Lesson:
+    """Return the lesson of those samples of its batch that have labels, without teachers."""
+    if batch.labelled is None:
+        return lesson
+    student = lesson.student.first(batch.labelled, len(batch.index))
+    return Lesson(student, batch=batch.labelled_part())
+
+
+def _without_labels(lesson: Lesson, shown: Batch) -> Lesson:
+    """Return the lesson, perhaps split into rows, with labels that raise an error when they are
+    read, if not all samples of its batch have some.
+    """
+    if shown.labelled is None:
+        return lesson
+    return replace(lesson, batch=replace(lesson.batch or shown, labels=HIDDEN_LABELS))
+
+
 def by_rows(task: Task, lesson: Lesson, batch: Batch) -> Lesson:
     """Return the lesson with its answers and its batch split into the task's rows."""
     named = [*lesson.named]
     answers = [lesson.student, *lesson.teachers, *lesson.named.values()]
-    (student, *others), batch = task.rows(answers, batch)
+    # teachers that only give layers have nothing to split
+    rows, batch = task.rows([answer for answer in answers if answer.has_logits], batch)
+    coming = iter(rows)
+    student, *others = [next(coming) if answer.has_logits else answer for answer in answers]
     count = len(lesson.teachers)
     return replace(
         lesson,

@@ -32,7 +32,7 @@ def usual_scores(info: DataInfo) -> dict[str, ScoreInfo]:
     if (task := registry.load().tasks.get(DatasetSource.task)) is None:
         return {}
     scores = (*task().scores(info), *task().agreement(info))
-    return {score.name: score.info() for score in scores}
+    return {info.name: info for score in scores for info in score.infos()}
 
 
 def deciding(recipe: Recipe, info: DataInfo) -> Score:

@@ -117,7 +117,7 @@ def rehearse(
     # the step may update the schedule's own buffers (queues, averages)
     remembered = copy.deepcopy(parts.state_dict())
     with torch.no_grad():
-        lessons = stage.step(batch)
+        lessons = stage.step(batch.without_labels())
     parts.load_state_dict(remembered)
     if len(lessons) < len(stage.students):
         raise RunError(
@@ -151,13 +151,15 @@ def build_trainer(
     labels = _labels_by_index(prepared.train)
     tried = rehearse(recipe, networks, stage, batch, prepared.info, labels)
     networks.verify_finite()
-    if processes_of(stage, accelerator).groups > 1:
+    apart = processes_of(stage, accelerator).groups > 1
+    if apart:
         _refuse_together(recipe, stage)
     carried = {} if carried is None else carried
     teachers = networks.teacher_modules()
     objectives = []
     for i, lesson in enumerate(tried.lessons):
         built = tried.objective(i)
+        built.shares_batches = not apart
         built.setup(lesson, batch, tried.context(i), teachers)
         beyond = max(0, i + 1 - len(stage.students))
         _carry(carried.setdefault((tried.student_of(i), beyond), {}), built.parts())
@@ -211,11 +213,11 @@ def _refuse_together(recipe: Recipe, stage: Stage) -> None:
 
 def _labels_by_index(loader: loaders.TrainLoader) -> Tensor:
     """Return the target by `Batch.index`, which also counts images that are not trained on: those
-    have -1. Empty for a stream.
+    have -1. Empty where they are read with the images.
     """
-    if not len(loader.indices):
-        return loader.labels.cpu()
     own = loader.labels.cpu()
+    if not len(own):
+        return own
     labels = own.new_full((int(loader.indices.max()) + 1, *own.shape[1:]), -1)
     labels[loader.indices.cpu()] = own
     return labels

@@ -51,7 +51,8 @@ class Learner(nn.Module):
     def forward(
         self, batch: Batch, moment: Moment, ramps: Sequence[Ramps]
     ) -> tuple[Tensor, list[Value]]:
-        lessons = self._lessons(batch, moment)
+        # who teaches whom must not depend on labels that only some samples have
+        lessons = self._lessons(batch.without_labels(), moment)
         values = [
             objective(lesson, batch, now)
             for objective, lesson, now in zip(self.objectives, lessons, ramps, strict=True)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from kdkit.contracts.inputs import Shape, is_text, kind_of
-from kdkit.contracts.layers import classifier_path
+from kdkit.contracts.layers import NoHead, classifier_path
 from kdkit.contracts.model_source import ModelOptions, ModelSource, Normalize, TeacherOptions
-from kdkit.errors import CheckpointError, ModelError, TapError
+from kdkit.errors import CheckpointError, InputError, ModelError, TapError
 from kdkit.finite import faulty_weight
 from kdkit.models.normalization import InputAdapter, NormalizationAdapter
+from kdkit.models.seen import Seen, SeenInput
 from kdkit.models.tapped import TappedModel
 from kdkit.models.weight_files import (
     Misfit,
@@ -41,13 +43,14 @@ def build_model(
     file: Path | None = None,
     device: torch.device | None = None,
     channels_last: bool = False,
+    fields: Mapping[str, int] | None = None,
 ) -> TappedModel:
     """Build the network with its weights, adapted to the batches and observed at `layers`.
 
     Args:
         options: the recipe's section.
         source: the source that builds such networks, with the same options.
-        outputs: number of logits.
+        outputs: number of logits; 0 builds it without a head.
         image_shape: (C, H, W) of the images in a batch, in [0, 1]; (N,) of texts.
         layers: names of the layers to observe.
         role: "teacher resnet18": the beginning of messages.
@@ -56,17 +59,22 @@ def build_model(
         file: weights that replace the recipe's, such as another run's student.
         device: device of the finished model; random weights do not depend on it.
         channels_last: see `TappedModel`.
+        fields: the fields that images consist of, see `DataInfo.fields`.
 
     Raises:
         ModelError: no such model, a checkpoint that does not fit, images that do not fit.
+        InputError: the samples do not have what it is to see.
         TapError: no such layer.
     """
     try:
-        shape = _own_shape(options, source, image_shape)
+        seen = Seen(options.input, image_shape, fields or {}) if options.input else None
+        sees = seen.shape if seen else image_shape
+        shape = _own_shape(options, source, sees)
         module = _built(source, outputs, shape, weights)
+        _without_empty_layers(module)
         # adapters make tensors of their own, which have to be where the network is
         with contextlib.nullcontext() if weights else torch.device("meta"):
-            adapt = _adapter(options, source, module, image_shape, shape)
+            adapt = _adapter(options, source, module, sees, shape, seen)
         if options.new_head and not file:
             _head(module, outputs)  # report a missing classifier even if no weights are read
         if weights and load:
@@ -80,7 +88,8 @@ def build_model(
         adapt.to(device if weights else "meta")
     except ModelError as error:
         # an error of the same class, as callers tell a wrong file from a wrong network
-        kind = CheckpointError if isinstance(error, CheckpointError) else ModelError
+        kinds = (kind for kind in (CheckpointError, InputError) if isinstance(error, kind))
+        kind = next(kinds, ModelError)
         raise kind(f"{role}: {error}") from error
     return TappedModel(
         module,
@@ -90,12 +99,20 @@ def build_model(
         outputs=outputs,
         channels_last=channels_last,
         input_shape=shape,
+        sees=sees,
     )
 
 
 def _built(source: ModelSource, outputs: int, shape: Shape, weights: bool) -> nn.Module:
     try:
-        return source.build(outputs, shape) if weights else _without_numbers(source, outputs, shape)
+        with warnings.catch_warnings():
+            # torch's, of a head for 0 classes
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+            return (
+                source.build(outputs, shape)
+                if weights
+                else _without_numbers(source, outputs, shape)
+            )
     # errors from the network's own code
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         says = (str(error).strip() or "no reason given").splitlines()[0]
@@ -114,18 +131,20 @@ def _without_numbers(source: ModelSource, outputs: int, shape: Shape) -> nn.Modu
         return source.build(outputs, shape)
 
 
-def random_weights(source: ModelSource, outputs: int, image_shape: Shape) -> tuple[list[str], bool]:
+def random_weights(source: ModelSource, outputs: int, sees: Shape) -> tuple[list[str], bool]:
     """Name the tensors that a fresh network draws, and report whether it reads others.
+
+    `sees` is the shape of what it sees of a sample.
 
     The random tensors are those in which two networks of different seeds differ. Tensors of one
     value only (zeros, ones) are no evidence.
     """
-    shape = _own_shape(source.options, source, image_shape)
+    shape = _own_shape(source.options, source, sees)
     builds = []
     # two, as numbers that a constructor reads are the same for every seed
     for seed in range(2):
         with seeded("drawn weights", seed):
-            builds.append(source.build(outputs, shape).state_dict())
+            builds.append(_built(source, outputs, shape, weights=True).state_dict())
     drawn = [name for name, value in builds[0].items() if not torch.equal(value, builds[1][name])]
     read = any(
         name not in drawn and value.numel() and bool((value != value.flatten()[0]).any())
@@ -165,12 +184,14 @@ def load_checkpoint(
         CheckpointError: the file is missing, holds more than tensors, or does not fit; the network
             is then unchanged.
     """
-    head = _head(module, outputs) if new_head else None
+    heads = (_head(module, outputs),) if new_head else _absent(module) if outputs == 0 else ()
     # a network may have changed its own shapes in training, by pruning for example
     if own:
         _take_shapes(module, read_weights(path), outputs)
     try:
-        fitted = fit_weights(path, module, strip_prefix, rename, head=head, shapes_only=shapes_only)
+        fitted = fit_weights(
+            path, module, strip_prefix, rename, heads=heads, shapes_only=shapes_only
+        )
     except Misfit as error:
         refuse_other_classes(error, path, module, outputs, teaches=teaches)
         raise
@@ -245,20 +266,29 @@ def _own_shape(options: ModelOptions, source: ModelSource, shape: Shape) -> Shap
 
 
 def _adapter(
-    options: ModelOptions, source: ModelSource, module: nn.Module, shape: Shape, own: Shape
+    options: ModelOptions,
+    source: ModelSource,
+    module: nn.Module,
+    sees: Shape,
+    own: Shape,
+    seen: Seen | None,
 ) -> nn.Module:
     """Build the adapter from batches to the network's input; texts pass unchanged."""
-    if not is_text(shape):
-        return _input_adapter(options, source.normalization(module), shape[0], own[0])
+    if not is_text(sees):
+        normalization = _normalization(options, source.normalization(module), sees[0], own[0])
+        resizing = options.input_size, options.interpolation
+        if seen is not None:
+            return SeenInput(seen, normalization, *resizing)
+        return InputAdapter(normalization, *resizing)
     # otherwise they would be ignored without a word
     if options.normalize or options.input_size:
         raise ModelError("normalize and input_size are for images, and the data are texts")
     return nn.Identity()
 
 
-def _input_adapter(
+def _normalization(
     options: ModelOptions, own: Normalize | None, image_channels: int, channels: int
-) -> InputAdapter:
+) -> NormalizationAdapter:
     target = options.normalize or own or Normalize(mean=(0.0,), std=(1.0,))
     # only the recipe's numbers are refused: a source's are of colour images, and are averaged
     if options.normalize and {len(target.mean), len(target.std)} - {1, channels}:
@@ -271,12 +301,34 @@ def _input_adapter(
     )
     # raises if the channels cannot be adapted
     adapter(torch.empty(1, image_channels, 1, 1, device=adapter.scale.device))
-    return InputAdapter(adapter, options.input_size, options.interpolation)
+    return adapter
 
 
 def _fit(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
     """Return one value per channel; their mean for another number of channels."""
     return values if len(values) == channels else (sum(values) / len(values),) * channels
+
+
+def _without_empty_layers(module: nn.Module) -> None:
+    """Put an identity in the place of a linear layer without outputs, the head of a network for 0
+    classes: the network then answers with what the head would get.
+    """
+    empty = [
+        name
+        for name, part in module.named_modules()
+        if name and isinstance(part, nn.Linear) and part.out_features == 0
+    ]
+    for name in empty:
+        module.set_submodule(name, NoHead())
+
+
+def _absent(module: nn.Module) -> tuple[str, ...]:
+    """List the layers that a network without a head does nothing in, as timm puts an identity in
+    the place of a classifier: what a file has for them belongs to a head.
+    """
+    return tuple(
+        name for name, part in module.named_modules() if name and isinstance(part, nn.Identity)
+    )
 
 
 def _head(module: nn.Module, outputs: int | None) -> str:

@@ -127,16 +127,17 @@ class InputAdapter(nn.Module):
         """Convert images (B, C, H, W) to the network's input."""
         if isinstance(inputs, Mapping):
             return inputs
-        images: Tensor = self.normalization(inputs)
-        size = self.size
-        if size is None or images.shape[2:] == (size, size):
-            return images
-        smooth = self.interpolation in ("bilinear", "bicubic")
-        shrinks = min(images.shape[2:]) > size
         # Resizing is a weighted mean, so it may as well come after the normalisation.
-        return F.interpolate(
-            images, (size, size), mode=self.interpolation, antialias=smooth and shrinks
-        )
+        return resized_to(self.size, self.normalization(inputs), self.interpolation)
+
+
+def resized_to(size: int | None, images: Tensor, interpolation: Interpolation) -> Tensor:
+    """Resize images (B, C, H, W) to squares of that side; None: not at all."""
+    if size is None or images.shape[2:] == (size, size):
+        return images
+    smooth = interpolation in ("bilinear", "bicubic")
+    shrinks = min(images.shape[2:]) > size
+    return F.interpolate(images, (size, size), mode=interpolation, antialias=smooth and shrinks)
 
 
 def _channels(mean: Values, std: Values) -> int | None:

@@ -20,6 +20,7 @@ from kdkit.finite import FiniteAnswers
 from kdkit.models.freezing import in_eval_mode
 from kdkit.models.hooks import Keep, Stop, Store, Watch, observed, overwriter, register, version
 from kdkit.models.outside import ask
+from kdkit.models.seen import SeenInput
 from kdkit.models.weight_files import adopt_shapes
 
 BEFORE = ", or, for the values before it, its input ('...@input')"
@@ -48,6 +49,7 @@ class TappedModel:
             it to the caller.
         input_shape: shape of the network's own input, if known: images (C, H, W), or texts of at
             most N tokens (N,).
+        sees: shape of what it sees of a sample, before that is adapted to the network, if known.
 
     Raises:
         TapError: there is no such layer.
@@ -65,6 +67,7 @@ class TappedModel:
         channels_last: bool = False,
         precision: torch.dtype | None = None,
         input_shape: Shape | None = None,
+        sees: Shape | None = None,
     ) -> None:
         self.module = module.to(memory_format=torch.channels_last) if channels_last else module
         self.adapt = adapt if adapt is not None else nn.Identity()
@@ -72,6 +75,7 @@ class TappedModel:
         self.needs_logits = needs_logits
         self.channels_last = channels_last
         self.precision, self.input_shape = precision, input_shape
+        self.sees = sees
         try:
             self.layers: dict[str, Layer] = {
                 name: resolve(name, module, outputs) for name in layers
@@ -185,6 +189,7 @@ class TappedModel:
             channels_last=self.channels_last,
             precision=self.precision,
             input_shape=self.input_shape,
+            sees=self.sees,
         )
 
     def view(
@@ -223,7 +228,7 @@ class TappedModel:
         Raises:
             TapError: it returns no tensor of logits.
         """
-        adapted = self.adapt(inputs)
+        adapted = self._adapted(inputs)
         # after the adapter, whose operations may return another layout
         if self.channels_last and isinstance(adapted, Tensor) and adapted.ndim == 4:
             adapted = adapted.contiguous(memory_format=torch.channels_last)
@@ -234,6 +239,14 @@ class TappedModel:
                 " that begin with one"
             )
         return outputs
+
+    def _adapted(self, inputs: Inputs) -> Inputs:
+        # only what is trained, or teaches: what is measured is a twin, which is not frozen
+        drawing = self.module.training or self.frozen
+        if drawing and isinstance(self.adapt, SeenInput):
+            return self.adapt.forward(inputs, drawing=True)
+        adapted: Inputs = self.adapt(inputs)
+        return adapted
 
     def _forward(self, inputs: Inputs) -> Tensor:
         return self.outputs(inputs)[0]

@@ -55,7 +55,7 @@ def fit_weights(
     strip_prefix: str = "",
     rename: Callable[[str], str] | None = None,
     *,
-    head: str | None = None,
+    heads: tuple[str, ...] = (),
     shapes_only: bool = False,
 ) -> Fitted:
     """Fit a file's weights to a network, without changing the network.
@@ -69,19 +69,21 @@ def fit_weights(
         strip_prefix: the prefix to drop from the file's keys. Keys without it may still fit; keys
             that do not fit are ignored.
         rename: the network's own name of a key, once the prefix is dropped (None: the same).
-        head: the network's classifier, if it is to be ignored on both sides.
+        heads: layers to ignore on both sides, such as the network's classifier.
         shapes_only: do not read the values; the weights are on the meta device.
 
     Raises:
         CheckpointError: the file is missing, holds more than tensors, or does not fit.
     """
     content, prefix, notes = _chosen(read_groups(path, shapes_only=shapes_only), path, strip_prefix)
-    wanted = {key: value for key, value in module.state_dict().items() if not _within(key, head)}
+    wanted = {key: value for key, value in module.state_dict().items() if not _within(key, heads)}
     own = functools.partial(_own_name, rename=rename)
-    weights, candidates = _named(content, prefix, own, head, path), _prefixes(content, wanted)
-    if not strip_prefix and (common := _dropped_unasked(content, wanted, candidates, own, head)):
-        weights = _named(content, common, own, head, path)
+    weights, candidates = _named(content, prefix, own, heads, path), _prefixes(content, wanted)
+    if not strip_prefix and (common := _dropped_unasked(content, wanted, candidates, own, heads)):
+        weights, prefix = _named(content, common, own, heads, path), common
         notes.append(f"the prefix `{common}` of its keys is dropped")
+    if left := sorted(name for key in content if _within(name := own(key, prefix), heads)):
+        notes.append(_listed(left, "key", "of its head are left out"))
     # a file of several networks: keys without the prefix belong to another one, unless they fit
     others = {own(key, "") for key in content if not key.startswith(prefix)}
     if left := sorted(others & (weights.keys() - wanted.keys())):
@@ -104,7 +106,9 @@ def _own_name(key: str, prefix: str, rename: Callable[[str], str] | None) -> str
     return rename(plain) if rename else plain
 
 
-def _named(content: Weights, prefix: str, own: OwnName, head: str | None, path: Path) -> Weights:
+def _named(
+    content: Weights, prefix: str, own: OwnName, heads: tuple[str, ...], path: Path
+) -> Weights:
     """Return the file's weights under the network's own names.
 
     Raises:
@@ -114,7 +118,7 @@ def _named(content: Weights, prefix: str, own: OwnName, head: str | None, path: 
     for key, value in content.items():
         if (name := own(key, prefix)) in weights:
             raise CheckpointError(f"{path} does not fit: several of its keys mean '{name}'")
-        if not _within(name, head):
+        if not _within(name, heads):
             weights[name] = value
     return weights
 
@@ -129,14 +133,14 @@ def _dropped_unasked(
     wanted: Mapping[str, Tensor],
     candidates: list[str],
     own: OwnName,
-    head: str | None,
+    heads: tuple[str, ...],
 ) -> str:
     """Return a prefix of all keys that has to be dropped for them to fit, or an empty string."""
     if not _lacking(wanted, (own(key, "") for key in content)):
         return ""
     for prefix in candidates:
         names = [own(key, prefix) for key in content]
-        known = [name in wanted or _within(name, head) for name in names]
+        known = [name in wanted or _within(name, heads) for name in names]
         if (
             all(known)
             and not _lacking(wanted, names)
@@ -205,7 +209,11 @@ def refuse_other_classes(
     # without a single classifier there is no special advice
     except TapError:
         return
-    if error.missing or error.unexpected or not all(_within(key, head) for key in error.reshaped):
+    if (
+        error.missing
+        or error.unexpected
+        or not all(_within(key, (head,)) for key in error.reshaped)
+    ):
         return
     theirs = next(iter(error.reshaped.values()))[0][0]
     says = f"{path} is a classifier ('{head}') of {theirs} classes, not of {outputs or 'as many'}"
@@ -376,8 +384,8 @@ def _hint(
     return f"; with `strip_prefix: {prefixes}` {fits[best[0]]} of {len(wanted)} keys would fit"
 
 
-def _within(key: str, layer: str | None) -> bool:
-    return layer is not None and key.startswith(f"{layer}.")
+def _within(key: str, layers: tuple[str, ...]) -> bool:
+    return key.startswith(tuple(f"{layer}." for layer in layers))
 
 
 def _listed(items: list[str], what: str, kind: str = "") -> str:

@@ -31,7 +31,8 @@ def trained_values(
         options = {
             name: trained_values(option, taught, older=older)
             for name, option in value
-            if name not in ("recipe", "seed", "name")
+            # added later than the rest: unset, it is in no older fingerprint
+            if name not in ("recipe", "seed", "name") and (name, option) != ("input", None)
         }
         return {**options, "recipe": taught(value)}
     if isinstance(value, BaseModel):

@@ -55,7 +55,7 @@ def missing_files(spec: RecipeBase) -> Iterator[Problem]:
         if (
             isinstance(path, Path)
             and not os.path.exists(path)
-            and location[:2] != ["data", "dataset"]
+            and location[:2] not in (["data", "dataset"], ["data", "unlabelled"])
         ):
             yield location, f"no such file: {path}"
 
@@ -64,16 +64,21 @@ def task_of(spec: RecipeBase, plugins: Registry) -> Task:
     """Return the task of the recipe: that of `task:`, or the one that the dataset is made for."""
     if (entry := spec.task) is not None:
         return plugins.tasks[entry.use](entry)
-    return plugins.tasks[plugins.datasets[spec.data.dataset.use].task]()
+    return plugins.tasks[_made_for(spec, plugins)]()
 
 
 def unknown_task(spec: RecipeBase, plugins: Registry) -> Problem | None:
     """Explain that the dataset's task does not exist; None if it does, or another is named."""
-    name = plugins.datasets[spec.data.dataset.use].task
+    name = _made_for(spec, plugins)
     if spec.task is not None or name in plugins.tasks:
         return None
     says = f"is made for a task that is not there: {suggest(name, plugins.tasks)}"
     return ["data", "dataset"], says
+
+
+def _made_for(spec: RecipeBase, plugins: Registry) -> str:
+    """Return the name of the task that the dataset's targets are made for."""
+    return plugins.datasets[spec.data.dataset.use].for_task(spec.data.dataset)
 
 
 def _task_conflicts(spec: RecipeBase, plugins: Registry) -> Iterator[Problem]:
@@ -89,13 +94,16 @@ def _task_conflicts(spec: RecipeBase, plugins: Registry) -> Iterator[Problem]:
         tasks = plugins.losses[entry.use].for_tasks(entry)
         if not serves(tasks, task):
             says = f"'{entry.use}' {_serves_others(tasks, task)}"
-            usual = f"its usual loss on labels is '{task.default_loss}'"
+            on = "" if task.rows_are == "embeddings" else " on labels"
+            usual = f"its usual loss{on} is '{task.default_loss}'"
             yield ["losses", i, "use"], f"{says}; {usual}"
 
 
 def _serves_others(tasks: Iterable[str], task: Task) -> str:
+    of = "" if type(task).rows is Task.rows else ", several in a sample"
     return (
-        f"is for {' and '.join(sorted(tasks))}, and task '{task.name}' has rows of {task.rows_are}"
+        f"is for {' and '.join(sorted(tasks))}, and task '{task.name}' has rows of"
+        f" {task.rows_are}{of}"
     )
 
 

@@ -93,7 +93,8 @@ class Recipe:
             for path in self.spec.plugins
             for file in ([path] if path.is_file() else sorted(path.rglob("*.py")))
         ]
-        if not older and (files := dependencies.files_digest(self.dataset().own_files())):
+        own = [file for source in self.datasets() for file in source.own_files()]
+        if not older and (files := dependencies.files_digest(own)):
             plain["data"]["files"] = files
         return plain
 
@@ -101,6 +102,18 @@ class Recipe:
         """Return the dataset plugin with the recipe's options."""
         options = self.spec.data.dataset
         return self.plugins.datasets[options.use](options)
+
+    def unlabelled(self) -> DatasetSource | None:
+        """Return the dataset plugin of the unlabelled samples; None if the recipe names none."""
+        beside = self.spec.data.unlabelled
+        if beside is None or beside.dataset is None:
+            return None
+        return self.plugins.datasets[beside.dataset.use](beside.dataset)
+
+    def datasets(self) -> list[DatasetSource]:
+        """Return all dataset plugins that the recipe names, that of `data.dataset` first."""
+        beside = self.unlabelled()
+        return [self.dataset(), *([beside] if beside else [])]
 
     def model_source(self, options: ModelOptions) -> ModelSource:
         """Return the source that builds a network of the recipe.

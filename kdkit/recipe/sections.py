@@ -38,6 +38,9 @@ from kdkit.contracts.schedule import ScheduleOptions
 from kdkit.contracts.task import TaskOptions
 from kdkit.recipe.walk import Key, models_in
 
+LARGEST_SCALE = 16
+"""Largest factor that an image is resized by in augmentation."""
+
 
 class BatchAugment(Options):
     """Augmentation on whole batches, drawn independently for every image."""
@@ -94,6 +97,44 @@ class TimmAugment(Options):
     )
 
 
+Side = Annotated[int, Field(gt=0, le=SIDE)]
+Size = tuple[Side, Side]
+"""Height and width of images, pixels."""
+
+
+class JointAugment(Options):
+    """Augmentation of an image together with its target, by torchvision, in worker processes.
+
+    For tasks whose targets move with the image, such as masks. Applied in this order.
+    """
+
+    scale: tuple[float, float] | None = Field(
+        default=None,
+        description="Range of the factor that image and target are resized by (default: none).",
+    )
+    crop: Size | None = Field(
+        default=None,
+        description=(
+            "Height and width of a random crop, padded where the image is smaller (default: the"
+            " size in which images are measured)."
+        ),
+    )
+    flip: float = Field(default=0.0, ge=0, le=1, description="Probability of a horizontal flip.")
+    color_jitter: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Strength of brightness, contrast and saturation jitter of the image.",
+    )
+
+    @field_validator("scale")
+    @classmethod
+    def _range(cls, scale: tuple[float, float] | None) -> tuple[float, float] | None:
+        if scale is not None and not 0 < scale[0] <= scale[1] <= LARGEST_SCALE:
+            raise ValueError(f"must be a range [low, high] above 0, of at most {LARGEST_SCALE}")
+        return scale
+
+
 class DatasetEntry(DatasetOptions):
     """The dataset plugin that reads the samples."""
 
@@ -133,15 +174,39 @@ MetricOrName = Annotated[
 ]
 
 
+class UnlabelledSpec(Options):
+    """Further training samples, whose labels nothing reads: only teachers teach from them.
+
+    An epoch has each labelled sample once. The unlabelled ones come in epochs of their own, in
+    another random order each, which go on from one epoch of the labelled samples to the next.
+    """
+
+    dataset: DatasetEntry | None = Field(
+        default=None,
+        description=(
+            "Dataset plugin and its options, of which the training part is used (default: the"
+            " samples that `train_samples` or `train_fraction` leaves out)."
+        ),
+    )
+    share: float = Field(
+        default=0.5,
+        gt=0,
+        lt=1,
+        description="Share of the unlabelled samples in a batch; their number is rounded.",
+    )
+
+
 class DataSpec(Options):
     """The data for training and measuring."""
 
     dataset: DatasetEntry = Field(description="Dataset plugin and its options.")
-    image_size: int | None = Field(
+    image_size: Side | Size | None = Field(
         default=None,
-        gt=0,
-        le=SIDE,
-        description="Side of the square images in a batch, in pixels (default: the dataset's).",
+        description=(
+            "Side of the square images in a batch, or [height, width], in pixels (default: the"
+            " dataset's). Images are scaled to cover it, and cut off; those with targets that move"
+            " with them, such as masks, are scaled to fit in it, and padded."
+        ),
     )
     crop_pct: float = Field(
         default=1.0,
@@ -156,7 +221,13 @@ class DataSpec(Options):
         default=64, gt=0, le=COUNT, description="Samples per training batch, over all processes."
     )
     eval_batch_size: int = Field(
-        default=256, gt=0, le=COUNT, description="Samples per evaluation batch, per process."
+        default=256,
+        gt=0,
+        le=COUNT,
+        description=(
+            "Samples per evaluation batch, per process; at most `batch_size` where targets are as"
+            " large as images."
+        ),
     )
     train_samples: int | None = Field(
         default=None,
@@ -190,6 +261,11 @@ class DataSpec(Options):
         default=None,
         description="timm's augmentations of single images, instead of `augment` (default: none).",
     )
+    joint_augment: JointAugment | None = Field(
+        default=None,
+        description="Augmentation of images together with targets such as masks (default: none).",
+        json_schema_extra=LATER,
+    )
     repeats: int = Field(
         default=1,
         gt=0,
@@ -212,6 +288,11 @@ class DataSpec(Options):
     drop_last: bool = Field(
         default=True, description="Drop the last batch of an epoch if it is incomplete."
     )
+    unlabelled: UnlabelledSpec | None = Field(
+        default=None,
+        description="Unlabelled samples beside the labelled ones in each batch (default: none).",
+        json_schema_extra=LATER,
+    )
     workers: int = Field(
         default=2,
         ge=0,
@@ -226,15 +307,41 @@ class DataSpec(Options):
             raise ValueError("give train_samples or train_fraction, not both")
         if self.augment and self.timm_augment:
             raise ValueError("give augment or timm_augment, not both")
-        if self.repeats > 1 and not self.augment and not self.timm_augment:
+        if self.repeats > 1 and not (self.augment or self.timm_augment or self.joint_augment):
             raise ValueError(
-                "repeats needs augment or timm_augment: without them an image's copies are all the"
-                " same"
+                "repeats needs augment, timm_augment or joint_augment: without them an image's"
+                " copies are all the same"
             )
         # both number the copies of an image, and both decide what an epoch shows
         if self.repeats > 1 and self.sampling == "balanced":
             raise ValueError("give repeats or sampling: balanced, not both")
         return self
+
+    @model_validator(mode="after")
+    def _has_both(self) -> DataSpec:
+        if self.unlabelled is None:
+            return self
+        if not 0 < self.labelled_size < self.batch_size:
+            raise ValueError(
+                f"unlabelled.share: {self.unlabelled.share:g} of {self.batch_size} samples leaves"
+                " none of one kind in a batch"
+            )
+        # in an incomplete batch the shares would be others
+        if not self.drop_last:
+            raise ValueError("unlabelled needs drop_last: true, so that all batches have its share")
+        return self
+
+    @property
+    def labelled_size(self) -> int:
+        """Number of samples with labels in a training batch."""
+        share = 0.0 if self.unlabelled is None else self.unlabelled.share
+        return round((1 - share) * self.batch_size)
+
+    @property
+    def size(self) -> Size | None:
+        """Height and width of measured images, if `image_size` is set."""
+        side = self.image_size
+        return (side, side) if isinstance(side, int) else side
 
     @property
     def repeating(self) -> str | None:

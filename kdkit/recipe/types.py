@@ -21,6 +21,7 @@ from kdkit.recipe.sections import (
     RecipeBase,
     ScheduleEntry,
     TaskEntry,
+    UnlabelledSpec,
     named,
 )
 
@@ -47,14 +48,19 @@ def _recipe_type(
 
     student = _by_source(networks("student", StudentOptions))
     teacher = _by_source({**networks("teacher", TeacherOptions), TAUGHT: RecipeTeacher})
+    dataset: Any = variants(datasets, "dataset", DatasetEntry)
+    unlabelled: Any = create_model(
+        "UnlabelledSpec",
+        __base__=UnlabelledSpec,
+        __doc__=UnlabelledSpec.__doc__,
+        dataset=(dataset | None, UnlabelledSpec.model_fields["dataset"]),
+    )
     data = create_model(
         "DataSpec",
         __base__=DataSpec,
         __doc__=DataSpec.__doc__,
-        dataset=(
-            variants(datasets, "dataset", DatasetEntry),
-            Field(description="Dataset plugin and its options."),
-        ),
+        dataset=(dataset, Field(description="Dataset plugin and its options.")),
+        unlabelled=(unlabelled | None, DataSpec.model_fields["unlabelled"]),
     )
     task: Any = variants(tasks, "task", TaskEntry) | None
     task = Annotated[task, BeforeValidator(named, json_schema_input_type=task | str)]

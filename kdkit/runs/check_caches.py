@@ -30,6 +30,10 @@ from kdkit.runs.networks import ModelFactory
 from kdkit.units import gigabytes
 
 Shapes = Mapping[str, tuple[int, ...]]
+DRAWN = (
+    "the teacher sees a crop that is drawn for each step (`input.crop.place: random`), so its"
+    " answers cannot be kept; leave one of them out"
+)
 
 
 def refused(recipe: Recipe, factory: ModelFactory, info: DataInfo) -> Iterator[str]:
@@ -39,12 +43,16 @@ def refused(recipe: Recipe, factory: ModelFactory, info: DataInfo) -> Iterator[s
         teacher, place = spec.all_teachers()[name], [*spec.place_of(name), "cache"]
         assert isinstance(teacher, TeacherOptions)
         views.add(options.views)
+        own = factory.teacher_options(name)
+        if own is not None and own.input is not None and own.input.is_drawn:
+            yield recipe.problem(place, DRAWN)
         for says in _never_again(recipe, teacher):
             yield recipe.problem(place, says)
-        if options.views == "all" and spec.data.timm_augment is not None:
+        ever_new = [k for k in ("timm_augment", "joint_augment") if getattr(spec.data, k)]
+        if options.views == "all" and ever_new:
             says = (
-                "`data.timm_augment` gives ever new views, so that not all can be kept; say how"
-                " many, or use `data.augment`"
+                f"`data.{ever_new[0]}` gives ever new views, so that not all can be kept; say how"
+                " many, or leave it out"
             )
             yield recipe.problem([*place, "views"], says)
         if len(views) > 1:
@@ -141,7 +149,8 @@ def sizes(
             )
             yield says, recipe.problem([*place, "what"], says)
             continue
-        kept = KeptAnswers(options, info.outputs, factory.classes.are_known(name), taps)
+        answer = tuple(recipe.task.random_answer(info, 1).logits.shape[1:])
+        kept = KeptAnswers(options, answer, factory.classes.are_known(name), taps)
         # An upper bound: rows are filled as images are seen, and the files are sparse.
         size = slots.count * num_train * kept.bytes
         views = "1 view" if slots.count == 1 else f"{slots.count} views"

@@ -10,10 +10,12 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 from torch import nn
 
-from kdkit.contracts.dataset_source import DataInfo, DatasetSource, Stream
+from kdkit.contracts.dataset_source import DataInfo, DatasetSource, InMemory, Stream, Texts
 from kdkit.contracts.records import Batch
 from kdkit.contracts.task import Rows
-from kdkit.data.labels import CALLED, described, split
+from kdkit.data import beside
+from kdkit.data.images import Pictures, called
+from kdkit.data.labels import CALLED, Part, described, labels_of, split
 from kdkit.data.mixing import options_of as mixing_options
 from kdkit.engine.evaluate import Tally
 from kdkit.engine.optim import build_optimizer
@@ -36,20 +38,35 @@ class DataChecks(Checks):
         """Return the properties of the dataset. Missing files are fetched first, or noted as files
         that training will fetch.
         """
+        if (says := self._fetched(source)) is None:
+            return self._described(source)
+        try:
+            return described(source, self.task)
+        except DataError as error:
+            raise DataError(f"is not there yet, so nothing is known of it; {says}") from error
+
+    def beside(self, info: DataInfo) -> DataInfo:
+        """Return the properties of the data with the number of unlabelled samples, if the recipe
+        has some; missing files as in `info`.
+        """
+        source = self.recipe.unlabelled()
+        if source is not None:
+            self._fetched(source)
+        return beside.described(self.spec.data, info, source, self.task)
+
+    def _fetched(self, source: DatasetSource) -> str | None:
+        """Fetch missing files, or note that training will; return that note."""
         if self.fetch:
             fetching.fetch(self.recipe, source, self.fetch)
-            return self._described(source)
+            return None
         if (lacking := source.lacks()) is None:
-            return self._described(source)
+            return None
         # A check must not promise a download that training would refuse.
         if lacking.folder is not None:
             fetching.refuse_elsewhere(self.recipe, lacking.folder)
         says = f"training first fetches {lacking}"
         self.report.notes.append(says)
-        try:
-            return described(source, self.task)
-        except DataError as error:
-            raise DataError(f"is not there yet, so nothing is known of it; {says}") from error
+        return says
 
     def _described(self, source: DatasetSource) -> DataInfo:
         """Return the properties of a dataset that is there.
@@ -74,10 +91,23 @@ class DataChecks(Checks):
         # Sources whose parts take long to read, or would be fetched, say so by `split_at_check`.
         for name in parts if source.split_at_check and source.lacks() is None else ():
             part = split(source, name, info)
-            if not isinstance(part, Stream) and (info.labelled or name == "test"):
-                self.task.targets(
-                    part.labels, info, f"dataset '{source.name}': {CALLED[name]} labels"
-                )
+            whose = f"dataset '{source.name}': {CALLED[name]}"
+            if self.task.moves:
+                self._try_first_target(part, info, whose)
+            elif not isinstance(part, Stream) and (info.labelled or name == "test"):
+                labels = labels_of(part, self.task, f"{whose} labels")
+                self.task.targets(labels, info, f"{whose} labels")
+
+    def _try_first_target(self, part: Part, info: DataInfo, whose: str) -> None:
+        """Convert the target of the first image, as only reading all would find each wrong one."""
+        if isinstance(part, Stream | Texts) or not len(part):
+            return
+        shown = Pictures(part) if isinstance(part, InMemory) else part
+        image, target = shown[0]
+        try:
+            self.task.movable(target, (image.height, image.width), info)
+        except DataError as error:
+            raise DataError(f"{whose} {called(shown, 0)}: {error}") from None
 
     def check_training(self, num_train: int, info: DataInfo) -> None:
         train, size = self.spec.train, self.spec.data.batch_size
@@ -98,8 +128,15 @@ class DataChecks(Checks):
                 self.task.mixer(mixing_options(train.mixup), info)
         with self.report.at("metrics"):
             self._try_scores(info)
+        targets = self.task.random_targets(info, torch.arange(PROBE))
+        if self.spec.data.sampling == "balanced" and self.task.strata(targets) is None:
+            says = f"targets of task '{self.task.name}' make no groups to balance"
+            self.report.refuse(["data", "sampling"], says)
+        if train.mixup and info.unlabelled:
+            says = "mixes labels, and those of `data.unlabelled` have none; leave one of them out"
+            self.report.refuse(["train", "mixup"], says)
         # Each image is mixed with another one of its batch.
-        if train.mixup and (size % 2 or (not self.spec.data.drop_last and num_train % size % 2)):
+        elif train.mixup and (size % 2 or (not self.spec.data.drop_last and num_train % size % 2)):
             says = (
                 f"mixes pairs, so every batch must be even: batches of {size} of {num_train} images"
             )
@@ -112,7 +149,7 @@ class DataChecks(Checks):
         batch = Batch(
             self.task.random_inputs(info.image_shape, PROBE), targets, torch.arange(PROBE)
         )
-        (rows,), asked = self.task.rows([answer], batch)
+        (rows,), asked = self.task.scored_rows([answer], batch)
         scores = scores_of(self.recipe, info)
         # The task's own scores come first; those that the recipe names are to be tried.
         own = len(scores) - len(self.spec.metrics)

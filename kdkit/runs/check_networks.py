@@ -22,8 +22,19 @@ from kdkit.contracts.model_source import (
     ModelSource,
 )
 from kdkit.contracts.records import Inputs
+from kdkit.contracts.task import Task
+from kdkit.data import beside
 from kdkit.data.labels import split
-from kdkit.errors import CheckpointError, DataError, KdkitError, ModelError, RecipeError, TapError
+from kdkit.engine.scores import deciding
+from kdkit.errors import (
+    CheckpointError,
+    DataError,
+    InputError,
+    KdkitError,
+    ModelError,
+    RecipeError,
+    TapError,
+)
 from kdkit.models.build import build_model, compare_checkpoint, random_weights
 from kdkit.models.devices import LEAST_CHANNELS, trains_on_cpu, unsafe_convolution
 from kdkit.models.tapped import TappedModel
@@ -106,8 +117,8 @@ class NetworkChecks(Checks):
             student.module.eval()
         if not self.task.fits(outputs[0].shape, info, PROBE):
             raise ModelError(
-                f"{student.role} gives logits {tuple(outputs[0].shape)} for {PROBE} images in"
-                f" training mode, for {info.outputs} {self.task.rows_are}"
+                f"{student.role} gives {tuple(outputs[0].shape)} for {PROBE} images in training"
+                f" mode, {self._wanted(info)}"
             )
         for i, entry in enumerate(self.spec.losses):
             # The number of outputs is known only after a forward in training mode: auxiliary heads
@@ -165,10 +176,8 @@ class NetworkChecks(Checks):
             outputs = everything(images)
         self.check_layout(model)
         if answering and not self.task.fits(outputs.logits.shape, info, PROBE):
-            says = (
-                f"{model.role} gives logits {tuple(outputs.logits.shape)} for {PROBE} images; the"
-                f" data has {info.outputs} {self.task.rows_are}"
-            )
+            given = tuple(outputs.logits.shape)
+            says = f"{model.role} gives {given} for {PROBE} images, {self._wanted(info)}"
             more = (
                 f" (`{OWN_OUTPUTS}`, `classes` say what a teacher's answers are)"
                 if model.frozen
@@ -182,7 +191,18 @@ class NetworkChecks(Checks):
             # A multiply-accumulate counts as two floating-point operations.
             counter.get_total_flops() // 2 // PROBE,
             taps,
+            model.sees if model.sees != info.image_shape else None,
         )
+
+    def _wanted(self, info: DataInfo) -> str:
+        """Describe the answers that the data asks for."""
+        rows = self.task.rows_are
+        if rows == "embeddings":
+            return "and not an embedding (B, D)"
+        if type(self.task).rows is not Task.rows:  # a network for samples has as many outputs
+            wanted = tuple(self.task.random_answer(info, PROBE).logits.shape)
+            return f"and task '{self.task.name}' asks for the form of {wanted}"
+        return f"and the data has {info.outputs} {rows}"
 
     def check_layout(self, model: TappedModel) -> None:
         """Check whether channels-last is safe for a network on the device where it is trained."""
@@ -274,7 +294,8 @@ class NetworkChecks(Checks):
             with self.report.at(*self.spec.place_of(name), "model"):
                 if is_stream:
                     raise DataError(STREAM)
-                rows = read_answers(self.recipe, name, info.num_train, factory.classes.own(name))
+                count = beside.indexed(self.spec.data, info)
+                rows = read_answers(self.recipe, name, count, factory.classes.own(name))
                 self.report.notes += cache_plan.notes_on_answers(self.recipe, name, rows)
         for place, model in models_in(
             {"student": self.spec.student, "schedule": self.spec.schedule}
@@ -284,6 +305,23 @@ class NetworkChecks(Checks):
                     [*place, "model"], "has answers alone, and no network that could learn"
                 )
         self.report.raise_if_any()
+
+    def check_deciding(self, factory: ModelFactory, info: DataInfo) -> None:
+        """Check that there is a teacher to compare with if such a score decides."""
+        score = deciding(self.recipe, info)
+        if not score.of_teacher:
+            return
+        answering = [
+            name
+            for name in self.spec.all_teachers()
+            if factory.classes.are_known(name) and not has_answers_alone(self.recipe, name)
+        ]
+        says = f"'{score.name}', which decides, compares with a teacher"
+        if not answering:
+            self.report.refuse(["task"], f"{says}, and none answers; let another score decide")
+        if self.spec.data.validation:
+            alone = "which answers no validation images; let another score decide"
+            self.report.refuse(["data", "validation"], f"{says}, {alone}")
 
     def check_caches(
         self,
@@ -351,15 +389,18 @@ def compare_checkpoints(factory: ModelFactory) -> list[str]:
             classes = (
                 said
                 if (said := getattr(options, OWN_OUTPUTS, None)) is not None
-                else factory.info.outputs
+                else factory.task.outputs(factory.info)
             )
             # On the meta device: shapes are all that is compared, and a file's header tells them.
-            built = build_model(options, source, classes, shape, weights=False)
+            built = build_model(
+                options, source, classes, shape, weights=False, fields=factory.info.fields
+            )
             told = compare_checkpoint(options, source, built.module, classes)
         except ModelError as error:
             # A network that cannot be built is told at its name, a file that does not fit it at the
             # file.
-            key = "checkpoint" if isinstance(error, CheckpointError) else "model"
+            kinds = {CheckpointError: "checkpoint", InputError: "input"}
+            key = kinds.get(type(error), "model")
             problems.append(
                 factory.recipe.problem([*place, key], str(error).removeprefix("model: "))
             )
@@ -381,7 +422,8 @@ def random_parts(factory: ModelFactory, name: str) -> str:
     if type(source).load is not ModelSource.load:
         return "the weights"
     # Builds the network twice from different seeds: what both agree in was read from somewhere.
-    drawn, read = random_weights(source, factory.classes.own(name), factory.info.image_shape)
+    sees = factory.teacher(name).sees or factory.info.image_shape
+    drawn, read = random_weights(source, factory.classes.own(name), sees)
     return (
         f"some weights ({', '.join(drawn[:3])})"
         if drawn and read

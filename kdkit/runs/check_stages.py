@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,9 +13,9 @@ from torch import nn
 from kdkit.contracts.dataset_source import DataInfo
 from kdkit.contracts.inputs import is_text, random_inputs
 from kdkit.contracts.loss import Context
+from kdkit.contracts.missing_labels import NO_LABELS
 from kdkit.contracts.records import Batch
 from kdkit.contracts.schedule import Lesson, Moment, Stage
-from kdkit.data.labels import NO_LABELS
 from kdkit.engine.objective import Objective
 from kdkit.engine.reach import names_of, reached
 from kdkit.engine.setup import rehearse
@@ -30,7 +29,7 @@ from kdkit.runs.check_networks import NetworkChecks
 from kdkit.runs.check_report import Checks, Report
 from kdkit.runs.networks import ModelFactory
 from kdkit.runs.plan import StagePlan, adapters, formula
-from kdkit.runs.random_batches import PROBE, batch_of, labels_of, on_random_numbers, shapes_of
+from kdkit.runs.random_batches import PROBE, batch_of, on_random_numbers, shapes_of
 from kdkit.runs.step_cost import step_cost
 
 
@@ -61,9 +60,13 @@ class StageChecks(Checks):
         groups = self.task.strata(targets)
         if stage.parts is not None:
             stage.parts.to(factory.device)
-        images = random_inputs(info.image_shape, PROBE)
-        on_device = random_inputs(info.image_shape, PROBE, factory.device)
-        shown = functools.partial(batch_of, self.task, on_device, info, stage.data.views)
+        images = random_inputs(info.train_shape, PROBE)
+        on_device = random_inputs(info.train_shape, PROBE, factory.device)
+        views = stage.data.views
+
+        def shown(count: int) -> Batch:
+            return batch_of(self.task, on_device, info, views, count).without_labels()
+
         batch = watching.noting(stage, shown)
         self._check_images(stage, groups if info.labelled else NO_LABELS, info)
         labels = targets if info.labelled else NO_LABELS
@@ -74,11 +77,11 @@ class StageChecks(Checks):
         # The first student stands for its peers, but for those of another architecture below.
         objective, network = objectives[0], stage.students[0].module
         self._networks = factory.teacher_modules()
-        context = replace(rehearsed.context(0), num_samples=num_train)
-        index = torch.arange(PROBE)
+        context = replace(rehearsed.context(0), num_samples=num_train + info.unlabelled)
         # A check must not change the caller's random state, and gives the same messages each time.
         with seeded("plan"):
-            known = Batch(images, labels_of(self.task, index, info), index % num_train)
+            known = batch_of(self.task, images, info, 1, PROBE)
+            known = replace(known, index=known.index % num_train)
             # Answers of networks on the meta device have shapes only, and losses may look at
             # numbers.
             tried = [
@@ -200,6 +203,9 @@ class StageChecks(Checks):
         mixed, size = self.spec.train.mixup is not None, self.spec.data.batch_size
         if stage.data.views > 1 and is_text(info.image_shape):
             refuse("schedule", says="compares views of images, and texts have one")
+        if stage.data.views > 1 and self.recipe.task.moves:
+            says = f"compares views of images, and targets of task '{self.recipe.task.name}' move"
+            refuse("schedule", says=f"{says} with each view")
         if stage.data.views > 1 and mixed:
             refuse("train", "mixup", says="compares views of single images; leave mixup out")
         if stage.data.arrange is None:
@@ -207,6 +213,8 @@ class StageChecks(Checks):
         together = "chooses which images come together; leave"
         if mixed:
             refuse("train", "mixup", says=f"{together} mixup out")
+        if self.spec.data.unlabelled is not None:
+            refuse("data", "unlabelled", says=f"{together} unlabelled out")
         if key := self.spec.data.repeating:
             refuse("data", key, says=f"{together} {key} out")
         if groups is NO_LABELS or groups is None:

@@ -59,13 +59,15 @@ class _Planner(Checks):
             info = self.data.info(source)
             with self.report.at("data"):
                 # The size in a batch, which `data.image_size` may change.
-                info = replace(info, image_shape=loaders.image_shape(spec.data, info))
+                info = loaders.as_batched(spec.data, self.recipe.task, info)
                 num_train = samples(spec.data, info.num_train)
-                if num_train < spec.data.batch_size:
+                if num_train < (size := spec.data.labelled_size):
                     raise self.recipe.error(
                         ["data", "batch_size"],
-                        f"{spec.data.batch_size} is more than the {num_train} training images",
+                        f"{size} is more than the {num_train} training images",
                     )
+            with self.report.at("data", "unlabelled"):
+                info = self.data.beside(info)
             self.data.check_labels(source, info)
             trained = self._trained(info)
         self.report.raise_if_any()
@@ -99,17 +101,20 @@ class _Planner(Checks):
         self.networks.check_caches(
             factory,
             info,
-            num_train,
+            num_train + info.unlabelled,
             {
                 name: dict(model.taps)
                 for name, model in zip(spec.all_teachers(), planned, strict=True)
             },
         )
         watching = cache_plan.Rehearsal(self.recipe, factory)
+        self.networks.check_deciding(factory, info)
+        # What a task of embeddings trains sees no label, even if the data have some.
+        shown = replace(info, labelled=info.labelled and self.task.rows_are != "embeddings")
         with self.report.at("schedule"):
             schedule = self.recipe.plugins.schedules[spec.schedule.use](spec.schedule)
             stages = tuple(
-                self.stages.plan(stage, factory, info, num_train, steps, watching)
+                self.stages.plan(stage, factory, shown, num_train, steps, watching)
                 for stage in schedule.stages(factory)
             )
         self.data.check_trackers()
@@ -117,6 +122,7 @@ class _Planner(Checks):
         if not info.labelled:
             self.data.refuse_labels()
         self._refuse_unused()
+        self._note_unread(info)
         self.report.raise_if_any()
         self.stages.note_what_stays()
         return Plan(
@@ -140,11 +146,12 @@ class _Planner(Checks):
                 # The teacher's recipe is checked whole: its training comes first, and would fail
                 # late.
                 planned = make(source, self.fetch)
-                theirs = planned.info.outputs
+                theirs = source.task.outputs(planned.info)
                 whose = f"the teacher of {source.source.path.name}"
                 one = self.spec.all_teachers()[name]
                 assert isinstance(one, TeacherOptions)
-                if theirs != info.outputs and one.classes is None:
+                wanted = self.task.outputs(info)
+                if theirs != wanted and one.classes is None and theirs and wanted:
                     says = (
                         f"{whose} knows {theirs} classes, this recipe's data has"
                         f" {info.outputs}; `classes` says which of them they are"
@@ -159,6 +166,14 @@ class _Planner(Checks):
                     source.spec.student, None, dict.fromkeys(kept), outputs=theirs
                 )
         return found
+
+    def _note_unread(self, info: DataInfo) -> None:
+        """Note that no loss reads the unlabelled samples, if the recipe has some."""
+        kinds = {self.recipe.plugins.losses[entry.use].knowledge for entry in self.spec.losses}
+        if info.unlabelled and kinds == {"labels"}:
+            self.report.notes.append(
+                "no loss reads the unlabelled samples (data.unlabelled): all are on labels"
+            )
 
     def _refuse_unused(self) -> None:
         """Report the losses that no stage uses, if there are no other problems."""

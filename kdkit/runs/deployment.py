@@ -72,7 +72,7 @@ def deployed(
     with torch.no_grad(), seeded("deployed"):
         # Other numbers for each view: equal ones would make losses on pairs of views degenerate.
         views = tuple(
-            random_inputs(info.image_shape, PROBE, seed=i) for i in range(stage.data.views)
+            random_inputs(info.train_shape, PROBE, seed=i) for i in range(stage.data.views)
         )
         batch = Batch(views[0], labels, index, views[1:])
         tried = rehearse(recipe, factory, stage, batch, info, labels)
@@ -110,7 +110,7 @@ def rebuilt(
         ModelError: it cannot be built so; the weights do not fit.
     """
     if (model := deployed(recipe, info, trained, network)) is not None:
-        load_checkpoint(file, model.module, outputs=info.outputs, own=True)
+        load_checkpoint(file, model.module, outputs=recipe.task.outputs(info), own=True)
         model.module.to(device).to(
             memory_format=torch.channels_last if channels_last else torch.contiguous_format
         )
@@ -120,12 +120,13 @@ def rebuilt(
     model = build_model(
         network,
         recipe.model_source(network),
-        info.outputs,
+        recipe.task.outputs(info),
         info.image_shape,
         role="student",
         file=file,
         device=device,
         channels_last=channels_last,
+        fields=info.fields,
     )
     model.module.eval()
     return model

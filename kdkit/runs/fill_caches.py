@@ -15,12 +15,13 @@ from kdkit.cache.folder import Found, look
 from kdkit.cache.opening import open_cache, wanted
 from kdkit.cache.packing import Slots
 from kdkit.cache.teacher import Forward, TeacherCache
-from kdkit.contracts.records import Inputs
+from kdkit.contracts.records import Batch, Inputs
 from kdkit.data import loaders
 from kdkit.data.augment import crop_flip
 from kdkit.data.loaders import TrainLoader
 from kdkit.engine.trainer import build_accelerator
 from kdkit.recipe import Recipe
+from kdkit.recipe.sections import DataSpec
 from kdkit.runs import checks, training
 from kdkit.runs.networks import ModelFactory
 from kdkit.runs.progress import Reporter
@@ -58,6 +59,7 @@ def fill(recipe: Recipe, *, quiet: bool = False) -> list[Found]:
         recipe.task,
         seed=spec.seed,
         device=device,
+        unlabelled=recipe.unlabelled(),
     )
     factory = ModelFactory(recipe, prepared.info, trained, device=device)
     filled = []
@@ -68,7 +70,7 @@ def fill(recipe: Recipe, *, quiet: bool = False) -> list[Found]:
         )
         assert cache is not None
         try:
-            _fill(cache, prepared.train, teacher.forward, name, quiet)
+            _fill(cache, _epochs(spec.data, prepared), teacher.forward, name, quiet)
         finally:
             cache.store.close()
         filled.append(look(cache.store.path))
@@ -114,9 +116,29 @@ def table(found: Sequence[Found]) -> Table:
     return rows
 
 
-def _fill(
-    cache: TeacherCache, train: TrainLoader, forward: Forward, name: str, quiet: bool
-) -> None:
+class _Epochs:
+    """As many epochs as it takes to see every image, in one view."""
+
+    def __init__(self, train: TrainLoader, count: int) -> None:
+        self.indices = train.indices
+        self._train, self._count = train, count
+
+    def __len__(self) -> int:
+        return self._count * len(self._train)
+
+    def view(self, number: int) -> Iterator[Batch]:
+        """Yield the batches in a view."""
+        for epoch in range(self._count):
+            yield from self._train.epoch(epoch, view=number)
+
+
+def _epochs(spec: DataSpec, prepared: loaders.Data) -> _Epochs:
+    # several times through the labelled images until each unlabelled one has come beside them
+    beside = (spec.batch_size - spec.labelled_size) * len(prepared.train)
+    return _Epochs(prepared.train, -(-prepared.info.unlabelled // beside) if beside else 1)
+
+
+def _fill(cache: TeacherCache, train: _Epochs, forward: Forward, name: str, quiet: bool) -> None:
     saved = time.monotonic()
     steps = cache.slots.count * len(train)
     console = Console()
@@ -139,11 +161,11 @@ def _fill(
             saved = time.monotonic()
 
 
-def _steps(cache: TeacherCache, train: TrainLoader) -> Iterator[Step]:
+def _steps(cache: TeacherCache, train: _Epochs) -> Iterator[Step]:
     """Yield every view of every image, a few images at a time."""
     slots = cache.slots
     if slots.exact:
-        for batch in train.epoch(0):
+        for batch in train.view(0):
             for slot in range(slots.count):
                 outcome, images = torch.full_like(batch.index, slots.outcome(slot)), batch.inputs
                 # texts have one view
@@ -157,7 +179,7 @@ def _steps(cache: TeacherCache, train: TrainLoader) -> Iterator[Step]:
     for slot in range(slots.count):
         if bool(cache.store.whole(cache.rows(slot, train.indices).cpu()).all()):
             continue  # avoids reading the images
-        for batch in train.epoch(0, view=slot):
+        for batch in train.view(slot):
             yield cache.rows(slot, batch.index).cpu(), batch.inputs
 
 

@@ -127,8 +127,8 @@ class RunFolder:
                 "content": recipe.content(),
                 "data": asdict(info),
                 "versions": versions(),
-                "scores": [asdict(one.info()) for one in scores_of(recipe, info)],
-                "agreement": [asdict(one.info()) for one in recipe.task.agreement(info)],
+                "scores": [asdict(i) for one in scores_of(recipe, info) for i in one.infos()],
+                "agreement": [asdict(i) for o in recipe.task.agreement(info) for i in o.infos()],
             }
             files.write_json(self.marker, about)
             files.write_sealed_text(self.recipe_file, recipe.dump(), recipe.fingerprint)

@@ -103,9 +103,14 @@ class TeacherClasses:
         """Return the number of classes of a teacher's network; 0: it has none."""
         spec = self._recipe.spec.all_teachers()[name]
         said = getattr(spec, OWN_OUTPUTS, None)
-        if said is None and isinstance(spec, RecipeTeacher) and name in self._trained:
-            said = self._trained[name].outputs
-        return self._info.outputs if said is None else said
+        # A task of embeddings builds the networks of other recipes without their heads too.
+        if said is None and self._wanted and isinstance(spec, RecipeTeacher):
+            said = self._trained[name].outputs if name in self._trained else None
+        return self._wanted if said is None else said
+
+    @property
+    def _wanted(self) -> int:
+        return self._recipe.task.outputs(self._info)
 
     def chosen(self, name: str) -> list[int] | None:
         """Return which of a teacher's classes are those of the data, in the data's order; None:
@@ -152,4 +157,4 @@ class TeacherClasses:
         """Check whether a teacher's answers are about the data's classes."""
         # Without `classes`, as many classes as the data are taken for the same ones; names are
         # compared elsewhere.
-        return self.chosen(name) is not None or self.own(name) == self._info.outputs
+        return self.chosen(name) is not None or self.own(name) == self._wanted

@@ -24,7 +24,14 @@ from kdkit.contracts.model_source import (
     TeacherOptions,
 )
 from kdkit.contracts.schedule import Model, Stage
-from kdkit.errors import CheckpointError, ModelError, RecipeError, RunError, TapError
+from kdkit.errors import (
+    CheckpointError,
+    InputError,
+    ModelError,
+    RecipeError,
+    RunError,
+    TapError,
+)
 from kdkit.models.build import build_model
 from kdkit.models.devices import is_channels_last
 from kdkit.models.folding import fold_batchnorm, unfoldable
@@ -315,17 +322,19 @@ class ModelFactory:
         options = self.teacher_options(name)
         assert options is not None
         folded = (
-            [unfoldable(self._skeleton(name, options), layers, self.info.outputs)]
+            [unfoldable(self._skeleton(name, options), layers, self._classes(name))]
             if self._folds(name)
             else []
         )
         # the compiled code depends on the taps
         compiled = [sorted(layers), self._needs_logits(name)] if self._compiles else []
+        # what is drawn for each step is another in each run
+        drawn = [self.recipe.fingerprint] if options.input and options.input.is_drawn else []
         # plugins may build different networks under the same name
         source = type(self.recipe.model_source(options))
         made_by = source.__module__, source.__qualname__
         return json.dumps(
-            [content_of(spec), made_by, number, folded, compiled, self._channels_last],
+            [content_of(spec), made_by, number, folded, compiled, self._channels_last, *drawn],
             sort_keys=True,
             default=str,
         )
@@ -347,15 +356,19 @@ class ModelFactory:
         trained yet.
         """
         options = self.recipe.spec.all_teachers()[name]
-        if isinstance(options, RecipeTeacher):
-            return self.trained[name].options if name in self.trained else None
-        return options
+        if not isinstance(options, RecipeTeacher):
+            return options
+        if name not in self.trained:
+            return None
+        trained = self.trained[name].options
+        # It sees what it saw in its own training, unless this recipe says otherwise.
+        return trained.model_copy(update={"input": options.input}) if options.input else trained
 
     def _classes(self, section: str) -> int:
         return (
             self.classes.own(section)
             if section in self.recipe.spec.all_teachers()
-            else self.info.outputs
+            else self.task.outputs(self.info)
         )
 
     def _skeleton(self, section: str, options: ModelOptions) -> nn.Module:
@@ -368,6 +381,7 @@ class ModelFactory:
                     self.info.image_shape,
                     role=section,
                     weights=False,
+                    fields=self.info.fields,
                 )
             except ModelError as error:
                 raise self._error(section, error) from error
@@ -377,8 +391,11 @@ class ModelFactory:
     def _error(
         self, section: str, error: Exception, options: ModelOptions | None = None
     ) -> RecipeError:
+        own = self.recipe.spec.all_teachers().get(section)
         key = (
-            "recipe"
+            "input"
+            if isinstance(error, InputError) and getattr(own, "input", True)
+            else "recipe"
             if section in self.trained
             else "checkpoint"
             if isinstance(error, CheckpointError)
@@ -406,6 +423,11 @@ class ModelFactory:
             trained = self.trained[section]
             file = trained.checked(file or trained.file)
         try:
+            if options.input and options.input.crop and self.task.moves:
+                raise InputError(
+                    f"crop: targets of task '{self.task.name}' belong to the whole image; crop both"
+                    " by `data.joint_augment`"
+                )
             # A network's first weights must not depend on which others were built before it.
             with seeded(spec.seed, "student" if section == "student" else "teacher", number):
                 model = build_model(
@@ -419,6 +441,7 @@ class ModelFactory:
                     load=not self.rehearsal,
                     file=file,
                     channels_last=self._channels_last,
+                    fields=self.info.fields,
                 )
         except (ModelError, TapError) as error:
             raise self._error(section, error, options) from error

@@ -15,14 +15,15 @@ from kdkit.runs.step_cost import StepCost
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """Plan of one model: parameters, multiply-accumulates per image, and the shape (without the
-    batch) of each tap.
+    """Plan of one model: parameters, multiply-accumulates per image, the shape (without the batch)
+    of each tap, and of what it sees of a sample, if that is not all.
     """
 
     role: str
     parameters: int
     macs: int
     taps: tuple[tuple[str, tuple[int, ...]], ...]
+    sees: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,17 @@ class Plan:
         )
         # `image` or `text`.
         one = what.split()[0][:-1]
+        rows = self.rows_are
+        answers = rows if rows == "embeddings" else f"{info.outputs} {rows}"
         yield (
-            f"{self.name}: {self.num_train:,} training and {info.num_test:,} test {what},"
-            f" {info.outputs} {self.rows_are}"
+            f"{self.name}: {self.num_train:,} training and {info.num_test:,} test {what}, {answers}"
         )
+        if info.unlabelled:
+            yield f"beside them: {info.unlabelled:,} unlabelled training {what.split()[0]}"
         for model in (*self.teachers, self.student):
             yield (
                 f"{model.role}: {model.parameters:,} parameters, {model.macs / 1e6:,.2f} M"
-                f" multiply-accumulates per {one}"
+                f" multiply-accumulates per {one}{f', sees {model.sees}' if model.sees else ''}"
             )
             yield from (
                 f"  tap {name} (B, {', '.join(map(str, shape))})" for name, shape in model.taps

@@ -8,10 +8,10 @@ import torch
 
 from kdkit.contracts.dataset_source import DataInfo
 from kdkit.contracts.inputs import first_tensor, is_text, random_inputs, rows
+from kdkit.contracts.missing_labels import HIDDEN_LABELS, NO_LABELS
 from kdkit.contracts.records import Batch, Inputs, Outputs, tensors
 from kdkit.contracts.schedule import Lesson
 from kdkit.contracts.task import Task
-from kdkit.data.labels import NO_LABELS
 
 PROBE = 4
 """Number of samples in a probe; a schedule may compare only half of them."""
@@ -22,7 +22,13 @@ def batch_of(task: Task, images: Inputs, info: DataInfo, views: int, count: int)
     index = torch.arange(count, device=first_tensor(images).device)
     shown = rows(images, index % len(first_tensor(images)))
     # All views are the same tensor: only shapes count here.
-    return Batch(shown, labels_of(task, index, info), index, (shown,) * (views - 1))
+    labels, others = labels_of(task, index, info), (shown,) * (views - 1)
+    return Batch(shown, labels, index, others, labelled_of(info, count))
+
+
+def labelled_of(info: DataInfo, count: int) -> int | None:
+    """Return how many of a batch's samples have labels where a recipe has unlabelled ones too."""
+    return (count + 1) // 2 if info.unlabelled else None
 
 
 def labels_of(task: Task, index: torch.Tensor, info: DataInfo) -> torch.Tensor:
@@ -57,7 +63,7 @@ def on_random_numbers(task: Task, lesson: Lesson, info: DataInfo) -> Lesson:
             else drawn
         )
 
-    shape = info.image_shape
+    shape = info.train_shape
     named = {name: like(teacher) for name, teacher in lesson.named.items()}
     changed = replace(
         lesson,
@@ -69,10 +75,11 @@ def on_random_numbers(task: Task, lesson: Lesson, info: DataInfo) -> Lesson:
         changed = replace(changed, weights=torch.ones(lesson.weights.shape))
     if lesson.batch is not None:
         index = torch.arange(len(lesson.batch.index))
-        changed = replace(
-            changed,
-            batch=Batch(random_inputs(shape, len(index)), labels_of(task, index, info), index),
-        )
+        # labels that a schedule may not read stay so
+        known = lesson.batch.labels is not HIDDEN_LABELS
+        labels = labels_of(task, index, info) if known else HIDDEN_LABELS
+        inputs, labelled = random_inputs(shape, len(index)), lesson.batch.labelled
+        changed = replace(changed, batch=Batch(inputs, labels, index, labelled=labelled))
     if lesson.supervised is not None:
         changed = replace(changed, supervised=on_random_numbers(task, lesson.supervised, info))
     return changed

@@ -21,7 +21,7 @@ class TrainedTeacher:
     of its snapshots by epoch (None: not trained yet).
 
     `scores` are those on its own test data. `run` is the one that trained it.
-    `outputs` counts the classes of its data.
+    `outputs` counts the outputs of its network; 0: it has no head.
     """
 
     options: ModelOptions
@@ -40,7 +40,7 @@ class TrainedTeacher:
             run.snapshots(),
             result.test if result else {},
             run,
-            run.info().outputs,
+            recipe.task.outputs(run.info()),
         )
 
     def checked(self, file: Path | None) -> Path | None:

@@ -114,11 +114,9 @@ class Prepared:
         _, world = of_launch()
         with agreed():
             info = info or checks.make(recipe, say or Reporter(quiet=quiet).say).info
-            if (size := recipe.spec.data.batch_size) % world:
-                raise recipe.error(
-                    ["data", "batch_size"],
-                    f"{size} images cannot be shared equally by {world} processes",
-                )
+            if problem := loaders.unshared(recipe.spec.data, world):
+                key, says = problem
+                raise recipe.error(["data", *key.split(".")], says)
             folder.check(recipe, restart=restart)
         # refuses what this machine cannot do before a teacher is trained for it
         accelerator_for(recipe, folder)
@@ -292,6 +290,7 @@ def read_data(recipe: Recipe, accelerator: Accelerator) -> loaders.Data:
                 device=accelerator.device,
                 rank=rank,
                 world=world,
+                unlabelled=recipe.unlabelled(),
             )
     except DataError as error:
         raise recipe.error(["data"], str(error)) from error
@@ -337,7 +336,8 @@ def _measure_teacher(setting: RunContext) -> None:
     if setting.teacher is None:
         return
     found, seen = setting.teacher.scores, setting.teacher.looks_like
-    if seen != "logits" and judge.task.rows_are != "numbers" and len(teachers) == 1:
+    are_logits = judge.task.rows_are in ("classes", "labels")
+    if seen != "logits" and are_logits and len(teachers) == 1:
         setting.reporter.warn(
             "the teacher's answers lie between 0 and"
             f" 1{' and sum to 1' if seen == 'softmax' else ''}, as probabilities do, and are read"
@@ -345,7 +345,7 @@ def _measure_teacher(setting: RunContext) -> None:
         )
     setting.reporter.say(
         f"{'teacher' if len(teachers) == 1 else f'{len(teachers)} teachers together'}  "
-        + "  ".join(f"{score.name} {score.text(found[score.name])}" for score in judge.scores)
+        + "  ".join(f"{s.name} {s.text(found[s.name])}" for s in judge.scores if s.name in found)
     )
     _doubt(setting, found, alone=len(teachers) == 1)
 

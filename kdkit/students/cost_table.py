@@ -74,15 +74,17 @@ def subjects(
 def _of_run(
     word: str, run: LoadedRun, asked: Shape | None, device: torch.device
 ) -> Iterator[Subject]:
-    shape, name = asked or run.info.image_shape, Path(word).resolve().name
+    whole, name = run.info.image_shape, Path(word).resolve().name
     # `--size 224` is a text's length or an image's side, which only the run tells
-    if not is_text(run.info.image_shape):
-        shape = as_image(shape, run.info.image_shape[0])
-    if kind_of(shape) != kind_of(run.info.image_shape):
-        raise ModelError(f"--size: {word} was trained on {kind_of(run.info.image_shape)}")
+    if asked is not None and not is_text(whole):
+        asked = as_image(asked, whole[0])
+    if asked is not None and kind_of(asked) != kind_of(whole):
+        raise ModelError(f"--size: {word} was trained on {kind_of(whole)}")
+    # without a size, each network is given what it sees of a sample
     for teacher in run.teachers(device=device, answering=False):
-        yield Subject(f"{name}: {teacher.role}", teacher, shape)
-    yield Subject(f"{name}: student", run.student(device=device), shape)
+        yield Subject(f"{name}: {teacher.role}", teacher, asked or run.seen_by(teacher))
+    student = run.student(device=device)
+    yield Subject(f"{name}: student", student, asked or run.seen_by(student))
 
 
 def _of_name(

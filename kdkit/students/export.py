@@ -18,14 +18,16 @@ from torch import Tensor, nn
 
 from kdkit import __version__
 from kdkit.contracts.dataset_source import DataInfo
-from kdkit.contracts.inputs import TOKENS, is_text, random_inputs
+from kdkit.contracts.inputs import TOKENS, Shape, is_text, random_inputs
 from kdkit.contracts.layers import outputs_of
-from kdkit.contracts.model_source import FIRST_WEIGHTS, ModelOptions, ModelSource
+from kdkit.contracts.model_source import FIRST_WEIGHTS, InputOptions, ModelOptions, ModelSource
 from kdkit.contracts.records import MASK
+from kdkit.contracts.task import Task
 from kdkit.errors import ModelError, RunError, cause
 from kdkit.files import sealed, write_atomically
 from kdkit.finite import to_json
 from kdkit.models.normalization import NormalizationAdapter
+from kdkit.models.seen import SeenInput
 from kdkit.models.tapped import TappedModel
 from kdkit.recipe.types import DEFAULT_SOURCE
 from kdkit.runs.deployment import deploying
@@ -37,6 +39,7 @@ ONNX_FILE = "model.onnx"
 ONNX_NEEDS = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-4  # between ONNX and torch, relative to the largest logit
 IMAGES = ["images"]  # name of the only input of a network that takes them
+ANSWERS = {"numbers": "numbers", "embeddings": "embedding"}  # by the meaning of rows; else logits
 # bytes of weights from which an ONNX file keeps them beside itself: a single one ends at 2 GiB
 EMBEDDED = 2**30
 # entries of timm's configuration that describe the architecture; the others describe timm's weights
@@ -59,7 +62,8 @@ def export(
     Args:
         run: the run to export.
         form: timm: weights and a `config.json`; onnx: one network from images in [0, 1] to logits,
-            for any batch size.
+            for any batch size. It takes what the student sees of a sample (`input`), and its
+            metadata say what that is.
         folder: the output folder (default: `export` in the run folder).
         best: the epoch with the best validation accuracy, not the last.
 
@@ -85,7 +89,7 @@ def export(
     target.mkdir(parents=True, exist_ok=True)
     network, source = run.network(best=best), run.model_source(best=best)
     if form == "onnx":
-        return _write_onnx(student, run.info, target)
+        return _write_onnx(student, run.info, run.recipe.task, target)
     return _write_weights(run, student, network, source, target)
 
 
@@ -123,12 +127,14 @@ def _write_weights(
     run: LoadedRun, student: TappedModel, network: ModelOptions, source: ModelSource, folder: Path
 ) -> Export:
     own, files = _own_config(run, network), (folder / WEIGHTS, folder / EXPORTED)
-    content = weights(student, {"format": "pt"})  # transformers requires this metadata
+    names = to_json(_named_outputs(run.recipe.task, run.info))
+    # transformers requires `format`
+    content = weights(student, {"format": "pt", "class_names": names})
     write_atomically(files[0], content)
     own["files"] = {WEIGHTS: hashlib.sha256(content).hexdigest()}
     if (portable := source.portable(student.module)) is not None:
         about = sealed({**own, "options": portable.options, "needs_files": []})
-        _write_json(files[1], {**portable.config, "kdkit": about})
+        _write_json(files[1], {**_named(portable.config, run.info), "kdkit": about})
         how = portable.how.format(folder=folder)
         return Export(files, (how, f'or by kdkit.load_student("{folder}")', _expects(student)))
     reason = f"{source.name} is not timm"
@@ -144,7 +150,7 @@ def _write_weights(
     # A name that timm does not have, so that its message says what this is.
     architecture = {
         "architecture": f"kdkit:{source.name}/{source.model_name}",
-        "num_classes": run.info.outputs,
+        "num_classes": run.recipe.task.outputs(run.info),
     }
     _write_json(files[1], {**architecture, "kdkit": sealed(own)})
     how = f'load it by kdkit.load_student("{folder}")'
@@ -152,6 +158,14 @@ def _write_weights(
         how = f"build the network by {', '.join(own['needs_files'])} and load {WEIGHTS} into it"
     reason = f"plain timm cannot rebuild this network: {reason}"
     return Export(files, (reason, how, _expects(student)))
+
+
+def _named(config: Mapping[str, Any], info: DataInfo) -> Mapping[str, Any]:
+    """Put the classes' names into a configuration of transformers, which has numbers for them."""
+    if "id2label" not in config or not info.class_names:
+        return config
+    names = dict(enumerate(info.class_names))
+    return {**config, "id2label": names, "label2id": {name: i for i, name in names.items()}}
 
 
 def _own_config(run: LoadedRun, options: ModelOptions) -> dict[str, Any]:
@@ -164,10 +178,13 @@ def _own_config(run: LoadedRun, options: ModelOptions) -> dict[str, Any]:
             mode="json", exclude={*FIRST_WEIGHTS, *files}, exclude_none=True
         ),
         "needs_files": [getattr(options, key).name for key in files],
-        "outputs": run.info.outputs,
+        "outputs": run.recipe.task.outputs(run.info),
         "takes": run.recipe.task.takes,
         "image_shape": list(run.info.image_shape),
-        "class_names": list(run.info.class_names),
+        **({"fields": dict(run.info.fields)} if run.info.fields else {}),
+        "class_names": list(_named_outputs(run.recipe.task, run.info)),
+        "task": run.recipe.task.name,
+        "rows_are": run.recipe.task.rows_are,
     }
 
 
@@ -183,18 +200,24 @@ def _timm_config(
         "input_size": list(shape),
         "mean": mean,
         "std": std,
-        "num_classes": run.info.outputs,
+        "num_classes": run.recipe.task.outputs(run.info),
         "interpolation": spec.data.interpolation,
         "crop_pct": spec.data.crop_pct,
     }
     config = {
         "architecture": built.get("architecture", source.model_name),
-        "num_classes": run.info.outputs,
+        "num_classes": run.recipe.task.outputs(run.info),
         "num_features": getattr(student.module, "num_features", None),
         "pretrained_cfg": about,
         "model_args": {"in_chans": shape[0], **getattr(network, "args", {})},
     }
-    return {**config, "label_names": list(run.info.class_names)} if run.info.class_names else config
+    names = _named_outputs(run.recipe.task, run.info)
+    return {**config, "label_names": list(names)} if names else config
+
+
+def _named_outputs(task: Task, info: DataInfo) -> tuple[str, ...]:
+    """Return the names of a network's outputs; none without a head."""
+    return info.class_names if task.outputs(info) else ()
 
 
 def expected(student: TappedModel) -> tuple[list[float], list[float]]:
@@ -217,7 +240,14 @@ def _expects(student: TappedModel) -> str:
     shape = ", ".join(map(str, student.input_shape or ()))
     if is_text(student.input_shape or ()):
         return f"its network takes token ids (B, N) by the name of {TOKENS}, and their {MASK}"
-    return f"its network takes images (B, {shape}) normalised by mean {mean}, std {std}"
+    what = f"its network takes images (B, {shape}) normalised by mean {mean}, std {std}"
+    seen = _seen(student)
+    return f"{what}; it sees of a sample: {seen}" if seen else what
+
+
+def _seen(student: TappedModel) -> InputOptions | None:
+    """Return what the student sees of a sample; None: all of it."""
+    return student.adapt.seen.options if isinstance(student.adapt, SeenInput) else None
 
 
 def _difference(student: TappedModel, folder: Path) -> str:
@@ -264,7 +294,9 @@ class _Deployed(nn.Module):
 
     def __init__(self, student: TappedModel, names: Sequence[str]) -> None:
         super().__init__()
-        self.adapt = student.adapt
+        adapt = student.adapt
+        # from what it sees of a sample: a camera may deliver no more than that
+        self.adapt = adapt.of_seen() if isinstance(adapt, SeenInput) else adapt
         self.network = student.module
         self.names = names
 
@@ -276,8 +308,9 @@ class _Deployed(nn.Module):
         return outputs_of(answer)[0]
 
 
-def _write_onnx(student: TappedModel, info: DataInfo, folder: Path) -> Export:
-    shape, samples = info.image_shape, random_inputs(info.image_shape, 3)
+def _write_onnx(student: TappedModel, info: DataInfo, task: Task, folder: Path) -> Export:
+    shape = student.sees or info.image_shape
+    samples = random_inputs(shape, 3)
     probe = {IMAGES[0]: samples} if isinstance(samples, Tensor) else {**samples}
     # segment ids, for example, which are 0 in a single text
     probe |= {name: torch.zeros_like(probe[TOKENS]) for name in info.further}
@@ -288,6 +321,7 @@ def _write_onnx(student: TappedModel, info: DataInfo, folder: Path) -> Export:
     if is_text(shape):
         free[1] = torch.export.Dim("tokens", max=shape[0])
     outside = len(weights(student)) > EMBEDDED
+    answer = ANSWERS.get(task.rows_are, "logits")
     # in the folder, so that moving the files cannot fail between two file systems
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as draft:
         path = Path(draft) / ONNX_FILE
@@ -302,35 +336,44 @@ def _write_onnx(student: TappedModel, info: DataInfo, folder: Path) -> Export:
                     dynamic_shapes=(tuple(free for _ in names),),
                     external_data=outside,
                     input_names=names,
-                    output_names=["logits"],
+                    output_names=[answer],
                     verbose=False,
                 )
         # the exporter raises errors of any type
         except Exception as error:
             raise ModelError(f"ONNX cannot express this network: {_first_line(error)}") from error
-        _describe(path, info)
+        _describe(path, info, task, shape, _seen(student))
         gap = _onnx_gap(path, network, probe)
         # moved only after the comparison, so that a wrong export leaves no files
         written = sorted(Path(draft).iterdir())
         for file in written:
             os.replace(file, folder / file.name)
     files = tuple(folder / file.name for file in written)
-    what = f"images (B, {', '.join(map(str, shape))}) in [0, 1] to logits, any batch size"
+    what = f"images (B, {', '.join(map(str, shape))}) in [0, 1] to {answer}, any batch size"
+    if (seen := _seen(student)) is not None:
+        what += f"; of a sample they are: {seen}"
     if is_text(shape):
-        what = f"{' and '.join(names)} (B, N) of up to {shape[0]} tokens to logits, any batch size"
-    return Export(files, (what, f"largest difference from torch's logits: {gap:.2g}"))
+        what = (
+            f"{' and '.join(names)} (B, N) of up to {shape[0]} tokens to {answer}, any batch size"
+        )
+    return Export(files, (what, f"largest difference from torch's {answer}: {gap:.2g}"))
 
 
-def _describe(path: Path, info: DataInfo) -> None:
+def _describe(
+    path: Path, info: DataInfo, task: Task, shape: Shape, seen: InputOptions | None
+) -> None:
     """Write the meaning of inputs and outputs into an ONNX file: `metadata_props`, in JSON."""
     import onnx
 
     about = {
-        "input_shape": list(info.image_shape),
-        "class_names": list(info.class_names),
+        "input_shape": list(shape),
+        "input": seen.model_dump(mode="json", exclude_none=True) if seen else None,
+        "class_names": list(_named_outputs(task, info)),
+        "task": task.name,
+        "rows_are": task.rows_are,
         "kdkit_version": __version__,
     }
-    if not is_text(info.image_shape):
+    if not is_text(shape):
         about["input_range"] = [0, 1]
     # without the weights, which may be larger than the 2 GiB that one message can hold
     model = onnx.load(path, load_external_data=False)

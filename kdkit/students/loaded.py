@@ -43,6 +43,7 @@ class Exported(TypedDict):
     needs_files: list[str]
     outputs: int
     image_shape: Shape
+    fields: NotRequired[dict[str, int]]
     files: NotRequired[dict[str, str]]
     takes: NotRequired[str]
 
@@ -81,6 +82,10 @@ class LoadedRun:
         """Return what the student was trained for; the data themselves need not exist."""
         info = self.folder.info()
         return replace(info, image_shape=self.recipe.task.shape(info.image_shape))
+
+    def seen_by(self, model: TappedModel) -> Shape:
+        """Return the shape of what one of its networks sees of a sample: what its costs are of."""
+        return model.sees or self.info.image_shape
 
     def network(self, *, best: bool = False) -> ModelOptions:
         """Return the options of the student's network: those of a peer if that was the best."""
@@ -165,8 +170,10 @@ class LoadedRun:
         spec, source = self.recipe.spec, self.recipe.dataset()
         if self._fetch:
             fetching.fetch(self.recipe, source, lambda text: print(text, file=sys.stderr))
+        # to measure, the dataset of the unlabelled samples need not be there
+        labelled = {"unlabelled": None, "batch_size": spec.data.labelled_size}
         return loaders.prepare(
-            spec.data,
+            spec.data.model_copy(update=labelled),
             source,
             self.recipe.task,
             seed=spec.seed,
@@ -261,7 +268,8 @@ def load_student(
 ) -> TappedModel:
     """Load the student of a finished run or an export: call it with images in [0, 1].
 
-    Its network is `.module`, in eval mode; its preprocessing of images is `.adapt`.
+    Its network is `.module`, in eval mode; its preprocessing of images is `.adapt`. A student that
+    sees a part of each sample (`input`) takes whole samples, or that part, of shape `.sees`.
 
     Args:
         folder: a run folder or an exported one.
@@ -314,7 +322,14 @@ def _load_exported(folder: Path, device: torch.device, plugins: tuple[Path, ...]
         shape = TextShape(shape)
     outputs, weights = about["outputs"], folder / WEIGHTS
     model = build_model(
-        options, builder, outputs, shape, role="student", file=weights, device=device
+        options,
+        builder,
+        outputs,
+        shape,
+        role="student",
+        file=weights,
+        device=device,
+        fields=about.get("fields"),
     )
     model.module.eval()
     return model

@@ -1,31 +1,34 @@
-"""Predicts the classes of image files with a run's student."""
+"""Predicts with a run's student what its task asks of image files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kdkit import spreadsheets
 from kdkit.contracts.inputs import is_text
+from kdkit.contracts.records import Batch
 from kdkit.data.images import Finish, ReadImages
+from kdkit.data.loaders import measured_batch_size
+from kdkit.data.together import Together, unfitted
 from kdkit.data.transforms import for_measuring
 from kdkit.errors import DataError
+from kdkit.files import write_atomically
 from kdkit.students.loaded import LoadedRun
-
-COLUMNS = ("file", "class", "probability")
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most likely class of an image, by its name or number, with its probability."""
+    """What a student answers to an image, by column: numbers, texts, or a picture (H, W)."""
 
     file: Path
-    label: str
-    probability: float
+    values: Mapping[str, Any]
 
 
 class ImageFiles:
@@ -33,19 +36,19 @@ class ImageFiles:
 
     def __init__(self, files: Sequence[Path]) -> None:
         # `ReadImages` takes a labelled part; these labels are not read
-        self.files, self.labels = files, [0] * len(files)
+        self.paths, self.labels = files, [None] * len(files)
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
+    def __getitem__(self, index: int) -> tuple[Any, None]:
         from PIL import Image
 
         try:
-            with Image.open(self.files[index]) as image:
-                return image.convert(image.mode), 0  # decoded before the file is closed
+            with Image.open(self.paths[index]) as image:
+                return image.convert(image.mode), None  # decoded before the file is closed
         except Exception as error:  # PIL's readers raise errors of any type on a broken file
-            raise DataError(f"{self.files[index]}: cannot be read as an image: {error}") from error
+            raise DataError(f"{self.paths[index]}: cannot be read as an image: {error}") from error
 
 
 def find_images(path: Path) -> list[Path]:
@@ -68,12 +71,12 @@ def find_images(path: Path) -> list[Path]:
 def predict_files(
     run: LoadedRun, files: Sequence[Path], *, best: bool = False, device: torch.device
 ) -> Iterator[Prediction]:
-    """Predict the classes of image files, preprocessed as a run's test images were.
+    """Predict what a run's task asks of image files, preprocessed as its test images were.
 
     Args:
         run: a finished run.
         files: images.
-        best: the epoch with the best validation accuracy, not the last.
+        best: the epoch with the best validation score, not the last.
         device: where the network runs.
 
     Raises:
@@ -82,36 +85,95 @@ def predict_files(
     """
     if is_text(run.info.image_shape):
         raise DataError(f"{run.folder.path}: its student reads texts, not images")
-    task = run.recipe.task
-    if task.rows_are != "classes" or not task.fits((1, run.info.outputs), run.info, 1):
-        raise DataError(f"{run.folder.path}: task '{task.name}' has not one class for an image")
-    spec, names = run.recipe.spec, run.info.class_names
-    student = run.student(best=best, device=device)
+    task, student = run.recipe.task, run.student(best=best, device=device)
+    for batch in _batches(run, files, device):
+        with torch.no_grad():
+            answer = student(batch.inputs)
+        pairs = zip(batch.index.tolist(), task.predicted(answer, run.info), strict=True)
+        for index, values in pairs:
+            yield Prediction(files[index], _as_large_as(files[index], values, run))
+
+
+def _as_large_as(file: Path, values: Mapping[str, Any], run: LoadedRun) -> dict[str, Any]:
+    """Bring predicted pictures to the size of the image file."""
+    from PIL import Image
+
+    with Image.open(file) as image:
+        size = image.height, image.width
+    fitted = run.recipe.spec.data.size
+    return {
+        name: unfitted(value, size, fitted) if isinstance(value, Tensor) else value
+        for name, value in values.items()
+    }
+
+
+def _batches(run: LoadedRun, files: Sequence[Path], device: torch.device) -> Iterator[Batch]:
+    spec, task, info = run.recipe.spec, run.recipe.task, run.info
+    one_size = for_measuring(spec.data, info.image_shape)
+    moving = Together(spec.data, task, info, spec.seed, None) if task.moves else None
     everything = torch.arange(len(files))
     images = ReadImages(
         ImageFiles(files),
         torch.zeros(len(files), dtype=torch.int64),
         everything,
         Finish(None, spec.seed, device),
-        for_measuring(spec.data, run.info.image_shape),
+        moving or one_size,
         spec.data.workers,
         keep_workers=False,
     )
-    plan = torch.split(everything, spec.data.eval_batch_size)
-    for batch in images.batches(plan, [None] * len(plan)):
-        with torch.no_grad():
-            shares = student(batch.inputs).logits.float().softmax(1)
-        largest, numbers = shares.max(1)
-        columns = (batch.index.tolist(), largest.tolist(), numbers.tolist())
-        for index, share, number in zip(*columns, strict=True):
-            yield Prediction(files[index], names[number] if names else str(number), share)
+    plan = torch.split(everything, measured_batch_size(spec.data, task))
+    return images.batches(plan, [None] * len(plan))
 
 
-def as_csv(predictions: Sequence[Prediction], root: Path) -> str:
-    """Format a CSV table of file (relative to `root`), class and probability."""
+@dataclass(frozen=True)
+class Masks:
+    """Writes masks as PNG files of class indices, below a folder, under their images' names.
 
-    def name(file: Path) -> Path:
-        return file.relative_to(root) if file != root and file.is_relative_to(root) else file
+    Attributes:
+        folder: where they go.
+        images: files that are predicted, which no mask may replace.
+    """
 
-    rows = ([name(p.file), p.label, f"{p.probability:.4f}"] for p in predictions)
-    return spreadsheets.as_csv(COLUMNS, rows)
+    folder: Path | None
+    images: Sequence[Path] = ()
+    written: set[Path] = field(default_factory=set)
+
+    def __call__(self, name: Path, mask: Tensor) -> Path:
+        """Write the mask of an image, by its name in the table; return the file.
+
+        Raises:
+            DataError: there is no folder to write to, or the file is an image or another mask.
+        """
+        from PIL import Image
+
+        if self.folder is None:
+            raise DataError("its answers are masks: say where they go by --masks FOLDER")
+        file = self.folder / (Path(name.name) if name.is_absolute() else name).with_suffix(".png")
+        if file.resolve() in {image.resolve() for image in self.images}:
+            raise DataError(f"{file}: is one of the images; choose another folder for --masks")
+        if file in self.written:
+            raise DataError(f"{file}: is the mask of another image of that name")
+        self.written.add(file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        stream = io.BytesIO()
+        Image.fromarray(mask.cpu().numpy()).save(stream, format="png")
+        write_atomically(file, stream.getvalue())
+        return file
+
+
+def as_csv(predictions: Iterable[Prediction], root: Path, masks: Masks) -> str:
+    """Format a CSV table of the files (relative to `root`) and what is predicted of them."""
+    rows: list[list[Any]] = []
+    columns: list[str] = []
+    for one in predictions:
+        is_below = one.file != root and one.file.is_relative_to(root)
+        name = one.file.relative_to(root) if is_below else one.file
+        columns = ["file", *one.values]
+        rows.append([name, *(_cell(name, value, masks) for value in one.values.values())])
+    return spreadsheets.as_csv(columns, rows)
+
+
+def _cell(name: Path, value: Any, masks: Masks) -> Any:
+    if isinstance(value, Tensor):
+        return masks(name, value)
+    return f"{value:.4f}" if isinstance(value, float) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from kdkit.contracts.model_source import InputOptions
 from kdkit.contracts.task import ScoreInfo
 from kdkit.errors import RunError
 from kdkit.runs.folder import RunFolder
@@ -19,6 +21,7 @@ from kdkit.students.curves import Curve, Curves
 from kdkit.terminal import printable
 
 WIDTH = 48  # characters of a curve
+MOST_NAMES = 20  # of classes
 # options that stand elsewhere in the line, or say little about a run
 UNTOLD = {"use", "name", "weight", "layers", "model", "recipe", "interpolation", "args"}
 # values that need no mention
@@ -42,7 +45,7 @@ class Story:
 
     def report(self) -> RenderableType:
         """Return the whole report for a rich console."""
-        blocks: list[RenderableType] = [_facts(brief(self.recipe)), Text()]
+        blocks: list[RenderableType] = [_facts([*brief(self.recipe), *self._names()]), Text()]
         blocks += (
             list(_outcome(self.result, self.scores))
             if self.result
@@ -51,6 +54,13 @@ class Story:
         if self.curves.epochs:
             blocks += [Text(), _curve_table(self.curves, curves.deciding(self.scores))]
         return Group(*blocks)
+
+    def _names(self) -> Iterator[tuple[str, str]]:
+        """Describe the classes, labels or numbers that the network answers, if they have names."""
+        names = self.folder.info().class_names if self.folder.marker.is_file() else ()
+        if names:
+            more = ", ..." if len(names) > MOST_NAMES else ""
+            yield "outputs", f"{len(names)}: {', '.join(names[:MOST_NAMES])}{more}"
 
     def draw(self, file: Path | None = None) -> Path:
         """Write the learning curves as a picture (default: `curves.png`); return its path.
@@ -134,7 +144,10 @@ def brief(recipe: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _model(section: Mapping[str, Any]) -> str:
     name = section.get("model") or f"the student of {section['recipe']}"
     arguments = (section.get("args") or {}).items()
-    options = [*_on(section), *(f"{key} {_number(value)}" for key, value in arguments)]
+    rest = {key: value for key, value in section.items() if key != "input"}
+    options = [*_on(rest), *(f"{key} {_number(value)}" for key, value in arguments)]
+    if section.get("input"):
+        options.append(f"sees {InputOptions.model_validate(section['input'])}")
     return name + (f" ({', '.join(options)})" if options else "")
 
 
@@ -185,7 +198,7 @@ def score_table(
 ) -> Table:
     """Build a table of a row per (who, values by name), a column per score; dash: undefined."""
     listed = list(rows)
-    known = [score for score in scores if any(score.name in values for _, values in listed)]
+    known = [s for s in scores if not s.part_of and any(s.name in values for _, values in listed)]
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column(no_wrap=True)
     for score in known:
@@ -212,12 +225,23 @@ def _outcome(result: Result, scores: Sequence[ScoreInfo]) -> Iterator[Renderable
     rows += [("ensemble, test", result.ensemble)] if result.ensemble else []
     rows += [("teacher, test", result.teacher)] if result.teacher else []
     yield score_table(rows, scores)
+    yield from map(_text, _parts(result.test, scores))
     yield _text(
         f"{result.parameters:,} parameters, {result.epochs} epochs in the last stage, trained for"
         f" {result.seconds:,.0f} s"
     )
     for warning in result.warnings:
         yield _text(f"warning: {warning}", style="yellow")
+
+
+def _parts(test: Mapping[str, float], scores: Sequence[ScoreInfo]) -> Iterator[str]:
+    """Describe the scores of classes, labels or numbers, a line for each kind."""
+    for whole in dict.fromkeys(score.part_of for score in scores if score.part_of):
+        told = [s for s in scores if s.part_of == whole and s.name in test]
+        if told:
+            values = ", ".join(f"{s.title} {s.number(test[s.name])}" for s in told[:MOST_NAMES])
+            more = f", ... ({len(told)} in all)" if len(told) > MOST_NAMES else ""
+            yield f"{replace(told[0], title=whole).heading}, test: {values}{more}"
 
 
 def _curve_table(run: Curves, score: ScoreInfo) -> Table:

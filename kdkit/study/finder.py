@@ -254,7 +254,8 @@ class Finder:
     ) -> dict[str, float]:
         """Add the scores that compare a run with the common teacher to its test scores."""
         # A run with a teacher was compared with it when it was trained.
-        if self.teacher is None or {score.name for score in self.agreement} <= set(scores):
+        compared = {score.name for score in self.agreement if not score.part_of}
+        if self.teacher is None or compared <= set(scores):
             return dict(scores)
         return {**scores, **self.measured.answers(run, self.teacher, best=best)}
 

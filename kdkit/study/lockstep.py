@@ -238,10 +238,9 @@ def _kind(recipe: Recipe) -> str:
     train = [getattr(spec.train, name) for name in OF_A_GROUP]
     # a tracker logs a single run, so such runs are not grouped
     trackers = str(spec.run.folder / spec.name) if spec.run.trackers else None
-    dataset = recipe.plugins.datasets[spec.data.dataset.use]
     # plugins may give different images under the same name
-    task = type(recipe.task)
-    made_by = [f"{one.__module__}.{one.__qualname__}" for one in (dataset, task)]
+    makers = [type(one) for one in (*recipe.datasets(), recipe.task)]
+    made_by = [f"{one.__module__}.{one.__qualname__}" for one in makers]
     return json.dumps(
         [content_of(spec.data), content_of(spec.task), made_by, spec.seed, train, trackers],
         sort_keys=True,

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from typing_extensions import TypedDict
@@ -144,10 +145,10 @@ class Measured:
     ) -> dict[str, Network]:
         self.say(f"measuring what {len(runs)} students cost")
         opened = {key: _opened(run) for key, run in runs.items()}
-        models = [(one.student(), one.info.image_shape) for one in opened.values()]
+        models = [(student := one.student(), one.seen_by(student)) for one in opened.values()]
         of_teacher = _opened(taught) if taught else None
         models += (
-            [(model, of_teacher.info.image_shape) for model in of_teacher.teachers(answering=False)]
+            [(model, of_teacher.seen_by(model)) for model in of_teacher.teachers(answering=False)]
             if of_teacher
             else []
         )
@@ -228,13 +229,17 @@ def who_teaches(recipe: Recipe) -> str:
     # Random weights follow from the run's seed.
     seed = [recipe.spec.seed] if any(has_random_weights(one) for one in options) else []
     teachers = [one for one in (content["teacher"], *content["teachers"]) if one]
-    told = [
-        one.get("recipe")
-        # Precision, cache and the like say how a teacher is asked, not which one it is.
-        or {key: value for key, value in one.items() if key not in TeacherOptions.model_fields}
-        for one in teachers
-    ]
+    told = [_which(one) for one in teachers]
     return hashlib.sha256(json.dumps([*told, *seed], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _which(teacher: Mapping[str, Any]) -> Any:
+    """Reduce a teacher's section to what it answers."""
+    if "recipe" in teacher:
+        seen = teacher.get("input")
+        return [teacher["recipe"], seen] if seen else teacher["recipe"]
+    # Precision, cache and the like say how a teacher is asked, not which one it is.
+    return {key: value for key, value in teacher.items() if key not in TeacherOptions.model_fields}
 
 
 def total(costs: Sequence[profile.Profile]) -> Network:

@@ -111,8 +111,8 @@ def judges(planned: Iterable[StudyRun]) -> list[Judge]:
 
 def scores_of(judges: Sequence[Judge]) -> tuple[tuple[ScoreInfo, ...], tuple[ScoreInfo, ...]]:
     """List the scores and the agreement of all variants, each once, in the judges' order."""
-    scores = {score.name: score.info() for judge in judges for score in judge.scores}
-    agreement = {score.name: score.info() for judge in judges for score in judge.agreement}
+    scores = {i.name: i for judge in judges for score in judge.scores for i in score.infos()}
+    agreement = {i.name: i for judge in judges for score in judge.agreement for i in score.infos()}
     return tuple(scores.values()), tuple(agreement.values())
 
 

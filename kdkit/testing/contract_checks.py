@@ -14,8 +14,8 @@ from kdkit.errors import ShapeError
 from kdkit.testing.forms import CLASSES, FORMS, MISFITS, shapes_of
 from kdkit.testing.operations import ConstantDraws
 from kdkit.testing.options import is_valid, other_values, reads_layers, varied_options
-from kdkit.testing.outputs import twice_as_high, with_impossible
-from kdkit.testing.probes import observations, probe_on, probes, some_probes
+from kdkit.testing.outputs import impossible_labels, twice_as_high, with_impossible
+from kdkit.testing.probes import meaning_of_rows, observations, probe_on, probes, some_probes
 from kdkit.testing.promises import NAMES, promise
 
 
@@ -46,7 +46,9 @@ def check_says_its_reduction(cls: type[Loss], **options: Any) -> None:
                 words = re.search(r"\bsum", formula)
                 assert words, f"{grown}, and the formula says nothing of a sum"
             if of == "classes" and abs(growth - 0.5) < 0.01:
-                words = re.search(r"mean over [^,:;.]*\b(class|element|entr)|/ K\b", formula)
+                words = re.search(
+                    r"mean over [^,:;.]*\b(class|label|output|element|entr)|/ K\b", formula
+                )
                 assert words, f"{grown}, and the formula says nothing of a mean over them"
 
 
@@ -64,7 +66,10 @@ def _growths(cls: type[Loss], options: dict[str, Any]) -> Iterator[tuple[float, 
     else:
         return
     # Set up on the larger shapes, but with the smaller probe's own numbers in them.
-    more = replace(other, student=change(p.student), teacher=change(p.teacher), batch=p.batch)
+    batch = p.batch
+    if batch.labels.ndim == 2 and of == "classes":
+        batch = replace(batch, labels=impossible_labels(batch.labels, meaning_of_rows(p.loss)))
+    more = replace(other, student=change(p.student), teacher=change(p.teacher), batch=batch)
     # A loss that draws would draw more numbers for more classes or positions.
     with ConstantDraws():
         yield float(more.value().detach()) / float(p.value().detach()), of

@@ -15,6 +15,7 @@ from kdkit.contracts.records import Outputs
 
 Shape = tuple[int, ...]
 CLASSES = 5
+IMAGE: Shape = (3, 8, 8)
 NO_LAYERS: tuple[Shape, Shape] = ((), ())
 
 # Most differ in channels, so that a loss needs its adapters; 17 tokens are a class token before a
@@ -33,6 +34,11 @@ FORMS: Mapping[str, tuple[Shape, Shape]] = {
     "vectors": ((6,), (10,)),
 }
 
+# what only losses for several labels an image are tried on
+LABEL_WISE: Mapping[str, tuple[Shape, Shape]] = {
+    "an embedding for each label": ((CLASSES, 6), (CLASSES, 10))
+}
+
 # no loss can compare these
 MISFITS: Mapping[str, tuple[Shape, Shape]] = {
     "a map and a vector": ((6, 8, 8), (10,)),
@@ -43,7 +49,7 @@ MISFITS: Mapping[str, tuple[Shape, Shape]] = {
 
 def shapes_of(form: str) -> tuple[Shape, Shape]:
     """Look up the shapes of a form; a loss that reads no layers has none."""
-    return FORMS.get(form, NO_LAYERS)
+    return {**FORMS, **LABEL_WISE}.get(form, NO_LAYERS)
 
 
 class Network(nn.Module):

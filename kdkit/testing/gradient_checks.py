@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kdkit.contracts.loss import Loss
 from kdkit.contracts.loss_options import FeatureOptions
 from kdkit.errors import ShapeError
-from kdkit.testing.forms import FORMS
+from kdkit.testing.forms import shapes_of
 from kdkit.testing.options import TWO_PAIRS
 from kdkit.testing.outputs import tensors_by_name, with_noise
 from kdkit.testing.probes import (
@@ -104,7 +104,7 @@ def _on_two_pairs(cls: type[Loss], options: dict[str, Any]) -> Probe:
     if "layers" not in options and issubclass(cls.Options, FeatureOptions):
         for form in (p.form for p in probes(cls, options)):
             with contextlib.suppress(ShapeError):
-                return probe_on(cls, {**options, "layers": TWO_PAIRS}, form, FORMS[form])
+                return probe_on(cls, {**options, "layers": TWO_PAIRS}, form, shapes_of(form))
     return some_probes(cls, options)[0]
 
 

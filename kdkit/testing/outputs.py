@@ -12,7 +12,8 @@ from torch import Tensor
 
 from kdkit.contracts.features import is_padded
 from kdkit.contracts.records import Batch, Outputs
-from kdkit.testing.forms import CLASSES, Shape
+from kdkit.contracts.task import RowMeaning
+from kdkit.testing.forms import CLASSES, IMAGE, Shape
 
 
 def random_outputs(
@@ -44,10 +45,19 @@ def random_outputs(
     return Outputs(logits, drawn, answers_to_views)
 
 
-def random_batch(size: int = 6, classes: int = CLASSES, seed: int = 0) -> Batch:
-    """Draw noise images; labels are every class in turn."""
-    inputs = torch.rand(size, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
-    return Batch(inputs, torch.arange(size) % classes, torch.arange(size))
+def random_batch(
+    size: int = 6, classes: int = CLASSES, seed: int = 0, rows: RowMeaning = "classes"
+) -> Batch:
+    """Draw noise images. Labels are every class in turn; for rows of labels or numbers, drawn
+    (size, classes).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.rand(size, *IMAGE, generator=generator)
+    labels = torch.arange(size) % classes
+    if rows != "classes":
+        drawn = torch.randn(size, classes, generator=generator)
+        labels = (drawn > 0).float() if rows == "labels" else drawn
+    return Batch(inputs, labels, torch.arange(size))
 
 
 def tensors_by_name(outputs: Outputs) -> dict[str, Tensor]:
@@ -104,6 +114,13 @@ def with_impossible(outputs: Outputs) -> Outputs:
         outputs,
         logits=torch.cat([outputs.logits, torch.full_like(outputs.logits, -1e4)], 1),
     )
+
+
+def impossible_labels(labels: Tensor, rows: RowMeaning) -> Tensor:
+    """Extend targets (R, K) to those of `with_impossible`: none of the new labels holds, and new
+    numbers are predicted without an error.
+    """
+    return torch.cat([labels, torch.full_like(labels, 0.0 if rows == "labels" else -1e4)], 1)
 
 
 def twice_as_high(outputs: Outputs) -> Outputs:

@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdkit.contracts.dataset_source import DataInfo
 from kdkit.contracts.loss import Context, Loss
 from kdkit.contracts.records import Batch, Outputs
+from kdkit.contracts.task import RowMeaning
 from kdkit.engine.objective import no_teacher
 from kdkit.errors import ShapeError
-from kdkit.testing.forms import CLASSES, FORMS, Network, Shape, shapes_of
+from kdkit.recipe import registry
+from kdkit.testing.forms import CLASSES, FORMS, IMAGE, LABEL_WISE, Network, Shape, shapes_of
 from kdkit.testing.options import built, reads_layers
 from kdkit.testing.outputs import Change, of_texts, random_batch, random_outputs, tensors_by_name
 
@@ -230,7 +233,7 @@ def probe_on(
         networks[1].eval().requires_grad_(False),
         classes,
         64,
-        torch.arange(64) % classes,
+        _labels(loss, 64, classes),
     )
     outputs = classes, classes if teacher_classes is None else teacher_classes
     # Set up on four samples and evaluated on six: a loss must not depend on the size of the batch
@@ -241,10 +244,30 @@ def probe_on(
     if cls.needs_networks:
         few, more = ((networks[0].answer(s), networks[1].answer(t)) for s, t in (few, more))
     set_up(loss, *few, context, form)
+    batch = replace(random_batch(6, classes), labels=_labels(loss, 6, classes))
     # the teacher classifies two of three samples correctly
-    predicted = more[1].logits.argmax(1)
-    labels = torch.where(torch.arange(6) % 3 == 0, torch.arange(6), predicted) % classes
-    return Probe(loss, *more, replace(random_batch(), labels=labels), context, form)
+    if meaning_of_rows(loss) == "classes" and batch.labels.ndim == 1:
+        predicted = more[1].logits.argmax(1)
+        labels = torch.where(torch.arange(6) % 3 == 0, torch.arange(6), predicted) % classes
+        batch = replace(batch, labels=labels)
+    return Probe(loss, *more, batch, context, form)
+
+
+def meaning_of_rows(loss: Loss) -> RowMeaning:
+    """Find what the rows mean that a loss is tried on: classes, unless it is for others only."""
+    tasks = loss.for_tasks(loss.options)
+    if tasks == "any" or "classes" in tasks:
+        return "classes"
+    return "labels" if "labels" in tasks else "numbers" if "numbers" in tasks else "classes"
+
+
+def _labels(loss: Loss, count: int, classes: int) -> Tensor:
+    """Make labels that the loss reads: masks, if it is only for a task that has some."""
+    tasks, known = loss.for_tasks(loss.options), registry.load().tasks
+    if tasks != "any" and all(name in known and known[name].moves for name in tasks):
+        info = DataInfo(IMAGE, classes, num_train=count, num_test=count)
+        return known[min(tasks)]().random_targets(info, torch.arange(count))
+    return random_batch(count, classes, rows=meaning_of_rows(loss)).labels
 
 
 def _layers(loss: Loss, shapes: tuple[Shape, Shape]) -> tuple[dict[str, Shape], dict[str, Shape]]:
@@ -323,6 +346,8 @@ def probes(cls: type[Loss], options: Mapping[str, Any]) -> list[Probe]:
 
 def _accepted(cls: type[Loss], options: Mapping[str, Any]) -> Iterator[Probe]:
     forms = FORMS if reads_layers(cls, options) else {"logits": ((), ())}
+    if forms is FORMS and meaning_of_rows(cls(built(cls, options))) == "labels":
+        forms = {**FORMS, **LABEL_WISE}
     refusals = []
     for form, shapes in forms.items():
         try:

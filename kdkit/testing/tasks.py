@@ -41,6 +41,8 @@ def check_task(task: Task, info: DataInfo | None = None) -> None:
         f"{task.name}: `fits` refuses the shape {tuple(answer.logits.shape)} of `random_answer`"
     )
     _check_targets(task, info, batch.labels)
+    if task.moves:
+        _check_movable(task, info, batch.labels)
     _check_rows(task, answer, batch)
     _check_teacher(task, info, teacher, batch)
     _check_scores(task, info, answer, teacher, batch)
@@ -81,6 +83,24 @@ def _check_targets(task: Task, info: DataInfo, targets: Tensor) -> None:
             assert "\n" not in str(error), f"{task.name}: `targets` refuses in several lines"
         else:
             raise AssertionError(f"{task.name}: `targets` takes {wrong[0]!r} for a target")
+
+
+def _check_movable(task: Task, info: DataInfo, targets: Tensor) -> None:
+    """Check that a target becomes a tensor that transforms move, and that one that fits no image is
+    refused by a DataError of one line.
+    """
+    from torchvision.tv_tensors import TVTensor
+
+    _, height, width = info.train_shape
+    moved = task.movable(targets[0], (height, width), info)
+    assert isinstance(moved, TVTensor), f"{task.name}: `movable` gives no tv_tensor"
+    for wrong, size in ((targets[0], (height + 1, width)), (None, (height, width))):
+        try:
+            task.movable(wrong, size, info)
+        except DataError as error:
+            assert "\n" not in str(error), f"{task.name}: `movable` refuses in several lines"
+        else:
+            raise AssertionError(f"{task.name}: `movable` takes what fits no image of {size}")
 
 
 def _check_rows(task: Task, answer: Outputs, batch: Batch) -> None:
@@ -136,7 +156,7 @@ def _values(
     remembered = task.remembered(teacher, batch)
     for part in torch.split(torch.arange(SAMPLES), size):
         some = batch.map(lambda value, part=part: value[part])  # type: ignore[misc]
-        (rows,), asked = task.rows([answer.map(lambda v, part=part: v[part])], some)  # type: ignore[misc]
+        (rows,), asked = task.scored_rows([answer.map(lambda v, part=part: v[part])], some)  # type: ignore[misc]
         known = (
             remembered[part]
             if isinstance(remembered, Tensor)

@@ -85,8 +85,11 @@ def check_takes_mixed_labels(cls: type[Loss], **options: Any) -> None:
     """Check that labels that are shares of the classes (R, K), as from mixup, are accepted."""
     for p in probe_of_each_kind(cls, options):
         # As mixup makes them: each sample with the one at the other end of the batch.
-        one_hot = nn.functional.one_hot(p.batch.labels, CLASSES).float()
-        batch = replace(p.batch, labels=0.7 * one_hot + 0.3 * one_hot.flip(0))
+        labels = p.batch.labels
+        if labels.ndim > 2:  # masks are not mixed
+            return
+        whole = labels if labels.ndim == 2 else nn.functional.one_hot(labels, CLASSES).float()
+        batch = replace(p.batch, labels=0.7 * whole + 0.3 * whole.flip(0))
         replace(p, batch=batch, form=f"{p.form}, labels as shares").require_finite()
 
 

@@ -175,12 +175,12 @@ def _profiles(
             if finished is None:
                 continue
             run = finished.opened()
-            models[name] = run.student(), run.info.image_shape
+            models[name] = (student := run.student()), run.seen_by(student)
     teachers: list[tuple[TappedModel, Shape]] = []
     if taught is not None:
         with contextlib.suppress(KdkitError):
             run = taught.opened()
-            teachers = [(one, run.info.image_shape) for one in run.teachers()]
+            teachers = [(one, run.seen_by(one)) for one in run.teachers()]
     with profile.threads(1):  # several threads wait for each other on a busy machine
         # In turns, as times of different moments on a busy machine do not compare.
         found = profile.measure_together([*teachers, *models.values()], runs=100, seconds=TIMED)

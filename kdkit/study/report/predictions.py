@@ -13,10 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kdkit.contracts.inputs import rows
+from kdkit.contracts import task as contracts
+from kdkit.contracts.inputs import first_tensor, rows
 from kdkit.contracts.layers import stage_paths
 from kdkit.contracts.records import Batch, Outputs
-from kdkit.engine.evaluate import Predictions, predict
+from kdkit.contracts.task import Task
+from kdkit.engine.evaluate import Predictions, evaluating, predict
 from kdkit.engine.trainer import build_accelerator
 from kdkit.errors import KdkitError, RecipeError, TapError
 from kdkit.models.devices import for_reading
@@ -25,11 +27,15 @@ from kdkit.recipe.consent import Unasked
 from kdkit.students.loaded import LoadedRun
 from kdkit.study.findings import Findings, Variant, rank
 from kdkit.study.report.cka import LayerSimilarity
+from kdkit.study.report.document import Picture
+from kdkit.study.report.drawing import png
 
 SEEDS = 3  # number of first seeds of each variant whose students answer again
 COMPARED = 6  # variants whose layers are compared with the teacher's
 IMAGES = 1024  # number of images for comparing layers
 EXAMPLES = 3  # number of uncertain examples, and of ordinary ones
+BEST = 2  # number of students whose answers the task draws: the baseline's and the best one's
+DRAWN = 4  # number of images that it draws them for
 HELD = 2**30  # maximum bytes of test images held between two networks
 
 
@@ -41,6 +47,14 @@ class Example:
     image: Tensor
     label: int
     logits: Tensor
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture that the task draws of a test image, and the names of the networks in it."""
+
+    picture: Picture
+    names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -64,6 +78,7 @@ class Answers:
         students: predictions of each variant's first seeds, by seed.
         teacher: predictions of all teachers combined.
         examples: test images, for the teacher's soft targets.
+        drawn: pictures that the task draws of test images.
         alike: similarity of layers, by variant, for its first seed.
         missing: what is left out and why, a phrase each.
     """
@@ -73,6 +88,7 @@ class Answers:
     students: dict[str, dict[int, Predictions]] = field(default_factory=dict)
     teacher: Predictions | None = None
     examples: tuple[Example, ...] = ()
+    drawn: tuple[Drawn, ...] = ()
     alike: dict[str, Alike] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
 
@@ -157,10 +173,29 @@ class _Asking:
                 if self.answers.of_classes or teacher is not None:
                     self.say(f"{name}, seed {seed}: answers the test data")
                     self._student(name, seed, run, teacher)
+        self.answers.drawn = tuple(self._drawn(runs, teachers))
         self.answers.missing = [
             f"the answers of {_listed(who)}: {reason}" for reason, who in self._gone.items()
         ]
         return self.answers
+
+    def _drawn(
+        self, runs: Mapping[str, Sequence[tuple[int, LoadedRun]]], teachers: Sequence[TappedModel]
+    ) -> Iterator[Drawn]:
+        """Let the task draw the answers of the teacher, the baseline and the best variants."""
+        names = [v.name for v in _best_first(self.findings) if runs[v.name]][:BEST]
+        first = runs[names[0]][0][1] if names else None
+        if first is None or type(first.recipe.task).drawn is Task.drawn:
+            return
+        with self._told("test images"):
+            batches = self._test(first)
+            students = {name: runs[name][0][1].student(device=_device(batches)) for name in names}
+            models = {**({"teacher": teachers[0]} if teachers else {}), **students}
+            for number, example in enumerate(_spread(batches, models), 1):
+                figure = first.recipe.task.drawn(example, first.info)
+                about = f"Test image {number} with the answers of {', '.join(models)}."
+                picture = Picture(f"answers-{number}", png(figure), about, wide=True)
+                yield Drawn(picture, tuple(models))
 
     def _runs(self, variant: Variant) -> Iterator[tuple[int, LoadedRun]]:
         for seed, folder in list(zip(variant.seeds, variant.folders, strict=True))[:SEEDS]:
@@ -254,6 +289,24 @@ def _device(batches: Iterable[Batch]) -> torch.device:
     return next(iter(batches)).labels.device
 
 
+def _spread(
+    batches: Iterable[Batch], models: Mapping[str, TappedModel]
+) -> Iterator[contracts.Example]:
+    """Choose evenly spaced images, and ask the networks."""
+    count = sum(len(batch.index) for batch in batches)
+    chosen = {(2 * place + 1) * count // (2 * DRAWN) for place in range(min(DRAWN, count))}
+    seen = 0
+    for batch in batches:
+        for place in sorted(chosen & set(range(seen, seen + len(batch.index)))):
+            one = batch.map(lambda value, at=place - seen: value[at : at + 1])  # type: ignore[misc]
+            with evaluating(models.values()), torch.no_grad():
+                answers = {
+                    name: model(one.inputs).logits[0].cpu() for name, model in models.items()
+                }
+            yield contracts.Example(first_tensor(one.inputs)[0].cpu(), one.labels[0].cpu(), answers)
+        seen += len(batch.index)
+
+
 def _examples(teacher: Predictions, batches: Iterable[Batch]) -> Iterator[Example]:
     """Choose images that the teacher classifies correctly: those of which it is least sure, and
     ordinary ones.
@@ -334,7 +387,8 @@ def _observed(model: TappedModel, batch: Batch) -> TappedModel:
 def _answers(model: TappedModel, name: str, batch: Batch) -> bool:
     try:
         # Two images are enough to see whether the layer gives one tensor.
-        _tapped(model, [name])(rows(batch.inputs, torch.arange(2, device=batch.labels.device)))
+        few = torch.arange(min(2, len(batch.index)), device=batch.index.device)
+        _tapped(model, [name])(rows(batch.inputs, few))
     except TapError:
         return False
     return True

@@ -65,6 +65,7 @@ def document(material: Material) -> Document:
         ("Learning curves", _learning),
         *([("Agreement with the teacher", _agreement)] if findings.agreement else []),
         *(of_classes if material.answers.of_classes else []),
+        *([("Answers to test images", _drawn)] if material.answers.drawn else []),
         ("Similar layers", _layers),
         ("How to repeat it", _repeat),
     ]
@@ -91,6 +92,7 @@ def _results(material: Material) -> Iterator[Block]:
     if (both := words.intervals_table(material.findings)) is not None:
         yield both
     yield words.further_table(material.findings)
+    yield from words.parts_tables(material.findings)
     for variant in material.findings.variants:
         for seed, reason in variant.failures.items():
             yield Words(f"{variant.name}, seed {seed}, has no result: {reason.rstrip('.')}.")
@@ -275,6 +277,15 @@ def _softened(material: Material) -> Iterator[Block]:
             for i, one in enumerate(examples, 1)
         ]
     )
+
+
+def _drawn(material: Material) -> Iterator[Block]:
+    drawn = material.answers.drawn
+    yield Words(
+        f"{len(drawn)} test images, evenly spaced in the order of the data, with the answers of the"
+        f" first seed of each network: {', '.join(drawn[0].names)}."
+    )
+    yield Pictures([picture.picture for picture in drawn])
 
 
 def _layers(material: Material) -> Iterator[Block]:

@@ -263,10 +263,31 @@ def further_table(findings: Findings) -> Figures:
     scores = [
         one
         for one in (LOSSES["late_loss"], *findings.agreement[1:], *findings.scores[1:])
-        if any(one.name in v.last for v in findings.variants)
+        if not one.part_of and any(one.name in v.last for v in findings.variants)
     ]
     told = "; ".join(f"{one.title}: {one.meaning}" for one in scores if one.meaning)
     return _table(findings, list(map(_last, scores)), f"{told}." if told else "")
+
+
+def parts_tables(findings: Findings) -> Iterator[Figures]:
+    """Build a table for each score that has parts, such as classes: a row a part, a column a
+    variant.
+    """
+    for title in dict.fromkeys(one.part_of for one in findings.scores if one.part_of):
+        parts = [one for one in findings.scores if one.part_of == title]
+        teacher = findings.teacher
+        rows = [
+            [
+                part.title,
+                *(spread(v.last.get(part.name, ()), part.digits) for v in findings.ran),
+                *([_of_teacher(teacher, part)] if teacher else []),
+            ]
+            for part in parts
+        ]
+        header = [replace(parts[0], title=title).heading]
+        header += [_called(v, findings) for v in findings.ran]
+        header += [_named(teacher)] if teacher else []
+        yield Figures(header, rows, f"{title}: {parts[0].meaning}.")
 
 
 def _table(findings: Findings, columns: Sequence[Column], caption: str) -> Figures:

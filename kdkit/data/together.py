@@ -1,0 +1,154 @@
+"""Transforms that move an image and its target together: torchvision's v2 on `tv_tensors`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdkit.contracts.dataset_source import DataInfo
+from kdkit.contracts.task import Task
+from kdkit.data.augment import sample_seed
+from kdkit.data.transforms import seeded, with_channels
+from kdkit.errors import DataError
+from kdkit.recipe.sections import DataSpec, JointAugment, Size
+
+
+class Together:
+    """Resizes and augments an image and its target, drawn only from (seed, view, sample index).
+
+    Args:
+        spec: the recipe's `data` section.
+        task: whose targets move.
+        info: of the data; its shape is that of measured images.
+        seed: of the augmentation.
+        augment: of training images; None for images that are measured.
+    """
+
+    def __init__(
+        self, spec: DataSpec, task: Task, info: DataInfo, seed: int, augment: JointAugment | None
+    ) -> None:
+        self.size, self.interpolation = spec.size, spec.interpolation
+        self.task, self.info, self.seed = task, info, seed
+        shape = info.train_shape if augment else info.image_shape
+        self.shape = (shape[1], shape[2])
+        self.augmented = (
+            _augmentation(augment, self.shape, task.fill, spec.interpolation) if augment else None
+        )
+
+    def __call__(self, sample: tuple[Any, Any], view: int, index: int) -> tuple[Tensor, Tensor]:
+        from torchvision import tv_tensors
+        from torchvision.transforms.v2.functional import pil_to_tensor
+
+        image = with_channels(sample[0], self.info.image_shape[0])
+        pixels = tv_tensors.Image(pil_to_tensor(image))
+        height, width = pixels.shape[-2:]
+        moved = pixels, self._target(sample[1], (height, width))
+        if self.size is not None:
+            moved = fitted(*moved, self.size, self.interpolation, self.task.fill)
+        if self.augmented is not None:
+            with seeded(sample_seed(self.seed, view, index)):
+                moved = self.augmented(*moved)
+        height, width = moved[0].shape[-2:]
+        if (height, width) != self.shape:
+            raise DataError(
+                f"is {height} x {width}, others {self.shape[0]} x {self.shape[1]}: set"
+                " data.image_size"
+            )
+        return moved[0].as_subclass(Tensor), moved[1].as_subclass(Tensor)
+
+    def _target(self, target: Any, size: Size) -> Tensor:
+        from torchvision import tv_tensors
+
+        # of an unlabelled image: no label, but padding marks where the image ends
+        if target is None:
+            nothing: Tensor = tv_tensors.Mask(torch.zeros(size, dtype=torch.uint8))
+            return nothing
+        return self.task.movable(target, size, self.info)
+
+
+def fitted(
+    pixels: Tensor, target: Tensor, size: Size, interpolation: str, fill: int
+) -> tuple[Tensor, Tensor]:
+    """Scale an image and its target to fit in (H, W), and pad both on all sides to that size."""
+    from torchvision.transforms import v2
+
+    if tuple(pixels.shape[-2:]) == size:
+        return pixels, target
+    inside, before = placed(pixels.shape[-2:], size)
+    after = size[0] - inside[0] - before[0], size[1] - inside[1] - before[1]
+    pad = v2.Pad([before[1], before[0], after[1], after[0]], fill=_fills(fill))
+    both: tuple[Tensor, Tensor] = pad(*_resized(pixels, target, inside, interpolation))
+    return both
+
+
+def _resized(
+    pixels: Tensor, target: Tensor, size: Sequence[int], interpolation: str
+) -> tuple[Tensor, Tensor]:
+    """Resize an image and its target to (H, W)."""
+    from torchvision import tv_tensors
+    from torchvision.transforms.v2 import InterpolationMode
+    from torchvision.transforms.v2 import functional as v2
+
+    mode = InterpolationMode(interpolation)
+    image = v2.resize(pixels, list(size), interpolation=mode, antialias=True)
+    # `resize` takes the nearest pixel by its corner, which shifts a mask against its image
+    if isinstance(target, tv_tensors.Mask):
+        return image, tv_tensors.wrap(_nearest(target, size), like=target)
+    return image, v2.resize(target, list(size))
+
+
+def _nearest(picture: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize classes (h, w) to (H, W): of each pixel, the one whose centre is nearest."""
+    whole = F.interpolate(picture[None, None].float(), tuple(size), mode="nearest-exact")
+    return whole[0, 0].to(picture.dtype)
+
+
+def placed(own: Sequence[int], size: Size) -> tuple[list[int], tuple[int, int]]:
+    """Return the size of an image of size `own` (H, W) inside a batch's, and where it begins."""
+    scale = min(size[0] / own[0], size[1] / own[1])
+    inside = [max(1, round(own[0] * scale)), max(1, round(own[1] * scale))]
+    return inside, ((size[0] - inside[0]) // 2, (size[1] - inside[1]) // 2)
+
+
+def unfitted(picture: Tensor, own: Sequence[int], size: Size | None) -> Tensor:
+    """Undo `fitted` for a picture of classes: (h, w) of any scale, to an image's own (H, W)."""
+    if size is not None:
+        (height, width), (top, left) = placed(own, size)
+        picture = _nearest(picture, size)[top : top + height, left : left + width]
+    return _nearest(picture, own)
+
+
+def _augmentation(augment: JointAugment, crop: Size, fill: int, interpolation: str) -> Any:
+    from torchvision.transforms import v2
+
+    jitter = [augment.color_jitter] * 3
+    steps = [
+        *([_Scaled(augment.scale, interpolation)] if augment.scale else []),
+        v2.RandomCrop(crop, pad_if_needed=True, fill=_fills(fill)),
+        v2.RandomHorizontalFlip(augment.flip),
+        *([v2.ColorJitter(*jitter)] if augment.color_jitter else []),
+    ]
+    return v2.Compose(steps)
+
+
+class _Scaled:
+    """Resizes image and target by a random factor."""
+
+    def __init__(self, scale: tuple[float, float], interpolation: str) -> None:
+        self.scale, self.interpolation = scale, interpolation
+
+    def __call__(self, pixels: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        factor = float(torch.empty(()).uniform_(*self.scale))
+        size = [max(1, round(side * factor)) for side in pixels.shape[-2:]]
+        return _resized(pixels, target, size, self.interpolation)
+
+
+def _fills(fill: int) -> dict[Any, int]:
+    """Fill padded pixels of images with black, those of masks with the task's value."""
+    from torchvision import tv_tensors
+
+    return {tv_tensors.Image: 0, tv_tensors.Mask: fill}
