@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 import kdkit
 
 from ._archive import SCHEMES, fetch
+from ._files import Files
 
 
 class ImageFolderOptions(kdkit.DatasetOptions):
@@ -59,40 +60,12 @@ class ImageFolderOptions(kdkit.DatasetOptions):
         return self
 
 
-class Files:
-    """Image files with their classes; an item is an RGB image.
-
-    Args:
-        files: (path, class index) of each.
-    """
-
-    def __init__(self, files: Sequence[tuple[str, int]]) -> None:
-        self.paths = [path for path, _ in files]
-        self.labels = [label for _, label in files]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        from PIL import Image
-
-        try:
-            with Image.open(self.paths[index]) as image:
-                # more than 8 bits, which kdkit refuses and RGB would cut off
-                wide = image.mode.startswith(("I", "F"))
-                return image.convert(image.mode if wide else "RGB"), self.labels[index]
-        except Exception as error:  # a broken file raises whatever its format's reader raises
-            raise kdkit.DataError(
-                f"{self.paths[index]}: cannot be read as an image: {error}"
-            ) from error
-
-
 class ImageFolder(kdkit.DatasetSource):
     """Your own images, in folders: train/CLASS/*.jpg and test/CLASS/*.jpg (or val/). Needs
     `data.image_size`.
 
-    Training images that lie in train/ itself, without class folders, have no labels; the classes
-    are then the test part's folders.
+    Images that lie in train/ itself, without class folders, have no labels; the classes are then
+    the test part's folders. Test images may have none either, for a task that measures without.
     """
 
     name = "image_folder"
@@ -120,7 +93,13 @@ class ImageFolder(kdkit.DatasetSource):
         names = tuple(self._classes)
         # 0: of any size; `data.image_size` says to which they are brought
         return kdkit.DataInfo(
-            (3, 0, 0), len(names), len(train), len(test), names, labelled=self._labelled
+            (3, 0, 0),
+            len(names),
+            len(train),
+            len(test),
+            names,
+            labelled=self._has_classes(self.options.train),
+            test_labelled=self._has_classes(self._test),
         )
 
     def own_files(self) -> Sequence[Path]:
@@ -131,17 +110,19 @@ class ImageFolder(kdkit.DatasetSource):
     def split(self, part: Literal["train", "test"]) -> Files:
         return self._parts[part]
 
-    @cached_property
-    def _labelled(self) -> bool:
-        """Whether the training part has folders of classes; if not, it has images, or nothing."""
-        folder = self._folder(self.options.train)
+    def _has_classes(self, name: str) -> bool:
+        """Whether a part has folders of classes; if not, it has images, or nothing."""
+        folder = self._folder(name)
         return not _images_in(folder) or any(path.is_dir() for path in folder.iterdir())
 
     @cached_property
     def _classes(self) -> dict[str, int]:
         from torchvision.datasets.folder import find_classes
 
-        folder = self._folder(self.options.train if self._labelled else self._test)
+        named = [part for part in (self.options.train, self._test) if self._has_classes(part)]
+        if not named:
+            return {}
+        folder = self._folder(named[0])
         try:
             found: dict[str, int] = find_classes(folder)[1]
         except FileNotFoundError as error:
@@ -150,14 +131,14 @@ class ImageFolder(kdkit.DatasetSource):
 
     @cached_property
     def _parts(self) -> dict[str, Files]:
-        unlabelled = [] if self._labelled else _images_in(self._folder(self.options.train))
-        train = (
-            # -1: no label
-            Files([(str(path), -1) for path in unlabelled])
-            if unlabelled
-            else self._list(self.options.train)
-        )
-        return {"train": train, "test": self._list(self._test)}
+        return {"train": self._files(self.options.train), "test": self._files(self._test)}
+
+    def _files(self, name: str) -> Files:
+        """The images of a part, with their classes if it has any."""
+        if self._has_classes(name):
+            return self._list(name)
+        images = _images_in(self._folder(name))
+        return Files([str(path) for path in images], [-1] * len(images))  # -1: no label
 
     @property
     def _test(self) -> str:
@@ -206,7 +187,7 @@ class ImageFolder(kdkit.DatasetSource):
             raise kdkit.DataError(
                 f"{folder}: has no images in class folders (looked for {', '.join(IMG_EXTENSIONS)})"
             )
-        return Files(found)
+        return Files([path for path, _ in found], [label for _, label in found])
 
 
 def _images_in(folder: Path) -> list[Path]:

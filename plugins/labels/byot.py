@@ -46,6 +46,7 @@ class OwnTeacher(kdkit.Loss):
 
     name = "byot"
     knowledge = "labels"
+    tasks = frozenset({"classes of samples"})
     exceptions = {
         "check_the_gradient_is_that_of_the_value": (
             "the network's own answer and last features are constants: they teach the exits"

@@ -36,6 +36,7 @@ class FeatureRefinement(kdkit.Loss):
 
     name = "frskd"
     knowledge = "labels"
+    tasks = frozenset({"classes of samples"})
     exceptions = {
         "check_the_gradient_is_that_of_the_value": (
             "the refined maps and logits are constants where they teach"

@@ -8,9 +8,25 @@ from torch import nn
 
 import kdkit
 
+AUXILIARY = "aux_classifier."  # prefix of weights
+
+
+def _segmenting() -> list[str]:
+    """Names of the networks of segmentation."""
+    from torchvision import models
+
+    names: list[str] = models.list_models(module=models.segmentation)
+    return names
+
 
 class TorchvisionSource(kdkit.ModelSource):
-    """torchvision's classifiers: `model: torchvision/resnet18`."""
+    """torchvision's classifiers, `model: torchvision/resnet18`, and its networks of segmentation,
+    `model: torchvision/deeplabv3_resnet50`.
+
+    Those of segmentation answer (B, K, H, W) at the images' size. With `args: {aux_loss: true}`
+    deeplabv3 and fcn have an auxiliary head in training, as output 1 of the network (a loss with
+    `output: 1` trains it).
+    """
 
     name = "torchvision"
 
@@ -32,25 +48,34 @@ class TorchvisionSource(kdkit.ModelSource):
         # here: torchvision takes long to load, and `import kdkit` must not
         from torchvision import models
 
-        known = models.list_models(module=models)
+        segmenting = _segmenting()
+        known = [*models.list_models(module=models), *segmenting]
         if self.model_name not in known:
             close = difflib.get_close_matches(self.model_name, known, n=3, cutoff=0.4)
             raise kdkit.ModelError(
                 f"torchvision has no model '{self.model_name}'; did you mean one of:"
                 f" {', '.join(close or known)}"
             )
+        # else torchvision fetches ImageNet's weights for the backbone
+        without = {"weights_backbone": None} if self.model_name in segmenting else {}
+        arguments = {"weights": None, **without, **self.options.args}
         try:
             module: nn.Module = models.get_model(
-                self.model_name, weights=None, num_classes=num_classes, **self.options.args
+                self.model_name, num_classes=num_classes, **arguments
             )
         except Exception as error:
             raise kdkit.ModelError(
                 f"torchvision cannot build '{self.model_name}': {' '.join(str(error).split())}"
             ) from error
+        if self.model_name in segmenting:
+            # what stages are, in timm's form; a MobileNet's are numbered blocks
+            children = module.get_submodule("backbone").named_children()
+            stages = [{"module": f"backbone.{name}"} for name, _ in children if "layer" in name]
+            module.feature_info = stages  # type: ignore[assignment]
         return module
 
     def load(self, module: nn.Module) -> None:
-        """Load the ImageNet weights; a classifier of another size keeps its own."""
+        """Load torchvision's weights; heads of another number of classes keep their own."""
         if not self.options.pretrained:
             return
         try:
@@ -62,6 +87,8 @@ class TorchvisionSource(kdkit.ModelSource):
                 f"torchvision's weights of '{self.model_name}' cannot be fetched: {cause}"
             ) from error
         own = module.state_dict()
+        # an auxiliary head is for training, and need not be built
+        weights = {k: v for k, v in weights.items() if k in own or not k.startswith(AUXILIARY)}
         fitting = {
             key: value
             for key, value in weights.items()
@@ -72,8 +99,8 @@ class TorchvisionSource(kdkit.ModelSource):
         left = sorted(
             {key.rpartition(".")[0] for key in misfits if not key.endswith("num_batches_tracked")}
         )
-        # one layer may be another: the classifier of other classes
-        if len(left) > 1:
+        # one layer may be another, the classifier of other classes; segmentation has two of them
+        if len(left) > (2 if self.model_name in _segmenting() else 1):
             raise kdkit.ModelError(
                 f"torchvision's weights of '{self.model_name}' do not fit these arguments:"
                 f" {', '.join(left[:3])}"

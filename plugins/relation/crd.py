@@ -47,7 +47,7 @@ class ContrastiveRepresentation(kdkit.Loss):
     name = "crd"
     knowledge = "relation"
     # negatives are images of other classes
-    tasks = frozenset({"classes"})
+    tasks = frozenset({"classes of samples"})
     exceptions = {
         "check_the_gradient_is_that_of_the_value": (
             "the partition constant Z, set on the first batch, is a constant"

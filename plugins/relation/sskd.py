@@ -41,6 +41,7 @@ class SelfSupervision(kdkit.Loss):
 
     name = "sskd"
     knowledge = "relation"
+    tasks = frozenset({"classes of samples"})
     # of turned images, for the second part
     needs_teacher_logits = True
     needs_views = {"turned": 3}

@@ -32,6 +32,8 @@ class MultiLevelKD(kdkit.Loss):
 
     name = "mlkd"
     knowledge = "response"
+    # it compares all rows of a batch with one another
+    tasks = frozenset({"classes of samples"})
     exceptions = {
         "check_averages_over_the_batch": (
             "the correlations of samples are a sum over N^2 pairs that is divided by N, as in the"

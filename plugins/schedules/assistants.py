@@ -88,7 +88,7 @@ class Assistants(kdkit.Schedule):
         def step(batch: kdkit.Batch) -> Sequence[kdkit.Lesson]:
             with torch.no_grad():
                 answers = [teacher(batch.inputs).detach() for teacher in by]
-            kept = self.kept(len(by), batch.labels.device)
+            kept = self.kept(len(by), batch.index.device)
             return [kdkit.Lesson(student(batch.inputs), answers, kept)]
 
         # a loss may look into one network: of several, the teacher's

@@ -32,7 +32,7 @@ class BatchEnsemble(kdkit.Schedule):
     name = "bake"
     scheme = "self"
     # similar images come by class
-    tasks = frozenset({"classes"})
+    tasks = frozenset({"classes of samples"})
     needs_teacher = False
     students_teach = True
 

@@ -42,7 +42,7 @@ class EnsemblePeers(kdkit.Schedule):
     name = "ensemble_peers"
     scheme = "online"
     # two of the targets are chosen by cross-entropy on labels
-    tasks = frozenset({"classes"})
+    tasks = frozenset({"classes of samples"})
     needs_teacher = False
     students_teach = True
 

@@ -26,6 +26,11 @@ class Classes(kdkit.Task):
     default_loss = "cross_entropy"
 
     def check(self, info: kdkit.DataInfo) -> None:
+        if not info.test_labelled:
+            raise kdkit.DataError(
+                f"has test images without labels, which task '{self.name}' measures by; `task:"
+                " none` does without"
+            )
         if info.outputs < 2:
             raise kdkit.DataError(f"says {info.outputs} class: there must be two to tell apart")
 
