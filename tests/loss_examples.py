@@ -3,6 +3,7 @@
 ONE, TWO = {"student": "a", "teacher": "a"}, {"student": "b", "teacher": "b"}
 OPTIONS = {
     "afd": {"layers": [ONE, TWO]},
+    "cirkd_memory": {"pixels_per_image": 2, "pixel_rows": 16, "region_rows": 8, "pixel_contrast": 80, "region_contrast": 40},
     "crd": {"layers": [ONE], "negatives": 8, "size": 4},
     "ctkd": {"reversal": 1.0},
     "frskd": {"layers": [ONE, TWO]},
@@ -10,6 +11,7 @@ OPTIONS = {
     "irg": {"layers": [ONE, TWO]},
     "kdsvd": {"layers": [ONE, TWO]},
     "review": {"layers": [ONE, TWO], "width": 4},
+    "seed": {"layers": [ONE], "queue": 16},
     "semckd": {"layers": [ONE, TWO]},
     "vitkd": {"layers": [ONE, TWO]},
 }

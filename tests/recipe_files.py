@@ -18,8 +18,15 @@ def lay_out(home):
     """Copy `recipes/` into the folder and put weights, photographs and ImageNet's tree where the recipes look for them."""
     shutil.copytree(RECIPES, home / "recipes")
     photographs(home, PHOTOGRAPHS)
+    pets(home)
+    street_scenes(home / "data" / "camvid", (240, 180), 8)
+    street_scenes(home / "data" / "camvid_full", (480, 360), 16)
     for name in ("resnet18", "resnet50"):
         hollow(backbone_file(home, name), name, num_classes=100)
+    for run, classes in (("cifar100-labels-small", 100), ("cifar100_without_labels/embedding-seed0", 0)):
+        place = home / "runs" / run / "student.safetensors"
+        place.parent.mkdir(parents=True)
+        hollow(place, "cifar_resnet20", num_classes=classes)
     torch.save(shapes("cifar_resnet56", num_classes=100), home / "data" / "cifar100_resnet56-f2eff4c8.pt")
     for part, count in (("train", 13), ("val", 1)):  # ImageNet's classes with a hundredth of its files
         for label in range(1000):
@@ -37,6 +44,29 @@ def photographs(home, counts):
             place.mkdir(parents=True, exist_ok=True)
             value = 40 + 120 * (i % 2) + i
             Image.new("RGB", (40, 36), (value % 256, 90, 255 - value % 256)).save(place / f"{i}.jpg")
+
+
+def pets(home):
+    """Pictures of heads and their table, for as many steps an epoch as a batch of 32 allows."""
+    place = home / "data" / "pets"
+    (place / "heads").mkdir(parents=True)
+    rows = ["path,x0,y0,x1,y1,split"]
+    for i in range(40):
+        Image.new("RGB", (64, 64), (6 * i, 90, 255 - 6 * i)).save(place / "heads" / f"{i}.png")
+        rows.append(f"heads/{i}.png,0.1,0.{i:02},0.5,0.9,{'test' if i < 8 else 'train'}")
+    (place / "heads.csv").write_text("\n".join(rows) + "\n")
+
+
+def street_scenes(folder, size, count):
+    """Frames of CamVid's layout, black, and masks of every class."""
+    bands = Image.new("L", size)
+    bands.putdata([x * 12 // size[0] for _ in range(size[1]) for x in range(size[0])])
+    for part in ("train", "val", "test"):
+        for place in (folder / part, folder / f"{part}annot"):
+            place.mkdir(parents=True)
+        for i in range(count if part == "train" else 1):
+            Image.new("RGB", size).save(folder / part / f"{i}.jpg")
+            bands.save(folder / f"{part}annot" / f"{i}.png")
 
 
 def backbone(home, name, weights):

@@ -29,10 +29,11 @@ TINY = {
     "cache": ["--images=16", "--image-size=8", "--batch-size=8", "--rounds=1"],
     "epoch": ["--pairs=resnet56-resnet20", "--images=64", "--workers=0", "--rounds=1"],
     "loader": ["--images=32", "--batch-size=16", "--rounds=1"],
+    "segmentation": ["--images=4", "--batch-size=2", "--workers=0", "--rounds=1", "--steps=1"],
     "study": ["--only=time", "--runs=2", "--images=16", "--epochs=1", "--batch-size=8", "--image-size=8", "--steps=1", "--rounds=1"],
     "teacher": ["--batch-size=2", "--tap-size=32", "--image-size=8", "--rounds=1"],
 }
-FIGURES = {"cache": 34, "epoch": 15, "loader": 12, "study": 8, "teacher": 28}  # at least, in the table
+FIGURES = {"cache": 34, "epoch": 15, "loader": 12, "segmentation": 8, "study": 8, "teacher": 28}  # at least, in the table
 
 
 @pytest.fixture
@@ -51,6 +52,8 @@ def benchmark(monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", TINY)
 def test_a_benchmark_has_figures(benchmark, name):
+    if name == "segmentation":
+        pytest.importorskip("segmentation_models_pytorch")
     numbers, said = benchmark(name, *TINY[name])
     assert len(numbers) >= FIGURES[name] and all(number > 0 for number in numbers), said
     assert "nan" not in said and "load of the machine" in said

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from test_every_loss_and_schedule import BASE, PLUGINS, REFUSED, SCHEDULES, WIDER, options
+from test_every_loss_and_schedule import BASE, FOR_ANY_NETWORK, FOR_CLASSES, PLUGINS, REFUSED, SCHEDULES, WIDER, options
 from test_lockstep import VARIANTS, alone, jobs
 from training import assert_same_run, merged, train, write
 
@@ -128,7 +128,7 @@ def under(schedule, folder, teacher, **changes):
     return written(folder, schedule, [LABELS, *({"use": loss, **options(loss, schedule)} for loss in names)], teacher, **changes)
 
 
-@pytest.mark.parametrize("schedule", PLUGINS.schedules)
+@pytest.mark.parametrize("schedule", FOR_ANY_NETWORK)
 def test_every_schedule_recorded(schedule, teacher, tmp_path, monkeypatch):
     monkeypatch.chdir(teacher.parent)
     reasons = compare(under(schedule, tmp_path, teacher))
@@ -140,7 +140,7 @@ def test_every_schedule_recorded(schedule, teacher, tmp_path, monkeypatch):
 
 NOT_TOGETHER = {"byot", "frskd", "simkd"}
 """Losses that put another network in the student's place, or name a layer that others do not."""
-GROUPS = [[loss for loss in [*PLUGINS.losses][number::6] if loss not in NOT_TOGETHER] for number in range(6)]
+GROUPS = [[loss for loss in FOR_CLASSES[number::6] if loss not in NOT_TOGETHER] for number in range(6)]
 GROUPS += [[loss] for loss in sorted(NOT_TOGETHER)]
 
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from test_every_loss_and_schedule import BASE, PLUGINS, SCHEDULES, WIDER
+from test_every_loss_and_schedule import BASE, FOR_ANY_NETWORK, PLUGINS, SCHEDULES, WIDER
 from training import Command, assert_same_run, lines, metrics, start, train, weights, write
 
 ALL = {
@@ -19,7 +19,7 @@ ALL = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", PLUGINS.schedules)
+@pytest.mark.parametrize("schedule", FOR_ANY_NETWORK)
 def test_a_schedule_killed_at_random_moments_resumes(schedule, tmp_path):
     taught = {**ALL, "name": "teacher", "student": WIDER, "schedule": {"use": "supervised"}, "losses": ALL["losses"][:1]}
     train(tmp_path, {**taught, "run": {"snapshots": 1}}, into="runs/teacher")

@@ -7,8 +7,10 @@ import sys
 import pytest
 import timm
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
+from training import task
 
 import kdkit
 from kdkit import cli
@@ -139,10 +141,33 @@ def test_onnx_runtime_gives_the_student_s_logits_for_any_batch(name, runs, tmp_p
     about = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
     assert about["class_names"] == [str(digit) for digit in range(10)] and about["input_shape"] == [1, 8, 8]
     assert about["input_range"] == [0, 1] and about["kdkit_version"] == kdkit.__version__
+    assert (about["task"], about["rows_are"]) == ("classification", "classes")
     student = kdkit.load_student(runs[name], plugins=net(runs))
     for count in (1, 2, 7):
         found = session.run(["logits"], {"images": images(count).numpy()})[0]
         torch.testing.assert_close(torch.from_numpy(found), logits(student, images(count)).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "answer"), [("multilabel", "logits"), ("regression", "numbers")])
+def test_other_tasks_name_their_outputs(kind, answer, tmp_path):
+    import onnxruntime
+
+    student = kdkit.taps(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), [])
+    made = exporting._write_onnx(student, DataInfo((1, 2, 2), 2, 1, 1, ("left", "right")), task(kind), tmp_path)
+    assert f"to {answer}, any batch size" in made.notes[0]
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    about = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+    assert [one.name for one in session.get_outputs()] == [answer]
+    assert (about["class_names"], about["task"], about["rows_are"]) == (["left", "right"], kind, task(kind).rows_are)
+
+
+def test_an_export_s_weights_and_configuration_name_the_classes(runs, tmp_path):
+    export(LoadedRun(runs["plain"]), folder=tmp_path)
+    about = json.loads((tmp_path / "config.json").read_text())
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["class_names"]) == list("0123456789")
+    assert about["label_names"] == about["kdkit"]["class_names"] == list("0123456789")
+    assert (about["kdkit"]["task"], about["kdkit"]["rows_are"]) == ("classification", "classes")
 
 
 def test_other_logits_in_onnx_are_an_error(runs, tmp_path, monkeypatch, capsys):
@@ -160,7 +185,7 @@ def test_a_network_that_onnx_cannot_express_is_an_error(tmp_path):
 
     student = kdkit.taps(Asking(), [])
     with pytest.raises(kdkit.ModelError, match="ONNX cannot express this network: "):
-        exporting._write_onnx(student, DataInfo((1, 2, 2), 4, 1, 1), tmp_path)
+        exporting._write_onnx(student, DataInfo((1, 2, 2), 4, 1, 1), task(), tmp_path)
     assert not list(tmp_path.iterdir())
 
 

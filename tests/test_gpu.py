@@ -3,7 +3,19 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_capture import GROUPS, LABELS, PLAIN_SCHEDULES, PLUGINS, beside_labels, compare, plainly, teacher, two_epochs, under, written  # noqa: F401
+from test_capture import (  # noqa: F401
+    FOR_ANY_NETWORK,
+    GROUPS,
+    LABELS,
+    PLAIN_SCHEDULES,
+    beside_labels,
+    compare,
+    plainly,
+    teacher,
+    two_epochs,
+    under,
+    written,
+)
 from test_cifar_recipes import ALL_METHODS, FILES, TINY
 from test_lockstep import VARIANTS, alone, jobs
 
@@ -45,7 +57,7 @@ def test_what_cannot_be_recorded_runs_as_before(loss, teacher, tmp_path, monkeyp
     assert PLAIN_LOSSES[loss] in reason
 
 
-@pytest.mark.parametrize("schedule", PLUGINS.schedules)
+@pytest.mark.parametrize("schedule", FOR_ANY_NETWORK)
 def test_a_recorded_schedule_is_the_plain_one(schedule, teacher, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.chdir(teacher.parent)
     reasons = compare(under(schedule, tmp_path, teacher, train=DEVICE), on_device, rtol=1e-3, atol=1e-3)

@@ -246,7 +246,7 @@ def test_a_claimed_run_is_told_with_the_way_out(tmp_path):
 def test_interrupted_they_all_go_on(tmp_path):
     names = ("response", "feature", "mutual")
     for name in names:
-        write(tmp_path, {**merged(BASE, VARIANTS[name]), "name": name}, f"{name}.yaml", train={"epochs": 6})
+        write(tmp_path, {**merged(BASE, VARIANTS[name]), "name": name}, f"{name}.yaml", train={"epochs": 4})
     script = tmp_path / "study.yaml"
     script.write_text(
         "name: s\nbase: response.yaml\nvariants:\n" + "".join(f"  {name}: {{recipe: {name}.yaml}}\n" for name in names) + "seeds: 1\n"

@@ -110,7 +110,7 @@ def test_check_tells_class_counts_that_differ(tmp_path):
         .replace("rkd_distance", "sp")
         .replace("teacher: penultimate", "teacher: '1'")
     )
-    with pytest.raises(RecipeError, match=r"r.yaml:4: teacher: .*logits \(4, 10\).*7 classes"):
+    with pytest.raises(RecipeError, match=r"r.yaml:4: teacher: .*gives \(4, 10\).*7 classes"):
         made(tmp_path, text)
 
 

@@ -148,7 +148,7 @@ def test_repeats_with_options_that_exclude_them_are_one_line(tmp_path, changes, 
 
 
 def test_repeats_need_augmentation():
-    with pytest.raises(ValueError, match="repeats needs augment or timm_augment"):
+    with pytest.raises(ValueError, match="repeats needs augment, timm_augment or joint_augment"):
         DataSpec(dataset={"use": "held"}, repeats=2)
     assert DataSpec(dataset={"use": "held"}, repeats=2, timm_augment=POLICY).repeats == 2
 

@@ -1,6 +1,7 @@
 """A run told to people: in words, in blocks, as a picture."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -10,8 +11,9 @@ from matplotlib import image
 
 import kdkit
 from kdkit import cli
+from kdkit.contracts.task import ScoreInfo
 from kdkit.runs.folder import RunFolder
-from kdkit.students import curves
+from kdkit.students import curves, show
 from kdkit.students.curves import Curve
 from kdkit.students.show import Story, brief, score_table
 
@@ -64,7 +66,20 @@ def test_a_finished_run_is_told(run, monkeypatch, capsys):
     assert f"{run.test['top1']:.2f}" in test and f"{run.test['agreement']:.2f}" in test
     assert f"{run.teacher['nll']:.4f}" in next(line for line in out.splitlines() if line.startswith("teacher, test"))
     assert "cross_entropy, weighted" in out and "top-1 %, validation" in out
+    assert re.search(r"^outputs +10: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 *$", out, re.MULTILINE)
     assert (run.folder / "curves.png").is_file() and str(run.folder / "curves.png") in out
+
+
+def test_scores_of_classes_are_told_in_a_line_for_each_kind():
+    parts = [ScoreInfo(name=f"ap/{name}", title=name, unit="%", part_of="AP") for name in ("cat", "dog", "eel")]
+    scores = [ScoreInfo(name="map", title="mAP", unit="%"), *parts, ScoreInfo(name="mae/x", title="x", digits=3, part_of="MAE")]
+    assert list(show._parts({"map": 1.0, "ap/cat": 50.0, "ap/eel": 99.5, "mae/x": 0.25}, scores)) == [
+        "AP %, test: cat 50.00, eel 99.50",
+        "MAE, test: x 0.250",
+    ]
+    many = [ScoreInfo(name=f"ap/{i}", title=f"n{i}", part_of="AP") for i in range(21)]
+    (line,) = show._parts({score.name: 1.0 for score in many}, many)
+    assert line.endswith("n19 1.00, ... (21 in all)") and "n20" not in line
 
 
 def scores_shown(folder):

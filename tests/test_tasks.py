@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from training import PLAIN, merged, task, train, write
 
 import kdkit
 from kdkit import recipe as recipes
+from kdkit.contracts.dataset_source import DataInfo
 from kdkit.contracts.records import Batch, Outputs
 from kdkit.contracts.synonyms import SYNONYMS
 from kdkit.recipe import registry
@@ -44,7 +46,10 @@ def test_standard_tasks_keep_their_promises(name):
 @pytest.mark.parametrize("name", TASKS)
 def test_the_usual_loss_of_a_task_is_there(name):
     loss = registry.load().losses[TASKS[name].default_loss]
-    assert loss.knowledge == "labels" and loss.for_tasks() & {name, TASKS[name].rows_are}
+    if TASKS[name].rows_are == "embeddings":  # learnt without labels
+        assert loss.knowledge == "feature" and loss.for_tasks() == "any"
+    else:
+        assert loss.knowledge == "labels" and loss.for_tasks() & {name, TASKS[name].rows_are}
 
 
 BROKEN = {
@@ -74,6 +79,7 @@ PIXELS = '''
 
 import kdkit
 import torch
+from PIL import Image
 
 
 class Quarters(kdkit.Task):
@@ -199,7 +205,7 @@ from kdkit_plugins.tasks.classification import Classification
 class Numbers(Classification):
     """The same with rows of numbers."""
 
-    name = "regression"
+    name = "numbered"
     rows_are = "numbers"
     default_loss = "logit_mse"
 
@@ -212,13 +218,30 @@ def kdkit_tasks():
 
 def test_options_for_classes_are_refused_for_a_task_with_other_rows(tmp_path):
     (tmp_path / "rows.py").write_text(ROWS)
-    recipe = {**PLAIN, "plugins": ["rows.py"], "task": "regression", "losses": [{"use": "logit_mse"}]}
+    recipe = {**PLAIN, "plugins": ["rows.py"], "task": "numbered", "losses": [{"use": "logit_mse"}]}
     cached = merged(recipe, {"teacher": {"cache": {"views": 1, "top_k": 2}}})
-    with pytest.raises(kdkit.RecipeError, match="keeps the likeliest classes, and task 'regression' has rows of numbers; leave it out"):
+    with pytest.raises(kdkit.RecipeError, match="keeps the likeliest classes, and task 'numbered' has rows of numbers; leave it out"):
         checks.make(recipes.load(write(tmp_path, cached)))
     run = LoadedRun(train(tmp_path, recipe).folder, plugins=[tmp_path / "rows.py"])
-    with pytest.raises(kdkit.DataError, match="task 'regression' has not one class for an image"):
-        next(predict_files(run, [tmp_path / "a.png"], device=torch.device("cpu")))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (said,) = predict_files(run, [tmp_path / "a.png"], device=torch.device("cpu"))
+    assert list(said.values) == list("012345") and all(isinstance(value, float) for value in said.values.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("classification", {"class": "b", "probability": 0.9}),
+        ("multilabel", {"labels": "b c", "a": 0.1, "b": 0.9, "c": 0.6}),
+        ("regression", {"a": 0.1, "b": 0.9, "c": 0.6}),
+    ],
+)
+def test_a_table_of_predictions_has_the_columns_of_the_task(name, expected):
+    info = DataInfo((3, 8, 8), 3, 1, 1, ("a", "b", "c"))
+    values = torch.tensor([[0.1, 0.9, 0.6]])
+    logits = {"classification": torch.tensor([[0.05, 0.9, 0.05]]).log(), "multilabel": values.logit(), "regression": values}[name]
+    (said,) = registry.load().tasks[name]().predicted(Outputs(logits), info)
+    assert {key: round(value, 5) if isinstance(value, float) else value for key, value in said.items()} == expected
 
 
 def test_losses_and_schedules_of_other_rows_are_refused(tmp_path):
@@ -226,13 +249,14 @@ def test_losses_and_schedules_of_other_rows_are_refused(tmp_path):
     layers = [{"student": "layer1", "teacher": "layer1"}]
     names = ["cross_entropy", "logit_kl", "logit_mse", "hint", "srrl"]
     losses = [{"use": name, **({"layers": layers} if name in ("hint", "srrl") else {})} for name in names]
-    path = write(tmp_path, {**PLAIN, "plugins": ["rows.py"], "task": {"use": "regression"}, "losses": losses})
+    path = write(tmp_path, {**PLAIN, "plugins": ["rows.py"], "task": {"use": "numbered"}, "losses": losses})
     with pytest.raises(kdkit.RecipeError) as told:
         recipes.load(path)
     lines = str(told.value).splitlines()
     assert len(lines) == 3, lines
     for name, line in zip(("cross_entropy", "logit_kl", "srrl"), lines, strict=True):
-        assert f"'{name}' is for classes, and task 'regression' has rows of numbers; its usual loss on labels is 'logit_mse'" in line
+        whose = "classes of samples" if name == "srrl" else "classes"
+        assert f"'{name}' is for {whose}, and task 'numbered' has rows of numbers; its usual loss on labels is 'logit_mse'" in line
 
 
 def test_a_task_that_says_nothing_is_that_of_the_dataset(tmp_path):
@@ -256,6 +280,7 @@ TAGS = '''
 
 import kdkit
 import torch
+from PIL import Image
 import torch.nn.functional as F
 
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from training import PATIENCE, PLAIN, PROCESSES, Command, merged, write
+from training import PATIENCE, PLAIN, PROCESSES, Command, forked, merged, write
 
 from kdkit import recipe
 from kdkit.cache import store as answer_store
@@ -233,7 +233,7 @@ def recipe_data(padding, flip):
 
 def test_a_cache_of_top_k_keeps_the_largest_probabilities_exactly():
     logits = torch.randn(50, 30) * 3
-    kept = KeptAnswers(CacheOptions(views=1, top_k=4, dtype="fp32"), 30, True, {})
+    kept = KeptAnswers(CacheOptions(views=1, top_k=4, dtype="fp32"), (30,), True, {})
     found = kept.unpack(kept.pack(Outputs(logits)), "teacher").logits
     own, read = logits.double().softmax(1), found.double().softmax(1)
     for row in range(50):
@@ -421,7 +421,7 @@ def rows_are_right(folder):
 
 
 def test_two_trainings_share_a_cache(tmp_path):
-    both = [PROCESSES.Process(target=train_in_a_process, args=(tmp_path, 4)) for _ in range(2)]
+    both = [forked(train_in_a_process, tmp_path, 4) for _ in range(2)]
     for one in both:
         one.start()
     for one in both:
@@ -433,7 +433,7 @@ def test_two_trainings_share_a_cache(tmp_path):
 @pytest.mark.parametrize("after", [0.01, 0.05])
 def test_a_killed_training_leaves_no_wrong_row_in_the_cache(tmp_path, after):
     mark = PROCESSES.Event()
-    one = PROCESSES.Process(target=train_in_a_process, args=(tmp_path, 10_000, mark))
+    one = forked(train_in_a_process, tmp_path, 10_000, mark)
     one.start()
     assert mark.wait(60)
     time.sleep(after)

@@ -170,6 +170,7 @@ def test_transformers_loads_the_exported_student(folder, run):
 
     made = export(LoadedRun(run.folder), folder=folder / "exported")
     network = AutoModelForSequenceClassification.from_pretrained(folder / "exported").eval()
+    assert network.config.id2label == dict(enumerate(LoadedRun(run.folder).info.class_names))
     ids = {"input_ids": torch.tensor([[2, 5, 6, 3]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
     with torch.no_grad():
         found = network(**ids).logits
