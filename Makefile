@@ -40,6 +40,7 @@ bench: $(VENV)/installed  ## kdkit against plain torch: a step, an epoch, the lo
 	$(BIN)/python benchmarks/teacher.py
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/epoch.py
+	$(BIN)/python benchmarks/segmentation.py
 	$(BIN)/python benchmarks/study.py
 	$(BIN)/python benchmarks/cache.py
 	$(BIN)/python benchmarks/startup.py

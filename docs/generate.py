@@ -23,6 +23,8 @@ from kdkit.contracts.dataset_source import DatasetOptions
 from kdkit.contracts.loss_options import LayerPair
 from kdkit.contracts.model_source import (
     CacheOptions,
+    CropOptions,
+    InputOptions,
     ModelOptions,
     Normalize,
     RecipeTeacher,
@@ -52,6 +54,16 @@ SECTIONS: list[tuple[str, type[Options], str]] = [
     ("data.augment", sections.BatchAugment, ""),
     ("data.timm_augment", sections.TimmAugment, ""),
     (
+        "data.joint_augment",
+        sections.JointAugment,
+        "See [how to distil segmentation](../how-to/segmentation.md).",
+    ),
+    (
+        "data.unlabelled",
+        sections.UnlabelledSpec,
+        "See [images without labels beside labelled ones](../how-to/unlabelled.md).",
+    ),
+    (
         "student, teacher",
         ModelOptions,
         (
@@ -60,6 +72,12 @@ SECTIONS: list[tuple[str, type[Options], str]] = [
         ),
     ),
     ("student.normalize, teacher.normalize", Normalize, ""),
+    (
+        "student.input, teacher.input",
+        InputOptions,
+        "See [other input for each network](../how-to/another-input.md).",
+    ),
+    ("student.input.crop, teacher.input.crop", CropOptions, ""),
     ("teacher", TeacherOptions, "These keys stand beside those of every model."),
     ("teacher, trained by another recipe", RecipeTeacher, ""),
     ("teacher.cache", CacheOptions, ""),
