@@ -33,6 +33,7 @@ from torch import Tensor
 
 import kdkit
 from kdkit.contracts.options import at_epoch
+from kdkit.contracts.task import serves
 from kdkit.recipe import registry
 from kdkit.study.step_memory import peak_memory
 from kdkit.testing.forms import Network
@@ -150,8 +151,10 @@ def subjects(
 
 
 def subject(cls: type[kdkit.Loss], place: str, shapes: Shapes, size: Size, batch: int) -> Subject:
-    reads_layers = (
-        "layers" in cls.Options.model_fields and cls.Options.model_fields["layers"].is_required()
+    layers = cls.Options.model_fields.get("layers")
+    # a default, such as `penultimate`, is a layer that these examples have not
+    reads_layers = layers is not None and (
+        layers.is_required() or cls.knowledge in ("feature", "relation")
     )
     options = (
         {"layers": [{"student": name, "teacher": name} for name in shapes]} if reads_layers else {}
@@ -369,7 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--losses", default="", help="names, separated by commas; all by default")
+    parser.add_argument("--losses", default="", help="names, separated by commas (default: all)")
     parser.add_argument("--size", choices=SIZES, default="cifar")
     parser.add_argument("--steps", type=int, default=7, help="timed runs of each form")
     parser.add_argument(
@@ -377,14 +380,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    known = registry.load().losses
+    plugins = registry.load()
+    known, task = plugins.losses, plugins.tasks["classification"]()
+    # the examples are images of classes; losses for other tasks cannot be tried on them
+    every = sorted(name for name, cls in known.items() if serves(cls.for_tasks(), task))
     table = Table(
         "loss", "on", "batch", "ms", "MiB", "naive, ms", "naive, MiB", "time", "memory", box=None
     )
     for column in table.columns[2:]:
         column.justify = "right"
     refused: list[str] = []
-    for name in options.losses.split(",") if options.losses else sorted(known):
+    for name in options.losses.split(",") if options.losses else every:
         try:
             for found in subjects(
                 known[name], SIZES[options.size], CASES[options.size].get(name, ())

@@ -1,11 +1,11 @@
 """What may differ between recipes that are compared, and what is told of the rest."""
 
 import pytest
+from training import PLAIN, write
 
 from kdkit import recipe
 from kdkit.errors import RecipeError
 from kdkit.recipe.fairness import Unequal, differences, refuse_unequal, unequal
-from tests.training import PLAIN, write
 
 OTHER_KNOWLEDGE = {"teacher": None, "schedule": {"use": "supervised"}, "losses": [{"use": "cross_entropy"}], "seed": 4}
 

@@ -7,14 +7,16 @@ import torch.nn.functional as F
 from loss_examples import OPTIONS
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from training import PATIENCE, forked
+from training import PATIENCE, forked, task
 
 import kdkit
+from kdkit.contracts.task import serves
 from kdkit.recipe import registry
 
 LOSSES = registry.load().losses
 ROWS, WORLD = 64, 2
-GATHERING = [name for name, cls in LOSSES.items() if "gather" in cls.Options.model_fields]
+TASK = task("classification")
+GATHERING = [name for name, cls in LOSSES.items() if "gather" in cls.Options.model_fields and serves(cls.for_tasks(), TASK)]
 PAIR = {"layers": [{"student": "b", "teacher": "b"}]}
 CASES = {  # by name, a loss and its options
     **{name: (name, {**OPTIONS.get(name, PAIR), "gather": True}) for name in GATHERING},

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from training import write
 
 from kdkit import recipe
 from kdkit.study.step_memory import peak_memory, step_memory
-from tests.training import write
 
 MLP = {
     "data": {"dataset": {"use": "digits"}, "train_samples": 100, "batch_size": 50},

@@ -6,6 +6,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
+from training import write as write_recipe
 
 from kdkit.errors import RecipeError
 from kdkit.recipe import registry
@@ -13,7 +14,6 @@ from kdkit.recipe.yaml_source import Source
 from kdkit.study import loading as study_file
 from kdkit.study import spec as study_schema
 from kdkit.study import variants
-from tests.training import write as write_recipe
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 

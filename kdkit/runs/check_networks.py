@@ -399,8 +399,9 @@ def compare_checkpoints(factory: ModelFactory) -> list[str]:
         except ModelError as error:
             # A network that cannot be built is told at its name, a file that does not fit it at the
             # file.
-            kinds = {CheckpointError: "checkpoint", InputError: "input"}
-            key = kinds.get(type(error), "model")
+            kinds = {"checkpoint": CheckpointError, "input": InputError}
+            found = (key for key, kind in kinds.items() if isinstance(error, kind))
+            key = next(found, "model")
             problems.append(
                 factory.recipe.problem([*place, key], str(error).removeprefix("model: "))
             )

@@ -174,7 +174,7 @@ def test_a_loss_reads_the_network_of_who_teaches(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"assistants": [{"model": "mpl/16"}]}, "schedule.assistants.0.model: no model source is called 'mpl'; did you mean 'mlp'?"),
+        ({"assistants": [{"model": "mlpp/16"}]}, "schedule.assistants.0.model: no model source is called 'mlpp'; did you mean 'mlp'?"),
         ({"assistants": [{"model": "mlp/1x"}]}, "schedule.assistants.0.model: "),
         ({"assistants": [{"model": "mlp/16", "stem": "small"}]}, "schedule.assistants.0.stem: no such key"),
         ({"assistants": []}, "needs at least 1"),
