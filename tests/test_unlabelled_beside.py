@@ -104,7 +104,8 @@ def test_augmentation_is_by_sample_and_copies_have_views_of_their_own():
 def test_targets_of_several_numbers_and_of_masks(tmp_path):
     batch = next(loader(dims=2).train.epoch(0))
     assert (batch.labels[4:] == -1).all() and (batch.labels[:4] >= 0).all()
-    spec = write_masks(lay_out(tmp_path), data={"train_samples": 4, "unlabelled": {"share": 0.5}})
+    smaller = {"scale": [0.5, 0.9]}  # than the crop, which is then padded
+    spec = write_masks(lay_out(tmp_path), data={"train_samples": 4, "unlabelled": {"share": 0.5}, "joint_augment": smaller})
     found = recipes.load(spec)
     data = prepare(found.spec.data, found.dataset(), found.task, seed=0, device=CPU)
     batches = [batch for epoch in range(3) for batch in data.train.epoch(epoch)]
