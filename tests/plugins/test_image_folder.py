@@ -16,15 +16,14 @@ import torch
 from kdkit_plugins.datasets import _archive
 from kdkit_plugins.datasets.image_folder import ImageFolder, ImageFolderOptions
 from PIL import Image
-from training import task
+from training import PLAIN, task
+from training import write as write_recipe
 
 from kdkit import recipe
 from kdkit.data.loaders import prepare
 from kdkit.errors import DataError, RecipeError
 from kdkit.recipe.sections import DataSpec, TimmAugment
 from kdkit.runs import checks
-from tests.training import PLAIN
-from tests.training import write as write_recipe
 
 CPU = torch.device("cpu")
 
