@@ -92,7 +92,8 @@ class _Both:
     labels: Sequence[Any] = ()
 
     def __init__(self, part: Pairs, other: Pairs | None, known: Tensor) -> None:
-        self._part, self._other, self._known = part, other, known
+        self._part, self._other = part, other
+        self._known = known
 
     def __len__(self) -> int:
         return len(self._part) + (0 if self._other is None else len(self._other))
@@ -246,7 +247,8 @@ class BesideLoader:
     ) -> None:
         self.labels, self.indices = images.labels, images.indices
         self.num_samples = len(images.indices)
-        self._labelled, self._images, self._whole = labelled, images, whole
+        self._labelled = labelled
+        self._images, self._whole = images, whole
         self._size = size
         self._seed = subseed(seed, "unlabelled")
         self._rank, self._world = rank, world

@@ -32,7 +32,8 @@ class Together:
         self, spec: DataSpec, task: Task, info: DataInfo, seed: int, augment: JointAugment | None
     ) -> None:
         self.size, self.interpolation = spec.size, spec.interpolation
-        self.task, self.info, self.seed = task, info, seed
+        self.task, self.info = task, info
+        self.seed = seed
         shape = info.train_shape if augment else info.image_shape
         self.shape = (shape[1], shape[2])
         self.augmented = (

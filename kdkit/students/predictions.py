@@ -108,7 +108,8 @@ def _as_large_as(file: Path, values: Mapping[str, Any], run: LoadedRun) -> dict[
 
 
 def _batches(run: LoadedRun, files: Sequence[Path], device: torch.device) -> Iterator[Batch]:
-    spec, task, info = run.recipe.spec, run.recipe.task, run.info
+    spec, task = run.recipe.spec, run.recipe.task
+    info = run.info
     one_size = for_measuring(spec.data, info.image_shape)
     moving = Together(spec.data, task, info, spec.seed, None) if task.moves else None
     everything = torch.arange(len(files))

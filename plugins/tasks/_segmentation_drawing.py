@@ -16,7 +16,8 @@ IGNORED = 255
 PANEL = 2.5  # inches
 ACROSS = 3  # panels in a row, so that they can be read on a page
 # none of them is a class's colour
-GREY, RIGHT, WRONG, BOTH_WRONG = (0.88,) * 3, (0.0,) * 3, (1.0, 0.0, 0.9), (0.6,) * 3
+GREY, BOTH_WRONG = (0.88,) * 3, (0.6,) * 3
+RIGHT, WRONG = (0.0,) * 3, (1.0, 0.0, 0.9)
 
 
 def draw(example: kdkit.Example, info: kdkit.DataInfo) -> Any:
