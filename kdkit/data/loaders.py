@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from kdkit.contracts.dataset_source import DataInfo, DatasetSource, InMemory, Pairs, Stream, Texts
-from kdkit.contracts.inputs import Shape, is_text
-from kdkit.contracts.options import SIDE
 from kdkit.contracts.records import Batch
 from kdkit.contracts.schedule import Arrange
 from kdkit.contracts.task import Task
@@ -24,6 +22,7 @@ from kdkit.data import beside, streams
 from kdkit.data.augment import permutation, subseed
 from kdkit.data.images import Finish, HeldImages, Images, Pictures, ReadImages, View
 from kdkit.data.labels import Part, as_values, described, labels_of, split
+from kdkit.data.sizes import as_batched, measured_batch_size, unshared
 from kdkit.data.subsets import balanced, choose
 from kdkit.data.texts import HeldTexts
 from kdkit.data.together import Together
@@ -33,11 +32,6 @@ from kdkit.recipe.sections import DataSpec
 
 MOST_VIEWS = 1 << 40
 """Copy c of a repeated image has views from c * 2^40 on, beyond a stage's further views."""
-
-LARGEST_IMAGE = 4 * SIDE**2
-"""Maximum number of values in one image."""
-
-FOR_IMAGES = ("image_size", "augment", "timm_augment", "joint_augment")
 
 
 class TrainLoader(Protocol):
@@ -223,62 +217,6 @@ class _OrderedLoader:
         return _OrderedLoader(self._images, self._batch_size, rank=0, world=1)
 
 
-def measured_batch_size(spec: DataSpec, task: Task) -> int:
-    """Return the number of samples in an evaluation batch of a process."""
-    # an answer that is as large as an image takes much memory
-    return min(spec.eval_batch_size, spec.batch_size) if task.moves else spec.eval_batch_size
-
-
-def as_batched(spec: DataSpec, task: Task, info: DataInfo) -> DataInfo:
-    """Return the properties of the data as batches have them.
-
-    Raises:
-        DataError: see `image_shape`; or the augmentation is not one for this task.
-    """
-    shape = image_shape(spec, info)
-    for key in ("augment", "timm_augment"):
-        if task.moves and getattr(spec, key) is not None:
-            raise DataError(
-                f"data.{key}: moves images, and would leave the targets of task '{task.name}'"
-                " where they are; use `joint_augment`"
-            )
-    if spec.joint_augment is not None and not task.moves:
-        raise DataError(
-            f"data.joint_augment: the targets of task '{task.name}' do not move with images; use"
-            " `augment` or `timm_augment`"
-        )
-    crop = spec.joint_augment.crop if spec.joint_augment else None
-    return replace(info, image_shape=shape, crop=None if crop == shape[1:] else crop)
-
-
-def image_shape(spec: DataSpec, info: DataInfo) -> Shape:
-    """Return the shape (C, H, W) of measured images; for texts, at most N tokens (N,).
-
-    Raises:
-        DataError: the dataset's images have many sizes and `data.image_size` is not set, or are too
-            large; image options are set for texts.
-    """
-    if is_text(info.image_shape):
-        if asked := [key for key in FOR_IMAGES if getattr(spec, key) is not None]:
-            raise DataError(
-                f"data.{asked[0]}: is for images, and dataset '{spec.dataset.use}' has texts"
-            )
-        return info.image_shape
-    channels, height, width = info.image_shape
-    if spec.size is not None:
-        height, width = spec.size
-    if not height or not width:
-        raise DataError(
-            f"data.image_size: dataset '{spec.dataset.use}' has images of many sizes, so it must"
-            " be set"
-        )
-    if channels * height * width > LARGEST_IMAGE:
-        raise DataError(
-            f"images {(channels, height, width)} have more than {LARGEST_IMAGE:,} values"
-        )
-    return channels, height, width
-
-
 def prepare(
     spec: DataSpec,
     source: DatasetSource,
@@ -314,19 +252,6 @@ def prepare(
     other = None if unlabelled is None else split(unlabelled, "train", unlabelled.info())
     train, validation = build.train(split(source, "train", info), other)
     return Data(build.info, train, validation, build.test(split(source, "test", info)))
-
-
-def unshared(spec: DataSpec, world: int) -> tuple[str, str] | None:
-    """Explain why processes cannot share a batch equally: the key below `data`, and the reason;
-    None if they can.
-    """
-    equally = f"cannot be shared equally by {world} processes"
-    if spec.batch_size % world:
-        return "batch_size", f"{spec.batch_size} images {equally}"
-    if spec.labelled_size % world:
-        labelled = f"{spec.labelled_size} of {spec.batch_size} images have labels"
-        return "unlabelled.share", f"{labelled}, which {equally}"
-    return None
 
 
 @dataclass(frozen=True)

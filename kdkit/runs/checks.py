@@ -14,7 +14,7 @@ import torch
 
 from kdkit.contracts.dataset_source import DataInfo
 from kdkit.contracts.model_source import Meaning, TeacherOptions
-from kdkit.data import loaders
+from kdkit.data import sizes
 from kdkit.data.subsets import images_per_epoch, samples
 from kdkit.errors import ModelError
 from kdkit.recipe import Recipe, fetching, teacher_recipes
@@ -59,7 +59,7 @@ class _Planner(Checks):
             info = self.data.info(source)
             with self.report.at("data"):
                 # The size in a batch, which `data.image_size` may change.
-                info = loaders.as_batched(spec.data, self.recipe.task, info)
+                info = sizes.as_batched(spec.data, self.recipe.task, info)
                 num_train = samples(spec.data, info.num_train)
                 if num_train < (size := spec.data.labelled_size):
                     raise self.recipe.error(

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from kdkit.contracts.dataset_source import DataInfo
-from kdkit.data import loaders
+from kdkit.data import loaders, sizes
 from kdkit.data.mixing import MixedLoader
 from kdkit.data.mixing import options_of as mixing_options
 from kdkit.engine.evaluate import Judge
@@ -114,7 +114,7 @@ class Prepared:
         _, world = of_launch()
         with agreed():
             info = info or checks.make(recipe, say or Reporter(quiet=quiet).say).info
-            if problem := loaders.unshared(recipe.spec.data, world):
+            if problem := sizes.unshared(recipe.spec.data, world):
                 key, says = problem
                 raise recipe.error(["data", *key.split(".")], says)
             folder.check(recipe, restart=restart)

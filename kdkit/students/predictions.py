@@ -15,7 +15,7 @@ from kdkit import spreadsheets
 from kdkit.contracts.inputs import is_text
 from kdkit.contracts.records import Batch
 from kdkit.data.images import Finish, ReadImages
-from kdkit.data.loaders import measured_batch_size
+from kdkit.data.sizes import measured_batch_size
 from kdkit.data.together import Together, unfitted
 from kdkit.data.transforms import for_measuring
 from kdkit.errors import DataError
