@@ -31,7 +31,7 @@ from kdkit.contracts.model_source import (
     TeacherOptions,
 )
 from kdkit.contracts.options import Options, Ramp
-from kdkit.recipe import catalogue, registry, sections
+from kdkit.recipe import catalogue, data_section, registry, sections
 from kdkit.recipe.types import recipe_type
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,22 +45,22 @@ SECTIONS: list[tuple[str, type[Options], str]] = [
     ("recipe", sections.RecipeBase, ""),
     ("task", sections.TaskEntry, "Each task plugin adds [options of its own](plugins.md#tasks)."),
     ("metrics", sections.MetricEntry, ""),
-    ("data", sections.DataSpec, ""),
+    ("data", data_section.DataSpec, ""),
     (
         "data.dataset",
-        sections.DatasetEntry,
+        data_section.DatasetEntry,
         "Each dataset plugin adds [options of its own](plugins.md#datasets).",
     ),
-    ("data.augment", sections.BatchAugment, ""),
-    ("data.timm_augment", sections.TimmAugment, ""),
+    ("data.augment", data_section.BatchAugment, ""),
+    ("data.timm_augment", data_section.TimmAugment, ""),
     (
         "data.joint_augment",
-        sections.JointAugment,
+        data_section.JointAugment,
         "See [how to distil segmentation](../how-to/segmentation.md).",
     ),
     (
         "data.unlabelled",
-        sections.UnlabelledSpec,
+        data_section.UnlabelledSpec,
         "See [images without labels beside labelled ones](../how-to/unlabelled.md).",
     ),
     (

@@ -5,7 +5,7 @@ import torch
 from test_data import CLASSES, CROPS, KINDS, Held, data, every_kind, random_images, same, spec
 
 from kdkit.contracts.dataset_source import InMemory
-from kdkit.data.loaders import balanced
+from kdkit.data.subsets import balanced
 from kdkit.errors import DataError
 
 SIZES = (28, 9, 2, 1)

@@ -20,7 +20,7 @@ from kdkit.data.augment import crop_flip, draw_crop_flip
 from kdkit.data.loaders import Data, prepare
 from kdkit.data.subsets import choose, stratified_order
 from kdkit.errors import DataError
-from kdkit.recipe.sections import BatchAugment, DataSpec, TimmAugment
+from kdkit.recipe.data_section import BatchAugment, DataSpec, TimmAugment
 
 CPU = torch.device("cpu")
 SIZE, CLASSES = 12, 4

@@ -1,5 +1,6 @@
 """What is exported gives the student's logits: in timm, in ONNX Runtime, in kdkit, in the user's own code."""
 
+import importlib.util
 import json
 import shutil
 import sys
@@ -15,7 +16,7 @@ from training import task
 import kdkit
 from kdkit import cli
 from kdkit.contracts.dataset_source import DataInfo
-from kdkit.students import export as exporting
+from kdkit.students import export_onnx
 from kdkit.students.export import export
 from kdkit.students.loaded import LoadedRun
 
@@ -153,7 +154,7 @@ def test_other_tasks_name_their_outputs(kind, answer, tmp_path):
     import onnxruntime
 
     student = kdkit.taps(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), [])
-    made = exporting._write_onnx(student, DataInfo((1, 2, 2), 2, 1, 1, ("left", "right")), task(kind), tmp_path)
+    made = export_onnx.write_onnx(student, DataInfo((1, 2, 2), 2, 1, 1, ("left", "right")), task(kind), tmp_path)
     assert f"to {answer}, any batch size" in made.notes[0]
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     about = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
@@ -171,7 +172,7 @@ def test_an_export_s_weights_and_configuration_name_the_classes(runs, tmp_path):
 
 
 def test_other_logits_in_onnx_are_an_error(runs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(exporting, "TOLERANCE", -1.0)
+    monkeypatch.setattr(export_onnx, "TOLERANCE", -1.0)
     assert run_cli(monkeypatch, "export", runs["mlp"], "--format", "onnx", "--output", tmp_path) == 2
     said = capsys.readouterr().err
     assert "gives other logits than torch" in said and len(said.splitlines()) == 1
@@ -185,13 +186,13 @@ def test_a_network_that_onnx_cannot_express_is_an_error(tmp_path):
 
     student = kdkit.taps(Asking(), [])
     with pytest.raises(kdkit.ModelError, match="ONNX cannot express this network: "):
-        exporting._write_onnx(student, DataInfo((1, 2, 2), 4, 1, 1), task(), tmp_path)
+        export_onnx.write_onnx(student, DataInfo((1, 2, 2), 4, 1, 1), task(), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_extra_is_one_line(runs, monkeypatch, capsys):
-    find = exporting.importlib.util.find_spec
-    monkeypatch.setattr(exporting.importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find(name))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find(name))
     assert run_cli(monkeypatch, "export", runs["mlp"], "--format", "onnx") == 2
     assert capsys.readouterr().err == "--format onnx needs onnxruntime: pip install kdkit[export]\n"
 

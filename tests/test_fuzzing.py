@@ -15,7 +15,8 @@ from kdkit import cli, recipe
 from kdkit.contracts.model_source import CacheOptions, RecipeTeacher, StudentOptions, TeacherOptions
 from kdkit.errors import KdkitError
 from kdkit.recipe import registry
-from kdkit.recipe.sections import BatchAugment, DataSpec, EmaSpec, LrScheduleSpec, MixupSpec, OptimizerSpec, RunSpec, TimmAugment, TrainSpec
+from kdkit.recipe.data_section import BatchAugment, DataSpec, TimmAugment
+from kdkit.recipe.sections import EmaSpec, LrScheduleSpec, MixupSpec, OptimizerSpec, RunSpec, TrainSpec
 from kdkit.recipe.yaml_source import parse_overrides
 from kdkit.runs import checks, training
 from kdkit.study import loading

@@ -8,10 +8,10 @@ from training import PLAIN, Command, together, weights, write
 from kdkit import recipe
 from kdkit.data import augment
 from kdkit.data.augment import draw_crop_flip, permutation
-from kdkit.data.loaders import MOST_VIEWS
+from kdkit.data.indexed import MOST_VIEWS
 from kdkit.engine.trainer import MOST_EPOCHS
 from kdkit.errors import DataError, RecipeError
-from kdkit.recipe.sections import DataSpec
+from kdkit.recipe.data_section import DataSpec
 from kdkit.runs import checks
 
 

@@ -18,7 +18,7 @@ from kdkit.data.together import fitted, unfitted
 from kdkit.engine.evaluate import Tally
 from kdkit.errors import DataError, RecipeError
 from kdkit.recipe import registry
-from kdkit.recipe.sections import DataSpec
+from kdkit.recipe.data_section import DataSpec
 from kdkit.runs import checks
 from kdkit.runs.run import Run
 from kdkit.students.loaded import LoadedRun

@@ -226,7 +226,7 @@ def test_a_slot_of_the_cache_is_one_picture_of_an_image():
 
 
 def recipe_data(padding, flip):
-    from kdkit.recipe.sections import BatchAugment, DatasetEntry, DataSpec
+    from kdkit.recipe.data_section import BatchAugment, DatasetEntry, DataSpec
 
     return DataSpec(dataset=DatasetEntry(use="synthetic"), augment=BatchAugment(crop_padding=padding, flip=flip))
 

@@ -20,7 +20,7 @@ from kdkit.contracts.records import Outputs
 from kdkit.data.loaders import prepare
 from kdkit.errors import DataError, RecipeError
 from kdkit.models.tapped import TappedModel
-from kdkit.recipe.sections import DataSpec
+from kdkit.recipe.data_section import DataSpec
 from kdkit.runs import checks
 from kdkit.students.export import export
 from kdkit.students.loaded import LoadedRun

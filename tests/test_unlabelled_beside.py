@@ -16,7 +16,7 @@ from kdkit.contracts.schedule import Lesson
 from kdkit.data.loaders import prepare
 from kdkit.engine.objective import build
 from kdkit.errors import DataError, Interrupted, RecipeError, ShapeError
-from kdkit.recipe.sections import DataSpec
+from kdkit.recipe.data_section import DataSpec
 from kdkit.runs import checks
 from kdkit.runs.fill_caches import fill
 from kdkit.runs.run import Run

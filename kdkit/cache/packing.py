@@ -15,7 +15,7 @@ from kdkit.contracts.records import Outputs
 from kdkit.data.augment import crop_flip_count, draw_crop_flip
 from kdkit.errors import RunError
 from kdkit.models.tapped import features_only
-from kdkit.recipe.sections import DataSpec
+from kdkit.recipe.data_section import DataSpec
 
 TYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 VALUES = "logits.values"

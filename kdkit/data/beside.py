@@ -20,7 +20,7 @@ from kdkit.data.labels import Part
 from kdkit.data.subsets import samples, validation_count
 from kdkit.data.transforms import resized
 from kdkit.errors import DataError
-from kdkit.recipe.sections import DataSpec
+from kdkit.recipe.data_section import DataSpec
 
 
 def described(spec: DataSpec, info: DataInfo, source: DatasetSource | None, task: Task) -> DataInfo:

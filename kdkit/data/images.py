@@ -17,7 +17,7 @@ from kdkit.data.transforms import MODES, Transform
 from kdkit.data.workers import leave_to_parent
 from kdkit.errors import DataError
 from kdkit.launching import WORKER_ENDED, told_of_another
-from kdkit.recipe.sections import BatchAugment
+from kdkit.recipe.data_section import BatchAugment
 
 View = int | Tensor
 """The number of the augmentation: one for all images, or one for each, (B,) int64."""

@@ -7,7 +7,7 @@ can be reproduced, with any number of processes and workers.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,19 +19,16 @@ from kdkit.contracts.records import Batch
 from kdkit.contracts.schedule import Arrange
 from kdkit.contracts.task import Task
 from kdkit.data import beside, streams
-from kdkit.data.augment import permutation, subseed
-from kdkit.data.images import Finish, HeldImages, Images, Pictures, ReadImages, View
+from kdkit.data.images import Finish, HeldImages, Images, Pictures, ReadImages
+from kdkit.data.indexed import OrderedLoader, ShuffledLoader
 from kdkit.data.labels import Part, as_values, described, labels_of, split
 from kdkit.data.sizes import as_batched, measured_batch_size, unshared
-from kdkit.data.subsets import balanced, choose
+from kdkit.data.subsets import choose
 from kdkit.data.texts import HeldTexts
 from kdkit.data.together import Together
 from kdkit.data.transforms import Transform, for_measuring, for_training, resized
 from kdkit.errors import DataError
-from kdkit.recipe.sections import DataSpec
-
-MOST_VIEWS = 1 << 40
-"""Copy c of a repeated image has views from c * 2^40 on, beyond a stage's further views."""
+from kdkit.recipe.data_section import DataSpec
 
 
 class TrainLoader(Protocol):
@@ -104,117 +101,6 @@ class Data:
     train: TrainLoader
     validation: EvalLoader | None
     test: EvalLoader
-
-
-class _ShuffledLoader:
-    """Epochs over images with random access.
-
-    With `data.repeats` R, position p of an epoch shows image p // R of its order, as copy p % R,
-    each in a view of its own (Hoffer et al. 2020; timm's RepeatAugSampler): an epoch keeps its
-    length, and shows an R-th of the images. With `data.sampling: balanced`, the classes come
-    equally often, and the copies of an image are views of their own too.
-    """
-
-    indexed = True
-
-    def __init__(
-        self, images: Images, task: Task, spec: DataSpec, seed: int, rank: int, world: int
-    ) -> None:
-        self.labels = images.labels
-        self._groups = None if task.moves else task.strata(images.labels)
-        if self._groups is None and spec.repeating == "sampling":
-            raise DataError(
-                f"data.sampling: targets of task '{task.name}' make no groups to balance"
-            )
-        self.indices = images.indices
-        self.num_samples = len(images.indices)
-        self._images = images
-        self._seed = seed
-        self._rank = rank
-        self._world = world
-        self._batch_size = spec.labelled_size
-        self._repeats = spec.repeats
-        self._repeating = spec.repeating
-        # every process has a share of the last batch too, of equal size
-        unit = spec.labelled_size if spec.drop_last else world
-        self._used = self.num_samples - self.num_samples % unit
-
-    def __len__(self) -> int:
-        return -(-self._used // self._batch_size)
-
-    def epoch(
-        self, number: int, start: int = 0, view: int | None = None, arrange: Arrange | None = None
-    ) -> Iterator[Batch]:
-        plan, views = self.plan(number, start, number if view is None else view, arrange)
-        return self._images.batches(plan, views)
-
-    def plan(
-        self, number: int, start: int, view: int, arrange: Arrange | None
-    ) -> tuple[list[Tensor], Sequence[View]]:
-        """Return the numbers of the images of each of this process's batches, and their views."""
-        if arrange is not None and self._repeating:
-            raise DataError(
-                f"data.{self._repeating}: the schedule chooses which images come together; leave"
-                f" {self._repeating} out"
-            )
-        order, copies = self._draw(number)
-        if arrange is not None:
-            if self._groups is None:
-                raise DataError("the schedule brings samples together that the task does not group")
-            order = arrange(order, self._groups.to(order.device)[order], self._batch_size)
-            # steps and checkpoints count on it
-            assert len(order) == self._used, "an arrangement keeps the number of images"
-        plan = self._shares(order, start)
-        views: Sequence[View] = [view] * len(plan)
-        # each copy in a view of its own, or an image would come twice the same
-        if self._repeating:
-            views = self._shares(view + copies * MOST_VIEWS, start)
-        return plan, views
-
-    def _draw(self, number: int) -> tuple[Tensor, Tensor]:
-        """Draw the image at each place of an epoch, and the number of its copy, both (used,)."""
-        shuffled = permutation(self._seed, number, self.num_samples)
-        if self._repeating == "sampling" and self._groups is not None:
-            order, copies = balanced(shuffled, self._groups.to(shuffled.device))
-            # `order` has the classes in turn; a batch is to be a random sample
-            mixed = permutation(subseed(self._seed, "balanced"), number, self.num_samples)
-            mixed = mixed[: self._used]
-            return order[mixed], copies[mixed]
-        positions = torch.arange(self._used)
-        return shuffled[positions // self._repeats], positions % self._repeats
-
-    def _shares(self, whole: Tensor, start: int) -> list[Tensor]:
-        """Return this process's share of every batch, a contiguous slice."""
-        batches = torch.split(whole, self._batch_size)[start:]
-        # copies of one image go to different processes, as in timm
-        if self._repeats > 1:
-            return [batch[self._rank :: self._world] for batch in batches]
-        return [batch.chunk(self._world)[self._rank] for batch in batches]
-
-
-class _OrderedLoader:
-    """Every image once, in order, without augmentation."""
-
-    def __init__(self, images: Images, batch_size: int, rank: int, world: int) -> None:
-        self.num_samples = len(images.indices)
-        # a process without images would have no score to contribute
-        if self.num_samples < world:
-            raise DataError(
-                f"{self.num_samples} images to measure on cannot be shared by {world} processes"
-            )
-        self._images, self._batch_size = images, batch_size
-        # no image twice: padding to equal shares would count some of them twice in a score
-        own = torch.arange(rank, self.num_samples, world)
-        self._plan: Sequence[Tensor] = torch.split(own, batch_size) if len(own) else ()
-
-    def __len__(self) -> int:
-        return len(self._plan)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self._images.batches(self._plan, [None] * len(self._plan))
-
-    def whole(self) -> EvalLoader:
-        return _OrderedLoader(self._images, self._batch_size, rank=0, world=1)
 
 
 def prepare(
@@ -291,8 +177,8 @@ class _Builder:
         images = self._images(part, labels, chosen, finish, training=True)
         return self._shuffled(images), validation
 
-    def _shuffled(self, images: Images) -> _ShuffledLoader:
-        return _ShuffledLoader(images, self.task, self.spec, self.seed, self.rank, self.world)
+    def _shuffled(self, images: Images) -> ShuffledLoader:
+        return ShuffledLoader(images, self.task, self.spec, self.seed, self.rank, self.world)
 
     def test(self, part: Part) -> EvalLoader:
         if isinstance(part, Stream):
@@ -329,7 +215,7 @@ class _Builder:
         self, part: Pairs | InMemory | Texts, labels: Tensor | None, indices: Tensor
     ) -> EvalLoader:
         images = self._images(part, labels, indices, self._plain, training=False)
-        return _OrderedLoader(
+        return OrderedLoader(
             images, measured_batch_size(self.spec, self.task), self.rank, self.world
         )
 

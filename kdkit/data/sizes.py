@@ -9,7 +9,7 @@ from kdkit.contracts.inputs import Shape, is_text
 from kdkit.contracts.options import SIDE
 from kdkit.contracts.task import Task
 from kdkit.errors import DataError
-from kdkit.recipe.sections import DataSpec
+from kdkit.recipe.data_section import DataSpec
 
 LARGEST_IMAGE = 4 * SIDE**2
 """Maximum number of values in one image."""

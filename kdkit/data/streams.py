@@ -20,7 +20,7 @@ from kdkit.data.images import Broken, Finish, Moved, intact, loaded, stack
 from kdkit.data.transforms import Transform
 from kdkit.data.workers import leave_to_parent
 from kdkit.errors import DataError
-from kdkit.recipe.sections import DataSpec
+from kdkit.recipe.data_section import DataSpec
 
 Sample = tuple[Moved | Broken, Any, int]
 

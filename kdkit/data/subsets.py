@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kdkit.data.augment import bits, subseed
 from kdkit.errors import DataError
-from kdkit.recipe.sections import DataSpec
+from kdkit.recipe.data_section import DataSpec
 
 
 def stratified_order(labels: Tensor, seed: int) -> Tensor:

@@ -14,7 +14,7 @@ from kdkit.contracts.task import Task
 from kdkit.data.augment import sample_seed
 from kdkit.data.transforms import seeded, with_channels
 from kdkit.errors import DataError
-from kdkit.recipe.sections import DataSpec, JointAugment, Size
+from kdkit.recipe.data_section import DataSpec, JointAugment, Size
 
 
 class Together:

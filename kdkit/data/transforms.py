@@ -16,7 +16,7 @@ from kdkit.contracts.inputs import Shape
 from kdkit.data.augment import sample_seed
 from kdkit.errors import DataError
 from kdkit.randomness import restored
-from kdkit.recipe.sections import DataSpec, TimmAugment
+from kdkit.recipe.data_section import DataSpec, TimmAugment
 
 Transform = Callable[[tuple[Any, Any], int, int], Tensor | tuple[Tensor, Tensor]]
 """((PIL image, target), view, sample index) -> uint8 (C, H, W); with the target, if it moves with

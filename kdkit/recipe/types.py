@@ -13,17 +13,9 @@ from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, crea
 from kdkit.contracts.model_source import ModelOptions, RecipeTeacher, StudentOptions, TeacherOptions
 from kdkit.contracts.options import Options
 from kdkit.errors import ModelError, suggest
+from kdkit.recipe.data_section import DatasetEntry, DataSpec, UnlabelledSpec
 from kdkit.recipe.registry import Registry
-from kdkit.recipe.sections import (
-    DatasetEntry,
-    DataSpec,
-    LossEntry,
-    RecipeBase,
-    ScheduleEntry,
-    TaskEntry,
-    UnlabelledSpec,
-    named,
-)
+from kdkit.recipe.sections import LossEntry, RecipeBase, ScheduleEntry, TaskEntry, named
 
 DEFAULT_SOURCE = "timm"
 RECIPE = "recipe"  # key of a teacher that another recipe trains

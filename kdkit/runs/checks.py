@@ -20,9 +20,10 @@ from kdkit.errors import ModelError
 from kdkit.recipe import Recipe, fetching, teacher_recipes
 from kdkit.runs import check_caches as cache_plan
 from kdkit.runs.check_data import DataChecks
-from kdkit.runs.check_networks import NetworkChecks, compare_checkpoints
+from kdkit.runs.check_networks import NetworkChecks
 from kdkit.runs.check_report import Checks, Report
 from kdkit.runs.check_stages import StageChecks
+from kdkit.runs.check_weights import compare_checkpoints
 from kdkit.runs.networks import ModelFactory
 from kdkit.runs.plan import Plan
 from kdkit.runs.trained_teachers import TrainedTeacher

@@ -21,7 +21,7 @@ from kdkit.data.augment import crop_flip
 from kdkit.data.loaders import TrainLoader
 from kdkit.engine.trainer import build_accelerator
 from kdkit.recipe import Recipe
-from kdkit.recipe.sections import DataSpec
+from kdkit.recipe.data_section import DataSpec
 from kdkit.runs import checks, training
 from kdkit.runs.networks import ModelFactory
 from kdkit.runs.progress import Reporter

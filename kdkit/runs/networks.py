@@ -39,7 +39,7 @@ from kdkit.models.given_answers import Reading
 from kdkit.models.inheritance import inherit
 from kdkit.models.tapped import TappedModel
 from kdkit.randomness import seeded
-from kdkit.recipe import Recipe, content_of, models_in
+from kdkit.recipe import Recipe, content_of
 from kdkit.recipe.sections import LossEntry
 from kdkit.runs import wanted
 from kdkit.runs.frozen import FrozenModels
@@ -158,25 +158,25 @@ class ModelFactory:
         """Copy a teacher's tensors into a student; the teacher's weights are read again, because
         the teachers in use may be folded.
         """
-        wanted = options.init if isinstance(options, StudentOptions) else None
-        if wanted is None:
+        begins = options.init if isinstance(options, StudentOptions) else None
+        if begins is None:
             return
         names = list(self.recipe.spec.all_teachers())
-        known = self.teacher_options(wanted.from_)
+        known = self.teacher_options(begins.from_)
         assert known is not None
         donor, source = (
-            self._build(wanted.from_, known, (), names.index(wanted.from_)),
+            self._build(begins.from_, known, (), names.index(begins.from_)),
             self.recipe.model_source(options),
         )
         try:
             self.inherited = inherit(
                 student.module,
                 donor.module,
-                wanted.layers,
+                begins.layers,
                 functools.partial(source.rename, module=student.module),
             )
         except ModelError as error:
-            place = [*self._place_of("student", options), "init"]
+            place = [*wanted.place_of(self.recipe, "student", options), "init"]
             raise self.recipe.error(place, str(error)) from error
 
     def models(self) -> list[TappedModel]:
@@ -401,14 +401,8 @@ class ModelFactory:
             if isinstance(error, CheckpointError)
             else "model"
         )
-        place = [*self._place_of(section, options), key]
+        place = [*wanted.place_of(self.recipe, section, options), key]
         return self.recipe.error(place, str(error).removeprefix(f"{section}: "))
-
-    def _place_of(self, section: str, options: ModelOptions | None) -> Sequence[str | int]:
-        """Find where a model's options stand in the recipe: in the schedule, or their section."""
-        own = ["student"] if section == "student" else self.recipe.spec.place_of(section)
-        schedules = models_in({"schedule": self.recipe.spec.schedule})
-        return next((place for place, model in schedules if model is options), own)
 
     def _build(
         self,

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 from kdkit.contracts.loss import Loss
 from kdkit.contracts.loss_options import LayerPair
-from kdkit.recipe import Recipe
+from kdkit.contracts.model_source import ModelOptions
+from kdkit.recipe import Recipe, models_in
 from kdkit.recipe.sections import LossEntry
 
 Expand = Callable[[Sequence[LayerPair], str | None, bool], list[LayerPair]]
@@ -66,3 +67,10 @@ def needs_network(recipe: Recipe, teacher: str) -> bool:
 
 def _kind(recipe: Recipe, entry: LossEntry) -> type[Loss]:
     return recipe.plugins.losses[entry.use]
+
+
+def place_of(recipe: Recipe, section: str, options: ModelOptions | None) -> Sequence[str | int]:
+    """Find where a network's options stand in the recipe: in the schedule, or their section."""
+    own = ["student"] if section == "student" else recipe.spec.place_of(section)
+    schedules = models_in({"schedule": recipe.spec.schedule})
+    return next((place for place, model in schedules if model is options), own)

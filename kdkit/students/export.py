@@ -5,53 +5,33 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import mmap
-import os
-import tempfile
-import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
 
 from kdkit import __version__
 from kdkit.contracts.dataset_source import DataInfo
-from kdkit.contracts.inputs import TOKENS, Shape, is_text, random_inputs
-from kdkit.contracts.layers import outputs_of
-from kdkit.contracts.model_source import FIRST_WEIGHTS, InputOptions, ModelOptions, ModelSource
+from kdkit.contracts.inputs import TOKENS, is_text
+from kdkit.contracts.model_source import FIRST_WEIGHTS, ModelOptions, ModelSource
 from kdkit.contracts.records import MASK
-from kdkit.contracts.task import Task
 from kdkit.errors import ModelError, RunError, cause
 from kdkit.files import sealed, write_atomically
 from kdkit.finite import to_json
 from kdkit.models.normalization import NormalizationAdapter
-from kdkit.models.seen import SeenInput
 from kdkit.models.tapped import TappedModel
 from kdkit.recipe.types import DEFAULT_SOURCE
 from kdkit.runs.deployment import deploying
 from kdkit.runs.scoring import weights
+from kdkit.students.export_onnx import ONNX_FILE, write_onnx
+from kdkit.students.exported import Export, named_outputs, relative_gap, seen_by
 from kdkit.students.loaded import EXPORTED, WEIGHTS, LoadedRun
 
 Format = Literal["timm", "onnx"]
-ONNX_FILE = "model.onnx"
 ONNX_NEEDS = ("onnx", "onnxscript", "onnxruntime")
-TOLERANCE = 1e-4  # between ONNX and torch, relative to the largest logit
-IMAGES = ["images"]  # name of the only input of a network that takes them
-ANSWERS = {"numbers": "numbers", "embeddings": "embedding"}  # by the meaning of rows; else logits
-# bytes of weights from which an ONNX file keeps them beside itself: a single one ends at 2 GiB
-EMBEDDED = 2**30
 # entries of timm's configuration that describe the architecture; the others describe timm's weights
 TIMM_KEPT = ("classifier", "first_conv", "fixed_input_size", "license")
-
-
-@dataclass(frozen=True)
-class Export:
-    """The written files, and notes on them, a sentence each."""
-
-    files: tuple[Path, ...]
-    notes: tuple[str, ...]
 
 
 def export(
@@ -89,7 +69,7 @@ def export(
     target.mkdir(parents=True, exist_ok=True)
     network, source = run.network(best=best), run.model_source(best=best)
     if form == "onnx":
-        return _write_onnx(student, run.info, run.recipe.task, target)
+        return write_onnx(student, run.info, run.recipe.task, target)
     return _write_weights(run, student, network, source, target)
 
 
@@ -127,7 +107,7 @@ def _write_weights(
     run: LoadedRun, student: TappedModel, network: ModelOptions, source: ModelSource, folder: Path
 ) -> Export:
     own, files = _own_config(run, network), (folder / WEIGHTS, folder / EXPORTED)
-    names = to_json(_named_outputs(run.recipe.task, run.info))
+    names = to_json(named_outputs(run.recipe.task, run.info))
     # transformers requires `format`
     content = weights(student, {"format": "pt", "class_names": names})
     write_atomically(files[0], content)
@@ -182,7 +162,7 @@ def _own_config(run: LoadedRun, options: ModelOptions) -> dict[str, Any]:
         "takes": run.recipe.task.takes,
         "image_shape": list(run.info.image_shape),
         **({"fields": dict(run.info.fields)} if run.info.fields else {}),
-        "class_names": list(_named_outputs(run.recipe.task, run.info)),
+        "class_names": list(named_outputs(run.recipe.task, run.info)),
         "task": run.recipe.task.name,
         "rows_are": run.recipe.task.rows_are,
     }
@@ -211,13 +191,8 @@ def _timm_config(
         "pretrained_cfg": about,
         "model_args": {"in_chans": shape[0], **getattr(network, "args", {})},
     }
-    names = _named_outputs(run.recipe.task, run.info)
+    names = named_outputs(run.recipe.task, run.info)
     return {**config, "label_names": list(names)} if names else config
-
-
-def _named_outputs(task: Task, info: DataInfo) -> tuple[str, ...]:
-    """Return the names of a network's outputs; none without a head."""
-    return info.class_names if task.outputs(info) else ()
 
 
 def expected(student: TappedModel) -> tuple[list[float], list[float]]:
@@ -241,13 +216,8 @@ def _expects(student: TappedModel) -> str:
     if is_text(student.input_shape or ()):
         return f"its network takes token ids (B, N) by the name of {TOKENS}, and their {MASK}"
     what = f"its network takes images (B, {shape}) normalised by mean {mean}, std {std}"
-    seen = _seen(student)
+    seen = seen_by(student)
     return f"{what}; it sees of a sample: {seen}" if seen else what
-
-
-def _seen(student: TappedModel) -> InputOptions | None:
-    """Return what the student sees of a sample; None: all of it."""
-    return student.adapt.seen.options if isinstance(student.adapt, SeenInput) else None
 
 
 def _difference(student: TappedModel, folder: Path) -> str:
@@ -268,7 +238,7 @@ def _difference(student: TappedModel, folder: Path) -> str:
             (2, *(student.input_shape or ())), generator=torch.Generator().manual_seed(0)
         )
         with torch.no_grad():
-            gap = _relative_gap(rebuilt(images), student.module(images))
+            gap = relative_gap(rebuilt(images), student.module(images))
     except Exception as error:  # libraries raise errors of any type for unknown arguments
         return cause(error)
     return f"its logits differ by {gap:.1g}" if gap > 1e-6 else ""
@@ -282,134 +252,6 @@ def _other_shapes(
             here, there = (str(shapes.get(name, "not there")) for shapes in (ours, theirs))
             return f"its {name} is {here}, that of timm's {there}"
     return ""
-
-
-def _relative_gap(exported: Tensor, expected: Tensor) -> float:
-    # the clamp avoids 0 / 0 if all values are 0
-    return float((exported - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
-
-
-class _Deployed(nn.Module):
-    """Input adaptation and network in one: from images in [0, 1], or a text, to logits."""
-
-    def __init__(self, student: TappedModel, names: Sequence[str]) -> None:
-        super().__init__()
-        adapt = student.adapt
-        # from what it sees of a sample: a camera may deliver no more than that
-        self.adapt = adapt.of_seen() if isinstance(adapt, SeenInput) else adapt
-        self.network = student.module
-        self.names = names
-
-    def forward(self, *tensors: Tensor) -> Tensor:
-        if self.names == IMAGES:
-            answer = self.network(self.adapt(*tensors))
-        else:
-            answer = self.network(**dict(zip(self.names, tensors, strict=True)))
-        return outputs_of(answer)[0]
-
-
-def _write_onnx(student: TappedModel, info: DataInfo, task: Task, folder: Path) -> Export:
-    shape = student.sees or info.image_shape
-    samples = random_inputs(shape, 3)
-    probe = {IMAGES[0]: samples} if isinstance(samples, Tensor) else {**samples}
-    # segment ids, for example, which are 0 in a single text
-    probe |= {name: torch.zeros_like(probe[TOKENS]) for name in info.further}
-    names = [*probe]
-    network = _Deployed(student, names).eval()
-    # dimensions that the exporter must not fix to those of the probe
-    free = {0: torch.export.Dim("batch")}
-    if is_text(shape):
-        free[1] = torch.export.Dim("tokens", max=shape[0])
-    outside = len(weights(student)) > EMBEDDED
-    answer = ANSWERS.get(task.rows_are, "logits")
-    # in the folder, so that moving the files cannot fail between two file systems
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as draft:
-        path = Path(draft) / ONNX_FILE
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the exporter warns about its own internals
-                torch.onnx.export(
-                    network,
-                    tuple(probe.values()),
-                    path,
-                    dynamo=True,
-                    dynamic_shapes=(tuple(free for _ in names),),
-                    external_data=outside,
-                    input_names=names,
-                    output_names=[answer],
-                    verbose=False,
-                )
-        # the exporter raises errors of any type
-        except Exception as error:
-            raise ModelError(f"ONNX cannot express this network: {_first_line(error)}") from error
-        _describe(path, info, task, shape, _seen(student))
-        gap = _onnx_gap(path, network, probe)
-        # moved only after the comparison, so that a wrong export leaves no files
-        written = sorted(Path(draft).iterdir())
-        for file in written:
-            os.replace(file, folder / file.name)
-    files = tuple(folder / file.name for file in written)
-    what = f"images (B, {', '.join(map(str, shape))}) in [0, 1] to {answer}, any batch size"
-    if (seen := _seen(student)) is not None:
-        what += f"; of a sample they are: {seen}"
-    if is_text(shape):
-        what = (
-            f"{' and '.join(names)} (B, N) of up to {shape[0]} tokens to {answer}, any batch size"
-        )
-    return Export(files, (what, f"largest difference from torch's {answer}: {gap:.2g}"))
-
-
-def _describe(
-    path: Path, info: DataInfo, task: Task, shape: Shape, seen: InputOptions | None
-) -> None:
-    """Write the meaning of inputs and outputs into an ONNX file: `metadata_props`, in JSON."""
-    import onnx
-
-    about = {
-        "input_shape": list(shape),
-        "input": seen.model_dump(mode="json", exclude_none=True) if seen else None,
-        "class_names": list(_named_outputs(task, info)),
-        "task": task.name,
-        "rows_are": task.rows_are,
-        "kdkit_version": __version__,
-    }
-    if not is_text(shape):
-        about["input_range"] = [0, 1]
-    # without the weights, which may be larger than the 2 GiB that one message can hold
-    model = onnx.load(path, load_external_data=False)
-    onnx.helper.set_model_props(
-        model, {key: to_json(value) for key, value in about.items() if value}
-    )
-    path.write_bytes(model.SerializeToString())
-
-
-def _onnx_gap(path: Path, network: nn.Module, probe: Mapping[str, Tensor]) -> float:
-    """Return the largest difference of the logits, over batches of one and of all samples."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    gaps = []
-    # a batch of one is where an exporter that fixed the batch size fails
-    for count in (1, None):
-        batch = {name: value[:count] for name, value in probe.items()}
-        arrays = {name: value.numpy() for name, value in batch.items()}
-        exported = torch.from_numpy(session.run(None, arrays)[0])
-        with torch.no_grad():
-            wanted = network(*batch.values())
-        if (relative := _relative_gap(exported, wanted)) > TOLERANCE:
-            raise ModelError(
-                "the ONNX network gives other logits than torch: relative difference"
-                f" {relative:.1g}; nothing was written"
-            )
-        gaps.append(float((exported - wanted).abs().max()))
-    return max(gaps)
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -25,8 +25,8 @@ from kdkit.engine.trainer import build_accelerator
 from kdkit.errors import KdkitError, RunError
 from kdkit.finite import Number
 from kdkit.recipe import Recipe
-from kdkit.recipe.sections import DataSpec
-from kdkit.runs.check_networks import has_random_weights
+from kdkit.recipe.data_section import DataSpec
+from kdkit.runs.check_weights import has_random_weights
 from kdkit.runs.folder import RunFolder
 from kdkit.runs.run import Run
 from kdkit.students import profile

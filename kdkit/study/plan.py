@@ -14,8 +14,8 @@ from kdkit.data.subsets import images_per_epoch
 from kdkit.engine.evaluate import Judge
 from kdkit.errors import RecipeError, RunError, shown, suggest
 from kdkit.recipe import Recipe
+from kdkit.recipe.data_section import DataSpec
 from kdkit.recipe.fairness import advice, refuse_unequal
-from kdkit.recipe.sections import DataSpec
 from kdkit.runs import checks
 from kdkit.runs.folder import RunFolder
 from kdkit.runs.plan import Plan

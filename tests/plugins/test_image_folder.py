@@ -22,7 +22,7 @@ from training import write as write_recipe
 from kdkit import recipe
 from kdkit.data.loaders import prepare
 from kdkit.errors import DataError, RecipeError
-from kdkit.recipe.sections import DataSpec, TimmAugment
+from kdkit.recipe.data_section import DataSpec, TimmAugment
 from kdkit.runs import checks
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from training import write as write_recipe
 from kdkit import recipe
 from kdkit.data.loaders import prepare
 from kdkit.errors import DataError, RecipeError
-from kdkit.recipe.sections import DataSpec
+from kdkit.recipe.data_section import DataSpec
 
 NAMES = [f"{number}.png" for number in range(4)]
 CLASSES = ["cat", "ant", "cat", "bee"]

@@ -16,7 +16,7 @@ from training import lines, task, together, weights, write
 
 from kdkit.data.loaders import prepare
 from kdkit.errors import DataError
-from kdkit.recipe.sections import BatchAugment, DataSpec
+from kdkit.recipe.data_section import BatchAugment, DataSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore:This DataLoader will create")
 CPU = torch.device("cpu")

@@ -14,25 +14,23 @@ import torch
 from torch import Tensor
 
 from kdkit.contracts import task as contracts
-from kdkit.contracts.inputs import first_tensor, rows
-from kdkit.contracts.layers import stage_paths
+from kdkit.contracts.inputs import first_tensor
 from kdkit.contracts.records import Batch, Outputs
 from kdkit.contracts.task import Task
 from kdkit.engine.evaluate import Predictions, evaluating, predict
 from kdkit.engine.trainer import build_accelerator
-from kdkit.errors import KdkitError, RecipeError, TapError
+from kdkit.errors import KdkitError, RecipeError
 from kdkit.models.devices import for_reading
 from kdkit.models.tapped import TappedModel
 from kdkit.recipe.consent import Unasked
 from kdkit.students.loaded import LoadedRun
 from kdkit.study.findings import Findings, Variant, rank
-from kdkit.study.report.cka import LayerSimilarity
+from kdkit.study.report.alike import Alike, alike
 from kdkit.study.report.document import Picture
 from kdkit.study.report.drawing import png
 
 SEEDS = 3  # number of first seeds of each variant whose students answer again
 COMPARED = 6  # variants whose layers are compared with the teacher's
-IMAGES = 1024  # number of images for comparing layers
 EXAMPLES = 3  # number of uncertain examples, and of ordinary ones
 BEST = 2  # number of students whose answers the task draws: the baseline's and the best one's
 DRAWN = 4  # number of images that it draws them for
@@ -55,16 +53,6 @@ class Drawn:
 
     picture: Picture
     names: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Alike:
-    """Linear CKA (teacher's layers, student's layers), and the number of images."""
-
-    rows: tuple[str, ...]
-    columns: tuple[str, ...]
-    values: Tensor
-    images: int
 
 
 @dataclass
@@ -348,58 +336,3 @@ def _chosen(teacher: Predictions) -> list[int]:
         *unsure.values(),
         *[place for place in ordinary if place not in unsure.values()][:EXAMPLES],
     ]
-
-
-@torch.no_grad()
-def alike(student: TappedModel, teacher: TappedModel, batches: Iterable[Batch]) -> Alike:
-    """Compute the CKA of the stages, the embedding and the logits, as far as the networks have
-    them.
-
-    Raises:
-        TapError: one of them has none that can be observed.
-    """
-    first = next(iter(batches))
-    ours, theirs = _observed(student, first), _observed(teacher, first)
-    similarity = LayerSimilarity(tuple(theirs.layers), tuple(ours.layers))
-    for batch in batches:
-        # Every batch costs a Gram matrix of each layer of both networks.
-        if similarity.samples >= IMAGES:
-            break
-        similarity.add(theirs(batch.inputs).features, ours(batch.inputs).features)
-    return Alike(similarity.rows, similarity.columns, similarity.matrix(), similarity.samples)
-
-
-def _observed(model: TappedModel, batch: Batch) -> TappedModel:
-    """Return the model with taps on those of its stages, embedding and logits that can be
-    observed.
-    """
-    names = [
-        *(f"stage{i}" for i in range(1, len(stage_paths(model.module)) + 1)),
-        "penultimate",
-        "logits",
-    ]
-    seen = [name for name in names if _answers(model, name, batch)]
-    if not seen:
-        raise TapError(f"{model.role}: no stage of it can be observed")
-    return _tapped(model, seen)
-
-
-def _answers(model: TappedModel, name: str, batch: Batch) -> bool:
-    try:
-        # Two images are enough to see whether the layer gives one tensor.
-        few = torch.arange(min(2, len(batch.index)), device=batch.index.device)
-        _tapped(model, [name])(rows(batch.inputs, few))
-    except TapError:
-        return False
-    return True
-
-
-def _tapped(model: TappedModel, names: Sequence[str]) -> TappedModel:
-    return TappedModel(
-        model.module,
-        names,
-        adapt=model.adapt,
-        role=model.role,
-        channels_last=model.channels_last,
-        precision=model.precision,
-    )

@@ -1,0 +1,159 @@
+"""Writes a student as an ONNX file, and compares its answers with those of torch."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kdkit import __version__
+from kdkit.contracts.dataset_source import DataInfo
+from kdkit.contracts.inputs import TOKENS, Shape, is_text, random_inputs
+from kdkit.contracts.layers import outputs_of
+from kdkit.contracts.model_source import InputOptions
+from kdkit.contracts.task import Task
+from kdkit.errors import ModelError
+from kdkit.finite import to_json
+from kdkit.models.seen import SeenInput
+from kdkit.models.tapped import TappedModel
+from kdkit.runs.scoring import weights
+from kdkit.students.exported import Export, named_outputs, relative_gap, seen_by
+
+ONNX_FILE = "model.onnx"
+
+TOLERANCE = 1e-4  # between ONNX and torch, relative to the largest logit
+
+IMAGES = ["images"]  # name of the only input of a network that takes them
+
+ANSWERS = {"numbers": "numbers", "embeddings": "embedding"}  # by the meaning of rows; else logits
+
+# bytes of weights from which an ONNX file keeps them beside itself: a single one ends at 2 GiB
+EMBEDDED = 2**30
+
+
+class _Deployed(nn.Module):
+    """Input adaptation and network in one: from images in [0, 1], or a text, to logits."""
+
+    def __init__(self, student: TappedModel, names: Sequence[str]) -> None:
+        super().__init__()
+        adapt = student.adapt
+        # from what it sees of a sample: a camera may deliver no more than that
+        self.adapt = adapt.of_seen() if isinstance(adapt, SeenInput) else adapt
+        self.network = student.module
+        self.names = names
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        if self.names == IMAGES:
+            answer = self.network(self.adapt(*tensors))
+        else:
+            answer = self.network(**dict(zip(self.names, tensors, strict=True)))
+        return outputs_of(answer)[0]
+
+
+def write_onnx(student: TappedModel, info: DataInfo, task: Task, folder: Path) -> Export:
+    shape = student.sees or info.image_shape
+    samples = random_inputs(shape, 3)
+    probe = {IMAGES[0]: samples} if isinstance(samples, Tensor) else {**samples}
+    # segment ids, for example, which are 0 in a single text
+    probe |= {name: torch.zeros_like(probe[TOKENS]) for name in info.further}
+    names = [*probe]
+    network = _Deployed(student, names).eval()
+    # dimensions that the exporter must not fix to those of the probe
+    free = {0: torch.export.Dim("batch")}
+    if is_text(shape):
+        free[1] = torch.export.Dim("tokens", max=shape[0])
+    outside = len(weights(student)) > EMBEDDED
+    answer = ANSWERS.get(task.rows_are, "logits")
+    # in the folder, so that moving the files cannot fail between two file systems
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as draft:
+        path = Path(draft) / ONNX_FILE
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the exporter warns about its own internals
+                torch.onnx.export(
+                    network,
+                    tuple(probe.values()),
+                    path,
+                    dynamo=True,
+                    dynamic_shapes=(tuple(free for _ in names),),
+                    external_data=outside,
+                    input_names=names,
+                    output_names=[answer],
+                    verbose=False,
+                )
+        # the exporter raises errors of any type
+        except Exception as error:
+            raise ModelError(f"ONNX cannot express this network: {_first_line(error)}") from error
+        _describe(path, info, task, shape, seen_by(student))
+        gap = _onnx_gap(path, network, probe)
+        # moved only after the comparison, so that a wrong export leaves no files
+        written = sorted(Path(draft).iterdir())
+        for file in written:
+            os.replace(file, folder / file.name)
+    files = tuple(folder / file.name for file in written)
+    what = f"images (B, {', '.join(map(str, shape))}) in [0, 1] to {answer}, any batch size"
+    if (seen := seen_by(student)) is not None:
+        what += f"; of a sample they are: {seen}"
+    if is_text(shape):
+        what = (
+            f"{' and '.join(names)} (B, N) of up to {shape[0]} tokens to {answer}, any batch size"
+        )
+    return Export(files, (what, f"largest difference from torch's {answer}: {gap:.2g}"))
+
+
+def _describe(
+    path: Path, info: DataInfo, task: Task, shape: Shape, seen: InputOptions | None
+) -> None:
+    """Write the meaning of inputs and outputs into an ONNX file: `metadata_props`, in JSON."""
+    import onnx
+
+    about = {
+        "input_shape": list(shape),
+        "input": seen.model_dump(mode="json", exclude_none=True) if seen else None,
+        "class_names": list(named_outputs(task, info)),
+        "task": task.name,
+        "rows_are": task.rows_are,
+        "kdkit_version": __version__,
+    }
+    if not is_text(shape):
+        about["input_range"] = [0, 1]
+    # without the weights, which may be larger than the 2 GiB that one message can hold
+    model = onnx.load(path, load_external_data=False)
+    onnx.helper.set_model_props(
+        model, {key: to_json(value) for key, value in about.items() if value}
+    )
+    path.write_bytes(model.SerializeToString())
+
+
+def _onnx_gap(path: Path, network: nn.Module, probe: Mapping[str, Tensor]) -> float:
+    """Return the largest difference of the logits, over batches of one and of all samples."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    gaps = []
+    # a batch of one is where an exporter that fixed the batch size fails
+    for count in (1, None):
+        batch = {name: value[:count] for name, value in probe.items()}
+        arrays = {name: value.numpy() for name, value in batch.items()}
+        exported = torch.from_numpy(session.run(None, arrays)[0])
+        with torch.no_grad():
+            wanted = network(*batch.values())
+        if (relative := relative_gap(exported, wanted)) > TOLERANCE:
+            raise ModelError(
+                "the ONNX network gives other logits than torch: relative difference"
+                f" {relative:.1g}; nothing was written"
+            )
+        gaps.append(float((exported - wanted).abs().max()))
+    return max(gaps)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
