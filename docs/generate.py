@@ -323,8 +323,7 @@ def _options(cls: type[Options]) -> Iterable[catalogue.Option]:
     )
     described = {option.name: option.description for option in catalogue.options(plugin)}
     plugin.Options = cls
-    for option in catalogue.options(plugin):
-        field = cls.model_fields[option.name]
+    for option, field in zip(catalogue.options(plugin), cls.model_fields.values(), strict=True):
         own = [
             (path, record)
             for path, record, _ in SECTIONS
@@ -338,7 +337,7 @@ def _options(cls: type[Options]) -> Iterable[catalogue.Option]:
             kind = f"{'list of ' if kind.startswith('list of') else ''}{links}"
             meaning = meaning or _first_paragraph(own[0][1])
             default = default if default in ("required", "none") else "its defaults"
-        yield catalogue.Option(field.alias or option.name, kind, default, meaning)
+        yield catalogue.Option(option.name, kind, default, meaning)
 
 
 def _option_table(options: Iterable[catalogue.Option]) -> list[str]:

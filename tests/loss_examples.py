@@ -3,9 +3,11 @@
 ONE, TWO = {"student": "a", "teacher": "a"}, {"student": "b", "teacher": "b"}
 OPTIONS = {
     "afd": {"layers": [ONE, TWO]},
+    "box_regression": {"overlap": 0.05},  # random boxes hardly overlap
     "cirkd_memory": {"pixels_per_image": 2, "pixel_rows": 16, "region_rows": 8, "pixel_contrast": 80, "region_contrast": 40},
     "crd": {"layers": [ONE], "negatives": 8, "size": 4},
     "ctkd": {"reversal": 1.0},
+    "fgd": {"relation": 0.01},  # its usual weight is too small for three steps to show that parts learn
     "frskd": {"layers": [ONE, TWO]},
     "fsp": {"layers": [ONE, TWO]},
     "irg": {"layers": [ONE, TWO]},
@@ -15,3 +17,5 @@ OPTIONS = {
     "semckd": {"layers": [ONE, TWO]},
     "vitkd": {"layers": [ONE, TWO]},
 }
+# Losses that need real detectors, or answers whose rows belong to maps; tests/test_detection_losses.py checks what they promise.
+ON_DETECTORS = ("crosskd", "detector", "pseudo_labels", "score_weighted")

@@ -103,6 +103,8 @@ def test_plugins(kdkit):
     shown = kdkit("plugins", "logit_kl")
     for word in ("T^2 * KL", "temperature", "number > 0 or a ramp", "4.0", "1503.02531", "logit_kl.py"):
         assert word in shown
+    keys = [line.split(" ")[0] for line in kdkit("plugins", "image_table").splitlines()]
+    assert "class" in keys and "class_" not in keys
 
 
 def test_layers(kdkit):

@@ -5,7 +5,7 @@ from training import PLAIN, write
 
 from kdkit import recipe
 from kdkit.errors import RecipeError
-from kdkit.recipe.fairness import Unequal, differences, refuse_unequal, unequal
+from kdkit.recipe.fairness import Unequal, differences, refuse_mixed, refuse_unequal, short, unequal
 
 OTHER_KNOWLEDGE = {"teacher": None, "schedule": {"use": "supervised"}, "losses": [{"use": "cross_entropy"}], "seed": 4}
 
@@ -37,6 +37,7 @@ def test_variants_may_differ_in_bookkeeping(tmp_path):
         ({"data": {"seed": 1}}, "data.seed", 1, 0),
         ({"data": {"dataset": {"train": 40}}}, "data.dataset.train", 40, 48),
         ({"student": {"args": {"channels": [4, 4, 8, 16]}}}, "student.args.channels.3", 16, 8),
+        ({"student": {"input": {"grey": True, "size": 4}}}, "student.input", "grey, 4 x 4 (bilinear)", None),
     ],
 )
 def test_variants_may_not_differ_in_anything_else(tmp_path, changes, key, value, known):
@@ -66,6 +67,36 @@ def test_unequal_variants_are_told_with_every_key_and_place(tmp_path, monkeypatc
     ]
     assert "--allow train.epochs --allow data.batch_size" in advice
     refuse_unequal(recipes, "base", ["train.epochs", "data.batch_size"])
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (None, "none"),
+        (True, "true"),
+        (1e-5, "1e-05"),
+        ("a b", "a b"),
+        ({"a": [1, None], "b": 2.5}, "{a: [1, null], b: 2.5}"),
+        ("x" * 61, f"{'x' * 57}..."),
+    ],
+)
+def test_values_are_told_as_recipes_write_them(value, words):
+    assert short(value) == words
+
+
+def test_keys_are_told_as_recipes_write_them(tmp_path):
+    (tmp_path / "images.csv").write_text("path,a,b,split\n")
+    data = {"dataset": {"use": "image_table", "train": str(tmp_path / "images.csv"), "class": "a"}, "image_size": 8, "batch_size": 8}
+    recipes = {name: recipe.load(write(tmp_path, {**PLAIN, "data": data}, f"{name}.yaml")) for name in ("base", "other")}
+    recipes["other"] = recipe.load(tmp_path / "other.yaml", {"data.dataset.class": "b"})
+    assert list(unequal(recipes, "base")) == [Unequal("other", "data.dataset.class", "b", "a")]
+    assert list(unequal(recipes, "base", ["data.dataset.class"])) == []
+
+
+def test_a_table_is_of_one_task():
+    refuse_mixed("task", {"a": "classification", "b": "classification"})
+    with pytest.raises(RecipeError, match=r"^different tasks have no common table \(classification: a, c; regression: b\)$"):
+        refuse_mixed("task", {"a": "classification", "b": "regression", "c": "classification"})
 
 
 def test_differences_are_told_at_the_deepest_key():

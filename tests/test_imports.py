@@ -44,7 +44,7 @@ def is_private_part(file, node):
     if PLUGINS not in file.parents or not (file.parents[node.level - 1] == PLUGINS or PLUGINS in file.parents[node.level - 1].parents):
         return False
     parts = [*file.parents[node.level - 1].relative_to(PLUGINS).parts, *(node.module or "").split(".")]
-    return any(part.startswith("_") for part in parts)
+    return any(part.startswith("_") for part in parts) or all(alias.name.startswith("_") for alias in node.names)
 
 
 def own_modules(file):

@@ -72,6 +72,20 @@ def test_predict_of_what_cannot_be_read_is_one_line(run, monkeypatch, capsys, tm
     assert says in told.err and told.err.count("\n") == 1 and not told.out
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("nowhere.png",), "nowhere.png: no such file or folder\n"),
+        (("images/test", "--masks", "masks"), "--masks: its answers are no masks, but: class, probability\n"),
+    ],
+)
+def test_predict_with_a_wrong_word_is_one_line(run, monkeypatch, capsys, words, says):
+    monkeypatch.chdir(run.parent)
+    assert command(monkeypatch, run, *words) == 2
+    told = capsys.readouterr()
+    assert told.err == says and not told.out and not (run.parent / "masks").exists()
+
+
 def test_predict_of_images_of_another_size_is_one_line(run):
     with pytest.raises(kdkit.ModelError, match=r"student: takes images \(B, 3, 8, 8\), got \(B, 3, 9, 9\)"):
         kdkit.load_student(run)(torch.rand(2, 3, 9, 9))

@@ -13,6 +13,7 @@ from kdkit import cli
 from kdkit.models.tapped import TappedModel
 from kdkit.students import cost_table, profile
 from kdkit.students.profile import Latency, Profile, measure, measure_together
+from kdkit.units import hundredths
 
 
 def small():
@@ -92,6 +93,14 @@ def test_profile_restores_the_number_of_threads():
     with profile.threads(before + 1):
         assert torch.get_num_threads() == before + 1
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0.00"), (1234.5, "1,234.50"), (0.731, "0.73"), (0.1, "0.10"), (0.0994, "0.099"), (0.00421, "0.0042"), (2e-7, "0.00000020")],
+)
+def test_small_numbers_keep_two_digits(number, text):
+    assert hundredths(number) == text
 
 
 def test_profile_table_shows_each_quantity_and_how_it_compares():

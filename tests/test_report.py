@@ -190,6 +190,27 @@ def test_a_report_of_one_run_by_the_command(runs, tmp_path):
     assert "±" not in page.text
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("task", "other", "different tasks have no common table (classification: {0}; other: {1})"),
+        ("scores", [{"name": "mae", "title": "MAE"}], "different deciding scores have no common table (top-1: {0}; MAE: {1})"),
+    ],
+)
+def test_runs_of_several_tasks_or_deciding_scores_have_no_report(runs, tmp_path, key, value, says):
+    shutil.copytree(runs / "alone-seed0", tmp_path / "other")
+    marker = tmp_path / "other" / "run.json"
+    about = json.loads(marker.read_text())
+    del about["sha256"]
+    marker.write_text(json.dumps({**about, key: value}))
+    done = CliRunner().invoke(app, ["report", str(runs / "alone-seed0"), str(tmp_path / "other")])
+    says = says.format(runs / "alone-seed0", tmp_path / "other")
+    assert isinstance(done.exception, RecipeError) and str(done.exception) == says
+    del about[key]  # as an older kdkit wrote it
+    marker.write_text(json.dumps(about))
+    assert report.gather([runs / "alone-seed0", tmp_path / "other"])
+
+
 def test_answers_that_are_no_classes_are_not_drawn(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(Classes, "fits", lambda *_: False)
     page = Reader(report.write([runs], tmp_path).page.read_text())

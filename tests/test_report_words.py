@@ -146,6 +146,8 @@ def test_the_tables_have_a_row_each_and_no_empty_column():
     cost = report_words.cost_table(found)
     assert cost.rows[1] == ["taught", "4.0", "3.0", "1.0 MiB", "1,000", "1,234", "5.00 M", "2 KiB", "1.00 ms (× 0.25)"]
     assert all(len(row) == len(cost.header) for row in cost.rows)
+    fast = replace(BASE, cost=replace(COST, latency=0.000_004))
+    assert report_words.cost_table(findings(fast)).rows[0][-1] == "0.0040 ms (× 0.0010)"
     unknown = report_words.cost_table(findings(BASE, teacher=Teacher("gone", {"top1": 99.0}, 0, 0, 0, 0.0)))
     assert [row[0] for row in unknown.rows] == ["alone"] and unknown.rows[0][-1] == "1.00 ms"
     assert "no deviation" in report_words.score_table(findings(variant("alone", (90.0,)))).caption
@@ -164,7 +166,7 @@ def test_a_score_of_which_less_is_better_is_told_so():
     assert "Against the next best, worse: −0.3000 [−0.3000, −0.3000] nats (not corrected)." in text
     assert "1 of 2 variants is better than alone, 1 is worse, none is inconclusive" in text
     table = report_words.score_table(found)
-    assert list(table.header) == ["variant", "NLL, nats", "difference, nats", "p"] and table.marked == 2
+    assert list(table.header) == ["variant", "NLL, nats ↓", "difference, nats", "p"] and table.marked == 2
     further = report_words.further_table(found)
     assert list(further.header) == ["variant", "top-1 %"] and further.caption == ""
     assert report_words.further_table(replace(found, scores=SCORES)).caption == "NLL: cross-entropy."

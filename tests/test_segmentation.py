@@ -190,7 +190,7 @@ def test_a_class_that_does_not_occur_has_no_iou():
         (np.zeros((8, 9), int), "its mask is 8 x 9, the image 8 x 8"),
         (np.zeros((8, 8)), "pixels are torch.float64, and must be whole numbers"),
         (np.zeros((8, 8, 3), int), "a mask is \\(H, W\\)"),
-        (None, "its target is no mask"),
+        ("road", "its target is no mask"),
         (Image.new("RGB", (8, 8)), "its mask has the shape \\(3, 8, 8\\)"),
     ],
 )

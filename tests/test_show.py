@@ -1,5 +1,6 @@
 """A run told to people: in words, in blocks, as a picture."""
 
+import io
 import json
 import re
 import shutil
@@ -91,8 +92,16 @@ def scores_shown(folder):
 def test_scores_have_the_titles_and_digits_that_the_run_has_taken_down(run):
     heads, cells = scores_shown(RunFolder(run.folder))
     assert heads[:2] == ["top-1 %", "top-5 %"]
-    assert heads[-5:] == ["ECE %", "MulticlassCohenKappa", "agreement %", "KL to teacher, nats", "mean |z_s - z_t|"]
+    assert heads[-5:] == ["ECE % ↓", "MulticlassCohenKappa", "agreement %", "KL to teacher, nats ↓", "mean |z_s - z_t| ↓"]
     assert cells[-4:] == [f"{run.teacher['MulticlassCohenKappa']:.4f}", "-", "-", "-"] and cells[0] == f"{run.teacher['top1']:.2f}"
+
+
+def test_an_output_that_lacks_a_sign_shows_an_escape(run, monkeypatch):
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", output)
+    assert run_cli(monkeypatch, "show", run.folder) == 0
+    output.flush()
+    assert rb"NLL, nats \u2193" in output.buffer.getvalue()
 
 
 def test_a_run_of_an_older_kdkit_is_one_of_classification(run, tmp_path, monkeypatch, capsys):
@@ -102,7 +111,7 @@ def test_a_run_of_an_older_kdkit_is_one_of_classification(run, tmp_path, monkeyp
         del about[key]
     (tmp_path / "older" / "run.json").write_text(json.dumps(about))
     heads, cells = scores_shown(RunFolder(tmp_path / "older"))
-    assert heads[0] == "top-1 %" and cells[heads.index("NLL, nats")] == f"{run.teacher['nll']:.4f}"
+    assert heads[0] == "top-1 %" and cells[heads.index("NLL, nats ↓")] == f"{run.teacher['nll']:.4f}"
     assert run_cli(monkeypatch, "show", tmp_path / "older") == 0
     said = capsys.readouterr().out
     assert "top-1 %, validation" in said and (tmp_path / "older" / "curves.png").is_file()

@@ -292,13 +292,17 @@ def test_a_point_that_cannot_be_trained_is_not_chosen(compare):
 BY_LOSS = """
 import kdkit
 from kdkit_plugins.tasks.classification import Classification
+from pydantic import Field
 
 class ByLoss(Classification):
-    "Classification whose cross-entropy decides."
+    "Classification in which another score decides."
     name = "by_loss"
 
+    class Options(kdkit.TaskOptions):
+        first: str = Field(default="nll", description="The score that decides.")
+
     def scores(self, info):
-        return sorted(super().scores(info), key=lambda one: one.name != "nll")
+        return sorted(super().scores(info), key=lambda one: one.name != self.options.first)
 
 @kdkit.hookimpl
 def kdkit_tasks():
@@ -320,7 +324,22 @@ def test_of_a_score_that_is_better_lower_the_lowest_is_chosen(compare, tmp_path)
     assert response.difference.values == tuple(b - a for a, b in zip(alone.last["nll"], response.last["nll"], strict=True))
     assert any("by NLL on validation data" in line for line in study_table.caption(found))
     (table,) = study_table.tables(found, 1000)
-    assert [column.header for column in table.columns[1:4]] == ["NLL, nats", "difference", "p"]
+    assert [column.header for column in table.columns[1:4]] == ["NLL, nats ↓", "difference", "p"]
+
+
+@pytest.mark.parametrize(
+    ("alone", "response", "says"),
+    [
+        ("classification", "by_loss", "different tasks have no common table (classification: alone; by_loss: response)"),
+        ("by_loss", {"use": "by_loss", "first": "top1"}, "different deciding scores have no common table (NLL: alone; top-1: response)"),
+    ],
+)
+def test_variants_of_several_tasks_or_deciding_scores_are_refused(compare, tmp_path, alone, response, says):
+    (tmp_path / "by_loss.py").write_text(BY_LOSS)
+    base = merged(BASE, {"plugins": ["by_loss.py"]})
+    with pytest.raises(RecipeError, match=re.escape(says)):
+        compare({"base": base, "variants": {"alone": {"task": alone}, "response": {"task": response}}}, allow=["task"])
+    assert not (tmp_path / "runs").exists()
 
 
 def test_scores_that_recipes_name_are_columns_of_the_table(compare, tmp_path):
@@ -330,7 +349,7 @@ def test_scores_that_recipes_name_are_columns_of_the_table(compare, tmp_path):
     assert columns == ["nll", "top5", "MulticlassCohenKappa"]
     (table,) = study_table.tables(found, 1000, columns)
     heads = [column.header for column in table.columns]
-    assert heads[heads.index("NLL, nats") :][:3] == ["NLL, nats", "top-5 %", "MulticlassCohenKappa"]
+    assert heads[heads.index("NLL, nats ↓") :][:3] == ["NLL, nats ↓", "top-5 %", "MulticlassCohenKappa"]
     told = [f"{one['MulticlassCohenKappa']:.4f}" for one in (results[1].teacher, *(result.test for result in results))]
     assert list(table.columns[heads.index("MulticlassCohenKappa")].cells) == told
 

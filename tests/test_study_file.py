@@ -8,12 +8,14 @@ import pytest
 import yaml
 from training import write as write_recipe
 
+from kdkit import recipe
 from kdkit.errors import RecipeError
 from kdkit.recipe import registry
 from kdkit.recipe.yaml_source import Source
 from kdkit.study import loading as study_file
 from kdkit.study import spec as study_schema
 from kdkit.study import variants
+from kdkit.study.finder import about
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -141,6 +143,7 @@ BAD = {  # what is replaced, by what; the line; what is told
     "base": ("base: base.yaml", "base: bose.yaml", "s.yaml:3: base: no such file: "),
     "baseline": ("baseline: alone", "baseline: alne", "s.yaml:4: baseline: there is no variant 'alne'; did you mean 'alone'?"),
     "variant": ("[{use: cross_entropy}]", "[{use: cross_entrpy}]", "s.yaml:7: losses.0.use: unknown 'cross_entrpy'; did you mean"),
+    "teacher": ("  alone:", "  teacher:", "s.yaml:7: variants.teacher: is the name of the teacher's row; give the variant another"),
     "recipe": ("response:", "response: {recipe: no.yaml}", "s.yaml:6: variants.response.recipe: no such file: no.yaml"),
     "grid": ("[0, 0.5]", "[0, -1]", "s.yaml:11: losses.1.weight: input should be greater than or equal to 0, got -1"),
     "grid key": ("logit_kl.weight:", "logit_kl.wieght:", "s.yaml:11: vary.losses.logit_kl.wieght: no variant has this key"),
@@ -217,8 +220,16 @@ def test_recipes_instead_of_a_study(tmp_path):
     found = study_file.load([one, two, three], {"train.epochs": 5}, seeds=4)
     assert list(found.variants) == ["base", "base, two", "third"] and found.baseline == "base"
     assert [one.spec.name for one in found.variants.values()] == ["base", "base-two", "third"]
+    (called,) = study_file.load([write_recipe(tmp_path, {**BASE, "name": "teacher"}, "four.yaml")]).variants
+    assert called == "teacher, four"  # `teacher` is the teacher's row
     assert found.name == "base-base-two-third" and found.seeds == (0, 1, 2, 3)
     assert {one.spec.train.epochs for one in found.variants.values()} == {5}
+
+
+def test_a_schedule_is_told_in_the_words_of_its_recipe(tmp_path):
+    schedule = {"use": "mutual", "peers": [{"model": "mlp/8", "input": {"grey": True}}]}
+    path = write_recipe(tmp_path, {**BASE, "teacher": None, "schedule": schedule, "losses": [{"use": "cross_entropy"}]}, "mutual.yaml")
+    assert about(recipe.load(path)) == "1 * cross_entropy; schedule mutual peers [{model: mlp/8, input: {grey: true}}]"
 
 
 def test_a_study_is_compared_by_itself(study, tmp_path):

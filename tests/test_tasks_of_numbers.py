@@ -239,6 +239,25 @@ def test_a_run_is_resumed_measured_and_exported(folder, name):
     export(run, "onnx", folder / "exported")
 
 
+@pytest.mark.parametrize(
+    ("name", "augment", "is_told"),
+    [
+        ("regression", {"augment": {"crop_padding": 1}}, True),
+        ("regression", {"augment": {"flip": 0.5}}, True),
+        ("regression", {"augment": None, "timm_augment": {}}, True),
+        ("regression", {"augment": None, "timm_augment": {"scale": [1, 1], "ratio": [1, 1], "flip": 0, "color_jitter": 0.3}}, False),
+        ("regression", {"augment": {"crop_padding": 0}}, False),
+        ("multilabel", {"augment": {"flip": 0.5}}, False),
+    ],
+)
+def test_check_notes_that_images_move_without_their_numbers(folder, name, augment, is_told):
+    alone = merged(TASKS[name], {"data": augment, "teacher": None, "schedule": {"use": "supervised"}, "losses": TASKS[name]["losses"][:1]})
+    notes = checks.make(recipes.load(write(folder, alone))).notes
+    (key,) = (key for key, value in augment.items() if value is not None)
+    says = f"data.{key} moves images, and targets of task '{name}' stay as they are: those that are coordinates in the image would be wrong"
+    assert notes == ((says,) if is_told else ())
+
+
 def test_runs_side_by_side_are_what_they_are_alone(folder, name):
     alone = merged(TASKS[name], {"teacher": None, "schedule": {"use": "supervised"}, "losses": TASKS[name]["losses"][:1]})
     together = {"taught": TASKS[name], "alone": alone}
@@ -264,11 +283,15 @@ REFUSED = {
                                "losses.1.use: 'dist' is for classes, and task 'regression' has rows of numbers; its usual loss on labels is 'mse'"),
     "labels as classes": ("multilabel", {"losses": [{"use": "cross_entropy"}]}, "'cross_entropy' is for classes"),
     "a sigmoid over numbers": ("regression", {"losses": [{"use": "mld"}]}, "'mld' is for labels, and task 'regression' has rows of numbers"),
-    "mixed numbers": ("regression", {"train": {"mixup": {"mixup_alpha": 0.4}}}, "train.mixup: targets of task 'regression' cannot be mixed"),
+    "mixed numbers": ("regression", {"train": {"mixup": {"mixup_alpha": 0.4}}, "data": {"batch_size": 7}}, "train.mixup: targets of task 'regression' cannot be mixed"),
+    "classes of labels": ("multilabel", {"metrics": [{"use": "MulticlassF1Score", "num_classes": 3}]},
+                          "metrics.0: 'MulticlassF1Score' is for classes, and task 'multilabel' has rows of labels; did you mean 'MultilabelF1Score'?"),
+    "classes of numbers": ("regression", {"metrics": ["MulticlassExactMatch"]},
+                           "metrics.0: 'MulticlassExactMatch' is for classes, and task 'regression' has rows of numbers"),
     "targets out of range": ("regression", {"task": "multilabel", "data": {"dataset": {"use": "far"}}, "losses": [{"use": "bce"}]},
                              "sample 0 has 7 for 'x'; a target is 2 numbers from 0 to 1"),
     "targets that are not finite": ("regression", {"data": {"dataset": {"use": "nowhere"}}}, "sample 0 has nan for 'x'; a target is 2 finite numbers"),
-    "weights of other labels": ("multilabel", {"losses": [{"use": "bce", "pos_weight": [1, 2]}]}, "2 numbers of pos_weight for 3 labels"),
+    "weights of other labels": ("multilabel", {"losses": [{"use": "bce", "pos_weight": [1, 2]}]}, "losses.0: bce: 2 numbers of pos_weight for 3 labels"),
     "a weight of 0": ("multilabel", {"losses": [{"use": "bce", "pos_weight": 0}]}, "losses.0.pos_weight"),
     "no such score": ("regression", {"task": {"use": "regression", "decides": "rmse"}}, "task.decides"),
 }  # fmt: skip

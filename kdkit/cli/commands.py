@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import platform
 import sys
@@ -428,6 +429,7 @@ def main() -> None:
     """Run the command line. Exit codes: 2 for a mistake of the user's, reported in one line; 128
     plus its number for a stop by a signal; 70 for a fault.
     """
+    _escape_unknown_signs()
     # Typer prints a traceback where it finds no shell.
     if {"--install-completion", "--show-completion"} & set(sys.argv) and not _in_a_shell():
         sys.exit(
@@ -478,6 +480,12 @@ def _tell_others(error: KdkitError) -> None:
         from kdkit.runs import agreement
 
         agreement.refuse(error)
+
+
+def _escape_unknown_signs() -> None:
+    """Print signs that the output's encoding lacks as escapes: no table fails for an arrow."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _in_a_shell() -> bool:

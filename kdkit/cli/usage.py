@@ -53,7 +53,8 @@ def _keys_called(option: str) -> Iterator[str]:
 
 def _paths(model: type[BaseModel], above: str = "") -> Iterator[str]:
     for key, field in model.model_fields.items():
-        yield f"{above}{field.alias or key}"
+        path = f"{above}{field.alias or key}"
+        yield path
         for part in (field.annotation, *get_args(field.annotation)):
             if isinstance(part, type) and issubclass(part, BaseModel):
-                yield from _paths(part, f"{above}{key}.")
+                yield from _paths(part, f"{path}.")

@@ -194,6 +194,17 @@ class DatasetSource(abc.ABC):
         """
         return ()
 
+    def notes(self) -> Sequence[str]:
+        """Say what is odd about the data, such as boxes that are left out (default: nothing).
+
+        `kdkit check` shows each as a line. It may read the headers of all images; called only where
+        nothing is missing (`lacks`).
+
+        Raises:
+            DataError: its files are missing or broken.
+        """
+        return ()
+
     @abc.abstractmethod
     def split(self, part: Literal["train", "test"]) -> Pairs | InMemory | Texts | Stream:
         """Return one part: images in memory, a map-style dataset, a stream, or texts.

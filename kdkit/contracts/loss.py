@@ -94,6 +94,10 @@ class Loss(nn.Module, abc.ABC):
     for another one that reads the teacher's logits, which are then not split into rows; otherwise
     any task.
     """
+    whole_answers: ClassVar[bool] = False
+    """Whether a loss on labels or responses reads the answers to whole samples, beside their
+    targets, where the task splits them into rows.
+    """
     needs_networks: ClassVar[bool] = False
     """Whether `setup` reads the networks of its context. `kdkit check` then runs real ones;
     batch norms are not folded away.

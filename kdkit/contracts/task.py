@@ -103,8 +103,9 @@ class ScoreInfo:
 
     @property
     def heading(self) -> str:
-        """Heading of its column: `mean IoU %`, `NLL, nats`."""
-        return f"{self.title}{' %' if self.unit == '%' else f', {self.unit}' if self.unit else ''}"
+        """Heading of its column: `mean IoU %`; `NLL, nats ↓` if lower is better."""
+        unit = " %" if self.unit == "%" else f", {self.unit}" if self.unit else ""
+        return f"{self.title}{unit}{'' if self.higher_is_better else ' ↓'}"
 
     def rank(self, value: float) -> float:
         """Return the value with the sign that makes larger better."""
@@ -207,6 +208,10 @@ class Task(abc.ABC):
     """
     fill: ClassVar[int] = 0
     """Value of a mask where its image is padded."""
+    labels_rows: ClassVar[bool] = True
+    """Whether each row has a target of its own. If not, as where a network decides which of its
+    anchors answers for an object, losses on labels must read whole answers.
+    """
     default_loss: ClassVar[str]
     """Name of the usual loss on labels for this task; of embeddings, of the usual loss."""
     Options: ClassVar[type[TaskOptions]] = TaskOptions
@@ -250,12 +255,14 @@ class Task(abc.ABC):
             DataError: they are of the wrong type, shape or range.
         """
 
-    def movable(self, target: Any, size: tuple[int, int], info: DataInfo) -> Tensor:
+    def movable(
+        self, target: Any, size: tuple[int, int], info: DataInfo
+    ) -> Tensor | Mapping[str, Tensor]:
         """Convert one target that moves with its image to a `tv_tensor` of torchvision, which
-        transforms know how to move; only called if `moves`.
+        transforms know how to move, or to several by name; only called if `moves`.
 
         Args:
-            target: as the dataset gives it beside its image.
+            target: as the dataset gives it beside its image; None for an unlabelled image.
             size: (H, W) of the image, pixels.
             info: of the dataset.
 
@@ -263,6 +270,14 @@ class Task(abc.ABC):
             DataError: it is of the wrong type, size or range; the caller names the sample.
         """
         raise NotImplementedError(f"task '{self.name}' has targets that stay where they are")
+
+    def moved(self, target: Any) -> Tensor:
+        """Convert what `movable` returned, after it has moved with its image, to a plain tensor.
+
+        Those of a batch are stacked. If they differ in length (a number of boxes), the shorter ones
+        are padded by -1.
+        """
+        return torch.as_tensor(target).as_subclass(Tensor)
 
     def strata(self, targets: Tensor) -> Tensor | None:
         """Return a group (N,), counted from 0, for each sample: subsets, balanced sampling and
@@ -292,6 +307,10 @@ class Task(abc.ABC):
     def fits(self, shape: Sequence[int], info: DataInfo, count: int) -> bool:
         """Check whether a network's output of that shape is an answer to `count` samples."""
         return tuple(shape) == (count, info.outputs)
+
+    def of_classes(self, answer: Tensor, classes: Sequence[int]) -> Tensor:
+        """Select classes, by number, of a network's answer (B, K, ...)."""
+        return answer[:, list(classes)]
 
     def random_answer(self, info: DataInfo, count: int) -> Outputs:
         """Make a random answer to `count` samples, for checks and tests."""

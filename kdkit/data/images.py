@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from kdkit.contracts.dataset_source import InMemory, Pairs
@@ -24,6 +25,7 @@ View = int | Tensor
 
 
 DRAWN_TOGETHER = 64  # batches
+PADDING = -1  # ends the targets of a sample that has fewer than others, such as boxes
 
 Moved = Tensor | tuple[Tensor, Tensor]
 """Transformed images (uint8); with their targets, if those move with the images."""
@@ -263,8 +265,12 @@ def stack(samples: list[Moved | Broken]) -> Moved | Broken:
     """
     if broken := [sample for sample in samples if isinstance(sample, Broken)]:
         return broken[0]
-    stacked = default_collate(samples)
-    return stacked if isinstance(stacked, Tensor) else (stacked[0], stacked[1])
+    targets = [sample[1] for sample in samples if isinstance(sample, tuple)]
+    if len({target.shape for target in targets}) < 2:
+        stacked = default_collate(samples)
+        return stacked if isinstance(stacked, Tensor) else (stacked[0], stacked[1])
+    images = default_collate([sample[0] for sample in samples if isinstance(sample, tuple)])
+    return images, pad_sequence(targets, batch_first=True, padding_value=PADDING)
 
 
 def intact(read: Moved | Broken) -> Moved:

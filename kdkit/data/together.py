@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,9 @@ from kdkit.data.augment import sample_seed
 from kdkit.data.transforms import seeded, with_channels
 from kdkit.errors import DataError
 from kdkit.recipe.data_section import DataSpec, JointAugment, Size
+
+Target = Tensor | Mapping[str, Tensor]
+"""What moves with an image: one tensor of torchvision's `tv_tensors`, or several by name."""
 
 
 class Together:
@@ -47,7 +50,7 @@ class Together:
         image = with_channels(sample[0], self.info.image_shape[0])
         pixels = tv_tensors.Image(pil_to_tensor(image))
         height, width = pixels.shape[-2:]
-        moved = pixels, self._target(sample[1], (height, width))
+        moved = pixels, self.task.movable(sample[1], (height, width), self.info)
         if self.size is not None:
             moved = fitted(*moved, self.size, self.interpolation, self.task.fill)
         if self.augmented is not None:
@@ -59,21 +62,12 @@ class Together:
                 f"is {height} x {width}, others {self.shape[0]} x {self.shape[1]}: set"
                 " data.image_size"
             )
-        return moved[0].as_subclass(Tensor), moved[1].as_subclass(Tensor)
-
-    def _target(self, target: Any, size: Size) -> Tensor:
-        from torchvision import tv_tensors
-
-        # of an unlabelled image: no label, but padding marks where the image ends
-        if target is None:
-            nothing: Tensor = tv_tensors.Mask(torch.zeros(size, dtype=torch.uint8))
-            return nothing
-        return self.task.movable(target, size, self.info)
+        return moved[0].as_subclass(Tensor), self.task.moved(moved[1])
 
 
 def fitted(
-    pixels: Tensor, target: Tensor, size: Size, interpolation: str, fill: int
-) -> tuple[Tensor, Tensor]:
+    pixels: Tensor, target: Target, size: Size, interpolation: str, fill: int
+) -> tuple[Tensor, Target]:
     """Scale an image and its target to fit in (H, W), and pad both on all sides to that size."""
     from torchvision.transforms import v2
 
@@ -82,24 +76,37 @@ def fitted(
     inside, before = placed(pixels.shape[-2:], size)
     after = size[0] - inside[0] - before[0], size[1] - inside[1] - before[1]
     pad = v2.Pad([before[1], before[0], after[1], after[0]], fill=_fills(fill))
-    both: tuple[Tensor, Tensor] = pad(*_resized(pixels, target, inside, interpolation))
+    both: tuple[Tensor, Target] = pad(*_resized(pixels, target, inside, interpolation))
     return both
 
 
 def _resized(
-    pixels: Tensor, target: Tensor, size: Sequence[int], interpolation: str
-) -> tuple[Tensor, Tensor]:
+    pixels: Tensor, target: Target, size: Sequence[int], interpolation: str
+) -> tuple[Tensor, Target]:
     """Resize an image and its target to (H, W)."""
-    from torchvision import tv_tensors
     from torchvision.transforms.v2 import InterpolationMode
     from torchvision.transforms.v2 import functional as v2
 
     mode = InterpolationMode(interpolation)
     image = v2.resize(pixels, list(size), interpolation=mode, antialias=True)
+    if isinstance(target, Tensor):
+        return image, _resized_target(target, size)
+    return image, {name: _resized_target(value, size) for name, value in target.items()}
+
+
+def _resized_target(target: Tensor, size: Sequence[int]) -> Tensor:
+    from torchvision import tv_tensors
+    from torchvision.transforms.v2 import functional as v2
+
     # `resize` takes the nearest pixel by its corner, which shifts a mask against its image
     if isinstance(target, tv_tensors.Mask):
-        return image, tv_tensors.wrap(_nearest(target, size), like=target)
-    return image, v2.resize(target, list(size))
+        nearest: Tensor = tv_tensors.wrap(_nearest(target, size), like=target)
+        return nearest
+    # it takes a plain tensor for an image
+    if not isinstance(target, tv_tensors.TVTensor):
+        return target
+    moved: Tensor = v2.resize(target, list(size))
+    return moved
 
 
 def _nearest(picture: Tensor, size: Sequence[int]) -> Tensor:
@@ -142,7 +149,7 @@ class _Scaled:
     def __init__(self, scale: tuple[float, float], interpolation: str) -> None:
         self.scale, self.interpolation = scale, interpolation
 
-    def __call__(self, pixels: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, pixels: Tensor, target: Target) -> tuple[Tensor, Target]:
         factor = float(torch.empty(()).uniform_(*self.scale))
         size = [max(1, round(side * factor)) for side in pixels.shape[-2:]]
         return _resized(pixels, target, size, self.interpolation)

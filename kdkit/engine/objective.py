@@ -113,7 +113,9 @@ class Objective(nn.Module):
                 loss.setup(read.student, self._teachers(name, read)[0], known)
                 self._compare_teachers(name, loss, probe)
             except (ShapeError, TapError) as error:
-                raise type(error)(f"{name}: {error}") from None
+                # plugins name themselves, as their losses are used without a recipe too
+                says = str(error).removeprefix(f"{loss.name}: ")
+                raise type(error)(f"{name}: {says}") from None
             if any(id(p) in networks for p in loss.parameters()):
                 raise PluginError(
                     f"{name}: holds a network of its context as its own part; keep a copy of what"
@@ -170,8 +172,9 @@ class Objective(nn.Module):
         which may be drawn. Of samples without labels, losses on labels see nothing, and others no
         label.
         """
-        is_of_labels = self.losses[name].knowledge == "labels"
-        is_on_rows = is_of_labels or self.losses[name].knowledge == "response"
+        loss = self.parts()[name]
+        is_of_labels = loss.knowledge == "labels"
+        is_on_rows = (is_of_labels or loss.knowledge == "response") and not loss.whole_answers
         if self.task is None or type(self.task).rows is Task.rows or not is_on_rows:
             read = self._own(name, lesson, batch)
             return _without_labels(read, read.batch or batch), 1.0  # a row is a sample

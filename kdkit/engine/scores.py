@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -15,6 +15,9 @@ from kdkit.contracts.task import Score, ScoreInfo, serves
 from kdkit.errors import DataError, one_line, suggest
 from kdkit.recipe import Recipe, registry
 from kdkit.recipe.sections import MetricEntry
+
+NAMED_FOR = {"Multiclass": "classes", "Multilabel": "labels"}
+"""What the rows are for a class of torchmetrics, by how its name begins."""
 
 
 def scores_of(recipe: Recipe, info: DataInfo) -> tuple[Score, ...]:
@@ -79,6 +82,7 @@ def _of_torchmetrics(recipe: Recipe, entry: MetricEntry, info: DataInfo) -> Scor
         known = [*recipe.plugins.metrics, *found]
         hint = suggest(entry.use, known)
         raise DataError(f"'{entry.use}' is no metric plugin, nor a class of torchmetrics; {hint}")
+    _refuse_other_rows(recipe, entry.use, found)
     made = found[entry.use]
     takes = _parameters(made)
     arguments = {
@@ -105,6 +109,26 @@ def _of_torchmetrics(recipe: Recipe, entry: MetricEntry, info: DataInfo) -> Scor
         higher_is_better=metric.higher_is_better is not False,
         meaning=f"torchmetrics' {entry.use}",
     )
+
+
+def _refuse_other_rows(recipe: Recipe, name: str, classes: Collection[str]) -> None:
+    """Check that a class of torchmetrics is for what the task's rows are, as its name says. One for
+    classes computes a number of labels too, which means nothing.
+
+    Raises:
+        DataError: it is not.
+    """
+    task = recipe.task
+    for prefix, rows in NAMED_FOR.items():
+        if name.startswith(prefix) and task.rows_are != rows:
+            others = [
+                name.replace(prefix, other)
+                for other in NAMED_FOR
+                if NAMED_FOR[other] == task.rows_are
+            ]
+            hint = "".join(f"; did you mean '{other}'?" for other in others if other in classes)
+            says = f"'{name}' is for {rows}, and task '{task.name}' has rows of {task.rows_are}"
+            raise DataError(f"{says}{hint}")
 
 
 def _classes() -> dict[str, type]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -24,10 +24,17 @@ class Reading:
         answers: the form of the network's output.
         classes: which of its answers are those of the data's classes, in the data's order (None:
             all).
+        select: selects classes of an answer, as the task's `of_classes`.
     """
 
-    def __init__(self, answers: Answers, classes: Sequence[int] | None) -> None:
+    def __init__(
+        self,
+        answers: Answers,
+        classes: Sequence[int] | None,
+        select: Callable[[Tensor, Sequence[int]], Tensor],
+    ) -> None:
         self.answers, self.classes = answers, None if classes is None else list(classes)
+        self.select = select
 
     def __call__(self, module: nn.Module, args: object, output: object) -> object:
         if not (outputs := outputs_of(output)):
@@ -39,7 +46,7 @@ class Reading:
             logits = p.clamp_min(torch.finfo(p.dtype).tiny).log()
             if self.answers == "sigmoid":
                 logits = logits - (1 - p).clamp_min(torch.finfo(p.dtype).eps).log()
-        return logits if self.classes is None else logits[:, self.classes]
+        return logits if self.classes is None else self.select(logits, self.classes)
 
 
 def looks_like(logits: Tensor) -> Answers:

@@ -61,7 +61,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a plugin: type with bounds, default (or "required"), and meaning."""
+    """One option of a plugin: its key in a recipe, type with bounds, default (or "required"), and
+    meaning.
+    """
 
     name: str
     type: str
@@ -103,7 +105,7 @@ def options(plugin: Plugin) -> Iterator[Option]:
             if info.is_required()
             else _value(info.get_default(call_default_factory=True))
         )
-        yield Option(name, _type(info), default, info.description or "")
+        yield Option(info.alias or name, _type(info), default, info.description or "")
 
 
 def _value(value: Any) -> str:
@@ -123,7 +125,8 @@ def _type(info: FieldInfo) -> str:
 
 def _name(annotation: Any) -> str:
     if isinstance(annotation, type) and issubclass(annotation, Options) and annotation is not Ramp:
-        return "{" + ", ".join(annotation.model_fields) + "}"
+        keys = (info.alias or name for name, info in annotation.model_fields.items())
+        return f"{{{', '.join(keys)}}}"
     origin = get_origin(annotation)
     # `tuple[X, ...]` has an ellipsis among its arguments
     members = [member for member in get_args(annotation) if member is not Ellipsis]

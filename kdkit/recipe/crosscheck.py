@@ -91,12 +91,15 @@ def _task_conflicts(spec: RecipeBase, plugins: Registry) -> Iterator[Problem]:
     if not serves(schedule.tasks, task):
         yield ["schedule"], f"schedule '{schedule.name}' {_serves_others(schedule.tasks, task)}"
     for i, entry in enumerate(spec.losses):
-        tasks = plugins.losses[entry.use].for_tasks(entry)
+        loss = plugins.losses[entry.use]
+        tasks = loss.for_tasks(entry)
+        on = "" if task.rows_are == "embeddings" else " on labels"
+        usual = f"its usual loss{on} is '{task.default_loss}'"
         if not serves(tasks, task):
-            says = f"'{entry.use}' {_serves_others(tasks, task)}"
-            on = "" if task.rows_are == "embeddings" else " on labels"
-            usual = f"its usual loss{on} is '{task.default_loss}'"
-            yield ["losses", i, "use"], f"{says}; {usual}"
+            yield ["losses", i, "use"], f"'{entry.use}' {_serves_others(tasks, task)}; {usual}"
+        elif loss.knowledge == "labels" and not (task.labels_rows or loss.whole_answers):
+            says = f"reads a label of each row, and rows of task '{task.name}' have none"
+            yield ["losses", i, "use"], f"'{entry.use}' {says}; {usual}"
 
 
 def _serves_others(tasks: Iterable[str], task: Task) -> str:

@@ -24,6 +24,11 @@ class BatchAugment(Options):
     )
     flip: float = Field(default=0.0, ge=0, le=1, description="Probability of a horizontal flip.")
 
+    @property
+    def moves(self) -> bool:
+        """Whether it moves what is in an image."""
+        return self.crop_padding > 0 or self.flip > 0
+
 
 class TimmAugment(Options):
     """Augmentation by timm's `create_transform`, image by image, in worker processes.
@@ -66,6 +71,12 @@ class TimmAugment(Options):
     interpolation: Literal["random", "bilinear", "bicubic"] = Field(
         default="random", description="Interpolation for resizing crops."
     )
+
+    @property
+    def moves(self) -> bool:
+        """Whether it moves what is in an image; policies may."""
+        crops = not self.scale == self.ratio == (1.0, 1.0)
+        return crops or self.flip > 0 or self.vertical_flip > 0 or self.auto_augment is not None
 
 
 Side = Annotated[int, Field(gt=0, le=SIDE)]

@@ -6,8 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kdkit.errors import RecipeError
+from pydantic import BaseModel
+
+from kdkit.errors import RecipeError, shorten
 from kdkit.recipe.loading import Recipe
+from kdkit.recipe.walk import followed
+from kdkit.recipe.yaml_source import flow
 
 COMPARED = ("losses", "schedule", "teacher", "teachers", "plugins", "seed")
 """Keys that define what is learnt from whom, in which variants may differ, and the seed."""
@@ -49,9 +53,35 @@ def unequal(
         if ours != theirs and not _is_below(VIEWS, allowed):
             yield Unequal(name, VIEWS, ours, theirs)
     for name, recipe in recipes.items():
-        for key, theirs, ours in differences(known, recipe.content()):
+        for place, theirs, ours in differences(known, recipe.content()):
+            key = written(place, recipe, recipes[baseline])
             if not _is_below(key, (*COMPARED, *allowed)):
-                yield Unequal(name, key, ours, theirs)
+                value, known_value = (
+                    _told(recipe, place, ours),
+                    _told(recipes[baseline], place, theirs),
+                )
+                yield Unequal(name, key, value, known_value)
+
+
+def written(key: str, *recipes: Recipe) -> str:
+    """Return a key of a recipe's content as the recipes write it: `data.dataset.class`, where
+    Python's name is `class_`.
+    """
+    for recipe in recipes:
+        location, _ = followed(recipe.spec, key.split("."))
+        # a recipe that does not have the key leaves it as it is
+        if (found := ".".join(map(str, location))) != key:
+            return found
+    return key
+
+
+def _told(recipe: Recipe, key: str, plain: Any) -> Any:
+    """Return the plain value of a key of the content, or the words of options that have some of
+    their own.
+    """
+    _, value = followed(recipe.spec, key.split("."))
+    is_worded = isinstance(value, BaseModel) and type(value).__str__ is not BaseModel.__str__
+    return str(value) if is_worded else plain
 
 
 def _is_below(key: str, sections: Iterable[str]) -> bool:
@@ -83,12 +113,30 @@ def refuse_unequal(
         raise RecipeError("\n".join(lines))
 
 
+def refuse_mixed(kind: str, values: Mapping[str, str]) -> None:
+    """Check that all that come into one table have the same task, or the same deciding score.
+
+    Args:
+        kind: `task` or `deciding score`.
+        values: its name by that of the variant or the run.
+
+    Raises:
+        RecipeError: they have not; says which have which.
+    """
+    having: dict[str, list[str]] = {}
+    for name, value in values.items():
+        having.setdefault(value, []).append(name)
+    if len(having) > 1:
+        told = "; ".join(f"{value}: {shorten(', '.join(names))}" for value, names in having.items())
+        raise RecipeError(f"different {kind}s have no common table ({told})")
+
+
 def _line(difference: Unequal, recipes: Mapping[str, Recipe], baseline: str) -> str:
     variant, key = difference.variant, difference.key
     location = [int(step) if step.isdecimal() else step for step in key.split(".")]
     return (
         f"{recipes[variant].source.where(location)}: {variant}: {key}:"
-        f" {_short(difference.value)} ({baseline}: {_short(difference.baseline)})"
+        f" {short(difference.value)} ({baseline}: {short(difference.baseline)})"
     )
 
 
@@ -98,6 +146,14 @@ def advice(keys: Iterable[str]) -> str:
     return f"to let them differ in this too: {words} (in a study file: `allow:`)"
 
 
-def _short(value: Any) -> str:
-    text = "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+def in_words(value: Any) -> str:
+    """Format a plain value as a recipe writes it."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "none" if value is None else value if isinstance(value, str) else flow(value)
+
+
+def short(value: Any) -> str:
+    """Format a plain value as a recipe writes it, cut off after 60 characters."""
+    text = in_words(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

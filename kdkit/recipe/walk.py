@@ -47,6 +47,25 @@ def code_in(value: Any, location: Sequence[str | int] = ()) -> Iterable[tuple[Ke
             yield from code_in(item, key)
 
 
+def followed(value: Any, names: Iterable[str]) -> tuple[Key, Any]:
+    """Follow names of options, keys and positions into a recipe, such as those of a key of its
+    content; return them as the recipe writes them (`class`, which Python calls `class_`), and the
+    value there, None behind a name that does not exist.
+    """
+    location: Key = []
+    for name in names:
+        fields = type(value).model_fields if isinstance(value, BaseModel) else {}
+        location.append(fields[name].alias or name if name in fields else name)
+        if name in fields:
+            value = getattr(value, name)
+        elif isinstance(value, Mapping):
+            value = value.get(name)
+        else:
+            is_position = isinstance(value, tuple | list) and name.isdecimal()
+            value = value[int(name)] if is_position and int(name) < len(value) else None
+    return location, value
+
+
 def _items(value: Any, location: Sequence[str | int]) -> Iterator[tuple[Key, Any, Any]]:
     """Yield (location, field of a model or None, value) of what a value holds."""
     if isinstance(value, BaseModel):

@@ -127,13 +127,16 @@ def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
 
 def override_words(overrides: Mapping[str, Any]) -> list[str]:
     """Format overrides as command-line words that `parse_overrides` reads."""
+    return [f"{key}={flow(value)}" for key, value in overrides.items()]
 
-    def plain(value: Any) -> str:
-        text: str = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=10_000)
-        # PyYAML ends a document that is a plain scalar with `...`
-        return text.strip().removesuffix("...").strip()
 
-    return [f"{key}={plain(value)}" for key, value in overrides.items()]
+def flow(value: Any) -> str:
+    """Format a value as YAML in one line: `{size: 16, grey: true}`."""
+    text: str = yaml.dump(
+        value, Dumper=_Dumper, default_flow_style=True, sort_keys=False, width=10_000
+    )
+    # PyYAML ends a document that is a plain scalar with `...`
+    return text.strip().removesuffix("...").strip()
 
 
 def nested(overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,7 +39,9 @@ class DataChecks(Checks):
         that training will fetch.
         """
         if (says := self._fetched(source)) is None:
-            return self._described(source)
+            info = self._described(source)
+            self.report.notes += source.notes()
+            return info
         try:
             return described(source, self.task)
         except DataError as error:
@@ -110,7 +112,7 @@ class DataChecks(Checks):
             raise DataError(f"{whose} {called(shown, 0)}: {error}") from None
 
     def check_training(self, num_train: int, info: DataInfo) -> None:
-        train, size = self.spec.train, self.spec.data.batch_size
+        train = self.spec.train
         for key in ("average_best", "patience"):
             if getattr(train, key) and not self.spec.data.validation:
                 says = "the epochs are chosen on validation data; set `data.validation`"
@@ -126,21 +128,42 @@ class DataChecks(Checks):
         if train.mixup:
             with self.report.at("train", "mixup"):
                 self.task.mixer(mixing_options(train.mixup), info)
+                self._refuse_unmixable(num_train, info)
         with self.report.at("metrics"):
             self._try_scores(info)
         targets = self.task.random_targets(info, torch.arange(PROBE))
         if self.spec.data.sampling == "balanced" and self.task.strata(targets) is None:
             says = f"targets of task '{self.task.name}' make no groups to balance"
             self.report.refuse(["data", "sampling"], says)
-        if train.mixup and info.unlabelled:
-            says = "mixes labels, and those of `data.unlabelled` have none; leave one of them out"
-            self.report.refuse(["train", "mixup"], says)
-        # Each image is mixed with another one of its batch.
-        elif train.mixup and (size % 2 or (not self.spec.data.drop_last and num_train % size % 2)):
-            says = (
+
+    def _refuse_unmixable(self, num_train: int, info: DataInfo) -> None:
+        """Check that every image can be mixed with another one of its batch.
+
+        Raises:
+            DataError: some have no labels, or a batch is odd.
+        """
+        data, size = self.spec.data, self.spec.data.batch_size
+        if info.unlabelled:
+            raise DataError(
+                "mixes labels, and those of `data.unlabelled` have none; leave one of them out"
+            )
+        if size % 2 or (not data.drop_last and num_train % size % 2):
+            raise DataError(
                 f"mixes pairs, so every batch must be even: batches of {size} of {num_train} images"
             )
-            self.report.refuse(["train", "mixup"], says)
+
+    def note_moved(self) -> None:
+        """Note that images are moved by an augmentation which leaves numbers as they are: right for
+        numbers that describe a whole image, wrong for coordinates in it.
+        """
+        data = self.spec.data
+        given = {"augment": data.augment, "timm_augment": data.timm_augment}
+        moving = [key for key, augment in given.items() if augment and augment.moves]
+        if moving and self.task.rows_are == "numbers" and not self.task.moves:
+            self.report.notes.append(
+                f"data.{moving[0]} moves images, and targets of task '{self.task.name}' stay as"
+                " they are: those that are coordinates in the image would be wrong"
+            )
 
     def _try_scores(self, info: DataInfo) -> None:
         """Compute the scores on random answers: each must give one number."""

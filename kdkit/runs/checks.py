@@ -120,6 +120,7 @@ class _Planner(Checks):
             )
         self.data.check_trackers()
         self.data.check_training(num_train, info)
+        self.data.note_moved()
         if not info.labelled:
             self.data.refuse_labels()
         self._refuse_unused()

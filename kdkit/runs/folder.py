@@ -23,7 +23,7 @@ from kdkit.engine.scores import scores_of, usual_scores
 from kdkit.errors import BusyError, DamagedFile, RunError
 from kdkit.finite import with_nan
 from kdkit.recipe import Recipe, consent
-from kdkit.recipe.fairness import differences
+from kdkit.recipe.fairness import differences, written
 from kdkit.recipe.yaml_source import Source
 from kdkit.runs.checkpoints import Checkpoints
 from kdkit.runs.leftovers import LOCK, is_leftover, python_in, remove
@@ -73,11 +73,11 @@ class RunFolder:
     def _refuse_other_recipe(self, recipe: Recipe) -> None:
         theirs = self.about(ANEW)
         if not recipe.is_of(theirs["fingerprint"], theirs["content"]):
-            changed = [key for key, *_ in differences(theirs["content"], recipe.content())]
-            keys = (
-                ", ".join("the data's files" if key == DATA_FILES else key for key in changed)
-                or "kdkit's own defaults"
+            changed = (key for key, *_ in differences(theirs["content"], recipe.content()))
+            told = (
+                "the data's files" if key == DATA_FILES else written(key, recipe) for key in changed
             )
+            keys = ", ".join(told) or "kdkit's own defaults"
             raise RunError(
                 f"{self.path} holds a run of another recipe (different: {keys}); give this one"
                 " another `name:` or `--run FOLDER`, or throw the old one away with `--restart`"
@@ -127,6 +127,7 @@ class RunFolder:
                 "content": recipe.content(),
                 "data": asdict(info),
                 "versions": versions(),
+                "task": recipe.task.name,
                 "scores": [asdict(i) for one in scores_of(recipe, info) for i in one.infos()],
                 "agreement": [asdict(i) for o in recipe.task.agreement(info) for i in o.infos()],
             }

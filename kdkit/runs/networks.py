@@ -293,7 +293,8 @@ class ModelFactory:
         model = self._build(name, options, layers, number, file)
         # A hook on the network itself: a wrapper would change the names of its layers.
         if (chosen := self.classes.chosen(name)) is not None or spec.answers != "logits":
-            model.module.register_forward_hook(Reading(spec.answers, chosen))
+            reading = Reading(spec.answers, chosen, self.task.of_classes)
+            model.module.register_forward_hook(reading)
         # Without a reader of its logits, a forward stops after the deepest tap.
         model.needs_logits = needs_logits
         model.precision = PRECISIONS[spec.precision] if spec.precision else None

@@ -123,10 +123,10 @@ def adapters(losses: Mapping[str, nn.Module]) -> Iterator[tuple[str, str, int]]:
 def _details(entry: LossEntry) -> str:
     layers = [f"{pair.student} ~ {pair.teacher}" for pair in entry.taps()]
     said = [
-        f"{key} {_short(getattr(entry, key))}"
+        f"{field.alias or key} {_short(getattr(entry, key))}"
         # Only what the recipe says: defaults would make each formula a paragraph.
-        for key in entry.model_fields_set
-        if key not in ("use", "name", "weight", "layers")
+        for key, field in type(entry).model_fields.items()
+        if key in entry.model_fields_set and key not in ("use", "name", "weight", "layers")
     ]
     return f"({', '.join([*layers, *sorted(said)])})" if layers or said else ""
 

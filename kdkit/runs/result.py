@@ -97,6 +97,7 @@ class Marker(TypedDict):
     # Files of an older kdkit name some fields otherwise.
     data: Annotated[DataInfo, BeforeValidator(renamed)]
     versions: dict[str, str]
+    task: NotRequired[str]
     scores: NotRequired[list[ScoreInfo]]
     agreement: NotRequired[list[ScoreInfo]]
 

@@ -19,7 +19,7 @@ from kdkit.recipe.explain import validated
 from kdkit.recipe.types import source_of
 from kdkit.students.loaded import LoadedRun
 from kdkit.students.profile import Profile
-from kdkit.units import with_unit
+from kdkit.units import hundredths, with_unit
 
 DEFAULT_SHAPE: Shape = (3, 224, 224)
 DEFAULT_TEXT = TextShape((16,))
@@ -138,7 +138,7 @@ def _rows(
             yield (
                 f"batch {latency.batch}: p{percent}, ms",
                 _milliseconds(position, percent),
-                lambda v: f"{v:,.2f}",
+                hundredths,
             )
         yield f"batch {latency.batch}: images/s", _throughput(position), lambda v: f"{v:,.0f}"
 

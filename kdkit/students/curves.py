@@ -236,7 +236,8 @@ def over_epochs(axes: Axes, epochs: int, stages: Sequence[tuple[float, str]]) ->
 
     margin = max(0.3, 0.02 * epochs)
     axes.set_xlim(1 - margin, epochs + margin)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    # by itself, it divides an axis of one epoch into fractions
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     for start, _ in stages[1:]:
         axes.axvline(start + 0.5, color="#999999", linewidth=1)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,6 @@ from kdkit.errors import ModelError
 from kdkit.finite import to_json
 from kdkit.models.seen import SeenInput
 from kdkit.models.tapped import TappedModel
-from kdkit.runs.scoring import weights
 from kdkit.students.exported import Export, named_outputs, relative_gap, seen_by
 
 ONNX_FILE = "model.onnx"
@@ -32,6 +32,8 @@ IMAGES = ["images"]  # name of the only input of a network that takes them
 
 ANSWERS = {"numbers": "numbers", "embeddings": "embedding"}  # by the meaning of rows; else logits
 
+STEP = 32  # pixels: the largest stride of most networks whose answers have places
+LARGEST_SIDE = 2**14  # of images in an ONNX file with free sides, pixels
 # bytes of weights from which an ONNX file keeps them beside itself: a single one ends at 2 GiB
 EMBEDDED = 2**30
 
@@ -56,6 +58,11 @@ class _Deployed(nn.Module):
 
 
 def write_onnx(student: TappedModel, info: DataInfo, task: Task, folder: Path) -> Export:
+    """Write the file, after its answers have been compared with those of torch.
+
+    Raises:
+        ModelError: ONNX cannot express the network, or gives other answers.
+    """
     shape = student.sees or info.image_shape
     samples = random_inputs(shape, 3)
     probe = {IMAGES[0]: samples} if isinstance(samples, Tensor) else {**samples}
@@ -67,36 +74,28 @@ def write_onnx(student: TappedModel, info: DataInfo, task: Task, folder: Path) -
     free = {0: torch.export.Dim("batch")}
     if is_text(shape):
         free[1] = torch.export.Dim("tokens", max=shape[0])
-    outside = len(weights(student)) > EMBEDDED
+    sides = _sides(shape) if task.moves and not is_text(shape) else {}
     answer = ANSWERS.get(task.rows_are, "logits")
     # in the folder, so that moving the files cannot fail between two file systems
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as draft:
         path = Path(draft) / ONNX_FILE
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the exporter warns about its own internals
-                torch.onnx.export(
-                    network,
-                    tuple(probe.values()),
-                    path,
-                    dynamo=True,
-                    dynamic_shapes=(tuple(free for _ in names),),
-                    external_data=outside,
-                    input_names=names,
-                    output_names=[answer],
-                    verbose=False,
-                )
-        # the exporter raises errors of any type
-        except Exception as error:
-            raise ModelError(f"ONNX cannot express this network: {_first_line(error)}") from error
+            _export(network, probe, path, free | sides, answer)
+        except ModelError:
+            if not sides:
+                raise
+            sides = {}
+            _export(network, probe, path, free, answer)
         _describe(path, info, task, shape, seen_by(student))
-        gap = _onnx_gap(path, network, probe)
+        gap = _onnx_gap(path, network, [*_probes(probe, further=STEP if sides else 0)])
         # moved only after the comparison, so that a wrong export leaves no files
         written = sorted(Path(draft).iterdir())
         for file in written:
             os.replace(file, folder / file.name)
     files = tuple(folder / file.name for file in written)
     what = f"images (B, {', '.join(map(str, shape))}) in [0, 1] to {answer}, any batch size"
+    if sides:
+        what += f", other heights and widths that are multiples of {STEP}"
     if (seen := seen_by(student)) is not None:
         what += f"; of a sample they are: {seen}"
     if is_text(shape):
@@ -104,6 +103,54 @@ def write_onnx(student: TappedModel, info: DataInfo, task: Task, folder: Path) -
             f"{' and '.join(names)} (B, N) of up to {shape[0]} tokens to {answer}, any batch size"
         )
     return Export(files, (what, f"largest difference from torch's {answer}: {gap:.2g}"))
+
+
+def _sides(shape: Shape) -> dict[int, Any]:
+    """Return the free height and width of images whose answers have places; none if they are no
+    multiples of the largest stride.
+    """
+    if any(side % STEP for side in shape[1:]):
+        return {}
+    return {
+        number: STEP * torch.export.Dim(name, min=1, max=LARGEST_SIDE // STEP)
+        for number, name in ((2, "height"), (3, "width"))
+    }
+
+
+def _export(
+    network: nn.Module, probe: Mapping[str, Tensor], path: Path, free: Any, answer: str
+) -> None:
+    external = sum(v.nbytes for v in network.state_dict().values()) > EMBEDDED
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporter warns about its own internals
+            torch.onnx.export(
+                network,
+                tuple(probe.values()),
+                path,
+                dynamo=True,
+                dynamic_shapes=(tuple(free for _ in probe),),
+                external_data=external,
+                input_names=[*probe],
+                output_names=[answer],
+                verbose=False,
+            )
+    # the exporter raises errors of any type
+    except Exception as error:
+        raise ModelError(f"ONNX cannot express this network: {_first_line(error)}") from error
+
+
+def _probes(probe: Mapping[str, Tensor], further: int) -> Iterator[dict[str, Tensor]]:
+    """Yield samples to compare answers for: one, as an exporter that fixed the batch size fails
+    there, all of them, and, if sides are free, larger images.
+    """
+    yield {name: value[:1] for name, value in probe.items()}
+    yield {**probe}
+    if further:
+        yield {
+            name: torch.rand((*value.shape[:2], *(side + further for side in value.shape[2:])))
+            for name, value in probe.items()
+        }
 
 
 def _describe(
@@ -130,17 +177,15 @@ def _describe(
     path.write_bytes(model.SerializeToString())
 
 
-def _onnx_gap(path: Path, network: nn.Module, probe: Mapping[str, Tensor]) -> float:
-    """Return the largest difference of the logits, over batches of one and of all samples."""
+def _onnx_gap(path: Path, network: nn.Module, probes: Sequence[Mapping[str, Tensor]]) -> float:
+    """Return the largest difference of the answers, over all batches."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     gaps = []
-    # a batch of one is where an exporter that fixed the batch size fails
-    for count in (1, None):
-        batch = {name: value[:count] for name, value in probe.items()}
+    for batch in probes:
         arrays = {name: value.numpy() for name, value in batch.items()}
         exported = torch.from_numpy(session.run(None, arrays)[0])
         with torch.no_grad():

@@ -55,10 +55,12 @@ def find_images(path: Path) -> list[Path]:
     """List the image files below a folder, in the order of their paths; a file is itself.
 
     Raises:
-        DataError: there are none.
+        DataError: there are none, or there is no such path.
     """
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder")
     if path.is_file():
         return [path]
     files = (file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
@@ -163,10 +165,18 @@ class Masks:
 
 
 def as_csv(predictions: Iterable[Prediction], root: Path, masks: Masks) -> str:
-    """Format a CSV table of the files (relative to `root`) and what is predicted of them."""
+    """Format a CSV table of the files (relative to `root`) and what is predicted of them.
+
+    Raises:
+        DataError: masks are to be written, and the answers are none; or as for `Masks`.
+    """
     rows: list[list[Any]] = []
     columns: list[str] = []
     for one in predictions:
+        if masks.folder is not None and not any(
+            isinstance(value, Tensor) for value in one.values.values()
+        ):
+            raise DataError(f"--masks: its answers are no masks, but: {', '.join(one.values)}")
         is_below = one.file != root and one.file.is_relative_to(root)
         name = one.file.relative_to(root) if is_below else one.file
         columns = ["file", *one.values]

@@ -17,6 +17,7 @@ import torch
 from kdkit.contracts.task import ScoreInfo
 from kdkit.errors import RunError
 from kdkit.recipe import Recipe, code_of_all
+from kdkit.recipe.fairness import in_words
 from kdkit.runs.folder import RunFolder
 from kdkit.runs.plan import formula
 from kdkit.runs.result import Result, versions
@@ -303,11 +304,8 @@ def about(recipe: Recipe) -> str:
     """
     spec = recipe.spec
     # Only what the recipe says of its schedule, as in `formula`.
-    options = [
-        f"{key} {value}"
-        for key, value in spec.schedule
-        if key in spec.schedule.model_fields_set and key != "use"
-    ]
+    said = spec.schedule.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    options = [f"{key} {in_words(value)}" for key, value in said.items() if key != "use"]
     losses = formula(dict(zip(recipe.loss_names(), spec.losses, strict=True)))
     return f"{losses}; schedule {' '.join([spec.schedule.use, *options])}"
 

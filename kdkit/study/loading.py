@@ -15,7 +15,7 @@ from kdkit.recipe import Recipe
 from kdkit.recipe.yaml_source import Source, override_words
 from kdkit.study.spec import MOST_SEEDS, SEEDS
 from kdkit.study.study_file import Problems, StudyFile
-from kdkit.study.variants import Study, renamed
+from kdkit.study.variants import TEACHER, Study, renamed
 
 MARKS = ("variants", "vary", "tune", "base")  # keys that exist in a study, but not in a recipe
 LONGEST_JOINED = 60  # maximum length of a study's name joined from recipe names
@@ -110,7 +110,8 @@ def _of_recipes(
             )
             candidates = itertools.chain([recipe.spec.name], further_names)
             # Two recipes may have one name, and two files one stem.
-            variants[next(name for name in candidates if name not in variants)] = recipe
+            name = next(one for one in candidates if one not in (*variants, TEACHER))
+            variants[name] = recipe
     problems.raise_if_any(len(paths))
     baseline = next(iter(variants))
     variants = renamed(variants)

@@ -15,7 +15,7 @@ from kdkit.engine.evaluate import Judge
 from kdkit.errors import RecipeError, RunError, shown, suggest
 from kdkit.recipe import Recipe
 from kdkit.recipe.data_section import DataSpec
-from kdkit.recipe.fairness import advice, refuse_unequal
+from kdkit.recipe.fairness import advice, refuse_mixed, refuse_unequal
 from kdkit.runs import checks
 from kdkit.runs.folder import RunFolder
 from kdkit.runs.plan import Plan
@@ -47,6 +47,8 @@ def trainings(study: Study) -> list[StudyRun]:
         RunError: the study's folder is a run's.
     """
     _refuse_unknown(study)
+    # before the keys in which they differ, which may be allowed
+    refuse_mixed("task", {name: recipe.task.name for name, recipe in study.variants.items()})
     refuse_unequal(study.variants, study.baseline, (*study.allow, *study.tune))
     if (study.path / "run.json").is_file():
         raise RunError(f"{study.path} is the folder of a run; give the study another `name:`")
@@ -136,7 +138,7 @@ def check(study: Study, fetch: Callable[[str], None] | None = None) -> dict[str,
         # One point stands for all of a variant: the longest, as lengths are compared.
         planned = _at_longest_points(study)
     lengths: dict[str, Length] = {}
-    judged_by: list[Judge] = []
+    judged_by: dict[str, Judge] = {}
     problems: list[str] = []
     # One run a variant: seeds change no shape.
     by_variant = {each.variant: each for each in planned}
@@ -147,17 +149,18 @@ def check(study: Study, fetch: Callable[[str], None] | None = None) -> dict[str,
             # patience may have ended this run early, so its length is not comparable
             if each.result is not None and not each.recipe.spec.train.patience:
                 lengths[name] = of_run(RunFolder(each.folder), each.recipe.spec.data)
-                judged_by += judges([each])
+                (judged_by[name],) = judges([each])
             else:
                 made = checks.make(each.recipe, fetch)
                 lengths[name] = _of_plan(made, each.recipe.spec.data)
-                judged_by.append(Judge.of(each.recipe, made.info))
+                judged_by[name] = Judge.of(each.recipe, made.info)
         except RecipeError as error:
             problems += [f"{line} (variant {name})" for line in str(error).splitlines()]
     if problems:
         # Variants share a base: a problem of the base is one line.
         raise RecipeError("\n".join(dict.fromkeys(problems)))
-    _refuse_unknown_scores(study, judged_by)
+    refuse_mixed("deciding score", {name: one.deciding.title for name, one in judged_by.items()})
+    _refuse_unknown_scores(study, [*judged_by.values()])
     _refuse_longer(lengths, study.variants, study.baseline, study.allow)
     # In the study's order: finished runs came last above.
     return {name: lengths[name] for name in study.variants}

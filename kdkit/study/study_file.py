@@ -21,7 +21,7 @@ from kdkit.recipe import Recipe
 from kdkit.recipe.explain import explain_source
 from kdkit.recipe.yaml_source import Source
 from kdkit.study.spec import StudySpec
-from kdkit.study.variants import Grid, Point, Study, has, renamed
+from kdkit.study.variants import TEACHER, Grid, Point, Study, has, renamed
 
 MOST_VARIANTS = 1000  # including those of the grid, and all points of a search
 
@@ -59,6 +59,9 @@ class StudyFile:
         """
         spec = self.spec
         variants, firsts = self._variants()
+        if TEACHER in variants:
+            says = "is the name of the teacher's row; give the variant another one"
+            raise self._error(["variants", TEACHER], says)
         baseline = self._baseline(list(variants), firsts)
         return Study(
             spec.name,

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kdkit.contracts.task import ScoreInfo
-from kdkit.recipe.fairness import unequal
+from kdkit.recipe.fairness import short, unequal
 from kdkit.study.finder import about, after_search
 from kdkit.study.findings import LOSSES, Findings, Length, Teacher, Variant
 from kdkit.study.intervals import gained, p_value_shown, shown, spread
@@ -23,7 +23,7 @@ from kdkit.study.sentences import (
     verdicts,
 )
 from kdkit.study.variants import Study
-from kdkit.units import with_unit
+from kdkit.units import hundredths, with_unit
 
 # title, of a variant, of the teacher
 Cells = tuple[str, Callable[[Variant], str], Callable[[Teacher], str]]
@@ -180,7 +180,8 @@ def _planned(
     table = Table(*columns, box=None, pad_edge=False)
     told = {name: about(recipe) for name, recipe in study.variants.items()}
     for other in unequal(study.variants, study.baseline, tuple(named)):
-        told[other.variant] += f"; {other.key} {other.value} ({study.baseline}: {other.baseline})"
+        value, known = short(other.value), short(other.baseline)
+        told[other.variant] += f"; {other.key} {value} ({study.baseline}: {known})"
     for name in study.variants:
         done, left = (
             [each.seed for each in runs if each.variant == name and bool(each.result) is state]
@@ -269,8 +270,8 @@ def _last(score: ScoreInfo) -> Cells:
 
 def _costs(teacher: Teacher | None) -> Iterable[Cells]:
     def latency(seconds: float) -> str:
-        times = f" (x {seconds / teacher.latency:.2f})" if teacher else ""
-        return f"{1000 * seconds:.2f} ms{times}"
+        times = f" (x {hundredths(seconds / teacher.latency)})" if teacher else ""
+        return f"{hundredths(1000 * seconds)} ms{times}"
 
     return [
         ("seconds", lambda v: f"{v.cost.seconds:,.1f}" if v.cost else "", lambda _: ""),
@@ -286,6 +287,6 @@ def _costs(teacher: Teacher | None) -> Iterable[Cells]:
         (
             "latency",
             lambda v: latency(v.cost.latency) if v.cost else "",
-            lambda t: f"{1000 * t.latency:.2f} ms",
+            lambda t: f"{hundredths(1000 * t.latency)} ms",
         ),
     ]

@@ -21,6 +21,7 @@ from kdkit.errors import RecipeError, dotted
 from kdkit.recipe import Recipe
 from kdkit.recipe.yaml_source import Source
 
+TEACHER = "teacher"  # name of the teacher's row in tables and pictures, which no variant may have
 STEPS = "steps"  # pseudo-key in `allow`: variants may train longer than the baseline
 
 

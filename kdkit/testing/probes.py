@@ -304,7 +304,21 @@ def _answers(
         )
         for side in (0, 1)
     )
+    if cls.whole_answers:
+        student, teacher = (
+            replace(answer, logits=_whole_answer(cls, size, size + side, classes[side]))
+            for side, answer in enumerate((student, teacher))
+        )
     return student, teacher
+
+
+def _whole_answer(cls: type[Loss], size: int, seed: int, classes: int) -> Tensor:
+    """Draw the logits of samples whose rows are parts of them, as the loss's first task has them."""
+    task = registry.load().tasks[min(cls.tasks)]()
+    info = DataInfo(IMAGE, classes, num_train=size, num_test=size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return task.random_answer(info, size).logits
 
 
 def set_up(

@@ -86,27 +86,33 @@ def _check_targets(task: Task, info: DataInfo, targets: Tensor) -> None:
 
 
 def _check_movable(task: Task, info: DataInfo, targets: Tensor) -> None:
-    """Check that a target becomes a tensor that transforms move, and that one that fits no image is
-    refused by a DataError of one line.
+    """Check that a target becomes tensors that transforms move, and a valid target again; that an
+    unlabelled image has one too; and that what is no target is refused by a DataError of one line.
     """
     from torchvision.tv_tensors import TVTensor
 
     _, height, width = info.train_shape
-    moved = task.movable(targets[0], (height, width), info)
-    assert isinstance(moved, TVTensor), f"{task.name}: `movable` gives no tv_tensor"
-    for wrong, size in ((targets[0], (height + 1, width)), (None, (height, width))):
-        try:
-            task.movable(wrong, size, info)
-        except DataError as error:
-            assert "\n" not in str(error), f"{task.name}: `movable` refuses in several lines"
-        else:
-            raise AssertionError(f"{task.name}: `movable` takes what fits no image of {size}")
+    size = (height, width)
+    movable = task.movable(targets[0], size, info)
+    parts = [movable] if isinstance(movable, Tensor) else [*movable.values()]
+    assert any(isinstance(part, TVTensor) for part in parts), (
+        f"{task.name}: `movable` gives no tv_tensor"
+    )
+    task.targets(task.moved(movable)[None], info, "the moved target")
+    task.moved(task.movable(None, size, info))
+    try:
+        task.movable("a", size, info)
+    except DataError as error:
+        assert "\n" not in str(error), f"{task.name}: `movable` refuses in several lines"
+    else:
+        raise AssertionError(f"{task.name}: `movable` takes a word for a target")
 
 
 def _check_rows(task: Task, answer: Outputs, batch: Batch) -> None:
     """Check that an answer has as many rows as its targets and samples."""
     (rows,), asked = task.rows([answer], batch)
-    counts = {len(rows.logits), len(asked.labels), len(asked.index)}
+    counts = {len(rows.logits), len(asked.index)}
+    counts |= {len(asked.labels)} if task.labels_rows else set()
     assert len(counts) == 1, f"{task.name}: `rows` gives {sorted(counts)} rows"
     assert set(asked.index.tolist()) <= set(batch.index.tolist()), (
         f"{task.name}: `rows` names samples that are not in the batch"

@@ -11,7 +11,9 @@ import numpy as np
 
 import kdkit
 
-IGNORED = 255  # of a pixel that does not count
+from ..tasks._segmentation import IGNORED
+
+ORIENTATION = 0x0112  # EXIF tag
 MASKS = (".png", ".bmp", ".tif", ".tiff", ".gif")
 
 
@@ -38,8 +40,14 @@ class Masked:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        mask = _opened(self.masks[index])
-        return _opened(self.paths[index]), self._classes(mask, self.masks[index])
+        image, mask = _opened(self.paths[index]), _opened(self.masks[index])
+        if image.size != mask.size == image.size[::-1] and image.getexif().get(ORIENTATION):
+            raise kdkit.DataError(
+                f"{self.paths[index]}: lies on its side, its EXIF orientation says how to turn it,"
+                " and its mask is turned already; write its pixels upright"
+                " (`PIL.ImageOps.exif_transpose`)"
+            )
+        return image, self._classes(mask, self.masks[index])
 
     def _classes(self, mask: Any, path: Path) -> Any:
         if self.colors is not None:

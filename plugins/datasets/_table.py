@@ -5,14 +5,18 @@ from __future__ import annotations
 import csv
 import difflib
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import kdkit
 
 ENDINGS = (".csv", ".parquet")
+SPLIT = "split"  # column of a table that holds both parts
+LARGEST = torch.finfo(torch.float32).max
 MOST_NAMES = 20  # columns that a message lists
 
 
@@ -61,8 +65,43 @@ class Table:
         return Table(self.path, columns, [self.places[row] for row in rows], self.place)
 
 
-def read(path: Path, wanted: Collection[str]) -> Table:
+def parts(train: Path, test: Path | None, wanted: Mapping[str, str]) -> dict[str, Table]:
+    """Read the tables `train` and `test`; without `test`, one table whose column `split` says which
+    part a row belongs to.
+
+    Raises:
+        DataError: see `read`; or a row belongs to neither part, or a part has no row.
+    """
+    if test is not None:
+        return {"train": read(train, wanted), "test": read(test, wanted)}
+    purpose = "which says `train` or `test` where there is no table `test`"
+    both = read(train, {**wanted, SPLIT: purpose})
+    rows: dict[str, list[int]] = {"train": [], "test": []}
+    for row, part in enumerate(both.filled(SPLIT)):
+        if part not in rows:
+            raise both.refuse(row, f"split {part!r}; allowed: train, test")
+        rows[part].append(row)
+    if empty := [part for part, chosen in rows.items() if not chosen]:
+        raise kdkit.DataError(f"{train}: no row has the split '{empty[0]}'")
+    return {part: both.taken(chosen) for part, chosen in rows.items()}
+
+
+def as_number(cell: Any) -> float | None:
+    """Return a cell's number; None if it is none that float32 can hold."""
+    try:
+        # Python takes 1_000 for a thousand, which other programs do not
+        value = float("" if "_" in str(cell) else cell)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return value if math.isfinite(value) and abs(value) <= LARGEST else None
+
+
+def read(path: Path, wanted: Mapping[str, str]) -> Table:
     """Read columns of a CSV file (UTF-8, commas, first line: the names) or a Parquet file.
+
+    Args:
+        path: the file.
+        wanted: columns, each with its purpose, for the message that it is missing.
 
     Raises:
         DataError: the file cannot be read, or has no such column or no row.
@@ -77,7 +116,7 @@ def read(path: Path, wanted: Collection[str]) -> Table:
     return table
 
 
-def _read_csv(path: Path, wanted: Collection[str]) -> Table:
+def _read_csv(path: Path, wanted: Mapping[str, str]) -> Table:
     try:
         # utf-8-sig: spreadsheet programs write a byte order mark
         with path.open(encoding="utf-8-sig", newline="") as stream:
@@ -101,7 +140,9 @@ def _lines(path: Path, stream: Iterable[str]) -> Iterator[tuple[int, list[str]]]
         raise kdkit.DataError(f"{path}: line {begins}: is no CSV: {error}") from error
 
 
-def _of_lines(path: Path, lines: Iterator[tuple[int, list[str]]], wanted: Collection[str]) -> Table:
+def _of_lines(
+    path: Path, lines: Iterator[tuple[int, list[str]]], wanted: Mapping[str, str]
+) -> Table:
     _, names = next(lines, (1, []))
     _refuse_names(path, names, wanted)
     columns: dict[str, list[Any]] = {name: [] for name in wanted}
@@ -117,7 +158,7 @@ def _of_lines(path: Path, lines: Iterator[tuple[int, list[str]]], wanted: Collec
     return Table(path, columns, places)
 
 
-def _read_parquet(path: Path, wanted: Collection[str]) -> Table:
+def _read_parquet(path: Path, wanted: Mapping[str, str]) -> Table:
     try:
         from pyarrow import parquet
     except ImportError:
@@ -145,7 +186,7 @@ def _cell(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _refuse_names(path: Path, names: Sequence[str], wanted: Collection[str]) -> None:
+def _refuse_names(path: Path, names: Sequence[str], wanted: Mapping[str, str]) -> None:
     """Check that columns have different names, and those that are wanted are there.
 
     Raises:
@@ -154,7 +195,7 @@ def _refuse_names(path: Path, names: Sequence[str], wanted: Collection[str]) -> 
     # columns without a name, such as the index of a data frame, are not asked for
     if twice := sorted({name for name in names if name and names.count(name) > 1}):
         raise kdkit.DataError(f"{path}: has two columns '{twice[0]}'")
-    for name in wanted:
+    for name, purpose in wanted.items():
         if len(names) == 1 and ";" in names[0]:  # as spreadsheets write it in some languages
             raise kdkit.DataError(f"{path}: has semicolons between its cells; commas are read")
         if name not in names:
@@ -162,5 +203,6 @@ def _refuse_names(path: Path, names: Sequence[str], wanted: Collection[str]) -> 
             close = difflib.get_close_matches(name.lower(), spelt, n=1, cutoff=0.5)
             hint = f"did you mean '{spelt[close[0]]}'? " if close else ""
             more = f", ... ({len(names)} in all)" if len(names) > MOST_NAMES else ""
-            allowed = ", ".join(names[:MOST_NAMES]) or "none"
-            raise kdkit.DataError(f"{path}: has no column '{name}'; {hint}allowed: {allowed}{more}")
+            there = ", ".join(names[:MOST_NAMES]) or "none"
+            says = f"has no column '{name}', {purpose}; {hint}it has: {there}{more}"
+            raise kdkit.DataError(f"{path}: {says}")

@@ -66,6 +66,7 @@ class ImageFolder(kdkit.DatasetSource):
 
     Images that lie in train/ itself, without class folders, have no labels; the classes are then
     the test part's folders. Test images may have none either, for a task that measures without.
+    Pixels are read as they are stored: an EXIF orientation is not applied.
     """
 
     name = "image_folder"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Collection, Sequence
 from functools import cached_property
@@ -15,12 +14,10 @@ from torch import Tensor
 
 import kdkit
 
-from ._files import Files
-from ._table import Table, read
+from ._files import Files, refuse_missing
+from ._table import Table, as_number, parts
 
-SPLIT = "split"  # column of a table that holds both parts
-MOST_TOLD = 3  # missing files that a message names
-LARGEST = torch.finfo(torch.float32).max
+SEPARATORS = ",;|/ "  # what may stand between the names in a cell, for a hint
 
 
 class ImageTableOptions(kdkit.DatasetOptions):
@@ -58,8 +55,7 @@ class ImageTableOptions(kdkit.DatasetOptions):
 
     @model_validator(mode="after")
     def _one_kind_of_target(self) -> Self:
-        kinds = {"class": self.class_, "labels": self.labels, "numbers": self.numbers}
-        given = [name for name, value in kinds.items() if value is not None]
+        given = self._given
         if len(given) != 1:
             raise ValueError(
                 f"give one of class, labels and numbers; given: {', '.join(given) or 'none'}"
@@ -69,6 +65,16 @@ class ImageTableOptions(kdkit.DatasetOptions):
         if twice := [name for name in self.targets if self.targets.count(name) > 1]:
             raise ValueError(f"{given[0]}: column '{twice[0]}' is named twice")
         return self
+
+    @property
+    def _given(self) -> list[str]:
+        kinds = {"class": self.class_, "labels": self.labels, "numbers": self.numbers}
+        return [name for name, value in kinds.items() if value is not None]
+
+    @property
+    def kind(self) -> str:
+        """The option that names the columns of the targets."""
+        return self._given[0]
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -83,6 +89,8 @@ class ImageTable(kdkit.DatasetSource):
 
     Classes, and labels that are names in one column, are those of the training table, in the order
     of their letters. An empty cell is refused; in a column of labels it says that there are none.
+    Pixels are read as they are stored: an EXIF orientation is not applied, and numbers that are
+    coordinates belong to the stored pixels.
     """
 
     name = "image_table"
@@ -115,18 +123,9 @@ class ImageTable(kdkit.DatasetSource):
     @cached_property
     def _tables(self) -> dict[str, Table]:
         o = self.options
-        wanted = [o.path, *o.targets]
-        if o.test is not None:
-            return {"train": read(o.train, wanted), "test": read(o.test, wanted)}
-        both = read(o.train, [*wanted, SPLIT])
-        rows: dict[str, list[int]] = {"train": [], "test": []}
-        for row, part in enumerate(both.filled(SPLIT)):
-            if part not in rows:
-                raise both.refuse(row, f"split {part!r}; allowed: train, test")
-            rows[part].append(row)
-        if empty := [part for part, chosen in rows.items() if not chosen]:
-            raise kdkit.DataError(f"{o.train}: no row has the split '{empty[0]}'")
-        return {part: both.taken(chosen) for part, chosen in rows.items()}
+        wanted = {name: f"which `{o.kind}` names" for name in o.targets}
+        wanted[o.path] = "which `path` names"
+        return parts(o.train, o.test, wanted)
 
     @cached_property
     def _names(self) -> tuple[str, ...]:
@@ -152,14 +151,7 @@ class ImageTable(kdkit.DatasetSource):
         folder = self.options.images or table.path.parent
         names = table.filled(self.options.path)
         found = [os.path.join(folder, str(name)) for name in names]
-        missing = [row for row, path in enumerate(found) if not os.path.isfile(path)]
-        if missing:
-            told = ", ".join(f"{table.at(row)} {found[row]!r}" for row in missing[:MOST_TOLD])
-            more = ", ..." if len(missing) > MOST_TOLD else ""
-            raise kdkit.DataError(
-                f"{table.path}: {len(missing):,} of {len(found):,} image files do not exist:"
-                f" {told}{more}"
-            )
+        refuse_missing(table.path, found, table.at)
         return found
 
     def _targets(self, table: Table) -> Any:
@@ -202,8 +194,18 @@ class ImageTable(kdkit.DatasetSource):
         more = ", ..." if len(self._names) > 20 else ""
         return (
             f"{what} {name[:50]!r} is not in the training table, which has:"
-            f" {', '.join(self._names[:20])}{more}"
+            f" {', '.join(self._names[:20])}{more}{self._separated(name)}"
         )
+
+    def _separated(self, name: str) -> str:
+        """Return a hint if a name is several known ones; empty if not."""
+        o = self.options
+        for sign in SEPARATORS:
+            parts = [part.strip() for part in name.split(sign)]
+            if len(parts) > 1 and set(parts) <= set(self._names):
+                option = f"labels: {o.class_}, " if o.class_ is not None else ""
+                return f"; for several labels in a cell: {option}separator: '{sign}'"
+        return ""
 
     def _numbers(self, table: Table, shares: bool) -> Tensor:
         """Values of the columns, (N, K) float32; `shares`: each in [0, 1]."""
@@ -211,23 +213,13 @@ class ImageTable(kdkit.DatasetSource):
         for name in self.options.targets:
             values = []
             for row, cell in enumerate(table.filled(name)):
-                value = _number(cell)
+                value = as_number(cell)
                 if value is None or (shares and not 0 <= value <= 1):
                     wanted = "no number from 0 to 1" if shares else "no finite number"
                     raise table.refuse(row, f"column '{name}': {str(cell)[:50]!r} is {wanted}")
                 values.append(value)
             columns.append(torch.tensor(values, dtype=torch.float32))
         return torch.stack(columns, 1)
-
-
-def _number(cell: Any) -> float | None:
-    """Return a cell's number; None if it is none that float32 can hold."""
-    try:
-        # Python takes 1_000 for a thousand, which other programs do not
-        value = float("" if "_" in str(cell) else cell)
-    except (TypeError, ValueError):
-        return None
-    return value if math.isfinite(value) and abs(value) <= LARGEST else None
 
 
 @kdkit.hookimpl

@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 
 import kdkit
 
-from ._masks import IGNORED, Masked, pairs, size_of, table
+from ..tasks._segmentation import IGNORED
+from ._masks import Masked, pairs, size_of, table
 
 Byte = Annotated[int, Field(ge=0, le=255)]
 Color = tuple[Byte, Byte, Byte]
@@ -65,7 +66,7 @@ class MaskFolder(kdkit.DatasetSource):
     and test/ likewise. Images of many sizes need `data.image_size`.
 
     A mask has the size of its image and one channel of class indices, or is in the colours that
-    `classes` gives.
+    `classes` gives. Pixels are read as they are stored: an EXIF orientation is not applied.
     """
 
     name = "mask_folder"

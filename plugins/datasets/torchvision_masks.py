@@ -17,7 +17,8 @@ from pydantic import Field
 
 import kdkit
 
-from ._masks import IGNORED, Masked, table
+from ..tasks._segmentation import IGNORED
+from ._masks import Masked, table
 
 VOC_CLASSES = (
     "background",

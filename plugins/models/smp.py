@@ -74,6 +74,7 @@ class SmpSource(kdkit.ModelSource):
                 f"smp has no decoder '{self.model_name}'; did you mean one of:"
                 f" {', '.join(close or known)}"
             )
+        self._refuse_unknown_encoder()
         try:
             module: nn.Module = smp.create_model(
                 self.model_name,
@@ -90,6 +91,16 @@ class SmpSource(kdkit.ModelSource):
             ) from error
         module.feature_info = _stages(module)  # type: ignore[assignment]
         return module
+
+    def _refuse_unknown_encoder(self) -> None:
+        import timm
+
+        name = self.options.encoder
+        # a name with a colon is of a hub or a folder
+        if ":" not in name and not timm.is_model(name):
+            close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
+            hint = f"; did you mean one of: {', '.join(close)}" if close else ""
+            raise kdkit.ModelError(f"encoder: timm has no backbone '{name}'{hint}")
 
 
 def _library() -> Any:

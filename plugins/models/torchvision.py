@@ -1,6 +1,7 @@
-"""torchvision's classifiers."""
+"""torchvision's classifiers, networks of segmentation, and detectors."""
 
 import difflib
+import re
 from typing import Any
 
 from pydantic import Field
@@ -9,6 +10,8 @@ from torch import nn
 import kdkit
 
 AUXILIARY = "aux_classifier."  # prefix of weights
+STAGE = re.compile(r"backbone\.(body\.)?layer\d")
+HEADS = ("head.", "roi_heads.box_predictor.")  # of detectors, prefixes of weights
 
 
 def _segmenting() -> list[str]:
@@ -19,13 +22,26 @@ def _segmenting() -> list[str]:
     return names
 
 
+def _detecting() -> list[str]:
+    """Names of the detectors of boxes."""
+    from torchvision import models
+
+    names = models.list_models(module=models.detection)
+    return [name for name in names if "mask" not in name and "keypoint" not in name]
+
+
 class TorchvisionSource(kdkit.ModelSource):
-    """torchvision's classifiers, `model: torchvision/resnet18`, and its networks of segmentation,
-    `model: torchvision/deeplabv3_resnet50`.
+    """torchvision's classifiers, `model: torchvision/resnet18`, its networks of segmentation,
+    `model: torchvision/deeplabv3_resnet50`, and its detectors, such as
+    `model: torchvision/fcos_resnet50_fpn`.
 
     Those of segmentation answer (B, K, H, W) at the images' size. With `args: {aux_loss: true}`
     deeplabv3 and fcn have an auxiliary head in training, as output 1 of the network (a loss with
     `output: 1` trains it).
+
+    Detectors answer (B, A, 5 + K), as task `detection` describes it, for images of any size that
+    the recipe prepares (`data.image_size`); what they do in torchvision to resize and normalise
+    images is left out.
     """
 
     name = "torchvision"
@@ -48,8 +64,10 @@ class TorchvisionSource(kdkit.ModelSource):
         # here: torchvision takes long to load, and `import kdkit` must not
         from torchvision import models
 
-        segmenting = _segmenting()
-        known = [*models.list_models(module=models), *segmenting]
+        from . import _detectors
+
+        segmenting, detecting = _segmenting(), _detecting()
+        known = [*models.list_models(module=models), *segmenting, *detecting]
         if self.model_name not in known:
             close = difflib.get_close_matches(self.model_name, known, n=3, cutoff=0.4)
             raise kdkit.ModelError(
@@ -57,8 +75,11 @@ class TorchvisionSource(kdkit.ModelSource):
                 f" {', '.join(close or known)}"
             )
         # else torchvision fetches ImageNet's weights for the backbone
-        without = {"weights_backbone": None} if self.model_name in segmenting else {}
+        is_dense = self.model_name in (*segmenting, *detecting)
+        without = {"weights_backbone": None} if is_dense else {}
         arguments = {"weights": None, **without, **self.options.args}
+        if self.model_name in detecting:
+            num_classes += _detectors.background(self.model_name)
         try:
             module: nn.Module = models.get_model(
                 self.model_name, num_classes=num_classes, **arguments
@@ -67,10 +88,12 @@ class TorchvisionSource(kdkit.ModelSource):
             raise kdkit.ModelError(
                 f"torchvision cannot build '{self.model_name}': {' '.join(str(error).split())}"
             ) from error
-        if self.model_name in segmenting:
+        if self.model_name in detecting:
+            module = _detectors.as_network(module)
+        if is_dense:
             # what stages are, in timm's form; a MobileNet's are numbered blocks
-            children = module.get_submodule("backbone").named_children()
-            stages = [{"module": f"backbone.{name}"} for name, _ in children if "layer" in name]
+            names = [name for name, _ in module.named_modules()]
+            stages = [{"module": name} for name in names if STAGE.fullmatch(name)]
             module.feature_info = stages  # type: ignore[assignment]
         return module
 
@@ -99,6 +122,9 @@ class TorchvisionSource(kdkit.ModelSource):
         left = sorted(
             {key.rpartition(".")[0] for key in misfits if not key.endswith("num_batches_tracked")}
         )
+        # the heads of a detector are several layers
+        if self.model_name in _detecting():
+            left = [name for name in left if not name.startswith(HEADS)]
         # one layer may be another, the classifier of other classes; segmentation has two of them
         if len(left) > (2 if self.model_name in _segmenting() else 1):
             raise kdkit.ModelError(
@@ -109,6 +135,8 @@ class TorchvisionSource(kdkit.ModelSource):
 
     def normalization(self, module: nn.Module) -> kdkit.Normalize:
         """What the model's best weights were trained with."""
+        if (inside := getattr(module, "transform", None)) is not None:  # that of a detector
+            return kdkit.Normalize(mean=tuple(inside.image_mean), std=tuple(inside.image_std))
         transforms = self._weights().transforms()
         return kdkit.Normalize(mean=tuple(transforms.mean), std=tuple(transforms.std))
 

@@ -40,7 +40,7 @@ class LabelWiseEmbeddings(kdkit.Loss):
 
     name = "led"
     knowledge = "relation"
-    tasks = frozenset({"labels"})
+    tasks = frozenset({"labels of samples"})
 
     class Options(kdkit.FeatureOptions):
         class_aware: kdkit.Rampable = Field(

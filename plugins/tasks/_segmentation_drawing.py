@@ -12,7 +12,8 @@ from torch import Tensor
 
 import kdkit
 
-IGNORED = 255
+from ._segmentation import IGNORED
+
 PANEL = 2.5  # inches
 ACROSS = 3  # panels in a row, so that they can be read on a page
 # none of them is a class's colour

@@ -12,7 +12,8 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 import kdkit
 
-IGNORED = 255
+from ._segmentation import IGNORED
+
 PER_CENT: dict[str, Any] = {"scale": 100.0, "unit": "%"}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import kdkit
 
-IGNORED = 255
+from ._segmentation import IGNORED
 
 
 class Segmentation(kdkit.Task):
@@ -82,6 +82,8 @@ class Segmentation(kdkit.Task):
         from torchvision import tv_tensors
         from torchvision.transforms.v2.functional import pil_to_tensor
 
+        # no label is read of an unlabelled image, but padding marks where it ends
+        target = torch.zeros(size, dtype=torch.uint8) if target is None else target
         try:
             mask = pil_to_tensor(target) if hasattr(target, "getbands") else torch.as_tensor(target)
         except (TypeError, ValueError, RuntimeError) as error:

@@ -1,6 +1,8 @@
-"""Write the pictures of pets' heads, and their table, that the recipes beside this file read.
+"""Write the pictures of pets' heads, and their tables, that the recipes beside this file read.
 
-    python recipes/pets/heads.py data/pets        # writes data/pets/heads.csv and data/pets/heads/
+    python recipes/pets/heads.py data/pets
+
+It writes, into that folder, `heads.csv` and `heads/` for regression, and `boxes.csv` for detection.
 
 The folder is that of the Oxford-IIIT Pet dataset (Parkhi et al., "Cats and Dogs", CVPR 2012,
 https://www.robots.ox.ac.uk/~vgg/data/pets) with `images/` and `annotations/xmls/`, or of a
@@ -10,6 +12,9 @@ Only training images of the dataset have heads: a third of them, drawn by a seed
 A picture is a photograph, or a part of it, brought to 64 x 64; x0, y0, x1, y1 are shares of its
 width and height. Crops and flips move a head, so they are made here, with their boxes: a training
 photograph is there whole and in seven parts, every other one mirrored; a test photograph whole.
+
+`boxes.csv` has the photographs themselves in the same two parts, with the head's box in pixels and
+its class: names of files with cats begin with a capital letter, others are dogs.
 """
 
 import csv
@@ -82,19 +87,27 @@ def pictures(root: Path, name: str, head: Box, split: str) -> Iterator[list[str 
 
 
 def main(root: Path) -> None:
-    """Write `heads/` and `heads.csv` into the folder."""
+    """Write `heads/`, `heads.csv` and `boxes.csv` into the folder."""
     found = list(heads(root))
     if not found:
         sys.exit(f"{root}: has no heads: neither annotations/xmls/*.xml nor trainval.json")
     random.Random(0).shuffle(found)
     (root / "heads").mkdir(exist_ok=True)
-    with (root / "heads.csv").open("w", newline="", encoding="utf-8") as stream:
-        table = csv.writer(stream)
-        table.writerow(["path", "x0", "y0", "x1", "y1", "split"])
-        for place, (name, head) in enumerate(found):
-            split = "test" if place < len(found) // 3 else "train"
-            table.writerows(pictures(root, name, head, split))
-    print(f"{root / 'heads.csv'}: the heads of {len(found)} photographs")
+    rows, boxes = [], []
+    for place, (name, head) in enumerate(found):
+        split = "test" if place < len(found) // 3 else "train"
+        rows += pictures(root, name, head, split)
+        boxes.append([f"images/{name}", *head, "cat" if name[0].isupper() else "dog", split])
+    corners = ["x0", "y0", "x1", "y1"]
+    write(root / "heads.csv", ["path", *corners, "split"], rows)
+    write(root / "boxes.csv", ["path", *corners, "class", "split"], boxes)
+    print(f"{root / 'heads.csv'} and boxes.csv: the heads of {len(found)} photographs")
+
+
+def write(file: Path, columns: list[str], rows: list[list[str | float]]) -> None:
+    """Write a table."""
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([columns, *rows])
 
 
 if __name__ == "__main__":

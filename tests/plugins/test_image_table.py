@@ -131,9 +131,17 @@ BAD = {
     "an underscore": (GOOD + "1.png,cat,wet,1_0\n", {"numbers": ("x",)}, "line 3: column 'x': '1_0' is no finite number"),
     "a share above 1": (GOOD + "1.png,cat,wet,1.5\n", {"labels": ("x",)}, "line 3: column 'x': '1.5' is no number from 0 to 1"),
     "no label": ("path,tags\n0.png,\n", {"labels": "tags"}, "column 'tags' names no label"),
-    "unknown column": (GOOD, {"class": "Clas"}, "has no column 'Clas'; did you mean 'class'? allowed: path, class, tags, x"),
+    "unknown column": (
+        GOOD,
+        {"class": "Clas"},
+        "has no column 'Clas', which `class` names; did you mean 'class'? it has: path, class, tags, x",
+    ),
     "semicolons": ("path;class\n0.png;cat\n", {"class": "class"}, "has semicolons between its cells; commas are read"),
-    "no split": (GOOD, {"class": "class", "test": None}, "has no column 'split'; allowed: path, class, tags, x"),
+    "no split": (
+        GOOD,
+        {"class": "class", "test": None},
+        "has no column 'split', which says `train` or `test` where there is no table `test`; it has: path, class, tags, x",
+    ),
     "other split": (
         "path,class,split\n0.png,a,train\n1.png,b,val\n",
         {"class": "class", "test": None},
@@ -144,7 +152,8 @@ BAD = {
     "a short row": (GOOD + "1.png,cat\n", {"class": "class"}, "line 3: has 2 cells, and the first line 4"),
     "an open quote": (GOOD + '1.png,"cat,wet,1\n', {"class": "class"}, "line 3: is no CSV: unexpected end of data"),
     "no rows": ("path,class\n", {"class": "class"}, "has no rows"),
-    "nothing": ("", {"class": "class"}, "has no column 'path'; allowed: none"),
+    "nothing": ("", {"class": "class"}, "has no column 'class', which `class` names; it has: none"),
+    "no path": ("file,x\n0.png,1\n", {"numbers": ("x",)}, "has no column 'path', which `path` names; it has: file, x"),
     "missing files": (
         "path,class\n" + "".join(f"{name},cat\n" for name in ("0.png", "a", "b", "1.png", "c", "d")),
         {"class": "class"},
@@ -168,6 +177,22 @@ def test_a_class_or_label_of_the_test_table_alone_is_refused(images, tmp_path):
     for wanted, what in (({"class": "class"}, "class"), ({"labels": "class"}, "label")):
         with pytest.raises(DataError, match=rf"^{test}: line 4: {what} 'bea' is not in the training table, which has: ant, bee, cat$"):
             source(train, test=test, images=images, **wanted).info()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "sign", "hint"),
+    [
+        ({"class": "kind"}, ",", "; for several labels in a cell: labels: kind, separator: ','"),
+        ({"labels": "kind"}, "|", "; for several labels in a cell: separator: '|'"),
+        ({"class": "kind"}, "-", ""),
+    ],
+)
+def test_several_names_in_a_cell_are_told_as_such(images, tmp_path, wanted, sign, hint):
+    train = csv(tmp_path / "train.csv", {"path": NAMES, "kind": CLASSES})
+    test = csv(tmp_path / "test.csv", {"path": NAMES[:1], "kind": [f'"cat{sign}ant"']})
+    with pytest.raises(DataError) as raised:
+        source(train, test=test, images=images, **wanted).info()
+    assert str(raised.value).endswith(f"which has: ant, bee, cat{hint}")
 
 
 def test_no_text_and_no_table(tmp_path):

@@ -2,11 +2,14 @@
 
 import numpy as np
 import pytest
+from kdkit_plugins.datasets._files import Files
+from kdkit_plugins.datasets._masks import Masked
 from PIL import Image
 from pydantic import ValidationError
 
 from kdkit.errors import DataError
 from kdkit.recipe import registry
+from kdkit.students.predictions import ImageFiles
 
 DATASETS = registry.load().datasets
 COLORS = {"road": [128, 64, 128], "tree": [0, 128, 0]}
@@ -145,6 +148,19 @@ def test_a_colour_of_no_class_and_a_mask_in_colours_are_refused(tmp_path):
 def test_options_that_contradict_each_other_are_refused(options, says):
     with pytest.raises(ValidationError, match=says):
         DATASETS["mask_folder"].Options(root=".", **options)
+
+
+def test_an_orientation_is_not_applied_and_a_mask_that_is_turned_is_told(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    file = tmp_path / "a.jpg"
+    Image.fromarray(np.zeros((8, 10, 3), np.uint8)).save(file, exif=exif)
+    mask(tmp_path / "stored.png", [0, 1])
+    mask(tmp_path / "turned.png", [0, 1], size=(8, 10))
+    stored, turned = (Masked([(file, tmp_path / name)]) for name in ("stored.png", "turned.png"))
+    assert stored[0][0].size == Files([file], [0])[0][0].size == ImageFiles([file])[0][0].size == (10, 8)
+    with pytest.raises(DataError, match="a.jpg: lies on its side"):
+        turned[0]
 
 
 def test_files_that_are_not_there_are_told_in_one_line(tmp_path):

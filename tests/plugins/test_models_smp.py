@@ -32,7 +32,8 @@ def test_a_decoder_on_a_backbone_of_timm(decoder, args):
     ("name", "options", "says"),
     [
         ("smp/unett", {"encoder": "resnet18"}, "smp has no decoder 'unett'; did you mean one of: unet"),
-        ("smp/fpn", {"encoder": "resnet1000"}, "smp cannot build 'fpn' with the encoder 'resnet1000'"),
+        ("smp/fpn", {"encoder": "resnett18"}, "encoder: timm has no backbone 'resnett18'; did you mean one of: resnet18, "),
+        ("smp/fpn", {"encoder": "mlp_mixer:nowhere"}, "smp cannot build 'fpn' with the encoder 'mlp_mixer:nowhere'"),
         ("smp/fpn", {"encoder": "resnet10t", "args": {"wrong": 1}}, "smp cannot build 'fpn'"),
     ],
 )

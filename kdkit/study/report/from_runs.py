@@ -14,6 +14,7 @@ from typing import Any
 from kdkit.contracts.inputs import Shape
 from kdkit.errors import KdkitError, RunError
 from kdkit.models.tapped import TappedModel
+from kdkit.recipe.fairness import refuse_mixed
 from kdkit.runs.folder import RunFolder
 from kdkit.runs.result import Result
 from kdkit.students import profile
@@ -24,6 +25,7 @@ from kdkit.study import intervals
 from kdkit.study.finder import by_name, cost
 from kdkit.study.findings import Findings, Length, Teacher, Variant
 from kdkit.study.measurements import mean_length, of_teachers, total
+from kdkit.study.variants import TEACHER
 
 TIMED = 0.5  # seconds of timing per network
 
@@ -62,6 +64,7 @@ def of_runs(folders: Sequence[Path], plugins: Sequence[Path] = ()) -> Findings:
 
     Raises:
         RunError: none is finished.
+        RecipeError: their tasks or deciding scores differ.
     """
     runs = [_open(folder, plugins) for folder in dict.fromkeys(folders)]
     if not any(run.result for run in runs):
@@ -69,6 +72,7 @@ def of_runs(folders: Sequence[Path], plugins: Sequence[Path] = ()) -> Findings:
             f"{folders[0]}: no run here is finished; `kdkit train` with the same recipe goes on"
             " with one"
         )
+    _refuse_mixed(runs)
     groups: dict[str, list[_Run]] = {}
     for run in runs:
         groups.setdefault(run.kind, []).append(run)
@@ -101,6 +105,25 @@ def of_runs(folders: Sequence[Path], plugins: Sequence[Path] = ()) -> Findings:
     return intervals.with_differences(found)
 
 
+def _refuse_mixed(runs: Sequence[_Run]) -> None:
+    """Check that all runs have one task and one deciding score; those of an older kdkit may not say
+    theirs.
+
+    Raises:
+        RecipeError: they have not.
+    """
+    tasks: dict[str, str] = {}
+    scores: dict[str, str] = {}
+    for run in runs:
+        name = str(run.folder.path)
+        if "task" in run.marker:
+            tasks[name] = run.marker["task"]
+        if run.marker.get("scores"):
+            scores[name] = run.marker["scores"][0].title
+    refuse_mixed("task", tasks)
+    refuse_mixed("deciding score", scores)
+
+
 def _again(folder: Path) -> str:
     """Return the command that trains a run again from its stored recipe."""
     return shlex.join(
@@ -114,13 +137,14 @@ def _open(path: Path, plugins: Sequence[Path]) -> _Run:
 
 
 def _named(groups: Sequence[Sequence[_Run]]) -> dict[str, list[_Run]]:
-    """Name the groups by their recipe's name, or by the first run's folder if two have the same;
-    runs by seed, each seed once.
+    """Name the groups by their recipe's name, with the first run's folder if two have the same or
+    it is that of the teacher's row; runs by seed, each seed once.
     """
     names = [str(each[0].recipe["name"]) for each in groups]
     found: dict[str, list[_Run]] = {}
     for name, each in zip(names, groups, strict=True):
-        called = name if names.count(name) == 1 else f"{name}, {each[0].folder.path.name}"
+        is_clear = names.count(name) == 1 and name != TEACHER
+        called = name if is_clear else f"{name}, {each[0].folder.path.name}"
         seeds: dict[int, _Run] = {}
         # Of several runs of one seed, a finished one stands for it.
         for run in sorted(each, key=lambda one: one.result is None):

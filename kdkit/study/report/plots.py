@@ -148,6 +148,9 @@ def learning_curves(
                 name: _late(shown[name], courses[name].epochs) if late else shown[name]
                 for name in names
             }
+            # a point by itself is no curve to enlarge
+            if late and max(len(course.x) for course in lines.values()) < 2:
+                continue
             title = f"Test {score.title}{', the last epochs' if late else ''}{of}"
             # A teacher far above would flatten the enlarged curves.
             reference = teacher if not late or teacher is None or _near(teacher, lines) else None
@@ -272,7 +275,9 @@ def _line(axes: Axes, course: Course, look: Look, stages: Sequence[tuple[float, 
     drawn = axes.plot(
         *broken(course.x, course.mean, stages), **look.line(), markevery=max(1, len(course.x) // 9)
     )[0]
-    if course.deviation:
+    if course.deviation and len(course.x) == 1:  # a point has no band
+        axes.errorbar(course.x, course.mean, course.deviation, color=look.color, capsize=3)
+    elif course.deviation:
         # a band that reaches 0 has no end on a logarithmic scale
         lowest = min((m for m in course.mean if m > 0), default=0.0) / 2
         low = [

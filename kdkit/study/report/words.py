@@ -21,7 +21,7 @@ from kdkit.study.findings import (
     rank,
 )
 from kdkit.study.report.document import Figures
-from kdkit.units import with_unit
+from kdkit.units import hundredths, with_unit
 
 NONE = "–"
 # title, cell of a variant, score of the teacher
@@ -383,8 +383,9 @@ def _cost_columns(teacher: Teacher | None) -> list[tuple[str, Callable[[Cost], s
     """List (title, cell of a variant, cell of the teacher)."""
 
     def latency(seconds: float) -> str:
-        times = f" (× {seconds / teacher.latency:.2f})" if teacher and teacher.latency else ""
-        return f"{1000 * seconds:.2f} ms{times}"
+        known = teacher.latency if teacher else 0.0
+        times = f" (× {hundredths(seconds / known)})" if known else ""
+        return f"{hundredths(1000 * seconds)} ms{times}"
 
     def positive(value: float, text: str) -> str:
         return text if value > 0 else NONE
@@ -416,6 +417,6 @@ def _cost_columns(teacher: Teacher | None) -> list[tuple[str, Callable[[Cost], s
         (
             "latency (× the teacher's)" if teacher else "latency",
             lambda c: latency(c.latency),
-            f"{1000 * teacher.latency:.2f} ms" if teacher else NONE,
+            f"{hundredths(1000 * teacher.latency)} ms" if teacher else NONE,
         ),
     ]
