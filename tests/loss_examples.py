@@ -18,4 +18,4 @@ OPTIONS = {
     "vitkd": {"layers": [ONE, TWO]},
 }
 # Losses that need real detectors, or answers whose rows belong to maps; tests/test_detection_losses.py checks what they promise.
-ON_DETECTORS = ("crosskd", "detector", "pseudo_labels", "score_weighted")
+ON_DETECTORS = ("crosskd", "detector", "ld", "pseudo_labels", "score_weighted")

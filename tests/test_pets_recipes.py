@@ -3,10 +3,12 @@
 import csv
 import json
 import runpy
+from pathlib import Path
 
 import pytest
 from PIL import Image, ImageDraw
 from recipe_files import RECIPES
+from small_boxes import source
 
 HEADS = {"one": (80, 20, 140, 70), "two": (10, 60, 60, 119), "three": (100, 30, 199, 90), "four": (70, 40, 130, 90)}
 
@@ -64,6 +66,22 @@ def test_the_table_is_always_the_same_and_no_photograph_is_in_both_parts(root, c
     assert written(root) == rows
     parts = {split: {row["path"].partition("-")[0] for row in rows if row["split"] == split} for split in ("train", "test")}
     assert len(parts["test"]) == 1 and len(parts["train"]) == 3 and not parts["train"] & parts["test"]
+
+
+def test_the_boxes_of_photographs_are_in_the_same_parts(root, capsys):
+    as_json(root)
+    (root / "images" / "one.jpg").rename(root / "images" / "One.jpg")
+    (root / "trainval.json").write_text((root / "trainval.json").read_text().replace("one.jpg", "One.jpg"))
+    parts = {row["path"].removeprefix("heads/").partition("-")[0]: row["split"] for row in written(root)}
+    found = source("box_table", train=root / "boxes.csv")
+    assert found.info().class_names == ("cat", "dog")
+    for part in ("train", "test"):
+        split = found.split(part)
+        names = [Path(path).stem for path in split.paths]
+        assert sorted(names) == sorted(name for name in parts if parts[name] == part)
+        for place, name in enumerate(names):
+            target = split[place][1]
+            assert (target["boxes"].tolist(), target["labels"].tolist()) == ([list(HEADS[name.lower()])], [int(name != "One")])
 
 
 def test_a_folder_without_heads_is_told(root):

@@ -1,4 +1,4 @@
-"""`kdkit predict`: the class and its probability of each image file."""
+"""`kdkit predict`: what a student answers to image files, as tables, JSON and pictures."""
 
 import csv
 import io
@@ -11,6 +11,9 @@ from PIL import Image
 
 import kdkit
 from kdkit import cli
+from kdkit.files import sealed
+from kdkit.students.export import export
+from kdkit.students.loaded import LoadedRun
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +92,29 @@ def test_predict_with_a_wrong_word_is_one_line(run, monkeypatch, capsys, words, 
 def test_predict_of_images_of_another_size_is_one_line(run):
     with pytest.raises(kdkit.ModelError, match=r"student: takes images \(B, 3, 8, 8\), got \(B, 3, 9, 9\)"):
         kdkit.load_student(run)(torch.rand(2, 3, 9, 9))
+
+
+def test_predict_writes_json_and_pictures_from_a_run_and_from_its_export(run, monkeypatch, capsys, tmp_path):
+    test = run.parent / "images" / "test"
+    assert not command(monkeypatch, run, test / "cat", test / "dog" / "1.png", "--output", tmp_path / "run.json")
+    assert not command(monkeypatch, run, test / "cat", "--pictures", tmp_path / "drawn")
+    found = json.loads((tmp_path / "run.json").read_text())
+    assert [entry["file"] for entry in found] == [*(f"{i}.png" for i in range(6)), str(test / "dog" / "1.png")]
+    assert found[-1]["class"] == "dog" and found[-1]["probability"] > 1 / 3
+    with Image.open(tmp_path / "drawn" / "2.png") as picture:
+        assert picture.width > 100
+    export(LoadedRun(run), folder=tmp_path / "exported")
+    assert not command(monkeypatch, tmp_path / "exported", test / "cat", test / "dog" / "1.png", "--output", tmp_path / "export.json")
+    assert json.loads((tmp_path / "export.json").read_text()) == found
+    assert command(monkeypatch, run, test, "--output", tmp_path / "run.txt") == 2
+    assert "write a file .csv or .json" in capsys.readouterr().err
+
+
+def test_an_export_of_before_does_not_say_how_images_are_prepared(run, monkeypatch, capsys, tmp_path):
+    export(LoadedRun(run), folder=tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    own = {key: value for key, value in config["kdkit"].items() if key not in ("images", "sha256")}
+    file.write_text(json.dumps({**config, "kdkit": sealed(own)}))
+    assert command(monkeypatch, tmp_path, run.parent / "images" / "test") == 2
+    assert "does not say how images are prepared, as an older kdkit has written it; export the run again" in capsys.readouterr().err

@@ -1,5 +1,7 @@
 """Targets as large as images: masks that move with their images, pixels as rows, from end to end."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -293,12 +295,12 @@ def test_predict_writes_masks_of_the_images_own_size(trained, monkeypatch, capsy
 
 
 def test_predicted_masks_are_those_that_are_scored(trained):
-    from kdkit.students.predictions import find_images, predict_files
+    from kdkit.students.predictions import Predictor, find_images
 
     run = LoadedRun(trained / "together" / "alone", plugins=[trained / "net.py"])
-    files = find_images(trained / "test" / "images")
+    files = find_images([trained / "test" / "images"])
     right = counted = 0
-    for said in predict_files(run, files, device=CPU):
+    for said in Predictor.of(run.folder.path, device=CPU, plugins=[trained / "net.py"])(files, CPU):
         truth = torch.as_tensor(np.array(Image.open(trained / "test" / "masks" / said.file.name)))
         right += int((said.values["mask"] == truth).sum())
         counted += int((truth < len(CLASSES)).sum())
@@ -306,16 +308,16 @@ def test_predicted_masks_are_those_that_are_scored(trained):
 
 
 def test_a_mask_replaces_no_image_and_no_other_mask(tmp_path):
-    from kdkit.students.predictions import Masks
+    from kdkit.students.prediction_files import Pictures
+    from kdkit.students.predictions import ImageFile
 
-    picture = tmp_path / "a.png"
-    mask = torch.zeros(2, 2, dtype=torch.uint8)
-    with pytest.raises(DataError, match="a.png: is one of the images"):
-        Masks(tmp_path, [picture])(picture, mask)
-    written = Masks(tmp_path / "masks")
-    written(picture, mask)
-    with pytest.raises(DataError, match="is the mask of another image of that name"):
-        written(tmp_path / "a.jpg", mask)
+    picture = tmp_path / "one.png"
+    with pytest.raises(DataError, match="is one of the images; choose another folder for --masks"):
+        Pictures(tmp_path, "--masks", [ImageFile(picture, picture)]).write(Path("one.png"), b"")
+    written = Pictures(tmp_path / "masks", "--masks")
+    written.write(Path("a/one.jpg"), b"")
+    with pytest.raises(DataError, match="is the picture of another image of that name"):
+        written.write(Path("a/one.png"), b"")
 
 
 def test_no_pixel_to_measure_on_is_an_error():

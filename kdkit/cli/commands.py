@@ -10,7 +10,7 @@ from contextvars import copy_context
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -35,6 +35,9 @@ from kdkit.cli.console import (
     watch,
 )
 from kdkit.errors import Interrupted, KdkitError, RunError, one_line
+
+if TYPE_CHECKING:
+    import torch
 
 app = typer.Typer(
     # `main` tells an error on one line.
@@ -162,42 +165,62 @@ def evaluate(
     out.print(score_table(rows, (*judge.scores, *judge.agreement)))
 
 
+def _device(name: str | None) -> torch.device:
+    """Return the device of that name, or the accelerator, or the CPU if there is none."""
+    import torch
+
+    from kdkit.models import devices
+
+    there = torch.accelerator.is_available()
+    accelerator = torch.accelerator.current_accelerator() if there else None
+    return devices.chosen(name or "auto") or accelerator or torch.device("cpu")
+
+
 @app.command()
 def predict(
-    run: RunPath,
-    images: Annotated[Path, argument(help="A folder of image files, or one of them.")],
+    student: Annotated[Path, argument(metavar="RUN", help="Run folder, or an exported one.")],
+    images: Annotated[
+        list[Path], argument(help="Image files, and folders of them.", metavar="IMAGES...")
+    ],
     output: Annotated[
-        Path | None, option("--output", help="CSV file to write (default: print the table).")
+        Path | None,
+        option("--output", help="File to write, .csv or .json (default: print a CSV table)."),
+    ] = None,
+    pictures: Annotated[
+        Path | None, option("--pictures", help="Folder for pictures of the images with answers.")
     ] = None,
     masks: Annotated[
         Path | None, option("--masks", help="Folder to write the masks of a segmentation to.")
     ] = None,
     best: Best = False,
+    device: Device = None,
     plugins: RunPlugins = None,
 ) -> None:
-    """Write a table of what a run's student answers to each image file; pictures of pixels' classes
-    go to a folder.
-    """
-    from kdkit.engine.trainer import build_accelerator
+    """Write what a student answers to image files: a table or JSON, and pictures."""
     from kdkit.files import write_atomically
-    from kdkit.students import loaded, predictions
+    from kdkit.students import prediction_files, predictions
 
-    opened, files = (
-        loaded.LoadedRun(run, plugins=absolute(plugins)),
-        predictions.find_images(images),
+    if output is not None and output.suffix not in (".csv", ".json"):
+        raise RunError(f"--output: {output}: write a file .csv or .json")
+    files = predictions.find_images(images)
+    where = _device(device)
+    predictor = predictions.Predictor.of(
+        student, best=best, device=where, plugins=absolute(plugins)
     )
-    # As in training, so that `auto` means the same device.
-    device = build_accelerator(opened.recipe.spec.train).device
-    table = predictions.as_csv(
-        predictions.predict_files(opened, files, best=best, device=device),
-        images,
-        predictions.Masks(masks, files),
+    writer = prediction_files.Writer(
+        prediction_files.Pictures(masks, "--masks", files) if masks else None,
+        prediction_files.Pictures(pictures, "--pictures", files) if pictures else None,
+        predictor.task,
+        predictor.info,
     )
+    rows = writer.told(predictor(files, where))
+    is_json = output is not None and output.suffix == ".json"
+    text = prediction_files.as_json(rows) if is_json else prediction_files.as_csv(rows)
     if output is None:
         # Not through rich, which would wrap rows of a CSV file in a pipe.
-        sys.stdout.write(table)
+        sys.stdout.write(text)
         return
-    write_atomically(output, table.encode())
+    write_atomically(output, text.encode())
     out.print(f"{len(files):,} images: {output}", markup=False)
 
 
@@ -308,14 +331,10 @@ def profile(
     import torch
 
     from kdkit.contracts.inputs import kind_of
-    from kdkit.models import devices
     from kdkit.students import cost_table
     from kdkit.students import profile as profiling
 
-    accelerator = (
-        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    )
-    where = devices.chosen("cpu" if cpu else device or "auto") or accelerator or torch.device("cpu")
+    where = _device("cpu" if cpu else device)
     with profiling.threads(threads):
         found = cost_table.subjects(models, size, classes, where, absolute(plugins))
         measured = profiling.measure_together(

@@ -25,18 +25,22 @@ def gather(x: Tensor) -> Tensor:
     return rows
 
 
-def share_of_mean(count: int, device: torch.device) -> Tensor | float:
+def share_of_mean(count: Tensor, least: int = 0) -> Tensor | float:
     """Return this process's count, divided by the mean over all processes; of one: 1.
 
     Multiplied by it, a mean over the rows of a process has its weight in the mean over the rows of
     all. All processes must call it.
+
+    Args:
+        count: of rows.
+        least: what a sum is divided by where there are fewer rows, in one process as in several.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return 1.0
-    total = torch.tensor(float(count), device=device)
+    total = count.float()
     dist.all_reduce(total)
     # without a row anywhere, every share is 0
-    return count * dist.get_world_size() / total.clamp(min=1.0)
+    return count.clamp(min=least) * dist.get_world_size() / total.clamp(min=1.0)
 
 
 class _Gather(torch.autograd.Function):

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from kdkit.contracts.adapters import frozen_copy
+from kdkit.contracts.distributed import share_of_mean
 from kdkit.contracts.layers import classifier_path, norm_path
 from kdkit.contracts.loss_options import LossOptions
 from kdkit.contracts.records import Batch, Outputs
@@ -119,6 +120,8 @@ class Loss(nn.Module, abc.ABC):
     def __init__(self, options: LossOptions) -> None:
         super().__init__()
         self.options = options
+        # False where each process trains a student of its own
+        self.shares_batches = True
 
     @classmethod
     def for_tasks(cls, options: Any = None) -> Set[str] | Literal["any"]:
@@ -153,6 +156,16 @@ class Loss(nn.Module, abc.ABC):
     @abc.abstractmethod
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """Return the scalar loss."""
+
+    def share(self, count: Tensor, least: int = 0) -> Tensor | float:
+        """Return this process's count, divided by the mean over the processes that share a batch;
+        of one: 1.
+
+        A loss that is divided by a count of its own, such as of objects, is multiplied by it: then
+        several processes learn what one does. All must call it. `least`: what such a loss is
+        divided by if the count is smaller.
+        """
+        return share_of_mean(count, least) if self.shares_batches else 1.0
 
     def deploy(self, student: nn.Module) -> nn.Module:
         """Return the network that is measured and exported in the student's place: the student

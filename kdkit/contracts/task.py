@@ -61,13 +61,13 @@ class Example:
 
     Attributes:
         image: (C, H, W) in [0, 1], on the CPU.
-        target: in the task's form.
+        target: in the task's form; None if it is not known.
         answers: logits by the network's name: those of the teacher first if there is one, then
             those of the baseline's student and of the best other students.
     """
 
     image: Tensor
-    target: Tensor
+    target: Tensor | None
     answers: Mapping[str, Tensor]
 
 
@@ -208,6 +208,10 @@ class Task(abc.ABC):
     """
     fill: ClassVar[int] = 0
     """Value of a mask where its image is padded."""
+    in_pixels: ClassVar[bool] = False
+    """Whether answers are in pixels of the batch's images, as boxes are: then networks see images
+    at that size.
+    """
     labels_rows: ClassVar[bool] = True
     """Whether each row has a target of its own. If not, as where a network decides which of its
     anchors answers for an object, losses on labels must read whole answers.
@@ -391,8 +395,10 @@ class Task(abc.ABC):
         return rows.answer.softmax(1), rows.target
 
     def predicted(self, answer: Outputs, info: DataInfo) -> Sequence[Mapping[str, Any]]:
-        """Say what a network answers to each sample, by column of a table; a tensor (H, W) of uint8
-        is a picture.
+        """Say what a network answers to each sample, by column of a table.
+
+        A tensor (H, W) of uint8 is a picture. Where a sample has several objects, all columns have
+        a list, an entry for each; their boxes are torchvision's `BoundingBoxes` in pixels.
         """
         names = info.class_names or tuple(map(str, range(info.outputs)))
         logits = answer.logits.float()

@@ -130,6 +130,16 @@ def unfitted(picture: Tensor, own: Sequence[int], size: Size | None) -> Tensor:
     return _nearest(picture, own)
 
 
+def unfitted_boxes(boxes: Tensor, own: Sequence[int], size: Size) -> Tensor:
+    """Undo `fitted` for boxes (M, 4), x0, y0, x1, y1, in an image's own (H, W)."""
+    (height, width), (top, left) = placed(own, size)
+    shift = boxes.new_tensor([left, top, left, top])
+    scale = boxes.new_tensor([own[1] / width, own[0] / height] * 2)
+    limits = boxes.new_tensor([own[1], own[0]] * 2)
+    moved = (boxes.as_subclass(Tensor) - shift) * scale
+    return moved.clamp(min=0).minimum(limits)
+
+
 def _augmentation(augment: JointAugment, crop: Size, fill: int, interpolation: str) -> Any:
     from torchvision.transforms import v2
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdkit.contracts.distributed import share_of_mean
 from kdkit.contracts.ensembles import with_logits
 from kdkit.contracts.features import constants
 from kdkit.contracts.loss import Context, Loss
@@ -65,8 +64,6 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         self.task = task
-        # False where each process trains a student of its own
-        self.shares_batches = True
         self.losses = _ByName({name: loss for name, (_, loss) in losses.items()})
         self.entries = {name: entry for name, (entry, _) in losses.items()}
         self._ramps = {
@@ -144,6 +141,11 @@ class Objective(nn.Module):
                     " another; say which of them this loss looks at: `teacher: NAME`"
                 )
 
+    def keep_apart(self) -> None:
+        """Let each process train a student of its own, on its own share of the batches."""
+        for loss in self.parts().values():
+            loss.shares_batches = False
+
     def parts(self) -> dict[str, Loss]:
         """The losses by name."""
         return {name: loss for name, loss in self.losses.items() if isinstance(loss, Loss)}
@@ -185,7 +187,7 @@ class Objective(nn.Module):
             shown = read.batch or batch
             read = by_rows(self.task, read, shown)
             index = (read.batch or batch).index
-            share = share_of_mean(len(index), index.device) if self.shares_batches else 1.0
+            share = loss.share(torch.tensor(len(index), device=index.device))
             split[key] = _without_labels(read, shown), share
         return split[key]
 

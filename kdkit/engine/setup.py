@@ -159,7 +159,8 @@ def build_trainer(
     objectives = []
     for i, lesson in enumerate(tried.lessons):
         built = tried.objective(i)
-        built.shares_batches = not apart
+        if apart:
+            built.keep_apart()
         built.setup(lesson, batch, tried.context(i), teachers)
         beyond = max(0, i + 1 - len(stage.students))
         _carry(carried.setdefault((tried.student_of(i), beyond), {}), built.parts())

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from kdkit.contracts.inputs import Shape, is_text
-from kdkit.contracts.model_source import InputOptions
+from kdkit.contracts.model_source import InputOptions, ModelOptions
 from kdkit.contracts.records import Inputs
+from kdkit.contracts.task import Task
 from kdkit.errors import InputError, suggest
 from kdkit.models.normalization import LUMINANCE, InputAdapter, Interpolation, resized_to
 
@@ -163,3 +164,21 @@ def _crop(images: Tensor, size: int, *, drawing: bool) -> Tensor:
     sample = torch.arange(count, device=images.device).view(-1, 1, 1, 1)
     channel = torch.arange(channels, device=images.device).view(1, -1, 1, 1)
     return images[sample, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def refuse_other_places(options: ModelOptions, task: Task) -> None:
+    """Refuse an input whose places are not those of the task's targets or answers.
+
+    Raises:
+        InputError: says which key.
+    """
+    if options.input and options.input.crop and task.moves:
+        raise InputError(
+            f"crop: targets of task '{task.name}' belong to the whole image; crop both by"
+            " `data.joint_augment`"
+        )
+    if task.in_pixels and (options.input_size or (options.input and options.input.size)):
+        raise InputError(
+            f"answers of task '{task.name}' are in pixels of the batch's images, which all networks"
+            " see at that size (`data.image_size`)"
+        )

@@ -37,6 +37,7 @@ from kdkit.models.devices import is_channels_last
 from kdkit.models.folding import fold_batchnorm, unfoldable
 from kdkit.models.given_answers import Reading
 from kdkit.models.inheritance import inherit
+from kdkit.models.seen import refuse_other_places
 from kdkit.models.tapped import TappedModel
 from kdkit.randomness import seeded
 from kdkit.recipe import Recipe, content_of
@@ -418,11 +419,7 @@ class ModelFactory:
             trained = self.trained[section]
             file = trained.checked(file or trained.file)
         try:
-            if options.input and options.input.crop and self.task.moves:
-                raise InputError(
-                    f"crop: targets of task '{self.task.name}' belong to the whole image; crop both"
-                    " by `data.joint_augment`"
-                )
+            refuse_other_places(options, self.task)
             # A network's first weights must not depend on which others were built before it.
             with seeded(spec.seed, "student" if section == "student" else "teacher", number):
                 model = build_model(

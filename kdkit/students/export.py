@@ -165,7 +165,18 @@ def _own_config(run: LoadedRun, options: ModelOptions) -> dict[str, Any]:
         "class_names": list(named_outputs(run.recipe.task, run.info)),
         "task": run.recipe.task.name,
         "rows_are": run.recipe.task.rows_are,
+        "images": _images(run),
     }
+
+
+def _images(run: LoadedRun) -> dict[str, Any]:
+    """Return what predictions for image files need: the task, and how images are prepared."""
+    task, spec = run.recipe.task, run.recipe.spec.data
+    prepared = spec.model_dump(
+        mode="json", include={"image_size", "crop_pct", "interpolation", "eval_batch_size"}
+    )
+    options = task.options.model_dump(mode="json", exclude={"use"})
+    return {"task": {"use": task.name, **options}, "outputs": run.info.outputs, "data": prepared}
 
 
 def _timm_config(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ IMAGES = ["images"]  # name of the only input of a network that takes them
 ANSWERS = {"numbers": "numbers", "embeddings": "embedding"}  # by the meaning of rows; else logits
 
 STEP = 32  # pixels: the largest stride of most networks whose answers have places
+LARGER = 8 * STEP  # pixels by which images are larger for an export with free sides
 LARGEST_SIDE = 2**14  # of images in an ONNX file with free sides, pixels
 # bytes of weights from which an ONNX file keeps them beside itself: a single one ends at 2 GiB
 EMBEDDED = 2**30
@@ -80,14 +81,24 @@ def write_onnx(student: TappedModel, info: DataInfo, task: Task, folder: Path) -
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as draft:
         path = Path(draft) / ONNX_FILE
         try:
-            _export(network, probe, path, free | sides, answer)
+            # on larger images: the exporter takes a map of one pixel for one of any size
+            _export(
+                network,
+                _larger(probe, LARGER, LARGER) if sides else probe,
+                path,
+                free | sides,
+                answer,
+            )
         except ModelError:
             if not sides:
                 raise
             sides = {}
             _export(network, probe, path, free, answer)
         _describe(path, info, task, shape, seen_by(student))
-        gap = _onnx_gap(path, network, [*_probes(probe, further=STEP if sides else 0)])
+        # a batch of one is where an exporter that fixed the batch size fails
+        batches = [{name: value[:1] for name, value in probe.items()}, probe]
+        batches += [_larger(probe, STEP, 3 * STEP)] if sides else []
+        gap = _onnx_gap(path, network, batches)
         # moved only after the comparison, so that a wrong export leaves no files
         written = sorted(Path(draft).iterdir())
         for file in written:
@@ -140,17 +151,12 @@ def _export(
         raise ModelError(f"ONNX cannot express this network: {_first_line(error)}") from error
 
 
-def _probes(probe: Mapping[str, Tensor], further: int) -> Iterator[dict[str, Tensor]]:
-    """Yield samples to compare answers for: one, as an exporter that fixed the batch size fails
-    there, all of them, and, if sides are free, larger images.
-    """
-    yield {name: value[:1] for name, value in probe.items()}
-    yield {**probe}
-    if further:
-        yield {
-            name: torch.rand((*value.shape[:2], *(side + further for side in value.shape[2:])))
-            for name, value in probe.items()
-        }
+def _larger(probe: Mapping[str, Tensor], height: int, width: int) -> dict[str, Tensor]:
+    """Return random images that are higher and wider by that many pixels."""
+    return {
+        name: torch.rand((*images.shape[:2], images.shape[2] + height, images.shape[3] + width))
+        for name, images in probe.items()
+    }
 
 
 def _describe(

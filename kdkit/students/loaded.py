@@ -46,6 +46,8 @@ class Exported(TypedDict):
     fields: NotRequired[dict[str, int]]
     files: NotRequired[dict[str, str]]
     takes: NotRequired[str]
+    class_names: NotRequired[list[str]]
+    images: NotRequired[dict[str, Any]]
 
 
 class LoadedRun:
@@ -294,7 +296,12 @@ def load_student(
     return _load_exported(path, torch.device(device), files)
 
 
-def _load_exported(folder: Path, device: torch.device, plugins: tuple[Path, ...]) -> TappedModel:
+def exported_about(folder: Path) -> Exported:
+    """Read what `kdkit export` wrote about a network.
+
+    Raises:
+        RunError: the file is not kdkit's, or damaged.
+    """
     record = folder / EXPORTED
     config = files.read_json(record, dict[str, Any], EXPORT_AGAIN)
     if "kdkit" not in config:
@@ -302,7 +309,12 @@ def _load_exported(folder: Path, device: torch.device, plugins: tuple[Path, ...]
     # the seal covers this entry only: the rest of the file is in the form of another library
     entry = files.unsealed(record, config["kdkit"], EXPORT_AGAIN)
     # an older kdkit wrote it under another name
-    about = files.fitting(record, renamed(entry), Exported, EXPORT_AGAIN)
+    about: Exported = files.fitting(record, renamed(entry), Exported, EXPORT_AGAIN)
+    return about
+
+
+def _load_exported(folder: Path, device: torch.device, plugins: tuple[Path, ...]) -> TappedModel:
+    record, about = folder / EXPORTED, exported_about(folder)
     digest = about.get("files", {}).get(WEIGHTS)
     files.refuse_other(folder / WEIGHTS, digest, record, EXPORT_AGAIN)
     if about["needs_files"]:

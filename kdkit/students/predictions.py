@@ -1,42 +1,152 @@
-"""Predicts with a run's student what its task asks of image files."""
+"""Predicts with a student what its task asks of image files."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdkit import spreadsheets
+from kdkit.contracts.dataset_source import DataInfo
 from kdkit.contracts.inputs import is_text
-from kdkit.contracts.records import Batch
+from kdkit.contracts.task import Example, Task
 from kdkit.data.images import Finish, ReadImages
 from kdkit.data.sizes import measured_batch_size
-from kdkit.data.together import Together, unfitted
+from kdkit.data.together import Together, unfitted, unfitted_boxes
 from kdkit.data.transforms import for_measuring
-from kdkit.errors import DataError
-from kdkit.files import write_atomically
-from kdkit.students.loaded import LoadedRun
+from kdkit.errors import DataError, RunError
+from kdkit.models.tapped import TappedModel
+from kdkit.recipe import registry
+from kdkit.recipe.data_section import DatasetEntry, DataSpec
+from kdkit.recipe.explain import validated
+from kdkit.students.loaded import EXPORTED, LoadedRun, exported_about, load_student
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image file, and its name in tables: relative to the folder that it was found in."""
+
+    path: Path
+    name: Path
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a student answers to an image, by column: numbers, texts, or a picture (H, W)."""
+    """What a student answers to an image.
 
-    file: Path
+    Attributes:
+        file: the image.
+        values: by column: numbers, texts, a picture (H, W), or lists of equal length, an entry for
+            each of several objects.
+        example: the image as the network sees it, with the answer, for a picture.
+    """
+
+    file: ImageFile
     values: Mapping[str, Any]
+    example: Example
 
 
-class ImageFiles:
+@dataclass(frozen=True)
+class Predictor:
+    """A student, and how its images are prepared: as the test images of its run were.
+
+    Attributes:
+        student: answers batches.
+        task: says what an answer means.
+        info: of the data that it was trained for.
+        data: size of images and batches.
+    """
+
+    student: TappedModel
+    task: Task
+    info: DataInfo
+    data: DataSpec
+
+    @classmethod
+    def of(
+        cls,
+        folder: Path,
+        *,
+        best: bool = False,
+        device: torch.device,
+        plugins: Sequence[Path] = (),
+    ) -> Predictor:
+        """Load a finished run, or an exported student.
+
+        Raises:
+            RunError: the folder is neither; the run is not finished; the export does not say how
+                images are prepared.
+            DataError: it is one of texts.
+        """
+        if not (folder / EXPORTED).is_file():
+            run = LoadedRun(folder, plugins=plugins)
+            student = run.student(best=best, device=device)
+            made = cls(student, run.recipe.task, run.info, run.recipe.spec.data)
+        else:
+            student = load_student(folder, device=device, plugins=plugins)
+            made = cls(student, *_of_export(folder, plugins))
+        if is_text(made.info.image_shape):
+            raise DataError(f"{folder}: its student reads texts, not images")
+        return made
+
+    def __call__(self, files: Sequence[ImageFile], device: torch.device) -> Iterator[Prediction]:
+        """Predict what the task asks of image files.
+
+        Raises:
+            DataError: a file cannot be read.
+        """
+        spec, task = self.data, self.task
+        one_size = for_measuring(spec, self.info.image_shape)
+        moving = Together(spec, task, self.info, 0, None) if task.moves else None
+        everything = torch.arange(len(files))
+        images = ReadImages(
+            _Unlabelled(files),
+            torch.zeros(len(files), dtype=torch.int64),
+            everything,
+            Finish(None, 0, device),
+            moving or one_size,
+            spec.workers,
+            keep_workers=False,
+        )
+        plan = torch.split(everything, measured_batch_size(spec, task))
+        for batch in images.batches(plan, [None] * len(plan)):
+            with torch.no_grad():
+                answer = self.student(batch.inputs)
+            assert isinstance(batch.inputs, Tensor)
+            told = task.predicted(answer, self.info)
+            rows = zip(batch.index.tolist(), told, batch.inputs, answer.logits, strict=True)
+            for index, values, image, logits in rows:
+                example = Example(image.cpu(), None, {"student": logits.cpu()})
+                own = self._as_large_as(files[index].path, values)
+                yield Prediction(files[index], own, example)
+
+    def _as_large_as(self, file: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Bring predicted pictures and boxes to the size of the image file."""
+        from PIL import Image
+        from torchvision.tv_tensors import BoundingBoxes
+
+        with Image.open(file) as image:
+            own = image.height, image.width
+        size = self.data.size
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, BoundingBoxes):
+                return unfitted_boxes(value, own, size or own).tolist()
+            return unfitted(value, own, size) if isinstance(value, Tensor) else value
+
+        return {name: moved(value) for name, value in values.items()}
+
+
+class _Unlabelled:
     """Image files as a part of a dataset, without labels."""
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, files: Sequence[ImageFile]) -> None:
+        self.paths = [file.path for file in files]
         # `ReadImages` takes a labelled part; these labels are not read
-        self.paths, self.labels = files, [None] * len(files)
+        self.labels = [None] * len(files)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -51,140 +161,48 @@ class ImageFiles:
             raise DataError(f"{self.paths[index]}: cannot be read as an image: {error}") from error
 
 
-def find_images(path: Path) -> list[Path]:
-    """List the image files below a folder, in the order of their paths; a file is itself.
+def find_images(paths: Sequence[Path]) -> list[ImageFile]:
+    """List image files: those named, and those below the folders named, in the order of their
+    paths.
 
     Raises:
-        DataError: there are none, or there is no such path.
+        DataError: a folder has none, or there is no such path.
     """
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
-    if not path.exists():
-        raise DataError(f"{path}: no such file or folder")
-    if path.is_file():
-        return [path]
-    files = (file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
-    images = sorted(file for file in files if file.is_file())
-    if not images:
-        raise DataError(f"{path}: no image files in it (looked for {', '.join(IMG_EXTENSIONS)})")
-    return images
+    found: list[ImageFile] = []
+    for path in paths:
+        if not path.exists():
+            raise DataError(f"{path}: no such file or folder")
+        if path.is_file():
+            found.append(ImageFile(path, path))
+            continue
+        inside = (file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+        files = [ImageFile(file, file.relative_to(path)) for file in sorted(inside)]
+        files = [file for file in files if file.path.is_file()]
+        if not files:
+            known = ", ".join(IMG_EXTENSIONS)
+            raise DataError(f"{path}: no image files in it (looked for {known})")
+        found += files
+    return found
 
 
-def predict_files(
-    run: LoadedRun, files: Sequence[Path], *, best: bool = False, device: torch.device
-) -> Iterator[Prediction]:
-    """Predict what a run's task asks of image files, preprocessed as its test images were.
-
-    Args:
-        run: a finished run.
-        files: images.
-        best: the epoch with the best validation score, not the last.
-        device: where the network runs.
-
-    Raises:
-        DataError: a file cannot be read; the run is one of texts.
-        RunError: the run is not finished.
-    """
-    if is_text(run.info.image_shape):
-        raise DataError(f"{run.folder.path}: its student reads texts, not images")
-    task, student = run.recipe.task, run.student(best=best, device=device)
-    for batch in _batches(run, files, device):
-        with torch.no_grad():
-            answer = student(batch.inputs)
-        pairs = zip(batch.index.tolist(), task.predicted(answer, run.info), strict=True)
-        for index, values in pairs:
-            yield Prediction(files[index], _as_large_as(files[index], values, run))
-
-
-def _as_large_as(file: Path, values: Mapping[str, Any], run: LoadedRun) -> dict[str, Any]:
-    """Bring predicted pictures to the size of the image file."""
-    from PIL import Image
-
-    with Image.open(file) as image:
-        size = image.height, image.width
-    fitted = run.recipe.spec.data.size
-    return {
-        name: unfitted(value, size, fitted) if isinstance(value, Tensor) else value
-        for name, value in values.items()
-    }
-
-
-def _batches(run: LoadedRun, files: Sequence[Path], device: torch.device) -> Iterator[Batch]:
-    spec, task = run.recipe.spec, run.recipe.task
-    info = run.info
-    one_size = for_measuring(spec.data, info.image_shape)
-    moving = Together(spec.data, task, info, spec.seed, None) if task.moves else None
-    everything = torch.arange(len(files))
-    images = ReadImages(
-        ImageFiles(files),
-        torch.zeros(len(files), dtype=torch.int64),
-        everything,
-        Finish(None, spec.seed, device),
-        moving or one_size,
-        spec.data.workers,
-        keep_workers=False,
-    )
-    plan = torch.split(everything, measured_batch_size(spec.data, task))
-    return images.batches(plan, [None] * len(plan))
-
-
-@dataclass(frozen=True)
-class Masks:
-    """Writes masks as PNG files of class indices, below a folder, under their images' names.
-
-    Attributes:
-        folder: where they go.
-        images: files that are predicted, which no mask may replace.
-    """
-
-    folder: Path | None
-    images: Sequence[Path] = ()
-    written: set[Path] = field(default_factory=set)
-
-    def __call__(self, name: Path, mask: Tensor) -> Path:
-        """Write the mask of an image, by its name in the table; return the file.
-
-        Raises:
-            DataError: there is no folder to write to, or the file is an image or another mask.
-        """
-        from PIL import Image
-
-        if self.folder is None:
-            raise DataError("its answers are masks: say where they go by --masks FOLDER")
-        file = self.folder / (Path(name.name) if name.is_absolute() else name).with_suffix(".png")
-        if file.resolve() in {image.resolve() for image in self.images}:
-            raise DataError(f"{file}: is one of the images; choose another folder for --masks")
-        if file in self.written:
-            raise DataError(f"{file}: is the mask of another image of that name")
-        self.written.add(file)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        stream = io.BytesIO()
-        Image.fromarray(mask.cpu().numpy()).save(stream, format="png")
-        write_atomically(file, stream.getvalue())
-        return file
-
-
-def as_csv(predictions: Iterable[Prediction], root: Path, masks: Masks) -> str:
-    """Format a CSV table of the files (relative to `root`) and what is predicted of them.
-
-    Raises:
-        DataError: masks are to be written, and the answers are none; or as for `Masks`.
-    """
-    rows: list[list[Any]] = []
-    columns: list[str] = []
-    for one in predictions:
-        if masks.folder is not None and not any(
-            isinstance(value, Tensor) for value in one.values.values()
-        ):
-            raise DataError(f"--masks: its answers are no masks, but: {', '.join(one.values)}")
-        is_below = one.file != root and one.file.is_relative_to(root)
-        name = one.file.relative_to(root) if is_below else one.file
-        columns = ["file", *one.values]
-        rows.append([name, *(_cell(name, value, masks) for value in one.values.values())])
-    return spreadsheets.as_csv(columns, rows)
-
-
-def _cell(name: Path, value: Any, masks: Masks) -> Any:
-    if isinstance(value, Tensor):
-        return masks(name, value)
-    return f"{value:.4f}" if isinstance(value, float) else value
+def _of_export(folder: Path, plugins: Sequence[Path]) -> tuple[Task, DataInfo, DataSpec]:
+    """Read what an export says about its task and its images."""
+    record = folder / EXPORTED
+    about = exported_about(folder)
+    if (seen := about.get("images")) is None:
+        raise RunError(
+            f"{record}: does not say how images are prepared, as an older kdkit has written it;"
+            " export the run again"
+        )
+    known = registry.load(tuple(plugins)).tasks
+    if seen["task"]["use"] not in known:
+        raise RunError(f"{record}: there is no task '{seen['task']['use']}'; name its --plugins")
+    task = known[seen["task"]["use"]]
+    chosen = {key: value for key, value in seen["task"].items() if key != "use"}
+    options = validated(task.Options, chosen, str(record), RunError)
+    names = tuple(about["class_names"])
+    info = DataInfo(tuple(about["image_shape"]), seen["outputs"], 0, 0, names)
+    data = {"dataset": DatasetEntry(use="none"), **seen["data"]}
+    return task(options), info, validated(DataSpec, data, str(record), RunError)

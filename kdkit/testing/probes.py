@@ -313,7 +313,7 @@ def _answers(
 
 
 def _whole_answer(cls: type[Loss], size: int, seed: int, classes: int) -> Tensor:
-    """Draw the logits of samples whose rows are parts of them, as the loss's first task has them."""
+    """Draw logits of whole samples, whose rows are parts of them, as the loss's first task does."""
     task = registry.load().tasks[min(cls.tasks)]()
     info = DataInfo(IMAGE, classes, num_train=size, num_test=size)
     with torch.random.fork_rng(devices=[]):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
+from torchvision.models.detection.fcos import FCOSHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 from torchvision.models.detection.ssd import SSD
@@ -24,7 +25,10 @@ import kdkit
 Targets = Sequence[Mapping[str, Tensor]]
 """Of each image, `boxes` (M, 4), x0, y0, x1, y1 in pixels, and `labels` (M,) from 0."""
 Terms = dict[str, Tensor]
-"""torchvision's losses, by its names."""
+"""torchvision's losses, by its names; under `COUNT`, the number of rows that they are divided by
+(1 if there are none), unless they are means over images.
+"""
+COUNT = "count"
 
 CERTAIN = 30.0
 """Logit of a probability that is 1 in fp32."""
@@ -123,6 +127,21 @@ class Fcos(Detector, FCOS):  # type: ignore[misc]
         return terms
 
 
+class FcosHead(FCOSHead):  # type: ignore[misc]
+    """torchvision's head of FCOS, which tells what its losses are divided by."""
+
+    def compute_loss(
+        self,
+        targets: Any,
+        head_outputs: Any,
+        anchors: Any,
+        matched_idxs: Sequence[Tensor],
+    ) -> Terms:
+        """Add the number of points that answer for an object."""
+        terms = super().compute_loss(targets, head_outputs, anchors, matched_idxs)
+        return {**terms, COUNT: _count(matched_idxs)}
+
+
 class Retina(Detector, RetinaNet):  # type: ignore[misc]
     """RetinaNet (Lin et al., ICCV 2017, arXiv:1708.02002): a row is an anchor."""
 
@@ -133,7 +152,7 @@ class Retina(Detector, RetinaNet):  # type: ignore[misc]
         deltas, classes = head["bbox_regression"], head["cls_logits"]
         corners = self.corners(deltas, anchors)
         return {
-            "logits": _answer(corners, classes),
+            "logits": without_quality(corners, classes),
             "raw": torch.cat([deltas, classes], dim=2),
             "anchors": anchors,
         }
@@ -163,7 +182,7 @@ class Ssd(Detector, SSD):  # type: ignore[misc]
         deltas, classes = head["bbox_regression"], head["cls_logits"]
         corners = self.corners(deltas, anchors)
         return {
-            "logits": _answer(corners, _against_others(classes)[..., 1:]),
+            "logits": without_quality(corners, _against_others(classes)[..., 1:]),
             "raw": torch.cat([deltas, classes], dim=2),
             "anchors": anchors,
         }
@@ -181,7 +200,7 @@ class Ssd(Detector, SSD):  # type: ignore[misc]
             for each, boxes in zip(wanted, anchors, strict=True)
         ]
         terms: Terms = self.compute_loss(wanted, head, [*anchors], matched)
-        return terms
+        return {**terms, COUNT: _count(matched)}
 
 
 class FasterRcnn(Detector, FasterRCNN):  # type: ignore[misc]
@@ -217,7 +236,7 @@ class FasterRcnn(Detector, FasterRCNN):  # type: ignore[misc]
         corners = _decoded(self.rpn.box_coder, deltas.float().view_as(anchors), anchors)
         classes = self.roi_heads.box_predictor.cls_score.out_features - self.background
         logits = objects.float().view(*anchors.shape[:2], 1).expand(-1, -1, classes)
-        return {"logits": _answer(corners, logits), "raw": _flat(maps), "anchors": anchors}
+        return {"logits": without_quality(corners, logits), "raw": _flat(maps), "anchors": anchors}
 
     def losses(
         self, raw: Tensor, anchors: Tensor, size: tuple[int, int], targets: Targets
@@ -247,10 +266,14 @@ def as_network(detector: nn.Module) -> nn.Module:
     Raises:
         ModelError: it is of another kind.
     """
+    if isinstance(detector, Detector):
+        return detector
     if type(detector) not in CLASSES:
         known = ", ".join(cls.__name__ for cls in CLASSES)
         raise kdkit.ModelError(f"{type(detector).__name__} is no detector of these: {known}")
     detector.__class__ = CLASSES[type(detector)]
+    if isinstance(head := getattr(detector, "head", None), FCOSHead):
+        head.__class__ = FcosHead
     return detector
 
 
@@ -259,13 +282,18 @@ def background(name: str) -> int:
     return 0 if name.startswith(("fcos", "retinanet")) else 1
 
 
+def _count(matched: Sequence[Tensor]) -> Tensor:
+    """Count the rows that answer for an object."""
+    return torch.stack([(rows >= 0).sum() for rows in matched]).sum()
+
+
 def _decoded(coder: Any, deltas: Tensor, anchors: Tensor) -> Tensor:
     """Decode offsets (B, A, 4) from anchors to boxes."""
     boxes: Tensor = coder.decode_single(deltas.flatten(0, 1), anchors.flatten(0, 1))
     return boxes.view_as(deltas)
 
 
-def _answer(corners: Tensor, classes: Tensor) -> Tensor:
+def without_quality(corners: Tensor, classes: Tensor) -> Tensor:
     """Put boxes and classes together, of a detector that knows no quality."""
     quality = corners.new_full((*corners.shape[:2], 1), CERTAIN)
     return torch.cat([corners, quality, classes], dim=2)

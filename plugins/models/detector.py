@@ -10,19 +10,20 @@ from torch import Tensor, nn
 
 import kdkit
 
-HEADS = ("fcos", "retinanet")
+HEADS = ("fcos", "gfl", "retinanet")
 FINEST = 8  # stride of the finest map of a pyramid
 
 
 class DetectorSource(kdkit.ModelSource):
-    """Detectors with equal heads on timm's backbones: `model: detector/fcos` or
-    `detector/retinanet` with `backbone: resnet18`, any of timm's that gives maps of features.
+    """Detectors with equal heads on timm's backbones: `model: detector/fcos`, `detector/retinanet`
+    or `detector/gfl` with `backbone: resnet18`, any of timm's that gives maps of features.
 
     A pyramid (Lin et al., CVPR 2017, arXiv:1612.03144) of `width` channels takes the backbone's
-    maps of strides 8, 16 and 32 and adds two coarser ones; the heads are torchvision's. Two of them
-    have equal rows and equal maps in the pyramid, whatever their backbones:
-    `backbone.fpn.layer_blocks.*` are its maps of strides 8, 16 and 32. Stages (`stage1`...) are the
-    backbone's, from the first of stride 8 on.
+    maps of strides 8, 16 and 32 and adds two coarser ones; the heads are torchvision's, or that of
+    the generalized focal loss (Li et al., NeurIPS 2020, arXiv:2006.04388) on the points of FCOS,
+    which gives distributions of boxes. Two of one kind have equal rows and equal maps in the
+    pyramid, whatever their backbones: `backbone.fpn.layer_blocks.*` are its maps of strides 8, 16
+    and 32. Stages (`stage1`...) are the backbone's, from the first of stride 8 on.
     """
 
     name = "detector"
@@ -37,10 +38,16 @@ class DetectorSource(kdkit.ModelSource):
         )
         width: int = Field(
             default=256,
-            gt=0,
+            ge=64,
             le=4096,
             multiple_of=32,
             description="Channels of the pyramid and the heads, a multiple of 32.",
+        )
+        bins: int = Field(
+            default=16,
+            gt=0,
+            le=256,
+            description="Of `detector/gfl`: largest distance of a box's side, in strides of a map.",
         )
         args: kdkit.NetworkArguments = Field(
             default_factory=dict, description="Arguments of timm's backbone."
@@ -58,7 +65,9 @@ class DetectorSource(kdkit.ModelSource):
             )
         backbone = self._backbone(image_shape[0], pretrained=False)
         network = as_network(
-            _headed(self.model_name, _pyramid(backbone, self.options), num_classes)
+            _headed(
+                self.model_name, _pyramid(backbone, self.options), num_classes, self.options.bins
+            )
         )
         network.feature_info = _stages(backbone)  # type: ignore[assignment]
         return network
@@ -129,16 +138,20 @@ def _pyramid(backbone: Any, options: DetectorSource.Options) -> Pyramid:
     return Pyramid(backbone, backbone.feature_info.channels(), options.width)
 
 
-def _headed(name: str, backbone: Pyramid, classes: int) -> nn.Module:
-    """Put torchvision's head on a backbone, with one anchor size for each map of the pyramid."""
+def _headed(name: str, backbone: Pyramid, classes: int, bins: int) -> nn.Module:
+    """Put a head on a backbone, with one anchor size for each map of the pyramid."""
     from torchvision.models.detection import FCOS, RetinaNet
     from torchvision.models.detection.anchor_utils import AnchorGenerator
 
     features: Any = backbone.body
     strides = [int(stride) for stride in features.feature_info.reduction()]
     strides += [2 * strides[-1], 4 * strides[-1]]
+    points = AnchorGenerator(tuple((s,) for s in strides), ((1.0,),) * len(strides))
+    if name == "gfl":
+        from ._gfl import Gfl
+
+        return Gfl(backbone, classes, points, bins)
     if name == "fcos":
-        points = AnchorGenerator(tuple((s,) for s in strides), ((1.0,),) * len(strides))
         fcos: nn.Module = FCOS(backbone, classes, anchor_generator=points)
         return fcos
     # three sizes of four strides and more, as in the paper

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,16 +22,17 @@ def draw(example: kdkit.Example, info: kdkit.DataInfo, rule: boxes.Rule) -> Any:
     """
     from matplotlib.figure import Figure
 
-    (truth,) = boxes.unpadded(example.target[None])
     _, height, width = example.image.shape
     answers = {
         name: boxes.detect(answer[None].float(), rule, (height, width))[0]
         for name, answer in example.answers.items()
     }
-    panels = {"truth": truth, **answers}
+    panels = dict(answers)
+    if example.target is not None:
+        panels = {"truth": next(boxes.unpadded(example.target[None])), **answers}
     figure = Figure(figsize=(COLUMN * len(panels), COLUMN * height / width + 0.6))
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    pixels = example.image.permute(1, 2, 0).clamp(0, 1)
+    pixels = example.image.permute(1, 2, 0).clamp(0, 1).numpy()
     for axis, (name, rows) in zip(axes, panels.items(), strict=True):
         axis.imshow(pixels if pixels.shape[2] == 3 else pixels[..., 0], cmap="gray")
         axis.set_title(name, fontsize=9)
@@ -38,7 +40,7 @@ def draw(example: kdkit.Example, info: kdkit.DataInfo, rule: boxes.Rule) -> Any:
         is_truth = name == "truth"
         for row in rows:
             _outline(axis, row, is_truth)
-    _name_classes(figure, info, panels.values())
+    _name_classes(figure, info, panels)
     figure.tight_layout()
     return figure
 
@@ -63,14 +65,14 @@ def _outline(axis: Any, row: Tensor, is_truth: bool) -> None:
     axis.add_patch(outline)
 
 
-def _name_classes(figure: Any, info: kdkit.DataInfo, shown: Any) -> None:
+def _name_classes(figure: Any, info: kdkit.DataInfo, panels: Mapping[str, Tensor]) -> None:
     """Put the names of the classes that occur under the panels."""
     from matplotlib.patches import Patch
 
     names = info.class_names or tuple(map(str, range(info.outputs)))
-    truth, *found = shown
-    occur = torch.cat([truth[:, boxes.LABEL], *(rows[:, boxes.CLASS] for rows in found)])
-    numbers = sorted({int(number) for number in occur.tolist()})
+    columns = {"truth": boxes.LABEL}
+    occur = [rows[:, columns.get(name, boxes.CLASS)] for name, rows in panels.items()]
+    numbers = sorted({int(number) for number in torch.cat(occur).tolist()})
     patches = [Patch(color=_color(number), label=names[number]) for number in numbers]
     if patches:
         figure.legend(handles=patches, loc="lower center", ncols=min(len(patches), 6), fontsize=8)
@@ -79,4 +81,5 @@ def _name_classes(figure: Any, info: kdkit.DataInfo, shown: Any) -> None:
 def _color(number: int) -> Any:
     from matplotlib import colormaps
 
-    return colormaps["tab20"](number % 20)
+    # strong colours as long as there are enough of them
+    return colormaps["tab10"](number) if number < 10 else colormaps["tab20"](number % 20)

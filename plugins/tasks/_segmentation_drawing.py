@@ -28,12 +28,13 @@ def draw(example: kdkit.Example, info: kdkit.DataInfo) -> Any:
 
     colors = _colors(info.outputs)
     names = info.class_names or tuple(map(str, range(info.outputs)))
-    size = example.target.shape
+    size, target = example.image.shape[1:], example.target
     classes = {name: _classes(logits, size) for name, logits in example.answers.items()}
-    panels = [("image", _visible(example.image)), ("truth", _colored(example.target, colors))]
-    panels += [(name, _colored(mask, colors, example.target)) for name, mask in classes.items()]
-    if len(classes) > 1:
-        panels.append(_difference(classes, example.target))
+    panels = [("image", _visible(example.image))]
+    panels += [] if target is None else [("truth", _colored(target, colors))]
+    panels += [(name, _colored(mask, colors, target)) for name, mask in classes.items()]
+    if len(classes) > 1 and target is not None:
+        panels.append(_difference(classes, target))
     rows = -(-len(panels) // ACROSS)
     height = PANEL * size[0] / size[1]
     figure = Figure(figsize=(PANEL * ACROSS, (height + 0.3) * rows + 0.7), layout="constrained")
@@ -43,11 +44,12 @@ def draw(example: kdkit.Example, info: kdkit.DataInfo) -> Any:
     for axes, (title, pixels) in zip(places, panels, strict=False):
         axes.imshow(pixels, interpolation="nearest")
         axes.set_title(title.replace("$", r"\$"), fontsize=8.5, loc="left")
-    shown = [index for index in range(info.outputs) if (example.target == index).any()]
+    masks = [*classes.values()] if target is None else [target]
+    shown = [i for i in range(info.outputs) if any((mask == i).any() for mask in masks)]
     handles = [
         Patch(color=colors[index], label=names[index].replace("$", r"\$")) for index in shown
     ]
-    handles += [Patch(color=GREY, label="(does not count)")]
+    handles += [] if target is None else [Patch(color=GREY, label="(does not count)")]
     figure.legend(handles=handles, loc="outside lower left", ncols=6, fontsize=8, frameon=False)
     return figure
 

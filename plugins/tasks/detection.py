@@ -39,6 +39,7 @@ class Detection(kdkit.Task):
     rows_are = "labels"
     labels_rows = False
     moves = True
+    in_pixels = True
     default_loss = "detector"
 
     class Options(kdkit.TaskOptions):
@@ -204,7 +205,7 @@ class Detection(kdkit.Task):
         return boxes.padded(found, self.options.most)
 
     def predicted(self, answer: kdkit.Outputs, info: kdkit.DataInfo) -> Sequence[Mapping[str, Any]]:
-        """Boxes with classes and scores, the best first."""
+        """Class, score and box of each detection, the best first."""
         from torchvision import tv_tensors
 
         size = info.image_shape[1], info.image_shape[2]
@@ -215,7 +216,7 @@ class Detection(kdkit.Task):
             moving = tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=size)
             classes = [names[int(number)] for number in found[:, boxes.CLASS].tolist()]
             scores = found[:, boxes.SCORE].tolist()
-            told.append({"boxes": moving, "classes": classes, "scores": scores})
+            told.append({"class": classes, "score": scores, "box": moving})
         return told
 
     def drawn(self, example: kdkit.Example, info: kdkit.DataInfo) -> Any:

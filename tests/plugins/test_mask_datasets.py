@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from kdkit.errors import DataError
 from kdkit.recipe import registry
-from kdkit.students.predictions import ImageFiles
+from kdkit.students.predictions import ImageFile, _Unlabelled
 
 DATASETS = registry.load().datasets
 COLORS = {"road": [128, 64, 128], "tree": [0, 128, 0]}
@@ -158,7 +158,7 @@ def test_an_orientation_is_not_applied_and_a_mask_that_is_turned_is_told(tmp_pat
     mask(tmp_path / "stored.png", [0, 1])
     mask(tmp_path / "turned.png", [0, 1], size=(8, 10))
     stored, turned = (Masked([(file, tmp_path / name)]) for name in ("stored.png", "turned.png"))
-    assert stored[0][0].size == Files([file], [0])[0][0].size == ImageFiles([file])[0][0].size == (10, 8)
+    assert stored[0][0].size == Files([file], [0])[0][0].size == _Unlabelled([ImageFile(file, file)])[0][0].size == (10, 8)
     with pytest.raises(DataError, match="a.jpg: lies on its side"):
         turned[0]
 

@@ -1,0 +1,188 @@
+"""Detection through whole runs: side by side, stopped, in two processes, cached, exported, predicted."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from training import assert_same_run, merged, start, weights
+from training import write as write_recipe
+
+import kdkit
+from kdkit import recipe
+from kdkit.errors import ModelError, RecipeError
+from kdkit.runs import checks
+from kdkit.runs.run import Run
+from kdkit.students.export import export
+from kdkit.students.loaded import LoadedRun
+from kdkit.students.predictions import Predictor, find_images
+from kdkit.study.lockstep import train_together
+
+CPU = torch.device("cpu")
+HEIGHT, WIDTH = 64, 96
+PYRAMID = [{"student": "backbone.fpn.layer_blocks.*", "teacher": "backbone.fpn.layer_blocks.*"}]
+SMALL = {"model": "detector/fcos", "backbone": "resnet10t", "width": 64, "args": {"channels": [8, 8, 16, 16], "stem_width": 8}}
+RECIPE = {
+    "name": "boxes",
+    "data": {
+        "dataset": {"use": "coco_json", "root": ".", "train": "train/boxes.json", "test": "test/boxes.json"},
+        "batch_size": 4,
+        "joint_augment": {"scale": [0.8, 1.3], "flip": 0.5, "color_jitter": 0.2},
+        "workers": 0,
+    },
+    "student": SMALL,
+    "teacher": {**SMALL, "backbone": "resnet18"},
+    "schedule": {"use": "offline"},
+    "losses": [
+        {"use": "detector"},
+        {"use": "hint", "layers": PYRAMID},
+        {"use": "binary_kd", "target": "sigmoid"},
+        {"use": "pseudo_labels", "threshold": 0.0001, "most": 3},
+    ],
+    "train": {"epochs": 2, "optimizer": {"lr": 0.01}, "device": "cpu"},
+}
+VARIANTS = {
+    "taught": {},
+    "cached": {"teacher": {"cache": {"views": 2, "what": "logits", "dtype": "fp32", "dir": "cache"}}, "losses": [{"use": "detector"}, {"use": "mld"}]},
+    "alone": {"teacher": None, "schedule": {"use": "supervised"}, "losses": [{"use": "detector"}], "data": {"validation": 4}},
+    "mutual": {"teacher": None, "schedule": {"use": "mutual"}, "losses": [{"use": "detector"}, {"use": "logit_mse"}]},
+}  # fmt: skip
+
+
+def lay_out(folder, **counts):
+    """Bright boxes of two shapes on noise, none in the first image."""
+    draw = np.random.default_rng(0)
+    for part, count in {"train": 12, "test": 6, **counts}.items():
+        images, annotations = [], []
+        (folder / part).mkdir(parents=True)
+        for number in range(count):
+            pixels = draw.integers(0, 60, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+            for kind in draw.integers(0, 2, number % 3):
+                width, height = ((40, 16), (16, 40))[kind]
+                x, y = int(draw.integers(0, WIDTH - width)), int(draw.integers(0, HEIGHT - height))
+                pixels[y : y + height, x : x + width] += 90
+                annotations.append(
+                    {"id": len(annotations), "image_id": number, "category_id": int(kind) + 1, "bbox": [x, y, width, height]}
+                )
+            images.append({"id": number, "file_name": f"{number}.png", "width": WIDTH, "height": HEIGHT})
+            Image.fromarray(pixels).save(folder / part / f"{number}.png")
+        categories = [{"id": 1, "name": "wide"}, {"id": 2, "name": "high"}]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (folder / part / "boxes.json").write_text(json.dumps(content))
+    return folder
+
+
+def write(folder, file, **changes):
+    return write_recipe(folder, merged(RECIPE, changes), file)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Runs that were trained side by side."""
+    folder = lay_out(tmp_path_factory.mktemp("boxes"))
+    jobs = [
+        Run(recipe.load(write(folder, f"{name}.yaml", name=name, **changes)), folder / "together" / name)
+        for name, changes in VARIANTS.items()
+    ]
+    for outcome in train_together(jobs):
+        assert outcome.reason is None, outcome.reason
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_side_by_side_a_run_is_what_it_is_alone(trained, name):
+    kdkit.train(trained / f"{name}.yaml", folder=trained / "alone" / name, quiet=True)
+    assert_same_run(trained / "alone" / name, trained / "together" / name)
+
+
+def test_a_stopped_run_goes_on_with_the_same_bits(trained, monkeypatch):
+    from kdkit.runs.stage import StageRun
+
+    after, steps = StageRun.after_step, []
+
+    def stops(self, values):
+        after(self, values)
+        steps.append(1)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(StageRun, "after_step", stops)
+        kdkit.train(trained / "taught.yaml", folder=trained / "stopped", quiet=True)
+    kdkit.train(trained / "taught.yaml", folder=trained / "stopped", quiet=True)
+    assert_same_run(trained / "stopped", trained / "together" / "taught")
+
+
+def test_the_scores_of_a_run_are_those_of_a_report(trained):
+    result = LoadedRun(trained / "together" / "taught").folder.result()
+    assert {"map", "ap_50", "recall", "found", "iou_to_teacher"} <= result.test.keys()
+    assert 0 <= result.test["map"] <= result.test["ap_50"] <= 100
+
+
+def test_predicted_boxes_come_back_in_the_pixels_of_their_file(trained, tmp_path):
+    with Image.open(trained / "test" / "2.png") as picture:
+        picture.resize((3 * WIDTH, 3 * HEIGHT), Image.Resampling.NEAREST).save(tmp_path / "large.png")
+    path = write(trained, "sized.yaml", name="sized", teacher=None, schedule={"use": "supervised"}, losses=[{"use": "detector"}],
+                 data={"image_size": [HEIGHT, WIDTH]}, task={"use": "detection", "shown": 0.001})  # fmt: skip
+    kdkit.train(path, folder=trained / "sized", quiet=True)
+    predictor = Predictor.of(trained / "sized", device=CPU)
+    small, large = predictor(find_images([trained / "test" / "2.png", tmp_path / "large.png"]), CPU)
+    assert small.values["class"] and {*small.values["class"]} <= {"wide", "high"}
+    assert len(large.values["box"]) and max(max(box) for box in large.values["box"]) > WIDTH
+    assert predictor.task.drawn(small.example, predictor.info) is not None
+
+
+@pytest.mark.slow
+def test_an_exported_detector_is_torchvisions_and_takes_images_of_other_sizes(trained, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    run = LoadedRun(trained / "together" / "alone")
+    made = export(run, "onnx", tmp_path / "onnx")
+    assert "other heights and widths that are multiples of 32" in made.notes[0]
+    session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
+    images = torch.rand(2, 3, 96, 160)
+    found = session.run(None, {"images": images.numpy()})[0]
+    with torch.no_grad():
+        expected = run.student()(images).logits
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-2)
+    export(run, folder=tmp_path / "weights")
+    with torch.no_grad():
+        again = kdkit.load_student(tmp_path / "weights")(images).logits
+    assert torch.equal(again, expected)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(trained):
+    """Their shares have different numbers of points that answer for objects. Nothing is normalised over a batch."""
+    plain = {**SMALL, "backbone": "convnext_atto", "args": {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}}
+    losses = [{"use": "detector"}, {"use": "hint", "layers": PYRAMID, "adapter": "linear"}, RECIPE["losses"][3]]
+    train = {"epochs": 1, "optimizer": {"lr": 1e-4}, "device": "cpu"}
+    path = write_recipe(trained, {**RECIPE, "student": plain, "teacher": plain, "losses": losses, "train": train}, "two.yaml")
+    kdkit.train(path, folder=trained / "one", quiet=True)
+    for command in start(trained, [("train", path, "--run", "two")] * 2):
+        code, log = command.finish()
+        assert code == 0, log
+    for key, value in weights(trained / "one").items():
+        torch.testing.assert_close(weights(trained / "two")[key], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"train": {"mixup": {"mixup_alpha": 0.2}}}, "targets of task 'detection' cannot be mixed"),
+        ({"data": {"augment": {"flip": 0.5}}}, "data.augment: moves images, and would leave the targets"),
+        ({"losses": [{"use": "bce"}]}, "'bce' reads a label of each row, and rows of task 'detection' have none"),
+        ({"losses": [{"use": "cross_entropy"}]}, "its usual loss on labels is 'detector'"),
+        ({"student": {"model": "detector/yolo"}}, "there is no detector 'yolo'; allowed: fcos"),
+        ({"student": {"backbone": "resnet10"}}, "timm's 'resnet10' is no backbone of a detector"),
+        ({"teacher": {"model": "detector/retinanet"}}, "the detectors' rows do not agree: 129 anchors or points in an image, and 1,161"),
+        ({"student": {"input_size": 32}}, "are in pixels of the batch's images, which all networks see at that size"),
+        ({"losses": [{"use": "detector", "terms": {"classes": 2}}]}, "terms: 'classes' is no term of this detector; allowed: classification"),
+    ],
+    ids=["mixup", "augment", "row labels", "classes", "head", "backbone", "rows", "input", "terms"],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_in_one_line(trained, changes, says):
+    with pytest.raises((RecipeError, ModelError)) as error:
+        checks.make(recipe.load(write(trained, "refused.yaml", **changes)))
+    assert says in str(error.value)
