@@ -153,6 +153,6 @@ def test_detectors_answer_and_learn_like_torchvisions(name):
         torch.empty(1).uniform_()
     made_of = ours(images)
     terms = ours.losses(made_of["raw"], made_of["anchors"], SIZE, targets)
-    assert terms.keys() == expected.keys()
-    for term, value in terms.items():
-        torch.testing.assert_close(value, expected[term], atol=1e-5, rtol=1e-4)
+    assert terms.keys() - {"count"} == expected.keys()
+    for term, value in expected.items():
+        torch.testing.assert_close(terms[term], value, atol=1e-5, rtol=1e-4)

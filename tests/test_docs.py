@@ -162,9 +162,11 @@ def test_every_plugin_has_an_entry():
     assert len(plugins) >= 20
     for kind, plugin in plugins:
         assert f"\n### {plugin.name} ({kinds[kind]})\n" in page
-        for option in plugin.Options.model_fields:
+        for option, field in plugin.Options.model_fields.items():
             common = kind == "models" and option in kdkit.ModelOptions.model_fields
-            assert common or f"| `{option}` |" in page.partition(f"### {plugin.name} ({kinds[kind]})")[2].partition("\n### ")[0]
+            assert (
+                common or f"| `{field.alias or option}` |" in page.partition(f"### {plugin.name} ({kinds[kind]})")[2].partition("\n### ")[0]
+            )
 
 
 def test_every_public_name_has_an_entry():
@@ -256,6 +258,9 @@ train: {epochs: 1, optimizer: {lr: 0.1}}
 def completed(fragment: str) -> dict:
     """A recipe of which a page shows a part: data and training are filled up, other sections are taken as they are."""
     base, shown = yaml.safe_load(BASE), yaml.safe_load(fragment)
+    plugins, dataset = registry.load(), shown.get("data", {}).get("dataset", {}).get("use")
+    if dataset in plugins.datasets:
+        base["losses"] = [{"use": plugins.tasks[plugins.datasets[dataset].task].default_loss}]
     merged = {key: {**base[key], **shown.get(key, {})} for key in ("data", "train")}
     needs_teacher = (shown.get("schedule") or base["schedule"])["use"] in ("offline", "staged")
     return {**base, **({} if needs_teacher else {"teacher": None}), **shown, **merged}

@@ -15,8 +15,7 @@ from kdkit.contracts.records import Batch, Outputs
 from kdkit.contracts.synonyms import SYNONYMS
 from kdkit.recipe import registry
 from kdkit.runs import checks
-from kdkit.students.loaded import LoadedRun
-from kdkit.students.predictions import predict_files
+from kdkit.students.predictions import Predictor, find_images
 from kdkit.testing import check_task
 
 CORE = Path(kdkit.__file__).parent
@@ -222,9 +221,11 @@ def test_options_for_classes_are_refused_for_a_task_with_other_rows(tmp_path):
     cached = merged(recipe, {"teacher": {"cache": {"views": 1, "top_k": 2}}})
     with pytest.raises(kdkit.RecipeError, match="keeps the likeliest classes, and task 'numbered' has rows of numbers; leave it out"):
         checks.make(recipes.load(write(tmp_path, cached)))
-    run = LoadedRun(train(tmp_path, recipe).folder, plugins=[tmp_path / "rows.py"])
+    run = train(tmp_path, recipe).folder
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    (said,) = predict_files(run, [tmp_path / "a.png"], device=torch.device("cpu"))
+    device = torch.device("cpu")
+    predictor = Predictor.of(run, device=device, plugins=[tmp_path / "rows.py"])
+    (said,) = predictor(find_images([tmp_path / "a.png"]), device)
     assert list(said.values) == list("012345") and all(isinstance(value, float) for value in said.values.values())
 
 

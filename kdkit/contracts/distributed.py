@@ -25,7 +25,7 @@ def gather(x: Tensor) -> Tensor:
     return rows
 
 
-def share_of_mean(count: Tensor, least: int = 0) -> Tensor | float:
+def share_of_mean(count: Tensor | int, device: torch.device, least: int = 0) -> Tensor | float:
     """Return this process's count, divided by the mean over all processes; of one: 1.
 
     Multiplied by it, a mean over the rows of a process has its weight in the mean over the rows of
@@ -33,14 +33,16 @@ def share_of_mean(count: Tensor, least: int = 0) -> Tensor | float:
 
     Args:
         count: of rows.
+        device: where it is added up.
         least: what a sum is divided by where there are fewer rows, in one process as in several.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return 1.0
-    total = count.float()
+    own = torch.as_tensor(count, dtype=torch.float32, device=device)
+    total = own.clone()
     dist.all_reduce(total)
     # without a row anywhere, every share is 0
-    return count.clamp(min=least) * dist.get_world_size() / total.clamp(min=1.0)
+    return own.clamp(min=least) * dist.get_world_size() / total.clamp(min=1.0)
 
 
 class _Gather(torch.autograd.Function):

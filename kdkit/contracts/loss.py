@@ -7,6 +7,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from kdkit.contracts.adapters import frozen_copy
@@ -157,7 +158,7 @@ class Loss(nn.Module, abc.ABC):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """Return the scalar loss."""
 
-    def share(self, count: Tensor, least: int = 0) -> Tensor | float:
+    def share(self, count: Tensor | int, device: torch.device, least: int = 0) -> Tensor | float:
         """Return this process's count, divided by the mean over the processes that share a batch;
         of one: 1.
 
@@ -165,7 +166,7 @@ class Loss(nn.Module, abc.ABC):
         several processes learn what one does. All must call it. `least`: what such a loss is
         divided by if the count is smaller.
         """
-        return share_of_mean(count, least) if self.shares_batches else 1.0
+        return share_of_mean(count, device, least) if self.shares_batches else 1.0
 
     def deploy(self, student: nn.Module) -> nn.Module:
         """Return the network that is measured and exported in the student's place: the student

@@ -187,7 +187,7 @@ class Objective(nn.Module):
             shown = read.batch or batch
             read = by_rows(self.task, read, shown)
             index = (read.batch or batch).index
-            share = loss.share(torch.tensor(len(index), device=index.device))
+            share = loss.share(len(index), index.device)
             split[key] = _without_labels(read, shown), share
         return split[key]
 

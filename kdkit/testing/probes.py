@@ -258,7 +258,9 @@ def meaning_of_rows(loss: Loss) -> RowMeaning:
     tasks = loss.for_tasks(loss.options)
     if tasks == "any" or "classes" in tasks:
         return "classes"
-    return "labels" if "labels" in tasks else "numbers" if "numbers" in tasks else "classes"
+    if tasks & {"labels", "labels of samples"}:
+        return "labels"
+    return "numbers" if "numbers" in tasks else "classes"
 
 
 def _labels(loss: Loss, count: int, classes: int) -> Tensor:

@@ -56,4 +56,4 @@ def loss_of(
             f"terms: '{min(unknown)}' is no term of this detector; allowed: {', '.join(terms)}"
         )
     total = sum((weights.get(name, 1.0) * term for name, term in terms.items()), raw.new_zeros(()))
-    return total if count is None else loss.share(count, least=1) * total
+    return total if count is None else loss.share(count, raw.device, least=1) * total

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import kdkit
 
 from ..feature._pyramid import PYRAMID
-from ..feature.pkd import standardised
+from ..feature._standardised import standardised
 from ..tasks import _boxes as boxes
 from ..tasks._iou import generalized
 
