@@ -19,6 +19,7 @@ def lay_out(home):
     shutil.copytree(RECIPES, home / "recipes")
     photographs(home, PHOTOGRAPHS)
     pets(home)
+    blood_cells(home / "data" / "bccd", {"trainval": 8, "test": 1})
     street_scenes(home / "data" / "camvid", (240, 180), 8)
     street_scenes(home / "data" / "camvid_full", (480, 360), 16)
     for name in ("resnet18", "resnet50"):
@@ -55,6 +56,23 @@ def pets(home):
         Image.new("RGB", (64, 64), (6 * i, 90, 255 - 6 * i)).save(place / "heads" / f"{i}.png")
         rows.append(f"heads/{i}.png,0.1,0.{i:02},0.5,0.9,{'test' if i < 8 else 'train'}")
     (place / "heads.csv").write_text("\n".join(rows) + "\n")
+
+
+def blood_cells(folder, counts):
+    """Pictures in BCCD's layout, black, with a box of every class."""
+    for place in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (folder / place).mkdir(parents=True)
+    cells = "".join(
+        f"<object><name>{name}</name><difficult>0</difficult><bndbox><xmin>{x}</xmin><ymin>40</ymin><xmax>{x + 90}</xmax><ymax>140</ymax></bndbox></object>"
+        for name, x in (("Platelets", 10), ("RBC", 200), ("WBC", 400))
+    )
+    size = "<size><width>640</width><height>480</height><depth>3</depth></size>"
+    for part, count in counts.items():
+        names = [f"{part}{i}" for i in range(count)]
+        (folder / "ImageSets" / "Main" / f"{part}.txt").write_text("\n".join(names) + "\n")
+        for name in names:
+            Image.new("RGB", (640, 480)).save(folder / "JPEGImages" / f"{name}.jpg")
+            (folder / "Annotations" / f"{name}.xml").write_text(f"<annotation>{size}{cells}</annotation>")
 
 
 def street_scenes(folder, size, count):
