@@ -6,7 +6,7 @@ from naive_pixels import CLASSES, masks
 from small_masks import lay_out, write
 from test_capture import compare
 from torch import nn
-from training import assert_same_run
+from training import assert_same_run, stop_and_go_on
 
 import kdkit
 from kdkit import recipe
@@ -104,7 +104,6 @@ def test_steps_with_queues_and_masks_are_recorded(folder):
 
 def test_a_stopped_run_and_one_beside_another_have_the_same_bits(folder, monkeypatch):
     """Queues go on where they were."""
-    from kdkit.runs.stage import StageRun
 
     alone = kdkit.train(dense(folder, "alone"), folder=folder / "runs" / "alone", quiet=True).folder
     together = [
@@ -113,16 +112,5 @@ def test_a_stopped_run_and_one_beside_another_have_the_same_bits(folder, monkeyp
     ]
     assert all(outcome.reason is None for outcome in train_together(together))
     assert_same_run(alone, folder / "together")
-    after, steps = StageRun.after_step, []
-
-    def stops(self, values):
-        after(self, values)
-        steps.append(1)
-        if len(steps) == 4:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(StageRun, "after_step", stops)
-        kdkit.train(folder / "alone.yaml", folder=folder / "stopped", quiet=True)
-    kdkit.train(folder / "alone.yaml", folder=folder / "stopped", quiet=True)
+    stop_and_go_on(folder / "alone.yaml", folder / "stopped", monkeypatch)
     assert_same_run(alone, folder / "stopped")

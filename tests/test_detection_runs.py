@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training import assert_same_run, merged, start, weights
+from training import assert_same_run, merged, start, stop_and_go_on, weights
 from training import write as write_recipe
 
 import kdkit
@@ -98,20 +98,7 @@ def test_side_by_side_a_run_is_what_it_is_alone(trained, name):
 
 
 def test_a_stopped_run_goes_on_with_the_same_bits(trained, monkeypatch):
-    from kdkit.runs.stage import StageRun
-
-    after, steps = StageRun.after_step, []
-
-    def stops(self, values):
-        after(self, values)
-        steps.append(1)
-        if len(steps) == 4:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(StageRun, "after_step", stops)
-        kdkit.train(trained / "taught.yaml", folder=trained / "stopped", quiet=True)
-    kdkit.train(trained / "taught.yaml", folder=trained / "stopped", quiet=True)
+    stop_and_go_on(trained / "taught.yaml", trained / "stopped", monkeypatch)
     assert_same_run(trained / "stopped", trained / "together" / "taught")
 
 

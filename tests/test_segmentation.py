@@ -10,7 +10,7 @@ from PIL import Image
 from small_masks import CLASSES, HEIGHT, MAPS, WIDTH, lay_out, write
 from torch import Tensor
 from torchvision import tv_tensors
-from training import assert_same_run, metrics, start, weights
+from training import assert_same_run, metrics, start, stop_and_go_on, weights
 
 import kdkit
 from kdkit import recipe
@@ -231,20 +231,7 @@ def test_side_by_side_a_run_is_what_it_is_alone(trained, name):
 
 
 def test_a_stopped_run_goes_on_with_the_same_bits(trained, monkeypatch):
-    from kdkit.runs.stage import StageRun
-
-    after, steps = StageRun.after_step, []
-
-    def stops(self, values):
-        after(self, values)
-        steps.append(1)
-        if len(steps) == 4:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(StageRun, "after_step", stops)
-        kdkit.train(trained / "drawn.yaml", folder=trained / "stopped", quiet=True)
-    kdkit.train(trained / "drawn.yaml", folder=trained / "stopped", quiet=True)
+    stop_and_go_on(trained / "drawn.yaml", trained / "stopped", monkeypatch)
     assert_same_run(trained / "stopped", trained / "together" / "drawn")
 
 

@@ -198,3 +198,21 @@ def assert_same_run(run, other):
     for result in results:
         del result["seconds"], result["cpu_seconds"], result["warnings"], result["sha256"], result["files"]
     assert results[0] == results[1]
+
+
+def stop_and_go_on(path, folder, monkeypatch, steps=4):
+    """Train a recipe, stopped after some steps, and go on."""
+    from kdkit.runs.stage import StageRun
+
+    after, taken = StageRun.after_step, []
+
+    def stops(self, values):
+        after(self, values)
+        taken.append(1)
+        if len(taken) == steps:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(StageRun, "after_step", stops)
+        kdkit.train(path, folder=folder, quiet=True)
+    kdkit.train(path, folder=folder, quiet=True)
