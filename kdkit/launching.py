@@ -141,13 +141,22 @@ def first_failure(failures: Mapping[int, tuple[int, int]], processes: int) -> tu
     return says, 128 - code
 
 
+def worker_ended() -> str:
+    """Return the message for a loader worker that has died, and keep torch's signal handler from
+    raising for this worker again whenever another child ends.
+    """
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return WORKER_ENDED
+
+
 def told_of_another(error: BaseException) -> str | None:
     """Return the message for an error that only says that another process has ended, else None."""
     if not isinstance(error, RuntimeError):
         return None
     rank, world = of_launch()
     if "DataLoader worker (pid" in str(error):
-        return WORKER_ENDED
+        return worker_ended()
     if world > 1 and any(sign in str(error) for sign in LOST):
         return (
             f"process {rank + 1} of {world} (rank {rank}): another process has ended, so this one"

@@ -17,7 +17,7 @@ from kdkit.data.augment import crop_flip, draw_crop_flip
 from kdkit.data.transforms import MODES, Transform
 from kdkit.data.workers import leave_to_parent
 from kdkit.errors import DataError
-from kdkit.launching import WORKER_ENDED, told_of_another
+from kdkit.launching import WORKER_ENDED, told_of_another, worker_ended
 from kdkit.recipe.data_section import BatchAugment
 
 View = int | Tensor
@@ -200,7 +200,7 @@ def loaded(loader: DataLoader[Any]) -> Iterator[Any]:
     try:
         yield from loader
     except (EOFError, ConnectionError):  # raised when torch fetches a tensor from a dead worker
-        raise DataError(WORKER_ENDED) from None
+        raise DataError(worker_ended()) from None
     except RuntimeError as error:
         if told_of_another(error) == WORKER_ENDED:
             raise DataError(WORKER_ENDED) from None
