@@ -20,6 +20,7 @@ def lay_out(home):
     photographs(home, PHOTOGRAPHS)
     pets(home)
     blood_cells(home / "data" / "bccd", {"trainval": 8, "test": 1})
+    coco(home / "data" / "coco")
     street_scenes(home / "data" / "camvid", (240, 180), 8)
     street_scenes(home / "data" / "camvid_full", (480, 360), 16)
     for name in ("resnet18", "resnet50"):
@@ -56,6 +57,23 @@ def pets(home):
         Image.new("RGB", (64, 64), (6 * i, 90, 255 - 6 * i)).save(place / "heads" / f"{i}.png")
         rows.append(f"heads/{i}.png,0.1,0.{i:02},0.5,0.9,{'test' if i < 8 else 'train'}")
     (place / "heads.csv").write_text("\n".join(rows) + "\n")
+    boxes = [f"heads/{i}.png,6,{i},32,58,{('cat', 'dog')[i % 2]},{'test' if i < 4 else 'train'}" for i in range(20)]
+    (place / "boxes.csv").write_text("\n".join(["path,x0,y0,x1,y1,class,split", *boxes]) + "\n")
+
+
+def coco(folder):
+    """COCO's files, for a batch of training images and one for the test: black, five boxes each, of 80 classes."""
+    (folder / "annotations").mkdir(parents=True)
+    categories = [{"id": i, "name": f"class {i}"} for i in range(1, 81)]
+    boxes = [{"category_id": i, "bbox": [7 * i, 10, 60, 90], "area": 5400, "iscrowd": 0} for i in range(1, 81)]
+    for part, count in (("train2017", 16), ("val2017", 1)):
+        (folder / part).mkdir()
+        images = [{"id": i, "file_name": f"{i:012}.jpg", "height": 480, "width": 640} for i in range(count)]
+        for image in images:
+            Image.new("RGB", (640, 480)).save(folder / part / image["file_name"])
+        marks = [{**boxes[(5 * i + j) % 80], "id": 80 * i + j, "image_id": i} for i in range(count) for j in range(5)]
+        about = {"images": images, "annotations": marks, "categories": categories}
+        (folder / "annotations" / f"instances_{part}.json").write_text(json.dumps(about))
 
 
 def blood_cells(folder, counts):

@@ -485,8 +485,9 @@ class Net(nn.Module):
 def test_one_output_learns_from_labels_and_the_other_from_the_teacher(tmp_path):
     (tmp_path / "net.py").write_text(TWO_OUTPUTS)
     base = {**PLAIN, "student": PLAIN_NET, "teacher": {"model": "mlp/8"}}
-    found = checked(tmp_path, base, losses=[{"use": "cross_entropy"}, {"use": "logit_kl", "output": 1}])
-    assert any("the student gives 2 outputs in training mode" in note for note in found.notes)
+    for output, notes in ((0, 1), (1, 0)):
+        found = checked(tmp_path, base, losses=[{"use": "cross_entropy"}, {"use": "logit_kl", "output": output}])
+        assert sum("the student gives 2 outputs in training mode" in note for note in found.notes) == notes
 
     def moved(*losses):
         """Which of the two classifiers learn."""

@@ -140,6 +140,22 @@ def test_an_exported_detector_is_torchvisions_and_takes_images_of_other_sizes(tr
 
 
 @pytest.mark.slow
+def test_a_teacher_of_more_classes_teaches_those_of_the_data(trained):
+    teacher = {**SMALL, "checkpoint": str(trained / "together" / "taught" / "student.safetensors"), "num_classes": 2}
+    losses = [{"use": use} for use in ("detector", "box_regression", "pseudo_labels")] + [{"use": "binary_kd", "target": "sigmoid"}]
+    content = {**RECIPE, "teacher": {**teacher, "classes": {"high": 1}}, "losses": losses, "train": {**RECIPE["train"], "epochs": 1}}
+    content = merged(content, {"data": {"dataset": {"classes": ["high"]}}})
+    kdkit.train(write_recipe(trained, content, "one_class.yaml"), folder=trained / "one_class", quiet=True)
+    whole, images = LoadedRun(trained / "together" / "taught").student(), torch.rand(2, 3, HEIGHT, WIDTH)
+    assert LoadedRun(trained / "one_class").student()(images).logits.shape[2] == 6
+    with torch.no_grad():
+        chosen = LoadedRun(trained / "one_class").recipe.task.of_classes(whole(images).logits, [1])
+        torch.testing.assert_close(chosen, whole(images).logits[..., [0, 1, 2, 3, 4, 6]])
+    with pytest.raises(RecipeError, match="its 2 classes are not the data's: `classes` says which are"):
+        checks.make(recipe.load(write_recipe(trained, content | {"teacher": teacher}, "strange.yaml")))
+
+
+@pytest.mark.slow
 def test_two_processes_equal_one(trained):
     """Their shares have different numbers of points that answer for objects. Nothing is normalised over a batch."""
     plain = {**SMALL, "backbone": "convnext_atto", "args": {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}}

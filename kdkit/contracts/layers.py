@@ -26,6 +26,7 @@ from kdkit.contracts.records import Inputs
 from kdkit.errors import TapError
 
 INPUT = "@input"
+OUTPUT = re.compile(r"output(\d+)")  # a further output of the network, counted from 0
 WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
@@ -104,7 +105,7 @@ def resolve(name: str, module: nn.Module, outputs: int | None = None) -> Layer:
     """
     if name == "logits":
         return Layer("")
-    numbered = re.fullmatch(r"output(\d+)", name)
+    numbered = OUTPUT.fullmatch(name)
     # a network may call a layer of its own `output1`
     if numbered and name not in dict(module.named_children()):
         return Layer("", output=int(numbered[1]))

@@ -304,10 +304,11 @@ class Portable:
     """Instructions for rebuilding an exported network without its recipe.
 
     Attributes:
-        options: options that build it without other files; they replace the recipe's options, which
-            may name files or downloads.
+        options: options that build it without other files; they replace those of the recipe that
+            name files or downloads.
         config: entries that its source's library reads from `config.json` beside the weights.
-        how: the code with which that library loads it; `{folder}` stands for the exported folder.
+        how: the code with which that library loads it; `{folder}` stands for the exported folder,
+            `{outputs}` for the number of values in each row of an answer.
     """
 
     options: Mapping[str, Any]

@@ -167,6 +167,9 @@ class Score(ScoreInfo):
         """
         value = self.reads(computed)
         found = torch.as_tensor(value)
+        # torchmetrics gives a tensor of one element as a number
+        if len(self.parts) == 1 and found.ndim == 0:
+            found = found[None]
         if found.shape != ((len(self.parts),) if self.parts else ()):
             told = f"{len(self.parts)} parts" if self.parts else "a score, which is one number"
             raise ShapeError(f"{self.name}: its values are {tuple(found.shape)}, for {told}")

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kdkit.cache.given import STREAM, has_answers_alone, read_answers
 from kdkit.contracts.dataset_source import DataInfo, DatasetSource, Stream
 from kdkit.contracts.inputs import kind_of, random_inputs
+from kdkit.contracts.layers import OUTPUT
 from kdkit.contracts.model_source import (
     OWN_OUTPUTS,
     AnswersOptions,
@@ -125,10 +126,14 @@ class NetworkChecks(Checks):
                     " counted from 0"
                 )
                 raise self.recipe.error(["losses", i, "output"], says)
-        if len(outputs) > 1:
+        read_later = any(
+            entry.output or any(OUTPUT.fullmatch(pair.student) for pair in entry.taps())
+            for entry in self.spec.losses
+        )
+        if len(outputs) > 1 and not read_later:
             self.report.notes.append(
-                f"the student gives {len(outputs)} outputs in training mode; losses read the first,"
-                " but for those with an `output`"
+                f"the student gives {len(outputs)} outputs in training mode, and losses read the"
+                " first; `output: 1` of a loss names another"
             )
 
     def _refuse_predictions(self, name: str, factory: ModelFactory) -> None:

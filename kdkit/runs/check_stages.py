@@ -29,7 +29,7 @@ from kdkit.runs.check_networks import NetworkChecks
 from kdkit.runs.check_report import Checks, Report
 from kdkit.runs.networks import ModelFactory
 from kdkit.runs.plan import StagePlan, adapters, formula
-from kdkit.runs.random_batches import PROBE, batch_of, on_random_numbers, shapes_of
+from kdkit.runs.random_batches import batch_of, on_random_numbers, probe_size, shapes_of
 from kdkit.runs.step_cost import step_cost
 
 
@@ -60,8 +60,9 @@ class StageChecks(Checks):
         groups = self.task.strata(targets)
         if stage.parts is not None:
             stage.parts.to(factory.device)
-        images = random_inputs(info.train_shape, PROBE)
-        on_device = random_inputs(info.train_shape, PROBE, factory.device)
+        few = probe_size(info)
+        images = random_inputs(info.train_shape, few)
+        on_device = random_inputs(info.train_shape, few, factory.device)
         views = stage.data.views
 
         def shown(count: int) -> Batch:
@@ -70,7 +71,7 @@ class StageChecks(Checks):
         batch = watching.noting(stage, shown)
         self._check_images(stage, groups if info.labelled else NO_LABELS, info)
         labels = targets if info.labelled else NO_LABELS
-        rehearsed = rehearse(self.recipe, factory, stage, batch(PROBE), info, labels)
+        rehearsed = rehearse(self.recipe, factory, stage, batch(few), info, labels)
         lessons = rehearsed.lessons
         objectives = [rehearsed.objective(i) for i in range(len(lessons))]
         self._check_stage(stage, lessons, objectives)
@@ -80,7 +81,7 @@ class StageChecks(Checks):
         context = replace(rehearsed.context(0), num_samples=num_train + info.unlabelled)
         # A check must not change the caller's random state, and gives the same messages each time.
         with seeded("plan"):
-            known = batch_of(self.task, images, info, 1, PROBE)
+            known = batch_of(self.task, images, info, 1, few)
             known = replace(known, index=known.index % num_train)
             # Answers of networks on the meta device have shapes only, and losses may look at
             # numbers.
@@ -110,7 +111,7 @@ class StageChecks(Checks):
         if not self.report.problems:
             with torch.enable_grad():
                 # A step with gradients: the one above ran without.
-                answered = stage.step(batch(PROBE))[0]
+                answered = stage.step(batch(few))[0]
             self._note_what_learns(stage, objective, answered, tried[0], known, frozen)
         epochs = stage.training.epochs or self.spec.train.epochs
         if shortened := self.spec.train.lr_schedule.shortened(stage.name, epochs):
@@ -120,7 +121,7 @@ class StageChecks(Checks):
         entries = {name: objective.entries[name] for name in active}
         # The last epoch, as some schedules ask no teacher in the first ones.
         late = Moment(epochs - 1, (epochs - 1) * steps)
-        cost = step_cost(stage, factory.models(), batch, PROBE, late)
+        cost = step_cost(stage, factory.models(), batch, few, late)
         # Last, as its step in training mode changes running statistics.
         self._check_single(stage, batch, num_train)
         return StagePlan(
@@ -244,7 +245,7 @@ class StageChecks(Checks):
                 network = alone.deploy(network)
             except ShapeError as error:
                 # The probe's number of samples would mislead: the user's batches have another.
-                any_batch = re.sub(rf"\({PROBE},(?=[ )])", "(B,", str(error))
+                any_batch = re.sub(rf"\({len(batch.index)},(?=[ )])", "(B,", str(error))
                 self.report.refuse(place, any_batch)
             except KdkitError as error:
                 self.report.refuse(place, str(error))

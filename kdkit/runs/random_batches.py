@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -15,6 +16,13 @@ from kdkit.contracts.task import Task
 
 PROBE = 4
 """Number of samples in a probe; a schedule may compare only half of them."""
+LARGE = 2**20
+"""Pixels, from which on a step with `PROBE` images takes too much memory."""
+
+
+def probe_size(info: DataInfo) -> int:
+    """Return the number of samples in a step with gradients."""
+    return PROBE if math.prod(info.train_shape[1:]) < LARGE else PROBE // 2
 
 
 def batch_of(task: Task, images: Inputs, info: DataInfo, views: int, count: int) -> Batch:

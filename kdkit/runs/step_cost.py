@@ -51,7 +51,7 @@ def step_cost(
         stage: the stage whose step is counted; the state of its `parts` is restored.
         models: all models that may run in addition to the stage's students.
         batch: makes a batch of a given number of images, on the models' device.
-        images: the number of images. The step is run with these and with twice as many, so that
+        images: an even number of images. The step is run with these and with half of them, so that
             what it does once a batch does not count.
         moment: progress of the stage. Some schedules do not use their teachers at the start of a
             stage.
@@ -66,16 +66,16 @@ def step_cost(
     }
     few, many = (
         _passes(stage, [model.module for model in known.values()], batch(count), moment)
-        for count in (images, 2 * images)
+        for count in (images // 2, images)
     )
     forwards = backwards = teachers = 0.0
     for key, model in known.items():
-        # Of twice as many images less those of one: work that is done once a batch cancels out.
+        # Of all images less those of half: work that is done once a batch cancels out.
         more = [many[key, learns] - few[key, learns] for learns in (False, True)]
         if not any(more):
             continue
         # The unit: a complete forward, also of a teacher that stops after its deepest tap.
-        whole = _whole(model, batch(images))
+        whole = _whole(model, batch(images // 2))
         if key in students:
             forwards, backwards = forwards + sum(more) / whole, backwards + more[True] / whole
         else:

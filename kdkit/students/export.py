@@ -113,9 +113,10 @@ def _write_weights(
     write_atomically(files[0], content)
     own["files"] = {WEIGHTS: hashlib.sha256(content).hexdigest()}
     if (portable := source.portable(student.module)) is not None:
-        about = sealed({**own, "options": portable.options, "needs_files": []})
+        options = {**own["options"], **portable.options}
+        about = sealed({**own, "options": options, "needs_files": []})
         _write_json(files[1], {**_named(portable.config, run.info), "kdkit": about})
-        how = portable.how.format(folder=folder)
+        how = portable.how.format(folder=folder, outputs=run.recipe.task.outputs(run.info))
         return Export(files, (how, f'or by kdkit.load_student("{folder}")', _expects(student)))
     reason = f"{source.name} is not timm"
     if source.name == DEFAULT_SOURCE:

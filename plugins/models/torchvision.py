@@ -74,8 +74,8 @@ class TorchvisionSource(kdkit.ModelSource):
                 f"torchvision has no model '{self.model_name}'; did you mean one of:"
                 f" {', '.join(close or known)}"
             )
+        is_dense = self._is_dense()
         # else torchvision fetches ImageNet's weights for the backbone
-        is_dense = self.model_name in (*segmenting, *detecting)
         without = {"weights_backbone": None} if is_dense else {}
         arguments = {"weights": None, **without, **self.options.args}
         if self.model_name in detecting:
@@ -140,9 +140,31 @@ class TorchvisionSource(kdkit.ModelSource):
         transforms = self._weights().transforms()
         return kdkit.Normalize(mean=tuple(transforms.mean), std=tuple(transforms.std))
 
+    def portable(self, module: nn.Module) -> kdkit.Portable:
+        """torchvision's own function builds it, and its weights have the names of that."""
+        from ._detectors import background
+
+        detecting = self.model_name in _detecting()
+        none = " + 1" if detecting and background(self.model_name) else ""
+        arguments = {"weights_backbone": None} if self._is_dense() else {}
+        said = "".join(f", {k}={v!r}" for k, v in {**arguments, **self.options.args}.items())
+        # braces of a mapping are no placeholders
+        said = said.replace("{", "{{").replace("}", "}}")
+        itself = "; there it resizes and normalises images itself" if detecting else ""
+        return kdkit.Portable(
+            {"pretrained": False},
+            {},
+            f'build it by torchvision.models.get_model("{self.model_name}",'
+            f" num_classes={{outputs}}{none}{said}), and load into it"
+            f' safetensors.torch.load_file("{{folder}}/model.safetensors"){itself}',
+        )
+
     def in_channels(self, image_channels: int) -> int:
         """torchvision's classifiers take colour images."""
         return 3
+
+    def _is_dense(self) -> bool:
+        return self.model_name in (*_segmenting(), *_detecting())
 
     def _weights(self) -> Any:
         from torchvision import models

@@ -58,3 +58,22 @@ def test_failed_download_is_one_line(monkeypatch):
 def test_mistakes_are_one_line(name, args, says):
     with pytest.raises(kdkit.ModelError, match=says):
         build(name, args=args, weights=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("squeezenet1_1", {"dropout": 0.1}),
+        ("lraspp_mobilenet_v3_large", {}),
+        ("ssdlite320_mobilenet_v3_large", {"norm_layer": None}),
+    ],
+)
+def test_torchvision_builds_what_was_exported_by_the_words_of_the_export(name, args):
+    source = SOURCE(SOURCE.Options(model=f"torchvision/{name}", args=args), name)
+    module = source.build(7, (3, 64, 64))
+    made = source.portable(module)
+    code = made.how.format(folder="runs/a", outputs=7).removeprefix("build it by ").split(", and load into it")
+    again = eval(code[0], {"torchvision": torchvision})
+    again.load_state_dict(module.state_dict())
+    assert ("normalises images itself" in code[1]) == hasattr(again, "transform")
+    assert 'load_file("runs/a/model.safetensors")' in code[1]
