@@ -166,6 +166,7 @@ def plugins_page() -> Iterator[str]:
         "model source": "Model sources",
         "dataset": "Datasets",
         "task": "Tasks",
+        "balance": "Balances",
     }
     for kind, title in titles.items():
         entries = _entries(kind)

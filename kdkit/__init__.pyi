@@ -9,6 +9,10 @@ from .contracts.adapters import aligned as aligned
 from .contracts.adapters import frozen_copy as frozen_copy
 from .contracts.adapters import pooled_head as pooled_head
 from .contracts.adapters import standardized as standardized
+from .contracts.balance import Balance as Balance
+from .contracts.balance import BalanceOptions as BalanceOptions
+from .contracts.balance import Gradients as Gradients
+from .contracts.balance import Sizes as Sizes
 from .contracts.dataset_source import DataInfo as DataInfo
 from .contracts.dataset_source import DatasetOptions as DatasetOptions
 from .contracts.dataset_source import DatasetSource as DatasetSource

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import pluggy
 
+from kdkit.contracts.balance import Balance
 from kdkit.contracts.dataset_source import DatasetSource
 from kdkit.contracts.loss import Loss
 from kdkit.contracts.metric_source import MetricSource
@@ -44,3 +45,8 @@ def kdkit_tasks() -> Sequence[type[Task]]:  # type: ignore[empty-body]
 @hookspec
 def kdkit_metrics() -> Sequence[type[MetricSource]]:  # type: ignore[empty-body]
     """Return the MetricSource classes this plugin adds."""
+
+
+@hookspec
+def kdkit_balances() -> Sequence[type[Balance]]:  # type: ignore[empty-body]
+    """Return the Balance classes this plugin adds."""

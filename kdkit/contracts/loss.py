@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -18,6 +18,9 @@ from kdkit.contracts.records import Batch, Outputs
 from kdkit.contracts.synonyms import with_synonyms
 from kdkit.errors import TapError
 
+Rest = Callable[[Tensor], Outputs]
+"""What a network makes of values that stand in the place of a layer's own."""
+
 
 @with_synonyms
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Context:
             it).
         num_samples: one more than the largest `Batch.index`; 0 where images have none (a stream).
         labels: target by `Batch.index`, (num_samples, ...); -1 where a sample is not trained on.
+        behind: returns what stands behind a layer of a network (None: where networks are not the
+            engine's, whose inputs it knows).
     """
 
     student: nn.Module
@@ -37,6 +42,7 @@ class Context:
     outputs: int
     num_samples: int
     labels: Tensor
+    behind: Callable[[nn.Module, str, Sequence[str]], Rest] | None = None
 
     def student_classifier(self) -> nn.Module:
         """Return the student's layer from embedding to logits: the live module. Store it in a
@@ -69,6 +75,35 @@ class Context:
             TapError: there is none.
         """
         return self._teacher().get_submodule(norm_path(layer, self._teacher()))
+
+    def teacher_rest(self, layer: str, taps: Sequence[str] = ()) -> Rest:
+        """Return what stands behind a layer of the teacher: a function from values in the form of
+        the tapped layer to the logits, and to layers behind it.
+
+        The gradient for the values passes through; the teacher stays frozen.
+
+        Raises:
+            TapError: there is no such layer, or what stands behind it is more than a function of
+                its values.
+        """
+        return self._rest(self._teacher(), layer, taps)
+
+    def student_rest(self, layer: str, taps: Sequence[str] = ()) -> Rest:
+        """Return what stands behind a layer of the student, as `teacher_rest` does of the teacher;
+        its live parameters learn.
+
+        Raises:
+            TapError: there is no such layer, or what stands behind it is more than a function of
+                its values.
+        """
+        return self._rest(self.student, layer, taps)
+
+    def _rest(self, network: nn.Module, layer: str, taps: Sequence[str]) -> Rest:
+        if self.behind is None:
+            raise TapError(
+                f"what stands behind '{layer}' is not known: the context has no `behind`"
+            )
+        return self.behind(network, layer, taps)
 
     def _teacher(self) -> nn.Module:
         if self.teacher is None:

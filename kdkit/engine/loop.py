@@ -5,7 +5,6 @@ All other parts are called from here. This module knows no algorithm, task or fi
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -102,15 +101,14 @@ def learn(trainer: Trainer, group: Sequence[Batch], now: Moment, numbers: Number
     samples = sum(len(batch.labels) for batch in group)
     for number, batch in enumerate(group, 1):
         # Gradients are averaged over the processes once a step, not once a batch.
-        is_last = number == len(group)
-        with contextlib.nullcontext() if is_last else trainer.without_sync():
+        with trainer.averaging(last=number == len(group)):
             # One forward of one module does all that needs gradients: the schedule's step shows
             # the batch to students and teachers, and each lesson is valued by the losses.
             total, found = trainer.forward(batch, now, numbers.ramps)
             # A smaller last batch counts for the samples that it has.
             share = len(batch.labels) / samples
-            trainer.backward(total * share if len(group) > 1 else total)
-        values += found
+            values += trainer.backward(total, found, share)
+    trainer.combine()
     # Each student has an optimizer of its own: clip, step, clear the gradients.
     for updater, rates in zip(trainer.updaters, numbers.rates, strict=True):
         updater.update(rates, trainer.scaler)

@@ -33,14 +33,20 @@ def no_teacher() -> Outputs:
 
 @dataclass(frozen=True)
 class Value:
-    """The losses of one lesson: the weighted total (with gradient), and each term unweighted and
-    weighted (without gradient).
+    """The losses of one lesson: the weighted total and each weighted term (with gradient), and each
+    term unweighted (without).
     """
 
     total: Tensor
     terms: Mapping[str, Tensor]
     weighted: Mapping[str, Tensor]
     samples: int  # in the batch
+
+
+def without_graph(value: Value) -> Value:
+    """Return the values alone; their graphs keep the activations of a step alive."""
+    weighted = {name: term.detach() for name, term in value.weighted.items()}
+    return replace(value, total=value.total.detach(), weighted=weighted)
 
 
 class Split(dict[tuple[bool, int], tuple[Lesson, Tensor | float]]):
@@ -262,7 +268,7 @@ class Objective(nn.Module):
         return Value(
             total,
             {n: v.detach() for n, v in terms.items()},
-            {n: v.detach() for n, v in weighted.items()},
+            weighted,
             len(batch.labels),
         )
 

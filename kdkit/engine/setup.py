@@ -22,7 +22,9 @@ from kdkit.engine.objective import Objective
 from kdkit.engine.processes import processes_of
 from kdkit.engine.scores import deciding
 from kdkit.engine.trainer import Trainer, batches
-from kdkit.errors import RunError
+from kdkit.errors import RunError, TapError
+from kdkit.models.rest import Rest
+from kdkit.models.tapped import TappedModel
 from kdkit.models.weight_files import adopt_shapes
 from kdkit.randomness import reseed
 from kdkit.recipe import Recipe
@@ -33,6 +35,9 @@ class Networks(Protocol):
 
     def verify_finite(self) -> None:
         """Raise an error if a teacher has given a non-finite answer so far."""
+
+    def models(self) -> Sequence[TappedModel]:
+        """Return all models that are in use."""
 
     def teacher_modules(self) -> Mapping[str, nn.Module]:
         """Return the networks by name of those teachers that have one."""
@@ -86,7 +91,19 @@ class Rehearsal:
             self.recipe.task.row_width(self.info),
             len(self.labels),
             self.labels,
+            self._behind,
         )
+
+    def _behind(self, network: nn.Module, layer: str, taps: Sequence[str]) -> Rest:
+        """Return what stands behind a layer of a network.
+
+        Raises:
+            TapError: the network is not one of the recipe's; see `Rest`.
+        """
+        models = (model for model in self.networks.models() if model.module is network)
+        if (model := next(models, None)) is None:
+            raise TapError(f"what stands behind '{layer}' is not known of this network")
+        return Rest(model, layer, taps)
 
 
 def rehearse(
@@ -174,6 +191,9 @@ def build_trainer(
         seed=recipe.spec.seed,
         maximize=prepared.validation is not None
         and deciding(recipe, prepared.info).higher_is_better,
+        balance=None
+        if recipe.spec.balance is None
+        else (recipe.plugins.balances[recipe.spec.balance.use], recipe.spec.balance),
     )
 
 

@@ -16,13 +16,15 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import gather_object, patch_environment
 from torch import Tensor, nn
 
+from kdkit.contracts.balance import Balance, BalanceOptions
 from kdkit.contracts.records import Batch
 from kdkit.contracts.schedule import Moment, Stage
 from kdkit.data.loaders import TrainLoader
 from kdkit.engine.averages import average_of
+from kdkit.engine.balancing import Balancing
 from kdkit.engine.capture import Captured, Numbers, Plain, Take
 from kdkit.engine.graphs import CudaGraphs
-from kdkit.engine.objective import Objective, Ramps, Value, sum_of
+from kdkit.engine.objective import Objective, Ramps, Value, sum_of, without_graph
 from kdkit.engine.optim import Updater
 from kdkit.engine.processes import processes_of
 from kdkit.errors import RunError
@@ -47,6 +49,7 @@ class Learner(nn.Module):
         self.objectives = nn.ModuleList(objectives)
         self.parts = stage.parts if stage.parts is not None else nn.Module()
         self._lessons = stage.step
+        self.balancing: Balancing | None = None
 
     def forward(
         self, batch: Batch, moment: Moment, ramps: Sequence[Ramps]
@@ -58,8 +61,7 @@ class Learner(nn.Module):
             for objective, lesson, now in zip(self.objectives, lessons, ramps, strict=True)
         ]
         total = sum_of((value.total for value in values), like=batch.labels)
-        # without their graphs, which would keep the activations of the step alive
-        return total, [replace(value, total=value.total.detach()) for value in values]
+        return total, values if self.balancing else [without_graph(value) for value in values]
 
 
 def batches(loader: TrainLoader, stage: Stage, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -86,6 +88,7 @@ class Trainer:
         seed: determines every random number, together with the stage's name and the step.
         maximize: whether the value passed to the learning-rate schedules after an epoch is an
             accuracy, not a loss.
+        balance: combines the gradients of the losses (None: they are added up).
     """
 
     def __init__(
@@ -98,6 +101,7 @@ class Trainer:
         *,
         seed: int,
         maximize: bool,
+        balance: tuple[type[Balance], BalanceOptions] | None = None,
     ) -> None:
         self.stage = stage
         self.spec = spec
@@ -130,10 +134,23 @@ class Trainer:
         self.averages = [average_of(network, spec) for network in self._networks]
         self.scaler = _scaler(accelerator)
         self.processes = processes_of(stage, accelerator)
+        if balance is not None:
+            self.learner.balancing = self._balancing(*balance)
         self._forward = self.processes.prepared(self.learner, self._leaves_parameters_unused)
         self.take: Take = Plain()
         self.epoch = 0  # finished epochs
         self.step = 0  # optimizer steps done in the current epoch
+
+    def _balancing(self, kind: type[Balance], options: BalanceOptions) -> Balancing:
+        parameters = []
+        for student, updater in zip(self.learner.students, self.updaters, strict=True):
+            own = {id(p) for p in student.parameters()}
+            ours = [p for p in updater.parameters if id(p) in own]
+            parameters.append((ours, [p for p in updater.parameters if id(p) not in own]))
+        objectives = [cast("Objective", each) for each in self.learner.objectives]
+        apart = self.processes.groups > 1
+        made = Balancing(kind, options, objectives, parameters, None if apart else self.accelerator)
+        return made.to(self.accelerator.device)
 
     def _freeze(self, wanted: Sequence[str]) -> list[nn.Parameter]:
         learner = self.learner
@@ -192,14 +209,28 @@ class Trainer:
         """Compute the total of all losses, with gradient, and the value of each."""
         return cast("tuple[Tensor, list[Value]]", self._forward(batch, moment, ramps))
 
-    def backward(self, loss: Tensor) -> None:
-        """Add to the gradients; the loss is scaled in fp16, so that small gradients do not
-        vanish.
-        """
-        torch.autograd.backward(loss if self.scaler is None else self.scaler.scale(loss))
+    def backward(self, total: Tensor, values: list[Value], share: float) -> list[Value]:
+        """Add to the gradients those of a batch that is this share of a step; return the values.
 
-    def without_sync(self) -> contextlib.AbstractContextManager[None]:
-        """Skip the averaging of gradients over processes inside the block."""
+        The loss is scaled in fp16, so that small gradients do not vanish.
+        """
+        if self.learner.balancing is not None:
+            return self.learner.balancing.add(values, share)
+        loss = total * share if share < 1 else total
+        torch.autograd.backward(loss if self.scaler is None else self.scaler.scale(loss))
+        return values
+
+    def combine(self) -> None:
+        """Let a balance make one gradient of those of the losses."""
+        if self.learner.balancing is not None:
+            self.learner.balancing.combine()
+
+    def averaging(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Average gradients over the processes inside the block, if it is the last of a step; a
+        balance does that itself.
+        """
+        if last and self.learner.balancing is None:
+            return contextlib.nullcontext()
         found: contextlib.AbstractContextManager[None] = self.accelerator.no_sync(self._forward)
         return found
 
@@ -234,6 +265,8 @@ class Trainer:
             for name, loss in cast("Objective", objective).parts().items():
                 if not loss.capturable:
                     return f"loss '{name}' says that it cannot be recorded"
+        if self.learner.balancing is not None and not self.learner.balancing.capturable:
+            return "the balance says that it cannot be recorded"
         for updater in self.updaters:
             if not updater.capturable:
                 name = type(updater.optimizer).__name__

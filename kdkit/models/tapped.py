@@ -313,7 +313,7 @@ class TappedModel:
         )
 
     def _shaped(self, name: str, tensor: Tensor, inputs: Inputs) -> Tensor:
-        if tensor.ndim == 4 and _has_channels_last(tensor, inputs, self.module):
+        if tensor.ndim == 4 and has_channels_last(tensor, inputs, self.module):
             return tensor.permute(0, 3, 1, 2)
         if not self.layers[name].embedding or tensor.ndim == 2:
             return tensor
@@ -331,7 +331,7 @@ def _mask(inputs: Inputs) -> Tensor | None:
     return inputs[MASK].bool() if isinstance(inputs, Mapping) and MASK in inputs else None
 
 
-def _has_channels_last(f: Tensor, inputs: Inputs, module: nn.Module) -> bool:
+def has_channels_last(f: Tensor, inputs: Inputs, module: nn.Module) -> bool:
     """Check whether a map is (B, H, W, C): timm's networks declare it, equal sides reveal it."""
     declared = getattr(module, "output_fmt", None)
     if declared is not None:

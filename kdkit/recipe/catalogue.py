@@ -23,6 +23,7 @@ KINDS = {
     "datasets": "dataset",
     "tasks": "task",
     "metrics": "metric",
+    "balances": "balance",
 }
 
 
@@ -31,7 +32,7 @@ class Entry:
     """One plugin.
 
     Attributes:
-        name, kind: as in a recipe; loss, schedule, model source, dataset, task or metric.
+        name, kind: as in a recipe; loss, schedule, model source, dataset, task, metric or balance.
         group: knowledge of a loss, scheme of a schedule, what the rows of a task are, else empty.
         summary: first paragraph of the class's docstring.
         details: the rest of it, with the formula.

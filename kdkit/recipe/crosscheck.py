@@ -43,6 +43,7 @@ def conflicts(spec: RecipeBase, plugins: Registry, path: Path) -> Iterator[Probl
             yield location, "is no number"
     yield from _task_conflicts(spec, plugins)
     yield from _model_conflicts(spec, plugins, path)
+    yield from _balance_conflicts(spec, plugins)
     names = [entry.name for entry in spec.losses if entry.name]
     for i, entry in enumerate(spec.losses):
         if entry.name and names.count(entry.name) > 1:
@@ -108,6 +109,20 @@ def _serves_others(tasks: Iterable[str], task: Task) -> str:
         f"is for {' and '.join(sorted(tasks))}, and task '{task.name}' has rows of"
         f" {task.rows_are}{of}"
     )
+
+
+def _balance_conflicts(spec: RecipeBase, plugins: Registry) -> Iterator[Problem]:
+    """Find a balance that does not suit the losses, the optimizer, or the precision."""
+    if spec.balance is None:
+        return
+    if spec.train.precision == "fp16":
+        yield (
+            ["balance"],
+            "gradients of fp16 are scaled, which a balance is not made for; use precision bf16",
+        )
+    kind, optimizer = plugins.balances[spec.balance.use], spec.train.optimizer.model_dump()
+    for key, says in kind.refused(spec.balance, spec.loss_names(), optimizer).items():
+        yield ["balance", *([key] if key else [])], says
 
 
 def _model_conflicts(spec: RecipeBase, plugins: Registry, path: Path) -> Iterator[Problem]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -62,14 +61,7 @@ class Recipe:
 
     def loss_names(self) -> list[str]:
         """List the names of the losses: `name`, or `use` (numbered if it is repeated)."""
-        names: list[str] = []
-        for entry in self.spec.losses:
-            name = called = entry.name or entry.use
-            numbers = itertools.count(2)
-            while name in names:
-                name = f"{called}_{next(numbers)}"
-            names.append(name)
-        return names
+        return self.spec.loss_names()
 
     def plain(self) -> dict[str, Any]:
         """Return the recipe as plain values: merged, paths absolute, defaults spelt out."""

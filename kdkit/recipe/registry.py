@@ -19,6 +19,7 @@ from typing import Any, get_args
 import pluggy
 
 from kdkit.contracts import hooks
+from kdkit.contracts.balance import Balance
 from kdkit.contracts.dataset_source import DatasetSource
 from kdkit.contracts.loss import Loss
 from kdkit.contracts.metric_source import MetricSource
@@ -36,6 +37,7 @@ Plugin = (
     | type[DatasetSource]
     | type[Task]
     | type[MetricSource]
+    | type[Balance]
 )
 
 KINDS: Mapping[str, type] = {
@@ -45,6 +47,7 @@ KINDS: Mapping[str, type] = {
     "kdkit_datasets": DatasetSource,
     "kdkit_tasks": Task,
     "kdkit_metrics": MetricSource,
+    "kdkit_balances": Balance,
 }
 ENTRY_POINTS = "kdkit"
 FROM_A_FILE = "kdkit_plugin_"
@@ -67,6 +70,7 @@ class Registry:
     datasets: Mapping[str, type[DatasetSource]]
     tasks: Mapping[str, type[Task]]
     metrics: Mapping[str, type[MetricSource]]
+    balances: Mapping[str, type[Balance]]
     origins: Mapping[Plugin, str]
 
     def __iter__(self) -> Iterator[tuple[str, Plugin]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -17,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from kdkit.contracts.balance import BalanceOptions
 from kdkit.contracts.loss_options import LossOptions
 from kdkit.contracts.model_source import ModelOptions, RecipeTeacher
 from kdkit.contracts.options import (
@@ -103,6 +105,12 @@ class ScheduleEntry(ScheduleOptions):
     """The schedule: who teaches whom."""
 
     use: str = Field(description="Name of the schedule plugin.")
+
+
+class BalanceEntry(BalanceOptions):
+    """How the gradients of the losses are combined."""
+
+    use: str = Field(description="Name of the balance plugin.")
 
 
 class OptimizerSpec(Options):
@@ -396,6 +404,14 @@ class RecipeBase(Options):
     losses: tuple[LossEntry, ...] = Field(
         min_length=1, description="Losses to minimise: the sum of weight * loss."
     )
+    balance: BalanceEntry | None = Field(
+        default=None,
+        description=(
+            "Balance of the losses by their gradients, which costs a backward pass for each"
+            " (default: none, the weighted sum)."
+        ),
+        json_schema_extra=LATER,
+    )
     train: TrainSpec
     run: RunSpec = Field(
         default=RunSpec(),
@@ -411,6 +427,17 @@ class RecipeBase(Options):
             rest = {key: option for key, option in value.items() if key != "seeds"}
             return [{**rest, "seed": seed} for seed in value["seeds"]]
         return value
+
+    def loss_names(self) -> list[str]:
+        """List the names of the losses: `name`, or `use` (numbered if it is repeated)."""
+        names: list[str] = []
+        for entry in self.losses:
+            name = called = entry.name or entry.use
+            numbers = itertools.count(2)
+            while name in names:
+                name = f"{called}_{next(numbers)}"
+            names.append(name)
+        return names
 
     def all_teachers(self) -> dict[str, ModelOptions | RecipeTeacher]:
         """Return its teachers by name; a single one is called `teacher`."""

@@ -15,7 +15,14 @@ from kdkit.contracts.options import Options
 from kdkit.errors import ModelError, suggest
 from kdkit.recipe.data_section import DatasetEntry, DataSpec, UnlabelledSpec
 from kdkit.recipe.registry import Registry
-from kdkit.recipe.sections import LossEntry, RecipeBase, ScheduleEntry, TaskEntry, named
+from kdkit.recipe.sections import (
+    BalanceEntry,
+    LossEntry,
+    RecipeBase,
+    ScheduleEntry,
+    TaskEntry,
+    named,
+)
 
 DEFAULT_SOURCE = "timm"
 RECIPE = "recipe"  # key of a teacher that another recipe trains
@@ -31,6 +38,7 @@ def _recipe_type(
     models: tuple[Any, ...],
     datasets: tuple[Any, ...],
     tasks: tuple[Any, ...],
+    balances: tuple[Any, ...],
 ) -> type[RecipeBase]:
     def networks(kind: str, base: type[Options]) -> dict[str, type[Options]]:
         return {p.name: _variant(p, kind, base) for p in models}
@@ -73,6 +81,10 @@ def _recipe_type(
             _several(variants(losses, "loss", LossEntry)),
             RecipeBase.model_fields["losses"],
         ),
+        balance=(
+            variants(balances, "balance", BalanceEntry) | None,
+            RecipeBase.model_fields["balance"],
+        ),
     )
 
 
@@ -82,7 +94,10 @@ def _several(item: Any) -> Any:
 
 def recipe_type(plugins: Registry) -> type[RecipeBase]:
     """Build a RecipeBase that accepts exactly the registered plugins and their options."""
-    kinds = (plugins.losses, plugins.schedules, plugins.models, plugins.datasets, plugins.tasks)
+    kinds = (
+        *(plugins.losses, plugins.schedules, plugins.models, plugins.datasets, plugins.tasks),
+        plugins.balances,
+    )
     return _recipe_type(*(tuple(kind.values()) for kind in kinds))
 
 

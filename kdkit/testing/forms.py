@@ -4,13 +4,15 @@ stand-ins for networks that have such layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kdkit.contracts.features import as_vectors
+from kdkit.contracts.loss import Rest
 from kdkit.contracts.records import Outputs
 
 Shape = tuple[int, ...]
@@ -67,6 +69,7 @@ class Network(nn.Module):
             # A module's name must not contain a dot.
             self.add_module(name.replace(".", "_"), norm)
         self.last = next(reversed(list(layers)), None)
+        self.shapes = dict(layers)
         self.classes = classes
         self.classifier = nn.Linear(_channels(layers[self.last]) if self.last else 6, classes)
 
@@ -81,6 +84,25 @@ class Network(nn.Module):
 
     def get_classifier(self) -> nn.Module:
         return self.classifier
+
+    def behind(self, layer: str, taps: Sequence[str]) -> Rest:
+        """Stand in for what follows a layer: linear maps of its mean to the logits and the taps."""
+        generator = torch.Generator().manual_seed(0)
+        width = _channels(self.shapes[layer])
+        shapes = {name: self.shapes[name] for name in taps} | {"": (self.classes,)}
+        maps = {
+            name: torch.randn(width, math.prod(shape), generator=generator) / width**0.5
+            for name, shape in shapes.items()
+        }
+
+        def rest(values: Tensor) -> Outputs:
+            mean = as_vectors(values)
+            found = {
+                name: (mean @ x.to(mean)).unflatten(1, shapes[name]) for name, x in maps.items()
+            }
+            return Outputs(found.pop(""), found)
+
+        return rest
 
 
 def _channels(shape: Shape) -> int:

@@ -113,6 +113,7 @@ def with_impossible(outputs: Outputs) -> Outputs:
         # Not -inf: a probability of 0 times a logarithm of -inf is NaN.
         outputs,
         logits=torch.cat([outputs.logits, torch.full_like(outputs.logits, -1e4)], 1),
+        views={name: with_impossible(view) for name, view in outputs.views.items()},
     )
 
 

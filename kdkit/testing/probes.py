@@ -6,15 +6,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdkit.contracts.dataset_source import DataInfo
-from kdkit.contracts.loss import Context, Loss
+from kdkit.contracts.loss import Context, Loss, Rest
 from kdkit.contracts.records import Batch, Outputs
 from kdkit.contracts.task import RowMeaning
 from kdkit.engine.objective import no_teacher
@@ -234,6 +234,7 @@ def probe_on(
         classes,
         64,
         _labels(loss, 64, classes),
+        _behind,
     )
     outputs = classes, classes if teacher_classes is None else teacher_classes
     # Set up on four samples and evaluated on six: a loss must not depend on the size of the batch
@@ -291,6 +292,12 @@ def _networks(layers: tuple[dict[str, Shape], dict[str, Shape]], classes: int) -
             Network({name: shape for name, shape in shapes.items() if shape}, classes)
             for shapes in layers
         ]
+
+
+def _behind(network: nn.Module, layer: str, taps: Sequence[str]) -> Rest:
+    """Return a stand-in for what follows a layer of a stand-in."""
+    assert isinstance(network, Network)
+    return network.behind(layer, taps)
 
 
 def _answers(

@@ -19,6 +19,8 @@ from torch.autograd.function import once_differentiable
 
 import kdkit
 
+from ._queue import Queue
+
 
 class Seed(kdkit.Loss):
     """Cross-entropy between the teacher's and the student's similarities to a queue of teacher
@@ -96,28 +98,6 @@ class Seed(kdkit.Loss):
             if self.training:
                 memory(kdkit.gather(e_t))
         return torch.stack(values).mean()
-
-
-class Queue(nn.Module):
-    """The last K embeddings, (K, D); the oldest make room."""
-
-    rows: Tensor
-    place: Tensor
-
-    def __init__(self, size: int, width: int) -> None:
-        super().__init__()
-        self.register_buffer("rows", F.normalize(torch.randn(size, width)))
-        # where the next one goes: a tensor, so that a recorded step goes on from there
-        self.register_buffer("place", torch.zeros((), dtype=torch.int64))
-
-    def forward(self, new: Tensor) -> None:
-        """Write embeddings (N, D) over the oldest; of more than K, the last ones."""
-        size = len(self.rows)
-        new = new[-size:]
-        places = (self.place + torch.arange(len(new), device=new.device)) % size
-        # in place: a recorded step goes on with the same tensors
-        self.rows.index_copy_(0, places, new.to(self.rows.dtype))
-        self.place.copy_((self.place + len(new)) % size)
 
 
 class Similarities(torch.autograd.Function):

@@ -7,11 +7,12 @@ released code. Where the student's probabilities hardly vary and the teacher's d
 reaches 1e8; a correlation whose slope would exceed 1e5 counts as 0 and has no gradient here.
 """
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 import kdkit
+
+from ._correlation import correlation
 
 
 class DIST(kdkit.Loss):
@@ -54,17 +55,6 @@ class DIST(kdkit.Loss):
         # in a batch of one, columns do not vary: the second part is a constant
         inter, intra = 1 - correlation(p, q).mean(), 1 - correlation(p.T, q.T).mean()
         return tau**2 * (self.options.beta * inter + self.options.gamma * intra)
-
-
-def correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Pearson's correlation of each row, (N, M) and (N, M) to (N,)."""
-    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
-    size = torch.linalg.vector_norm(b, dim=1)
-    norms = torch.linalg.vector_norm(a, dim=1) * size
-    # the slope by a is |b| / (|a| |b| + 1e-8) at most
-    steep = size > 1e5 * (norms + 1e-8)
-    # `where` computes both sides: the one that is not taken must have a finite slope too
-    return torch.where(steep, 0.0, (a * b).sum(1) / (norms.masked_fill(steep, 1.0) + 1e-8))
 
 
 @kdkit.hookimpl

@@ -6,9 +6,10 @@ the hint layers, then the whole network. Activation boundaries (AB), factor tran
 begin with a stage of their own too.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from pydantic import Field, model_validator
+from torch import Tensor
 
 import kdkit
 
@@ -57,6 +58,11 @@ class Staged(kdkit.Schedule):
                 "Also show each image turned by 90, 180 and 270 degrees, to losses that ask for it."
             ),
         )
+        second: bool = Field(
+            default=False,
+            description="Also show each image in a second augmentation, to losses that ask for it.",
+            json_schema_extra={"later": True},
+        )
 
         @model_validator(mode="after")
         def _names_differ(self) -> "Staged.Options":
@@ -69,9 +75,7 @@ class Staged(kdkit.Schedule):
     def stages(self, models: kdkit.Models) -> Iterator[kdkit.Stage]:
         student, teacher = models.student(), models.teacher()
         # one step for all stages, which differ in losses and in what learns
-        step = kdkit.teach(
-            student, by=[teacher], views={"turned": kdkit.turned} if self.options.turned else {}
-        )
+        step = kdkit.teach(student, by=[teacher], views=self.views())
         for plan in self.options.stages:
             yield kdkit.Stage(
                 plan.name,
@@ -81,7 +85,24 @@ class Staged(kdkit.Schedule):
                 epochs=plan.epochs,
                 lr=plan.lr,
                 train=plan.train,
+                views=2 if self.options.second else 1,
             )
+
+    def views(self) -> dict[str, Callable[[kdkit.Batch], Tensor]]:
+        """Further views of a batch's images, by name."""
+        known: dict[str, Callable[[kdkit.Batch], Tensor]] = {
+            "turned": kdkit.turned,
+            "second": second,
+        }
+        return {name: view for name, view in known.items() if getattr(self.options, name)}
+
+
+def second(batch: kdkit.Batch) -> Tensor:
+    """Images in their second augmentation."""
+    images = batch.views[0]
+    if not isinstance(images, Tensor):
+        raise kdkit.ShapeError("only images have a second augmentation")
+    return images
 
 
 @kdkit.hookimpl

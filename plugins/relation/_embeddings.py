@@ -1,0 +1,33 @@
+"""Options of losses that relate the embeddings of a batch, with adapters on them."""
+
+from collections.abc import Iterator
+
+from pydantic import Field
+from torch import Tensor
+
+import kdkit
+
+
+class EmbeddingOptions(kdkit.VectorOptions):
+    """Options of a loss that relates one vector (N, D) per sample, of all processes or of each."""
+
+    layers: tuple[kdkit.LayerPair, ...] = Field(
+        default=(kdkit.LayerPair(student="penultimate", teacher="penultimate"),),
+        min_length=1,
+        description="Student/teacher layer pairs to compare.",
+    )
+    gather: bool = Field(
+        default=False,
+        description="Relate the samples of all processes, not of each process alone.",
+    )
+
+    def pairs(
+        self, student: kdkit.Outputs, teacher: kdkit.Outputs
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Return the vectors of each pair; maps and tokens are averaged.
+
+        Raises:
+            ShapeError: a layer gives no vectors.
+        """
+        for e_s, e_t in super().pairs(student, teacher):
+            yield (kdkit.gather(e_s), kdkit.gather(e_t)) if self.gather else (e_s, e_t)
