@@ -138,7 +138,7 @@ def test_every_schedule_recorded(schedule, teacher, tmp_path, monkeypatch):
         assert not reasons
 
 
-NOT_TOGETHER = {"byot", "frskd", "simkd"}
+NOT_TOGETHER = {"byot", "frskd", "norm", "simkd"}
 """Losses that put another network in the student's place, or name a layer that others do not."""
 GROUPS = [[loss for loss in FOR_CLASSES[number::6] if loss not in NOT_TOGETHER] for number in range(6)]
 GROUPS += [[loss] for loss in sorted(NOT_TOGETHER)]

@@ -29,7 +29,7 @@ SCHEDULES = {
     "branches": {"split": "stage2"},
     "born_again": {"generations": 2},
     "rco": {"anchors": [1]},
-    "staged": {"stages": [{"name": "all"}], "turned": True},
+    "staged": {"stages": [{"name": "all"}], "turned": True, "second": True},
 }
 
 
@@ -38,33 +38,45 @@ def layers(*names):
 
 
 OPTIONS = {
+    "bert_pkd": layers("penultimate"),
     "byot": {"layers": [{"student": "stage2", "teacher": "stage4"}]},
     "cat_kd": layers("stage4"),
     "crd": {**layers("penultimate"), "negatives": 4, "size": 4},
     "ctkd": {"reversal": 1.0},
+    "dense_mse": layers("stage3"),
     "frskd": layers("stage2", "stage3"),
     "mgd": {**layers("stage3"), "weight": 1e-4},
+    "minilm_relations": {**layers("stage2", "stage3"), "heads": 2},
+    "norm": layers("stage4"),
     "ofd": layers("layer3.0.act2@input"),
+    "proteus": layers("stage3"),
+    "queue_kl": {**layers("penultimate"), "queue": 16},
     "review": {**layers("stage2", "stage3"), "width": 4},
+    "rrd": {**layers("penultimate"), "queue": 16},
+    "scalekd": {**layers("stage2", "stage3"), "heads": 2},
+    "sdd": layers("stage4"),
     "seed": {**layers("penultimate"), "queue": 16},
     "simkd": layers("stage4"),
     "srrl": layers("stage4"),
+    "tinybert": {**layers("stage3", "stage2", "stage2"), "attention": 1, "heads": 2},
+    "uskd": layers("stage3"),
     "vitkd": {**layers("stage2", "stage3"), "weight": 1e-4},
 }
 # What cannot be, and the words that say why.
 NO_TEACHER = "is never used: no stage of schedule 'supervised' has a teacher"
 NO_NETWORK = "there is no teacher network to take a layer from"  # peers and passing answers have none that stays
 WITHOUT_NETWORK = ["codistill", "ensemble_peers", "mean_teacher", "mutual", "okddip", "ps_kd", "branches"]
-READING = ["cat_kd", "ofd", "simkd", "srrl", "wkd_logit"]
+READING = ["cat_kd", "fcfd", "ofd", "scalekd", "sdd", "simkd", "srrl", "wkd_logit"]
 FOR_CLASSES = [name for name, cls in PLUGINS.losses.items() if serves(cls.tasks or cls.for_tasks(), PLUGINS.tasks["classification"]())]
 REFUSED = {
     **{("supervised", loss): NO_TEACHER for loss, cls in PLUGINS.losses.items() if cls.knowledge != "labels"},
     **{(schedule, loss): NO_NETWORK for schedule in WITHOUT_NETWORK for loss in READING},
     **{(schedule, "ofd"): "set up with a context that has its network" for schedule in WITHOUT_NETWORK},
-    **{("bake", loss): "by pooling and a linear classifier: its head is more" for loss in ("cat_kd", "simkd", "srrl")},
+    **{("bake", loss): "by pooling and a linear classifier: its head is more" for loss in ("cat_kd", "sdd", "simkd", "srrl")},
     ("assistants", "fsp"): "must have equally many channels",
-    **{(schedule, "simkd"): "so that it cannot teach on its own" for schedule in ("assistants", "born_again")},
-    **{(schedule, "sskd"): "turned: true" for schedule in PLUGINS.schedules if schedule not in ("staged", "supervised")},
+    **{(schedule, loss): "so that it cannot teach on its own" for schedule in ("assistants", "born_again") for loss in ("norm", "simkd")},
+    **{(schedule, loss): "turned: true" for schedule in PLUGINS.schedules if schedule not in ("staged", "supervised") for loss in ("hsakd", "sskd")},
+    **{(schedule, "crld"): "second: true" for schedule in PLUGINS.schedules if schedule not in ("staged", "supervised")},
 }
 
 
