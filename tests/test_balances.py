@@ -35,6 +35,7 @@ BALANCES = {
     "pcgrad": {"balance": {"use": "pcgrad"}},
     "uncertainty": {"balance": {"use": "uncertainty"}},
     "dot": DOT,
+    "drop": {"balance": {"use": "drop"}},
 }
 
 
@@ -164,6 +165,19 @@ def test_dot_keeps_two_momenta():
         v = torch.tensor([0.825, 0.9, 0.9]) * v + rows[0] + torch.tensor([0.1, 0.2, 0.0])
         u = torch.tensor([0.975, 0.9, 0.9]) * u + rows[1] + torch.tensor([0.0, 0.0, 0.3])
         torch.testing.assert_close(found, v + u)
+
+
+def test_dropping_keeps_the_labels_and_the_largest():
+    balance, rows, seen = built("drop", labels=(True, False, False)), drawn(5), set()
+    torch.manual_seed(0)
+    for _ in range(30):
+        found = balance(step(rows, [9.0, 1.0, 2.0]))
+        assert balance.factors()[0] == 1 and balance.factors()[2] == 1
+        torch.testing.assert_close(found, balance.factors() @ rows)
+        seen.add(float(balance.factors()[1]))
+    assert seen == {0.0, 1.0}
+    balance(step(rows, [9.0, 3.0, 2.0]))
+    assert balance.factors()[1] == 1
 
 
 def test_dot_without_a_difference_is_sgd_with_momentum(tmp_path):
