@@ -97,6 +97,11 @@ SECTIONS: list[tuple[str, type[Options], str]] = [
         "A list, for losses that compare layers: most feature and relation losses.",
     ),
     ("a ramp", Ramp, "Stands in the place of a number where the type says `or a ramp`."),
+    (
+        "balance",
+        sections.BalanceEntry,
+        "Each balance plugin adds [options of its own](plugins.md#balances).",
+    ),
     ("train", sections.TrainSpec, ""),
     ("train.optimizer", sections.OptimizerSpec, ""),
     ("train.adapters", sections.AdapterSpec, ""),
