@@ -77,6 +77,8 @@ from .contracts.schedule import by_class as by_class
 from .contracts.schedule import see as see
 from .contracts.schedule import teach as teach
 from .contracts.schedule import turned as turned
+from .contracts.survey import Answers as Answers
+from .contracts.survey import Survey as Survey
 from .contracts.task import Example as Example
 from .contracts.task import Rows as Rows
 from .contracts.task import Score as Score

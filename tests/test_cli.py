@@ -107,6 +107,14 @@ def test_plugins(kdkit):
     assert "class" in keys and "class_" not in keys
 
 
+def test_plugins_that_fit_a_task(kdkit):
+    names = {line.split(" ")[0] for line in kdkit("plugins", "--for", "detection").splitlines()}
+    assert {"crosskd", "hint", "offline", "voc_boxes", "detection", "timm"} <= names
+    assert not {"logit_kl", "digits", "classification"} & names
+    assert "logit_kl" in kdkit("plugins", "--for", "segmentation")
+    assert "no task is called 'detect'; did you mean 'detection'?" in kdkit("plugins", "--for", "detect", code=2)
+
+
 def test_layers(kdkit):
     shown = kdkit("layers", "resnet18", "stem=small", "--size", "3,32,32")
     row = next(line for line in shown.splitlines() if line.startswith("layer2 "))

@@ -277,7 +277,7 @@ def test_recipes_in_a_guide_are_valid(page, folder):
     Path("teacher.yaml").write_text(BASE)
     Path("base.yaml").write_text(BASE)
     for number, block in enumerate(block for block in blocks(page) if block.language == "yaml"):
-        if "variants:" in block.text:
+        if "variants:" in block.text or "vary:" in block.text:
             Path(f"study{number}.yaml").write_text(block.text)
             trainings(study_file.load([Path(f"study{number}.yaml")]))
             continue
@@ -332,6 +332,17 @@ def test_the_guide_to_data_trains_on_its_plugin(folder):
 def test_the_guide_to_several_labels_can_be_followed(folder):
     printed = follow(DOCS / "how-to" / "several-labels.md")
     assert "mAP %" in printed and "MAE to teacher" in printed
+
+
+@pytest.mark.slow
+def test_the_guide_to_searching_can_be_followed(folder):
+    Path("base.yaml").write_text(BASE)
+    shown = list(blocks(DOCS / "how-to" / "search.md"))
+    (study,) = [block for block in shown if block.file]
+    Path(study.file).write_text(study.text)
+    printed = "".join(carry_out(line) for block in shown if block.language == "bash" for line in block.text.splitlines())
+    assert "12 candidates, by top-1 on validation data, seed 3" in printed and "runs/weights/report.html" in printed
+    assert recipe.load(Path("runs/weights/winner.yaml")).spec.losses[1].use == "logit_kl"
 
 
 def test_the_guide_to_mixing_shows_what_check_prints(monkeypatch):

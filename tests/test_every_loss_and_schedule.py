@@ -66,16 +66,22 @@ OPTIONS = {
 NO_TEACHER = "is never used: no stage of schedule 'supervised' has a teacher"
 NO_NETWORK = "there is no teacher network to take a layer from"  # peers and passing answers have none that stays
 WITHOUT_NETWORK = ["codistill", "ensemble_peers", "mean_teacher", "mutual", "okddip", "ps_kd", "branches"]
-READING = ["cat_kd", "fcfd", "ofd", "scalekd", "sdd", "simkd", "srrl", "wkd_logit"]
+READING = ["cat_kd", "fcfd", "nd", "ofd", "scalekd", "sdd", "simkd", "srrl", "wkd_logit"]
 FOR_CLASSES = [name for name, cls in PLUGINS.losses.items() if serves(cls.tasks or cls.for_tasks(), PLUGINS.tasks["classification"]())]
 REFUSED = {
     **{("supervised", loss): NO_TEACHER for loss, cls in PLUGINS.losses.items() if cls.knowledge != "labels"},
     **{(schedule, loss): NO_NETWORK for schedule in WITHOUT_NETWORK for loss in READING},
     **{(schedule, "ofd"): "set up with a context that has its network" for schedule in WITHOUT_NETWORK},
     **{("bake", loss): "by pooling and a linear classifier: its head is more" for loss in ("cat_kd", "sdd", "simkd", "srrl")},
+    **{(schedule, "nd"): "needs a teacher that stays as it is" for schedule in ("bake", "cs_kd", "ddgsd", "dlb")},
     ("assistants", "fsp"): "must have equally many channels",
     **{(schedule, loss): "so that it cannot teach on its own" for schedule in ("assistants", "born_again") for loss in ("norm", "simkd")},
-    **{(schedule, loss): "turned: true" for schedule in PLUGINS.schedules if schedule not in ("staged", "supervised") for loss in ("hsakd", "sskd")},
+    **{
+        (schedule, loss): "turned: true"
+        for schedule in PLUGINS.schedules
+        if schedule not in ("staged", "supervised")
+        for loss in ("hsakd", "sskd")
+    },
     **{(schedule, "crld"): "second: true" for schedule in PLUGINS.schedules if schedule not in ("staged", "supervised")},
 }
 

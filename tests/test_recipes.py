@@ -14,7 +14,7 @@ from kdkit.study import loading as study_file
 from kdkit.study import plan as study_checks
 
 EVERY = sorted(RECIPES.rglob("*.yaml"))
-STUDIES = [path for path in EVERY if re.search(r"^(variants|tune):", path.read_text(), re.MULTILINE)]
+STUDIES = [path for path in EVERY if re.search(r"^(variants|tune|vary):", path.read_text(), re.MULTILINE)]
 FILES = [path for path in EVERY if path not in STUDIES]
 NAMES = [str(path.relative_to(RECIPES)) for path in FILES]
 OFTEN = {"base", "alone", "fsp", "review", "crd"}
@@ -22,7 +22,8 @@ OFTEN = {"base", "alone", "fsp", "review", "crd"}
 
 def planned(path):
     """A recipe or study as a parameter; the default run plans the small ones and what differs most between methods, .ci/run plans all."""
-    often = path.relative_to(RECIPES).parts[0] in ("digits", "mnist") or (path.parent.name == "resnet32x4-resnet8x4" and path.stem in OFTEN)
+    small = path.relative_to(RECIPES).parts[0] in ("digits", "mnist") and path.stem != "search"  # which has many candidates
+    often = small or (path.parent.name == "resnet32x4-resnet8x4" and path.stem in OFTEN)
     return pytest.param(path, id=str(path.relative_to(RECIPES)), marks=[] if often else pytest.mark.slow)
 
 
@@ -58,7 +59,7 @@ def test_a_recipe_says_what_it_shows_and_how_to_run_it(path):
     comments = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert comments and path.read_text().startswith("# ")
     if path.stem != "base":
-        command = "compare" if path in STUDIES else "train"
+        command = "search" if path.stem == "search" else "compare" if path in STUDIES else "train"
         assert any(re.match(rf"#   kdkit {command} recipes/{re.escape(str(path.relative_to(RECIPES)))}\b", line) for line in comments)
 
 

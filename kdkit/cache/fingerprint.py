@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kdkit.cache.packing import KeptAnswers, Slots
 from kdkit.contracts.dataset_source import InMemory, Pairs, Texts
+from kdkit.contracts.survey import Survey
 from kdkit.files import file_digest
 from kdkit.models.tapped import TappedModel
 from kdkit.recipe import Recipe, content_of
@@ -49,7 +50,6 @@ def key(
     """
     spec = recipe.spec
     options = content_of(spec.all_teachers()[name])
-    adapter = vars(teacher.adapt)
     precision = str(teacher.precision or spec.train.precision).removeprefix("torch.")
     autocast = precision not in ("fp32", "float32")
     return {
@@ -61,12 +61,7 @@ def key(
             "weights": weights_digest(teacher.module),
         },
         "network": _network_digest(teacher.module),
-        "adapter": [
-            _network_digest(teacher.adapt),
-            weights_digest(teacher.adapt),
-            adapter.get("size"),
-            adapter.get("interpolation"),
-        ],
+        "adapter": _adapter(teacher),
         "channels_last": teacher.channels_last,
         # the set of autocast operations depends on the device
         "precision": [
@@ -82,6 +77,68 @@ def key(
         "images": _images_digest(part),
         **({} if other is None else {"unlabelled": _unlabelled(recipe, other)}),
     }
+
+
+def survey_key(
+    recipe: Recipe,
+    name: str | None,
+    teacher: TappedModel,
+    survey: Survey,
+    part: Pairs | InMemory | Texts,
+    images: Tensor,
+) -> dict[str, Any]:
+    """Collect all that a survey of a teacher's answers depends on.
+
+    Args:
+        recipe: of the run.
+        name: of the teacher in the recipe (None: a schedule made it).
+        teacher: the model in the form that answers.
+        survey: what is asked.
+        part: the dataset's training part.
+        images: places of the images in it that are shown.
+    """
+    spec = recipe.spec.data
+    options = {} if name is None else content_of(recipe.spec.all_teachers()[name])
+    return {
+        "format": FORMAT,
+        "torch": torch.__version__,
+        "teacher": {
+            **{k: value for k, value in options.items() if k not in ("cache", "name")},
+            "weights": weights_digest(teacher.module),
+        },
+        "network": _network_digest(teacher.module),
+        "adapter": _adapter(teacher),
+        "channels_last": teacher.channels_last,
+        "precision": str(teacher.precision),
+        "layers": {layer: str(teacher.layers.get(layer, layer)) for layer in survey.layers},
+        "function": [survey.name, code_digest(Path(inspect.getfile(survey.reduce)))],
+        "arguments": {key: _plain(value) for key, value in survey.arguments.items()},
+        "data": {
+            "dataset": content_of(spec.dataset),
+            "image_size": spec.image_size,
+            "interpolation": spec.interpolation,
+            "crop_pct": spec.crop_pct,
+        },
+        "images": [_images_digest(part), _plain(images)],
+    }
+
+
+def _adapter(teacher: TappedModel) -> list[Any]:
+    adapter = vars(teacher.adapt)
+    return [
+        _network_digest(teacher.adapt),
+        weights_digest(teacher.adapt),
+        adapter.get("size"),
+        adapter.get("interpolation"),
+    ]
+
+
+def _plain(value: Any) -> Any:
+    """Return a digest of a tensor; other values as they are."""
+    if not isinstance(value, Tensor):
+        return value
+    numbers = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+    return [str(value.dtype), tuple(value.shape), hashlib.sha256(numbers).hexdigest()]
 
 
 def fingerprint(values: Mapping[str, Any]) -> str:

@@ -190,7 +190,7 @@ def _open_store(
     key: dict[str, Any],
     train: TrainLoader,
 ) -> AnswerStore:
-    spec, called = recipe.spec, _called(recipe, name)
+    spec, called = recipe.spec, called_in(recipe, name)
     about = {
         "teacher": called,
         "data": spec.data.dataset.use,
@@ -199,9 +199,7 @@ def _open_store(
         "made": time.time(),
         "key": key,
     }
-    # a model's name may hold slashes and colons
-    label = "".join(sign if sign.isalnum() or sign in "-_." else "-" for sign in called)
-    path = directory(recipe, options) / f"{label}-{fingerprint.fingerprint(key)[:16]}"
+    path = directory(recipe, options) / folder_name(called, key)
     store = AnswerStore(path, kept.columns(), slots.count * images, about)
     # of the images that this run trains on; other runs may have written the same ones
     indices = train.indices.cpu()
@@ -221,7 +219,14 @@ def _open_store(
     return store
 
 
-def _called(recipe: Recipe, name: str) -> str:
+def folder_name(called: str, key: Mapping[str, Any]) -> str:
+    """Return the name of a store's folder: that of what is kept, and a fingerprint of its key."""
+    # a model's name may hold slashes and colons
+    label = "".join(sign if sign.isalnum() or sign in "-_." else "-" for sign in called)
+    return f"{label}-{fingerprint.fingerprint(key)[:16]}"
+
+
+def called_in(recipe: Recipe, name: str) -> str:
     """Return the usual name of a teacher: its network, or the recipe that trains it."""
     options = recipe.spec.all_teachers()[name]
     return options.recipe.stem if isinstance(options, RecipeTeacher) else options.model

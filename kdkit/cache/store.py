@@ -56,6 +56,7 @@ class About(TypedDict):
     images: int
     count: int
     name: NotRequired[str]
+    columns: NotRequired[list[dict[str, Any]]]
 
 
 def read_about(path: Path) -> About:

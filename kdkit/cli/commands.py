@@ -392,13 +392,23 @@ def plugins(
     name: Annotated[
         str | None, argument(help="Show this one's options, formula and paper.")
     ] = None,
+    task: Annotated[
+        str | None,
+        option("--for", metavar="TASK", help="List only what fits this task, such as detection."),
+    ] = None,
     plugins: Plugins = None,
 ) -> None:
     """List the plugins found, or show one."""
     from kdkit.errors import PluginError, suggest
     from kdkit.recipe import catalogue, registry
 
-    found = list(catalogue.entries(registry.load(absolute(plugins))))
+    loaded = registry.load(absolute(plugins))
+    found = list(catalogue.entries(loaded))
+    if task is not None:
+        from kdkit.cli import listing
+
+        fitting = listing.fitting(loaded, task)
+        found = [entry for entry in found if (entry.kind, entry.name) in fitting]
     if name is None:
         table = Table(
             "name", "kind", "knowledge/scheme", "what it is", "from", box=None, pad_edge=False

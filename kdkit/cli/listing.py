@@ -1,4 +1,4 @@
-"""The output of `kdkit layers` for a model outside a recipe."""
+"""The output of `kdkit layers` for a model outside a recipe; the plugins that fit a task."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ from pathlib import Path
 
 import torch
 
+from kdkit.contracts.dataset_source import DatasetSource
 from kdkit.contracts.inputs import Shape, TextShape, as_image, is_text, parse_shape
 from kdkit.contracts.layers import LayerRow, tappable_layers
-from kdkit.errors import ModelError
+from kdkit.contracts.loss import Loss
+from kdkit.contracts.metric_source import MetricSource
+from kdkit.contracts.schedule import Schedule
+from kdkit.contracts.task import Task, serves
+from kdkit.errors import ModelError, PluginError, suggest
 from kdkit.recipe import registry
+from kdkit.recipe.catalogue import KINDS
 from kdkit.recipe.explain import validated
 from kdkit.recipe.types import source_of
 from kdkit.recipe.yaml_source import nested, parse_overrides
@@ -44,3 +50,27 @@ def layers(
     with torch.device("meta"):
         module = builder.build(outputs, taken)
     return tappable_layers(module, taken)
+
+
+def fitting(plugins: registry.Registry, task: str) -> set[tuple[str, str]]:
+    """Find the plugins that fit a task, as (kind, name): losses, schedules and metrics by the tasks
+    that they declare, datasets by the task of their targets; model sources and balances fit any.
+
+    Raises:
+        PluginError: there is no such task.
+    """
+    if task not in plugins.tasks:
+        raise PluginError(f"no task is called '{task}'; {suggest(task, plugins.tasks)}")
+    wanted = plugins.tasks[task]()
+    return {(KINDS[kind], plugin.name) for kind, plugin in plugins if _fits(plugin, wanted)}
+
+
+def _fits(plugin: registry.Plugin, task: Task) -> bool:
+    if issubclass(plugin, DatasetSource):
+        return plugin.task == task.name
+    if issubclass(plugin, Task):
+        return plugin.name == task.name
+    if issubclass(plugin, Loss):
+        # it may serve further tasks under other options
+        return serves(plugin.for_tasks(), task)
+    return serves(plugin.tasks, task) if issubclass(plugin, Schedule | MetricSource) else True

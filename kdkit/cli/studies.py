@@ -1,11 +1,12 @@
-"""The commands for several runs: compare, report, cache. Everything heavy is imported in the
-command that needs it.
+"""The commands for several runs: compare, search, report, cache. Everything heavy is imported in
+the command that needs it.
 """
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +23,10 @@ from kdkit.cli.console import (
     watch,
 )
 from kdkit.terminal import Terminal
+
+if TYPE_CHECKING:
+    from kdkit.study.findings import Findings
+    from kdkit.study.variants import Study
 
 app = typer.Typer()
 
@@ -112,14 +117,93 @@ def compare(
         spread=spread,
         say=lambda text: out.print(text, markup=False) if telling else None,
     )
-    if found is None:
+    if found is not None:
+        _tell(loaded, found)
+
+
+@app.command()
+def search(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="STUDY [KEY=VALUE]",
+            help=("A study file with `vary:`; key.path=value replaces a value in all candidates."),
+            show_default=False,
+        ),
+    ],
+    confirm: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help=(
+                "Fresh seeds with which winner and baseline are measured on test data (default: the"
+                " study's `seeds`, or 3)."
+            ),
+            show_default=False,
+        ),
+    ] = None,
+    max_parallel: Annotated[
+        int | None,
+        typer.Option(
+            "--max-parallel",
+            min=1,
+            metavar="N",
+            help="Runs in memory at once (default: all that share data and seed).",
+        ),
+    ] = None,
+    dry: Annotated[
+        bool, typer.Option("--dry", help="Only list the candidates, the rungs, and their steps.")
+    ] = False,
+    plugins: Plugins = None,
+    no_plugins: NoPlugins = False,
+) -> None:
+    """Search what a study varies: train all a little, the best on validation data further.
+
+    The winner is then measured on test data with fresh seeds.
+    """
+    from kdkit.errors import RecipeError
+    from kdkit.recipe.yaml_source import parse_overrides
+    from kdkit.study import search_plan
+
+    watch(plugins, no_plugins)
+    changes = [word for word in words if "=" in word and not Path(word).exists()]
+    paths = [Path(word) for word in words if word not in changes]
+    if len(paths) != 1:
+        raise RecipeError(f"a search takes one study file, not {len(paths)}")
+    wanted = search_plan.load(
+        paths[0], parse_overrides(changes), absolute(plugins), confirm=confirm
+    )
+    from kdkit.study import comparison, search_table
+    from kdkit.study import search as searching
+
+    if dry:
+        for one in search_table.planned(wanted):
+            out.print(one)
         return
-    for one in table.tables(found, out.width, loaded.columns(found.scores)):
+    say = functools.partial(out.print, markup=False)
+    found = searching.search(wanted, max_parallel=max_parallel, say=say)
+    out.print(search_table.table(found))
+    for line in search_table.sentences(found):
+        out.print(f"{line}.", style="dim", markup=False)
+    out.print(f"Recipe: {wanted.path / searching.WINNER}", style="dim", markup=False)
+    if wanted.confirm:
+        final = wanted.final(found.winner)
+        measured = comparison.compare(final, max_parallel=max_parallel, say=say)
+        assert measured is not None  # a search is one process
+        _tell(final, measured)
+
+
+def _tell(study: Study, found: Findings) -> None:
+    """Print the findings of a study; exit with code 1 if a run has failed."""
+    from kdkit.study import comparison, table
+
+    for one in table.tables(found, out.width, study.columns(found.scores)):
         out.print(one)
         out.print()
     for line in table.caption(found):
         out.print(line, style="dim", markup=False)
-    out.print(f"Findings: {loaded.path / comparison.FINDINGS}", style="dim", markup=False)
+    out.print(f"Findings: {study.path / comparison.FINDINGS}", style="dim", markup=False)
     if any(variant.failures for variant in found.variants):
         raise typer.Exit(1)
 

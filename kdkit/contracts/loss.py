@@ -15,6 +15,7 @@ from kdkit.contracts.distributed import share_of_mean
 from kdkit.contracts.layers import classifier_path, norm_path
 from kdkit.contracts.loss_options import LossOptions
 from kdkit.contracts.records import Batch, Outputs
+from kdkit.contracts.survey import Reduce, Survey
 from kdkit.contracts.synonyms import with_synonyms
 from kdkit.errors import TapError
 
@@ -35,6 +36,8 @@ class Context:
         labels: target by `Batch.index`, (num_samples, ...); -1 where a sample is not trained on.
         behind: returns what stands behind a layer of a network (None: where networks are not the
             engine's, whose inputs it knows).
+        survey: surveys a frozen network's answers to the training images (None: where there is no
+            engine, which has them).
     """
 
     student: nn.Module
@@ -43,6 +46,7 @@ class Context:
     num_samples: int
     labels: Tensor
     behind: Callable[[nn.Module, str, Sequence[str]], Rest] | None = None
+    survey: Callable[[nn.Module, Survey], dict[str, Tensor]] | None = None
 
     def student_classifier(self) -> nn.Module:
         """Return the student's layer from embedding to logits: the live module. Store it in a
@@ -97,6 +101,38 @@ class Context:
                 its values.
         """
         return self._rest(self.student, layer, taps)
+
+    def teacher_statistics(
+        self,
+        reduce: Reduce,
+        layers: Sequence[str] = (),
+        images: Tensor | None = None,
+        **arguments: Any,
+    ) -> dict[str, Tensor]:
+        """Return what a function makes of the frozen teacher's answers to the training images.
+
+        Each image is shown once before the first step, as it is measured: in eval mode, without
+        augmentation. The result is on the processor. It is kept on disk, and used again as long as
+        teacher, images, arguments and the function's file are the same.
+
+        In `kdkit check` the function sees a few random answers, for the shapes of what it gives.
+
+        Args:
+            reduce: takes (outputs, batch) of each batch, and the arguments; gives tensors by name
+                that add up over images, as each of several processes shows the teacher its share.
+            layers: of the teacher, in `outputs.features`; the logits are always there.
+            images: their places, ascending (None: all that are trained on).
+            arguments: of the function, by name: tensors and plain values.
+
+        Raises:
+            TapError: no frozen teacher, or images that cannot be read one by one; no such layer.
+        """
+        if self.survey is None:
+            raise TapError(
+                "statistics of the teacher are not known: the context has no `survey`, which shows"
+                " it the training images"
+            )
+        return self.survey(self._teacher(), Survey(reduce, (*layers,), images, arguments))
 
     def _rest(self, network: nn.Module, layer: str, taps: Sequence[str]) -> Rest:
         if self.behind is None:

@@ -7,7 +7,7 @@ can be reproduced, with any number of processes and workers.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -94,13 +94,33 @@ class EvalLoader(Protocol):
 
 
 @dataclass(frozen=True)
+class StillImages:
+    """The images that are trained on with labels, without augmentation, read only when they are
+    asked for.
+
+    Attributes:
+        indices: their places in the whole training part, (N,), ascending.
+        read: reads that part.
+        ordered: makes a loader of some places in a part.
+    """
+
+    indices: Tensor
+    read: Callable[[], Part]
+    ordered: Callable[[Part, Tensor], EvalLoader]
+
+
+@dataclass(frozen=True)
 class Data:
-    """The data that a run trains and measures on; `info.image_shape` is that of the batches."""
+    """The data that a run trains and measures on; `info.image_shape` is that of the batches.
+
+    `still`: None for a stream, whose images have no places.
+    """
 
     info: DataInfo
     train: TrainLoader
     validation: EvalLoader | None
     test: EvalLoader
+    still: StillImages | None = None
 
 
 def prepare(
@@ -136,8 +156,11 @@ def prepare(
         raise DataError("data.{}: {}".format(*problem))
     build = _Builder(spec, task, info, seed, device, rank, world)
     other = None if unlabelled is None else split(unlabelled, "train", unlabelled.info())
-    train, validation = build.train(split(source, "train", info), other)
-    return Data(build.info, train, validation, build.test(split(source, "test", info)))
+    read = functools.partial(split, source, "train", info)
+    train, validation, chosen = build.train(read(), other)
+    test = build.test(split(source, "test", info))
+    still = None if chosen is None else StillImages(chosen, read, build.still)
+    return Data(build.info, train, validation, test, still)
 
 
 @dataclass(frozen=True)
@@ -150,14 +173,19 @@ class _Builder:
     rank: int
     world: int
 
-    def train(self, part: Part, other: Part | None = None) -> tuple[TrainLoader, EvalLoader | None]:
+    def train(
+        self, part: Part, other: Part | None = None
+    ) -> tuple[TrainLoader, EvalLoader | None, Tensor | None]:
+        """Make the loaders of training and validation images; also return the places of those that
+        are trained on with labels, None for a stream.
+        """
         finish = Finish(self.spec.augment, self.seed, self.device)
         if isinstance(part, Stream):
             streams.refuse(self.spec, part, self.world)
             self._refuse_large_batch(len(part))
             transform = self._transform(training=True)
             reader = self._reader(part, self.spec.batch_size // self.world, finish, transform)
-            return streams.StreamTrainLoader(reader, self.seed, self.spec.drop_last), None
+            return streams.StreamTrainLoader(reader, self.seed, self.spec.drop_last), None, None
         labels = self._labels(part, "training")
         known = labels is not None and self.info.labelled
         groups = self.task.strata(labels) if labels is not None and known else None
@@ -173,9 +201,14 @@ class _Builder:
             labelled = self._shuffled(beside.Some(images, whole.own))
             size = self.spec.batch_size - self.spec.labelled_size
             sizes = (size, self.seed, self.rank, self.world)
-            return beside.BesideLoader(labelled, images, whole, *sizes), validation
+            return beside.BesideLoader(labelled, images, whole, *sizes), validation, chosen
         images = self._images(part, labels, chosen, finish, training=True)
-        return self._shuffled(images), validation
+        return self._shuffled(images), validation, chosen
+
+    def still(self, part: Part, indices: Tensor) -> EvalLoader:
+        """Make a loader of some training images without augmentation."""
+        assert not isinstance(part, Stream), "its images have no places"
+        return self._ordered(part, self._labels(part, "training"), indices)
 
     def _shuffled(self, images: Images) -> ShuffledLoader:
         return ShuffledLoader(images, self.task, self.spec, self.seed, self.rank, self.world)

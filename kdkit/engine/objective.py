@@ -17,6 +17,7 @@ from kdkit.contracts.missing_labels import HIDDEN_LABELS
 from kdkit.contracts.options import ramps_of
 from kdkit.contracts.records import Batch, Outputs
 from kdkit.contracts.schedule import Lesson
+from kdkit.contracts.survey import Survey
 from kdkit.contracts.task import Task
 from kdkit.errors import PluginError, ShapeError, TapError
 from kdkit.recipe import Recipe
@@ -41,6 +42,14 @@ class Value:
     terms: Mapping[str, Tensor]
     weighted: Mapping[str, Tensor]
     samples: int  # in the batch
+
+
+def _several_teachers(network: nn.Module, survey: Survey) -> dict[str, Tensor]:
+    """Refuse a survey, which is of one teacher, where a loss compares with several."""
+    raise TapError(
+        f"{survey.name} describes one teacher, and several teach; say which of them this loss looks"
+        " at: `teacher: NAME`"
+    )
 
 
 def without_graph(value: Value) -> Value:
@@ -110,9 +119,7 @@ class Objective(nn.Module):
                 for p in part.parameters()
             }
             try:
-                known = replace(context, teacher=network)
-                if batch.labelled is not None and loss.knowledge != "labels":
-                    known = replace(known, labels=HIDDEN_LABELS)
+                known = self._known(name, read, batch, replace(context, teacher=network), teachers)
                 loss.setup(read.student, self._teachers(name, read)[0], known)
                 self._compare_teachers(name, loss, probe)
             except (ShapeError, TapError) as error:
@@ -124,6 +131,25 @@ class Objective(nn.Module):
                     f"{name}: holds a network of its context as its own part; keep a copy of what"
                     " it needs instead"
                 )
+
+    def _known(
+        self,
+        name: str,
+        read: Lesson,
+        batch: Batch,
+        context: Context,
+        teachers: Mapping[str, nn.Module] | None,
+    ) -> Context:
+        """Return the context without what a loss must not use."""
+        networks = [*(teachers or {}).values()]
+        # also where the answers of several are combined into one
+        among = len(networks) > 1 and any(context.teacher is one for one in networks)
+        several = among or len(self._teachers(name, read)) > 1
+        if several and self.entries[name].teacher is None:
+            context = replace(context, survey=_several_teachers)
+        if batch.labelled is not None and self.parts()[name].knowledge != "labels":
+            context = replace(context, labels=HIDDEN_LABELS)
+        return context
 
     def _compare_teachers(self, name: str, loss: Loss, probe: Lesson) -> None:
         """Check that a loss can be averaged over the teachers: all must have the layer sizes of the

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -12,10 +13,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from kdkit.contracts.dataset_source import DataInfo
+from kdkit.contracts.inputs import random_inputs
 from kdkit.contracts.loss import Context, Loss
 from kdkit.contracts.loss_options import LayerPair
+from kdkit.contracts.missing_labels import NO_LABELS
 from kdkit.contracts.records import Batch
 from kdkit.contracts.schedule import Lesson, Model, Stage
+from kdkit.contracts.survey import Survey
 from kdkit.data import loaders
 from kdkit.engine import objective
 from kdkit.engine.objective import Objective
@@ -23,7 +27,9 @@ from kdkit.engine.processes import processes_of
 from kdkit.engine.scores import deciding
 from kdkit.engine.trainer import Trainer, batches
 from kdkit.errors import RunError, TapError
+from kdkit.models.devices import device_of
 from kdkit.models.rest import Rest
+from kdkit.models.surveyed import surveyed
 from kdkit.models.tapped import TappedModel
 from kdkit.models.weight_files import adopt_shapes
 from kdkit.randomness import reseed
@@ -50,6 +56,15 @@ class Networks(Protocol):
     ) -> list[LayerPair]:
         """Return the pairs of layers with globs expanded."""
 
+    def surveyed(
+        self, survey: Survey, teacher: TappedModel, data: loaders.Data
+    ) -> dict[str, Tensor]:
+        """Survey a frozen teacher's answers to the training images, or read what was found."""
+
+
+SHOWN = 4
+"""Random images that a survey sees while a stage is only tried."""
+
 
 @dataclass(frozen=True)
 class Rehearsal:
@@ -59,6 +74,8 @@ class Rehearsal:
     Attributes:
         batch: the probe.
         lessons: the lessons that the stage's step makes of it.
+        survey: surveys the training images (None: a few random ones stand for them).
+        surveys: those that were asked for, each with the teacher.
     """
 
     recipe: Recipe
@@ -68,6 +85,8 @@ class Rehearsal:
     labels: Tensor
     batch: Batch
     lessons: Sequence[Lesson]
+    survey: Callable[[Survey, TappedModel], dict[str, Tensor]] | None = None
+    surveys: list[tuple[TappedModel, Survey]] = field(default_factory=list)
 
     def student_of(self, number: int) -> Model:
         """Return the student of that lesson; lessons beyond the number of students belong to the
@@ -92,6 +111,7 @@ class Rehearsal:
             len(self.labels),
             self.labels,
             self._behind,
+            self._surveyed,
         )
 
     def _behind(self, network: nn.Module, layer: str, taps: Sequence[str]) -> Rest:
@@ -100,10 +120,36 @@ class Rehearsal:
         Raises:
             TapError: the network is not one of the recipe's; see `Rest`.
         """
-        models = (model for model in self.networks.models() if model.module is network)
-        if (model := next(models, None)) is None:
+        if (model := self._model_of(network)) is None:
             raise TapError(f"what stands behind '{layer}' is not known of this network")
         return Rest(model, layer, taps)
+
+    def _surveyed(self, network: nn.Module, survey: Survey) -> dict[str, Tensor]:
+        """Survey a teacher's answers.
+
+        Raises:
+            TapError: it is not one that stays as it is; see `surveyed`.
+        """
+        model = self._model_of(network)
+        if model is None or not model.frozen:
+            raise TapError(
+                f"{survey.name} needs a teacher that stays as it is, and this stage's learns"
+            )
+        self.surveys.append((model, survey))
+        if self.survey is not None:
+            return self.survey(survey, model)
+        return surveyed(survey, model, [self._random_batch(survey, device_of(network))])
+
+    def _random_batch(self, survey: Survey, device: torch.device) -> Batch:
+        index = torch.arange(SHOWN) if survey.images is None else survey.images[:SHOWN].cpu()
+        images = random_inputs(self.info.train_shape, len(index), device)
+        if not self.info.labelled:
+            return Batch(images, NO_LABELS, index)
+        return Batch(images, self.recipe.task.random_targets(self.info, index), index)
+
+    def _model_of(self, network: nn.Module) -> TappedModel | None:
+        models = (model for model in self.networks.models() if model.module is network)
+        return next(models, None)
 
 
 def rehearse(
@@ -167,6 +213,7 @@ def build_trainer(
     batch = next(batches(prepared.train, stage, 0))
     labels = _labels_by_index(prepared.train)
     tried = rehearse(recipe, networks, stage, batch, prepared.info, labels)
+    tried = replace(tried, survey=functools.partial(networks.surveyed, data=prepared))
     networks.verify_finite()
     apart = processes_of(stage, accelerator).groups > 1
     if apart:

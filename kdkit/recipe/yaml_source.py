@@ -73,6 +73,11 @@ class Source:
         node = self._node(location)
         return _items(node) if node else []
 
+    def placed(self, location: Sequence[str], values: Iterable[Any]) -> list[yaml.Node]:
+        """Return values that are not in the file as nodes with the place of a mapping in it."""
+        node = self._node(location) or self._root
+        return [_node_of(value, ".".join(location), node.start_mark) for value in values]
+
     def over(self, base: Source) -> Source:
         """Merge with another source; this one's values win."""
         return Source(self.path, root=_merge(base._root, self._root))

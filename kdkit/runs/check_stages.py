@@ -10,12 +10,14 @@ from typing import NoReturn, cast
 import torch
 from torch import nn
 
-from kdkit.contracts.dataset_source import DataInfo
+from kdkit.cache.surveys import STREAM
+from kdkit.contracts.dataset_source import DataInfo, Stream
 from kdkit.contracts.inputs import is_text, random_inputs
 from kdkit.contracts.loss import Context
 from kdkit.contracts.missing_labels import NO_LABELS
 from kdkit.contracts.records import Batch
 from kdkit.contracts.schedule import Lesson, Moment, Stage
+from kdkit.contracts.survey import Survey
 from kdkit.engine.objective import Objective
 from kdkit.engine.reach import names_of, reached
 from kdkit.engine.setup import rehearse
@@ -41,6 +43,8 @@ class StageChecks(Checks):
         self.networks = networks
         self.used: set[str] = set()  # losses that some stage uses
         self._stages: set[str] = set()
+        # asked for by the losses of the stage, with their teachers
+        self._surveys: list[tuple[TappedModel, Survey]] = []
         # parameters of a student that no stage so far has trained, by their ids
         self._still: dict[nn.Module, set[int]] = {}
 
@@ -78,6 +82,7 @@ class StageChecks(Checks):
         # The first student stands for its peers, but for those of another architecture below.
         objective, network = objectives[0], stage.students[0].module
         self._networks = factory.teacher_modules()
+        self._num_train, self._surveys = num_train, rehearsed.surveys
         context = replace(rehearsed.context(0), num_samples=num_train + info.unlabelled)
         # A check must not change the caller's random state, and gives the same messages each time.
         with seeded("plan"):
@@ -236,6 +241,7 @@ class StageChecks(Checks):
             place: list[str | int] = ["losses", self.recipe.loss_names().index(name)]
             # One at a time, so that each error is told at its own loss.
             alone = Objective({name: (objective.entries[name], loss)}, self.task)
+            self._surveys.clear()
             try:
                 alone.setup(lesson, batch, context, self._networks)
                 value = alone(lesson, batch).terms[name]
@@ -254,7 +260,26 @@ class StageChecks(Checks):
                     place,
                     f"fails on the models' shapes: {cause(error)}",
                 )
+            for teacher, survey in self._surveys:
+                self._note_survey(name, place, teacher, survey)
         return network
+
+    def _note_survey(
+        self, loss: str, place: Sequence[str | int], teacher: TappedModel, survey: Survey
+    ) -> None:
+        """Note what a loss shows a teacher before the first step, or refuse it on a stream."""
+        source = self.recipe.dataset()
+        is_here = source.split_at_check and source.lacks() is None
+        if is_here and isinstance(source.split("train"), Stream):
+            self.report.refuse(place, f"{loss} {STREAM}")
+            return
+        count = self._num_train if survey.images is None else len(survey.images)
+        says = (
+            f"{loss} shows {teacher.role} {count:,} training images before the first step, once"
+            f" each (a forward an image); {survey.name} of its answers is kept on disk"
+        )
+        if says not in self.report.notes:
+            self.report.notes.append(says)
 
     def _note_what_learns(
         self,

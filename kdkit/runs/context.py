@@ -34,6 +34,7 @@ class RunContext:
     judge: Judge
     teacher: TaughtAnswers | None = None  # on the test data
     best: dict[str, Any] | None = None  # of the epoch with the best score on validation
+    until: int | None = None  # epochs of all stages together after which the run pauses
 
     @property
     def is_main(self) -> bool:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from kdkit.cache import surveys
 from kdkit.cache.given import has_answers_alone
 from kdkit.contracts.dataset_source import DataInfo
 from kdkit.contracts.layers import expand_pairs
@@ -24,6 +25,8 @@ from kdkit.contracts.model_source import (
     TeacherOptions,
 )
 from kdkit.contracts.schedule import Model, Stage
+from kdkit.contracts.survey import Survey
+from kdkit.data.loaders import Data
 from kdkit.errors import (
     CheckpointError,
     InputError,
@@ -242,6 +245,16 @@ class ModelFactory:
             if stage.teachers
             else next(iter(self.teacher_modules().values()), None)
         )
+
+    def surveyed(self, survey: Survey, teacher: TappedModel, data: Data) -> dict[str, Tensor]:
+        """Survey a frozen teacher's answers to the training images, or read what was found.
+
+        Raises:
+            TapError, RunError: see `surveys.found`.
+        """
+        modules = self.teacher_modules().items()
+        name = next((name for name, module in modules if module is teacher.module), None)
+        return surveys.found(self.recipe, name, teacher, survey, data)
 
     def watch(self, but: Sequence[Model] = ()) -> None:
         """Record digests of the students that are frozen now, except those that a stage changes

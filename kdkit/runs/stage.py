@@ -29,8 +29,9 @@ STEPS_BETWEEN_QUESTIONS = 10
 class StageRun:
     """The execution of one stage of a run."""
 
-    def __init__(self, setting: RunContext, number: int, trainer: Trainer) -> None:
+    def __init__(self, setting: RunContext, number: int, trainer: Trainer, before: int = 0) -> None:
         self.setting, self.trainer = setting, trainer
+        self._before = before  # epochs of the stages before
         self.kind = f"stage{number}"
         self.meter = Meter()
         self.standing = Standing(setting, number, trainer)
@@ -88,6 +89,17 @@ class StageRun:
 
     @property
     def finished(self) -> bool:
+        """True if the stage has ended, or if the run pauses here."""
+        return self.paused or self._ended
+
+    @property
+    def paused(self) -> bool:
+        """True if the run has the epochs after which it pauses, behind a checkpoint."""
+        until, trainer = self.setting.until, self.trainer
+        return until is not None and trainer.step == 0 and self._before + trainer.epoch >= until
+
+    @property
+    def _ended(self) -> bool:
         """True if no epoch is left, or if validation has not improved for long enough."""
         trainer = self.trainer
         best = self.setting.best
@@ -142,7 +154,7 @@ class StageRun:
         standing = self.standing if self._measures else None
         stage_log.tell_epoch(self.setting, trainer, self._means, self._epoch_speed, standing)
         self.meter = Meter()
-        if self.finished and trainer.epoch < trainer.epochs:
+        if self._ended and trainer.epoch < trainer.epochs:
             best = self.setting.best or {}
             self.setting.reporter.say(
                 f"stage '{trainer.stage.name}' ends after epoch {trainer.epoch}: validation"
@@ -283,10 +295,10 @@ class StageRun:
                 "best_epoch_files": kept.digests if kept else {},
             }
             setting.folder.checkpoints.save(
-                self.kind, self.trainer.steps, state, keep=1 if self.finished else 2
+                self.kind, self.trainer.steps, state, keep=1 if self._ended else 2
             )
             if kept:
-                kept.tidy(for_good=self.finished)
+                kept.tidy(for_good=self._ended)
 
     def _refuse_non_finite(self) -> None:
         told: list[str | None] = [None]

@@ -77,7 +77,9 @@ def train(
     # after `make`: training a teacher sets up an accelerator of its own
     accelerator = accelerator_for(recipe, run_folder)
     with StopRequest() as stop, Stopwatch() as clock:
-        return finish(prepared.turns(accelerator, stop, clock))
+        result = finish(prepared.turns(accelerator, stop, clock))
+    assert result is not None  # only a run with `until` pauses
+    return result
 
 
 @dataclass(frozen=True)
@@ -136,14 +138,17 @@ class Prepared:
         stop: StopRequest,
         clock: Stopwatch,
         shared: Shared | None = None,
-    ) -> Turns[Result]:
-        """Run the recipe, yielding before each turn.
+        until: int | None = None,
+    ) -> Turns[Result | None]:
+        """Run the recipe, yielding before each turn; the result is None if the run pauses.
 
         Args:
             accelerator: of the recipe's device and precision.
             stop: whether a signal wants it to end.
             clock: measures the time of its turns.
             shared: provides its data and teachers (default: its own).
+            until: epochs of all its stages together after which it pauses: the state is saved, and
+                another call resumes (default: it runs to its end).
         """
         recipe, shared = self.recipe, shared or Alone()
         reporter = Reporter(
@@ -180,6 +185,7 @@ class Prepared:
                     clock,
                     shared,
                     Judge.of(recipe, opened.info),
+                    until=until,
                 )
                 return (yield from _carry_out(setting))
 
@@ -296,13 +302,14 @@ def read_data(recipe: Recipe, accelerator: Accelerator) -> loaders.Data:
         raise recipe.error(["data"], str(error)) from error
 
 
-def _carry_out(setting: RunContext) -> Turns[Result]:
+def _carry_out(setting: RunContext) -> Turns[Result | None]:
     spec, factory = setting.recipe.spec, setting.factory
     if spec.run.trackers:
         setting.accelerator.init_trackers(spec.name)
     _measure_teacher(setting)
     schedule = setting.recipe.plugins.schedules[spec.schedule.use](spec.schedule)
     last: StageRun | None = None
+    epochs = 0  # of the stages so far
     carried: Carried = {}
     stages = iter(schedule.stages(factory))
     for number in itertools.count():
@@ -316,16 +323,20 @@ def _carry_out(setting: RunContext) -> Turns[Result]:
         trainer = build_trainer(
             setting.recipe, setting.data, factory, setting.accelerator, number, stage, carried
         )
-        last = StageRun(setting, number, trainer)
+        last = StageRun(setting, number, trainer, epochs)
         yield from last.carry_out()
+        epochs += trainer.epoch
+        if last.paused:
+            break
     if last is None:
         raise RunError(f"schedule '{spec.schedule.use}' has no stage")
-    yield from last.standing.average()
+    if not last.paused:
+        yield from last.standing.average()
     for tracker in setting.accelerator.trackers:
         # end_training would also destroy the process group, which the student's training still
         # needs
         tracker.finish()
-    return _result(setting, last)
+    return None if last.paused else _result(setting, last)
 
 
 def _measure_teacher(setting: RunContext) -> None:

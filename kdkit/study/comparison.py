@@ -58,7 +58,7 @@ def compare(
     writes = first or spread
     with agreed("study") as asked:
         planned = trainings(study)
-        with _advice_if_stopped(study, planned):
+        with advice_if_stopped(functools.partial(_how_far, study, planned)):
             check(study, say)
         asked |= {f"{each.variant} (seed {each.seed})": each.recipe.content() for each in planned}
         asked["--spread"] = spread
@@ -72,11 +72,11 @@ def compare(
     searched: Searched | None = None
     if study.tune:
         planned = trainings(study.search)
-        with _advice_if_stopped(study.search, planned):
+        with advice_if_stopped(functools.partial(_how_far, study.search, planned)):
             _train(study.search, planned, max_parallel, spread, writes, say)
         study, searched = after_search(study, planned)
     planned = trainings(study)
-    with _advice_if_stopped(study, planned):
+    with advice_if_stopped(functools.partial(_how_far, study, planned)):
         failures = _train(study, planned, max_parallel, spread, writes, say)
         if not first:
             return None
@@ -92,7 +92,7 @@ def compare(
 
 
 @contextlib.contextmanager
-def _advice_if_stopped(study: Study, planned: Sequence[StudyRun]) -> Iterator[None]:
+def advice_if_stopped(how_far: Callable[[], str]) -> Iterator[None]:
     """Report how far a study is, and how to resume it, when a signal stops it.
 
     Raises:
@@ -102,12 +102,13 @@ def _advice_if_stopped(study: Study, planned: Sequence[StudyRun]) -> Iterator[No
         with sigterm_raises():
             yield
     except (Interrupted, KeyboardInterrupt) as error:
-        done = sum(each.result is not None for each in planned)
-        says = (
-            f"{study.name}: stopped with {done} of {len(planned)} runs finished; the same command"
-            " goes on where it was"
-        )
+        says = f"{how_far()}; the same command goes on where it was"
         raise Interrupted(says, getattr(error, "signal", signal.SIGINT)) from None
+
+
+def _how_far(study: Study, planned: Sequence[StudyRun]) -> str:
+    done = sum(each.result is not None for each in planned)
+    return f"{study.name}: stopped with {done} of {len(planned)} runs finished"
 
 
 def _train(
@@ -130,12 +131,10 @@ def _train(
                 RunFolder(folder).finished(run.recipe, say)  # tells of metrics that they lack
     if not left:
         return {}
+    chosen = list((runs if spread else left).values())
+    booked = functools.partial(book, study, say) if writes else contextlib.nullcontext
     outcomes = train_together(
-        list((runs if spread else left).values()),
-        max_parallel=max_parallel,
-        spread=spread,
-        booked=functools.partial(_booked, study, say) if writes else contextlib.nullcontext,
-        say=say,
+        chosen, max_parallel=max_parallel, spread=spread, booked=booked, say=say
     )
     return {
         outcome.job.folder: outcome.reason for outcome in outcomes if outcome.reason is not None
@@ -143,7 +142,7 @@ def _train(
 
 
 @contextlib.contextmanager
-def _booked(study: Study, say: Callable[[str], None], runs: Sequence[Run]) -> Iterator[None]:
+def book(study: Study, say: Callable[[str], None], runs: Sequence[Run]) -> Iterator[None]:
     """Record what it costs to train some runs inside the block, and which of them it finishes."""
     wall, cpu = time.monotonic(), time.process_time()
     try:

@@ -68,23 +68,21 @@ def load(
             f"{where}: tune_seeds: {min(shared)} is one of the study's own seeds; runs that choose"
             " are not those that are told"
         )
-    command = _command(paths, overrides or {}, plugins, seeds, allow)
+    options = ["--seeds", str(seeds)] if seeds else []
+    options += [word for key in allow for word in ("--allow", key)]
+    command = command_line("compare", paths, overrides or {}, plugins, options)
     return replace(study, allow=(*study.allow, *allow), command=command)
 
 
-def _command(
+def command_line(
+    command: str,
     paths: Sequence[Path],
     overrides: Mapping[str, Any],
     plugins: Sequence[Path],
-    seeds: int | None,
-    allow: Sequence[str],
+    options: Sequence[str],
 ) -> str:
     """Return the command line that runs a study."""
-    words = ["kdkit", "compare", *map(_seen_from_here, paths), *override_words(overrides)]
-    if seeds:
-        words += ["--seeds", str(seeds)]
-    for key in allow:
-        words += ["--allow", key]
+    words = ["kdkit", command, *map(_seen_from_here, paths), *override_words(overrides), *options]
     for path in plugins:
         words += ["--plugins", _seen_from_here(path)]
     return shlex.join(words)

@@ -43,7 +43,9 @@ Claims = Generator[tuple[int, dict[int, RunFolder]], None, None]
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of a run: its result, or the reason why there is none."""
+    """The outcome of a run: its result, or the reason why there is none; with neither, it has
+    paused.
+    """
 
     job: Run
     result: Result | None = None
@@ -55,7 +57,7 @@ class Going:
     """A run in progress."""
 
     job: Run
-    turns: Turns[Result]
+    turns: Turns[Result | None]
     clock: Stopwatch = field(default_factory=Stopwatch)
     place: Place = BEGINNING
     outcome: Outcome | None = None
@@ -71,6 +73,8 @@ def train_together(
     *,
     max_parallel: int | None = None,
     spread: bool = False,
+    until: int | None = None,
+    sound: dict[str, DataInfo] | None = None,
     booked: Callable[[Sequence[Run]], AbstractContextManager[object]] = nullcontext,
     say: Callable[[str], None] = lambda _: None,
 ) -> list[Outcome]:
@@ -84,6 +88,9 @@ def train_together(
         max_parallel: maximum number of runs in memory at once (None: all of a group).
         spread: share them with every other process that is called with the same jobs: train what
             no other process has claimed, wait for the rest (False: a claimed run fails).
+        until: epochs of all stages together after which each run pauses, to be resumed by another
+            call (None: they run to their ends).
+        sound: recipes whose plan is known to be valid, filled here, to be passed to a next call.
         booked: context in which some of the jobs are trained.
         say: called with a message when a group begins or a run ends.
 
@@ -97,12 +104,12 @@ def train_together(
     divided = [i for i in range(len(jobs)) if spread or i not in outcomes]
     parts = list(_passes({i: _kind(jobs[i].recipe) for i in divided}, max_parallel))
     offered = _claims(jobs, parts, outcomes, say) if spread else _unclaimed(jobs, parts)
-    sound: dict[str, DataInfo] = {}
+    sound = {} if sound is None else sound
     with closing(offered):
         for number, folders in offered:
             name = f"pass {number} of {len(parts)}"
             with booked([jobs[i] for i in folders]):
-                outcomes |= _trained(jobs, folders, sound, say, name)
+                outcomes |= _trained(jobs, folders, sound, say, name, until)
     return [outcomes[i] for i in range(len(jobs))]
 
 
@@ -183,13 +190,14 @@ def _trained(
     sound: dict[str, DataInfo],
     say: Callable[[str], None],
     name: str,
+    until: int | None,
 ) -> dict[int, Outcome]:
     """Train the runs of one pass side by side."""
     made = {i: _prepared(jobs[i], folder, sound, say) for i, folder in folders.items()}
     ready = {i: run for i, run in made.items() if isinstance(run, training.Prepared)}
     seed = jobs[next(iter(folders))].recipe.spec.seed
     say(f"{name}: {len(ready)} run{'s' * (len(ready) > 1)} side by side, seed {seed}")
-    trained = _train_group([(jobs[i], run) for i, run in ready.items()], say, name)
+    trained = _train_group([(jobs[i], run) for i, run in ready.items()], say, name, until)
     failed = {i: run for i, run in made.items() if isinstance(run, Outcome)}
     return failed | dict(zip(ready, trained, strict=True))
 
@@ -264,7 +272,10 @@ def _passes(kinds: dict[int, str], size: int | None) -> Iterator[list[int]]:
 
 
 def _train_group(
-    group: Sequence[tuple[Run, training.Prepared]], say: Callable[[str], None], name: str
+    group: Sequence[tuple[Run, training.Prepared]],
+    say: Callable[[str], None],
+    name: str,
+    until: int | None,
 ) -> list[Outcome]:
     if not group:
         return []
@@ -281,7 +292,9 @@ def _train_group(
     except FAILURES as error:
         return [_failed(job, error, say) for job, _ in group]
     with StopRequest() as stop:
-        going = [_start(job, prepared, accelerator, stop, sharing) for job, prepared in group]
+        going = [
+            _start(job, prepared, accelerator, stop, sharing, until) for job, prepared in group
+        ]
         try:
             _take_turns(going, sharing, say, name)
         finally:
@@ -302,9 +315,10 @@ def _start(
     accelerator: Accelerator,
     stop: StopRequest,
     sharing: Sharing,
+    until: int | None,
 ) -> Going:
     clock = Stopwatch()
-    return Going(job, prepared.turns(accelerator, stop, clock, sharing), clock)
+    return Going(job, prepared.turns(accelerator, stop, clock, sharing, until), clock)
 
 
 def _take_turns(
@@ -332,6 +346,8 @@ def _turn(run: Going, sharing: Sharing, say: Callable[[str], None]) -> None:
             run.place = next(run.turns)
     except StopIteration as end:
         run.outcome = Outcome(run.job, end.value)
+        if end.value is None:
+            return
         score = RunFolder(run.job.folder).scores()[0]
         say(
             f"{run.job.folder.name}: {score.title} {score.text(end.value.test[score.name])},"

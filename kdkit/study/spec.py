@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+import math
+import random
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from kdkit.contracts.options import LONGEST_NAME, RUN_NAME, FolderPath, Options, RecipePath
 from kdkit.recipe import types
@@ -19,6 +21,81 @@ Seeds = (
     Annotated[int, Field(gt=0, le=MOST_SEEDS, strict=True)]
     | Annotated[list[Seed], Field(min_length=1, max_length=MOST_SEEDS)]
 )
+
+
+class Range(Options):
+    """A range of numbers, of which some are tried."""
+
+    from_: float = Field(alias="from", allow_inf_nan=False, description="Smallest value.")
+    to: float = Field(allow_inf_nan=False, description="Largest value.")
+    scale: Literal["linear", "log"] = Field(
+        default="linear", description="Scale on which the draws are evenly spread."
+    )
+    draws: int = Field(
+        gt=1,
+        le=1000,
+        strict=True,
+        description=(
+            "How many: one at random in each of so many equal parts. Several ranges are drawn"
+            " together, not as a grid."
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Range:
+        if self.from_ >= self.to:
+            raise ValueError("`from` has to be below `to`")
+        if self.scale == "log" and self.from_ <= 0:
+            raise ValueError("a range on a log scale begins above 0")
+        return self
+
+    def draw(self, key: str, *, shuffle: bool) -> list[float]:
+        """Draw its values, always the same for a key, in rising or in random order."""
+        generator = random.Random(key)
+        parts = [(part + generator.random()) / self.draws for part in range(self.draws)]
+        if shuffle:
+            generator.shuffle(parts)
+        return [self._at(part) for part in parts]
+
+    def _at(self, part: float) -> float:
+        """Return the value at a part of the way, with three digits."""
+        low, high = self.from_, self.to
+        if self.scale == "log":
+            value = math.exp(math.log(low) + part * (math.log(high) - math.log(low)))
+        else:
+            value = low + part * (high - low)
+        # rounded: names and recipes are read by people
+        return min(max(float(f"{value:.3g}"), low), high)
+
+
+Values = Annotated[
+    Annotated[Annotated[list[Any], Field(min_length=1)], Tag("list")]
+    | Annotated[Range, Tag("range")],
+    # by its form, so that an error is that of the form which was meant
+    Discriminator(lambda value: "range" if isinstance(value, dict | Range) else "list"),
+]
+
+
+class HalvingSpec(Options):
+    """How `kdkit search` halves the candidates."""
+
+    eta: int = Field(
+        default=3,
+        ge=2,
+        le=10,
+        strict=True,
+        description="Of so many candidates of a rung, one goes on to the next.",
+    )
+    rungs: int = Field(
+        default=3,
+        ge=1,
+        le=10,
+        strict=True,
+        description=(
+            "Number of rungs: the last trains to the end, each one before for 1/eta of the epochs"
+            " that the next has after the warm-up."
+        ),
+    )
 
 
 class StudySpec(Options):
@@ -44,12 +121,15 @@ class StudySpec(Options):
             " place."
         ),
     )
-    vary: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
+    vary: dict[str, Values] = Field(
         default_factory=dict,
         description=(
-            "Values by key path: every variant that has the key is trained with each; several keys"
-            " are a grid."
+            "Values by key path, a list or a range: every variant that has the key is trained with"
+            " each; several keys are a grid."
         ),
+    )
+    search: HalvingSpec = Field(
+        default=HalvingSpec(), description="How `kdkit search` halves what `vary` makes."
     )
     tune: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
         default_factory=dict,

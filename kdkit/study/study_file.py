@@ -23,6 +23,7 @@ from kdkit.recipe.yaml_source import Source
 from kdkit.study.spec import StudySpec
 from kdkit.study.variants import TEACHER, Grid, Point, Study, has, renamed
 
+AS_WRITTEN = "as written"  # name of a search's base without the values of a grid
 MOST_VARIANTS = 1000  # including those of the grid, and all points of a search
 
 
@@ -79,6 +80,18 @@ class StudyFile:
             tune_seeds=spec.tune_seeds,
             points=self._points(variants) if spec.tune else {},
         )
+
+    def baseline(self, study: Study) -> tuple[str, Recipe]:
+        """Return the name and the recipe of the baseline, as written if a grid varies it.
+
+        Args:
+            study: what this file says.
+        """
+        _, plain = self._plain_variants()
+        name = self.spec.baseline or next(iter(plain))
+        if name not in plain:
+            return study.baseline, study.variants[study.baseline]
+        return (name if self.spec.variants else AS_WRITTEN), plain[name]
 
     def _variants(self) -> tuple[dict[str, Recipe], dict[str, str]]:
         """Read the variants at every point of the grid, and name the first point of each."""

@@ -20,6 +20,7 @@ from kdkit.contracts.task import ScoreInfo
 from kdkit.errors import RecipeError, dotted
 from kdkit.recipe import Recipe
 from kdkit.recipe.yaml_source import Source
+from kdkit.study.spec import Range, Values
 
 TEACHER = "teacher"  # name of the teacher's row in tables and pictures, which no variant may have
 STEPS = "steps"  # pseudo-key in `allow`: variants may train longer than the baseline
@@ -80,7 +81,7 @@ class Study:
         seeds = self.tune_seeds
         if isinstance(seeds, int):
             # Runs that choose are not those that are told: a lucky seed would count twice.
-            seeds = _first(seeds, but=self.seeds)
+            seeds = first_seeds(seeds, but=self.seeds)
         baseline = point_name(self.baseline, self.points[self.baseline][0])
         search = replace(
             self,
@@ -177,7 +178,7 @@ def safe(names: Iterable[str]) -> dict[str, str]:
     return spelt
 
 
-def _first(count: int, *, but: Sequence[int]) -> tuple[int, ...]:
+def first_seeds(count: int, *, but: Sequence[int]) -> tuple[int, ...]:
     """Return the first `count` of the seeds 0, 1, 2..., skipping some."""
     return tuple(itertools.islice((seed for seed in itertools.count() if seed not in but), count))
 
@@ -191,18 +192,17 @@ class Grid:
         word: `vary` or `tune`, for messages.
 
     Raises:
-        RecipeError: a value is given twice.
+        RecipeError: a value is given twice, or ranges have different numbers of draws.
     """
 
-    def __init__(
-        self, source: Source, vary: Mapping[str, Sequence[Any]], word: str = "vary"
-    ) -> None:
+    def __init__(self, source: Source, vary: Mapping[str, Values], word: str = "vary") -> None:
         self._source = source
-        self._vary = vary
         self._word = word
+        self._ranges = [key for key, values in vary.items() if isinstance(values, Range)]
+        self._vary = self._drawn(vary)
         self._axes = {
             # Nodes of the file, not plain values, so that an error in a value has its line.
-            key: list(zip(self._labels(key), source.items([word, key]), strict=True))
+            key: list(zip(self._labels(key), self._nodes(key), strict=True))
             for key in vary
         }
 
@@ -219,7 +219,7 @@ class Grid:
 
     def count(self, recipe: Recipe) -> int:
         """Count the points of the grid for a recipe."""
-        return math.prod(len(self._axes[key]) for key in self._keys_of(recipe))
+        return math.prod(map(len, self._parts(self._keys_of(recipe))))
 
     def points(self, recipe: Recipe) -> Iterator[tuple[list[str], dict[str, yaml.Node]]]:
         """List the points of the grid for a recipe, restricted to keys that the recipe has: the
@@ -227,11 +227,39 @@ class Grid:
         """
         # Keys that a recipe lacks are no axis for it: an idle axis would train equal runs.
         keys = self._keys_of(recipe)
-        for point in itertools.product(*(self._axes[key] for key in keys)):
-            yield (
-                [label for label, _ in point],
-                {key: node for key, (_, node) in zip(keys, point, strict=True)},
-            )
+        for parts in itertools.product(*self._parts(keys)):
+            point = {key: value for part in parts for key, value in part.items()}
+            yield [point[key][0] for key in keys], {key: point[key][1] for key in keys}
+
+    def _parts(self, keys: Sequence[str]) -> list[list[dict[str, tuple[str, yaml.Node]]]]:
+        """List what the points of the grid combine: the values of each key, and those of all ranges
+        together.
+        """
+        parts = [[{key: value} for value in self._axes[key]] for key in keys]
+        if ranges := [key for key in keys if key in self._ranges]:
+            parts = [part for key, part in zip(keys, parts, strict=True) if key not in ranges]
+            # Drawn together: a grid of several ranges would try each value many times.
+            drawn = zip(*(self._axes[key] for key in ranges), strict=True)
+            parts.append([dict(zip(ranges, values, strict=True)) for values in drawn])
+        return parts
+
+    def _drawn(self, vary: Mapping[str, Values]) -> dict[str, Sequence[Any]]:
+        """Replace each range by its draws; all but the first are in random order."""
+        values: dict[str, Sequence[Any]] = {}
+        for key, one in vary.items():
+            if isinstance(one, Range):
+                values[key] = one.draw(key, shuffle=key != self._ranges[0])
+                if len(values[key]) != (known := len(values[self._ranges[0]])):
+                    says = f"{one.draws} draws, but {known} of {self._ranges[0]}; ranges are drawn"
+                    raise self._error(key, f"{says} together")
+            else:
+                values[key] = one
+        return values
+
+    def _nodes(self, key: str) -> list[yaml.Node]:
+        if key in self._ranges:
+            return self._source.placed([self._word, key], self._vary[key])
+        return self._source.items([self._word, key])
 
     def _keys_of(self, recipe: Recipe) -> list[str]:
         return [key for key in self._axes if has(recipe.spec, key.split("."))]

@@ -5,6 +5,7 @@ gradient.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from kdkit.contracts.dataset_source import DataInfo
 from kdkit.contracts.loss import Context, Loss, Rest
 from kdkit.contracts.records import Batch, Outputs
+from kdkit.contracts.survey import Survey
 from kdkit.contracts.task import RowMeaning
 from kdkit.engine.objective import no_teacher
 from kdkit.errors import ShapeError
@@ -228,13 +230,15 @@ def probe_on(
     loss = cls(built(cls, options))
     layers = _layers(loss, shapes)
     networks = _networks(layers, classes)
+    labels = _labels(loss, 64, classes)
     context = Context(
         networks[0],
         networks[1].eval().requires_grad_(False),
         classes,
         64,
-        _labels(loss, 64, classes),
+        labels,
         _behind,
+        functools.partial(random_survey, labels),
     )
     outputs = classes, classes if teacher_classes is None else teacher_classes
     # Set up on four samples and evaluated on six: a loss must not depend on the size of the batch
@@ -298,6 +302,17 @@ def _behind(network: nn.Module, layer: str, taps: Sequence[str]) -> Rest:
     """Return a stand-in for what follows a layer of a stand-in."""
     assert isinstance(network, Network)
     return network.behind(layer, taps)
+
+
+def random_survey(labels: Tensor, network: nn.Module, survey: Survey) -> dict[str, Tensor]:
+    """Survey random answers of a stand-in to images with these labels."""
+    assert isinstance(network, Network)
+    index = torch.arange(len(labels)) if survey.images is None else survey.images
+    # a layer without a name of its own is the classifier's input
+    embedding = (network.classifier.in_features,)
+    shapes = {layer: network.shapes.get(layer, embedding) for layer in survey.layers}
+    answer = random_outputs(shapes, size=len(index), classes=network.classes, seed=7)
+    return survey.of([(answer, Batch(torch.zeros(len(index), *IMAGE), labels[index], index))])
 
 
 def _answers(

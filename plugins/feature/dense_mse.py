@@ -12,6 +12,7 @@ blocks these are is said here by `layers`: one student layer, named in each pair
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 import kdkit
+
+from ._phi_s import PhiS, moments, of_layer
 
 
 class DenseMse(kdkit.Loss):
@@ -31,7 +34,8 @@ class DenseMse(kdkit.Loss):
     linear layer. A layer that several pairs name counts once. Maps (B, C, H, W), of which the
     student's are resized to the teacher's; tokens (B, N, D), equally many on both sides; or vectors
     (B, D). Tokens and a map, or unequally many tokens, are compared as maps. All layers must have
-    the same positions.
+    the same positions. With `standardize_teacher: phi_s` each teacher layer is rotated and scaled
+    so that all its dimensions have mean 0 and variance 1 over the training images.
     """
 
     name = "dense_mse"
@@ -43,13 +47,24 @@ class DenseMse(kdkit.Loss):
             ge=0,
             description="Width of the projector's hidden layer; 0: the projector is linear.",
         )
+        standardize_teacher: Literal["none", "phi_s"] = Field(
+            default="none",
+            description=(
+                "`phi_s`: rotate and scale each teacher layer by PHI-S (Ranzinger 2024), so that"
+                " layers and teachers of different sizes count alike."
+            ),
+        )
 
     options: Options
     projector: nn.Module
+    standardize: nn.ModuleList  # one for each teacher layer, or empty
 
     def setup(
         self, student: kdkit.Outputs, teacher: kdkit.Outputs, context: kdkit.Context | None = None
     ) -> None:
+        self.standardize = nn.ModuleList()
+        if self.options.standardize_teacher == "phi_s":
+            self.standardize.extend(self.phi_s(student, teacher, context))
         f_s, f_t = self.joined(student, teacher)
         width, wanted, hidden = f_s.shape[-1], f_t.shape[-1], self.options.hidden
         self.projector = (
@@ -80,7 +95,28 @@ class DenseMse(kdkit.Loss):
             ours.setdefault(pair.student, f_s)
             theirs.setdefault(pair.teacher, f_t)
         refuse_other_positions([*ours.values(), *theirs.values()])
-        return torch.cat([*ours.values()], -1), torch.cat([*theirs.values()], -1)
+        known = [*theirs.values()]
+        if len(self.standardize):
+            known = [part(f) for part, f in zip(self.standardize, known, strict=True)]
+        return torch.cat([*ours.values()], -1), torch.cat(known, -1)
+
+    def phi_s(
+        self, student: kdkit.Outputs, teacher: kdkit.Outputs, context: kdkit.Context | None
+    ) -> list[PhiS]:
+        """Return the standardisation of each teacher layer.
+
+        Raises:
+            ShapeError: there is no context, which knows the training images.
+        """
+        if context is None:
+            raise kdkit.ShapeError(
+                "`standardize_teacher` is by the teacher's answers to the training images; give"
+                " setup a kdkit.Context with the teacher network and a `survey`"
+            )
+        pairs = zip(self.options.layers, self.options.pairs(student, teacher), strict=True)
+        maps = {pair.teacher: f_t.ndim == 4 for pair, (_, f_t) in pairs}
+        found = context.teacher_statistics(moments, [*maps], maps=[*maps.values()])
+        return [of_layer(found, layer) for layer in maps]
 
 
 def refuse_other_positions(layers: Sequence[Tensor]) -> None:

@@ -4,17 +4,23 @@ the teacher's, cheaply between like ones.
 Lv, Yang, Li, "Wasserstein Distance Rivals Kullback-Leibler Divergence for Knowledge Distillation",
 NeurIPS 2024, arXiv:2412.08139. As in the released code, the label has a term of its own and
 transport is among the other classes, by a fixed number of Sinkhorn steps that the gradient passes
-through. How alike classes are comes from the teacher's classifier, that code's `fc` variant; the
-paper's main one, CKA of each class's features, needs a pass over the training images. That code
-adds 1e-8 to every Sinkhorn divisor and to the costs and still is lost where probabilities vanish;
-here logarithms keep all of it. The last step, which fits the student's side, is put in closed form.
+through. That code adds 1e-8 to every Sinkhorn divisor and to the costs and still is lost where
+probabilities vanish; here logarithms keep all of it. The last step, which fits the student's side,
+is put in closed form.
+
+How alike classes are comes from the teacher's classifier, that code's `fc` variant, or with `cost:
+cka`, the published one, from its answers to training images of each class. That code takes the
+logits of all images of a class, in the order of its loader; here that order is the images' place in
+the data, which CKA depends on, as it pairs the n-th image of one class with that of another. For
+CIFAR-100: `cost: cka`, images 500, temperature 8, weight 1 with `gamma` 600 to 800 that falls to 0
+by half a cosine from epoch 150 to 240, beside cross-entropy.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -36,6 +42,11 @@ class WassersteinLogits(kdkit.Loss):
     exp(-sharpness * (1 - cos_ij)), cos_ij being the cosine of rows i and j of the teacher's last
     linear layer; with sharpness 0 it is 1 - cos_ij itself. c_ii = 0. Logits (B, K) on both sides, K
     >= 2.
+
+    With `cost: cka`, cos_ij is the linear CKA of classes i and j: <X_i X_i', X_j X_j'> / (norm X_i
+    X_i' * norm X_j X_j'), where X_c has the teacher's values for the first training images of class
+    c, a row each, less their mean. A class that has fewer has zeros in their place; one with a
+    single image is unlike all others.
     """
 
     name = "wkd_logit"
@@ -66,6 +77,34 @@ class WassersteinLogits(kdkit.Loss):
             ),
         )
         iterations: int = Field(default=10, ge=1, le=1000, description="Sinkhorn steps.")
+        cost: Literal["classifier", "cka"] = Field(
+            default="classifier",
+            description=(
+                "How alike classes are: `classifier`, by the rows of the teacher's classifier, or"
+                " `cka`, by its answers to training images."
+            ),
+            json_schema_extra={"later": True},
+        )
+        images: int = Field(
+            default=100,
+            ge=2,
+            le=1000,
+            description="Most training images of a class that `cost: cka` looks at.",
+            json_schema_extra={"later": True},
+        )
+        layer: str = Field(
+            default="logits",
+            description="Teacher layer that `cost: cka` compares, such as `penultimate`.",
+            json_schema_extra={"later": True},
+        )
+
+        @model_validator(mode="after")
+        def _read(self) -> "WassersteinLogits.Options":
+            fields = type(self).model_fields
+            for name in ("images", "layer"):
+                if self.cost != "cka" and getattr(self, name) != fields[name].default:
+                    raise ValueError(f"{name} is read with `cost: cka` only")
+            return self
 
     options: Options
     kernel: Tensor
@@ -81,10 +120,14 @@ class WassersteinLogits(kdkit.Loss):
         super().setup(student, teacher, context)
         if context is None:
             raise kdkit.ShapeError(
-                "the cost is made of the teacher's classifier; give setup a kdkit.Context with the"
-                " teacher network"
+                "the cost is made of the teacher's classifier, or its answers; give setup a"
+                " kdkit.Context with the teacher network"
             )
-        rows = context.teacher_classifier().get_parameter("weight").detach().flatten(1)
+        rows = (
+            self.of_classes(context)
+            if self.options.cost == "cka"
+            else context.teacher_classifier().get_parameter("weight").detach().flatten(1)
+        )
         if len(rows) != teacher.logits.shape[1] or len(rows) < 2:
             raise kdkit.ShapeError(
                 f"the teacher's classifier {tuple(rows.shape)} must have a row for each class of"
@@ -95,6 +138,21 @@ class WassersteinLogits(kdkit.Loss):
         self.register_buffer(
             "kernel", self.kernel_of(F.normalize(rows.to(student.logits), dim=1)), persistent=False
         )
+
+    def of_classes(self, context: kdkit.Context) -> Tensor:
+        """Return a row for each class, (K, M), whose cosine with another one is their CKA."""
+        if context.labels.ndim != 1 or not len(context.labels):
+            raise kdkit.ShapeError(
+                "`cost: cka` compares training images of each class, and these have no single class"
+                " that is known before they are read; use `cost: classifier`"
+            )
+        chosen = first_of_each(context.labels.cpu(), context.outputs, self.options.images)
+        images = chosen[chosen >= 0].sort().values
+        found = context.teacher_statistics(values_of, [self.options.layer], images, places=images)
+        # the last row stands for the images that a class lacks
+        table = F.pad(found["values"].double(), (0, 0, 0, 1))
+        rows = torch.where(chosen < 0, len(images), torch.searchsorted(images, chosen))
+        return centred_grams(table[rows], chosen >= 0).flatten(1)
 
     def kernel_of(self, rows: Tensor) -> Tensor:
         """exp(-cost / regularization) (K, K), symmetric and nowhere 0, by the bound on
@@ -136,6 +194,38 @@ class WassersteinLogits(kdkit.Loss):
         v = torch.exp(log_v - log_v.detach().amax(1, keepdim=True))
         moved: Tensor = CostProduct.apply(v, kernel, self.options.regularization)
         return (log_p.exp() * moved / (v @ kernel)).sum(1)
+
+
+def first_of_each(labels: Tensor, classes: int, count: int) -> Tensor:
+    """Return the places of the first images of each class, (K, count); -1 where there are fewer."""
+    order = labels.argsort(stable=True)
+    order = order[labels[order] >= 0]  # -1: an image that is not trained on
+    own = labels[order]
+    # how many images of its class come before each
+    before = torch.arange(len(own)) - torch.searchsorted(own, own)
+    chosen = torch.full((classes, count), -1)
+    early = before < count
+    chosen[own[early], before[early]] = order[early]
+    return chosen
+
+
+def values_of(answers: kdkit.Answers, places: Tensor) -> dict[str, Tensor]:
+    """Return the teacher's values for each image, (N, D), in the order of their places."""
+    table = None
+    for outputs, batch in answers:
+        (f,) = outputs.features.values()
+        values = kdkit.as_vectors(f, outputs.mask).float()
+        table = values.new_zeros(len(places), values.shape[1]) if table is None else table
+        table[torch.searchsorted(places.to(batch.index), batch.index)] = values
+    return {} if table is None else {"values": table}
+
+
+def centred_grams(values: Tensor, known: Tensor) -> Tensor:
+    """Return X X' of each class, (K, m, m), of its values (K, m, D) less their mean."""
+    known = known[:, :, None].to(values)
+    mean = values.sum(1, keepdim=True) / known.sum(1, keepdim=True).clamp_min(1)
+    centred = (values - mean) * known
+    return centred @ centred.mT
 
 
 def costs(kernel: Tensor, regularization: float) -> Tensor:

@@ -20,6 +20,7 @@ from kdkit.study.findings import Findings, Variant
 from kdkit.study.report import mean_curves, page, predictions, sections
 from kdkit.study.report.from_runs import of_runs
 from kdkit.study.report.sections import Material
+from kdkit.study.search import FOUND, Halved
 
 STUDY = "study.json"
 PICTURES = "report"  # folder
@@ -58,6 +59,8 @@ def write(
     """
     findings, home = gather(paths, plugins)
     material = read(findings, overrides or {}, plugins, say)
+    if (home / FOUND).is_file():
+        material = replace(material, search=Halved.load(home / FOUND))
     folder = output or home
     say("draws")
     document = sections.document(material)
@@ -245,6 +248,7 @@ def figures(material: Material) -> dict[str, Any]:
     found: dict[str, Any] = without_nan(
         {
             "findings": asdict(material.findings),
+            "search": asdict(material.search) if material.search else None,
             "courses": {name: asdict(one) for name, one in material.courses.items()},
             "recipes": material.recipes,
             "classes": said.classes,

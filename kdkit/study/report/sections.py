@@ -10,12 +10,23 @@ from typing import Any
 import torch
 import yaml
 
+from kdkit.study import search_table
 from kdkit.study.findings import Findings, Variant, rank
 from kdkit.study.report import heatmaps, plots, words
-from kdkit.study.report.document import Block, Document, Facts, Listing, Pictures, Section, Words
+from kdkit.study.report.document import (
+    Block,
+    Document,
+    Facts,
+    Figures,
+    Listing,
+    Pictures,
+    Section,
+    Words,
+)
 from kdkit.study.report.mean_curves import Courses
 from kdkit.study.report.plots import Priced
 from kdkit.study.report.predictions import COMPARED, SEEDS, Answers, confusion
+from kdkit.study.search import Halved
 
 LINES = 12  # maximum lines of a command that is not folded
 MANY = 20  # maximum number of classes; of more, those that differ most are drawn
@@ -30,12 +41,14 @@ class Material:
         courses: of each variant, over the epochs.
         recipes: resolved recipe of each variant, as plain data; missing ones are left out.
         answers: to the test data.
+        search: that chose a variant; None without one.
     """
 
     findings: Findings
     courses: Mapping[str, Courses]
     recipes: Mapping[str, Mapping[str, Any]]
     answers: Answers
+    search: Halved | None = None
 
     @property
     def missing(self) -> list[str]:
@@ -60,6 +73,7 @@ def document(material: Material) -> Document:
     ]
     parts = [
         ("Protocol", _protocol),
+        *([("Search", _search)] if material.search else []),
         ("Results", _results),
         ("Cost", _cost),
         ("Learning curves", _learning),
@@ -85,6 +99,22 @@ def _protocol(material: Material) -> Iterator[Block]:
         else:
             yield Words("What each variant learns from:")
             yield Facts(about)
+
+
+def _search(material: Material) -> Iterator[Block]:
+    found = material.search
+    assert found is not None
+    yield Words(
+        f"{'. '.join(search_table.sentences(found))}. Below, the winner is measured on test data"
+        " with other seeds; the baseline was not searched, which favours the winner."
+    )
+    unit = f" {found.score.unit}" if found.score.unit else ""
+    yield Figures(
+        search_table.header(found),
+        search_table.rows(found),
+        f"{found.score.title}{unit} on validation data after each rung, mean over the seeds.",
+        marked=0,
+    )
 
 
 def _results(material: Material) -> Iterator[Block]:
