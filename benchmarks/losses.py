@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,7 +39,7 @@ from kdkit.recipe import registry
 from kdkit.study.step_memory import peak_memory
 from kdkit.testing.forms import Network
 from kdkit.testing.outputs import random_outputs
-from kdkit.testing.probes import readable
+from kdkit.testing.probes import random_survey, readable
 
 # by layer: the student's and the teacher's, without the batch
 Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
@@ -90,6 +91,7 @@ CASES: Mapping[str, Mapping[str, Sequence[tuple[int, int]]]] = {
     "small": {"rkd_angle": [(16, 8)]},
 }
 NAIVE_UP_TO = 2**30  # bytes of N^2 D differences and N^3 products
+SURVEYED = 500  # images that stand for all of them before the first step
 
 
 @dataclass
@@ -173,7 +175,12 @@ def subject(cls: type[kdkit.Loss], place: str, shapes: Shapes, size: Size, batch
         student,
         readable(loss, teacher),
         kdkit.Context(
-            networks[0], networks[1].requires_grad_(False), size.classes, len(labels), labels
+            networks[0],
+            networks[1].requires_grad_(False),
+            size.classes,
+            len(labels),
+            labels,
+            survey=functools.partial(random_survey, labels[:SURVEYED]),
         ),
     )
     index = (

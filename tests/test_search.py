@@ -296,13 +296,13 @@ def test_a_comparison_takes_ranges_too(load, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_search_goes_on_with_the_same_bits(load, tmp_path, number):
-    base = merged(PLAIN, {"data": {"validation": 16, "augment": {"flip": 0.5}}, "train": {"epochs": 8}})
+    base = merged(PLAIN, {"data": {"validation": 16, "augment": {"flip": 0.5}}, "train": {"epochs": 12}})
     write(tmp_path, base, "base.yaml")
     wanted = load({"search": {"eta": 2, "rungs": 3}})
     command = Command(tmp_path, "search", "s.yaml", "--confirm", "0")
     logged = tmp_path / "runs/s-search"
     # in the second rung
-    command.wait_for(lambda: sum(path.read_text().count('"epoch"') for path in logged.glob("*/metrics.jsonl")) > 4 * 2 * 9)
+    command.wait_for(lambda: sum(path.read_text().count('"epoch"') for path in logged.glob("*/metrics.jsonl")) > 4 * 3 * (4 + 2))
     command.send(number)
     code, said = command.finish()
     assert code == (128 + number if number == signal.SIGTERM else -number) and not (tmp_path / "runs/s/search.json").exists()

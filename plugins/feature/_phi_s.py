@@ -83,10 +83,11 @@ def vectors_of(f: Tensor, mask: Tensor | None) -> Tensor:
 def rotation(size: int) -> Tensor:
     """Return an orthogonal matrix whose entries are of equal size, or nearly so."""
     if (found := hadamard(size)) is not None:
-        return found / size**0.5
+        return found.div(size**0.5)
     drawn = torch.randn(size, size, generator=torch.Generator().manual_seed(size))
     orthogonal, triangle = torch.linalg.qr(drawn.sign().double())
-    return orthogonal * triangle.diagonal().sign()
+    rotated: Tensor = orthogonal * triangle.diagonal().sign()
+    return rotated
 
 
 def hadamard(size: int) -> Tensor | None:

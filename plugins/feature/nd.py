@@ -108,7 +108,8 @@ class Part(nn.Module):
         directions = self.directions.to(e)
         towards = directions[labels] if labels.ndim == 1 else labels.to(e) @ directions
         lengths = torch.maximum(e.norm(dim=1), f_t.norm(dim=1)).clamp_min(SHORTEST)
-        return (e * towards).sum(1) / lengths
+        shares: Tensor = (e * towards).sum(1) / lengths
+        return shares
 
 
 def class_sums(answers: kdkit.Answers, classes: int) -> dict[str, Tensor]:

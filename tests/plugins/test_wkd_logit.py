@@ -126,3 +126,93 @@ def test_refuses_other_classes():
         WKD(WKD.Options()).setup(random_outputs(), random_outputs(classes=7))
     with pytest.raises(kdkit.ShapeError, match=r"classifier \(1, 2\).*\(6, 1\)"):
         wkd(classes=1, rows=[[1.0, 2.0]])
+
+
+# cost: cka
+
+
+LABELS = torch.tensor([2, 0, 1, -1, 0, 2, 0, 1, 2, 0, 3])
+"""Of images by their places; one is not trained on, and class 3 has a single one."""
+VALUES = torch.randn(len(LABELS), 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def cka_loss(images=3, labels=LABELS, values=VALUES, classes=4, asked=None, **options):
+    """The loss, set up by these values of the teacher, which are shown in two batches."""
+
+    def survey(network, found):
+        if asked is not None:
+            asked.append(found)
+        index = found.images
+        batches = [kdkit.Batch(torch.empty(len(part), 0), labels[part], part) for part in index.split(4)]
+        return found.of([(kdkit.Outputs(values[batch.index], {found.layers[0]: values[batch.index]}), batch) for batch in batches])
+
+    loss = WKD(WKD.Options(cost="cka", images=images, **options))
+    student, teacher = (random_outputs(classes=classes, seed=seed) for seed in (0, 1))
+    loss.setup(student, teacher, kdkit.Context(network(torch.eye(4)), network(torch.eye(4)), classes, len(labels), labels, survey=survey))
+    return loss, student, teacher, random_batch(6, classes)
+
+
+def similarity(one, other):
+    """Linear CKA of two classes by its definition, with a centring matrix; images that one lacks are rows of zeros."""
+    size = max(len(one), len(other))
+    grams = []
+    for x in (one, other):
+        h = torch.eye(len(x), dtype=x.dtype) - 1 / len(x)
+        gram = torch.zeros(size, size, dtype=x.dtype)
+        gram[: len(x), : len(x)] = h @ x @ x.T @ h
+        grams.append(gram)
+    norms = [(gram @ gram.T).trace().sqrt() for gram in grams]
+    return 0.0 if min(norms) < 1e-12 else float((grams[0] @ grams[1].T).trace() / (norms[0] * norms[1]))
+
+
+@pytest.mark.parametrize("images", [2, 3, 100])
+@pytest.mark.parametrize("sharpness", [0.0, 1.0])
+def test_the_cost_by_cka(images, sharpness):
+    loss, *_ = cka_loss(images, sharpness=sharpness)
+    own = [VALUES[(LABELS == c).nonzero()[:images, 0]] for c in range(4)]
+    for i in range(4):
+        for j in range(4):
+            distance = 0.0 if i == j else 1 - similarity(own[i], own[j])
+            expected = 1 - math.exp(-sharpness * distance) if sharpness else distance
+            assert loss.cost[i, j].item() == pytest.approx(expected, abs=1e-5), (i, j)
+
+
+def test_a_class_with_one_image_is_unlike_all_others():
+    loss, *_ = cka_loss(sharpness=0.0)
+    torch.testing.assert_close(loss.cost[3], torch.tensor([1.0, 1.0, 1.0, 0.0]))
+
+
+def test_the_first_images_of_each_class_are_asked_about_in_their_order():
+    asked = []
+    cka_loss(2, asked=asked, layer="penultimate")
+    assert asked[0].images.tolist() == [0, 1, 2, 4, 5, 7, 10] and asked[0].layers == ("penultimate",)
+
+
+def test_classes_whose_images_move_alike_are_alike():
+    """The n-th image of class 1 is that of class 0, turned, moved and twice as far from the mean."""
+    turn = torch.linalg.qr(VALUES[:4])[0]
+    values = torch.cat([VALUES[:5], 2 * VALUES[:5] @ turn + 7, VALUES[5:10]])
+    loss, *_ = cka_loss(5, torch.arange(15) // 5, values, classes=3, sharpness=0.0)
+    assert loss.cost[0, 1].item() == pytest.approx(0, abs=1e-6) and loss.cost[0, 2] > 0.1
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 8.0, "gamma": 600.0}])
+def test_is_the_formula_with_cka(options):
+    loss, *answers = cka_loss(**options)
+    assert_agrees(loss, formula, *answers)
+
+
+def test_refuses_images_without_a_class_each():
+    with pytest.raises(kdkit.ShapeError, match="no single class that is known before"):
+        cka_loss(labels=torch.empty(0, dtype=torch.int64))
+    with pytest.raises(kdkit.ShapeError, match="no single class"):
+        cka_loss(labels=torch.ones(11, 4))
+
+
+def test_keeps_the_promises_with_cka():
+    check_loss(WKD, cost="cka", images=4)
+
+
+def test_options_of_cka_are_read_with_it_only():
+    with pytest.raises(ValueError, match="images is read with `cost: cka` only"):
+        WKD.Options(images=5)
