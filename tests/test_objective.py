@@ -9,7 +9,7 @@ from kdkit import recipe
 from kdkit.contracts.loss import Context
 from kdkit.contracts.records import Batch, Outputs
 from kdkit.contracts.schedule import Lesson
-from kdkit.engine.objective import build, no_teacher, sum_of
+from kdkit.engine.objective import build, no_teacher, sum_of, without_graph
 from kdkit.errors import PluginError
 
 BATCH = Batch(torch.rand(5, 3, 8, 8), torch.tensor([0, 1, 2, 3, 4]), torch.arange(5))
@@ -23,7 +23,7 @@ def outputs(dtype=torch.float32, **options):
     return Outputs(torch.randn(5, 6, **options).to(dtype))
 
 
-def test_total_is_the_weighted_sum_and_only_it_has_a_gradient(tmp_path):
+def test_total_is_the_weighted_sum(tmp_path):
     found = objective(
         tmp_path, [{"use": "cross_entropy", "weight": 0.25}, {"use": "logit_kl", "weight": 3}, {"use": "logit_kl", "temperature": 1}]
     )
@@ -34,7 +34,11 @@ def test_total_is_the_weighted_sum_and_only_it_has_a_gradient(tmp_path):
     torch.testing.assert_close(value.total.detach(), by_hand)
     assert value.samples == 5
     assert value.total.requires_grad
-    assert not any(term.requires_grad for term in (*value.terms.values(), *value.weighted.values()))
+    assert not any(term.requires_grad for term in value.terms.values())
+    # a balance asks for the gradient of each
+    assert all(term.requires_grad for term in value.weighted.values())
+    alone = without_graph(value)
+    assert not any(term.requires_grad for term in (alone.total, *alone.weighted.values()))
 
 
 @pytest.mark.parametrize("name", ["half", "train", "losses"])

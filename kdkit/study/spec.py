@@ -191,7 +191,7 @@ def schema(plugins: Registry) -> str:
         "type": "string",
         "description": "Study file that this one builds on: mappings merge, lists replace.",
     }
-    content["$defs"] = {**shared, "Recipe": recipe, "Variant": variant}
+    content["$defs"] = {**content.get("$defs", {}), **shared, "Recipe": recipe, "Variant": variant}
     return json.dumps(content, indent=1, sort_keys=True) + "\n"
 
 
