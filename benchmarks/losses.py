@@ -90,6 +90,8 @@ CASES: Mapping[str, Mapping[str, Sequence[tuple[int, int]]]] = {
     },
     "small": {"rkd_angle": [(16, 8)]},
 }
+OPTIONS: Mapping[str, Mapping[str, int]] = {"minilm_relations": {"heads": 2}}
+"""Options of losses that cannot be tried with their defaults on these layers."""
 NAIVE_UP_TO = 2**30  # bytes of N^2 D differences and N^3 products
 SURVEYED = 500  # images that stand for all of them before the first step
 
@@ -158,9 +160,9 @@ def subject(cls: type[kdkit.Loss], place: str, shapes: Shapes, size: Size, batch
     reads_layers = layers is not None and (
         layers.is_required() or cls.knowledge in ("feature", "relation")
     )
-    options = (
-        {"layers": [{"student": name, "teacher": name} for name in shapes]} if reads_layers else {}
-    )
+    options = dict(OPTIONS.get(cls.name, {}))
+    if reads_layers:
+        options["layers"] = [{"student": name, "teacher": name} for name in shapes]
     torch.manual_seed(0)
     loss = cls(at_epoch(cls.Options(**options), 1000.0))  # behind every ramp
     sides = [{name: pair[side] for name, pair in shapes.items()} for side in (0, 1)]
@@ -180,6 +182,7 @@ def subject(cls: type[kdkit.Loss], place: str, shapes: Shapes, size: Size, batch
             size.classes,
             len(labels),
             labels,
+            behind=lambda network, layer, taps: network.behind(layer, taps),
             survey=functools.partial(random_survey, labels[:SURVEYED]),
         ),
     )

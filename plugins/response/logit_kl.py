@@ -70,18 +70,18 @@ class LogitKL(kdkit.Loss):
             description="Exchange the teacher's largest logit and the label's first.",
             json_schema_extra={"later": True},
         )
-        scale: Literal["fixed", "std", "max"] = Field(
-            default="fixed",
+        scale: Literal["std", "max"] | None = Field(
+            default=None,
             description=(
-                "Temperatures: `fixed`: T; `std`: T times each row's deviation (NormKD, T 2);"
-                " `max`: by each sample's largest logits (DTKD)."
+                "What changes the temperature (default: nothing). `std`: T times each row's"
+                " deviation (NormKD, T 2); `max`: by each sample's largest logits (DTKD)."
             ),
             json_schema_extra={"later": True},
         )
 
         @model_validator(mode="after")
         def _fits(self) -> "LogitKL.Options":
-            if self.standardize and self.scale != "fixed":
+            if self.standardize and self.scale:
                 raise ValueError("standardize and scale both change the logits' size; use one")
             if self.only_correct and self.swap:
                 # nothing is exchanged where the teacher is right
@@ -104,7 +104,7 @@ class LogitKL(kdkit.Loss):
         if self.options.standardize:
             z_s, z_t = kdkit.standardized(z_s), kdkit.standardized(z_t)
         factor: Tensor | float = 1.0
-        if self.options.scale != "fixed":
+        if self.options.scale:
             z_s, z_t, factor = SCALES[self.options.scale](z_s, z_t)
         log_p, log_q = F.log_softmax(z_s / t, dim=1), F.log_softmax(z_t / t, dim=1)
         divergence = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(1)

@@ -22,7 +22,7 @@ def temperatures(o, z_s, z_t):
         std_s, std_t = (1e-7 + z.std(correction=1) for z in (z_s, z_t))
         return o.temperature * std_s, o.temperature * std_t, (o.temperature * z_t.std(correction=1)) ** 2
     m_s, m_t = z_s.max(), z_t.max()
-    if o.scale == "fixed" or min(m_s, m_t) < 1e-3:
+    if o.scale is None or min(m_s, m_t) < 1e-3:
         return o.temperature, o.temperature, o.temperature**2
     t_s, t_t = (2 * m / (m_s + m_t) * o.temperature for m in (m_s, m_t))
     return t_s, t_t, t_s * t_t
@@ -136,7 +136,7 @@ def test_without_a_positive_largest_logit_the_temperature_is_fixed(largest):
     """Also where the two largest logits, 3 and -3, sum to 0."""
     z = torch.tensor([[largest, -4.0, -9.0]], requires_grad=True)
     teacher = kdkit.Outputs(torch.tensor([[3.0, 1.0, 2.0]]))
-    scaled, fixed = (loss(scale=scale)(kdkit.Outputs(z), teacher, random_batch(1)) for scale in ("max", "fixed"))
+    scaled, fixed = (loss(scale=scale)(kdkit.Outputs(z), teacher, random_batch(1)) for scale in ("max", None))
     assert torch.equal(scaled, fixed)
     assert torch.equal(*(torch.autograd.grad(value, z)[0] for value in (scaled, fixed)))
 

@@ -169,7 +169,7 @@ def similarity(one, other):
 @pytest.mark.parametrize("sharpness", [0.0, 1.0])
 def test_the_cost_by_cka(images, sharpness):
     loss, *_ = cka_loss(images, sharpness=sharpness)
-    own = [VALUES[(LABELS == c).nonzero()[:images, 0]] for c in range(4)]
+    own = [VALUES[(c == LABELS).nonzero()[:images, 0]] for c in range(4)]
     for i in range(4):
         for j in range(4):
             distance = 0.0 if i == j else 1 - similarity(own[i], own[j])
