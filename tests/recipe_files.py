@@ -21,6 +21,9 @@ def lay_out(home):
     pets(home)
     blood_cells(home / "data" / "bccd", {"trainval": 8, "test": 1})
     coco(home / "data" / "coco")
+    # at their own size, COCO's images take more memory than small machines have
+    base = home / "recipes" / "coco" / "base.yaml"
+    base.write_text(base.read_text().replace("image_size: [800, 1344]", "image_size: [200, 336]"))
     street_scenes(home / "data" / "camvid", (240, 180), 8)
     street_scenes(home / "data" / "camvid_full", (480, 360), 16)
     for name in ("resnet18", "resnet50"):

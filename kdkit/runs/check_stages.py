@@ -118,6 +118,8 @@ class StageChecks(Checks):
                 # A step with gradients: the one above ran without.
                 answered = stage.step(batch(few))[0]
             self._note_what_learns(stage, objective, answered, tried[0], known, frozen)
+            # Of large images, the activations of one step may be all that memory holds.
+            del answered
         epochs = stage.training.epochs or self.spec.train.epochs
         if shortened := self.spec.train.lr_schedule.shortened(stage.name, epochs):
             self.report.notes.append(shortened)
