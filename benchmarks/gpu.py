@@ -30,8 +30,9 @@ import kdkit
 from kdkit import recipe
 from kdkit.contracts.records import Batch
 from kdkit.data import loaders
+from kdkit.engine.accelerator import build_accelerator
 from kdkit.engine.loop import optimize
-from kdkit.engine.trainer import Trainer, batches, build_accelerator
+from kdkit.engine.trainer import Trainer, batches
 from kdkit.runs import training
 from kdkit.runs.folder import RunFolder
 from kdkit.runs.networks import ModelFactory

@@ -39,7 +39,8 @@ from kdkit.recipe import registry
 from kdkit.study.step_memory import peak_memory
 from kdkit.testing.forms import Network
 from kdkit.testing.outputs import random_outputs
-from kdkit.testing.probes import random_survey, readable
+from kdkit.testing.probes import readable
+from kdkit.testing.stand_ins import random_survey
 
 # by layer: the student's and the teacher's, without the batch
 Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]

@@ -28,8 +28,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from kdkit.data import loaders
 from kdkit.data.loaders import TrainLoader
+from kdkit.engine.accelerator import build_accelerator
 from kdkit.engine.loop import optimize
-from kdkit.engine.trainer import build_accelerator
 from kdkit.models.normalization import NormalizationAdapter
 from kdkit.runs import training
 from kdkit.runs.networks import ModelFactory

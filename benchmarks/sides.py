@@ -21,12 +21,13 @@ from rich.table import Table
 
 from kdkit import recipe
 from kdkit.data.loaders import Data
+from kdkit.engine.accelerator import build_accelerator
 from kdkit.engine.loop import train_epoch
-from kdkit.engine.trainer import Trainer, build_accelerator
+from kdkit.engine.trainer import Trainer
 from kdkit.models.tapped import TappedModel
 from kdkit.randomness import reseed
 from kdkit.recipe import Recipe
-from kdkit.runs import training
+from kdkit.runs import opening, training
 from kdkit.runs.networks import ModelFactory
 
 
@@ -164,7 +165,7 @@ def opened(
     """
     loaded = read(content)
     accelerator = build_accelerator(loaded.spec.train)
-    factory_data = training.open_data(loaded, accelerator)
+    factory_data = opening.open_data(loaded, accelerator)
     factory = ModelFactory(loaded, factory_data.info, {}, device=accelerator.device)
     data = arrange(loaded, factory_data, factory)
     reseed(loaded.spec.seed, "stage", 0)

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from kdkit import recipe
 from kdkit.contracts.records import Batch
 from kdkit.data import loaders
+from kdkit.engine.accelerator import build_accelerator
 from kdkit.engine.loop import optimize
-from kdkit.engine.trainer import build_accelerator
 from kdkit.runs import training
 from kdkit.runs.networks import ModelFactory
 

@@ -11,10 +11,11 @@ from training import assert_same_run, merged, train, write
 
 from kdkit import recipe
 from kdkit.engine import capture
+from kdkit.engine.accelerator import build_accelerator
 from kdkit.engine.loop import train_epoch
-from kdkit.engine.trainer import Trainer, build_accelerator
+from kdkit.engine.trainer import Trainer
 from kdkit.randomness import reseed
-from kdkit.runs import training
+from kdkit.runs import opening, training
 from kdkit.runs.networks import ModelFactory
 from kdkit.study import shared
 from kdkit.study.lockstep import train_together
@@ -60,7 +61,7 @@ def two_epochs(path, record):
     # first, as their recipes may name another device
     teachers = training.trained_teachers(loaded, path.parent / "run", quiet=True)
     accelerator = build_accelerator(loaded.spec.train)
-    prepared = training.open_data(loaded, accelerator)
+    prepared = opening.open_data(loaded, accelerator)
     factory = ModelFactory(loaded, prepared.info, teachers, device=accelerator.device)
     carried, values, states, takes = {}, [], [], []
     schedule = loaded.plugins.schedules[loaded.spec.schedule.use](loaded.spec.schedule)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kdkit import recipe
-from kdkit.engine.trainer import build_accelerator
+from kdkit.engine.accelerator import build_accelerator
 from kdkit.errors import RunError
 from kdkit.models import devices
 

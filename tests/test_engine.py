@@ -10,11 +10,11 @@ from training import PLAIN, metrics, train, weights, write
 
 import kdkit
 from kdkit import recipe
+from kdkit.engine.accelerator import build_accelerator
 from kdkit.engine.evaluate import predict
 from kdkit.engine.loop import train_epoch
-from kdkit.engine.trainer import build_accelerator
 from kdkit.randomness import reseed
-from kdkit.runs import training
+from kdkit.runs import opening, training
 from kdkit.runs.networks import ModelFactory
 
 NO_NORM = {"model": "mlp/16-8"}
@@ -24,7 +24,7 @@ def trainer_of(folder, base=PLAIN, **changes):
     """The first stage's trainer, and the teacher."""
     loaded = recipe.load(write(folder, base, **changes))
     accelerator = build_accelerator(loaded.spec.train)
-    prepared = training.open_data(loaded, accelerator)
+    prepared = opening.open_data(loaded, accelerator)
     factory = ModelFactory(loaded, prepared.info, {}, device=accelerator.device)
     stage = next(iter(loaded.plugins.schedules[loaded.spec.schedule.use](loaded.spec.schedule).stages(factory)))
     return training.build_trainer(loaded, prepared, factory, accelerator, 0, stage), factory

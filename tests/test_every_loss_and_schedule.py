@@ -8,10 +8,10 @@ from training import TINY, train, write
 import kdkit
 from kdkit import recipe
 from kdkit.contracts.task import serves
+from kdkit.engine.accelerator import build_accelerator
 from kdkit.engine.loop import train_epoch
-from kdkit.engine.trainer import build_accelerator
 from kdkit.recipe import registry
-from kdkit.runs import checks, training
+from kdkit.runs import checks, opening, training
 from kdkit.runs.networks import ModelFactory
 
 PLUGINS = registry.load()
@@ -108,7 +108,7 @@ def two_steps(path):
     checks.make(loaded)
     teachers = training.trained_teachers(loaded, path.parent / "run", quiet=True)
     accelerator = build_accelerator(loaded.spec.train)
-    prepared = training.open_data(loaded, accelerator)
+    prepared = opening.open_data(loaded, accelerator)
     factory = ModelFactory(loaded, prepared.info, teachers, device=accelerator.device)
     carried, found = {}, []
     schedule = loaded.plugins.schedules[loaded.spec.schedule.use](loaded.spec.schedule)

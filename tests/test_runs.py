@@ -13,7 +13,8 @@ import kdkit
 from kdkit import recipe
 from kdkit.contracts.dataset_source import DataInfo
 from kdkit.engine import setup
-from kdkit.runs import training
+from kdkit.engine.accelerator import build_accelerator
+from kdkit.runs import opening, training
 from kdkit.runs.checkpoints import Checkpoints
 from kdkit.runs.folder import RunFolder
 
@@ -313,7 +314,7 @@ def test_stages_that_cannot_be_told_apart_or_learn_nothing_are_refused(tmp_path)
 
 def test_labels_are_found_by_the_index_of_a_batch(tmp_path):
     loaded = recipe.load(write(tmp_path, data={"train_samples": 24, "validation": 12}))
-    prepared = training.open_data(loaded, training.build_accelerator(loaded.spec.train))
+    prepared = opening.open_data(loaded, build_accelerator(loaded.spec.train))
     labels = setup._labels_by_index(prepared.train)
     for batch in prepared.train.epoch(0):
         assert torch.equal(labels[batch.index.cpu()], batch.labels.cpu())

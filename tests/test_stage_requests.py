@@ -9,9 +9,10 @@ from training import PLAIN, Command, assert_same_run, lines, metrics, train, wei
 
 import kdkit
 from kdkit import recipe
+from kdkit.engine.accelerator import build_accelerator
 from kdkit.engine.loop import train_epoch
-from kdkit.engine.trainer import batches, build_accelerator
-from kdkit.runs import training
+from kdkit.engine.trainer import batches
+from kdkit.runs import opening, training
 from kdkit.runs.networks import ModelFactory
 
 ASKING = '''
@@ -82,7 +83,7 @@ def folder(tmp_path):
 def first_stage(folder):
     loaded = recipe.load(write(folder, RECIPE))
     accelerator = build_accelerator(loaded.spec.train)
-    prepared = training.open_data(loaded, accelerator)
+    prepared = opening.open_data(loaded, accelerator)
     factory = ModelFactory(loaded, prepared.info, {}, device=accelerator.device)
     stage = next(iter(loaded.plugins.schedules["asking"](loaded.spec.schedule).stages(factory)))
     return training.build_trainer(loaded, prepared, factory, accelerator, 0, stage), prepared

@@ -19,10 +19,10 @@ from kdkit.cache.packing import KeptAnswers, Slots
 from kdkit.contracts.model_source import CacheOptions
 from kdkit.contracts.records import Outputs
 from kdkit.data import augment
+from kdkit.engine.accelerator import build_accelerator
 from kdkit.engine.loop import train_epoch
-from kdkit.engine.trainer import build_accelerator
 from kdkit.errors import RecipeError, RunError
-from kdkit.runs import checks, training
+from kdkit.runs import checks, opening, training
 from kdkit.runs.fill_caches import fill
 from kdkit.runs.networks import ModelFactory
 
@@ -73,7 +73,7 @@ def wired(folder, base=PLAIN, touch=lambda teacher: None, tell=lambda text: None
     """The first stage of a recipe, with the cache between its loader and its teacher."""
     loaded = recipe.load(write(folder, base, **{"run": {"folder": str(folder / "runs")}, **changes}))
     accelerator = build_accelerator(loaded.spec.train)
-    opened = training.open_data(loaded, accelerator)
+    opened = opening.open_data(loaded, accelerator)
     factory = ModelFactory(loaded, opened.info, {}, device=accelerator.device)
     teacher = factory.teacher()
     touch(teacher)
@@ -553,7 +553,7 @@ def test_several_teachers_have_a_cache_each(tmp_path):
     loaded = recipe.load(write(tmp_path, {**PLAIN, "teacher": None, "teachers": teachers}, data=SHIFTS, run={"folder": str(tmp_path)}))
     checks.make(loaded)
     accelerator = build_accelerator(loaded.spec.train)
-    opened = training.open_data(loaded, accelerator)
+    opened = opening.open_data(loaded, accelerator)
     teachers = ModelFactory(loaded, opened.info, {}, device=accelerator.device).teachers()
     for _ in range(2):
         with answering(loaded, teachers, opened) as kept:

@@ -13,10 +13,10 @@ from kdkit import recipe
 from kdkit.cache import surveys
 from kdkit.cache.folder import clear, stores
 from kdkit.contracts.survey import Survey
-from kdkit.engine.trainer import build_accelerator
+from kdkit.engine.accelerator import build_accelerator
 from kdkit.errors import KdkitError, PluginError, RecipeError, RunError, TapError
 from kdkit.models.surveyed import surveyed
-from kdkit.runs import checks, training
+from kdkit.runs import checks, opening
 from kdkit.runs.fill_caches import table
 from kdkit.runs.networks import ModelFactory
 from kdkit.study.lockstep import train_together
@@ -52,7 +52,7 @@ class Wired:
     def __init__(self, folder, base=PLAIN, **changes):
         self.recipe = recipe.load(write(folder, base, **changes))
         accelerator = build_accelerator(self.recipe.spec.train)
-        self.data = training.open_data(self.recipe, accelerator)
+        self.data = opening.open_data(self.recipe, accelerator)
         self.factory = ModelFactory(self.recipe, self.data.info, {}, device=accelerator.device)
 
     def found(self, reduce, *layers, images=None, **arguments):

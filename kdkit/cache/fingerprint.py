@@ -48,21 +48,10 @@ def key(
         part: the dataset's training part.
         other: that of the dataset of `data.unlabelled`, if it names one.
     """
-    spec = recipe.spec
-    options = content_of(spec.all_teachers()[name])
-    precision = str(teacher.precision or spec.train.precision).removeprefix("torch.")
+    precision = str(teacher.precision or recipe.spec.train.precision).removeprefix("torch.")
     autocast = precision not in ("fp32", "float32")
     return {
-        "format": FORMAT,
-        "torch": torch.__version__,
-        "teacher": {
-            **{k: value for k, value in options.items() if k not in ("cache", "name")},
-            # of the network as it answers, folded for example, not of a file
-            "weights": weights_digest(teacher.module),
-        },
-        "network": _network_digest(teacher.module),
-        "adapter": _adapter(teacher),
-        "channels_last": teacher.channels_last,
+        **_teacher(recipe, name, teacher),
         # the set of autocast operations depends on the device
         "precision": [
             precision,
@@ -98,17 +87,8 @@ def survey_key(
         images: places of the images in it that are shown.
     """
     spec = recipe.spec.data
-    options = {} if name is None else content_of(recipe.spec.all_teachers()[name])
     return {
-        "format": FORMAT,
-        "torch": torch.__version__,
-        "teacher": {
-            **{k: value for k, value in options.items() if k not in ("cache", "name")},
-            "weights": weights_digest(teacher.module),
-        },
-        "network": _network_digest(teacher.module),
-        "adapter": _adapter(teacher),
-        "channels_last": teacher.channels_last,
+        **_teacher(recipe, name, teacher),
         "precision": str(teacher.precision),
         "layers": {layer: str(teacher.layers.get(layer, layer)) for layer in survey.layers},
         "function": [survey.name, code_digest(Path(inspect.getfile(survey.reduce)))],
@@ -123,14 +103,27 @@ def survey_key(
     }
 
 
-def _adapter(teacher: TappedModel) -> list[Any]:
+def _teacher(recipe: Recipe, name: str | None, teacher: TappedModel) -> dict[str, Any]:
+    """Collect what the answers of a network depend on, whatever is kept of them."""
+    options = {} if name is None else content_of(recipe.spec.all_teachers()[name])
     adapter = vars(teacher.adapt)
-    return [
-        _network_digest(teacher.adapt),
-        weights_digest(teacher.adapt),
-        adapter.get("size"),
-        adapter.get("interpolation"),
-    ]
+    return {
+        "format": FORMAT,
+        "torch": torch.__version__,
+        "teacher": {
+            **{k: value for k, value in options.items() if k not in ("cache", "name")},
+            # of the network as it answers, folded for example, not of a file
+            "weights": weights_digest(teacher.module),
+        },
+        "network": _network_digest(teacher.module),
+        "adapter": [
+            _network_digest(teacher.adapt),
+            weights_digest(teacher.adapt),
+            adapter.get("size"),
+            adapter.get("interpolation"),
+        ],
+        "channels_last": teacher.channels_last,
+    }
 
 
 def _plain(value: Any) -> Any:

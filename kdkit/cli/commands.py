@@ -146,8 +146,8 @@ def evaluate(
     plugins: RunPlugins = None,
 ) -> None:
     """Measure a run's student again, beside its teacher."""
+    from kdkit.engine.accelerator import build_accelerator
     from kdkit.engine.evaluate import Judge
-    from kdkit.engine.trainer import build_accelerator
     from kdkit.recipe.yaml_source import parse_overrides
     from kdkit.students import loaded
     from kdkit.students.show import score_table

@@ -12,8 +12,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import gather_object, patch_environment
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from kdkit.contracts.balance import Balance, BalanceOptions
@@ -28,7 +27,6 @@ from kdkit.engine.objective import Objective, Ramps, Value, sum_of, without_grap
 from kdkit.engine.optim import Updater
 from kdkit.engine.processes import processes_of
 from kdkit.errors import RunError
-from kdkit.models.devices import chosen, trains_on_cpu
 from kdkit.models.freezing import freeze_all_but
 from kdkit.models.tapped import TappedModel
 from kdkit.models.weight_files import adopt_shapes
@@ -343,35 +341,6 @@ class Trainer:
                 average.module.load_state_dict(saved)
         if self.scaler:
             self.scaler.load_state_dict(state["scaler"])
-
-
-def build_accelerator(spec: TrainSpec, **options: Any) -> Accelerator:
-    """Build one process's accelerator for the recipe's device and precision.
-
-    Raises:
-        RunError: the machine has no such device, or fp16 without a GPU.
-    """
-    try:
-        device = chosen(spec.device)
-    except RunError as error:
-        raise RunError(f"train.device: {error}") from None
-    # a previous recipe in this process may have used another precision
-    AcceleratorState._reset_state()
-    if PartialState._shared_state and PartialState().num_processes == 1:
-        PartialState._reset_state()
-    cpu = trains_on_cpu(spec)
-    if spec.precision == "fp16" and cpu:
-        raise RunError("train.precision fp16 needs a GPU; on the CPU use fp32 (or bf16)")
-    precision = "no" if spec.precision == "fp32" else spec.precision
-    which = (
-        {"ACCELERATE_TORCH_DEVICE": str(device)}
-        if device is not None and device.index is not None
-        else {}
-    )
-    with patch_environment(**which):
-        return Accelerator(
-            mixed_precision=precision, cpu=cpu, step_scheduler_with_optimizer=False, **options
-        )
 
 
 def _scaler(accelerator: Accelerator) -> torch.amp.GradScaler | None:

@@ -27,6 +27,7 @@ from kdkit.models.given_answers import looks_like
 from kdkit.models.tapped import TappedModel
 from kdkit.recipe import Recipe, models_in
 from kdkit.runs.networks import ModelFactory
+from kdkit.runs.wanted import looking_at
 from kdkit.units import gigabytes
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -108,7 +109,7 @@ def _unreadable(
         # Losses on responses read softened probabilities, of which the likeliest are kept exactly;
         # others may read any logit.
         whole = loss.knowledge not in ("response", "labels") and loss.needs_teacher_logits
-        if entry in factory.looking_at(name) and (
+        if entry in looking_at(factory.recipe, name) and (
             whole or any(pair.teacher == "logits" for pair in entry.taps())
         ):
             yield (
@@ -205,7 +206,7 @@ def _refused_losses(recipe: Recipe, factory: ModelFactory, name: str) -> Iterato
     """List losses that read more of a teacher than its answers."""
     for i, entry in enumerate(recipe.spec.losses):
         loss = recipe.plugins.losses[entry.use]
-        if loss.knowledge == "labels" or entry not in factory.looking_at(name):
+        if loss.knowledge == "labels" or entry not in looking_at(factory.recipe, name):
             continue
         layers = [pair.teacher for pair in entry.taps() if pair.teacher != "logits"]
         if layers:

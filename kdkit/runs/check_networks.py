@@ -43,6 +43,7 @@ from kdkit.runs.networks import ModelFactory
 from kdkit.runs.plan import ModelPlan
 from kdkit.runs.random_batches import PROBE
 from kdkit.runs.trained_teachers import TrainedTeacher
+from kdkit.runs.wanted import looking_at
 
 
 class NetworkChecks(Checks):
@@ -150,7 +151,7 @@ class NetworkChecks(Checks):
         )
         for i, entry in enumerate(self.spec.losses):
             loss = self.recipe.plugins.losses[entry.use]
-            if entry in factory.looking_at(name) and (
+            if entry in looking_at(factory.recipe, name) and (
                 loss.knowledge == "response" or loss.needs_teacher_logits
             ):
                 self.report.refuse(
@@ -267,7 +268,7 @@ class NetworkChecks(Checks):
         """Yield notes on a teacher."""
         reading = [
             entry.use
-            for entry in factory.looking_at(name)
+            for entry in looking_at(factory.recipe, name)
             if self.recipe.plugins.losses[entry.use].needs_networks
         ]
         if getattr(teacher, "fold_batchnorm", False) and reading:

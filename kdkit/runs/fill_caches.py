@@ -19,7 +19,7 @@ from kdkit.contracts.records import Batch, Inputs
 from kdkit.data import loaders
 from kdkit.data.augment import crop_flip
 from kdkit.data.loaders import TrainLoader
-from kdkit.engine.trainer import build_accelerator
+from kdkit.engine.accelerator import build_accelerator
 from kdkit.recipe import Recipe
 from kdkit.recipe.data_section import DataSpec
 from kdkit.runs import checks, training

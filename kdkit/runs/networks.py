@@ -28,10 +28,7 @@ from kdkit.contracts.schedule import Model, Stage
 from kdkit.contracts.survey import Survey
 from kdkit.data.loaders import Data
 from kdkit.errors import (
-    CheckpointError,
-    InputError,
     ModelError,
-    RecipeError,
     RunError,
     TapError,
 )
@@ -44,7 +41,6 @@ from kdkit.models.seen import refuse_other_places
 from kdkit.models.tapped import TappedModel
 from kdkit.randomness import seeded
 from kdkit.recipe import Recipe, content_of
-from kdkit.recipe.sections import LossEntry
 from kdkit.runs import wanted
 from kdkit.runs.frozen import FrozenModels
 from kdkit.runs.meaning import TeacherClasses
@@ -283,10 +279,6 @@ class ModelFactory:
         for model in self.models():
             model.finite.verify()
 
-    def looking_at(self, name: str) -> list[LossEntry]:
-        """List the losses that read a teacher."""
-        return wanted.looking_at(self.recipe, name)
-
     def _build_teacher(self, name: str, number: int, file: Path | None = None) -> TappedModel:
         build = functools.partial(self._frozen_teacher, name, number, file)
         layers, needs_logits = self.teacher_layers(name), self._needs_logits(name)
@@ -399,25 +391,11 @@ class ModelFactory:
                     fields=self.info.fields,
                 )
             except ModelError as error:
-                raise self._error(section, error) from error
+                raise wanted.error_in(
+                    self.recipe, section, error, trained=section in self.trained
+                ) from error
             self._skeletons[section] = built.module
         return self._skeletons[section]
-
-    def _error(
-        self, section: str, error: Exception, options: ModelOptions | None = None
-    ) -> RecipeError:
-        own = self.recipe.spec.all_teachers().get(section)
-        key = (
-            "input"
-            if isinstance(error, InputError) and getattr(own, "input", True)
-            else "recipe"
-            if section in self.trained
-            else "checkpoint"
-            if isinstance(error, CheckpointError)
-            else "model"
-        )
-        place = [*wanted.place_of(self.recipe, section, options), key]
-        return self.recipe.error(place, str(error).removeprefix(f"{section}: "))
 
     def _build(
         self,
@@ -449,7 +427,9 @@ class ModelFactory:
                     fields=self.info.fields,
                 )
         except (ModelError, TapError) as error:
-            raise self._error(section, error, options) from error
+            raise wanted.error_in(
+                self.recipe, section, error, options, trained=section in self.trained
+            ) from error
         if self.device.type != "meta":  # in a check it stays on the device where it could be built
             model.module.to(self.device)
             model.adapt.to(self.device)

@@ -6,22 +6,19 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, cast
 
-import torch
 from accelerate import Accelerator
 
 from kdkit.contracts.dataset_source import DataInfo
-from kdkit.data import loaders, sizes
-from kdkit.data.mixing import MixedLoader
-from kdkit.data.mixing import options_of as mixing_options
+from kdkit.data import sizes
+from kdkit.engine.accelerator import build_accelerator, multiplies_bf16
 from kdkit.engine.evaluate import Judge
 from kdkit.engine.setup import Carried, build_trainer
-from kdkit.engine.trainer import build_accelerator
 from kdkit.engine.turns import BEGINNING, Stopwatch, Turns, finish
-from kdkit.errors import BusyError, DataError, RunError
+from kdkit.errors import BusyError, RunError
 from kdkit.launching import is_first, of_launch
 from kdkit.models.tapped import TappedModel
 from kdkit.randomness import reseed
@@ -33,6 +30,7 @@ from kdkit.runs.deployment import rebuilt, unreadable
 from kdkit.runs.folder import RunFolder
 from kdkit.runs.interrupts import StopRequest
 from kdkit.runs.networks import ModelFactory
+from kdkit.runs.opening import open_data
 from kdkit.runs.progress import Reporter, Seldom
 from kdkit.runs.result import Result
 from kdkit.runs.scoring import weights
@@ -157,7 +155,7 @@ class Prepared:
         if (
             recipe.spec.train.precision == "bf16"
             and accelerator.device.type == "cpu"
-            and not _multiplies_bf16()
+            and not multiplies_bf16()
         ):
             reporter.warn(
                 "train.precision bf16 is slower than fp32 on this processor, which has no AMX"
@@ -200,14 +198,6 @@ def accelerator_for(recipe: Recipe, folder: RunFolder) -> Accelerator:
     return build_accelerator(
         recipe.spec.train,
         **({"log_with": wanted, "project_dir": str(folder.path)} if wanted else {}),
-    )
-
-
-def _multiplies_bf16() -> bool:
-    return (
-        bool(torch.cpu.get_capabilities().get("amx_bf16"))
-        if hasattr(torch.cpu, "get_capabilities")
-        else True
     )
 
 
@@ -261,45 +251,6 @@ def folder_for(recipe: Recipe, base: Path, name: str, taken: Path | None = None)
         if free or RunFolder(named).holds(recipe)
         else base / f"{name}-{recipe.fingerprint[:8]}"
     )
-
-
-def open_data(
-    recipe: Recipe, accelerator: Accelerator, shared: Shared | None = None
-) -> loaders.Data:
-    """Open the recipe's data, this process's share of it, mixed if the recipe says so."""
-    shared = shared or Alone()
-    opened = shared.opened(functools.partial(read_data, recipe, accelerator))
-    if (spec := recipe.spec.train.mixup) is None:
-        return opened
-    mixed = functools.partial(
-        MixedLoader,
-        spec=spec,
-        mix=recipe.task.mixer(mixing_options(spec), opened.info),
-        seed=recipe.spec.seed,
-        rank=accelerator.process_index,
-    )
-    return replace(opened, train=shared.changed(f"mixed {spec!r}", opened.train, mixed))
-
-
-def read_data(recipe: Recipe, accelerator: Accelerator) -> loaders.Data:
-    """Read the recipe's data without mixing."""
-    spec = recipe.spec
-    source = recipe.dataset()
-    rank, world = accelerator.process_index, accelerator.num_processes
-    try:
-        with accelerator.local_main_process_first():  # it may download
-            return loaders.prepare(
-                spec.data,
-                source,
-                recipe.task,
-                seed=spec.seed,
-                device=accelerator.device,
-                rank=rank,
-                world=world,
-                unlabelled=recipe.unlabelled(),
-            )
-    except DataError as error:
-        raise recipe.error(["data"], str(error)) from error
 
 
 def _carry_out(setting: RunContext) -> Turns[Result | None]:

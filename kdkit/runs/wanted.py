@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from kdkit.contracts.loss import Loss
 from kdkit.contracts.loss_options import LayerPair
 from kdkit.contracts.model_source import ModelOptions
+from kdkit.errors import CheckpointError, InputError, RecipeError
 from kdkit.recipe import Recipe, models_in
 from kdkit.recipe.sections import LossEntry
 
@@ -74,3 +75,26 @@ def place_of(recipe: Recipe, section: str, options: ModelOptions | None) -> Sequ
     own = ["student"] if section == "student" else recipe.spec.place_of(section)
     schedules = models_in({"schedule": recipe.spec.schedule})
     return next((place for place, model in schedules if model is options), own)
+
+
+def error_in(
+    recipe: Recipe,
+    section: str,
+    error: Exception,
+    options: ModelOptions | None = None,
+    *,
+    trained: bool,
+) -> RecipeError:
+    """Name the key of a network's section that an error comes from; `trained` by another recipe."""
+    own = recipe.spec.all_teachers().get(section)
+    key = (
+        "input"
+        if isinstance(error, InputError) and getattr(own, "input", True)
+        else "recipe"
+        if trained
+        else "checkpoint"
+        if isinstance(error, CheckpointError)
+        else "model"
+    )
+    place = [*place_of(recipe, section, options), key]
+    return recipe.error(place, str(error).removeprefix(f"{section}: "))

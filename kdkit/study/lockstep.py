@@ -23,7 +23,7 @@ from kdkit.contracts.dataset_source import DataInfo
 from kdkit.engine.turns import BEGINNING, Place, Stopwatch, Turns
 from kdkit.errors import BusyError, Interrupted, KdkitError, RunError
 from kdkit.recipe import Recipe, content_of
-from kdkit.runs import training
+from kdkit.runs import opening, training
 from kdkit.runs.folder import RunFolder
 from kdkit.runs.interrupts import StopRequest
 from kdkit.runs.progress import Seldom
@@ -285,7 +285,7 @@ def _train_group(
         train = first.recipe.spec.train
         on_gpu = accelerator.device.type == "cuda"
         sharing = Sharing(
-            training.read_data(first.recipe, accelerator),
+            opening.read_data(first.recipe, accelerator),
             accelerator.num_processes,
             records=on_gpu and train.capture is not False and not train.compile,
         )

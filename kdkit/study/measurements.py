@@ -20,8 +20,8 @@ from kdkit import files
 from kdkit import recipe as recipes
 from kdkit.contracts.model_source import ModelOptions, TeacherOptions
 from kdkit.data.subsets import images_per_epoch, samples
+from kdkit.engine.accelerator import build_accelerator
 from kdkit.engine.evaluate import Judge, TaughtAnswers, measure, taught_answers
-from kdkit.engine.trainer import build_accelerator
 from kdkit.errors import KdkitError, RunError
 from kdkit.finite import Number
 from kdkit.recipe import Recipe

@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from kdkit.engine.accelerator import build_accelerator
 from kdkit.engine.loop import train_epoch
 from kdkit.engine.setup import build_trainer
-from kdkit.engine.trainer import Trainer, build_accelerator
+from kdkit.engine.trainer import Trainer
 from kdkit.randomness import reseed
 from kdkit.recipe import Recipe
-from kdkit.runs import training
+from kdkit.runs import opening, training
 from kdkit.runs.networks import ModelFactory
 
 MEASURED = "kdkit: measured"  # label in the profiler's record
@@ -101,7 +102,7 @@ def _on_cpu(run: Callable[[], object], warm_up: bool) -> int:
 def _trainer(recipe: Recipe, folder: Path) -> Trainer:
     """Build the trainer of the first stage in the same way as a run."""
     accelerator = build_accelerator(recipe.spec.train)
-    prepared = training.open_data(recipe, accelerator)
+    prepared = opening.open_data(recipe, accelerator)
     factory = ModelFactory(
         recipe,
         prepared.info,

@@ -7,24 +7,29 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kdkit.contracts.dataset_source import DataInfo
-from kdkit.contracts.loss import Context, Loss, Rest
+from kdkit.contracts.loss import Context, Loss
 from kdkit.contracts.records import Batch, Outputs
-from kdkit.contracts.survey import Survey
-from kdkit.contracts.task import RowMeaning
 from kdkit.engine.objective import no_teacher
 from kdkit.errors import ShapeError
-from kdkit.recipe import registry
-from kdkit.testing.forms import CLASSES, FORMS, IMAGE, LABEL_WISE, Network, Shape, shapes_of
+from kdkit.testing.forms import CLASSES, FORMS, LABEL_WISE, Shape, shapes_of
 from kdkit.testing.options import built, reads_layers
-from kdkit.testing.outputs import Change, of_texts, random_batch, random_outputs, tensors_by_name
+from kdkit.testing.outputs import Change, of_texts, random_batch, tensors_by_name
+from kdkit.testing.stand_ins import (
+    behind,
+    labels_for,
+    layers_of,
+    meaning_of_rows,
+    networks_with,
+    random_answers,
+    random_survey,
+)
 
 STEEPEST = 1e6  # slope of a loss whose inputs are not huge
 
@@ -228,121 +233,34 @@ def probe_on(
         ShapeError: the loss refuses the form.
     """
     loss = cls(built(cls, options))
-    layers = _layers(loss, shapes)
-    networks = _networks(layers, classes)
-    labels = _labels(loss, 64, classes)
+    layers = layers_of(loss, shapes)
+    networks = networks_with(layers, classes)
+    labels = labels_for(loss, 64, classes)
     context = Context(
         networks[0],
         networks[1].eval().requires_grad_(False),
         classes,
         64,
         labels,
-        _behind,
+        behind,
         functools.partial(random_survey, labels),
     )
     outputs = classes, classes if teacher_classes is None else teacher_classes
     # Set up on four samples and evaluated on six: a loss must not depend on the size of the batch
     # that `setup` saw.
-    few, more = (_answers(cls, layers, outputs, size) for size in (4, 6))
+    few, more = (random_answers(cls, layers, outputs, size) for size in (4, 6))
     if texts:
         few, more = ((of_texts(s, shapes[0][0]), of_texts(t, shapes[1][0])) for s, t in (few, more))
     if cls.needs_networks:
         few, more = ((networks[0].answer(s), networks[1].answer(t)) for s, t in (few, more))
     set_up(loss, *few, context, form)
-    batch = replace(random_batch(6, classes), labels=_labels(loss, 6, classes))
+    batch = replace(random_batch(6, classes), labels=labels_for(loss, 6, classes))
     # the teacher classifies two of three samples correctly
     if meaning_of_rows(loss) == "classes" and batch.labels.ndim == 1:
         predicted = more[1].logits.argmax(1)
         labels = torch.where(torch.arange(6) % 3 == 0, torch.arange(6), predicted) % classes
         batch = replace(batch, labels=labels)
     return Probe(loss, *more, batch, context, form)
-
-
-def meaning_of_rows(loss: Loss) -> RowMeaning:
-    """Find what the rows mean that a loss is tried on: classes, unless it is for others only."""
-    tasks = loss.for_tasks(loss.options)
-    if tasks == "any" or "classes" in tasks:
-        return "classes"
-    if tasks & {"labels", "labels of samples"}:
-        return "labels"
-    return "numbers" if "numbers" in tasks else "classes"
-
-
-def _labels(loss: Loss, count: int, classes: int) -> Tensor:
-    """Make labels that the loss reads: masks, if it is only for a task that has some."""
-    tasks, known = loss.for_tasks(loss.options), registry.load().tasks
-    if tasks != "any" and all(name in known and known[name].moves for name in tasks):
-        info = DataInfo(IMAGE, classes, num_train=count, num_test=count)
-        return known[min(tasks)]().random_targets(info, torch.arange(count))
-    return random_batch(count, classes, rows=meaning_of_rows(loss)).labels
-
-
-def _layers(loss: Loss, shapes: tuple[Shape, Shape]) -> tuple[dict[str, Shape], dict[str, Shape]]:
-    """Name the layers that a loss reads, with the shapes of the student's and the teacher's."""
-    pairs = loss.options.taps()
-    student = {pair.student: shapes[0] for pair in pairs}
-    teacher = {pair.teacher: shapes[1] for pair in pairs}
-    if loss.knowledge == "labels":  # both layers of a pair are the student's
-        # A layer that both sides name keeps the student's shape.
-        student = {**teacher, **student}
-    return student, teacher
-
-
-def _networks(layers: tuple[dict[str, Shape], dict[str, Shape]], classes: int) -> list[Network]:
-    """Make a student and a teacher with these layers."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return [
-            Network({name: shape for name, shape in shapes.items() if shape}, classes)
-            for shapes in layers
-        ]
-
-
-def _behind(network: nn.Module, layer: str, taps: Sequence[str]) -> Rest:
-    """Return a stand-in for what follows a layer of a stand-in."""
-    assert isinstance(network, Network)
-    return network.behind(layer, taps)
-
-
-def random_survey(labels: Tensor, network: nn.Module, survey: Survey) -> dict[str, Tensor]:
-    """Survey random answers of a stand-in to images with these labels."""
-    assert isinstance(network, Network)
-    index = torch.arange(len(labels)) if survey.images is None else survey.images
-    # a layer without a name of its own is the classifier's input
-    embedding = (network.classifier.in_features,)
-    shapes = {layer: network.shapes.get(layer, embedding) for layer in survey.layers}
-    answer = random_outputs(shapes, size=len(index), classes=network.classes, seed=7)
-    return survey.of([(answer, Batch(torch.zeros(len(index), *IMAGE), labels[index], index))])
-
-
-def _answers(
-    cls: type[Loss],
-    layers: tuple[dict[str, Shape], dict[str, Shape]],
-    classes: tuple[int, int],
-    size: int,
-) -> tuple[Outputs, Outputs]:
-    """Draw an answer of the student and one of the teacher."""
-    student, teacher = (
-        random_outputs(
-            layers[side], size=size, seed=size + side, views=cls.needs_views, classes=classes[side]
-        )
-        for side in (0, 1)
-    )
-    if cls.whole_answers:
-        student, teacher = (
-            replace(answer, logits=_whole_answer(cls, size, size + side, classes[side]))
-            for side, answer in enumerate((student, teacher))
-        )
-    return student, teacher
-
-
-def _whole_answer(cls: type[Loss], size: int, seed: int, classes: int) -> Tensor:
-    """Draw logits of whole samples, whose rows are parts of them, as the loss's first task does."""
-    task = registry.load().tasks[min(cls.tasks)]()
-    info = DataInfo(IMAGE, classes, num_train=size, num_test=size)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return task.random_answer(info, size).logits
 
 
 def set_up(

@@ -7,10 +7,10 @@ from training import PLAIN, TINY, Command, assert_same_run, lines, merged, metri
 
 import kdkit
 from kdkit import recipe
-from kdkit.engine.trainer import build_accelerator
+from kdkit.engine.accelerator import build_accelerator
 from kdkit.randomness import reseed
 from kdkit.recipe import registry
-from kdkit.runs import training
+from kdkit.runs import opening
 from kdkit.runs.checkpoints import Checkpoints
 from kdkit.runs.networks import ModelFactory
 from kdkit.testing import random_batch, random_outputs
@@ -95,7 +95,7 @@ def test_the_chain_is_plain_torch_code_in_a_row(tmp_path, options):
     kdkit.train(path, folder=tmp_path / "run", quiet=True)
     loaded = recipe.load(path)
     accelerator = build_accelerator(loaded.spec.train)
-    prepared = training.open_data(loaded, accelerator)
+    prepared = opening.open_data(loaded, accelerator)
     factory = ModelFactory(loaded, prepared.info, {}, device=accelerator.device)
     student, *earlier = factory.student(), factory.teacher()
     chain = [factory.student(assistant) for assistant in loaded.spec.schedule.assistants]

@@ -10,9 +10,9 @@ from training import PLAIN, Command, assert_same_run, lines, metrics, together, 
 
 import kdkit
 from kdkit import recipe
-from kdkit.engine.trainer import build_accelerator
+from kdkit.engine.accelerator import build_accelerator
 from kdkit.recipe import registry
-from kdkit.runs import training
+from kdkit.runs import opening, training
 from kdkit.runs.checkpoints import Checkpoints
 from kdkit.runs.folder import RunFolder
 from kdkit.runs.networks import ModelFactory
@@ -86,7 +86,7 @@ def test_the_route_is_plain_torch_code_in_a_row(tmp_path, monkeypatch):
     made = tmp_path / "runs" / "taught"
     loaded = recipe.load(path)
     accelerator = build_accelerator(loaded.spec.train)
-    prepared = training.open_data(loaded, accelerator)
+    prepared = opening.open_data(loaded, accelerator)
     trained = training.trained_teachers(loaded, tmp_path / "runs" / "pupil", quiet=True)
     factory = ModelFactory(loaded, prepared.info, trained, device=accelerator.device)
     student, teacher = factory.student(), factory.teacher()

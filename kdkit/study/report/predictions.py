@@ -17,8 +17,8 @@ from kdkit.contracts import task as contracts
 from kdkit.contracts.inputs import first_tensor
 from kdkit.contracts.records import Batch, Outputs
 from kdkit.contracts.task import Task
+from kdkit.engine.accelerator import build_accelerator
 from kdkit.engine.evaluate import Predictions, evaluating, predict
-from kdkit.engine.trainer import build_accelerator
 from kdkit.errors import KdkitError, RecipeError
 from kdkit.models.devices import for_reading
 from kdkit.models.tapped import TappedModel
