@@ -34,9 +34,10 @@ docs: $(VENV)/installed  ## write what is generated: the schemas and the referen
 	$(BIN)/kdkit schema --study > recipes/study.schema.json
 	$(BIN)/python docs/generate.py
 
-bench: $(VENV)/installed  ## kdkit against plain torch: a step, an epoch, the loader, the teacher, each loss; studies and caches against runs without; what a typo costs
+bench: $(VENV)/installed  ## kdkit against plain torch: a step, an epoch, the loader, the teacher, each loss and balance; studies and caches against runs without; what a typo costs
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/losses.py
+	$(BIN)/python benchmarks/balances.py
 	$(BIN)/python benchmarks/teacher.py
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/epoch.py

@@ -165,6 +165,7 @@ def test_average_best_in_lockstep_is_what_it_is_alone(tmp_path):
     assert results[0].averaged == alone.averaged
 
 
+@pytest.mark.slow
 def test_average_best_resumes_in_two_processes(tmp_path):
     path = write(tmp_path, **{**CHANGES, "train": {**CHANGES["train"], "epochs": 6}})
     commands = together(tmp_path, "train", path, "--run", "whole")

@@ -29,6 +29,7 @@ def test_a_naive_form_that_computes_something_else_is_noticed(monkeypatch):
 
 
 TINY = {
+    "balances": ["--batch-size=4", "--image-size=8", "--rounds=1", "--teacher=cifar/resnet8", "--student=cifar/resnet8"],
     "cache": ["--images=16", "--image-size=8", "--batch-size=8", "--rounds=1"],
     "epoch": ["--pairs=resnet56-resnet20", "--images=64", "--workers=0", "--rounds=1"],
     "loader": ["--images=32", "--batch-size=16", "--rounds=1"],
@@ -36,7 +37,7 @@ TINY = {
     "study": ["--only=time", "--runs=2", "--images=16", "--epochs=1", "--batch-size=8", "--image-size=8", "--steps=1", "--rounds=1"],
     "teacher": ["--batch-size=2", "--tap-size=32", "--image-size=8", "--rounds=1"],
 }
-FIGURES = {"cache": 34, "epoch": 15, "loader": 12, "segmentation": 8, "study": 8, "teacher": 28}  # at least, in the table
+FIGURES = {"balances": 42, "cache": 34, "epoch": 15, "loader": 12, "segmentation": 8, "study": 8, "teacher": 28}  # at least, in the table
 
 
 @pytest.fixture

@@ -103,6 +103,7 @@ def launched(folder, until):
     return process
 
 
+@pytest.mark.slow
 def test_one_that_is_killed_in_kdkit_s_own_launch_ends_the_others(tmp_path):
     """The last line says which died of what."""
     first = launched(tmp_path, 3)

@@ -74,7 +74,7 @@ def test_processes_agree_until_one_dies(dies, says):
         process.join(PATIENCE)
 
 
-@pytest.mark.parametrize("words", [[], ["--spread"]])
+@pytest.mark.parametrize("words", [pytest.param([], marks=pytest.mark.slow), ["--spread"]])
 def test_a_study_in_two_processes_of_a_launch(tmp_path, words):
     """Spread, each process trains groups alone; else both train every run together."""
     path = study(tmp_path)
@@ -108,7 +108,7 @@ def test_processes_without_a_launcher_share_a_study(tmp_path):
     assert_as_alone(tmp_path, path)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_what_a_process_leaves_another_goes_on_with(tmp_path, number):
     path = study(tmp_path, seeds=1, epochs=5)
     first = Command(tmp_path, *SHARE)
@@ -129,6 +129,7 @@ def test_what_a_process_leaves_another_goes_on_with(tmp_path, number):
     assert_as_alone(tmp_path, path, seeds=1)
 
 
+@pytest.mark.slow
 def test_each_process_tries_what_fails_once(tmp_path):
     study(tmp_path, seeds=1, variants="{plain: {}, wild: {train: {optimizer: {lr: 1.0e+30}}}}")
     both = [command.finish() for command in [Command(tmp_path, *SHARE) for _ in range(2)]]
@@ -137,6 +138,7 @@ def test_each_process_tries_what_fails_once(tmp_path):
     assert json.loads((run_of(tmp_path, 0) / "result.json").read_text())["epochs"] == 2
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_in_both_processes_does_not_stop_the_other(tmp_path):
     study(tmp_path, seeds=1, variants="{plain: {}, wild: {train: {optimizer: {lr: 1.0e+30}}}}")
     both = [command.finish() for command in together(tmp_path, "compare", "study.yaml")]

@@ -178,6 +178,7 @@ def test_resume_without_an_intact_checkpoint_begins_the_stage_anew(tmp_path):
     assert_same_run(run, tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_resume_trains_a_lost_stage_again(tmp_path):
     recipe = write(tmp_path, twice(tmp_path))
     kdkit.train(recipe, folder=tmp_path / "whole", quiet=True)
@@ -206,6 +207,7 @@ def test_resume_leaves_out_a_half_written_line_of_metrics(tmp_path):
     assert_same_run(run, tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_plateau_schedule_resumes_with_its_counts(tmp_path):
     plateau = {"epochs": 5, "lr_schedule": {"name": "plateau", "patience": 1, "decay_rate": 0.5}}
     train(tmp_path, into="whole", train=plateau)

@@ -420,6 +420,7 @@ def rows_are_right(folder):
     return count
 
 
+@pytest.mark.slow
 def test_two_trainings_share_a_cache(tmp_path):
     both = [forked(train_in_a_process, tmp_path, 4) for _ in range(2)]
     for one in both:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 import kdkit
 
+from ._heads import classifiers
+
 
 class ClassAttention(kdkit.Loss):
     """Mean squared difference of class activation maps of unit length.
@@ -47,15 +49,9 @@ class ClassAttention(kdkit.Loss):
     def setup(
         self, student: kdkit.Outputs, teacher: kdkit.Outputs, context: kdkit.Context | None = None
     ) -> None:
-        if context is None:
-            raise kdkit.ShapeError(
-                "it needs both networks' classifiers: give `setup` a context with the networks"
-            )
-        if len(self.options.layers) != 1:
-            raise kdkit.ShapeError(
-                "it compares the last maps before the classifiers: one pair, not"
-                f" {len(self.options.layers)}"
-            )
+        own, self.teacher_classifier = classifiers(self.options, student, teacher, context)
+        # a tuple hides it from `parameters()` and `state_dict()`: the student trains and saves it
+        self.student_classifier = (own,)
         ((f_s, f_t),) = self.options.pairs(student, teacher)
         pair = self.options.layers[0]
         if min(f_s.shape[2:].numel(), f_t.shape[2:].numel()) == 1:
@@ -66,20 +62,6 @@ class ClassAttention(kdkit.Loss):
             raise kdkit.ShapeError(
                 f"{shapes} must have several positions: of one there is no map; take larger images"
                 " or a finer layer"
-            )
-        self.teacher_classifier = kdkit.pooled_head(
-            context.teacher_classifier(), f_t, teacher.logits, f"teacher '{pair.teacher}'"
-        )
-        own = kdkit.pooled_head(
-            context.student_classifier(), f_s, student.logits, f"student '{pair.student}'"
-        )
-        # a tuple hides it from `parameters()` and `state_dict()`: the student trains and saves it
-        self.student_classifier = (own,)
-        if own.out_features != self.teacher_classifier.out_features:
-            raise kdkit.ShapeError(
-                f"student logits {tuple(student.logits.shape)} and teacher logits"
-                f" {tuple(teacher.logits.shape)} must be over the same K classes; train both on one"
-                " class set"
             )
 
     def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:

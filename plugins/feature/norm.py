@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 import kdkit
 
+from ._heads import networks, same_classes
+
 LEAST = 1e-7  # of a variance of logits
 
 
@@ -85,21 +87,8 @@ class ManyToOne(kdkit.Loss):
     def setup(
         self, student: kdkit.Outputs, teacher: kdkit.Outputs, context: kdkit.Context | None = None
     ) -> None:
-        if context is None:
-            raise kdkit.ShapeError(
-                "it needs the student's classifier: give `setup` a context with the networks"
-            )
-        if len(self.options.layers) != 1:
-            raise kdkit.ShapeError(
-                "it compares the last maps before the classifiers: one pair, not"
-                f" {len(self.options.layers)}"
-            )
-        if student.logits.shape != teacher.logits.shape:
-            raise kdkit.ShapeError(
-                f"student logits {tuple(student.logits.shape)} and teacher logits"
-                f" {tuple(teacher.logits.shape)} must be over the same K classes; train both on one"
-                " class set"
-            )
+        context = networks(self.options, context, "the student's classifier")
+        same_classes(student, teacher)
         ((f_s, f_t),) = self.options.pairs(student, teacher)
         whose = f"student '{self.options.layers[0].student}'"
         own = kdkit.pooled_head(context.student_classifier(), f_s, student.logits, whose)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import kdkit
 
+from ._heads import networks
+
 
 class ReusedClassifier(kdkit.Loss):
     """Mean squared error of the teacher's last map, predicted from the student's by a learnt
@@ -49,15 +51,7 @@ class ReusedClassifier(kdkit.Loss):
     def setup(
         self, student: kdkit.Outputs, teacher: kdkit.Outputs, context: kdkit.Context | None = None
     ) -> None:
-        if context is None:
-            raise kdkit.ShapeError(
-                "it needs the teacher's classifier: give `setup` a context with the networks"
-            )
-        if len(self.options.layers) != 1:
-            raise kdkit.ShapeError(
-                "it compares the last maps before the classifiers: one pair, not"
-                f" {len(self.options.layers)}"
-            )
+        context = networks(self.options, context, "the teacher's classifier")
         ((f_s, f_t),) = self.options.pairs(student, teacher)
         layer = self.options.layers[0].teacher
         # a frozen copy, which a deployed student takes along

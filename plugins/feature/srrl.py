@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import kdkit
 
+from ._heads import networks
+
 
 class SoftmaxRegression(kdkit.Loss):
     """Squared error of the pooled features, and of the logits that the teacher's frozen
@@ -40,15 +42,7 @@ class SoftmaxRegression(kdkit.Loss):
     def setup(
         self, student: kdkit.Outputs, teacher: kdkit.Outputs, context: kdkit.Context | None = None
     ) -> None:
-        if context is None:
-            raise kdkit.ShapeError(
-                "it needs the teacher's classifier: give `setup` a context with the networks"
-            )
-        if len(self.options.layers) != 1:
-            raise kdkit.ShapeError(
-                "it compares the last layers before the classifiers: one pair, not"
-                f" {len(self.options.layers)}"
-            )
+        context = networks(self.options, context, "the teacher's classifier")
         ((v_s, v_t),) = self.options.pairs(student, teacher)
         layer = self.options.layers[0].teacher
         self.classifier = kdkit.pooled_head(

@@ -8,14 +8,21 @@ from torch import Tensor
 import kdkit
 
 
-class EmbeddingOptions(kdkit.VectorOptions):
-    """Options of a loss that relates one vector (N, D) per sample, of all processes or of each."""
+class VectorsOfPairs(kdkit.VectorOptions):
+    """Options of a loss on one vector (N, D) per sample, which is the classifier's input unless
+    layers are named.
+    """
 
     layers: tuple[kdkit.LayerPair, ...] = Field(
         default=(kdkit.LayerPair(student="penultimate", teacher="penultimate"),),
         min_length=1,
         description="Student/teacher layer pairs to compare.",
     )
+
+
+class EmbeddingOptions(VectorsOfPairs):
+    """Options of a loss that relates these vectors, of all processes or of each."""
+
     gather: bool = Field(
         default=False,
         description="Relate the samples of all processes, not of each process alone.",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import kdkit
 
+from ._embeddings import VectorsOfPairs
 from ._queue import CrossEntropy, Queue, likeness
 
 
@@ -38,12 +39,7 @@ class QueueDivergence(kdkit.Loss):
     name = "queue_kl"
     knowledge = "relation"
 
-    class Options(kdkit.VectorOptions):
-        layers: tuple[kdkit.LayerPair, ...] = Field(
-            default=(kdkit.LayerPair(student="penultimate", teacher="penultimate"),),
-            min_length=1,
-            description="Student/teacher layer pairs to compare.",
-        )
+    class Options(VectorsOfPairs):
         queue: int = Field(
             default=8192,
             ge=1,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import kdkit
 
+from ._embeddings import VectorsOfPairs
 from ._queue import CrossEntropy, Queue, likeness
 
 
@@ -41,12 +42,7 @@ class RelationalRepresentation(kdkit.Loss):
     name = "rrd"
     knowledge = "relation"
 
-    class Options(kdkit.VectorOptions):
-        layers: tuple[kdkit.LayerPair, ...] = Field(
-            default=(kdkit.LayerPair(student="penultimate", teacher="penultimate"),),
-            min_length=1,
-            description="Student/teacher layer pairs to compare.",
-        )
+    class Options(VectorsOfPairs):
         queue: int = Field(
             default=16384, ge=1, le=1 << 24, description="Number of embeddings in the queue."
         )

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 import kdkit
 
+from ._embeddings import VectorsOfPairs
 from ._queue import Queue
 
 
@@ -41,12 +42,7 @@ class Seed(kdkit.Loss):
     name = "seed"
     knowledge = "relation"
 
-    class Options(kdkit.VectorOptions):
-        layers: tuple[kdkit.LayerPair, ...] = Field(
-            default=(kdkit.LayerPair(student="penultimate", teacher="penultimate"),),
-            min_length=1,
-            description="Student/teacher layer pairs to compare.",
-        )
+    class Options(VectorsOfPairs):
         queue: int = Field(
             default=65536, ge=1, le=1 << 24, description="Number of embeddings in the queue."
         )

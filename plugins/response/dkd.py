@@ -9,12 +9,13 @@ al., "Logit Standardization in Knowledge Distillation", CVPR 2024, arXiv:2403.01
 logits count as uniform and have no gradient.
 """
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 import kdkit
+
+from ._classes import SeveralClasses, log_probabilities
 
 
 class DKD(kdkit.Loss):
@@ -31,7 +32,7 @@ class DKD(kdkit.Loss):
     name = "dkd"
     knowledge = "response"
 
-    class Options(kdkit.ResponseOptions):
+    class Options(SeveralClasses):
         alpha: kdkit.Rampable = Field(
             default=1.0, ge=0, description="Factor of TCKD, the label against the rest."
         )
@@ -50,16 +51,6 @@ class DKD(kdkit.Loss):
 
     options: Options
 
-    def setup(
-        self, student: kdkit.Outputs, teacher: kdkit.Outputs, context: kdkit.Context | None = None
-    ) -> None:
-        super().setup(student, teacher, context)
-        if student.logits.shape[1] < 2:
-            raise kdkit.ShapeError(
-                f"logits {tuple(student.logits.shape)} have no class beside the label; at least two"
-                " are needed"
-            )
-
     def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
         z_s = student.logits
         z_t = teacher.logits
@@ -71,18 +62,6 @@ class DKD(kdkit.Loss):
         tckd = F.kl_div(label_s, label_t, reduction="batchmean", log_target=True)
         nckd = F.kl_div(others_s, others_t, reduction="batchmean", log_target=True)
         return t**2 * (self.options.alpha * tckd + self.options.beta * nckd)
-
-
-def log_probabilities(z: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the label and of the rest (B, 2); of each other class, given that it is not the label
-    (B, K - 1).
-    """
-    k = torch.arange(z.shape[1] - 1, device=z.device)
-    others = z.gather(1, k + (k >= classes[:, None]))  # every class but the label, in order
-    # log p_y - log(1 - p_y), from logits: 1 - p_y would round to 0 for a certain label
-    margin = z.gather(1, classes[:, None]) - others.logsumexp(1, keepdim=True)
-    # both from one margin: log(1 - sigmoid) would be infinite where the sigmoid rounds to 1
-    return F.logsigmoid(torch.cat([margin, -margin], 1)), F.log_softmax(others, dim=1)
 
 
 @kdkit.hookimpl

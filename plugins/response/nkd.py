@@ -7,12 +7,12 @@ of the released code. As in that code, the label of a mixed sample is the class 
 share.
 """
 
-import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 import kdkit
+
+from ._classes import SeveralClasses, others
 
 
 class NKD(kdkit.Loss):
@@ -29,7 +29,7 @@ class NKD(kdkit.Loss):
     name = "nkd"
     knowledge = "response"
 
-    class Options(kdkit.ResponseOptions):
+    class Options(SeveralClasses):
         gamma: kdkit.Rampable = Field(
             default=1.5, ge=0, description="Factor of the part on the classes other than the label."
         )
@@ -39,16 +39,6 @@ class NKD(kdkit.Loss):
 
     options: Options
 
-    def setup(
-        self, student: kdkit.Outputs, teacher: kdkit.Outputs, context: kdkit.Context | None = None
-    ) -> None:
-        super().setup(student, teacher, context)
-        if student.logits.shape[1] < 2:
-            raise kdkit.ShapeError(
-                f"logits {tuple(student.logits.shape)} have no class beside the label; at least two"
-                " are needed"
-            )
-
     def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
         z_s = student.logits
         z_t = teacher.logits
@@ -56,12 +46,8 @@ class NKD(kdkit.Loss):
         y = batch.classes[:, None]
         # at temperature 1, as in the paper: T is for the other classes only
         label = z_t.softmax(1).gather(1, y) * z_s.log_softmax(1).gather(1, y)
-        k = torch.arange(z_s.shape[1] - 1, device=z_s.device)
-        others = k + (k >= y)  # every class but the label, in order
-        soft, log_p = (
-            (z_t.gather(1, others) / t).softmax(1),
-            F.log_softmax(z_s.gather(1, others) / t, dim=1),
-        )
+        soft = (others(z_t, batch.classes) / t).softmax(1)
+        log_p = (others(z_s, batch.classes) / t).log_softmax(1)
         # cross-entropies, not divergences, as in the paper: the teacher's entropy is a constant
         return -label.mean() - self.options.gamma * t**2 * (soft * log_p).sum(1).mean()
 

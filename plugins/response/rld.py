@@ -19,6 +19,8 @@ from torch import Tensor
 
 import kdkit
 
+from ._classes import SeveralClasses
+
 
 class RefinedLogits(kdkit.Loss):
     """KL divergences of the label's confidence from that of the teacher's first choice, and among
@@ -36,7 +38,7 @@ class RefinedLogits(kdkit.Loss):
     name = "rld"
     knowledge = "response"
 
-    class Options(kdkit.ResponseOptions):
+    class Options(SeveralClasses):
         alpha: kdkit.Rampable = Field(
             default=1.0, ge=0, description="Factor of the part on the label's confidence."
         )
@@ -55,16 +57,6 @@ class RefinedLogits(kdkit.Loss):
         )
 
     options: Options
-
-    def setup(
-        self, student: kdkit.Outputs, teacher: kdkit.Outputs, context: kdkit.Context | None = None
-    ) -> None:
-        super().setup(student, teacher, context)
-        if student.logits.shape[1] < 2:
-            raise kdkit.ShapeError(
-                f"logits {tuple(student.logits.shape)} have no class beside the label; at least two"
-                " are needed"
-            )
 
     def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
         z_s, z_t = student.logits, teacher.logits

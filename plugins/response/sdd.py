@@ -20,6 +20,9 @@ from torch import Tensor, nn
 
 import kdkit
 
+from ..feature._heads import classifiers
+from ._classes import log_probabilities, others
+
 Inner = Literal["logit_kl", "dkd", "nkd"]
 
 
@@ -78,34 +81,10 @@ class ScaleDecoupled(kdkit.Loss):
     def setup(
         self, student: kdkit.Outputs, teacher: kdkit.Outputs, context: kdkit.Context | None = None
     ) -> None:
-        if context is None:
-            raise kdkit.ShapeError(
-                "it needs both networks' classifiers: give `setup` a context with the networks"
-            )
-        if len(self.options.layers) != 1:
-            raise kdkit.ShapeError(
-                "it pools the last maps before the classifiers: one pair, not"
-                f" {len(self.options.layers)}"
-            )
-        ((f_s, f_t),) = self.options.pairs(student, teacher)
-        pair = self.options.layers[0]
-        self.teacher_classifier = kdkit.pooled_head(
-            context.teacher_classifier(), f_t, teacher.logits, f"teacher '{pair.teacher}'"
-        )
-        own = kdkit.pooled_head(
-            context.student_classifier(), f_s, student.logits, f"student '{pair.student}'"
-        )
+        own, self.teacher_classifier = classifiers(self.options, student, teacher, context)
         # a tuple hides it from `parameters()` and `state_dict()`: the student trains and saves it
         self.student_classifier = (own,)
-        self._refuse_other_classes(own.out_features, self.teacher_classifier.out_features)
-
-    def _refuse_other_classes(self, ours: int, theirs: int) -> None:
-        if ours != theirs:
-            raise kdkit.ShapeError(
-                f"student logits of {ours} classes and teacher logits of {theirs} must be over the"
-                " same K classes; train both on one class set"
-            )
-        if ours < 2:
+        if own.out_features < 2:
             raise kdkit.ShapeError("one class leaves none beside the label; two are needed")
 
     def forward(self, student: kdkit.Outputs, teacher: kdkit.Outputs, batch: kdkit.Batch) -> Tensor:
@@ -140,14 +119,9 @@ def logit_kl(z_s: Tensor, z_t: Tensor, y: Tensor, options: Any) -> Tensor:
 def dkd(z_s: Tensor, z_t: Tensor, y: Tensor, options: Any) -> Tensor:
     """The decoupled divergences of each row."""
     t = options.temperature
-    others_s, others_t = others(z_s / t, y), others(z_t / t, y)
-    label_s, label_t = (
-        # log p_y - log(1 - p_y), from logits: 1 - p_y would round to 0 for a certain label
-        z.gather(1, y[:, None]) / t - rest.logsumexp(1, keepdim=True)
-        for z, rest in ((z_s, others_s), (z_t, others_t))
-    )
-    tckd = divergence(binary(label_s), binary(label_t))
-    nckd = divergence(others_s.log_softmax(1), others_t.log_softmax(1))
+    label_s, others_s = log_probabilities(z_s / t, y)
+    label_t, others_t = log_probabilities(z_t / t, y)
+    tckd, nckd = divergence(label_s, label_t), divergence(others_s, others_t)
     value: Tensor = t**2 * (options.alpha * tckd + options.beta * nckd)
     return value
 
@@ -172,17 +146,6 @@ INNER: dict[Inner, Callable[[Tensor, Tensor, Tensor, Any], Tensor]] = {
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(q || p) of each row."""
     return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(1)
-
-
-def others(z: Tensor, y: Tensor) -> Tensor:
-    """The logits of every class but the label, in order, (R, K - 1)."""
-    k = torch.arange(z.shape[1] - 1, device=z.device)
-    return z.gather(1, k + (k >= y[:, None]))
-
-
-def binary(margin: Tensor) -> Tensor:
-    """Logarithms of sigmoid(margin) and of its complement, (R, 2)."""
-    return F.logsigmoid(torch.cat([margin, -margin], 1))
 
 
 @kdkit.hookimpl

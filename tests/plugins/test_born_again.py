@@ -150,6 +150,7 @@ def test_with_moving_averages_a_generation_teaches_as_it_was_measured(tmp_path, 
     assert all(torch.equal(value, taught[name]) for name, value in first.deployed()[0].state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_goes_on_with_the_same_bits(tmp_path):
     """Stopped inside the first generation, with its last step, and inside the second."""
     train(tmp_path, RECIPE, into="whole")

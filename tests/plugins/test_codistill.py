@@ -80,6 +80,7 @@ def test_processes_are_the_students(tmp_path):
         torch.testing.assert_close(value, nets[0].state_dict()[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_codistill_resumes_each_process_with_its_own_student(tmp_path):
     path = shared(tmp_path, **PAIR, train={"epochs": 12, "evaluate_every": 6})
     ran(together(tmp_path, "train", path, "--run", "whole"))

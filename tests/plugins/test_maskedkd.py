@@ -69,6 +69,7 @@ def test_a_teacher_answers_from_the_kept_patches_alone(arguments):
     assert torch.equal(before[0], after[0]) and not torch.equal(before[1], after[1])
 
 
+@pytest.mark.slow
 def test_runs_that_share_a_teacher_end_as_alone(tmp_path):
     base = {**BASE, "train": {**BASE["train"], "epochs": 1}}
     found = jobs(tmp_path, base, {"quarter": {"schedule": {"keep": 0.25}}})

@@ -149,6 +149,7 @@ def test_two_processes_equal_one(tmp_path):
     assert_alike(tmp_path / "two", tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_two_processes_with_batch_statistics_stop_and_go_on(tmp_path):
     """Each process has its own statistics after a step; the averages must have one and the same."""
     path = write(tmp_path, RECIPE, train={"epochs": 6, "evaluate_every": 3})

@@ -88,6 +88,7 @@ def test_every_parameter_moves(tmp_path, name):
     assert len(known) == len(set(known)) == len(list(trainer.learner.parameters()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PEERS)
 def test_stopped_anywhere_it_goes_on_as_if_it_had_not(tmp_path, name):
     base = recipe(name, **WHOLE)

@@ -115,6 +115,7 @@ def test_says_that_agreement_teaches_nothing_in_the_first_epoch(tmp_path):
     assert all(line["train"]["logit_kl"] > 0 for line in metrics(tmp_path / "run")[1:] if line["kind"] == "epoch" and line["epoch"] > 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [6, 9])
 def test_a_run_that_stops_goes_on_with_the_same_bits(tmp_path, step):
     """At the end of the first epoch, and inside the second."""
