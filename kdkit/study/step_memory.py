@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
@@ -78,6 +79,7 @@ def _on_gpu(run: Callable[[], object], device: torch.device, warm_up: bool) -> i
 
 def _on_cpu(run: Callable[[], object], warm_up: bool) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the profiler's own log
+    gc.collect()  # or garbage of before is given back inside, which torch warns about
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         if warm_up:
             # recorded too: the profiler knows the size of a block that is given back only if it saw
