@@ -1,6 +1,8 @@
 """Detection: boxes move with images, networks answer like torchvision's, scores are COCO's."""
 
 import copy
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +10,10 @@ from torch import nn
 
 from kdkit import testing
 from kdkit.contracts.dataset_source import DataInfo
+from kdkit.contracts.records import Batch, Outputs
+from kdkit.contracts.task import Example, Rows
 from kdkit.data.images import stack
+from kdkit.engine.evaluate import Tally
 from kdkit.errors import DataError
 from kdkit.recipe import registry
 
@@ -56,6 +61,79 @@ def test_unequal_numbers_of_boxes_are_padded():
     assert targets[..., 4].tolist() == [[1, 1], [-1, -1], [1, -1]]
     _, boxes = helpers()
     assert [len(rows) for rows in boxes.unpadded(targets)] == [2, 0, 1]
+
+
+def padded(size):
+    """A target of 10 x 20 pixels that was scaled and padded to a size."""
+    from torchvision import tv_tensors
+
+    from kdkit.data.together import fitted
+
+    task = detection()
+    moving = task.movable({"boxes": [[0.0, 0, 10, 10]], "labels": [1]}, (10, 20), INFO)
+    return task.moved(fitted(tv_tensors.Image(torch.zeros(3, 10, 20)), moving, size, "bilinear", 0)[1])
+
+
+def test_the_frame_of_a_padded_picture_follows_its_boxes():
+    _, boxes = helpers()
+    whole, upright = padded((20, 40)), padded((40, 40))
+    assert whole.tolist() == [[0, 0, 20, 20, 1, 0]]  # fills the image
+    assert upright.tolist() == [[0, 10, 20, 30, 1, 0], [0, 10, 40, 30, -1, -1]]
+    _, targets = stack([(torch.zeros(3, 40, 40), rows) for rows in (upright, upright[:1], upright[:0])])
+    assert boxes.frames(targets, (40, 50)).tolist() == [[0, 10, 40, 30], [0, 0, 50, 40], [0, 0, 50, 40]]
+    assert [rows.tolist() for rows in boxes.unpadded(targets)] == [upright[:1].tolist()] * 2 + [[]]
+    assert detection().targets(targets, INFO, "targets").equal(targets)
+
+
+def answered(*rows):
+    """An answer (1, A, 8): boxes with a certain class each."""
+    certain = [[*box, 30.0, *(30.0 if k == label else -30.0 for k in range(3))] for *box, label in rows]
+    return torch.tensor([certain])
+
+
+def scored(answer, target, teacher=None):
+    """The scores, or those of agreement with a teacher, of one image of 40 x 40 pixels."""
+    info = DataInfo((3, 40, 40), 3, 8, 4, INFO.class_names)
+    task = detection()
+    tally = Tally(task.scores(info) if teacher is None else task.agreement(info), together=False)
+    tally.add(Rows(answer, target[None], teacher))
+    return tally.values()
+
+
+def test_scores_and_agreement_clip_boxes_to_the_picture():
+    """A box that reaches into the padding is the true one once it is clipped, to the student as to the teacher."""
+    pytest.importorskip("faster_coco_eval")
+    task, target = detection(), padded((40, 40))
+    answer = answered((0, 0, 20, 40, 1))
+    assert scored(answer, target)["map"] == pytest.approx(100)
+    assert scored(answer, target[:1])["map"] == pytest.approx(10)  # not clipped: an IoU of 0.5
+    batch = Batch(torch.zeros(1, 3, 40, 40), target[None], torch.zeros(1, dtype=torch.int64))
+    remembered = task.remembered(Outputs(answer), batch)
+    assert remembered[0, 0, :4].tolist() == [0, 10, 20, 30]
+    assert scored(answer, target, remembered) == {"found": 100, "iou_to_teacher": 100}
+
+
+def test_what_there_is_nothing_of_has_no_score():
+    pytest.importorskip("faster_coco_eval")
+    nothing, some = torch.zeros(0, 6), answered((5, 5, 20, 20, 1))
+    found = scored(some, nothing)
+    assert {"map", "ap_50", "ap_75", "recall"} == {name for name, value in found.items() if math.isnan(value)} == {*found}
+    for answer, teacher, share in ((some, [], math.nan), (some, [[30, 30, 40, 40, 0.9, 1]], 0.0)):
+        told = scored(answer, nothing, torch.tensor(teacher).view(1, -1, 6))
+        assert str(told["found"]) == str(share) and math.isnan(told["iou_to_teacher"])
+    (score, *_) = detection().scores(INFO)
+    assert (score.text(math.nan), score.text(12)) == ("-", "12.00 %")
+
+
+def test_a_picture_of_boxes_leaves_out_the_padding_and_writes_scores():
+    task, target = detection(), padded((40, 40))
+    answer = answered((0, 0, 20, 40, 1), (25, 12, 35, 20, 2))[0]
+    example = Example(torch.zeros(3, 40, 40), target, {"student": answer})
+    for one in (example, replace(example, target=None, frame=(0, 10, 40, 30))):
+        *_, axes = task.drawn(one, INFO).axes
+        assert (axes.get_xlim(), axes.get_ylim()) == ((-0.5, 39.5), (29.5, 9.5))
+        assert [text.get_text() for text in axes.texts] == ["1.00"] * 2
+        assert min(outline.get_alpha() for outline in axes.patches) >= 0.6
 
 
 @pytest.mark.parametrize(
@@ -120,6 +198,7 @@ def test_detectors_answer_and_learn_like_torchvisions(name):
     theirs, images = made(name).eval(), torch.rand(2, 3, *SIZE)
     varied(theirs, images, factor)
     ours = detectors.as_network(copy.deepcopy(theirs))
+    assert (ours.not_in_onnx is not None) == name.startswith("fasterrcnn")
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     with torch.no_grad():
         listed, answer = theirs([*images]), ours(images)["logits"]

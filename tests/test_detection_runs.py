@@ -1,17 +1,26 @@
 """Detection through whole runs: side by side, stopped, in two processes, cached, exported, predicted."""
 
+import contextlib
+import csv
+import io
 import json
+import re
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training import assert_same_run, merged, start, stop_and_go_on, weights
+from test_stage_resume import kill_often
+from training import assert_same_run, lines, merged, start, stop_and_go_on, weights
 from training import write as write_recipe
 
 import kdkit
-from kdkit import recipe
+from kdkit import cli, recipe
 from kdkit.errors import ModelError, RecipeError
+from kdkit.recipe.data_section import DataSpec
 from kdkit.runs import checks
 from kdkit.runs.run import Run
 from kdkit.students.export import export
@@ -108,6 +117,25 @@ def test_the_scores_of_a_run_are_those_of_a_report(trained):
     assert 0 <= result.test["map"] <= result.test["ap_50"] <= 100
 
 
+def predict(monkeypatch, capsys, *words):
+    """What `kdkit predict` prints to stdout and stderr."""
+    monkeypatch.setattr(sys, "argv", ["kdkit", "predict", *map(str, words)])
+    with contextlib.suppress(SystemExit):
+        cli.main()
+    return capsys.readouterr()
+
+
+def test_the_least_score_of_predicted_boxes_is_chosen_and_empty_images_are_told(trained, monkeypatch, capsys):
+    run, images = trained / "together" / "taught", trained / "test"
+    few, many = (predict(monkeypatch, capsys, run, images, "--threshold", least) for least in (0.99, 0.001))
+    assert few.out == "file,class,score,x0,y0,x1,y1\n" and not many.err
+    assert few.err == "note: 6 of 6 images have no object with a score of 0.99 or more (task.shown; `--threshold` sets another)\n"
+    rows = list(csv.DictReader(io.StringIO(many.out)))
+    assert len(rows) > 6 and all(float(row["x0"]) < float(row["x1"]) and float(row["score"]) >= 0.001 for row in rows)
+    wrong = predict(monkeypatch, capsys, run, images, "--threshold", 2)
+    assert wrong.err.startswith("--threshold: shown: ") and wrong.err.count("\n") == 1 and not wrong.out
+
+
 def test_predicted_boxes_come_back_in_the_pixels_of_their_file(trained, tmp_path):
     with Image.open(trained / "test" / "2.png") as picture:
         picture.resize((3 * WIDTH, 3 * HEIGHT), Image.Resampling.NEAREST).save(tmp_path / "large.png")
@@ -121,13 +149,29 @@ def test_predicted_boxes_come_back_in_the_pixels_of_their_file(trained, tmp_path
     assert predictor.task.drawn(small.example, predictor.info) is not None
 
 
+def test_boxes_in_the_padding_are_left_out_of_predictions():
+    from torchvision.tv_tensors import BoundingBoxes
+
+    predictor = Predictor(None, None, None, DataSpec(dataset={"use": "coco_json"}, batch_size=1, image_size=[40, 40]))
+    corners = BoundingBoxes([[0.0, 2, 40, 10], [0, 5, 20, 20]], format="XYXY", canvas_size=(40, 40))
+    told = predictor._as_large_as((10, 20), {"class": ["a", "b"], "score": [0.9, 0.8], "box": corners, "note": 1})
+    assert told == {"class": ["b"], "score": [0.8], "box": [[0, 0, 10, 5]], "note": 1}
+
+
+@pytest.fixture(scope="module")
+def in_onnx(trained):
+    """A folder with an exported detector."""
+    pytest.importorskip("onnxruntime")
+    made = export(LoadedRun(trained / "together" / "alone"), "onnx", trained / "onnx")
+    assert "other heights and widths that are multiples of 32" in made.notes[0]
+    return trained / "onnx"
+
+
 @pytest.mark.slow
-def test_an_exported_detector_is_torchvisions_and_takes_images_of_other_sizes(trained, tmp_path):
+def test_an_exported_detector_is_torchvisions_and_takes_images_of_other_sizes(trained, in_onnx, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     run = LoadedRun(trained / "together" / "alone")
-    made = export(run, "onnx", tmp_path / "onnx")
-    assert "other heights and widths that are multiples of 32" in made.notes[0]
-    session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
+    session = onnxruntime.InferenceSession(str(in_onnx / "model.onnx"))
     images = torch.rand(2, 3, 96, 160)
     found = session.run(None, {"images": images.numpy()})[0]
     with torch.no_grad():
@@ -137,6 +181,44 @@ def test_an_exported_detector_is_torchvisions_and_takes_images_of_other_sizes(tr
     with torch.no_grad():
         again = kdkit.load_student(tmp_path / "weights")(images).logits
     assert torch.equal(again, expected)
+
+
+def boxes_of_the_guide(folder, picture, capsys):
+    """What the code of the guide prints for a picture, from a score of 0.01 on."""
+    text = (Path(__file__).parent.parent / "docs" / "how-to" / "detection.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    for place, file in (
+        ("runs/cells/export/model.onnx", folder / "model.onnx"),
+        ("photos/1.jpg", picture),
+        ("LEAST, OVERLAP = 0.3", "LEAST, OVERLAP = 0.01"),
+    ):
+        assert place in code
+        code = code.replace(place, str(file))
+    exec(compile(code, "detection.md", "exec"), {})
+    lines = [re.fullmatch(r"(\w+) ([\d.]+) (\[.*\])", line).groups() for line in capsys.readouterr().out.splitlines()]
+    return [(name, float(score), json.loads(box)) for name, score, box in lines]
+
+
+@pytest.mark.slow
+def test_the_guide_finds_the_predicted_boxes_with_onnx(trained, in_onnx, tmp_path, capsys):
+    run, own = trained / "together" / "alone", trained / "test" / "2.png"
+    (said,) = Predictor.of(run, device=CPU, threshold=0.01)(find_images([own]), CPU)
+    found = boxes_of_the_guide(in_onnx, own, capsys)[: len(said.values["box"])]
+    assert found and [(name, box) for name, _, box in found] == [
+        (name, pytest.approx(box, abs=0.1)) for name, box in zip(said.values["class"], said.values["box"], strict=True)
+    ]
+    assert [score for _, score, _ in found] == pytest.approx(said.values["score"], abs=0.006)
+    # a picture with padding beside it
+    with Image.open(own) as picture:
+        picture.crop((0, 0, 32, HEIGHT)).resize((64, 2 * HEIGHT)).save(tmp_path / "narrow.png")
+    for _, _, (x0, y0, x1, y1) in boxes_of_the_guide(in_onnx, tmp_path / "narrow.png", capsys):
+        assert 0 <= x0 < x1 <= 64 and 0 <= y0 < y1 <= 2 * HEIGHT
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_goes_on_with_the_same_bits(trained):
+    kill_often(trained, trained / "taught.yaml", "killed", lines(trained / "together" / "taught"), 2, time.time_ns())
+    assert_same_run(trained / "killed", trained / "together" / "taught")
 
 
 @pytest.mark.slow
@@ -189,3 +271,28 @@ def test_what_does_not_fit_is_refused_in_one_line(trained, changes, says):
     with pytest.raises((RecipeError, ModelError)) as error:
         checks.make(recipe.load(write(trained, "refused.yaml", **changes)))
     assert says in str(error.value)
+
+
+FASTER = {"model": "torchvision/fasterrcnn_mobilenet_v3_large_320_fpn"}
+LACKS = "rows of Faster R-CNN are detections, not anchors or points: it teaches by `pseudo_labels` and by maps that `layers` names, not by `score_weighted`"
+
+
+@pytest.mark.parametrize(
+    ("teacher", "use", "says"),
+    [
+        (FASTER, "score_weighted", LACKS),
+        (FASTER, "crosskd", "'crosskd' reads by default (`layers` says what else): "),
+        ({"run": "runs/teacher"}, "hint", "teacher.run: no such key; did you mean 'recipe'?"),
+    ],
+    ids=["rows", "default layers", "run"],
+)
+def test_what_a_teacher_lacks_is_told_once(trained, teacher, use, says):
+    path = write_recipe(trained, {**RECIPE, "teacher": teacher, "losses": [{"use": "detector"}, {"use": use, "layers": PYRAMID} if use == "hint" else {"use": use}]}, "lacking.yaml")  # fmt: skip
+    with pytest.raises(RecipeError) as error:
+        checks.make(recipe.load(path))
+    (told,) = [line for line in str(error.value).splitlines() if "this key is required" not in line]
+    assert says in told
+
+
+def test_a_plan_counts_classes_of_boxes(trained):
+    assert str(checks.make(recipe.load(trained / "alone.yaml"))).splitlines()[0].endswith("test images (3, 64, 96), 2 classes")

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from kdkit import cli
 from kdkit.files import sealed
 from kdkit.students.export import export
 from kdkit.students.loaded import LoadedRun
+from kdkit.students.prediction_files import Pictures
+from kdkit.students.predictions import ImageFile, find_images
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +111,47 @@ def test_predict_writes_json_and_pictures_from_a_run_and_from_its_export(run, mo
     assert json.loads((tmp_path / "export.json").read_text()) == found
     assert command(monkeypatch, run, test, "--output", tmp_path / "run.txt") == 2
     assert "write a file .csv or .json" in capsys.readouterr().err
+
+
+def named(*paths):
+    return [ImageFile(Path(path), Path(name)) for path, name in paths]
+
+
+@pytest.mark.parametrize(
+    ("images", "files"),
+    [
+        (named(("a/1.jpg", "1.jpg"), ("b/2.jpg", "b/2.jpg")), ["1.png", "b/2.png"]),
+        (named(("/x/1.jpg", "/x/1.jpg"), ("../2.jpg", "../2.jpg")), ["1.png", "2.png"]),
+        (named(("/x/1.jpg", "/x/1.jpg"), ("/y/1.jpg", "/y/1.jpg")), ["x/1.png", "y/1.png"]),
+        (named(("1.jpg", "1.jpg"), ("1.tif", "1.tif")), ["1.jpg.png", "1.tif.png"]),
+    ],
+    ids=["plain", "from elsewhere", "equal names", "equal stems"],
+)
+def test_each_image_has_a_picture_of_its_own(images, files):
+    pictures = Pictures(Path("drawn"), "--pictures", images)
+    assert [str(pictures.file(image.name)) for image in images] == [f"drawn/{file}" for file in files]
+
+
+def test_images_of_one_name_are_told_apart(tmp_path):
+    for place in ("a/1.png", "b/1.png", "b/2.png"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (2, 2)).save(tmp_path / place)
+    found = find_images([tmp_path / "a", tmp_path / "b", tmp_path / "b" / "2.png", tmp_path / "a"])
+    assert [str(image.name) for image in found] == [str(tmp_path / "a" / "1.png"), str(tmp_path / "b" / "1.png"), "2.png"]
+
+
+def test_predict_tells_of_turned_images_and_that_classes_have_no_least_score(run, monkeypatch, capsys, tmp_path):
+    exif = Image.Exif()
+    for number, orientation in enumerate((1, 6, 8)):
+        exif[0x0112] = orientation
+        Image.new("RGB", (12, 10)).save(tmp_path / f"{number}.jpg", exif=exif)
+    assert not command(monkeypatch, run, tmp_path)
+    assert capsys.readouterr().err == (
+        "note: 2 of 3 images have an EXIF orientation, which is not applied: answers are of the pixels as they are stored"
+        f" (first: {tmp_path}/1.jpg)\n"
+    )
+    assert command(monkeypatch, run, tmp_path, "--threshold", 0.5) == 2
+    assert capsys.readouterr().err == "--threshold: task 'classification' does not choose by a score\n"
 
 
 def test_an_export_of_before_does_not_say_how_images_are_prepared(run, monkeypatch, capsys, tmp_path):

@@ -192,6 +192,10 @@ def predict(
     masks: Annotated[
         Path | None, option("--masks", help="Folder to write the masks of a segmentation to.")
     ] = None,
+    threshold: Annotated[
+        float | None,
+        option("--threshold", help="Least score of boxes (default: the task's `shown`)."),
+    ] = None,
     best: Best = False,
     device: Device = None,
     plugins: RunPlugins = None,
@@ -205,17 +209,21 @@ def predict(
     files = predictions.find_images(images)
     where = _device(device)
     predictor = predictions.Predictor.of(
-        student, best=best, device=where, plugins=absolute(plugins)
+        student, best=best, device=where, plugins=absolute(plugins), threshold=threshold
     )
+    seen = prediction_files.Watch()
     writer = prediction_files.Writer(
         prediction_files.Pictures(masks, "--masks", files) if masks else None,
         prediction_files.Pictures(pictures, "--pictures", files) if pictures else None,
         predictor.task,
         predictor.info,
     )
-    rows = writer.told(predictor(files, where))
+    rows = writer.told(seen.watching(predictor(files, where)))
     is_json = output is not None and output.suffix == ".json"
     text = prediction_files.as_json(rows) if is_json else prediction_files.as_csv(rows)
+    # not on stdout, which may be the table
+    for note in seen.notes(predictor.task):
+        print(f"note: {note}", file=sys.stderr)
     if output is None:
         # Not through rich, which would wrap rows of a CSV file in a pipe.
         sys.stdout.write(text)

@@ -132,7 +132,7 @@ def resolve(name: str, module: nn.Module, outputs: int | None = None) -> Layer:
     hint = f"did you mean '{close[0]}'? " if close else ""
     raise TapError(
         f"there is no layer '{name}'; {hint}allowed: {', '.join(_aliases(stages))}, or a path that"
-        f" begins with {_top(module)}"
+        f" begins with {_top(module)}{_remark(module)}"
     )
 
 
@@ -174,10 +174,16 @@ def expand_pairs(
             raise TapError(
                 f"'{pair.student}' is {len(ours)} student layers ({', '.join(ours)}),"
                 f" '{pair.teacher}' is {len(theirs)} teacher layers ({', '.join(theirs)}); they"
-                " must be as many"
+                f" must be as many{_remark(student)}{_remark(teacher)}"
             )
         written += [LayerPair(student=s, teacher=t) for s, t in zip(ours, theirs, strict=True)]
     return written
+
+
+def _remark(module: nn.Module) -> str:
+    """Return what a network itself says where it lacks a layer: its attribute `remark`."""
+    remark = getattr(module, "remark", None)
+    return f"; {remark}" if isinstance(remark, str) else ""
 
 
 def stage_paths(module: nn.Module) -> list[str]:

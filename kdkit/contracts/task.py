@@ -64,11 +64,13 @@ class Example:
         target: in the task's form; None if it is not known.
         answers: logits by the network's name: those of the teacher first if there is one, then
             those of the baseline's student and of the best other students.
+        frame: x0, y0, x1, y1 of the picture in a padded image, pixels; None if it is not known.
     """
 
     image: Tensor
     target: Tensor | None
     answers: Mapping[str, Tensor]
+    frame: tuple[int, int, int, int] | None = None
 
 
 def answer_and_target(rows: Rows) -> tuple[Any, ...]:
@@ -112,12 +114,13 @@ class ScoreInfo:
         return value if self.higher_is_better else -value
 
     def number(self, value: float) -> str:
-        """Format the value with its digits."""
-        return f"{value:.{self.digits}f}"
+        """Format the value with its digits; `-` for NaN: there is nothing to measure."""
+        return "-" if math.isnan(value) else f"{value:.{self.digits}f}"
 
     def text(self, value: float) -> str:
         """Format the value with its unit: `97.40 %`."""
-        return f"{self.number(value)} {self.unit}".rstrip()
+        unit = "" if math.isnan(value) else self.unit
+        return f"{self.number(value)} {unit}".rstrip()
 
 
 def _whole(computed: Any) -> Any:
@@ -221,6 +224,10 @@ class Task(abc.ABC):
     """
     default_loss: ClassVar[str]
     """Name of the usual loss on labels for this task; of embeddings, of the usual loss."""
+    least_score: ClassVar[str | None] = None
+    """Name of the option that is the least score of what `predicted` lists, if there is one;
+    `kdkit predict --threshold` gives another value.
+    """
     Options: ClassVar[type[TaskOptions]] = TaskOptions
 
     def __init__(self, options: TaskOptions | None = None) -> None:

@@ -107,6 +107,9 @@ def _explain(
     elif kind == "extra_forbidden":
         key = str(location[-1])
         meant = _nearest(_places_of(key, model, data), location)
+        # not the section `run` of the recipe, which has that name
+        if key == "run" and location[0] in ("teacher", "teachers"):
+            meant = ["recipe"]
         says = f"no such key; {suggest(key, _keys_at(error['loc'][:-1], model), meant)}"
     elif kind == "literal_error":
         allowed = [

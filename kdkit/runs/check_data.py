@@ -17,6 +17,7 @@ from kdkit.data import beside
 from kdkit.data.images import Pictures, called
 from kdkit.data.labels import CALLED, Part, described, labels_of, split
 from kdkit.data.mixing import options_of as mixing_options
+from kdkit.data.transforms import with_channels
 from kdkit.engine.evaluate import Tally
 from kdkit.engine.optim import build_optimizer
 from kdkit.engine.scores import scores_of
@@ -101,12 +102,13 @@ class DataChecks(Checks):
                 self.task.targets(labels, info, f"{whose} labels")
 
     def _try_first_target(self, part: Part, info: DataInfo, whose: str) -> None:
-        """Convert the target of the first image, as only reading all would find each wrong one."""
+        """Convert the first image and its target, as only reading all would find each wrong one."""
         if isinstance(part, Stream | Texts) or not len(part):
             return
         shown = Pictures(part) if isinstance(part, InMemory) else part
         image, target = shown[0]
         try:
+            with_channels(image, info.image_shape[0])
             self.task.movable(target, (image.height, image.width), info)
         except DataError as error:
             raise DataError(f"{whose} {called(shown, 0)}: {error}") from None

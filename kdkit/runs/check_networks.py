@@ -51,18 +51,23 @@ class NetworkChecks(Checks):
 
     def check_layers(self, factory: ModelFactory) -> None:
         for i, entry in enumerate(self.spec.losses):
+            is_default = "layers" not in entry.model_fields_set
+            own = self.recipe.plugins.losses[entry.use].knowledge == "labels"
             for j, pair in enumerate(entry.taps()):
+                found = False
                 with self.report.at("losses", i, "layers", j):
                     try:
-                        factory.expand(
-                            [pair],
-                            entry.teacher,
-                            self.recipe.plugins.losses[entry.use].knowledge == "labels",
-                        )
+                        factory.expand([pair], entry.teacher, own)
+                        found = True
                     # Placed here, at the pair itself: `Report` would look for the layer's name in
                     # all losses.
                     except TapError as error:
-                        raise self.recipe.error(["losses", i, "layers", j], str(error)) from None
+                        usual = f"'{entry.use}' reads by default (`layers` says what else): "
+                        says = f"{usual if is_default else ''}{error}"
+                        raise self.recipe.error(["losses", i, "layers", j], says) from None
+                # The recipe does not name the others, and they lack for the same reason.
+                if is_default and not found:
+                    break
         self.report.raise_if_any()
 
     def networks_of(

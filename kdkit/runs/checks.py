@@ -130,7 +130,8 @@ class _Planner(Checks):
         return Plan(
             spec.name,
             info,
-            self.task.rows_are,
+            # anchors and points, which are yes-or-no questions, have no labels to be counted
+            self.task.rows_are if self.task.labels_rows else "classes",
             num_train,
             student,
             tuple(planned),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +67,9 @@ def write_onnx(student: TappedModel, info: DataInfo, task: Task, folder: Path) -
     Raises:
         ModelError: ONNX cannot express the network, or gives other answers.
     """
+    # tried for minutes otherwise, before the exporter fails somewhere inside
+    if (reason := getattr(student.module, "not_in_onnx", None)) is not None:
+        raise ModelError(f"ONNX cannot express this network: {reason}")
     shape = student.sees or info.image_shape
     samples = random_inputs(shape, 3)
     probe = {IMAGES[0]: samples} if isinstance(samples, Tensor) else {**samples}
@@ -133,8 +139,7 @@ def _export(
 ) -> None:
     external = sum(v.nbytes for v in network.state_dict().values()) > EMBEDDED
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exporter warns about its own internals
+        with _silence():
             torch.onnx.export(
                 network,
                 tuple(probe.values()),
@@ -149,6 +154,23 @@ def _export(
     # the exporter raises errors of any type
     except Exception as error:
         raise ModelError(f"ONNX cannot express this network: {_first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep the exporter from telling of its own internals, in thousands of lines where it fails."""
+    before, nowhere = logging.root.manager.disable, io.StringIO()
+    logging.disable()
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(nowhere),
+            contextlib.redirect_stderr(nowhere),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _larger(probe: Mapping[str, Tensor], height: int, width: int) -> dict[str, Tensor]:
@@ -205,6 +227,9 @@ def _onnx_gap(path: Path, network: nn.Module, probes: Sequence[Mapping[str, Tens
     return max(gaps)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
+    """Return the first line of what an error goes back to: the exporter's own tells its steps."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ from kdkit.students.predictions import ImageFile, Prediction
 
 @dataclass(frozen=True)
 class Pictures:
-    """PNG files below a folder, under their images' names.
+    """PNG files below a folder, under their images' names; `photo.jpg.png` and `photo.tif.png`
+    where two images are called `photo`.
 
     Attributes:
         folder: where they go.
@@ -34,22 +37,61 @@ class Pictures:
     images: Sequence[ImageFile] = ()
     written: set[Path] = field(default_factory=set)
 
+    def __post_init__(self) -> None:
+        """Raises:
+        DataError: a picture's file would be one of the images.
+        """
+        own = {image.path.resolve() for image in self.images}
+        for file in map(self.file, (image.name for image in self.images)):
+            if file.resolve() in own:
+                raise DataError(
+                    f"{file}: is one of the images; choose another folder for {self.option}"
+                )
+
+    def file(self, name: Path) -> Path:
+        """Return the file of an image's picture, by the image's name in the table."""
+        place = self._place(name)
+        is_shared = self._stems[place.with_suffix("")] > 1
+        ending = f"{place.suffix}.png" if is_shared else ".png"
+        return self.folder / place.with_suffix(ending)
+
+    def _place(self, name: Path) -> Path:
+        """Return a path below the folder: an image that is named by its whole path needs its
+        folders only beside another one of its name.
+        """
+        short = _short(name)
+        return short if self._shorts[short] < 2 else _below(name)
+
+    @cached_property
+    def _shorts(self) -> Mapping[Path, int]:
+        return collections.Counter(_short(image.name) for image in self.images)
+
+    @cached_property
+    def _stems(self) -> Mapping[Path, int]:
+        return collections.Counter(self._place(image.name).with_suffix("") for image in self.images)
+
     def write(self, name: Path, content: bytes) -> Path:
         """Write the picture of an image, by its name in the table; return the file.
 
         Raises:
-            DataError: the file is one of the images, or another image's picture.
+            DataError: the file is another image's picture.
         """
-        file = self.folder / (Path(name.name) if name.is_absolute() else name).with_suffix(".png")
-        if file.resolve() in {image.path.resolve() for image in self.images}:
-            raise DataError(
-                f"{file}: is one of the images; choose another folder for {self.option}"
-            )
+        file = self.file(name)
         if file in self.written:
             raise DataError(f"{file}: is the picture of another image of that name")
         self.written.add(file)
         write_atomically(file, content)
         return file
+
+
+def _short(name: Path) -> Path:
+    return Path(name.name) if name.is_absolute() else _below(name)
+
+
+def _below(name: Path) -> Path:
+    """Return a path that leads nowhere but down, of an image that is named from elsewhere."""
+    parts = [part for part in name.parts if part not in (name.anchor, "..")]
+    return Path(*parts)
 
 
 @dataclass(frozen=True)
@@ -96,6 +138,45 @@ class Writer:
         stream = io.BytesIO()
         figure.savefig(stream, format="png", dpi=120)
         return stream.getvalue()
+
+
+@dataclass
+class Watch:
+    """Counts predictions that need a word, as they pass.
+
+    Attributes:
+        images: how many have passed.
+        without: how many of them have no object.
+        turned: files whose EXIF data turn them.
+    """
+
+    images: int = 0
+    without: int = 0
+    turned: list[Path] = field(default_factory=list)
+
+    def watching(self, predictions: Iterable[Prediction]) -> Iterator[Prediction]:
+        for one in predictions:
+            self.images += 1
+            # an empty list in each column
+            self.without += any(value == [] for value in one.values.values())
+            if one.is_turned:
+                self.turned.append(one.file.path)
+            yield one
+
+    def notes(self, task: Task) -> Iterator[str]:
+        """Say in how many images there is nothing, and which are not read as they are shown."""
+        if self.without and task.least_score is not None:
+            least = getattr(task.options, task.least_score)
+            yield (
+                f"{self.without:,} of {self.images:,} images have no object with a score of"
+                f" {least:g} or more (task.{task.least_score}; `--threshold` sets another)"
+            )
+        if self.turned:
+            yield (
+                f"{len(self.turned):,} of {self.images:,} images have an EXIF orientation, which is"
+                f" not applied: answers are of the pixels as they are stored (first:"
+                f" {self.turned[0]})"
+            )
 
 
 def as_csv(rows: Iterable[tuple[Path, Mapping[str, Any]]]) -> str:

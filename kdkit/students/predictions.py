@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from kdkit.contracts.inputs import is_text
 from kdkit.contracts.task import Example, Task
 from kdkit.data.images import Finish, ReadImages
 from kdkit.data.sizes import measured_batch_size
-from kdkit.data.together import Together, unfitted, unfitted_boxes
+from kdkit.data.together import Together, placed, unfitted, unfitted_boxes
 from kdkit.data.transforms import for_measuring
 from kdkit.errors import DataError, RunError
 from kdkit.models.tapped import TappedModel
@@ -23,6 +25,9 @@ from kdkit.recipe import registry
 from kdkit.recipe.data_section import DatasetEntry, DataSpec
 from kdkit.recipe.explain import validated
 from kdkit.students.loaded import EXPORTED, LoadedRun, exported_about, load_student
+
+ORIENTATION = 0x0112  # EXIF tag
+UPRIGHT = 1  # its value for an image that is stored as it is shown
 
 
 @dataclass(frozen=True)
@@ -42,11 +47,13 @@ class Prediction:
         values: by column: numbers, texts, a picture (H, W), or lists of equal length, an entry for
             each of several objects.
         example: the image as the network sees it, with the answer, for a picture.
+        is_turned: whether the file has an EXIF orientation, which is not applied.
     """
 
     file: ImageFile
     values: Mapping[str, Any]
     example: Example
+    is_turned: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,12 +80,20 @@ class Predictor:
         best: bool = False,
         device: torch.device,
         plugins: Sequence[Path] = (),
+        threshold: float | None = None,
     ) -> Predictor:
         """Load a finished run, or an exported student.
 
+        Args:
+            folder: of the run, or the exported one.
+            best: take the epoch that was best on validation.
+            device: that answers.
+            plugins: Python files of the run that may be run.
+            threshold: least score of what is predicted, in place of the task's option.
+
         Raises:
             RunError: the folder is neither; the run is not finished; the export does not say how
-                images are prepared.
+                images are prepared; the task has no least score, or not this one.
             DataError: it is one of texts.
         """
         if not (folder / EXPORTED).is_file():
@@ -90,7 +105,9 @@ class Predictor:
             made = cls(student, *_of_export(folder, plugins))
         if is_text(made.info.image_shape):
             raise DataError(f"{folder}: its student reads texts, not images")
-        return made
+        if threshold is None:
+            return made
+        return replace(made, task=_with_least_score(made.task, threshold))
 
     def __call__(self, files: Sequence[ImageFile], device: torch.device) -> Iterator[Prediction]:
         """Predict what the task asks of image files.
@@ -116,28 +133,43 @@ class Predictor:
             with torch.no_grad():
                 answer = self.student(batch.inputs)
             assert isinstance(batch.inputs, Tensor)
-            told = task.predicted(answer, self.info)
-            rows = zip(batch.index.tolist(), told, batch.inputs, answer.logits, strict=True)
+            predicted = task.predicted(answer, self.info)
+            rows = zip(batch.index.tolist(), predicted, batch.inputs, answer.logits, strict=True)
             for index, values, image, logits in rows:
-                example = Example(image.cpu(), None, {"student": logits.cpu()})
-                own = self._as_large_as(files[index].path, values)
-                yield Prediction(files[index], own, example)
+                own, is_turned = _size_of(files[index].path)
+                answers = {"student": logits.cpu()}
+                example = Example(image.cpu(), None, answers, self._frame(own))
+                told = self._as_large_as(own, values)
+                yield Prediction(files[index], told, example, is_turned)
 
-    def _as_large_as(self, file: Path, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Bring predicted pictures and boxes to the size of the image file."""
-        from PIL import Image
+    def _frame(self, own: tuple[int, int]) -> tuple[int, int, int, int] | None:
+        """Return x0, y0, x1, y1 of an image of size `own` (H, W) in the padded one."""
+        if not self.task.moves or self.data.size is None:
+            return None
+        (height, width), (top, left) = placed(own, self.data.size)
+        return left, top, left + width, top + height
+
+    def _as_large_as(self, own: tuple[int, int], values: Mapping[str, Any]) -> dict[str, Any]:
+        """Bring predicted pictures and boxes to the size (H, W) of the image file; objects whose
+        boxes lie in the padding are left out.
+        """
         from torchvision.tv_tensors import BoundingBoxes
 
-        with Image.open(file) as image:
-            own = image.height, image.width
         size = self.data.size
-
-        def moved(value: Any) -> Any:
+        told = dict(values)
+        for name, value in values.items():
             if isinstance(value, BoundingBoxes):
-                return unfitted_boxes(value, own, size or own).tolist()
-            return unfitted(value, own, size) if isinstance(value, Tensor) else value
-
-        return {name: moved(value) for name, value in values.items()}
+                told[name] = unfitted_boxes(value, own, size or own).tolist()
+            elif isinstance(value, Tensor):
+                told[name] = unfitted(value, own, size)
+        boxes = [told[name] for name, value in values.items() if isinstance(value, BoundingBoxes)]
+        if not boxes:
+            return told
+        inside = [x0 < x1 and y0 < y1 for x0, y0, x1, y1 in boxes[0]]
+        return {
+            name: [*itertools.compress(value, inside)] if isinstance(value, list) else value
+            for name, value in told.items()
+        }
 
 
 class _Unlabelled:
@@ -162,8 +194,8 @@ class _Unlabelled:
 
 
 def find_images(paths: Sequence[Path]) -> list[ImageFile]:
-    """List image files: those named, and those below the folders named, in the order of their
-    paths.
+    """List image files, each once: those named, and those below the folders named, in the order of
+    their paths. Files of several folders that would have one name are called by their whole paths.
 
     Raises:
         DataError: a folder has none, or there is no such path.
@@ -184,7 +216,37 @@ def find_images(paths: Sequence[Path]) -> list[ImageFile]:
             known = ", ".join(IMG_EXTENSIONS)
             raise DataError(f"{path}: no image files in it (looked for {known})")
         found += files
-    return found
+    each: dict[Path, ImageFile] = {}
+    for image in found:
+        each.setdefault(image.path.resolve(), image)
+    return _told_apart([*each.values()])
+
+
+def _told_apart(images: Sequence[ImageFile]) -> list[ImageFile]:
+    times = collections.Counter(image.name for image in images)
+    return [
+        image if times[image.name] == 1 else replace(image, name=image.path) for image in images
+    ]
+
+
+def _size_of(file: Path) -> tuple[tuple[int, int], bool]:
+    """Return the size (H, W) of an image as it is stored, and whether its EXIF data turn it."""
+    from PIL import Image
+
+    with Image.open(file) as image:
+        return (image.height, image.width), image.getexif().get(ORIENTATION, UPRIGHT) != UPRIGHT
+
+
+def _with_least_score(task: Task, value: float) -> Task:
+    """Make a task with another least score of what it predicts.
+
+    Raises:
+        RunError: it has none, or not this one.
+    """
+    if task.least_score is None:
+        raise RunError(f"--threshold: task '{task.name}' does not choose by a score")
+    given = task.options.model_dump(exclude={"use"}) | {task.least_score: value}
+    return type(task)(validated(task.Options, given, "--threshold", RunError))
 
 
 def _of_export(folder: Path, plugins: Sequence[Path]) -> tuple[Task, DataInfo, DataSpec]:

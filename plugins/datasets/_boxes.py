@@ -25,6 +25,8 @@ NO_AREA = "without an area, left out"
 OUTSIDE = "outside their images, left out"
 BEYOND = "that reach beyond their images, clipped"
 OTHER = "of other classes than `classes` names, left out"
+TWICE = "listed twice, both kept"
+LEFT_OUT = (NO_AREA, OUTSIDE, OTHER)
 
 
 class BoxEntry(NamedTuple):
@@ -160,7 +162,9 @@ class BoxSet(kdkit.DatasetSource):
         return [*(file for file in self.files if file.is_file()), *images]
 
     def notes(self) -> Sequence[str]:
-        """How many boxes are left out or clipped, and which images and classes have none."""
+        """How many boxes are left out, clipped or listed twice, and which images and classes have
+        none.
+        """
         told = [note for part in PARTS for note in self._notes(part)]
         seen = {box.kind for entry in self._entries["train"] for box in entry.boxes}
         if unseen := [name for name in self.classes if name not in seen]:
@@ -168,6 +172,9 @@ class BoxSet(kdkit.DatasetSource):
         return told
 
     def split(self, part: Literal["train", "test"]) -> Boxed:
+        # not in `info`: a dataset of unlabelled images is asked for its training part alone
+        if part == "test":
+            self._refuse_nothing_to_find()
         return self._parts[part]
 
     @cached_property
@@ -190,6 +197,18 @@ class BoxSet(kdkit.DatasetSource):
                         f" {listed(self.classes)}"
                     )
 
+    def _refuse_nothing_to_find(self) -> None:
+        entries, known = self._entries["test"], frozenset(self.classes)
+        for entry in entries:
+            boxes = [box for box in entry.boxes if not box.ignored]
+            # `all` ends at the first that counts, so that few sizes are read from image files
+            if not all(_fault(box, _size(entry), known) in LEFT_OUT for box in boxes):
+                return
+        raise kdkit.DataError(
+            f"dataset '{self.name}': `test`: none of its {len(entries):,} images has a box that"
+            " counts, so that nothing could be measured"
+        )
+
     def _height_and_width(self) -> tuple[int, int]:
         """Height and width of all images; 0, 0 if they differ."""
         sizes = {entry.size for part in PARTS for entry in self._entries[part]}
@@ -202,16 +221,21 @@ class BoxSet(kdkit.DatasetSource):
         return size_of(Path(self._entries["train"][0].path))
 
     def _notes(self, part: Literal["train", "test"]) -> list[str]:
-        faulty: dict[str, list[BoxEntry]] = {NO_AREA: [], OUTSIDE: [], BEYOND: [], OTHER: []}
+        kinds = (NO_AREA, OUTSIDE, BEYOND, OTHER, TWICE)
+        faulty: dict[str, list[BoxEntry]] = {kind: [] for kind in kinds}
         empty: list[str] = []
         known = frozenset(self.classes)
         for entry in self._entries[part]:
-            size = size_of(Path(entry.path))[::-1] if entry.size == UNKNOWN else entry.size
+            size = _size(entry)
             faults = [_fault(box, size, known) for box in entry.boxes]
+            seen: set[tuple[tuple[float, ...], str]] = set()
             for box, fault in zip(entry.boxes, faults, strict=True):
                 if fault is not None:
                     faulty[fault].append(box)
-            if all(fault in (NO_AREA, OUTSIDE, OTHER) for fault in faults):
+                elif (box.corners, box.kind) in seen:
+                    faulty[TWICE].append(box)
+                seen.add((box.corners, box.kind))
+            if all(fault in LEFT_OUT for fault in faults):
                 empty.append(entry.path)
         told = [
             f"{PARTS[part]} boxes {fault}: {len(boxes):,} (first: {boxes[0].at})"
@@ -222,6 +246,14 @@ class BoxSet(kdkit.DatasetSource):
             count = f"{len(empty):,} of {len(self._entries[part]):,}"
             told.append(f"{PARTS[part]} images without a box: {count} (first: {empty[0]})")
         return told
+
+
+def _size(entry: ImageEntry) -> tuple[int, int]:
+    """Return width and height of an image, from its header if no file tells them."""
+    if entry.size != UNKNOWN:
+        return entry.size
+    height, width = size_of(Path(entry.path))
+    return width, height
 
 
 def _fault(box: BoxEntry, size: tuple[int, int], known: Collection[str]) -> str | None:

@@ -46,6 +46,10 @@ class Detector:
     """(h, w) of the maps of the last forward, which depend on the size of its images alone."""
     background: int = 0
     """Number of classes that stand for none, in front of those of the data."""
+    not_in_onnx: str | None = None
+    """Why ONNX cannot express it, if it cannot."""
+    remark: str | None = None
+    """What a message about a layer that it lacks adds."""
 
     def maps(self, images: Tensor) -> dict[str, Tensor]:
         """Return the maps of the feature pyramid, the finest first."""
@@ -211,6 +215,15 @@ class FasterRcnn(Detector, FasterRCNN):  # type: ignore[misc]
     """
 
     background = 1
+    not_in_onnx = (
+        "Faster R-CNN's second stage reads as many boxes as its first one finds in an image; export"
+        " FCOS, RetinaNet or SSD, or its weights (`--format timm`)"
+    )
+
+    remark = (
+        "rows of Faster R-CNN are detections, not anchors or points: it teaches by `pseudo_labels`"
+        " and by maps that `layers` names, not by `score_weighted`, `crosskd` or row by row"
+    )
 
     def _generator(self) -> Any:
         return self.rpn.anchor_generator

@@ -1,8 +1,9 @@
 """Boxes with classes: the forms of targets and answers of detection, and what is detected.
 
 A target is (M, 6): x0, y0, x1, y1 in pixels of the image, class, 1 if the box does not count (a
-crowd, or an object too difficult to tell) else 0; rows of -1 pad it. An answer is (A, 5 + K), a row
-for each anchor or point: x0, y0, x1, y1, logit of the box's quality, K logits of the classes.
+crowd, or an object too difficult to tell) else 0; rows of -1 pad it. Where an image is padded, one
+row more is the frame of its picture: x0, y0, x1, y1, -1, -1. An answer is (A, 5 + K), a row for
+each anchor or point: x0, y0, x1, y1, logit of the box's quality, K logits of the classes.
 Detections are (D, 6): x0, y0, x1, y1, score, class, the best first.
 """
 
@@ -74,34 +75,67 @@ def refuse_other_classes(student: Tensor, teacher: Tensor) -> None:
 
 
 def scores_of(answer: Tensor) -> Tensor:
-    """Scores (..., K) of the classes: probability times quality, as FCOS multiplies them."""
+    """Scores (..., K) of the classes: sigmoid(class) * sigmoid(quality), as in FCOS's paper.
+
+    torchvision's FCOS gives the square root: 0.3 here is 0.55 there. Other detectors know no
+    quality (its logit is a constant, sigmoid 1), and their scores are torchvision's.
+    """
     return answer[..., CLASSES].sigmoid() * answer[..., QUALITY : QUALITY + 1].sigmoid()
 
 
-def detect(answer: Tensor, rule: Rule, size: Sequence[int] | None = None) -> list[Tensor]:
+def detect(
+    answer: Tensor, rule: Rule, within: Sequence[int] | Tensor | None = None
+) -> list[Tensor]:
     """Choose the detections (D, 6) of each image among all rows (B, A, 5 + K).
 
     Args:
         answer: of a detector.
         rule: which rows are detections.
-        size: (H, W) of the images, to which boxes are clipped.
+        within: what boxes are clipped to: the size (H, W) of the images, or the frames (B, 4) of
+            the pictures in them.
     """
-    from torchvision.ops import batched_nms, clip_boxes_to_image
+    from torchvision.ops import batched_nms
 
+    limits = whole(answer, within) if isinstance(within, Sequence) else within
     scores = scores_of(answer).flatten(1)
     best = scores.topk(min(rule.candidates, scores.shape[1]))
     classes = answer.shape[2] - CLASSES.start
     found = []
-    for rows, value, place in zip(answer, best.values, best.indices, strict=True):
+    for number, (value, place) in enumerate(zip(best.values, best.indices, strict=True)):
         is_sure = value > rule.threshold
         value, place = value[is_sure], place[is_sure]
-        boxes, labels = rows[place // classes, BOX], place % classes
-        if size is not None:
-            boxes = clip_boxes_to_image(boxes, (size[0], size[1]))
+        boxes, labels = answer[number, place // classes, BOX], place % classes
+        if limits is not None:
+            boxes = clipped(boxes, limits[number])
         kept = batched_nms(boxes, value, labels, rule.overlap)[: rule.most]
         pairs = boxes[kept], value[kept, None], labels[kept, None].to(boxes)
         found.append(torch.cat(pairs, dim=1))
     return found
+
+
+def whole(images: Tensor, size: Sequence[int]) -> Tensor:
+    """Frames (B, 4) of images (B, ...) of that size (H, W) that are all picture."""
+    return images.new_tensor([0, 0, size[1], size[0]]).expand(len(images), 4)
+
+
+def frames(targets: Tensor, size: Sequence[int]) -> Tensor:
+    """Find the frames (B, 4) of the pictures in padded images: x0, y0, x1, y1 in pixels.
+
+    Args:
+        targets: of the images, (B, M, 6).
+        size: (H, W) of the images; the frame of one without padding.
+    """
+    last = targets.new_full((len(targets), 1, 6), PADDING)
+    last[:, 0, BOX] = whole(targets, size)
+    rows = torch.cat([targets, last], dim=1)
+    is_frame = (rows[..., LABEL] < 0) & (rows[..., 2] > rows[..., 0])
+    first = is_frame.int().argmax(1)
+    return rows[torch.arange(len(rows), device=rows.device), first, BOX]
+
+
+def clipped(boxes: Tensor, frame: Tensor) -> Tensor:
+    """Clip boxes (D, 4) to a frame (4,)."""
+    return boxes.maximum(frame[[0, 1, 0, 1]]).minimum(frame[[2, 3, 2, 3]])
 
 
 def padded(found: Sequence[Tensor], most: int) -> Tensor:

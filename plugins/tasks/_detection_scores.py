@@ -33,7 +33,7 @@ def scores(info: kdkit.DataInfo, rule: boxes.Rule) -> Sequence[kdkit.Score]:
 
     over = "mean over the classes of the average precision"
     return (
-        score("map", "mAP", _decides, meaning=f"{over}, over IoU of 0.5 to 0.95 (COCO)"),
+        score("map", "mAP", _reader("map"), meaning=f"{over}, over IoU of 0.5 to 0.95 (COCO)"),
         score("ap_50", "AP50", _reader("map_50"), meaning=f"{over} at IoU 0.5"),
         score("ap_75", "AP75", _reader("map_75"), meaning=f"{over} at IoU 0.75"),
         score("recall", "AR", _reader("mar_100"), meaning="average recall of 100 detections"),
@@ -83,7 +83,7 @@ class Matches(Metric):
     """Share of the teacher's boxes that the student has too, and mean IoU of those, (2,).
 
     Boxes of one class are matched one to one, those of the largest IoU first. Without a box of the
-    teacher, the share is 1; without a match, the mean is 0.
+    teacher the share is NaN, without a match the mean is.
     """
 
     teachers: Tensor
@@ -104,8 +104,8 @@ class Matches(Metric):
             self.overlap += sum(overlaps)
 
     def compute(self) -> Tensor:
-        share = torch.where(self.teachers > 0, self.matched / self.teachers.clamp(min=1), 1.0)
-        return torch.stack([share, self.overlap / self.matched.clamp(min=1)])
+        # 0 / 0 is NaN: there is nothing to find, or nothing to compare
+        return torch.stack([self.matched / self.teachers, self.overlap / self.matched])
 
 
 def match(ours: Tensor, theirs: Tensor) -> list[float]:
@@ -152,7 +152,7 @@ def _build(classes: int) -> Metric:
 @functools.cache
 def _seen(rule: boxes.Rule, size: tuple[int, int]) -> Callable[[kdkit.Rows], tuple[Any, ...]]:
     def seen(rows: kdkit.Rows) -> tuple[Any, ...]:
-        found = boxes.detect(rows.answer, rule, size)
+        found = boxes.detect(rows.answer, rule, boxes.frames(rows.target, size))
         return [_as_detections(one) for one in found], [
             _as_truth(one) for one in boxes.unpadded(rows.target)
         ]
@@ -165,7 +165,8 @@ def _beside_teacher(
     rule: boxes.Rule, size: tuple[int, int]
 ) -> Callable[[kdkit.Rows], tuple[Any, ...]]:
     def seen(rows: kdkit.Rows) -> tuple[Any, ...]:
-        return boxes.detect(rows.answer, rule, size), [*boxes.unpadded(rows.teacher)]
+        found = boxes.detect(rows.answer, rule, boxes.frames(rows.target, size))
+        return found, [*boxes.unpadded(rows.teacher)]
 
     return seen
 
@@ -180,14 +181,8 @@ def _as_truth(rows: Tensor) -> Mapping[str, Tensor]:
     return {"boxes": rows[:, boxes.BOX], "labels": labels, "iscrowd": ignored}
 
 
-def _decides(found: Mapping[str, Tensor]) -> Tensor:
-    if float(found["map"]) < 0:
-        raise kdkit.DataError("the images to measure on have no box that counts")
-    return found["map"]
-
-
 def _reader(key: str) -> Callable[[Mapping[str, Tensor]], Tensor]:
-    return lambda found: found[key]
+    return lambda found: _known(found[key])
 
 
 def _known(value: Tensor) -> Tensor:

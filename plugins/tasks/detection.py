@@ -19,20 +19,25 @@ class Detection(kdkit.Task):
 
     Targets are boxes (M, 6) of each image: x0, y0, x1, y1 in pixels, class, and 1 if it does not
     count (COCO's crowds, VOC's difficult objects) else 0; they are transformed together with the
-    image (`data.joint_augment`). An answer is (B, A, 5 + K): of each of A anchors or points the box
-    x0, y0, x1, y1 in pixels, the logit of its quality, and K logits of classes. Losses on responses
-    see the logits of the classes as rows (R, K), those that read whole answers also the boxes. A
-    row has no label of its own: which row answers for which object is the detector's matter, so
-    that losses on labels read whole answers (`detector`).
+    image (`data.joint_augment`), and so is the frame of a picture that is padded. An answer is
+    (B, A, 5 + K): of each of A anchors or points the box x0, y0, x1, y1 in pixels, the logit of its
+    quality, and K logits of classes. Losses on responses see the logits of the classes as rows
+    (R, K), those that read whole answers also the boxes. A row has no label of its own: which row
+    answers for which object is the detector's matter, so that losses on labels read whole answers
+    (`detector`).
 
     A detection is a row and a class with the score sigmoid(class) * sigmoid(quality) above
-    `threshold`, none of whose class overlaps it with a higher score (non-maximum suppression).
+    `threshold`, none of whose class overlaps it with a higher score (non-maximum suppression). This
+    is the score of FCOS's paper; torchvision's FCOS takes its square root, so that 0.3 here is 0.55
+    there. Scores of detectors without a quality are torchvision's. Boxes are clipped to the
+    picture.
 
     Scores: COCO's mean AP over IoU of 0.5 to 0.95 (decides), AP at 0.5 and 0.75, by size and by
     class, average recall; sizes of objects are those in the images as they are measured
-    (`data.image_size`). Boxes that do not count are neither found nor missed. Agreement with a
-    teacher, over boxes with scores of `shown` and more, those of one class matched by IoU of at
-    least 0.5: share of the teacher's boxes that are found, mean IoU of the matched ones.
+    (`data.image_size`). Boxes that do not count are neither found nor missed; without a box that
+    counts, a score is NaN. Agreement with a teacher, over boxes with scores of `shown` and more,
+    those of one class matched by IoU of at least 0.5: share of the teacher's boxes that are found,
+    mean IoU of the matched ones; NaN where there are none.
     """
 
     name = "detection"
@@ -41,12 +46,19 @@ class Detection(kdkit.Task):
     moves = True
     in_pixels = True
     default_loss = "detector"
+    least_score = "shown"
 
     class Options(kdkit.TaskOptions):
         """Which rows of an answer are detections."""
 
         threshold: float = Field(
-            default=0.05, ge=0, lt=1, description="Least score of a detection."
+            default=0.05,
+            ge=0,
+            lt=1,
+            description=(
+                "Least score of a detection, sigmoid(class) * sigmoid(quality). Of FCOS it is the"
+                " square of torchvision's score."
+            ),
         )
         overlap: float = Field(
             default=0.6,
@@ -62,8 +74,8 @@ class Detection(kdkit.Task):
             ge=0,
             lt=1,
             description=(
-                "Least score of the boxes that are drawn, predicted (`kdkit predict`), compared"
-                " with the teacher's, and taken for labels."
+                "Least score of the boxes that are drawn, predicted (`kdkit predict`; another one"
+                " by `--threshold`), compared with the teacher's, and taken for labels."
             ),
         )
 
@@ -111,16 +123,20 @@ class Detection(kdkit.Task):
             )
         _refuse(corners, labels, info, "its target")
         moving = tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=size)
-        return {"boxes": moving, "labels": labels, "ignored": ignored}
+        edges = torch.tensor([[0.0, 0.0, size[1], size[0]]])
+        frame = tv_tensors.BoundingBoxes(edges, format="XYXY", canvas_size=size)
+        return {"boxes": moving, "labels": labels, "ignored": ignored, "frame": frame}
 
     def moved(self, target: Any) -> Tensor:
-        """Boxes (M, 6) inside the image; what is less than a pixel wide or high is left out."""
+        """Boxes (M, 6) inside the image; what is less than a pixel wide or high is left out. The
+        frame of the picture follows if the image is padded.
+        """
         from torchvision.transforms.v2.functional import clamp_bounding_boxes
 
         inside = clamp_bounding_boxes(target["boxes"]).as_subclass(Tensor)
         columns = [inside, target["labels"][:, None], target["ignored"][:, None]]
         whole = torch.cat([column.to(torch.float32) for column in columns], dim=1)
-        return whole[(inside[:, 2:] - inside[:, :2] >= 1).all(1)]
+        return torch.cat([whole[(inside[:, 2:] - inside[:, :2] >= 1).all(1)], _frame(target)])
 
     def random_targets(self, info: kdkit.DataInfo, index: Tensor) -> Tensor:
         """Two boxes an image, one of which has a class of its own by the sample's number."""
@@ -201,7 +217,7 @@ class Detection(kdkit.Task):
         """The detections with scores of `shown` and more, (B, most, 6)."""
         assert isinstance(batch.inputs, Tensor)
         rule, size = self.rule(self.options.shown), batch.inputs.shape[-2:]
-        found = boxes.detect(answer.logits.float(), rule, size)
+        found = boxes.detect(answer.logits.float(), rule, boxes.frames(batch.labels, size))
         return boxes.padded(found, self.options.most)
 
     def predicted(self, answer: kdkit.Outputs, info: kdkit.DataInfo) -> Sequence[Mapping[str, Any]]:
@@ -240,6 +256,19 @@ def _columns(target: Any) -> Any:
     (rows,) = boxes.unpadded(target[None])
     labels, ignored = rows[:, boxes.LABEL], rows[:, boxes.IGNORED]
     return {"boxes": rows[:, boxes.BOX], "labels": labels, "ignored": ignored}
+
+
+def _frame(target: Mapping[str, Any]) -> Tensor:
+    """Return the row of a picture's frame (1, 6), or none (0, 6) if it fills its image."""
+    from torchvision.transforms.v2.functional import clamp_bounding_boxes
+
+    frame = clamp_bounding_boxes(target["frame"])
+    height, width = frame.canvas_size
+    # its edges lie between pixels; resizing only rounds
+    edges: Tensor = frame.as_subclass(Tensor).round()
+    if edges.tolist() == [[0, 0, width, height]]:
+        return edges.new_empty(0, 6)
+    return torch.cat([edges, edges.new_full((1, 2), boxes.PADDING)], dim=1)
 
 
 def _refuse(corners: Tensor, labels: Tensor, info: kdkit.DataInfo, whose: str) -> None:

@@ -252,3 +252,44 @@ def test_a_check_tells_what_a_dataset_notes(images, tmp_path):
     report = Report(loaded, fetches=False)
     DataChecks(loaded, report, None).info(loaded.dataset())
     assert report.notes == loaded.dataset().notes() != []
+
+
+CROWD = {**CONTENT["annotations"][0], "iscrowd": 1}
+FLAT = {**CONTENT["annotations"][0], "bbox": [1, 2, 10, 0]}
+
+
+@pytest.mark.parametrize("annotations", [[], [CROWD], [FLAT, CROWD]], ids=["none", "crowd", "flat"])
+def test_a_test_part_in_which_no_box_counts_is_refused_before_training(annotations, images, tmp_path):
+    found = dataset(tmp_path, images, CONTENT, changed(annotations=annotations))
+    assert found.info().num_test == len(found.split("train")) == 3  # whose images may be unlabelled ones
+    with pytest.raises(DataError) as refused:
+        found.split("test")
+    assert (
+        str(refused.value) == "dataset 'coco_json': `test`: none of its 3 images has a box that counts, so that nothing could be measured"
+    )
+
+
+def test_a_box_that_is_listed_twice_is_told(images, tmp_path):
+    again = [*CONTENT["annotations"], {**CONTENT["annotations"][0], "id": 8}]
+    notes = dataset(tmp_path, images, changed(annotations=again)).notes()
+    assert f"training boxes listed twice, both kept: 1 (first: {tmp_path}/train.json: annotation 8)" in notes
+    assert not any("test boxes listed twice" in note for note in notes)
+
+
+def checked(tmp_path, found):
+    """What a check says of a dataset's labels."""
+    given = {"data": {"dataset": {"use": "coco_json", **found.options.model_dump(mode="json", exclude_none=True)}}}
+    given |= {"losses": [{"use": "detector"}], "schedule": {"use": "supervised"}, "teacher": None}
+    loaded = recipe.load(write_recipe(tmp_path, {**PLAIN, **given}))
+    checks, source = DataChecks(loaded, Report(loaded, fetches=False), None), loaded.dataset()
+    checks.check_labels(source, checks.info(source))
+
+
+def test_a_check_refuses_images_of_16_bits_and_parts_without_boxes(images, tmp_path):
+    checked(tmp_path, dataset(tmp_path, images, CONTENT))
+    with pytest.raises(DataError, match="none of its 3 images has a box that counts"):
+        checked(tmp_path, dataset(tmp_path, images, CONTENT, changed(annotations=[])))
+    picture(tmp_path / "wide" / "deep.png", mode="I;16")
+    wide = changed(images_0={"file_name": str(tmp_path / "wide" / "deep.png")})
+    with pytest.raises(DataError, match=r"deep\.png.*: its pixels are not of 8 bits \(PIL's mode I;16\)"):
+        checked(tmp_path, dataset(tmp_path, images, wide))

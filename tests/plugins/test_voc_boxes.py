@@ -51,10 +51,14 @@ def test_boxes_in_the_pixels_of_voc(tmp_path):
 
 
 def test_pixels_may_be_counted_from_0_and_this_is_told_where_it_shows(tmp_path):
-    files = {**FILES, "a": xml(thing("dog", 0, 5, 9, 9), thing("cat", 2, 0, 9, 9), thing("cat", 3, 3, 9, 9))}
+    files = {
+        **FILES,
+        "a": xml(thing("dog", 0, 5, 9, 9), thing("cat", 2, 0, 9, 9), thing("cat", 3, 3, 9, 9)),
+        "c": xml(thing("cat", 5, 6, 5, 7), thing("cat", 1, 1, 9, 9)),
+    }
     root = lay_out(tmp_path, files)
     found = source("voc_boxes", root=root, first_pixel=0)
-    assert items(found)[0][0] == [[0, 5, 9, 9], [2, 0, 9, 9], [3, 3, 9, 9]] and items(found, "test") == [([], [], [])]
+    assert items(found)[0][0] == [[0, 5, 9, 9], [2, 0, 9, 9], [3, 3, 9, 9]] and items(found, "test") == [([[1, 1, 9, 9]], [0], [False])]
     told = f"boxes that begin at pixel 0: 2 (first: {root}/Annotations/a.xml: object 1); if the first pixel is 0, as most tools write, say `first_pixel: 0`"
     assert told not in found.notes() and told in source("voc_boxes", root=root).notes()
     assert f"test boxes without an area, left out: 1 (first: {root}/Annotations/c.xml: object 1)" in found.notes()
@@ -71,7 +75,7 @@ def test_lists_and_classes_are_chosen(tmp_path):
 
 def test_what_the_xml_says_of_the_size(tmp_path):
     upright = "<size><width>30</width><height>40</height></size>"
-    root = lay_out(tmp_path, {**FILES, "c": xml(size=upright), "a": xml(size="<size><width>0</width></size>")})
+    root = lay_out(tmp_path, {**FILES, "c": xml(thing("cat", 1, 1, 9, 9), size=upright), "a": xml(size="<size><width>0</width></size>")})
     found = source("voc_boxes", root=root, classes=["cat"])
     assert found.info().image_shape == (3, 0, 0)
     assert items(found)[0] == ([], [], [])  # of a size that is not told
