@@ -20,9 +20,9 @@ RESAMPLES = 9999
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
     """Format `93.41 +- 0.80`: mean and standard deviation (n - 1) over the seeds; without a
-    deviation for a single value. Nothing for NaN, which says that there was nothing to measure.
+    deviation for a single value. Nothing where all are NaN: there was nothing to measure.
     """
-    if not values or any(map(math.isnan, values)):
+    if all(map(math.isnan, values)):
         return ""
     # `statistics.stdev` raises for values that are not finite.
     several = len(values) > 1 and all(map(math.isfinite, values))
