@@ -1,4 +1,4 @@
-"""The commands of a first day: `kdkit new`. Everything heavy is imported in the
+"""The commands of a first day: `kdkit new` and `kdkit doctor`. Everything heavy is imported in the
 command that needs it.
 """
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
 from kdkit.cli.console import argument, option, out
 from kdkit.errors import RecipeError
@@ -233,3 +234,25 @@ def _tell(files: Iterable[Path], following: str) -> None:
     for file in files:
         out.print(os.fspath(file), markup=False)
     out.print(f"next: {following}", markup=False)
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, devices and limits of this machine, and what is known to be wrong with them.
+
+    Ends with code 1 if something would keep runs from ending.
+    """
+    from kdkit.start.doctor import examine
+
+    found = examine(Path.cwd())
+    table = Table("what", "found", box=None, pad_edge=False)
+    for row in found.rows:
+        table.add_row(row.what, row.found)
+    out.print(table)
+    for note in found.notes:
+        out.print(f"note: {note}", markup=False)
+    for problem in found.problems:
+        out.print(f"problem: {problem}", markup=False)
+    if found.problems:
+        raise typer.Exit(1)
+    out.print("no problem found", markup=False)
