@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from blocks import table, unwrapped
+import typer
+from blocks import slug, table, unwrapped
 from typer.models import ArgumentInfo
 
 import kdkit
@@ -23,12 +24,7 @@ def cli_page() -> Iterator[str]:
     """Every command with its arguments and options, read off the functions: what typer makes of
     them differs between its versions.
     """
-    parts = [app, *(group.typer_instance for group in app.registered_groups)]
-    commands = {
-        info.name or _name_of(info.callback): info.callback
-        for part in parts
-        for info in part.registered_commands
-    }
+    commands = dict(_commands(app))
     yield from ("# Command line", "", f"{app.info.help}", "")
     yield from (
         (
@@ -38,7 +34,7 @@ def cli_page() -> Iterator[str]:
         "",
     )
     rows = [
-        [f"[{name}](#kdkit-{name})", unwrapped(function.__doc__)]
+        [f"[{name}](#{slug(f'kdkit {name}')})", unwrapped(function.__doc__)]
         for name, function in commands.items()
     ]
     yield from (*table(["command", "what it does"], rows), "")
@@ -55,6 +51,16 @@ def cli_page() -> Iterator[str]:
         if found:
             rows = [[f"`{p.called}`", p.default, p.help] for p in found]
             yield from (*table(["argument or option", "default", "meaning"], rows), "")
+
+
+def _commands(app: typer.Typer, before: str = "") -> Iterator[tuple[str, Callable[..., None]]]:
+    """Every command by its words; those of a group with a name have it before theirs."""
+    for info in app.registered_commands:
+        yield before + (info.name or _name_of(info.callback)), info.callback
+    for group in app.registered_groups:
+        # typer marks a name that is not given by a placeholder
+        name = f"{group.name} " if isinstance(group.name, str) else ""
+        yield from _commands(group.typer_instance, before + name)
 
 
 @dataclass(frozen=True)

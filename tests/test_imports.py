@@ -22,7 +22,8 @@ BEFORE = {  # a room: the rooms right before it, whose own are before it too; ""
     "students": ("runs",),
     "study": ("students",),
     "testing": ("engine",),
-    "cli": ("study",),
+    "start": ("study",),
+    "cli": ("start",),
 }
 AT_THE_TOP = ("__init__", "__main__", "api")  # in kdkit/ itself, and may import from every room
 MODULES = {".".join(path.relative_to(CORE).with_suffix("").parts): path for path in sorted(CORE.rglob("*.py"))}

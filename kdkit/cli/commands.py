@@ -16,7 +16,7 @@ import typer
 from rich.table import Table
 
 from kdkit import __version__, launching
-from kdkit.cli import studies, usage
+from kdkit.cli import starting, studies, usage
 from kdkit.cli.console import (
     DEBUG,
     NoPlugins,
@@ -47,6 +47,7 @@ app = typer.Typer(
     help="Knowledge distillation from recipes: any loss plugin under any schedule plugin.",
 )
 app.add_typer(studies.app)
+app.add_typer(starting.app)
 RunPath = Annotated[Path, argument(help="Run folder.")]
 Best = Annotated[
     bool, typer.Option("--best", help="The epoch that is best on validation, not the last.")
