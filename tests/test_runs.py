@@ -322,7 +322,7 @@ def test_labels_are_found_by_the_index_of_a_batch(tmp_path):
 
 
 def test_bf16_on_a_slow_processor_is_told_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "_multiplies_bf16", lambda: False)
+    monkeypatch.setattr(training, "multiplies_bf16", lambda: False)
     result = train(tmp_path, train={"precision": "bf16", "epochs": 1, "device": "cpu"})
     assert [warning for warning in result.warnings if "bf16" in warning] == [
         "train.precision bf16 is slower than fp32 on this processor, which has no AMX"
