@@ -408,44 +408,14 @@ def plugins(
     plugins: Plugins = None,
 ) -> None:
     """List the plugins found, or show one."""
-    from kdkit.errors import PluginError, suggest
-    from kdkit.recipe import catalogue, registry
+    from kdkit.cli import listing
+    from kdkit.recipe import registry
 
     loaded = registry.load(absolute(plugins))
-    found = list(catalogue.entries(loaded))
-    if task is not None:
-        from kdkit.cli import listing
-
-        fitting = listing.fitting(loaded, task)
-        found = [entry for entry in found if (entry.kind, entry.name) in fitting]
     if name is None:
-        table = Table(
-            "name", "kind", "knowledge/scheme", "what it is", "from", box=None, pad_edge=False
-        )
-        for entry in found:
-            table.add_row(entry.name, entry.kind, entry.group, entry.summary, entry.source)
-        out.print(table)
-        return
-    chosen = [entry for entry in found if entry.name == name]
-    if not chosen:
-        raise PluginError(
-            f"no plugin is called '{name}'; {suggest(name, (entry.name for entry in found))}"
-        )
-    for entry in chosen:
-        out.print(
-            f"{entry.name}: {entry.group} {entry.kind}\n{entry.summary}\n\n"
-            f"{entry.details}".rstrip(),
-            markup=False,
-        )
-        if entry.paper:
-            out.print(f"\n{entry.paper}", markup=False)
-        table = Table("option", "type", "default", "meaning", box=None, pad_edge=False)
-        for one in entry.options:
-            table.add_row(one.name, one.type, one.default, one.description)
-        if entry.options:
-            out.print()
-            out.print(table)
-        out.print(f"\nfrom {entry.origin}", markup=False)
+        listing.tell_all(loaded, task)
+    else:
+        listing.tell_one(loaded, name, task)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The output of `kdkit layers` for a model outside a recipe; the plugins that fit a task."""
+"""The output of `kdkit plugins`, and of `kdkit layers` for a model outside a recipe."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from rich.table import Table
 
+from kdkit.cli.console import out
 from kdkit.contracts.dataset_source import DatasetSource
 from kdkit.contracts.inputs import Shape, TextShape, as_image, is_text, parse_shape
 from kdkit.contracts.layers import LayerRow, tappable_layers
@@ -16,7 +18,7 @@ from kdkit.contracts.schedule import Schedule
 from kdkit.contracts.task import Task, serves
 from kdkit.errors import ModelError, PluginError, suggest
 from kdkit.recipe import registry
-from kdkit.recipe.catalogue import KINDS
+from kdkit.recipe.catalogue import KINDS, Entry, entries
 from kdkit.recipe.explain import validated
 from kdkit.recipe.types import source_of
 from kdkit.recipe.yaml_source import nested, parse_overrides
@@ -50,6 +52,53 @@ def layers(
     with torch.device("meta"):
         module = builder.build(outputs, taken)
     return tappable_layers(module, taken)
+
+
+def tell_all(plugins: registry.Registry, task: str | None = None) -> None:
+    """Print a table of the plugins, or of those that fit a task."""
+    table = Table(
+        "name", "kind", "knowledge/scheme", "what it is", "from", box=None, pad_edge=False
+    )
+    for entry in _entries(plugins, task):
+        table.add_row(entry.name, entry.kind, entry.group, entry.summary, entry.source)
+    out.print(table)
+
+
+def tell_one(plugins: registry.Registry, name: str, task: str | None = None) -> None:
+    """Print what every plugin of that name computes, its paper and its options.
+
+    Raises:
+        PluginError: there is none.
+    """
+    found = _entries(plugins, task)
+    chosen = [entry for entry in found if entry.name == name]
+    if not chosen:
+        raise PluginError(
+            f"no plugin is called '{name}'; {suggest(name, (entry.name for entry in found))}"
+        )
+    for entry in chosen:
+        out.print(
+            f"{entry.name}: {entry.group} {entry.kind}\n{entry.summary}\n\n"
+            f"{entry.details}".rstrip(),
+            markup=False,
+        )
+        if entry.paper:
+            out.print(f"\n{entry.paper}", markup=False)
+        table = Table("option", "type", "default", "meaning", box=None, pad_edge=False)
+        for one in entry.options:
+            table.add_row(one.name, one.type, one.default, one.description)
+        if entry.options:
+            out.print()
+            out.print(table)
+        out.print(f"\nfrom {entry.origin}", markup=False)
+
+
+def _entries(plugins: registry.Registry, task: str | None) -> list[Entry]:
+    found = list(entries(plugins))
+    if task is None:
+        return found
+    fits = fitting(plugins, task)
+    return [entry for entry in found if (entry.kind, entry.name) in fits]
 
 
 def fitting(plugins: registry.Registry, task: str) -> set[tuple[str, str]]:
