@@ -98,6 +98,10 @@ def new_recipe(
         str | None,
         option("--size", metavar="S|H,W", help="Side of the images (default: the task's)."),
     ] = None,
+    batch: Annotated[
+        int | None,
+        option("--batch-size", min=1, metavar="N", help="Images of a step (default: the task's)."),
+    ] = None,
     epochs: Annotated[
         int, typer.Option("--epochs", min=1, max=100_000, metavar="N", help="Epochs to train.")
     ] = tasks.EPOCHS,
@@ -126,6 +130,7 @@ def new_recipe(
         _parts(words),
         _parts(columns),
         _size(size),
+        batch,
         epochs,
         pretrained=not scratch,
     )

@@ -37,6 +37,7 @@ class Wish:
         name: of the run (None: after the images).
         classes, columns: see `datasets.Images`.
         size: `data.image_size` (None: the task's).
+        batch: `data.batch_size` (None: the task's).
         epochs: of the student and of its teacher.
         pretrained: whether networks begin with their public weights.
     """
@@ -52,6 +53,7 @@ class Wish:
     classes: Sequence[str] = ()
     columns: Sequence[str] = ()
     size: str | None = None
+    batch: int | None = None
     epochs: int = tasks.EPOCHS
     pretrained: bool = True
 
@@ -114,7 +116,7 @@ def _values(wish: Wish) -> dict[str, str]:
         "name": _name(wish),
         "dataset": flow(datasets.section(wish.task, images)),
         "size": wish.size or beginning.size,
-        "batch": str(beginning.batch),
+        "batch": str(wish.batch or beginning.batch),
         "augmentation": beginning.augmentation,
         "student_network": _network(wish.student, wish),
         "teacher": one_line(wish.teacher),
