@@ -11,8 +11,6 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from kdkit.files import write_atomically
-
 PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_./*-]*")
 """Texts that YAML takes for texts without quotes, but for `NO_WORDS`."""
 NO_WORDS = ("true", "false", "null", "yes", "no", "on", "off", "y", "n")
@@ -54,6 +52,9 @@ def write_new(files: Mapping[Path, str]) -> None:
     Raises:
         OSError: one exists, or cannot be written.
     """
+    # it imports torch, which the commands' help does without
+    from kdkit.files import write_atomically
+
     refuse_existing(files)
     written: list[Path] = []
     try:
