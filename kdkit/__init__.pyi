@@ -84,6 +84,7 @@ from .contracts.task import Rows as Rows
 from .contracts.task import Score as Score
 from .contracts.task import Task as Task
 from .contracts.task import TaskOptions as TaskOptions
+from .engine.distiller import Distiller as Distiller
 from .errors import DataError as DataError
 from .errors import Interrupted as Interrupted
 from .errors import KdkitError as KdkitError

@@ -334,6 +334,14 @@ def test_the_guide_to_several_labels_can_be_followed(folder):
     assert "mAP %" in printed and "MAE to teacher" in printed
 
 
+# of the trainers that it shows, not of kdkit
+@pytest.mark.filterwarnings("ignore::Warning")
+def test_the_guide_to_other_trainers_can_be_followed(folder, capsys):
+    follow(DOCS / "how-to" / "own-trainer.md")
+    printed = capsys.readouterr().out
+    assert "'hint':" in printed and "epoch 1: " in printed and Path("student/model.safetensors").is_file()
+
+
 @pytest.mark.slow
 def test_the_guide_to_searching_can_be_followed(folder):
     Path("base.yaml").write_text(BASE)

@@ -101,6 +101,18 @@ class LossEntry(LossOptions):
     )
 
 
+def names_of(losses: Iterable[LossEntry]) -> list[str]:
+    """List the names of losses: `name`, or `use` (numbered if it is repeated)."""
+    names: list[str] = []
+    for entry in losses:
+        name = called = entry.name or entry.use
+        numbers = itertools.count(2)
+        while name in names:
+            name = f"{called}_{next(numbers)}"
+        names.append(name)
+    return names
+
+
 class ScheduleEntry(ScheduleOptions):
     """The schedule: who teaches whom."""
 
@@ -430,14 +442,7 @@ class RecipeBase(Options):
 
     def loss_names(self) -> list[str]:
         """List the names of the losses: `name`, or `use` (numbered if it is repeated)."""
-        names: list[str] = []
-        for entry in self.losses:
-            name = called = entry.name or entry.use
-            numbers = itertools.count(2)
-            while name in names:
-                name = f"{called}_{next(numbers)}"
-            names.append(name)
-        return names
+        return names_of(self.losses)
 
     def all_teachers(self) -> dict[str, ModelOptions | RecipeTeacher]:
         """Return its teachers by name; a single one is called `teacher`."""
