@@ -29,10 +29,11 @@ lint: $(VENV)/installed  ## format, lint and types
 
 check: lint test  ## all that must hold before a change goes in
 
-docs: $(VENV)/installed  ## write what is generated: the schemas and the reference pages
+docs: $(VENV)/installed  ## write what is generated: the schemas and the reference pages; make the site from it all
 	$(BIN)/kdkit schema > recipes/recipe.schema.json
 	$(BIN)/kdkit schema --study > recipes/study.schema.json
 	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/installed  ## kdkit against plain torch: a step, an epoch, the loader, the teacher, each loss and balance; studies and caches against runs without; what a typo costs
 	$(BIN)/python benchmarks/step.py
