@@ -4,8 +4,12 @@ import csv
 import importlib
 import inspect
 import json
+import shutil
+import subprocess
 import sys
 import tomllib
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +24,7 @@ from kdkit.recipe import registry
 from kdkit.start import datasets, plugins, tasks, writing
 from kdkit.study import loading
 
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--size", "8", "--student", "mlp/8", "--teacher", "mlp/16")
 
 
@@ -312,3 +317,35 @@ def test_every_template_is_used_and_every_task_is_known():
         used |= {name.format(knowledge=one) for name in kind.files.values() for one in ("response", "feature", "relation")}
     assert there == used
     assert set(tasks.TASKS) <= set(registry.load().tasks)
+
+
+def test_examples_are_listed_and_copied(new, tmp_path):
+    code, printed = new("example")
+    assert code == 0 and f"digits  {sum(1 for _ in (ROOT / 'recipes/digits').rglob('*.yaml'))} files" in printed
+    code, printed = new("example", "digits", "--folder", "here")
+    assert code == 0 and "here/recipes/digits/response.yaml" in printed
+    copied = tmp_path / "here/recipes/digits"
+    assert files(copied) == files(ROOT / "recipes/digits")
+    assert kdkit.check(copied / "response.yaml").student.parameters > 0
+    code, printed = new("example", "digits", "--folder", "here")
+    assert (code, printed) == (2, ["here/recipes/digits/alone.yaml: exists already and is left as it is; nothing is written"])
+
+
+def test_an_example_that_is_not_there_is_one_line(new, tmp_path):
+    code, printed = new("example", "digit")
+    assert code == 2 and printed[0].startswith("no example is called 'digit'; did you mean 'digits'?") and not files(tmp_path)
+
+
+def test_the_wheel_holds_the_code_plugins_and_recipes(tmp_path):
+    shutil.copytree(
+        ROOT, tmp_path / "source", ignore=shutil.ignore_patterns(".*", "runs", "data", "site", "build", "*.egg-info", "tests", "docs")
+    )
+    building = [sys.executable, "-P", "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), "."]
+    subprocess.run(building, cwd=tmp_path / "source", check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    held = set(zipfile.ZipFile(wheel).namelist())
+    wanted = {"kdkit": "kdkit", "kdkit_plugins": "plugins", "kdkit_recipes": "recipes"}
+    for package, folder in wanted.items():
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".yaml", ".template", ".jinja", ".typed", ".pyi"):
+                assert f"{package}/{path.relative_to(ROOT / folder)}" in held

@@ -162,6 +162,25 @@ def new_study(
     _tell(written, f"kdkit compare {output} --dry, then kdkit compare {output}")
 
 
+@new.command("example")
+def new_example(
+    name: Annotated[
+        str | None, argument(metavar="NAME", help="Which recipes (default: list them).")
+    ] = None,
+    folder: Folder = HERE,
+) -> None:
+    """Copy recipes that come with kdkit to recipes/NAME, or list what there is."""
+    from kdkit.start import examples
+
+    if name is None:
+        for known, source in examples.benchmarks().items():
+            out.print(f"{known}  {examples.count(source)} files", markup=False)
+        out.print("next: kdkit new example NAME", markup=False)
+        return
+    written = examples.write(name, folder)
+    _tell(written, f"read the first lines of {os.fspath(written[0])}, and of the others")
+
+
 @new.command("loss")
 def new_loss(
     name: Name = None,
