@@ -1,1 +1,1 @@
-"""The recipes of the repository, as a package, so that `kdkit new example` finds them where kdkit is installed."""
+"""The recipes, as a package: `kdkit new example` finds them where kdkit is installed."""
