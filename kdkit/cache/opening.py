@@ -16,6 +16,7 @@ from torch import Tensor
 from kdkit.cache import fingerprint
 from kdkit.cache.given import STREAM, GivenAnswers, has_answers_alone, read_answers
 from kdkit.cache.packing import KeptAnswers, Slots
+from kdkit.cache.served import AskedAhead, ServedTeacher
 from kdkit.cache.store import SMALLER, AnswerStore
 from kdkit.cache.teacher import TeacherCache, autocast
 from kdkit.contracts.dataset_source import DataInfo, Stream
@@ -102,12 +103,16 @@ def open_answers(
     info: DataInfo,
     train: TrainLoader,
     tell: Callable[[str], None] = lambda _: None,
-) -> TeacherCache | GivenAnswers | None:
-    """Open what answers in place of a teacher: its cache or given answers; None: itself.
+) -> TeacherCache | GivenAnswers | AskedAhead | None:
+    """Open what answers in place of a teacher: its cache, given answers, its servers; None: itself.
 
     Raises:
         RecipeError: see `open_cache` and `read_answers`.
     """
+    if (served := teacher.elsewhere) is not None:
+        assert isinstance(served, ServedTeacher)
+        served.tell_by(tell)
+        return AskedAhead(served, teacher, AUTOCAST.get(recipe.spec.train.precision))
     if not has_answers_alone(recipe, name):
         return open_cache(recipe, name, teacher, info, train, tell)
     if not train.indexed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import platform
@@ -355,6 +356,39 @@ def profile(
             markup=False,
         )
     out.print(cost_table.table([s.name for s in found], measured))
+
+
+@app.command()
+def serve(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    plugins: Plugins = None,
+    host: Annotated[
+        str, typer.Option("--host", metavar="NAME", help="Address of this machine to listen at.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, metavar="N", help="0: any that is free.")
+    ] = 7070,
+    no_plugins: NoPlugins = False,
+) -> None:
+    """Let a recipe's teachers answer runs in other processes, which name it by `at`.
+
+    The environment variable KDKIT_TOKEN of both sides holds a secret of your own.
+    """
+    watch(plugins, no_plugins)
+    token = os.environ.get("KDKIT_TOKEN", "")
+    if not token:
+        raise RunError("KDKIT_TOKEN is not set; choose a secret, and set it for both sides")
+    loaded = load(recipe, overrides, plugins)
+    from kdkit.runs import serving
+
+    if at := serving.here(loaded):
+        loaded = load(recipe, [*(overrides or []), *at], plugins)
+    with serving.Server(serving.Teachers.of(loaded), host, port, token) as server:
+        names = ", ".join(server.teachers.models)
+        out.print(f"{names}: served at {server.address} until Ctrl-C", markup=False)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
 
 
 @app.command()

@@ -178,6 +178,9 @@ class StudentOptions(Options):
     )
 
 
+ADDRESS = r"^[A-Za-z0-9._-]+:[0-9]{1,5}$"
+
+
 class CacheOptions(Options):
     """Options of a cache on disk for a frozen teacher's answers, reused by epochs and runs."""
 
@@ -276,6 +279,18 @@ class TeacherOptions(Options):
     )
     cache: CacheOptions | None = Field(
         default=None, description="Cache of the teacher's answers on disk (default: none)."
+    )
+    at: Annotated[
+        tuple[Annotated[str, Field(pattern=ADDRESS)], ...] | None,
+        BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    ] = Field(
+        default=None,
+        min_length=1,
+        description=(
+            "Where `kdkit serve` answers for this teacher, such as [localhost:7070]; several"
+            " servers share the work (default: it answers here)."
+        ),
+        json_schema_extra=BOOKKEEPING,
     )
 
 
@@ -381,7 +396,7 @@ class AnswersOptions(ModelOptions):
 
 NETWORK_KEYS = (
     *("checkpoint", "strip_prefix", "new_head", "normalize", "input", "input_size"),
-    *("interpolation", "precision", "mode", "fold_batchnorm", "cache"),
+    *("interpolation", "precision", "mode", "fold_batchnorm", "cache", "at"),
 )
 """Keys of a teacher that describe its network, or the way it is run."""
 

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -23,6 +23,8 @@ from kdkit.models.outside import ask
 from kdkit.models.seen import SeenInput
 from kdkit.models.weight_files import adopt_shapes
 
+Elsewhere = Callable[[Inputs, Sequence[str], bool], Outputs]
+"""Answers inputs with these layers, and with logits or without."""
 BEFORE = ", or, for the values before it, its input ('...@input')"
 
 
@@ -95,6 +97,8 @@ class TappedModel:
         self.finite = FiniteAnswers(role)
         # replaces the forward if answers come from elsewhere, such as a cache
         self.answers: Callable[[Inputs], Outputs] | None = None
+        # answers in the network's place, also where it is measured: another process has it
+        self.elsewhere: Elsewhere | None = None
 
     def __call__(self, inputs: Inputs) -> Outputs:
         """Answer a batch (B, C, H, W), or a mapping whose items become keyword arguments.
@@ -105,7 +109,7 @@ class TappedModel:
         """
         # no loss reads anything: the forward is saved
         if not self.needs_logits and not self.layers:
-            return features_only({}, self.role, _mask(inputs))
+            return features_only({}, self.role, mask_of(inputs))
         answer = self.forward(inputs) if self.answers is None else ask(self.answers, inputs)
         # recorded on the device; `verify_finite` reads it later
         if self.frozen and not self._is_view:
@@ -115,6 +119,8 @@ class TappedModel:
 
     def forward(self, inputs: Inputs) -> Outputs:
         """Answer by a forward of the network, even if `answers` is replaced."""
+        if self.elsewhere is not None:
+            return self.elsewhere(inputs, [*self.layers], self.needs_logits)
         try:
             with self._autocast(inputs):
                 logits, features = (
@@ -141,7 +147,7 @@ class TappedModel:
         if self.precision is not None:
             logits = logits.float() if logits is not None else None
             features = {name: value.float() for name, value in features.items()}
-        mask = _mask(inputs)
+        mask = mask_of(inputs)
         if logits is None:
             return features_only(features, self.role, mask)
         return Outputs(logits, features, mask=mask)
@@ -182,7 +188,7 @@ class TappedModel:
 
     def twin(self, module: nn.Module | None = None) -> TappedModel:
         """Return the model without taps, for measuring or export, or around another network."""
-        return TappedModel(
+        other = TappedModel(
             self.module if module is None else module,
             adapt=self.adapt,
             role=self.role,
@@ -191,6 +197,8 @@ class TappedModel:
             input_shape=self.input_shape,
             sees=self.sees,
         )
+        other.elsewhere = self.elsewhere if module is None else None
+        return other
 
     def view(
         self,
@@ -327,7 +335,8 @@ class TappedModel:
         return embedding
 
 
-def _mask(inputs: Inputs) -> Tensor | None:
+def mask_of(inputs: Inputs) -> Tensor | None:
+    """Return which tokens of texts are real; None for images."""
     return inputs[MASK].bool() if isinstance(inputs, Mapping) and MASK in inputs else None
 
 

@@ -32,7 +32,7 @@ def trained_values(
             name: trained_values(option, taught, older=older)
             for name, option in value
             # added later than the rest: unset, it is in no older fingerprint
-            if name not in ("recipe", "seed", "name") and (name, option) != ("input", None)
+            if name not in ("recipe", "seed", "name", "at") and (name, option) != ("input", None)
         }
         return {**options, "recipe": taught(value)}
     if isinstance(value, BaseModel):

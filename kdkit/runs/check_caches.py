@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from kdkit.cache import given
+from kdkit.cache import given, served
 from kdkit.cache.given import has_answers_alone
 from kdkit.cache.opening import wanted
 from kdkit.cache.packing import KeptAnswers, Slots
@@ -27,7 +27,7 @@ from kdkit.models.given_answers import looks_like
 from kdkit.models.tapped import TappedModel
 from kdkit.recipe import Recipe, models_in
 from kdkit.runs.networks import ModelFactory
-from kdkit.runs.wanted import looking_at
+from kdkit.runs.wanted import looking_at, needs_network
 from kdkit.units import gigabytes
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -40,6 +40,8 @@ DRAWN = (
 def refused(recipe: Recipe, factory: ModelFactory, info: DataInfo) -> Iterator[str]:
     """Yield a line for each thing that a cache's options ask for and that is impossible."""
     spec, views = recipe.spec, set()
+    for name in spec.all_teachers():
+        yield from _refused_served(recipe, factory, name)
     for name, options in _wanted(recipe):
         teacher, place = spec.all_teachers()[name], [*spec.place_of(name), "cache"]
         assert isinstance(teacher, TeacherOptions)
@@ -63,6 +65,28 @@ def refused(recipe: Recipe, factory: ModelFactory, info: DataInfo) -> Iterator[s
             yield recipe.problem([*place, "views"], says)
         for key, says in _unreadable(recipe, factory, info, name, options):
             yield recipe.problem([*place, key], says)
+
+
+def _refused_served(recipe: Recipe, factory: ModelFactory, name: str) -> Iterator[str]:
+    """Yield a line for each thing that the recipe asks of a served teacher and that is
+    impossible.
+    """
+    if not served.addresses(recipe, name):
+        return
+    place = [*recipe.spec.place_of(name), "at"]
+    if wanted(recipe, name) is not None:
+        yield recipe.problem(
+            place, "answers that come from a server are not kept; leave `cache` out"
+        )
+    if needs_network(recipe, name):
+        yield recipe.problem(
+            place, f"a loss reads the weights of {name}, which are elsewhere; leave it out"
+        )
+    own = factory.teacher_options(name)
+    if own is not None and own.input is not None and own.input.is_drawn:
+        yield recipe.problem(
+            place, "what it sees is drawn for each step (`input.crop.place: random`), here alone"
+        )
 
 
 def _never_again(recipe: Recipe, teacher: TeacherOptions) -> Iterator[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdkit.cache import surveys
+from kdkit.cache import served, surveys
 from kdkit.cache.given import has_answers_alone
 from kdkit.contracts.dataset_source import DataInfo
 from kdkit.contracts.layers import expand_pairs
@@ -44,6 +44,7 @@ from kdkit.recipe import Recipe, content_of
 from kdkit.runs import wanted
 from kdkit.runs.frozen import FrozenModels
 from kdkit.runs.meaning import TeacherClasses
+from kdkit.runs.progress import Reporter
 from kdkit.runs.shared import Alone, Demand, Shared
 from kdkit.runs.trained_teachers import TrainedTeacher, snapshot_of
 
@@ -203,6 +204,11 @@ class ModelFactory:
         chosen = name or names[0]
         # A snapshot is not kept in `_teachers`: the route's anchors would all stay in memory.
         if epoch is not None:
+            if self._real and served.addresses(self.recipe, chosen):
+                raise RunError(
+                    f"{chosen} is served (`at`) as it is at the end of its training, and this"
+                    " schedule asks for an earlier epoch; leave `at` out"
+                )
             file = snapshot_of(self.recipe, self.trained, chosen, epoch)
             model = self._build_teacher(chosen, names.index(chosen), file)
             # Weak: a schedule that follows a route holds one anchor at a time.
@@ -225,7 +231,8 @@ class ModelFactory:
             for name, teacher in self.teachers().items()
             # Answers from a file cost nothing and have no network to measure.
             if not has_answers_alone(self.recipe, name)
-            and (self.classes.are_known(name) or not answering)
+            # One that is served costs nothing here.
+            and (self.classes.are_known(name) if answering else teacher.elsewhere is None)
         ]
 
     def teacher_modules(self) -> dict[str, nn.Module]:
@@ -248,6 +255,8 @@ class ModelFactory:
         Raises:
             TapError, RunError: see `surveys.found`.
         """
+        if teacher.elsewhere is not None:
+            raise TapError(f"{survey.name} asks for all training images of a network that is here")
         modules = self.teacher_modules().items()
         name = next((name for name, module in modules if module is teacher.module), None)
         return surveys.found(self.recipe, name, teacher, survey, data)
@@ -286,7 +295,7 @@ class ModelFactory:
         key = functools.partial(self._sort_of_teacher, name, number)
         model = self._shared.teacher(key, str(file), layers, needs_logits=needs_logits, build=build)
         # On the meta device there are no bytes to digest, and in a rehearsal nothing is trained.
-        if self._real:
+        if self._real and model.elsewhere is None:
             self._frozen.add(model)
         return model
 
@@ -296,6 +305,8 @@ class ModelFactory:
         spec, options = self.recipe.spec.all_teachers()[name], self.teacher_options(name)
         # A teacher's recipe was trained before any teacher is built.
         assert options is not None and isinstance(spec, TeacherOptions)
+        if self._real and served.addresses(self.recipe, name):
+            return self._served_teacher(name, options, layers, needs_logits)
         model = self._build(name, options, layers, number, file)
         # A hook on the network itself: a wrapper would change the names of its layers.
         if (chosen := self.classes.chosen(name)) is not None or spec.answers != "logits":
@@ -311,6 +322,17 @@ class ModelFactory:
             with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
                 model = fold_batchnorm(model, self.info.image_shape, in_place=True)
         return model.compile() if self._compiles else model
+
+    def _served_teacher(
+        self, name: str, options: ModelOptions, layers: Sequence[str], needs_logits: bool
+    ) -> TappedModel:
+        """Build a teacher that answers elsewhere: shapes and names of layers, without weights."""
+        model = TappedModel(
+            self._skeleton(name, options), layers, role=name, outputs=self._classes(name)
+        )
+        model.needs_logits = needs_logits
+        model.elsewhere = served.ServedTeacher(self.recipe, name, model.role, Reporter().warn)
+        return model.freeze()
 
     def _needs_logits(self, name: str) -> bool:
         return self.classes.are_known(name) and wanted.needs_logits(self.recipe, name)

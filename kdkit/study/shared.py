@@ -17,6 +17,7 @@ from torch import nn
 
 from kdkit.cache import opening
 from kdkit.cache.given import GivenAnswers
+from kdkit.cache.served import AskedAhead
 from kdkit.cache.teacher import TeacherCache
 from kdkit.contracts.records import Batch, Inputs, Outputs, tensors
 from kdkit.contracts.schedule import Arrange
@@ -202,7 +203,7 @@ class Sharing:
         self._wholes: weakref.WeakKeyDictionary[TappedModel, TappedModel] = (
             weakref.WeakKeyDictionary()
         )
-        self._caches: dict[TappedModel, TeacherCache | GivenAnswers | None] = {}
+        self._caches: dict[TappedModel, TeacherCache | GivenAnswers | AskedAhead | None] = {}
         self._taught: dict[
             tuple[tuple[nn.Module, ...], tuple[str, ...]],
             tuple[TaughtAnswers | None, float, float],
@@ -277,7 +278,13 @@ class Sharing:
                 if cache is not None:
                     whole.answers = functools.partial(cache.answer, forward=whole.forward)
             caches.append(self._caches[whole])
-        found = [cache for cache in caches if cache is not None]
+        # mixed batches are another chain of loaders, whose coming batches are not known here
+        mixed = data.train is not self.data.train
+        found = [
+            cache
+            for cache in caches
+            if cache is not None and not (mixed and isinstance(cache, AskedAhead))
+        ]
 
         def in_kept_views(_: TrainLoader) -> TrainLoader:
             return functools.reduce(

@@ -1,0 +1,293 @@
+"""A teacher that answers from other processes, which `kdkit serve` runs."""
+
+from __future__ import annotations
+
+import collections
+import http.client
+import json
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from kdkit.cache import fingerprint, wire
+from kdkit.cache.teacher import Forward
+from kdkit.contracts.inputs import first_tensor
+from kdkit.contracts.model_source import TeacherOptions
+from kdkit.contracts.records import Batch, Inputs, Outputs
+from kdkit.contracts.schedule import Arrange
+from kdkit.data.loaders import TrainLoader
+from kdkit.data.wrapping import WrappedLoader
+from kdkit.errors import RunError, one_line
+from kdkit.models.tapped import TappedModel, features_only, mask_of
+from kdkit.recipe import Recipe, content_of
+
+AGAIN = 1.0  # seconds until a server that does not answer is asked again
+SILENT = 600.0  # seconds after which a connection without an answer counts as lost
+
+
+def addresses(recipe: Recipe, name: str) -> tuple[str, ...]:
+    """Return where a teacher of the recipe is served; none if it answers here."""
+    options = recipe.spec.all_teachers()[name]
+    return (options.at or ()) if isinstance(options, TeacherOptions) else ()
+
+
+def key(recipe: Recipe, name: str) -> str:
+    """Return the fingerprint of a teacher as its recipe describes it; both sides compare it."""
+    content = content_of(recipe.spec.all_teachers()[name])
+    own = {k: v for k, v in content.items() if k not in ("cache", "name")}
+    return fingerprint.fingerprint({"task": recipe.task.name, "teacher": own})
+
+
+class _Connection:
+    """One server, asked in order by a thread of its own."""
+
+    def __init__(self, address: str, role: str, tell: Callable[[str], None]) -> None:
+        self.address, self._role, self.tell = address, role, tell
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"teacher at {address}")
+        self._closed = threading.Event()
+        self._open: http.client.HTTPConnection | None = None
+
+    def ask(self, path: str, body: bytes | None = None, asked: Any = None) -> Future[Any]:
+        """Send a request, until it is answered: a future of the body and of the layouts in it.
+
+        Raises, in the future:
+            RunError: the server refuses it.
+        """
+        return self._thread.submit(self._ask, path, body, asked)
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.submit(self._hang_up)
+        self._thread.shutdown()
+
+    def _hang_up(self) -> None:
+        if self._open is not None:
+            self._open.close()
+        self._open = None
+
+    def _ask(self, path: str, body: bytes | None, asked: Any) -> tuple[bytes, str]:
+        lost = False
+        while not self._closed.is_set():
+            try:
+                status, answer, last = self._once(path, body, asked)
+            except (OSError, http.client.HTTPException) as error:
+                self._hang_up()
+                if not lost:
+                    reason = one_line(str(error))
+                    self.tell(
+                        f"{self._role}: {self.address} does not answer ({reason}); it is asked"
+                        " again until it does"
+                    )
+                lost = True
+                self._closed.wait(AGAIN)
+                continue
+            if lost:
+                self.tell(f"{self._role}: {self.address} answers again")
+            if status != http.client.OK:
+                says = answer.decode(errors="replace")[:300]
+                raise RunError(f"{self._role}: {self.address} refuses: {says}")
+            return answer, last
+        raise RunError(f"{self._role}: {self.address} is not asked any more")
+
+    def _once(self, path: str, body: bytes | None, asked: Any) -> tuple[int, bytes, str]:
+        if self._open is None:
+            self._open = http.client.HTTPConnection(self.address, timeout=SILENT)
+        headers = {
+            "Authorization": f"Bearer {os.environ.get(wire.TOKEN, '')}",
+            wire.ASKED: json.dumps(asked),
+        }
+        self._open.request("GET" if body is None else "POST", path, body, headers)
+        response = self._open.getresponse()
+        return response.status, response.read(), response.headers.get(wire.LAST, "[]")
+
+
+class ServedTeacher:
+    """A teacher's answers from the servers that the recipe names.
+
+    It takes the place of the teacher's forward (`TappedModel.elsewhere`) and, in training, asks for
+    the answers to the next batches while the student learns from this one.
+
+    Args:
+        recipe: of the run.
+        name: of the teacher.
+        role: its name in messages.
+        tell: called with a message about a server that is lost or back.
+
+    Attributes:
+        close: ends the connections.
+    """
+
+    def __init__(
+        self, recipe: Recipe, name: str, role: str, tell: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self._recipe, self._name = recipe, name
+        self._servers = [_Connection(a, role, tell) for a in addresses(recipe, name)]
+        self._role = role
+        self._turn = 0
+        self._compared = False
+        # also where nobody closes it: networks are built to be measured, too
+        self.close = weakref.finalize(self, _close, self._servers)
+
+    def __len__(self) -> int:
+        return len(self._servers)
+
+    def about(self) -> dict[str, Any]:
+        """Return what the first server says of its teacher, once all serve this one.
+
+        Raises:
+            RunError: one serves another teacher.
+        """
+        found: list[dict[str, Any]] = []
+        for server in self._servers:
+            known = json.loads(server.ask(wire.ABOUT).result()[0])
+            if self._name not in known:
+                served = ", ".join(known)
+                raise RunError(
+                    f"{self._role}: {server.address} serves no '{self._name}', only {served}"
+                )
+            found.append(known[self._name])
+            if found[-1]["key"] != key(self._recipe, self._name):
+                raise RunError(
+                    f"{self._role}: {server.address} serves another '{self._name}' than this"
+                    " recipe describes"
+                )
+        self._compared = True
+        return found[0]
+
+    def send(
+        self,
+        inputs: Inputs,
+        layers: Sequence[str],
+        precision: torch.dtype | None,
+        *,
+        logits: bool,
+    ) -> Future[Any]:
+        """Ask the next server for the answer to a batch."""
+        if not self._compared:
+            self.about()
+        server = self._servers[self._turn % len(self._servers)]
+        self._turn += 1
+        asked = {
+            "teacher": self._name,
+            "layers": [*layers],
+            "logits": logits,
+            "precision": str(precision).removeprefix("torch.") if precision else None,
+        }
+        return server.ask(wire.ANSWER, wire.pack_inputs(inputs), asked)
+
+    def received(self, coming: Future[Any], inputs: Inputs) -> Outputs:
+        """Wait for an answer, and bring it to the device of its images.
+
+        Raises:
+            RunError: the server refuses to answer.
+        """
+        logits, layers = wire.unpack_answer(*coming.result())
+        device = first_tensor(inputs).device
+        features = {name: value.to(device) for name, value in layers.items()}
+        if logits is None:
+            return features_only(features, self._role, mask_of(inputs))
+        return Outputs(logits.to(device), features, mask=mask_of(inputs))
+
+    def __call__(self, inputs: Inputs, layers: Sequence[str], needs_logits: bool) -> Outputs:
+        """Answer as the network would here, in the autocast type of the caller."""
+        kind = first_tensor(inputs).device.type
+        precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return self.received(self.send(inputs, layers, precision, logits=needs_logits), inputs)
+
+    def tell_by(self, tell: Callable[[str], None]) -> None:
+        """Set what is called with messages."""
+        for server in self._servers:
+            server.tell = tell
+
+
+def _close(servers: Sequence[_Connection]) -> None:
+    for server in servers:
+        server.close()
+
+
+class AskedAhead:
+    """Asks a served teacher for the answers to coming batches.
+
+    Args:
+        served: the teacher's servers.
+        teacher: the model that they answer for.
+        precision: the type that training autocasts to (None: fp32).
+    """
+
+    def __init__(
+        self, served: ServedTeacher, teacher: TappedModel, precision: torch.dtype | None
+    ) -> None:
+        self._served, self._teacher, self._precision = served, teacher, precision
+        # the images of a batch -> the answer that is under way, or None; weak, so that no batch is
+        # kept alive
+        self._coming: Any = WeakIdKeyDictionary()
+        self._read = True  # whether the answers to batches are read, as far as is known
+
+    def loader(self, train: TrainLoader) -> TrainLoader:
+        """Wrap the training batches, to see which ones are coming."""
+        return _Announced(train, self, len(self._served))
+
+    def announce(self, batch: Batch) -> None:
+        """Ask for the answer to a batch that is coming, unless nobody reads such answers."""
+        self._coming[first_tensor(batch.inputs)] = (
+            self._served.send(
+                batch.inputs,
+                [*self._teacher.layers],
+                self._precision,
+                logits=self._teacher.needs_logits,
+            )
+            if self._read
+            else None
+        )
+
+    def leave(self, batch: Batch) -> None:
+        """Note that the step with a batch is over."""
+        if self._coming.pop(first_tensor(batch.inputs), None) is not None:
+            self._read = False  # a stage without this teacher, or with views of the images
+
+    def answer(self, inputs: Inputs, forward: Forward) -> Outputs:
+        """Return the answer to a batch, which was asked for before, or to other images."""
+        images: Tensor = first_tensor(inputs)
+        if images not in self._coming:
+            return forward(inputs)
+        coming = self._coming[images]
+        self._coming[images] = None
+        if coming is None:
+            self._read = True
+            return forward(inputs)
+        return self._served.received(coming, inputs)
+
+    def close(self) -> None:
+        """Ask nothing any more."""
+        self._served.close()
+
+
+class _Announced(WrappedLoader):
+    """Training batches, of which a few are read ahead and announced."""
+
+    def __init__(self, loader: TrainLoader, ahead: AskedAhead, depth: int) -> None:
+        super().__init__(loader)
+        self._ahead, self._depth = ahead, depth
+
+    def epoch(
+        self, number: int, start: int = 0, view: int | None = None, arrange: Arrange | None = None
+    ) -> Iterator[Batch]:
+        waiting: collections.deque[Batch] = collections.deque()
+        for batch in self._loader.epoch(number, start, view, arrange):
+            self._ahead.announce(batch)
+            waiting.append(batch)
+            if len(waiting) > self._depth:
+                yield from self._shown(waiting.popleft())
+        while waiting:
+            yield from self._shown(waiting.popleft())
+
+    def _shown(self, batch: Batch) -> Iterator[Batch]:
+        yield batch
+        self._ahead.leave(batch)
