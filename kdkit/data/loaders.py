@@ -21,8 +21,8 @@ from kdkit.contracts.task import Task
 from kdkit.data import beside, streams
 from kdkit.data.images import Finish, HeldImages, Images, Pictures, ReadImages
 from kdkit.data.indexed import OrderedLoader, ShuffledLoader
-from kdkit.data.noise import NoiseLoader
 from kdkit.data.labels import Part, as_values, described, labels_of, split
+from kdkit.data.noise import NoiseLoader
 from kdkit.data.sizes import as_batched, measured_batch_size, unshared
 from kdkit.data.subsets import choose
 from kdkit.data.texts import HeldTexts

@@ -180,9 +180,7 @@ class TappedModel:
                 layer.track_running_stats = False
         return self
 
-    def twin(
-        self, module: nn.Module | None = None, layers: Iterable[str] = ()
-    ) -> TappedModel:
+    def twin(self, module: nn.Module | None = None, layers: Iterable[str] = ()) -> TappedModel:
         """Return the model without taps, for measuring or export, with others, or around another
         network.
         """

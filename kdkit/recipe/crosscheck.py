@@ -9,7 +9,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kdkit.contracts.model_source import AnswersOptions, RecipeTeacher, StudentOptions, TeacherOptions
+from kdkit.contracts.model_source import (
+    AnswersOptions,
+    RecipeTeacher,
+    StudentOptions,
+    TeacherOptions,
+)
 from kdkit.contracts.options import LARGEST_INT, Text, path_of
 from kdkit.contracts.task import Task, serves
 from kdkit.errors import ModelError, shown, suggest
