@@ -105,7 +105,7 @@ class Contrasting:
         for _ in range(o.iterations):
             images = generator(noise)
             loss, embeddings = self.loss(images, labels, competing=competing)
-            if (value := float(loss)) < lowest:
+            if (value := loss.item()) < lowest:
                 lowest, best = value, (images.detach(), embeddings.detach())
             descend(loss, learnt, *([self.optimizer] if o.contrast else []))
         self.memory.add(best[1])

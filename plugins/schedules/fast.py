@@ -105,7 +105,7 @@ class Meta:
         for _ in range(o.iterations):
             images = generator(noise)
             loss, answer = self.loss(images, labels, competing=competing)
-            if (value := float(loss)) < lowest:
+            if (value := loss.item()) < lowest:
                 lowest, best = value, images.detach()
             for parameter, gradient in gradients(loss, learnt):
                 parameter.grad = gradient
