@@ -189,8 +189,8 @@ class Stage:
     """One phase of training with a fixed set of students.
 
     `prepare`, `step`, `after_step` and `after_epoch` receive the moment if they have a parameter
-    `moment`, or one more parameter without a default than they otherwise need. The fields of `data` and
-    `training` may also be given to the stage itself: `Stage(..., views=2, epochs=5)`.
+    `moment`, or one more parameter without a default than they otherwise need. The fields of `data`
+    and `training` may also be given to the stage itself: `Stage(..., views=2, epochs=5)`.
 
     Attributes:
         name: unique within the schedule, snake_case.

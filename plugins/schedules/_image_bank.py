@@ -105,13 +105,12 @@ class BankOptions(kdkit.ScheduleOptions):
 
 
 class Synthesis(Protocol):
-    """Makes images.
+    """Makes images."""
 
-    Attributes:
-        keeps: its objects that change, by name; see `kdkit.Stage`.
-    """
-
-    keeps: Mapping[str, Any]
+    @property
+    def keeps(self) -> Mapping[str, kdkit.Stateful]:
+        """Its objects that change, by name; see `kdkit.Stage`."""
+        ...
 
     def __call__(self, *, competing: bool) -> Tensor:
         """Make a round of images (N, C, H, W); `competing`: the student's answers count."""

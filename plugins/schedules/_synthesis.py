@@ -159,10 +159,11 @@ class BatchNorms:
         return {name: list(pair) for name, pair in self._earlier.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        device = next((layer.running_mean.device for layer in self.layers.values()), None)
-        self._earlier = {
-            name: (mean.to(device), variance.to(device)) for name, (mean, variance) in state.items()
-        }
+        self._earlier = {}
+        for name, pair in state.items():
+            known = self.layers[name].running_mean
+            assert known is not None
+            self._earlier[name] = (pair[0].to(known.device), pair[1].to(known.device))
 
 
 def balance(logits: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ release starts the first layer anew once after the warm-up, which is left out he
 """
 
 import copy
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -97,9 +98,8 @@ class Meta:
         noise = networks.noise(o.round_size, o.latent).requires_grad_(True)
         generator = copy.deepcopy(self.generator)
         own = [*generator.parameters()]
-        learnt = torch.optim.Adam(
-            [{"params": own}, {"params": [noise], "lr": o.lr_noise}], lr=o.lr, betas=(0.5, 0.999)
-        )
+        groups: list[dict[str, Any]] = [{"params": own}, {"params": [noise], "lr": o.lr_noise}]
+        learnt = torch.optim.Adam(groups, lr=o.lr, betas=(0.5, 0.999))
         summed = [torch.zeros_like(parameter) for parameter in own]
         lowest, best = float("inf"), noise
         for _ in range(o.iterations):
@@ -110,6 +110,7 @@ class Meta:
             for parameter, gradient in gradients(loss, learnt):
                 parameter.grad = gradient
             for total, parameter in zip(summed, own, strict=True):
+                assert parameter.grad is not None
                 total += parameter.grad
             learnt.step()
         for parameter, total in zip(self.generator.parameters(), summed, strict=True):
