@@ -102,7 +102,7 @@ WRONG = {
         "numbered images",
     ),
     "a survey": (
-        {"losses": [{"use": "nd", "layers": [{"student": "penultimate", "teacher": "penultimate"}]}]},
+        {"losses": [{"use": "dense_mse", "standardize_teacher": "phi_s", "layers": [{"student": "stage3", "teacher": "stage3"}]}]},
         "shows the teacher all training images before the first step, and there are none",
     ),
     "no number": ({"data": {"synthetic_batches": None}}, "schedule 'fast' makes its images; say how many batches an epoch has"),

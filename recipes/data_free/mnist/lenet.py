@@ -1,4 +1,4 @@
-"""LeNet-5 (LeCun et al. 1998) with batch norm, whose statistics data-free methods read, and any share of its channels."""
+"""LeNet-5 (LeCun et al. 1998) with batch norm, of whose channels a share is kept."""
 
 from torch import nn
 
