@@ -73,6 +73,7 @@ from .contracts.schedule import ScheduleOptions as ScheduleOptions
 from .contracts.schedule import Stage as Stage
 from .contracts.schedule import StageData as StageData
 from .contracts.schedule import StageTraining as StageTraining
+from .contracts.schedule import Stateful as Stateful
 from .contracts.schedule import by_class as by_class
 from .contracts.schedule import see as see
 from .contracts.schedule import teach as teach
@@ -96,6 +97,7 @@ from .errors import ShapeError as ShapeError
 from .errors import TapError as TapError
 from .errors import cause as cause
 from .models.backbone import Backbone as Backbone
+from .models.freezing import in_eval_mode as in_eval_mode
 from .models.normalization import NormalizationAdapter as NormalizationAdapter
 from .models.tapped import taps as taps
 from .models.trunk import Trunk as Trunk

@@ -32,6 +32,10 @@ def lay_out(home):
         place = home / "runs" / run / "student.safetensors"
         place.parent.mkdir(parents=True)
         hollow(place, "cifar_resnet20", num_classes=classes)
+    weights = home / "data" / "weights" / "cifar10_resnet"
+    weights.mkdir(parents=True)
+    torch.save(shapes("cifar_resnet56", num_classes=10, shortcut="pad"), weights / "resnet56-4bfd9763.th")
+    (home / "data" / "cifar-10-batches-py").mkdir()
     torch.save(shapes("cifar_resnet56", num_classes=100), home / "data" / "cifar100_resnet56-f2eff4c8.pt")
     for part, count in (("train", 13), ("val", 1)):  # ImageNet's classes with a hundredth of its files
         for label in range(1000):

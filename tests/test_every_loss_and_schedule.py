@@ -24,11 +24,16 @@ BASE = {
     "train": {"epochs": 1, "optimizer": {"lr": 1e-3}, "clip_grad": 1.0},
     "run": {"snapshots": 1},
 }
+BANK = {"round_size": 8, "warmup": 1, "every": 1, "iterations": 1}
 SCHEDULES = {
     "assistants": {"assistants": [TINY]},
     "branches": {"split": "stage2"},
     "born_again": {"generations": 2},
     "rco": {"anchors": [1]},
+    "cmi": {**BANK, "width": 4, "latent": 4, "negatives": 8, "projection": 4},
+    "dafl": {"width": 4, "latent": 4},
+    "deep_inversion": BANK,
+    "fast": {**BANK, "width": 4, "latent": 4},
     "staged": {"stages": [{"name": "all"}], "turned": True, "second": True},
 }
 
@@ -66,7 +71,9 @@ OPTIONS = {
 NO_TEACHER = "is never used: no stage of schedule 'supervised' has a teacher"
 NO_NETWORK = "there is no teacher network to take a layer from"  # peers and passing answers have none that stays
 WITHOUT_NETWORK = ["codistill", "ensemble_peers", "mean_teacher", "mutual", "okddip", "ps_kd", "branches"]
+ON_LABELS = [name for name, cls in PLUGINS.losses.items() if cls.knowledge == "labels"]
 READING = ["cat_kd", "fcfd", "nd", "ofd", "scalekd", "sdd", "simkd", "srrl", "wkd_logit"]
+MAKING = [name for name, cls in PLUGINS.schedules.items() if not cls.needs_images]
 FOR_CLASSES = [name for name, cls in PLUGINS.losses.items() if serves(cls.tasks or cls.for_tasks(), PLUGINS.tasks["classification"]())]
 REFUSED = {
     **{("supervised", loss): NO_TEACHER for loss, cls in PLUGINS.losses.items() if cls.knowledge != "labels"},
@@ -74,6 +81,9 @@ REFUSED = {
     **{(schedule, "ofd"): "set up with a context that has its network" for schedule in WITHOUT_NETWORK},
     **{("bake", loss): "by pooling and a linear classifier: its head is more" for loss in ("cat_kd", "sdd", "simkd", "srrl")},
     **{(schedule, "nd"): "needs a teacher that stays as it is" for schedule in ("bake", "cs_kd", "ddgsd", "dlb")},
+    **{(schedule, loss): "reads the labels of training images, and they have none" for schedule in MAKING for loss in ON_LABELS},
+    **{(schedule, "nd"): "and there are none" for schedule in MAKING},
+    **{(schedule, "crd"): "numbered images" for schedule in MAKING},
     ("assistants", "fsp"): "must have equally many channels",
     **{(schedule, loss): "so that it cannot teach on its own" for schedule in ("assistants", "born_again") for loss in ("norm", "simkd")},
     **{
@@ -150,6 +160,9 @@ def test_every_loss_trains_under_a_schedule(schedule, teacher, tmp_path, monkeyp
 
 def written(folder, schedule, names, teacher):
     """A recipe of these losses, beside cross-entropy."""
-    losses = [{"use": "cross_entropy", "name": "labels"}, *({"use": loss, **options(loss, schedule)} for loss in names)]
-    spec = {**BASE, "schedule": {"use": schedule, **SCHEDULES.get(schedule, {})}, "losses": losses}
+    losses = [{"use": loss, **options(loss, schedule)} for loss in names]
+    data = {**BASE["data"], "synthetic_batches": 3} if schedule in MAKING else BASE["data"]
+    if schedule not in MAKING:
+        losses.insert(0, {"use": "cross_entropy", "name": "labels"})
+    spec = {**BASE, "data": data, "schedule": {"use": schedule, **SCHEDULES.get(schedule, {})}, "losses": losses}
     return write(folder, {**spec, "teacher": {"recipe": str(teacher)}} if PLUGINS.schedules[schedule].needs_teacher else spec)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from kdkit.contracts.dataset_source import DataInfo
 from kdkit.contracts.model_source import ModelOptions
 from kdkit.contracts.options import Options
 from kdkit.contracts.records import Batch, Inputs, Outputs
@@ -58,9 +59,11 @@ class Models(Protocol):
 
     Attributes:
         task: of the recipe; it combines several answers into one.
+        info: of the data; `info.image_shape` is that of the batches.
     """
 
     task: Task
+    info: DataInfo
 
     def student(self, options: ModelOptions | None = None, taps: Sequence[str] = ()) -> Model:
         """Build a fresh, independent student: the recipe's, or one of the schedule's own options.
@@ -78,6 +81,17 @@ class Models(Protocol):
 
     def teachers(self) -> Mapping[str, Model]:
         """Return all frozen teachers by name."""
+        ...
+
+    def differentiable(self, model: Model, taps: Sequence[str] = ()) -> Model:
+        """Return a view of a model for gradients with respect to its images.
+
+        Each call runs the network itself, up to its logits: no cache or run beside this one
+        answers. `taps` are the layers in `Outputs.features`.
+
+        Raises:
+            TapError: there is no such layer.
+        """
         ...
 
 
@@ -110,6 +124,27 @@ class Step(Protocol):
 
 class Hook(Protocol):
     def __call__(self, moment: Moment = START, /) -> None: ...
+
+
+class Prepare(Protocol):
+    def __call__(self, batch: Batch, moment: Moment = START, /) -> Batch: ...
+
+
+class Stateful(Protocol):
+    """A module, an optimizer, or another object whose state can be saved."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
+
+
+Pictures = Callable[[], Mapping[str, Tensor]]
+"""Returns images (N, C, H, W) in [0, 1] by the name of the picture that shows them together."""
+
+
+def no_pictures() -> Mapping[str, Tensor]:
+    """Return no pictures, as a stage that has none."""
+    return {}
 
 
 @dataclass(frozen=True)
@@ -153,9 +188,9 @@ def nothing(moment: Moment = START, /) -> None:
 class Stage:
     """One phase of training with a fixed set of students.
 
-    `step`, `after_step` and `after_epoch` receive the moment if they have a parameter `moment`, or
-    one more parameter without a default than they otherwise need. The fields of `data` and
-    `training` may also be given to the stage itself: `Stage(..., views=2, epochs=5)`.
+    `prepare`, `step`, `after_step` and `after_epoch` receive the moment if they have a parameter
+    `moment`, or one more parameter without a default than they otherwise need. The fields of `data`
+    and `training` may also be given to the stage itself: `Stage(..., views=2, epochs=5)`.
 
     Attributes:
         name: unique within the schedule, snake_case.
@@ -163,6 +198,9 @@ class Stage:
         step: decides who teaches whom on a batch, at the moment before the step; returns one lesson
             per student, in their order, then further lessons about answers that `parts` and several
             students make together: losses that read layers are ignored in these.
+        prepare: called before each optimizer step, outside of its forward; returns the batch that
+            the step gets in place of the loader's, with as many samples. It may train objects of
+            the schedule (`keeps`), but must leave no gradients in the students.
         after_step: called after each optimizer step, which the moment counts.
         after_epoch: called after the last step of each epoch, which the moment counts.
         data: requirements on the batches.
@@ -171,6 +209,9 @@ class Stage:
             and restored with the stage.
         parts: the schedule's own learnable or stored tensors: the parameters are optimised by the
             first student's optimizer, the buffers are saved.
+        keeps: objects of the schedule by name that `prepare` or the hooks change, such as a
+            generator and its optimizer: saved and restored with the stage.
+        pictures: called after each epoch; the images are drawn in the run's folder.
         company: models that are measured as an ensemble together with the students.
         teachers: for each student, whose network its losses may look into (none: the recipe's first
             teacher's).
@@ -184,12 +225,15 @@ class Stage:
     name: str
     students: Sequence[Model]
     step: Step
+    prepare: Prepare | None
     after_step: Hook
     after_epoch: Hook
     data: StageData
     training: StageTraining
     buffers: Sequence[Model]
     parts: nn.Module | None
+    keeps: Mapping[str, Stateful]
+    pictures: Pictures
     company: Sequence[Model]
     teachers: Sequence[Model]
     result: Literal["first", "best"]
@@ -201,12 +245,15 @@ class Stage:
         students: Sequence[Model],
         step: Callable[[Batch], Sequence[Lesson]] | Callable[[Batch, Moment], Sequence[Lesson]],
         *,
+        prepare: Callable[[Batch], Batch] | Callable[[Batch, Moment], Batch] | None = None,
         after_step: Callable[[], None] | Callable[[Moment], None] = nothing,
         after_epoch: Callable[[], None] | Callable[[Moment], None] = nothing,
         data: StageData | None = None,
         training: StageTraining | None = None,
         buffers: Sequence[Model] = (),
         parts: nn.Module | None = None,
+        keeps: Mapping[str, Stateful] | None = None,
+        pictures: Pictures = no_pictures,
         company: Sequence[Model] = (),
         teachers: Sequence[Model] = (),
         result: Literal["first", "best"] = "first",
@@ -219,6 +266,7 @@ class Stage:
         train: Sequence[str] | None = None,
     ) -> None:
         lessons = _told(step, 1)
+        prepared = None if prepare is None else _told(prepare, 1)
         follow, close = _told(after_step, 0), _told(after_epoch, 0)
         more_data = _given(views=views, arrange=arrange)
         more_training = _given(losses=losses, epochs=epochs, lr=lr, train=train)
@@ -226,12 +274,15 @@ class Stage:
             name=name,
             students=students,
             step=lambda batch, moment=START: lessons(batch, moment),
+            prepare=prepared and (lambda batch, moment=START: prepared(batch, moment)),
             after_step=nothing if after_step is nothing else lambda moment=START: follow(moment),
             after_epoch=nothing if after_epoch is nothing else lambda moment=START: close(moment),
             data=replace(data or StageData(), **more_data),
             training=replace(training or StageTraining(), **more_training),
             buffers=buffers,
             parts=parts,
+            keeps=keeps or {},
+            pictures=pictures,
             company=company,
             teachers=teachers,
             result=result,
@@ -285,6 +336,8 @@ class Schedule(abc.ABC):
     """Names of the supported tasks, or the meaning of their rows (`classes`, `labels`,
     `numbers`).
     """
+    needs_images: ClassVar[bool] = True
+    """Whether it trains on images of the data; if not, its stages make their own (`prepare`)."""
     students_teach: ClassVar[bool] = False
     """Whether students teach each other or later ones, so that losses read them at the teacher's
     layers too.

@@ -22,6 +22,7 @@ from kdkit.data import beside, streams
 from kdkit.data.images import Finish, HeldImages, Images, Pictures, ReadImages
 from kdkit.data.indexed import OrderedLoader, ShuffledLoader
 from kdkit.data.labels import Part, as_values, described, labels_of, split
+from kdkit.data.noise import NoiseLoader
 from kdkit.data.sizes import as_batched, measured_batch_size, unshared
 from kdkit.data.subsets import choose
 from kdkit.data.texts import HeldTexts
@@ -157,7 +158,11 @@ def prepare(
     build = _Builder(spec, task, info, seed, device, rank, world)
     other = None if unlabelled is None else split(unlabelled, "train", unlabelled.info())
     read = functools.partial(split, source, "train", info)
-    train, validation, chosen = build.train(read(), other)
+    train: TrainLoader
+    if spec.synthetic_batches is not None:
+        train, validation, chosen = NoiseLoader(spec, info.image_shape, seed, device), None, None
+    else:
+        train, validation, chosen = build.train(read(), other)
     test = build.test(split(source, "test", info))
     still = None if chosen is None else StillImages(chosen, read, build.still)
     return Data(build.info, train, validation, test, still)

@@ -42,6 +42,10 @@ def as_batched(spec: DataSpec, task: Task, info: DataInfo) -> DataInfo:
             " `augment` or `timm_augment`"
         )
     crop = spec.joint_augment.crop if spec.joint_augment else None
+    if spec.synthetic_batches is not None:
+        if is_text(shape):
+            raise DataError("data.synthetic_batches: schedules make images, and no texts")
+        info = replace(info, num_train=0, labelled=False)
     return replace(info, image_shape=shape, crop=None if crop == shape[1:] else crop)
 
 
@@ -77,6 +81,8 @@ def unshared(spec: DataSpec, world: int) -> tuple[str, str] | None:
     """Explain why processes cannot share a batch equally: the key below `data`, and the reason;
     None if they can.
     """
+    if spec.synthetic_batches is not None and world > 1:
+        return "synthetic_batches", f"one process makes the images, and these are {world}"
     equally = f"cannot be shared equally by {world} processes"
     if spec.batch_size % world:
         return "batch_size", f"{spec.batch_size} images {equally}"

@@ -77,6 +77,8 @@ def balanced(shuffled: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def samples(spec: DataSpec, total: int) -> int:
     """Count the images out of `total` that are trained on; errors as in `choose`."""
+    if spec.synthetic_batches is not None:
+        return 0
     return len(choose(spec, torch.zeros(total, dtype=torch.int64))[0])
 
 
@@ -84,6 +86,8 @@ def images_per_epoch(spec: DataSpec, count: int) -> int:
     """Count the images that an epoch shows, repeated ones each time, if `count` are chosen; those
     without labels too.
     """
+    if spec.synthetic_batches is not None:
+        return spec.synthetic_batches * spec.batch_size
     whole = count // spec.labelled_size * spec.batch_size
     return whole if spec.drop_last else count
 

@@ -83,6 +83,8 @@ def optimize(trainer: Trainer, group: Sequence[Batch]) -> list[Value]:
     """Do one optimizer step on the mean over the group's samples."""
     # All random numbers of a step follow from its place, so nothing before it can shift them.
     reseed(trainer.seed, trainer.stage.name, trainer.steps, trainer.accelerator.process_index)
+    if trainer.stage.prepare is not None:
+        group = [trainer.stage.prepare(batch, trainer.moment) for batch in group]
     # The work of the device: a GPU may repeat a step that it has recorded.
     values = trainer.take(partial(learn, trainer), group, trainer.moment, trainer.numbers)
     trainer.step += 1

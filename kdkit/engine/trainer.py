@@ -318,6 +318,7 @@ class Trainer:
             "step": self.step,
             "learner": self.learner.state_dict(),
             "buffers": [model.module.state_dict() for model in self.stage.buffers],
+            "keeps": {name: kept.state_dict() for name, kept in self.stage.keeps.items()},
             "updaters": [updater.state_dict() for updater in self.updaters],
             "averages": [
                 None if average is None else average.module.state_dict()
@@ -333,6 +334,8 @@ class Trainer:
         for model, saved in zip(self.stage.buffers, state["buffers"], strict=True):
             adopt_shapes(model.module, saved)
             model.module.load_state_dict(saved)
+        for name, kept in self.stage.keeps.items():
+            kept.load_state_dict(state["keeps"][name])
         for updater, saved in zip(self.updaters, state["updaters"], strict=True):
             updater.load_state_dict(saved)
         for average, saved in zip(self.averages, state["averages"], strict=True):

@@ -186,10 +186,13 @@ class TappedModel:
                 layer.track_running_stats = False
         return self
 
-    def twin(self, module: nn.Module | None = None) -> TappedModel:
-        """Return the model without taps, for measuring or export, or around another network."""
+    def twin(self, module: nn.Module | None = None, layers: Iterable[str] = ()) -> TappedModel:
+        """Return the model without taps, for measuring or export, with others, or around another
+        network.
+        """
         other = TappedModel(
             self.module if module is None else module,
+            layers,
             adapt=self.adapt,
             role=self.role,
             channels_last=self.channels_last,

@@ -9,7 +9,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kdkit.contracts.model_source import RecipeTeacher, StudentOptions, TeacherOptions
+from kdkit.contracts.model_source import (
+    AnswersOptions,
+    RecipeTeacher,
+    StudentOptions,
+    TeacherOptions,
+)
 from kdkit.contracts.options import LARGEST_INT, Text, path_of
 from kdkit.contracts.task import Task, serves
 from kdkit.errors import ModelError, shown, suggest
@@ -44,6 +49,7 @@ def conflicts(spec: RecipeBase, plugins: Registry, path: Path) -> Iterator[Probl
     yield from _task_conflicts(spec, plugins)
     yield from _model_conflicts(spec, plugins, path)
     yield from _balance_conflicts(spec, plugins)
+    yield from _image_conflicts(spec, plugins)
     names = [entry.name for entry in spec.losses if entry.name]
     for i, entry in enumerate(spec.losses):
         if entry.name and names.count(entry.name) > 1:
@@ -109,6 +115,35 @@ def _serves_others(tasks: Iterable[str], task: Task) -> str:
         f"is for {' and '.join(sorted(tasks))}, and task '{task.name}' has rows of"
         f" {task.rows_are}{of}"
     )
+
+
+def _image_conflicts(spec: RecipeBase, plugins: Registry) -> Iterator[Problem]:
+    """Find a schedule that makes its images beside images, one that needs some without them, and
+    what a teacher keeps of images that do not come again.
+    """
+    schedule = plugins.schedules[spec.schedule.use]
+    if spec.data.synthetic_batches is None:
+        if not schedule.needs_images:
+            yield (
+                ["schedule"],
+                f"schedule '{schedule.name}' makes its images; say how many batches an epoch has:"
+                " `data.synthetic_batches`",
+            )
+        return
+    if schedule.needs_images:
+        making = sorted(name for name, one in plugins.schedules.items() if not one.needs_images)
+        yield (
+            ["data", "synthetic_batches"],
+            f"schedule '{schedule.name}' trains on images of the data; those that make their own:"
+            f" {', '.join(making)}",
+        )
+    for name, teacher in spec.all_teachers().items():
+        if getattr(teacher, "cache", None) is not None:
+            says = "images that the schedule makes do not come again (data.synthetic_batches)"
+            yield [*spec.place_of(name), "cache"], f"{says}, so no answer is kept; leave it out"
+        if isinstance(teacher, AnswersOptions):
+            says = "has answers to the images of the data, and the schedule makes its own"
+            yield [*spec.place_of(name), "model"], says
 
 
 def _balance_conflicts(spec: RecipeBase, plugins: Registry) -> Iterator[Problem]:

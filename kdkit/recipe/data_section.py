@@ -199,6 +199,16 @@ class DataSpec(Options):
             " none)."
         ),
     )
+    synthetic_batches: int | None = Field(
+        default=None,
+        gt=0,
+        le=COUNT,
+        description=(
+            "Batches in an epoch whose images the schedule makes: no training image is read, and"
+            " none has to be there (default: the dataset's images)."
+        ),
+        json_schema_extra=LATER,
+    )
     seed: int = Field(
         default=0,
         ge=0,
@@ -265,6 +275,27 @@ class DataSpec(Options):
         # both number the copies of an image, and both decide what an epoch shows
         if self.repeats > 1 and self.sampling == "balanced":
             raise ValueError("give repeats or sampling: balanced, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _has_images(self) -> DataSpec:
+        if self.synthetic_batches is None:
+            return self
+        about_images = {
+            "train_samples": self.train_samples,
+            "train_fraction": self.train_fraction,
+            "validation": self.validation,
+            "augment": self.augment,
+            "timm_augment": self.timm_augment,
+            "joint_augment": self.joint_augment,
+            "repeats": self.repeats > 1,
+            "sampling": self.sampling != "all",
+            "unlabelled": self.unlabelled,
+        }
+        if asked := [key for key, value in about_images.items() if value]:
+            raise ValueError(
+                f"synthetic_batches: there are no training images; leave {', '.join(asked)} out"
+            )
         return self
 
     @model_validator(mode="after")

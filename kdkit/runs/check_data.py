@@ -91,6 +91,8 @@ class DataChecks(Checks):
     def check_labels(self, source: DatasetSource, info: DataInfo) -> None:
         """Read both parts if that is cheap, to report wrong labels before anything is trained."""
         parts: tuple[Literal["train", "test"], ...] = ("train", "test")
+        if self.spec.data.synthetic_batches is not None:
+            parts = ("test",)
         # Sources whose parts take long to read, or would be fetched, say so by `split_at_check`.
         for name in parts if source.split_at_check and source.lacks() is None else ():
             part = split(source, name, info)

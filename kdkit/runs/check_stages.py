@@ -87,7 +87,7 @@ class StageChecks(Checks):
         # A check must not change the caller's random state, and gives the same messages each time.
         with seeded("plan"):
             known = batch_of(self.task, images, info, 1, few)
-            known = replace(known, index=known.index % num_train)
+            known = replace(known, index=known.index % max(1, num_train))
             # Answers of networks on the meta device have shapes only, and losses may look at
             # numbers.
             tried = [
@@ -270,6 +270,10 @@ class StageChecks(Checks):
         self, loss: str, place: Sequence[str | int], teacher: TappedModel, survey: Survey
     ) -> None:
         """Note what a loss shows a teacher before the first step, or refuse it on a stream."""
+        if self.spec.data.synthetic_batches is not None:
+            says = "shows the teacher all training images before the first step, and there are none"
+            self.report.refuse(place, f"{loss} {says}")
+            return
         source = self.recipe.dataset()
         is_here = source.split_at_check and source.lacks() is None
         if is_here and isinstance(source.split("train"), Stream):

@@ -62,7 +62,8 @@ class _Planner(Checks):
                 # The size in a batch, which `data.image_size` may change.
                 info = sizes.as_batched(spec.data, self.recipe.task, info)
                 num_train = samples(spec.data, info.num_train)
-                if num_train < (size := spec.data.labelled_size):
+                size = spec.data.labelled_size
+                if spec.data.synthetic_batches is None and num_train < size:
                     raise self.recipe.error(
                         ["data", "batch_size"],
                         f"{size} is more than the {num_train} training images",

@@ -222,6 +222,11 @@ class ModelFactory:
         """Return all frozen teachers by name."""
         return {name: self.teacher(name) for name in self.recipe.spec.all_teachers()}
 
+    def differentiable(self, model: Model, taps: Sequence[str] = ()) -> TappedModel:
+        """Return a view of a model for gradients with respect to its images; see `Models`."""
+        assert isinstance(model, TappedModel)
+        return model.twin(layers=taps)
+
     def whole_teachers(self, *, answering: bool = False) -> list[TappedModel]:
         """Return the frozen teachers without taps, for measuring, except those without a network;
         `answering`: only those that have the data's classes.

@@ -68,9 +68,9 @@ class Plan:
         one = what.split()[0][:-1]
         rows = self.rows_are
         answers = rows if rows == "embeddings" else f"{info.outputs} {rows}"
-        yield (
-            f"{self.name}: {self.num_train:,} training and {info.num_test:,} test {what}, {answers}"
-        )
+        # data without training images: the schedule makes them
+        training = f"{self.num_train:,}" if self.num_train else "no"
+        yield f"{self.name}: {training} training and {info.num_test:,} test {what}, {answers}"
         if info.unlabelled:
             yield f"beside them: {info.unlabelled:,} unlabelled training {what.split()[0]}"
         for model in (*self.teachers, self.student):

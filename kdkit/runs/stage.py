@@ -18,7 +18,7 @@ from kdkit.engine.objective import Value
 from kdkit.engine.trainer import Trainer
 from kdkit.engine.turns import Place, Turns
 from kdkit.errors import Interrupted, RunError
-from kdkit.runs import stage_log
+from kdkit.runs import pictures, stage_log
 from kdkit.runs.context import RunContext
 from kdkit.runs.scoring import Standing
 
@@ -162,6 +162,8 @@ class StageRun:
                 " (train.patience)"
             )
         self.standing.keep_snapshot()
+        if self.setting.is_main:
+            pictures.draw(self.setting.folder.path, trainer.stage.name, trainer.stage.pictures())
         if self.finished or trainer.epoch % spec.run.checkpoint_epochs == 0:
             self._save()
 

@@ -14,6 +14,7 @@ from rich.text import Text
 from kdkit.contracts.model_source import InputOptions
 from kdkit.contracts.task import ScoreInfo
 from kdkit.errors import RunError
+from kdkit.runs import pictures
 from kdkit.runs.folder import RunFolder
 from kdkit.runs.result import Result
 from kdkit.students import curves
@@ -51,6 +52,7 @@ class Story:
             if self.result
             else [_text(self._so_far(), style="yellow")]
         )
+        blocks += [_text(f"made: {path}") for path in pictures.drawn(self.folder.path).values()]
         if self.curves.epochs:
             blocks += [Text(), _curve_table(self.curves, curves.deciding(self.scores))]
         return Group(*blocks)
@@ -128,6 +130,8 @@ def brief(recipe: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         for key in ("image_size", "train_samples", "train_fraction", "validation")
         if data.get(key)
     ]
+    if data.get("synthetic_batches"):
+        chosen.append(f"{data['synthetic_batches']} batches an epoch without training images")
     chosen += [f"repeats {data['repeats']}"] if data.get("repeats", 1) > 1 else []
     chosen += ["balanced classes"] if data.get("sampling") == "balanced" else []
     batches = f"batches of {data['batch_size']}"

@@ -13,6 +13,7 @@ from typing import Any, cast
 from kdkit.errors import RunError
 from kdkit.files import write_atomically
 from kdkit.finite import to_json, without_nan
+from kdkit.runs import pictures
 from kdkit.runs.folder import RunFolder
 from kdkit.spreadsheets import as_csv
 from kdkit.study import intervals
@@ -172,7 +173,20 @@ def read(
     }
     followed = {name: mean_curves.read(folders) for name, folders in there.items()}
     recipes = {name: _recipe(folders[0]) for name, folders in there.items() if folders}
-    return Material(findings, followed, recipes, predictions.ask(findings, overrides, plugins, say))
+    answers = predictions.ask(findings, overrides, plugins, say)
+    return Material(
+        findings,
+        followed,
+        recipes,
+        answers,
+        made={name: _made(folders[0]) for name, folders in there.items() if folders},
+    )
+
+
+def _made(folder: Path) -> dict[str, bytes]:
+    """Return the pictures of images that a run has made, by name."""
+    found = {name: pictures.read(path) for name, path in pictures.drawn(folder).items()}
+    return {name: png for name, png in found.items() if png is not None}
 
 
 def _recipe(folder: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from kdkit.study.report.document import (
     Facts,
     Figures,
     Listing,
+    Picture,
     Pictures,
     Section,
     Words,
@@ -42,6 +43,7 @@ class Material:
         recipes: resolved recipe of each variant, as plain data; missing ones are left out.
         answers: to the test data.
         search: that chose a variant; None without one.
+        made: pictures of images that the first run of each variant has made, PNG by name.
     """
 
     findings: Findings
@@ -49,6 +51,7 @@ class Material:
     recipes: Mapping[str, Mapping[str, Any]]
     answers: Answers
     search: Halved | None = None
+    made: Mapping[str, Mapping[str, bytes]] = field(default_factory=dict)
 
     @property
     def missing(self) -> list[str]:
@@ -79,6 +82,7 @@ def document(material: Material) -> Document:
         ("Learning curves", _learning),
         *([("Agreement with the teacher", _agreement)] if findings.agreement else []),
         *(of_classes if material.answers.of_classes else []),
+        *([("Images that were made", _made)] if any(material.made.values()) else []),
         *([("Answers to test images", _drawn)] if material.answers.drawn else []),
         ("Similar layers", _layers),
         ("How to repeat it", _repeat),
@@ -316,6 +320,26 @@ def _drawn(material: Material) -> Iterator[Block]:
         f" first seed of each network: {', '.join(drawn[0].names)}."
     )
     yield Pictures([picture.picture for picture in drawn])
+
+
+def _made(material: Material) -> Iterator[Block]:
+    making = {name: pictures for name, pictures in material.made.items() if pictures}
+    yield Words(
+        f"The latest images that the first run of each of {', '.join(making)} has made and learnt"
+        " from, with the teacher's answers to them."
+    )
+    yield Pictures(
+        [
+            Picture(
+                f"made-{i}-{j}",
+                png,
+                f"Images that {name} has made for its student to learn from.",
+                caption=f"{name}: {title}",
+            )
+            for i, (name, pictures) in enumerate(making.items(), 1)
+            for j, (title, png) in enumerate(pictures.items(), 1)
+        ]
+    )
 
 
 def _layers(material: Material) -> Iterator[Block]:
