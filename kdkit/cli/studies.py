@@ -243,7 +243,9 @@ def report(
     figures: Annotated[
         Form | None,
         typer.Option(
-            "--figures", help="Write every figure in this format too, for papers.", show_default=False
+            "--figures",
+            help="Write every figure in this format too, for papers.",
+            show_default=False,
         ),
     ] = None,
     plugins: RunPlugins = None,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import statistics
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +25,13 @@ WIDTH, HEIGHT = 4.4, 3.0
 LETTERS = 24  # maximum length of a name in a picture
 COLORS_OF_FILE = 256
 FURTHER = COLORS[:-1]  # black is the baseline's
+BASELINE = "#010101"  # matplotlib leaves black out of an SVG, and the page could not replace it
 GREY = "#777777"
 # The page replaces these colours by variables, which differ between light and dark. Whatever
 # stands on a colour that stays, such as a number in a cell, has another one.
 VARIABLES = {
     **{color.lower(): f"var(--line{i})" for i, color in enumerate(FURTHER)},
-    "#000000": "var(--line)",
+    BASELINE: "var(--line)",
     INK: "var(--ink)",
     GREY: "var(--quiet)",
     "#999999": "var(--quiet)",
@@ -73,7 +75,7 @@ def looks(names: Sequence[str], baseline: str) -> dict[str, Look]:
         )
         for i, name in enumerate(others)
     }
-    return {**found, baseline: Look("#000000", "-", "o", 2.2)}
+    return {**found, baseline: Look(BASELINE, "-", "o", 2.2)}
 
 
 def labels(names: Sequence[str], letters: int = LETTERS) -> dict[str, str]:
@@ -99,10 +101,10 @@ def groups(names: Sequence[str], baseline: str) -> list[list[str]]:
     others = [name for name in names if name != baseline]
     first = [baseline] if baseline in names else []
     size = len(names) if len(names) <= 5 else 3
-    # As many in each panel as in the next, not a last panel of one.
     count = max(1, -(-len(others) // size))
-    step = -(-len(others) // count) if others else 1
-    return [first + others[i : i + step] for i in range(0, max(1, len(others)), step)]
+    # As many in each panel as in the next, not a last panel of one.
+    ends = [len(others) * i // count for i in range(count + 1)]
+    return [first + others[start:end] for start, end in itertools.pairwise(ends)]
 
 
 def blank(width: float = WIDTH, height: float = HEIGHT) -> Figure:
@@ -111,6 +113,18 @@ def blank(width: float = WIDTH, height: float = HEIGHT) -> Figure:
 
     # Not through pyplot, which would keep every figure and choose a backend with windows.
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
+
+
+def with_margin(names: Iterable[str], height: float = HEIGHT) -> tuple[Figure, Axes]:
+    """Make a picture whose axes leave room for these names beside them; with equal names, axes of
+    several pictures are equally wide.
+    """
+    figure = blank(height=height)
+    # Constrained layout would give each picture other margins.
+    figure.set_layout_engine(None)
+    beside = 0.35 + 0.068 * max(map(len, names))  # inches
+    figure.subplots_adjust(0.72 / WIDTH, 0.5 / height, 1 - beside / WIDTH, 1 - 0.25 / height)
+    return figure, figure.subplots()
 
 
 def titled(figure: Figure, title: str, width: float = WIDTH) -> None:
@@ -175,7 +189,13 @@ def name_beside(
             fontsize=8.5,
             color=INK,
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.8, "shrinkB": 3},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": color,
+                "linewidth": 0.8,
+                "relpos": (0, 0.5),
+                "shrinkB": 3,
+            },
         )
 
 
@@ -194,6 +214,8 @@ def png(figure: Figure) -> bytes:
 
     canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()
+    # Laid out once, not anew for every format.
+    figure.set_layout_engine("none")
     # `quantize` takes median cut for RGB, but the fast octree for RGBA.
     image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     small = io.BytesIO()

@@ -217,7 +217,9 @@ def _heat(
     least: float = -1.0,
 ) -> None:
     """Draw cells with their numbers; numbers closer to 0 than `least` are left out."""
-    image = axes.imshow(values.numpy(), cmap=colors, vmin=low, vmax=high, aspect="auto", interpolation="none")
+    image = axes.imshow(
+        values.numpy(), cmap=colors, vmin=low, vmax=high, aspect="auto", interpolation="none"
+    )
     for y, row in enumerate(values.tolist()):
         for x, value in enumerate(row):
             # NaN, of a class without test images, is not equal to itself.

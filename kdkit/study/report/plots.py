@@ -7,24 +7,26 @@ from __future__ import annotations
 import math
 import re
 import statistics
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kdkit.contracts.task import ScoreInfo
-from kdkit.students.curves import COLORS, DASHES, INK, MARKERS, broken, furnish
+from kdkit.students.curves import DASHES, INK, MARKERS, broken, furnish
 from kdkit.study.findings import LOSSES
 from kdkit.study.report.document import Picture, Pictures
 from kdkit.study.report.drawing import (
+    FURTHER,
     GREY,
     HEIGHT,
     Look,
-    blank,
     groups,
     labels,
     looks,
     name_beside,
     plain,
+    with_margin,
 )
 from kdkit.study.report.mean_curves import Course, Courses
 
@@ -54,8 +56,7 @@ def against_cost(
     """Draw the score against the cost of training, each point with its name."""
     height = max(HEIGHT, 0.8 + 0.17 * len(points))
     look, short = looks([p.name for p in points], baseline), labels([p.name for p in points])
-    figure = blank(height=height)
-    axes = figure.subplots()
+    figure, axes = with_margin([*short.values(), "teacher"], height)
     means = {p.name: statistics.fmean(p.scores) for p in points}
     for point in points:
         style = look[point.name]
@@ -90,7 +91,9 @@ def against_cost(
     axes.set_xlim(*axes.get_xlim())
     name_beside(axes, named, height)
     title = f"Test {score.title} against cost"
-    told = ", ".join(f"{p.name}: {score.text(means[p.name])} for {p.cost:.3g} {unit}" for p in points)
+    told = ", ".join(
+        f"{p.name}: {score.text(means[p.name])} for {p.cost:.3g} {unit}" for p in points
+    )
     alt = f"Test {score.title} against {unit} of training. {told}."
     return Pictures(title, [Picture("score-against-cost", figure, alt)], caption.strip())
 
@@ -101,7 +104,7 @@ def _several(points: Sequence[Priced]) -> bool:
 
 def _near(level: float, low: float, high: float) -> bool:
     """Check whether a line at that level leaves the rest of an axis enough room."""
-    return max(level - high, low - level) < 0.5 * (high - low)
+    return max(level - high, low - level) < 0.25 * (high - low)
 
 
 def learning_curves(
@@ -224,11 +227,10 @@ def _curves(
     relative = len({courses[name].epochs for name in shown}) > 1
     look, drawn = looks(list(courses), baseline), []
     for number, names in enumerate(groups(list(shown), baseline), 1):
-        figure = blank()
-        axes = figure.subplots()
+        figure, axes = with_margin([*labels(list(shown)).values(), "teacher"])
         level = teacher if teacher is not None and axis.low <= teacher <= axis.high else None
         _panel(axes, {n: (shown[n], courses[n], look[n]) for n in names}, axis, relative, level)
-        axes.set_ylabel(score.heading + (", logarithmic" if axis.logarithmic else ""), color=INK)
+        _name_axis(axes, score.heading, axis)
         ends = ", ".join(f"{name} {shown[name].mean[-1]:.4g}" for name in names)
         alt = f"{title}: {score.heading} by epoch. At the end: {ends}."
         drawn.append(Picture(f"{file}-{number}", figure, alt))
@@ -280,6 +282,11 @@ def _panel(
     name_beside(axes, named)
 
 
+def _name_axis(axes: Axes, heading: str, axis: Axis) -> None:
+    text = f"{heading} (log)" if axis.logarithmic else heading
+    axes.set_ylabel(plain(textwrap.fill(text, 32)), color=INK)
+
+
 def _line(
     axes: Axes,
     course: Course,
@@ -297,7 +304,10 @@ def _line(
     if len(course.x) == 1:  # a point has no band
         axes.errorbar(x, means, course.deviation, color=look.color, capsize=3)
         return
-    low, high = ([m + sign * d for m, d in zip(course.mean, course.deviation, strict=True)] for sign in (-1, 1))
+    low, high = (
+        [m + sign * d for m, d in zip(course.mean, course.deviation, strict=True)]
+        for sign in (-1, 1)
+    )
     # a band that reaches 0 has no end on a logarithmic axis
     low = [max(value, axis.low) if axis.logarithmic else value for value in low]
     axes.fill_between(
@@ -305,7 +315,7 @@ def _line(
         broken(course.x, low, stages)[1],
         broken(course.x, high, stages)[1],
         color=look.color,
-        alpha=0.13,
+        alpha=0.1,
         linewidth=0,
     )
 
@@ -333,7 +343,7 @@ def loss_terms(courses: Mapping[str, Courses]) -> Pictures | None:
     ]
     caption = (
         "Terms weighted as they count in the total. Each panel has its own axis, logarithmic where"
-        " it says so: objectives differ between variants, so compare shapes only."
+        " it says (log): objectives differ between variants, so compare shapes only."
     )
     title = "Training loss of each variant and its terms"
     return Pictures(title, drawn, caption, folded=True) if drawn else None
@@ -350,19 +360,18 @@ def _named_terms(losses: Mapping[str, Course]) -> Mapping[str, Course]:
 
 
 def _terms(name: str, one: Courses, lines: Mapping[str, Course]) -> Figure:
-    figure = blank()
-    axes = figure.subplots()
+    figure, axes = with_margin(labels(list(lines)).values())
     axis = Axis.of([(line, one.epochs) for line in lines.values()], may_be_logarithmic=True)
     styled = {
         term: (
             line,
             one,
-            Look(COLORS[i % len(COLORS)], DASHES[i % len(DASHES)], MARKERS[i % len(MARKERS)], 1.5),
+            Look(FURTHER[i % len(FURTHER)], DASHES[i % len(DASHES)], MARKERS[i % len(MARKERS)], 1.5),
         )
         for i, (term, line) in enumerate(lines.items())
     }
     _panel(axes, styled, axis, False, None)
-    axes.set_ylabel(f"loss{', logarithmic' if axis.logarithmic else ''}", color=INK)
+    _name_axis(axes, "loss", axis)
     short = plain(labels([name])[name])
     axes.set_title(short, loc="left", fontsize=9.5, fontweight="bold", color=INK)
     return figure

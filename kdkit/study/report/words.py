@@ -112,7 +112,9 @@ def _over(leader: Variant, baseline: Variant, score: ScoreInfo) -> str:
         )
     # A gain of a loss is negative, and is none "over" the baseline.
     word = "over" if score.higher_is_better else "against"
-    return f", {_joined(gain(leader.difference, score), score.difference_unit, word)} {baseline.name}"
+    return (
+        f", {_joined(gain(leader.difference, score), score.difference_unit, word)} {baseline.name}"
+    )
 
 
 def _carried(leader: Variant, findings: Findings) -> str:
@@ -282,7 +284,9 @@ def parts_tables(findings: Findings) -> Iterator[Figures]:
         header = [replace(parts[0], title=title).heading]
         header += [_called(v, findings) for v in findings.ran]
         header += [_named(teacher)] if teacher else []
-        yield Figures(header, rows, f"{title}: {parts[0].meaning}.", folded=f"{title}, part by part")
+        yield Figures(
+            header, rows, f"{title}: {parts[0].meaning}.", folded=f"{title}, part by part"
+        )
 
 
 def _table(findings: Findings, columns: Sequence[Column], caption: str) -> Figures:
@@ -334,7 +338,9 @@ def intervals_table(findings: Findings) -> Figures | None:
                 ]
             )
     less = f"{score.title} minus that of {findings.baseline} with the same seed"
-    caption = f"Difference: {_joined(less, score.difference_unit, by=', ')}; 95 % intervals of the mean."
+    caption = (
+        f"Difference: {_joined(less, score.difference_unit, by=', ')}; 95 % intervals of the mean."
+    )
     return (
         Figures(
             ["variant", "seed by seed", "paired t", "bootstrap"],
