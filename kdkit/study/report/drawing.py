@@ -25,13 +25,12 @@ WIDTH, HEIGHT = 4.4, 3.0
 LETTERS = 24  # maximum length of a name in a picture
 COLORS_OF_FILE = 256
 FURTHER = COLORS[:-1]  # black is the baseline's
-BASELINE = "#010101"  # matplotlib leaves black out of an SVG, and the page could not replace it
 GREY = "#777777"
 # The page replaces these colours by variables, which differ between light and dark. Whatever
 # stands on a colour that stays, such as a number in a cell, has another one.
 VARIABLES = {
     **{color.lower(): f"var(--line{i})" for i, color in enumerate(FURTHER)},
-    BASELINE: "var(--line)",
+    "#000000": "var(--line)",
     INK: "var(--ink)",
     GREY: "var(--quiet)",
     "#999999": "var(--quiet)",
@@ -75,7 +74,7 @@ def looks(names: Sequence[str], baseline: str) -> dict[str, Look]:
         )
         for i, name in enumerate(others)
     }
-    return {**found, baseline: Look(BASELINE, "-", "o", 2.2)}
+    return {**found, baseline: Look("#000000", "-", "o", 2.2)}
 
 
 def labels(names: Sequence[str], letters: int = LETTERS) -> dict[str, str]:
@@ -260,5 +259,6 @@ def inline(figure: Figure, name: str) -> str:
 def _of_page(tag: re.Match[str]) -> str:
     short = re.sub(r"<g id=\"[^\"]*\"", "<g", " ".join(tag[0].split()))
     short = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", short)
+    short = re.sub(r"font-family: [^;\"]*;? ?", "", short)
     short = re.sub(r"(font: [^;\"]*?px) [^;\"]*", r"\1 var(--font)", short)
     return re.sub(r"#[0-9a-f]{6}\b", lambda color: VARIABLES.get(color[0], color[0]), short)

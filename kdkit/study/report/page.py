@@ -22,6 +22,7 @@ from kdkit.study.report.drawing import inline, png
 
 TEMPLATE = "page.html.jinja"
 PIXELS = 110  # screen pixels per inch of a picture
+SHRUNK = 0.6
 # Characters that Markdown, or GitHub's dialect of it, would take for a mark.
 SIGNS = re.compile(r"([\\`*_{}\[\]<>|#~$])")
 
@@ -54,8 +55,10 @@ def drawn(picture: Picture) -> Markup:
     head, _, rest = element.partition(">")
     box = re.search(r'viewBox="[^"]*"', head)
     assert box is not None  # matplotlib's SVG has one
-    start = Markup('<svg {} width="{}" role="img" aria-label="{}">').format(
-        Markup(box[0]), pixels, picture.alt
+    # A narrow screen shrinks it, but not until its numbers cannot be read: it is scrolled then.
+    least = round(SHRUNK * pixels) if picture.wide else 0
+    start = Markup('<svg {} width="{}" style="min-width:{}px" role="img" aria-label="{}">').format(
+        Markup(box[0]), pixels, least, picture.alt
     )
     return start + Markup(rest)
 

@@ -366,7 +366,9 @@ def _terms(name: str, one: Courses, lines: Mapping[str, Course]) -> Figure:
         term: (
             line,
             one,
-            Look(FURTHER[i % len(FURTHER)], DASHES[i % len(DASHES)], MARKERS[i % len(MARKERS)], 1.5),
+            Look(
+                FURTHER[i % len(FURTHER)], DASHES[i % len(DASHES)], MARKERS[i % len(MARKERS)], 1.5
+            ),
         )
         for i, (term, line) in enumerate(lines.items())
     }
