@@ -204,6 +204,15 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
+def _lay_out(figure: Figure) -> None:
+    """Fix the places of everything, which are then the same in every format."""
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
+        figure.draw_without_rendering()  # type: ignore[no-untyped-call]
+        figure.set_layout_engine("none")
+
+
 def png(figure: Figure) -> bytes:
     """Write the PNG file with a palette: lines and flat colours need no more, and a page with many
     pictures stays small.
@@ -211,10 +220,9 @@ def png(figure: Figure) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
+    _lay_out(figure)
     canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()
-    # Laid out once, not anew for every format.
-    figure.set_layout_engine("none")
     # `quantize` takes median cut for RGB, but the fast octree for RGBA.
     image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     small = io.BytesIO()
@@ -228,6 +236,7 @@ def paper(figure: Figure, name: str, form: str) -> bytes:
     """Write the file for a paper: `pdf`, `svg` or `png`; the same picture gives the same bytes."""
     import matplotlib
 
+    _lay_out(figure)
     made = io.BytesIO()
     dates = {"pdf": "CreationDate", "svg": "Date"}
     fixed = {dates[form]: None} if form in dates else None
@@ -246,6 +255,7 @@ def inline(figure: Figure, name: str) -> str:
     """
     import matplotlib
 
+    _lay_out(figure)
     made = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(made, format="svg", metadata={"Date": None})
