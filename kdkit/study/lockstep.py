@@ -13,7 +13,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,10 +27,11 @@ from kdkit.recipe import Recipe, content_of
 from kdkit.runs import opening, training
 from kdkit.runs.folder import RunFolder
 from kdkit.runs.interrupts import StopRequest
-from kdkit.runs.progress import Seldom, clock
+from kdkit.runs.progress import Seldom
 from kdkit.runs.result import Result
 from kdkit.runs.run import Run
 from kdkit.study.shared import Sharing
+from kdkit.study.time_left import TimeLeft
 
 OF_A_GROUP = ("device", "precision", "accumulate", "capture")  # keys of `train`
 # torch reports out of memory, and much else, by a RuntimeError
@@ -68,42 +69,6 @@ class Going:
     @property
     def going(self) -> bool:
         return self.outcome is None and self.stopped is None
-
-
-class TimeLeft:
-    """Estimates how long the training of some runs still takes, from what their epochs have taken.
-
-    Args:
-        epochs: of each run, all its stages together, by its folder.
-    """
-
-    def __init__(self, epochs: Mapping[Path, int]) -> None:
-        self._epochs = epochs
-        self._began, self._before = time.monotonic(), self._done()
-
-    def _done(self) -> int:
-        """Count the epochs that are over; a run that has ended early has none left."""
-        return sum(
-            epochs if RunFolder(path).result_file.is_file() else min(epochs, _logged(path))
-            for path, epochs in self._epochs.items()
-        )
-
-    def __str__(self) -> str:
-        """Return the end of a sentence; empty if nothing is known yet."""
-        done = self._done()
-        new = done - self._before
-        if new <= 0:
-            return ""
-        # Processes that share a study log in the same folders: their epochs count.
-        rest = (sum(self._epochs.values()) - done) / new
-        return f", about {clock(rest * (time.monotonic() - self._began))} left in all"
-
-
-def _logged(path: Path) -> int:
-    # A damaged file is told where it is needed: an estimate does without it.
-    with suppress(KdkitError):
-        return len(RunFolder(path).metrics("epoch"))
-    return 0
 
 
 def train_together(
@@ -381,13 +346,14 @@ def _take_turns(
         # the furthest behind first, so that all runs meet at the same batch
         last = min(going, key=lambda run: run.place)
         epoch, _, batch = last.place
+        measuring = sum(run.place[1] < 0 for run in going)  # after an epoch that is not logged yet
         if epoch > max(told, 0) and tell.due:
             tell(
                 f"{name}: epoch {epoch} is over in all runs, {len(group) - len(going)} of"
-                f" {len(group)} have ended{left}"
+                f" {len(group)} have ended{left.told(measuring)}"
             )
         elif epoch >= 0 and tell.since > SILENT:
-            tell(f"{name}: in epoch {epoch + 1}, batch {batch + 1}{left}")
+            tell(f"{name}: in epoch {epoch + 1}, batch {batch + 1}{left.told(measuring)}")
         told = epoch
         _turn(last, sharing, say)
 
