@@ -209,7 +209,7 @@ def _lay_out(figure: Figure) -> None:
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
-        figure.draw_without_rendering()  # type: ignore[no-untyped-call]
+        figure.draw_without_rendering()
         figure.set_layout_engine("none")
 
 

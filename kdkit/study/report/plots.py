@@ -172,7 +172,8 @@ class Axis:
 
         The first epochs run out of the axis if all others would have to share a small part of it.
         """
-        whole, late = [], []
+        whole: list[float] = []
+        late: list[float] = []
         for course, epochs in lines:
             deviation = course.deviation or (0.0,) * len(course.x)
             for x, mean, around in zip(course.x, course.mean, deviation, strict=True):

@@ -73,9 +73,8 @@ def document(material: Material) -> Document:
         ("Classes and confusions", _classes),
         ("What the teacher knows that labels do not say", _softened),
     ]
-    drawn = forest(findings)
     parts = [
-        *([("Differences", lambda _: iter([drawn]))] if drawn else []),
+        ("Differences", _differences),
         ("Results", _results),
         ("Cost", _cost),
         ("Learning curves", _learning),
@@ -88,7 +87,13 @@ def document(material: Material) -> Document:
         ("How to repeat it", _repeat),
     ]
     sections = [Section(title, list(write(material))) for title, write in parts]
-    return Document(findings.name, findings.question, list(words.answer(findings)), sections)
+    shown = [section for section in sections if section.blocks]
+    return Document(findings.name, findings.question, list(words.answer(findings)), shown)
+
+
+def _differences(material: Material) -> Iterator[Block]:
+    if (drawn := forest(material.findings)) is not None:
+        yield drawn
 
 
 def _best_first(material: Material) -> Material:
