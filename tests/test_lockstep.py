@@ -1,6 +1,7 @@
 """Runs side by side: each is what it would be alone, and what they share is done once."""
 
 import contextlib
+import re
 import signal
 
 import pytest
@@ -347,13 +348,15 @@ def test_networks_of_one_name_from_two_plugins_are_two_teachers(tmp_path):
 
 def test_a_group_that_takes_long_says_how_far_it_is(tmp_path, monkeypatch):
     """Where no line is held back: one for each epoch that all have finished, and one for each of the teacher's."""
-    monkeypatch.setattr(progress.Seldom, "__call__", lambda self, text: self._say(text))
+    monkeypatch.setattr(progress.Seldom, "due", True)
     write(tmp_path, {**merged(PLAIN, VARIANTS["alone"]), "name": "teacher"}, "t.yaml")
     taught = {**PLAIN, "teacher": {"recipe": "t.yaml"}, "run": {"folder": str(tmp_path / "runs")}}
     jobs = [Run(recipe.load(write(tmp_path, {**taught, "name": name}, f"{name}.yaml")), tmp_path / name) for name in "ab"]
     said = []
     train_together(jobs, say=said.append)
-    assert [line for line in said if "is over" in line] == [
+    over = [line for line in said if "is over" in line]
+    assert [line.partition(", about ")[0] for line in over] == [
         f"pass 1 of 1: epoch {n} is over in all runs, 0 of 2 have ended" for n in (1, 2)
     ]
+    assert re.search(r", about \d+:\d\d:\d\d left in all$", over[0]) and over[1].endswith(", about 0:00:00 left in all")
     assert [line[:15] for line in said if "loss" in line] == ["train epoch 1/2", "train epoch 2/2"]

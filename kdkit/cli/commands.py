@@ -482,8 +482,9 @@ def main() -> None:
         # a copied context, so that what a command sets with `consent.watch` ends with the command
         code = copy_context().run(app, prog_name="kdkit", standalone_mode=False)
     except typer.Abort:
-        print("stopped", file=sys.stderr)
-        # 128 + SIGINT: a Ctrl-C outside training, where no run has to be saved.
+        # A Ctrl-C outside training, where no run has to be saved: what is finished is reused.
+        print("stopped; the same command goes on", file=sys.stderr)
+        # 128 + SIGINT
         sys.exit(130)
     except Interrupted as error:
         print(error, file=sys.stderr)

@@ -4,6 +4,7 @@ the command that needs it.
 
 from __future__ import annotations
 
+import enum
 import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -29,6 +30,14 @@ if TYPE_CHECKING:
     from kdkit.study.variants import Study
 
 app = typer.Typer()
+
+
+class Form(enum.StrEnum):
+    """The formats of `kdkit report --figures`."""
+
+    pdf = "pdf"
+    svg = "svg"
+    png = "png"
 
 
 @app.command()
@@ -231,16 +240,29 @@ def report(
             show_default=False,
         ),
     ] = None,
+    figures: Annotated[
+        Form | None,
+        typer.Option(
+            "--figures",
+            help="Write every figure in this format too, for papers.",
+            show_default=False,
+        ),
+    ] = None,
     plugins: RunPlugins = None,
 ) -> None:
-    """Write the report of a study or of runs: a page, CSV and JSON."""
+    """Write the report of a study or of runs: a page, CSV, JSON and a LaTeX table."""
     from kdkit.recipe.yaml_source import parse_overrides
     from kdkit.study.report import output as reports
 
     overrides = parse_overrides(f"data.{word.removeprefix('data.')}" for word in data or [])
     with Terminal(stderr=True).status("reads the runs") as status:  # shown on a terminal only
         written = reports.write(
-            paths, output, overrides, absolute(plugins), say=lambda text: status.update(text)
+            paths,
+            output,
+            overrides,
+            absolute(plugins),
+            say=lambda text: status.update(text),
+            figures=figures.value if figures else None,
         )
     for what in written.missing:
         out.print(f"left out: {what}", markup=False)

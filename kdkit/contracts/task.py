@@ -109,6 +109,12 @@ class ScoreInfo:
         unit = " %" if self.unit == "%" else f", {self.unit}" if self.unit else ""
         return f"{self.title}{unit}{'' if self.higher_is_better else ' ↓'}"
 
+    @property
+    def difference_unit(self) -> str:
+        """Unit of its differences: `points` for per cent."""
+        # A difference of percentages in % would read as relative.
+        return "points" if self.unit == "%" else self.unit
+
     def rank(self, value: float) -> float:
         """Return the value with the sign that makes larger better."""
         return value if self.higher_is_better else -value

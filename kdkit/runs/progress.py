@@ -31,8 +31,18 @@ class Seldom:
         self._say, self._seconds = say, seconds
         self._last = time.monotonic()
 
+    @property
+    def since(self) -> float:
+        """Seconds since the last text."""
+        return time.monotonic() - self._last
+
+    @property
+    def due(self) -> bool:
+        """Whether a text would be passed on."""
+        return self.since >= self._seconds
+
     def __call__(self, text: str) -> None:
-        if time.monotonic() - self._last >= self._seconds:
+        if self.due:
             self._say(text)
             self._last = time.monotonic()
 
@@ -110,7 +120,7 @@ class Reporter:
         """Print one line for a finished epoch."""
         test = ", ".join(f"{score.title} {score.text(value)}" for score, value in scores)
         parts = [label, _terms(terms), *([f"test {test}"] if test else [])]
-        parts += [f"lr {lr:.2g}", f"{images_per_second:,.0f} images/s", f"{_clock(left)} left"]
+        parts += [f"lr {lr:.2g}", f"{images_per_second:,.0f} images/s", f"{clock(left)} left"]
         if self.quiet:
             self._instead("  ".join(parts))
         self.say(_filled(parts, self.console.width if self.console.is_terminal else None))
@@ -144,7 +154,8 @@ def _terms(terms: Mapping[str, float]) -> str:
     return f"loss {terms.get('loss', 0.0):.3g} = {' + '.join(shown)}"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Format a time as hours, minutes and seconds: `1:02:03`."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}"

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -20,7 +20,7 @@ from kdkit.runs.interrupts import sigterm_raises
 from kdkit.runs.leftovers import LOCK
 from kdkit.runs.run import Run
 from kdkit.study.finder import Finder, Searched, after_search
-from kdkit.study.findings import Findings
+from kdkit.study.findings import Findings, Length
 from kdkit.study.lockstep import train_together
 from kdkit.study.measurements import Measured
 from kdkit.study.plan import StudyRun, check, trainings
@@ -59,7 +59,7 @@ def compare(
     with agreed("study") as asked:
         planned = trainings(study)
         with advice_if_stopped(functools.partial(_how_far, study, planned)):
-            check(study, say)
+            lengths = check(study, say)
         asked |= {f"{each.variant} (seed {each.seed})": each.recipe.content() for each in planned}
         asked["--spread"] = spread
         if not spread:
@@ -73,11 +73,11 @@ def compare(
     if study.tune:
         planned = trainings(study.search)
         with advice_if_stopped(functools.partial(_how_far, study.search, planned)):
-            _train(study.search, planned, max_parallel, spread, writes, say)
+            _train(study.search, planned, {}, max_parallel, spread, writes, say)
         study, searched = after_search(study, planned)
     planned = trainings(study)
     with advice_if_stopped(functools.partial(_how_far, study, planned)):
-        failures = _train(study, planned, max_parallel, spread, writes, say)
+        failures = _train(study, planned, lengths, max_parallel, spread, writes, say)
         if not first:
             return None
         leave_launch()
@@ -114,6 +114,7 @@ def _how_far(study: Study, planned: Sequence[StudyRun]) -> str:
 def _train(
     study: Study,
     planned: Sequence[StudyRun],
+    lengths: Mapping[str, Length],
     max_parallel: int | None,
     spread: bool,
     writes: bool,
@@ -133,8 +134,15 @@ def _train(
         return {}
     chosen = list((runs if spread else left).values())
     booked = functools.partial(book, study, say) if writes else contextlib.nullcontext
+    # A search has other lengths than its variants.
+    epochs = {
+        each.folder: lengths[each.variant].epochs
+        if each.variant in lengths
+        else each.recipe.spec.train.epochs
+        for each in planned
+    }
     outcomes = train_together(
-        chosen, max_parallel=max_parallel, spread=spread, booked=booked, say=say
+        chosen, max_parallel=max_parallel, spread=spread, epochs=epochs, booked=booked, say=say
     )
     return {
         outcome.job.folder: outcome.reason for outcome in outcomes if outcome.reason is not None

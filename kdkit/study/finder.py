@@ -306,7 +306,13 @@ def about(recipe: Recipe) -> str:
     # Only what the recipe says of its schedule, as in `formula`.
     said = spec.schedule.model_dump(mode="json", by_alias=True, exclude_unset=True)
     options = [f"{key} {in_words(value)}" for key, value in said.items() if key != "use"]
-    losses = formula(dict(zip(recipe.loss_names(), spec.losses, strict=True)))
+    # A loss may be named `taught` in every variant, by which none is told from another.
+    uses = [loss.use for loss in spec.losses]
+    names = [
+        use if uses.count(use) == 1 else name
+        for use, name in zip(uses, recipe.loss_names(), strict=True)
+    ]
+    losses = formula(dict(zip(names, spec.losses, strict=True)))
     return f"{losses}; schedule {' '.join([spec.schedule.use, *options])}"
 
 

@@ -30,9 +30,11 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
-def paired(own: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
+def paired(
+    own: Mapping[int, float], baseline: Mapping[int, float], *, bootstrap: bool = True
+) -> Difference | None:
     """Return the difference of two results by seed, over the seeds that both have; None if there is
-    none.
+    none. The interval by `bootstrap` takes most of the time.
     """
     values = tuple(own[seed] - baseline[seed] for seed in own if seed in baseline)
     if not values:
@@ -42,7 +44,7 @@ def paired(own: Mapping[int, float], baseline: Mapping[int, float]) -> Differenc
     return Difference(
         values,
         t_interval(values) if enough else None,
-        bootstrap_interval(values) if enough else None,
+        bootstrap_interval(values) if enough and bootstrap else None,
     )
 
 
@@ -136,7 +138,9 @@ def p_value_shown(difference: Difference | None) -> str:
     return f"{difference.p_holm:.3f}" if difference.p_holm >= 0.001 else "< 0.001"
 
 
-def gained(found: Findings, variant: Variant, *, best: bool = False) -> Difference | None:
+def gained(
+    found: Findings, variant: Variant, *, best: bool = False, bootstrap: bool = True
+) -> Difference | None:
     """Return a variant's difference to the baseline: of the resulting students, or with each
     measured at the epoch that is best on validation; None for the baseline.
     """
@@ -147,10 +151,14 @@ def gained(found: Findings, variant: Variant, *, best: bool = False) -> Differen
         return dict(zip(one.seeds, values, strict=False))
 
     baseline = next((other for other in found.variants if other.name == found.baseline), variant)
-    return paired(by_seed(variant), by_seed(baseline)) if variant is not baseline else None
+    if variant is baseline:
+        return None
+    return paired(by_seed(variant), by_seed(baseline), bootstrap=bootstrap)
 
 
-def with_differences(found: Findings) -> Findings:
+def with_differences(found: Findings, *, bootstrap: bool = True) -> Findings:
     """Return the findings with each variant's difference to the baseline."""
-    compared = (replace(one, difference=gained(found, one)) for one in found.variants)
+    compared = (
+        replace(one, difference=gained(found, one, bootstrap=bootstrap)) for one in found.variants
+    )
     return replace(found, variants=corrected(compared))

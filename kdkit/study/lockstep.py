@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -30,12 +31,14 @@ from kdkit.runs.progress import Seldom
 from kdkit.runs.result import Result
 from kdkit.runs.run import Run
 from kdkit.study.shared import Sharing
+from kdkit.study.time_left import TimeLeft
 
 OF_A_GROUP = ("device", "precision", "accumulate", "capture")  # keys of `train`
 # torch reports out of memory, and much else, by a RuntimeError
 FAILURES = (KdkitError, RuntimeError, OSError)
 BETWEEN_LOOKS = 1.0  # seconds until a process looks again for runs that others have left
 BETWEEN_REMINDERS = 300.0  # seconds
+SILENT = 60.0  # seconds of an epoch until a line tells how far it is
 
 Claims = Generator[tuple[int, dict[int, RunFolder]], None, None]
 """Runs to be trained together, with the number of their pass: their folders, by position."""
@@ -74,6 +77,7 @@ def train_together(
     max_parallel: int | None = None,
     spread: bool = False,
     until: int | None = None,
+    epochs: Mapping[Path, int] | None = None,
     sound: dict[str, DataInfo] | None = None,
     booked: Callable[[Sequence[Run]], AbstractContextManager[object]] = nullcontext,
     say: Callable[[str], None] = lambda _: None,
@@ -90,6 +94,8 @@ def train_together(
             no other process has claimed, wait for the rest (False: a claimed run fails).
         until: epochs of all stages together after which each run pauses, to be resumed by another
             call (None: they run to their ends).
+        epochs: of each run, all stages together, by its folder, for the estimate of the time left
+            (None: those of the recipes).
         sound: recipes whose plan is known to be valid, filled here, to be passed to a next call.
         booked: context in which some of the jobs are trained.
         say: called with a message when a group begins or a run ends.
@@ -105,11 +111,12 @@ def train_together(
     parts = list(_passes({i: _kind(jobs[i].recipe) for i in divided}, max_parallel))
     offered = _claims(jobs, parts, outcomes, say) if spread else _unclaimed(jobs, parts)
     sound = {} if sound is None else sound
+    left = TimeLeft(epochs or {job.folder: until or job.recipe.spec.train.epochs for job in jobs})
     with closing(offered):
         for number, folders in offered:
             name = f"pass {number} of {len(parts)}"
             with booked([jobs[i] for i in folders]):
-                outcomes |= _trained(jobs, folders, sound, say, name, until)
+                outcomes |= _trained(jobs, folders, sound, say, name, until, left)
     return [outcomes[i] for i in range(len(jobs))]
 
 
@@ -191,13 +198,15 @@ def _trained(
     say: Callable[[str], None],
     name: str,
     until: int | None,
+    left: TimeLeft,
 ) -> dict[int, Outcome]:
     """Train the runs of one pass side by side."""
     made = {i: _prepared(jobs[i], folder, sound, say) for i, folder in folders.items()}
     ready = {i: run for i, run in made.items() if isinstance(run, training.Prepared)}
     seed = jobs[next(iter(folders))].recipe.spec.seed
     say(f"{name}: {len(ready)} run{'s' * (len(ready) > 1)} side by side, seed {seed}")
-    trained = _train_group([(jobs[i], run) for i, run in ready.items()], say, name, until)
+    group = [(jobs[i], run) for i, run in ready.items()]
+    trained = _train_group(group, say, name, until, left)
     failed = {i: run for i, run in made.items() if isinstance(run, Outcome)}
     return failed | dict(zip(ready, trained, strict=True))
 
@@ -276,6 +285,7 @@ def _train_group(
     say: Callable[[str], None],
     name: str,
     until: int | None,
+    left: TimeLeft,
 ) -> list[Outcome]:
     if not group:
         return []
@@ -296,7 +306,7 @@ def _train_group(
             _start(job, prepared, accelerator, stop, sharing, until) for job, prepared in group
         ]
         try:
-            _take_turns(going, sharing, say, name)
+            _take_turns(going, sharing, say, name, left)
         finally:
             sharing.close()
     if stopped := [run for run in going if run.stopped]:
@@ -322,7 +332,11 @@ def _start(
 
 
 def _take_turns(
-    group: Sequence[Going], sharing: Sharing, say: Callable[[str], None], name: str
+    group: Sequence[Going],
+    sharing: Sharing,
+    say: Callable[[str], None],
+    name: str,
+    left: TimeLeft,
 ) -> None:
     """Advance the run that is furthest behind to its next batch, until all have ended."""
     tell, told = Seldom(say), 0  # finished epochs of the run that is behind
@@ -331,11 +345,15 @@ def _take_turns(
     while going := [run for run in group if run.going]:
         # the furthest behind first, so that all runs meet at the same batch
         last = min(going, key=lambda run: run.place)
-        if (epoch := last.place[0]) > max(told, 0):
+        epoch, _, batch = last.place
+        measuring = sum(run.place[1] < 0 for run in going)  # after an epoch that is not logged yet
+        if epoch > max(told, 0) and tell.due:
             tell(
                 f"{name}: epoch {epoch} is over in all runs, {len(group) - len(going)} of"
-                f" {len(group)} have ended"
+                f" {len(group)} have ended{left.told(measuring)}"
             )
+        elif epoch >= 0 and tell.since > SILENT:
+            tell(f"{name}: in epoch {epoch + 1}, batch {batch + 1}{left.told(measuring)}")
         told = epoch
         _turn(last, sharing, say)
 

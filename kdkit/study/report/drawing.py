@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import io
+import itertools
+import re
+import statistics
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kdkit.students.curves import COLORS, DASHES, INK, MARKERS
+from kdkit.students.curves import COLORS, DASHES, GRID, INK, MARKERS
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 DPI = 170
 # inches of a picture that stands beside another; at 9 points its text is readable on a phone
-WIDTH, HEIGHT = 5.2, 3.5
-LETTERS = 30  # maximum length of a name in a picture
+WIDTH, HEIGHT = 4.4, 3.0
+LETTERS = 24  # maximum length of a name in a picture
 COLORS_OF_FILE = 256
 FURTHER = COLORS[:-1]  # black is the baseline's
+GREY = "#777777"
+# The page replaces these colours by variables, which differ between light and dark. Whatever
+# stands on a colour that stays, such as a number in a cell, has another one.
+VARIABLES = {
+    **{color.lower(): f"var(--line{i})" for i, color in enumerate(FURTHER)},
+    "#000000": "var(--line)",
+    INK: "var(--ink)",
+    GREY: "var(--quiet)",
+    "#999999": "var(--quiet)",
+    GRID: "var(--rule)",
+    "#ffffff": "var(--paper)",
+}
+DARK_CELL, LIGHT_CELL = "#fefefe", "#222222"  # numbers in a cell that is dark, or light
 
 
 @dataclass(frozen=True)
@@ -76,16 +93,17 @@ def labels(names: Sequence[str], letters: int = LETTERS) -> dict[str, str]:
     return found
 
 
-def groups(names: Sequence[str], baseline: str, size: int = 6) -> list[list[str]]:
-    """Split the names into groups of that size for one panel each, with the baseline in every
-    one.
+def groups(names: Sequence[str], baseline: str) -> list[list[str]]:
+    """Split the names into groups for one panel each, with the baseline in every one: up to five
+    in a single panel, of more four in each.
     """
     others = [name for name in names if name != baseline]
     first = [baseline] if baseline in names else []
+    size = len(names) if len(names) <= 5 else 3
+    count = max(1, -(-len(others) // size))
     # As many in each panel as in the next, not a last panel of one.
-    count = max(1, -(-len(others) // (size - 1)))
-    step = -(-len(others) // count) if others else 1
-    return [first + others[i : i + step] for i in range(0, max(1, len(others)), step)]
+    ends = [len(others) * i // count for i in range(count + 1)]
+    return [first + others[start:end] for start, end in itertools.pairwise(ends)]
 
 
 def blank(width: float = WIDTH, height: float = HEIGHT) -> Figure:
@@ -96,6 +114,18 @@ def blank(width: float = WIDTH, height: float = HEIGHT) -> Figure:
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
 
 
+def with_margin(names: Iterable[str], height: float = HEIGHT) -> tuple[Figure, Axes]:
+    """Make a picture whose axes leave room for these names beside them; with equal names, axes of
+    several pictures are equally wide.
+    """
+    figure = blank(height=height)
+    # Constrained layout would give each picture other margins.
+    figure.set_layout_engine(None)
+    beside = 0.35 + 0.068 * max(map(len, names))  # inches
+    figure.subplots_adjust(0.72 / WIDTH, 0.5 / height, 1 - beside / WIDTH, 1 - 0.25 / height)
+    return figure, figure.subplots()
+
+
 def titled(figure: Figure, title: str, width: float = WIDTH) -> None:
     """Write a heading at the left, broken at the edge of the picture."""
     # About 12.5 bold letters of 10 points an inch.
@@ -103,26 +133,84 @@ def titled(figure: Figure, title: str, width: float = WIDTH) -> None:
     figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=10, fontweight="bold", color=INK)
 
 
-def keyed(figure: Figure, handles: Sequence[Any], names: Sequence[str]) -> None:
-    """Draw the legend of the lines below the axes; in two columns if the names are short."""
-    columns = 1 if max(map(len, names), default=0) > 24 else 2
-    figure.legend(
-        handles,
-        [plain(name) for name in names],
-        loc="outside lower left",
-        ncols=columns,
-        frameon=False,
-        fontsize=8.5,
-        labelcolor=INK,
-        handlelength=3.6,
-        columnspacing=1.5,
+def spaced(wanted: Sequence[float], room: float, low: float, high: float) -> list[float]:
+    """Find places as near as possible to the wanted ones (ascending), at least `room` apart,
+    between low and high if there is space.
+    """
+    # of neighbours that touch: the lowest place wanted by each, less its offset in the block
+    blocks: list[list[float]] = []
+    for value in wanted:
+        blocks.append([value])
+        while len(blocks) > 1 and _bottom(blocks[-1], room) < _bottom(
+            blocks[-2], room
+        ) + room * len(blocks[-2]):
+            later = blocks.pop()
+            blocks[-1] += later
+    places = [_bottom(block, room) + room * i for block in blocks for i in range(len(block))]
+    # From the top down, then from the bottom up: if there is not enough space, names stick out
+    # above.
+    for i in range(len(places) - 1, -1, -1):
+        places[i] = min(places[i], high - room * (len(places) - 1 - i))
+    for i in range(len(places)):
+        places[i] = max(places[i], low + room * i)
+    return places
+
+
+def _bottom(block: Sequence[float], room: float) -> float:
+    return statistics.fmean(value - room * i for i, value in enumerate(block))
+
+
+def name_beside(
+    axes: Axes, points: Sequence[tuple[str, float, float, str]], height: float = HEIGHT
+) -> None:
+    """Write names to the right of the axes, each with a line to its point.
+
+    Args:
+        axes: with their final limits.
+        points: (name, x, y, colour) of each.
+        height: of the picture, inches.
+    """
+    to_axes = axes.transData + axes.transAxes.inverted()
+    ends = sorted(
+        (min(max(float(to_axes.transform((x, y))[1]), 0.0), 1.0), name, x, y, color)
+        for name, x, y, color in points
     )
+    # 0.16 inches a name; 0.6 inches of the height are the x axis.
+    places = spaced([end[0] for end in ends], 0.16 / (height - 0.6), 0.0, 1.0)
+    for place, (_, name, x, y, color) in zip(places, ends, strict=True):
+        low, high = axes.get_ylim()
+        axes.annotate(
+            plain(name),
+            (x, min(max(y, low), high)),
+            (1.06, place),
+            textcoords=axes.transAxes,
+            va="center",
+            fontsize=8.5,
+            color=INK,
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": color,
+                "linewidth": 0.8,
+                "relpos": (0, 0.5),
+                "shrinkB": 3,
+            },
+        )
 
 
 def plain(text: str) -> str:
     """Escape a text for matplotlib: a dollar sign begins no formula."""
     # Two dollar signs would begin a formula.
     return text.replace("$", r"\$")
+
+
+def _lay_out(figure: Figure) -> None:
+    """Fix the places of everything, which are then the same in every format."""
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
 
 
 def png(figure: Figure) -> bytes:
@@ -132,6 +220,7 @@ def png(figure: Figure) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
+    _lay_out(figure)
     canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()
     # `quantize` takes median cut for RGB, but the fast octree for RGBA.
@@ -141,3 +230,45 @@ def png(figure: Figure) -> bytes:
         small, format="png", optimize=True
     )
     return small.getvalue()
+
+
+def paper(figure: Figure, name: str, form: str) -> bytes:
+    """Write the file for a paper: `pdf`, `svg` or `png`; the same picture gives the same bytes."""
+    import matplotlib
+
+    _lay_out(figure)
+    made = io.BytesIO()
+    dates = {"pdf": "CreationDate", "svg": "Date"}
+    fixed = {dates[form]: None} if form in dates else None
+    # 42: letters stay letters, which many conferences ask for
+    with matplotlib.rc_context({"pdf.fonttype": 42, "svg.hashsalt": name}):
+        figure.savefig(made, format=form, dpi=300, metadata=fixed)
+    return made.getvalue()
+
+
+def inline(figure: Figure, name: str) -> str:
+    """Write the picture as an SVG element for the page, whose colours and fonts are the page's.
+
+    Args:
+        figure: the picture.
+        name: of the picture, from which identifiers are made: an identifier is unique in a page.
+    """
+    import matplotlib
+
+    _lay_out(figure)
+    made = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(made, format="svg", metadata={"Date": None})
+    text = made.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.S)
+    # Only tags: names and numbers between them stay as they are.
+    text = re.sub(r"<[^>]+>", _of_page, text[text.index("<svg") :], flags=re.S)
+    return re.sub(r">\s+<", "><", text).strip()
+
+
+def _of_page(tag: re.Match[str]) -> str:
+    short = re.sub(r"<g id=\"[^\"]*\"", "<g", " ".join(tag[0].split()))
+    short = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", short)
+    short = re.sub(r"font-family: [^;\"]*;? ?", "", short)
+    short = re.sub(r"(font: [^;\"]*?px) [^;\"]*", r"\1 var(--font)", short)
+    return re.sub(r"#[0-9a-f]{6}\b", lambda color: VARIABLES.get(color[0], color[0]), short)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -10,16 +11,16 @@ from torch import Tensor
 
 from kdkit.students.curves import COLORS, INK
 from kdkit.study.report.document import Picture
-from kdkit.study.report.drawing import WIDTH, blank, labels, plain, png, titled
+from kdkit.study.report.drawing import DARK_CELL, LIGHT_CELL, WIDTH, blank, labels, plain, titled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 ONE_WAY, TWO_WAYS = "Blues", "RdBu"  # both go from light to dark, in grey as well
 CELL = 0.42  # inches per class
 MOST_PAIRS = 10  # confusions shown for many classes, in each direction
 TEMPERATURES = (1, 2, 3, 4, 5)
-WHOLE = 10.2  # inches: as wide as the page
 CLASS_LETTERS = 18  # maximum length of a class's name
 BARS = 10  # number of classes in the picture of an answer
 
@@ -37,14 +38,13 @@ def class_accuracy(names: Sequence[str], classes: Sequence[str], accuracy: Tenso
     _heat(axes, accuracy, ONE_WAY, float(accuracy.nan_to_num(100).min()) - 5, 100, "{:.0f}", 8)
     _ticks(axes, [short[name] for name in names], across, 90 if long else 0)
     axes.set_xlabel("class", color=INK)
-    titled(figure, "Accuracy by class, %", width)
     rows = zip(names, accuracy.tolist(), strict=True)
     told = "; ".join(
         f"{name}: worst {min(row):.0f} %, class {classes[row.index(min(row))]}"
         for name, row in rows
     )
     return Picture(
-        "class-accuracy", png(figure), f"Heat map of test accuracy by class. {told}.", wide=True
+        "class-accuracy", figure, f"Heat map of test accuracy by class. {told}.", wide=True
     )
 
 
@@ -52,7 +52,6 @@ def confusion_change(name: str, baseline: str, classes: Sequence[str], change: T
     """Draw how many more percent of a class's images the variant assigns to each class than the
     baseline (true, predicted).
     """
-    title = f"{labels([name])[name]} less {labels([baseline])[baseline]}"
     # excluded, because the diagonal changes most
     bound = max(1.0, float((change - change.diag().diag()).abs().max()))
     width = max(WIDTH, 1.2 + CELL * len(classes))
@@ -64,13 +63,12 @@ def confusion_change(name: str, baseline: str, classes: Sequence[str], change: T
     _ticks(axes, across, across, 90 if max(map(len, across)) > 4 else 0)
     axes.set_xlabel("predicted", color=INK)
     axes.set_ylabel("true", color=INK)
-    titled(figure, f"{title}: share of a class's images, points", width)
     told = ", ".join(
         f"{classes[t]} as {classes[p]} {change[t, p]:+.1f}" for t, p in _strongest(change, 4)
     )
     return Picture(
         "confusion-change",
-        png(figure),
+        figure,
         f"Change of the confusion matrix from {baseline} to {name}, points: {told}.",
         wide=True,
     )
@@ -112,11 +110,10 @@ def confusion_pairs(name: str, baseline: str, classes: Sequence[str], change: Te
             color=INK,
         )
     axes.margins(x=0.3)
-    titled(figure, f"Confusions: {labels([name])[name]} less {labels([baseline])[baseline]}")
     told = ", ".join(f"{classes[t]} as {classes[p]} {change[t, p]:+.1f}" for t, p in pairs)
     return Picture(
         "confusion-change",
-        png(figure),
+        figure,
         f"Confusions that changed most from {baseline} to {name}, points: {told}.",
     )
 
@@ -126,6 +123,18 @@ def _strongest(change: Tensor, count: int) -> list[tuple[int, int]]:
     size = change.abs().fill_diagonal_(0).flatten()
     order = size.argsort(descending=True)[:count]
     return [(int(i) // len(change), int(i) % len(change)) for i in order if size[i] > 0]
+
+
+def images(png: bytes, title: str) -> Figure:
+    """Draw a picture of a run, such as the images that it has made."""
+    from matplotlib.image import imread
+
+    figure = blank(WIDTH, WIDTH)
+    axes = figure.subplots()
+    axes.imshow(imread(io.BytesIO(png)), cmap="gray", interpolation="none")
+    axes.set_axis_off()
+    axes.set_title(plain(title), fontsize=9, color=INK)
+    return figure
 
 
 def softened(
@@ -141,14 +150,13 @@ def softened(
     answers = {t: (logits / t).softmax(0) for t in TEMPERATURES}
     names = _short(classes, shown.tolist())
     long = max(map(len, names)) > 1
-    figure = blank(WHOLE, 2.0 + (0.07 * max(map(len, names)) if long else 0))
-    panels = figure.subplots(
-        1, 1 + len(TEMPERATURES), width_ratios=(1, *(1.2 for _ in TEMPERATURES))
-    )
-    panels[0].imshow(_visible(image).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    panels[0].set_axis_off()
+    figure = blank(WIDTH, 3.1 + (0.065 * max(map(len, names)) if long else 0))
+    (photo, *panels) = figure.subplots(2, 3).flat
+    photo.imshow(_visible(image).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="none")
+    photo.set_axis_off()
+    photo.set_title(plain(labels(classes, CLASS_LETTERS)[classes[label]]), fontsize=9, color=INK)
     colors = [COLORS[1] if i == label else COLORS[0] for i in shown.tolist()]
-    for place, (axes, (t, answer)) in enumerate(zip(panels[1:], answers.items(), strict=True)):
+    for place, (axes, (t, answer)) in enumerate(zip(panels, answers.items(), strict=True), 1):
         axes.bar(
             range(len(shown)),
             answer[shown].tolist(),
@@ -159,24 +167,22 @@ def softened(
         )
         # T = 1 has the highest bar: with one scale for all, softening is seen.
         axes.set_ylim(0, 1.15 * float(answers[1].max()))
-        axes.tick_params(labelleft=place == 0, labelsize=8, colors=INK, length=2, pad=1.5)
+        left, bottom = place in (1, 3), place > 2
+        axes.tick_params(labelleft=left, labelbottom=bottom, labelsize=7.5, colors=INK, length=2)
+        axes.tick_params(axis="x", pad=1.5)
         axes.set_xticks(
             range(len(shown)), [plain(name) for name in names], rotation=90 if long else 0
         )
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set_title(
-            f"T = {t}\n{plain(labels(classes, CLASS_LETTERS)[classes[second]])}:"
-            f" {answer[second]:.2f}",
-            fontsize=9,
-            color=INK,
-        )
-    titled(figure, f"label: {labels(classes)[classes[label]]}", WHOLE)
+        axes.spines[["left", "bottom"]].set_color("#999999")
+        rising = plain(labels(classes, 10)[classes[second]])
+        axes.set_title(f"T = {t}\n{rising} {answer[second]:.2f}", fontsize=8.5, color=INK)
     chances = "; ".join(
         f"T {t}: {classes[first]} {p[first]:.2f}, {classes[second]} {p[second]:.2f}"
         for t, p in answers.items()
     )
     alt = f"A test image of class {classes[label]}, and the teacher's probabilities. {chances}."
-    return Picture(f"softened-{number}", png(figure), alt, wide=True)
+    return Picture(f"softened-{number}", figure, alt)
 
 
 def _short(classes: Sequence[str], chosen: Iterable[int]) -> list[str]:
@@ -210,7 +216,7 @@ def similar_layers(
         for row, line in zip(rows, values.tolist(), strict=True)
     )
     return Picture(
-        f"similar-layers-{number}", png(figure), f"Linear CKA of layers, student of {name}. {told}."
+        f"similar-layers-{number}", figure, f"Linear CKA of layers, student of {name}. {told}."
     )
 
 
@@ -225,7 +231,9 @@ def _heat(
     least: float = -1.0,
 ) -> None:
     """Draw cells with their numbers; numbers closer to 0 than `least` are left out."""
-    image = axes.imshow(values.numpy(), cmap=colors, vmin=low, vmax=high, aspect="auto")
+    image = axes.imshow(
+        values.numpy(), cmap=colors, vmin=low, vmax=high, aspect="auto", interpolation="none"
+    )
     for y, row in enumerate(values.tolist()):
         for x, value in enumerate(row):
             # NaN, of a class without test images, is not equal to itself.
@@ -242,7 +250,7 @@ def _heat(
                 ha="center",
                 va="center",
                 fontsize=size,
-                color="white" if dark else INK,
+                color=DARK_CELL if dark else LIGHT_CELL,
             )
 
 

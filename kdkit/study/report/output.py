@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from kdkit.errors import RunError
 from kdkit.files import write_atomically
@@ -18,13 +18,14 @@ from kdkit.runs.folder import RunFolder
 from kdkit.spreadsheets import as_csv
 from kdkit.study import intervals
 from kdkit.study.findings import Findings, Variant
-from kdkit.study.report import mean_curves, page, predictions, sections
+from kdkit.study.report import drawing, latex, mean_curves, page, predictions, sections
 from kdkit.study.report.from_runs import of_runs
 from kdkit.study.report.sections import Material
 from kdkit.study.search import FOUND, Halved
 
 STUDY = "study.json"
-PICTURES = "report"  # folder
+PICTURES, FIGURES = "report", "figures"  # folders: of the Markdown's pictures, of those for papers
+Form = Literal["pdf", "svg", "png"]
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,10 @@ def write(
     overrides: Mapping[str, Any] | None = None,
     plugins: Sequence[Path] = (),
     say: Callable[[str], None] = lambda _: None,
+    figures: Form | None = None,
 ) -> Report:
     """Write a study's report: `report.html`, `report.md` with its pictures, `report.csv` (a row
-    a run) and `report.json` (all figures).
+    a run), `report.tex` (the table of results) and `report.json` (all figures).
 
     Args:
         paths: a study's folder or its `study.json`; or run folders, or folders that hold some: the
@@ -54,6 +56,7 @@ def write(
         plugins: Python files and folders of the runs that may run; parts that need others are left
             out.
         say: called with messages about the progress.
+        figures: format in which all pictures are written for papers, too (None: they are not).
 
     Raises:
         RunError: neither a study nor runs, or none of the runs is finished.
@@ -65,16 +68,21 @@ def write(
     folder = output or home
     say("draws")
     document = sections.document(material)
-    files: dict[str, bytes] = {f"{PICTURES}/{one.name}.png": one.png for one in document.pictures}
+    pictures = list(document.pictures)
+    files = {f"{PICTURES}/{one.name}.png": drawing.png(one.figure) for one in pictures}
+    if figures is not None:
+        for one in pictures:
+            files[f"{FIGURES}/{one.name}.{figures}"] = drawing.paper(one.figure, one.name, figures)
     files["report.md"] = page.markdown(document, PICTURES).encode()
     files["report.csv"] = table(findings).encode()
-    files["report.json"] = (to_json(figures(material), indent=1) + "\n").encode()
+    files["report.tex"] = latex.table(findings).encode()
+    files["report.json"] = (to_json(plain(material), indent=1) + "\n").encode()
     # Last in the order of writing: where it is, the pictures and figures are too.
     files["report.html"] = page.html(document).encode()
     # Before anything is written: a report is whole or not there.
     _refuse_foreign(folder, files)
-    (folder / PICTURES).mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / name, content)
     return Report(
         folder / "report.html", tuple(folder / name for name in files), tuple(material.missing)
@@ -87,11 +95,12 @@ def _refuse_foreign(folder: Path, files: Iterable[str]) -> None:
     Raises:
         RunError: another file would be replaced, or a link leads the pictures elsewhere.
     """
-    if (folder / PICTURES).is_symlink():
-        raise RunError(
-            f"{folder / PICTURES}: is a link, and pictures would be written where it leads; choose"
-            " another --output"
-        )
+    for name in (PICTURES, FIGURES):
+        if (folder / name).is_symlink():
+            raise RunError(
+                f"{folder / name}: is a link, and pictures would be written where it leads; choose"
+                " another --output"
+            )
     there = [folder / name for name in files if (folder / name).exists()]
     try:
         # Only a report's own JSON has this key: its presence tells that the other files are a
@@ -256,7 +265,7 @@ def _spent(folder: Path) -> dict[str, float]:
     )
 
 
-def figures(material: Material) -> dict[str, Any]:
+def plain(material: Material) -> dict[str, Any]:
     """Return everything that the page draws or states, as plain data."""
     said = material.answers
     found: dict[str, Any] = without_nan(

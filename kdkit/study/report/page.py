@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import base64
 import re
-import struct
 from collections.abc import Iterator
 
-from kdkit.study.report.document import Block, Document, Facts, Figures, Pictures, Words
-from kdkit.study.report.drawing import DPI
+from markupsafe import Markup, escape
+
+from kdkit.study.report.document import (
+    Block,
+    Document,
+    Facts,
+    Figures,
+    Forest,
+    Picture,
+    Pictures,
+    Words,
+)
+from kdkit.study.report.drawing import inline, png
 
 TEMPLATE = "page.html.jinja"
-PIXELS = 104  # screen pixels per inch of a picture
+PIXELS = 110  # screen pixels per inch of a picture
+SHRUNK = 0.6
 # Characters that Markdown, or GitHub's dialect of it, would take for a mark.
 SIGNS = re.compile(r"([\\`*_{}\[\]<>|#~$])")
 
@@ -28,15 +39,33 @@ def html(document: Document) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"base64": lambda png: base64.b64encode(png).decode(), "width": width}
+    environment.filters |= {"drawn": drawn, "breakable": breakable}
     return environment.get_template(TEMPLATE).render(document=document)
 
 
-def width(png: bytes) -> int:
-    """Return the width of a picture on a screen, in CSS pixels."""
-    # A PNG begins with 8 bytes of signature and the IHDR chunk, whose first field is the width.
-    pixels: int = struct.unpack(">I", png[16:20])[0]
-    return round(pixels * PIXELS / DPI)
+def drawn(picture: Picture) -> Markup:
+    """Return the element of a picture: lines as SVG, photographs as PNG."""
+    pixels = round(picture.figure.get_figwidth() * PIXELS)
+    if picture.photo:
+        data = base64.b64encode(png(picture.figure)).decode()
+        return Markup('<img src="data:image/png;base64,{}" width="{}" alt="{}">').format(
+            data, pixels, picture.alt
+        )
+    element = inline(picture.figure, picture.name)
+    head, _, rest = element.partition(">")
+    box = re.search(r'viewBox="[^"]*"', head)
+    assert box is not None  # matplotlib's SVG has one
+    # A narrow screen shrinks it, but not until its numbers cannot be read: it is scrolled then.
+    least = round(SHRUNK * pixels) if picture.wide else 0
+    start = Markup('<svg {} width="{}" style="min-width:{}px" role="img" aria-label="{}">').format(
+        Markup(box[0]), pixels, least, picture.alt
+    )
+    return start + Markup(rest)
+
+
+def breakable(name: str) -> Markup:
+    """Let a name be broken after its signs only, not within a word."""
+    return Markup(re.sub(r"([_./-])", r"\1<wbr>", str(escape(name))))
 
 
 def markdown(document: Document, pictures: str) -> str:
@@ -54,19 +83,22 @@ def markdown(document: Document, pictures: str) -> str:
     for section in document.sections:
         parts.append(f"## {escaped(section.title)}")
         for block in section.blocks:
-            parts += _block(block, pictures)
+            parts += _block(document, block, pictures)
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _block(block: Block, pictures: str) -> Iterator[str]:
+def _block(document: Document, block: Block, pictures: str) -> Iterator[str]:
     if isinstance(block, Words):
         yield escaped(block.text)
     elif isinstance(block, Facts):
         yield "\n".join(f"- {escaped(title)}: {escaped(text)}" for title, text in block.pairs)
     elif isinstance(block, Figures):
+        yield f"{escaped(block.folded)}:" if block.folded else ""
         yield _table(block)
         yield escaped(block.caption)
-    elif isinstance(block, Pictures):
+    elif isinstance(block, Pictures | Forest):
+        head = f"**Figure {document.number(block)}. {escaped(block.title)}.**"
+        yield f"{head} {escaped(block.caption)}".strip()
         yield from (f"![{escaped(one.alt)}]({pictures}/{one.name}.png)" for one in block.pictures)
     else:
         # Longer than any run of backticks in the text, which would end the block.

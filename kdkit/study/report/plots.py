@@ -4,44 +4,41 @@ epochs.
 
 from __future__ import annotations
 
-import itertools
+import math
+import re
 import statistics
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kdkit.contracts.task import ScoreInfo
-from kdkit.students.curves import COLORS, DASHES, INK, MARKERS, TALL, broken, furnish, over_epochs
+from kdkit.students.curves import DASHES, INK, MARKERS, broken, furnish
 from kdkit.study.findings import LOSSES
-from kdkit.study.report.document import Picture
+from kdkit.study.report.document import Picture, Pictures
 from kdkit.study.report.drawing import (
+    FURTHER,
+    GREY,
     HEIGHT,
-    WIDTH,
     Look,
-    blank,
     groups,
-    keyed,
     labels,
     looks,
+    name_beside,
     plain,
-    png,
-    titled,
+    with_margin,
 )
 from kdkit.study.report.mean_curves import Course, Courses
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-TEACHER: dict[str, Any] = {
-    "color": "#777777",
-    "linestyle": (0, (6, 3)),
-    "linewidth": 1.3,
-    "zorder": 1,
-}
-# ratio of largest to smallest distance to the teacher from which they are drawn on a logarithmic
-# scale
+TEACHER: dict[str, Any] = {"color": GREY, "linestyle": (0, (6, 3)), "linewidth": 1.3, "zorder": 1}
+# ratio of largest to smallest value from which an axis is logarithmic
 STEEP = 10.0
-ZOOM = 0.4  # share of the epochs, the last ones, that are drawn again on a scale of their own
+EARLY = 0.25  # share of the epochs, the first ones, for which an axis makes no room if they need
+ROOM = 2.5  # times the length of the axis of the others
 
 
 @dataclass(frozen=True)
@@ -55,130 +52,105 @@ class Priced:
 
 def against_cost(
     points: Sequence[Priced], baseline: str, unit: str, teacher: float | None, score: ScoreInfo
-) -> Picture:
-    """Draw the score against the cost of training, with names beside the picture that do not
-    overlap.
-    """
-    height = max(HEIGHT, 1.4 + 0.19 * len(points))
+) -> Pictures:
+    """Draw the score against the cost of training, each point with its name."""
+    height = max(HEIGHT, 0.8 + 0.17 * len(points))
     look, short = looks([p.name for p in points], baseline), labels([p.name for p in points])
-    beside = 0.35 + 0.078 * max(map(len, short.values()))  # inches
-    figure = blank(WIDTH, height)
-    axes, margin = figure.subplots(1, 2, width_ratios=(WIDTH - 0.7 - beside, beside), sharey=True)
-    margin.set_axis_off()
+    figure, axes = with_margin([*short.values(), "teacher"], height)
+    means = {p.name: statistics.fmean(p.scores) for p in points}
     for point in points:
-        form = {
-            "color": look[point.name].color,
-            "marker": look[point.name].marker,
-            "markersize": 7,
-            "capsize": 3,
-            "linewidth": 1.3,
-        }
+        style = look[point.name]
         deviation = statistics.stdev(point.scores) if len(point.scores) > 1 else 0.0
-        axes.errorbar(point.cost, statistics.fmean(point.scores), deviation, linestyle="", **form)
-    if teacher is not None:
-        axes.axhline(teacher, **TEACHER)
+        axes.errorbar(
+            point.cost,
+            means[point.name],
+            deviation,
+            linestyle="",
+            color=style.color,
+            marker=style.marker,
+            markersize=6.5,
+            capsize=2.5,
+            linewidth=1.1,
+        )
+    costs = [p.cost for p in points]
+    if min(costs) > 0 and max(costs) / min(costs) > STEEP:
+        _logarithmic(axes.set_xscale, axes.xaxis, costs)
     furnish(axes, f"test {score.heading}")
     axes.set_xlabel(f"{unit} of training one run", color=INK)
-    axes.margins(x=0.12, y=0.1)
+    axes.margins(x=0.08, y=0.08)
     low, high = axes.get_ylim()
-    # Fixed from here on: names are placed on this scale.
+    caption = "Bars: one standard deviation to each side." if _several(points) else ""
+    named = [(short[p.name], p.cost, means[p.name], look[p.name].color) for p in points]
+    if teacher is not None and _near(teacher, low, high):
+        axes.axhline(teacher, **TEACHER)
+        low, high = axes.get_ylim()
+        named.append(("teacher", axes.get_xlim()[1], teacher, GREY))
+    elif teacher is not None:
+        caption += f" The teacher, {score.text(teacher)}, is outside of the picture."
     axes.set_ylim(low, high)
-    # 0.19 inches a name, in the unit of the axis; 0.9 inches of the height are title and labels.
-    room = (high - low) * 0.19 / (height - 0.9)
-    named: list[tuple[float, str, Look | None]] = [
-        (statistics.fmean(p.scores), short[p.name], look[p.name]) for p in points
-    ]
-    named += [(teacher, "teacher", None)] if teacher is not None else []
-    named.sort(key=lambda one: one[0])
-    margin.set_xlim(0, beside)
-    for (_, name, style), place in zip(
-        named, spaced([y for y, _, _ in named], room, low, high), strict=True
-    ):
-        if style is None:
-            margin.plot((0.0, 0.16), (place, place), **TEACHER)
-        else:
-            margin.plot(0.08, place, marker=style.marker, color=style.color, markersize=6)
-        margin.text(0.25, place, plain(name), va="center", fontsize=9, color=INK)
-    titled(figure, f"Test {score.title} against cost")
-    names = ", ".join(
-        f"{p.name}: {score.text(statistics.fmean(p.scores))} for {p.cost:.3g} {unit}"
-        for p in points
+    axes.set_xlim(*axes.get_xlim())
+    name_beside(axes, named, height)
+    title = f"Test {score.title} against cost"
+    told = ", ".join(
+        f"{p.name}: {score.text(means[p.name])} for {p.cost:.3g} {unit}" for p in points
     )
-    alt = f"Test {score.title} against {unit} of training. {names}."
-    return Picture("score-against-cost", png(figure), alt, wide=False)
+    alt = f"Test {score.title} against {unit} of training. {told}."
+    return Pictures(title, [Picture("score-against-cost", figure, alt)], caption.strip())
 
 
-def spaced(wanted: Sequence[float], room: float, low: float, high: float) -> list[float]:
-    """Find places as near as possible to the wanted ones (ascending), at least `room` apart,
-    between low and high if there is space.
-    """
-    # of neighbours that touch: the lowest place wanted by each, less its offset in the block
-    blocks: list[list[float]] = []
-    for value in wanted:
-        blocks.append([value])
-        while len(blocks) > 1 and _bottom(blocks[-1], room) < _bottom(
-            blocks[-2], room
-        ) + room * len(blocks[-2]):
-            later = blocks.pop()
-            blocks[-1] += later
-    places = [_bottom(block, room) + room * i for block in blocks for i in range(len(block))]
-    # From the top down, then from the bottom up: if there is not enough space, names stick out
-    # above.
-    for i in range(len(places) - 1, -1, -1):
-        places[i] = min(places[i], high - room * (len(places) - 1 - i))
-    for i in range(len(places)):
-        places[i] = max(places[i], low + room * i)
-    return places
+def _several(points: Sequence[Priced]) -> bool:
+    return any(len(point.scores) > 1 for point in points)
 
 
-def _bottom(block: Sequence[float], room: float) -> float:
-    return statistics.fmean(value - room * i for i, value in enumerate(block))
+def _near(level: float, low: float, high: float) -> bool:
+    """Check whether a line at that level leaves the rest of an axis enough room."""
+    return max(level - high, low - level) < 0.25 * (high - low)
 
 
 def learning_curves(
     courses: Mapping[str, Courses], baseline: str, teacher: float | None, score: ScoreInfo
-) -> Iterator[Picture]:
-    """Draw the test score over the epochs, all of them and the last ones enlarged, a few variants a
-    picture.
-    """
-    shown = _of(score, courses)
-    for number, names, of in _numbered(shown, baseline):
-        for late in (False, True):
-            lines = {
-                name: _late(shown[name], courses[name].epochs) if late else shown[name]
-                for name in names
-            }
-            # a point by itself is no curve to enlarge
-            if late and max(len(course.x) for course in lines.values()) < 2:
-                continue
-            title = f"Test {score.title}{', the last epochs' if late else ''}{of}"
-            # A teacher far above would flatten the enlarged curves.
-            reference = teacher if not late or teacher is None or _near(teacher, lines) else None
-            yield _panel(
-                f"learning-curves-{number}{'-late' if late else ''}",
-                title,
-                score,
-                lines,
-                courses,
-                list(shown),
-                baseline,
-                reference,
-            )
-
-
-def training_loss(courses: Mapping[str, Courses], baseline: str) -> Iterator[Picture]:
-    """Draw the training loss of every variant over the epochs, a few variants a picture."""
-    shown = {name: one.losses["loss"] for name, one in courses.items() if "loss" in one.losses}
-    yield from _panels("training-loss", LOSSES["loss"], shown, courses, baseline)
+) -> Pictures | None:
+    """Draw the test score over the epochs; None without curves."""
+    return _curves(
+        "learning-curves",
+        f"Test {score.title} over the epochs",
+        score,
+        _of(score, courses),
+        courses,
+        baseline,
+        teacher,
+    )
 
 
 def to_teacher(
     courses: Mapping[str, Courses], baseline: str, agreement: Sequence[ScoreInfo]
-) -> Iterator[Picture]:
+) -> Iterator[Pictures]:
     """Draw how close each variant's answers are to the teacher's, over the epochs."""
     for score in agreement:
-        file = score.name.replace("_", "-")
-        yield from _panels(file, score, _of(score, courses), courses, baseline)
+        # A name may hold a slash, as that of a class does.
+        file = re.sub(r"[^A-Za-z0-9]+", "-", score.name).strip("-")
+        title = score.meaning or score.title
+        drawn = _curves(
+            file,
+            title[:1].upper() + title[1:],
+            score,
+            _of(score, courses),
+            courses,
+            baseline,
+            None,
+        )
+        if drawn:
+            yield drawn
+
+
+def training_loss(courses: Mapping[str, Courses], baseline: str) -> Pictures | None:
+    """Draw the training loss of every variant over the epochs, folded."""
+    shown = {name: one.losses["loss"] for name, one in courses.items() if "loss" in one.losses}
+    caption = "The whole objective. Objectives differ between variants, so compare shapes only."
+    title = "Training loss of each variant"
+    return _curves(
+        "training-loss", title, LOSSES["loss"], shown, courses, baseline, None, caption, folded=True
+    )
 
 
 def _of(score: ScoreInfo, courses: Mapping[str, Courses]) -> dict[str, Course]:
@@ -186,110 +158,167 @@ def _of(score: ScoreInfo, courses: Mapping[str, Courses]) -> dict[str, Course]:
     return {name: course for name, course in found.items() if course is not None}
 
 
-def _numbered(shown: Mapping[str, Course], baseline: str) -> Iterator[tuple[int, list[str], str]]:
-    """Split the variants over panels; yield the number of each, its variants, and what its title
-    says of the number.
-    """
-    panels = groups(list(shown), baseline) if shown else []
-    for number, names in enumerate(panels, 1):
-        yield number, names, f" ({number} of {len(panels)})" if len(panels) > 1 else ""
+@dataclass(frozen=True)
+class Axis:
+    """The y axis that all panels of a figure share."""
+
+    low: float
+    high: float
+    logarithmic: bool
+
+    @classmethod
+    def of(cls, lines: Iterable[tuple[Course, float]], *, may_be_logarithmic: bool) -> Axis:
+        """Choose it for the lines, each with the number of its epochs.
+
+        The first epochs run out of the axis if all others would have to share a small part of it.
+        """
+        whole: list[float] = []
+        late: list[float] = []
+        for course, epochs in lines:
+            deviation = course.deviation or (0.0,) * len(course.x)
+            for x, mean, around in zip(course.x, course.mean, deviation, strict=True):
+                ends = (mean - around, mean + around)
+                whole += ends
+                # A course of few points may have none but early ones.
+                late += ends if x > EARLY * epochs or x == course.x[-1] else ()
+        means = [y for course, _ in lines for y in course.mean]
+        low, high = min(means), max(means)
+        if may_be_logarithmic and low > 0 and high / low > STEEP:
+            return cls(0.8 * low, 1.15 * high, True)
+        low, high = min(whole), max(whole)
+        if high - low > ROOM * (max(late) - min(late)) > 0:
+            low, high = min(late), max(late)
+        margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+        return cls(low - margin, high + margin, False)
+
+    def cuts(self, lines: Iterable[Course]) -> bool:
+        """Check whether it leaves out a mean."""
+        return any(not self.low <= y <= self.high for course in lines for y in course.mean)
 
 
-def _panels(
+def _logarithmic(set_scale: Any, axis: Any, values: Sequence[float]) -> None:
+    """Make an axis logarithmic, with plain numbers at its ticks."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    set_scale("log")
+    decades = math.log10(max(values) / min(values))
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def _curves(
     file: str,
+    title: str,
     score: ScoreInfo,
     shown: Mapping[str, Course],
     courses: Mapping[str, Courses],
     baseline: str,
-) -> Iterator[Picture]:
-    title = score.meaning or score.title
-    title = title[:1].upper() + title[1:]
-    for number, names, of in _numbered(shown, baseline):
-        lines = {name: shown[name] for name in names}
-        yield _panel(
-            f"{file}-{number}", title + of, score, lines, courses, list(courses), baseline, None
-        )
-
-
-def _late(course: Course, epochs: int) -> Course:
-    # A run measured only every few epochs may have no point there: its last one stands in.
-    keep = [i for i, x in enumerate(course.x) if x > epochs * (1 - ZOOM)] or [len(course.x) - 1]
-    first = keep[0]
-    return Course(course.x[first:], course.mean[first:], course.deviation[first:])
-
-
-def _near(level: float, lines: Mapping[str, Course]) -> bool:
-    """Check whether a line at that level would leave the others enough room."""
-    values = [y for course in lines.values() for y in course.mean]
-    low, high = min(values), max(values)
-    least = 0.005 * max(abs(low), abs(high))
-    return max(level - high, low - level) < 1.5 * (high - low + least)
+    teacher: float | None,
+    caption: str = "",
+    *,
+    folded: bool = False,
+) -> Pictures | None:
+    """Draw a quantity over the epochs, a few variants a panel, all panels on the same axes."""
+    if not shown:
+        return None
+    lines = [(course, float(courses[name].epochs)) for name, course in shown.items()]
+    axis = Axis.of(lines, may_be_logarithmic=not score.higher_is_better)
+    # Of trainings of different lengths, each takes the whole width.
+    relative = len({courses[name].epochs for name in shown}) > 1
+    look, drawn = looks(list(courses), baseline), []
+    for number, names in enumerate(groups(list(shown), baseline), 1):
+        figure, axes = with_margin([*labels(list(shown)).values(), "teacher"])
+        level = teacher if teacher is not None and axis.low <= teacher <= axis.high else None
+        _panel(axes, {n: (shown[n], courses[n], look[n]) for n in names}, axis, relative, level)
+        _name_axis(axes, score.heading, axis)
+        ends = ", ".join(f"{name} {shown[name].mean[-1]:.4g}" for name in names)
+        alt = f"{title}: {score.heading} by epoch. At the end: {ends}."
+        drawn.append(Picture(f"{file}-{number}", figure, alt))
+    told = [caption] if caption else []
+    if len(drawn) > 1:
+        told.append(f"All panels have the same axes, and {baseline} (black) is in each.")
+    if relative:
+        told.append("The variants train for different numbers of epochs: 100 % is the end of each.")
+    if axis.cuts(shown.values()):
+        told.append("The first epochs of some lines are outside of the axis.")
+    if teacher is not None and not axis.low <= teacher <= axis.high:
+        told.append(f"The teacher has {score.text(teacher)}, outside of the axis.")
+    return Pictures(title, drawn, " ".join(told), folded)
 
 
 def _panel(
-    file: str,
-    title: str,
-    score: ScoreInfo,
-    lines: Mapping[str, Course],
-    courses: Mapping[str, Courses],
-    everyone: Sequence[str],
-    baseline: str,
+    axes: Axes,
+    lines: Mapping[str, tuple[Course, Courses, Look]],
+    axis: Axis,
+    relative: bool,
     teacher: float | None,
-) -> Picture:
-    # The legend is outside the axes and grows with its rows, so the picture has to.
-    rows = -(-(len(lines) + 1) // 2) if max(map(len, lines)) <= 24 else len(lines)
-    figure = blank(WIDTH, HEIGHT - 0.4 + 0.18 * rows)
-    axes = figure.subplots()
-    look, short = looks(everyone, baseline), labels(everyone)
-    stages = _shared_stages([courses[name] for name in lines])
-    handles = [
-        _line(axes, course, look[name], courses[name].stages) for name, course in lines.items()
-    ]
-    names = [short[name] for name in lines]
-    if teacher is not None:
-        handles.append(axes.axhline(teacher, **TEACHER))
-        names.append(f"teacher ({score.number(teacher)})")
-    furnish(axes, score.heading)
-    over_epochs(axes, max(courses[name].epochs for name in lines), stages)
+) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    if axis.logarithmic:
+        _logarithmic(axes.set_yscale, axes.yaxis, (axis.low, axis.high))
+    axes.set_ylim(axis.low, axis.high)
+    furnish(axes, "")
+    short, named = labels(list(lines)), []
+    for name, (course, one, look) in lines.items():
+        factor = 100 / one.epochs if relative else 1.0
+        _line(axes, course, look, one.stages, factor, axis)
+        named.append((short[name], factor * course.x[-1], course.mean[-1], look.color))
+    every = [one for _, one, _ in lines.values()]
+    last = 100.0 if relative else float(every[0].epochs)
+    first = min(course.x[0] for course, _, _ in lines.values())
     # The first point is at the end of epoch 1; an axis from 0 would begin with a gap.
-    axes.set_xlim(left=min(course.x[0] for course in lines.values()) - 0.3)
-    if not score.higher_is_better:
-        _scale(axes, lines.values(), STEEP)
-    axes.set_xlabel("epoch" if len(stages) < 2 else "epoch, over all stages", color=INK)
-    titled(figure, title)
-    keyed(figure, handles, names)
-    ends = ", ".join(f"{name} {course.mean[-1]:.4g}" for name, course in lines.items())
-    return Picture(file, png(figure), f"{title}: {score.heading} by epoch. At the end: {ends}.")
+    axes.set_xlim(0 if relative else first - 0.02 * last - 0.1, 1.02 * last + 0.1)
+    if not relative:
+        # by itself, it divides an axis of one epoch into fractions
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+        for start, _ in _shared_stages(every)[1:]:
+            axes.axvline(start + 0.5, color="#999999", linewidth=1)
+    stages = "" if len(_shared_stages(every)) < 2 else ", over all stages"
+    axes.set_xlabel("% of the training" if relative else f"epoch{stages}", color=INK)
+    if teacher is not None:
+        axes.axhline(teacher, **TEACHER)
+        named.append(("teacher", axes.get_xlim()[1], teacher, GREY))
+    name_beside(axes, named)
 
 
-def _scale(axes: Axes, lines: Iterable[Course], most: float) -> None:
-    """Make the scale logarithmic if the largest value is more than `most` times the smallest."""
-    values = [y for course in lines for y in course.mean]
-    if min(values) > 0 and max(values) / min(values) > most:
-        axes.set_yscale("log")
-        axes.set_ylim(bottom=0.6 * min(values))  # a band may reach below 0
+def _name_axis(axes: Axes, heading: str, axis: Axis) -> None:
+    text = f"{heading} (log)" if axis.logarithmic else heading
+    axes.set_ylabel(plain(textwrap.fill(text, 32)), color=INK)
 
 
-def _line(axes: Axes, course: Course, look: Look, stages: Sequence[tuple[float, str]]) -> object:
+def _line(
+    axes: Axes,
+    course: Course,
+    look: Look,
+    stages: Sequence[tuple[float, str]],
+    factor: float,
+    axis: Axis,
+) -> None:
     """Draw the mean, and its deviation as a band."""
-    drawn = axes.plot(
-        *broken(course.x, course.mean, stages), **look.line(), markevery=max(1, len(course.x) // 9)
-    )[0]
-    if course.deviation and len(course.x) == 1:  # a point has no band
-        axes.errorbar(course.x, course.mean, course.deviation, color=look.color, capsize=3)
-    elif course.deviation:
-        # a band that reaches 0 has no end on a logarithmic scale
-        lowest = min((m for m in course.mean if m > 0), default=0.0) / 2
-        low = [
-            m - d if axes.get_yscale() != "log" else max(m - d, lowest)
-            for m, d in zip(course.mean, course.deviation, strict=True)
-        ]
-        high = [m + d for m, d in zip(course.mean, course.deviation, strict=True)]
-        x, lower = broken(course.x, low, stages)
-        axes.fill_between(
-            x, lower, broken(course.x, high, stages)[1], color=look.color, alpha=0.13, linewidth=0
-        )
-    return drawn
+    xs, means = broken(course.x, course.mean, stages)
+    x = [factor * value for value in xs]
+    axes.plot(x, means, **look.line(), markevery=max(1, len(course.x) // 9))
+    if not course.deviation:
+        return
+    if len(course.x) == 1:  # a point has no band
+        axes.errorbar(x, means, course.deviation, color=look.color, capsize=3)
+        return
+    low, high = (
+        [m + sign * d for m, d in zip(course.mean, course.deviation, strict=True)]
+        for sign in (-1, 1)
+    )
+    # a band that reaches 0 has no end on a logarithmic axis
+    low = [max(value, axis.low) if axis.logarithmic else value for value in low]
+    axes.fill_between(
+        x,
+        broken(course.x, low, stages)[1],
+        broken(course.x, high, stages)[1],
+        color=look.color,
+        alpha=0.1,
+        linewidth=0,
+    )
 
 
 def _shared_stages(found: Sequence[Courses]) -> Sequence[tuple[float, str]]:
@@ -300,38 +329,52 @@ def _shared_stages(found: Sequence[Courses]) -> Sequence[tuple[float, str]]:
     return found[0].stages if all(one == starts[0] for one in starts) else ()
 
 
-def loss_terms(courses: Mapping[str, Courses]) -> Iterator[Picture]:
-    """Draw the training loss of each variant and its weighted terms, a variant a picture."""
-    for number, (name, one) in enumerate(((n, c) for n, c in courses.items() if c.losses), 1):
-        lines = (
-            one.losses
-            # With a single term, the total is that term again.
-            if len(one.losses) > 2
-            else {k: v for k, v in one.losses.items() if k != "loss"} or one.losses
-        )
-        styles = itertools.cycle(
-            # not strict: the cycles are endless, MARKERS ends the sequence
-            zip(itertools.cycle(COLORS), itertools.cycle(DASHES), MARKERS, strict=False)
-        )
-        figure = blank(WIDTH, 2.7 + 0.18 * (-(-len(lines) // 2)))
-        axes = figure.subplots()
-        handles = [
-            _line(axes, line, Look(*next(styles), 1.7), one.stages) for line in lines.values()
-        ]
-        _scale(axes, lines.values(), TALL)
-        furnish(axes, "training loss, weighted")
-        over_epochs(axes, one.epochs, one.stages)
-        axes.set_xlabel("epoch" if len(one.stages) < 2 else "epoch, over all stages", color=INK)
-        titled(figure, labels([name])[name])
-        keyed(
-            figure, handles, ["total" if term == "loss" else labels([term])[term] for term in lines]
-        )
-        ends = ", ".join(
-            f"{'total' if term == 'loss' else term} {line.mean[-1]:.4g}"
-            for term, line in lines.items()
-        )
-        yield Picture(
+def loss_terms(courses: Mapping[str, Courses]) -> Pictures | None:
+    """Draw the training loss of each variant and its weighted terms, a variant a panel, folded."""
+    drawn = [
+        Picture(
             f"losses-{number}",
-            png(figure),
-            f"Training loss of {name} by epoch, terms as they count. At the end: {ends}.",
+            _terms(name, one, lines),
+            f"Training loss of {name} by epoch, terms as they count. At the end: "
+            + ", ".join(f"{term} {line.mean[-1]:.4g}" for term, line in lines.items())
+            + ".",
         )
+        for number, (name, one) in enumerate(courses.items(), 1)
+        if (lines := _named_terms(one.losses))
+    ]
+    caption = (
+        "Terms weighted as they count in the total. Each panel has its own axis, logarithmic where"
+        " it says (log): objectives differ between variants, so compare shapes only."
+    )
+    title = "Training loss of each variant and its terms"
+    return Pictures(title, drawn, caption, folded=True) if drawn else None
+
+
+def _named_terms(losses: Mapping[str, Course]) -> Mapping[str, Course]:
+    # With a single term, the total is that term again.
+    alone = len(losses) == 2
+    return {
+        "total" if term == "loss" else term: course
+        for term, course in losses.items()
+        if term != "loss" or not alone
+    }
+
+
+def _terms(name: str, one: Courses, lines: Mapping[str, Course]) -> Figure:
+    figure, axes = with_margin(labels(list(lines)).values())
+    axis = Axis.of([(line, one.epochs) for line in lines.values()], may_be_logarithmic=True)
+    styled = {
+        term: (
+            line,
+            one,
+            Look(
+                FURTHER[i % len(FURTHER)], DASHES[i % len(DASHES)], MARKERS[i % len(MARKERS)], 1.5
+            ),
+        )
+        for i, (term, line) in enumerate(lines.items())
+    }
+    _panel(axes, styled, axis, False, None)
+    _name_axis(axes, "loss", axis)
+    short = plain(labels([name])[name])
+    axes.set_title(short, loc="left", fontsize=9.5, fontweight="bold", color=INK)
+    return figure

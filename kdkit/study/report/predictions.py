@@ -27,7 +27,6 @@ from kdkit.students.loaded import LoadedRun
 from kdkit.study.findings import Findings, Variant, rank
 from kdkit.study.report.alike import Alike, alike
 from kdkit.study.report.document import Picture
-from kdkit.study.report.drawing import png
 
 SEEDS = 3  # number of first seeds of each variant whose students answer again
 COMPARED = 6  # variants whose layers are compared with the teacher's
@@ -182,7 +181,7 @@ class _Asking:
             for number, example in enumerate(_spread(batches, models), 1):
                 figure = first.recipe.task.drawn(example, first.info)
                 about = f"Test image {number} with the answers of {', '.join(models)}."
-                picture = Picture(f"answers-{number}", png(figure), about, wide=True)
+                picture = Picture(f"answers-{number}", figure, about, wide=True, photo=True)
                 yield Drawn(picture, tuple(models))
 
     def _runs(self, variant: Variant) -> Iterator[tuple[int, LoadedRun]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from kdkit.study.report.document import (
     Section,
     Words,
 )
+from kdkit.study.report.forest import forest
 from kdkit.study.report.mean_curves import Courses
 from kdkit.study.report.plots import Priced
 from kdkit.study.report.predictions import COMPARED, SEEDS, Answers, confusion
@@ -68,6 +69,7 @@ class Material:
 
 def document(material: Material) -> Document:
     """Build the whole report; a part without data says so in its place."""
+    material = _best_first(material)
     findings = material.findings
     # Other tasks than classification have no confusions and no softened classes.
     of_classes = [
@@ -75,8 +77,7 @@ def document(material: Material) -> Document:
         ("What the teacher knows that labels do not say", _softened),
     ]
     parts = [
-        ("Protocol", _protocol),
-        *([("Search", _search)] if material.search else []),
+        ("Differences", _differences),
         ("Results", _results),
         ("Cost", _cost),
         ("Learning curves", _learning),
@@ -85,31 +86,45 @@ def document(material: Material) -> Document:
         *([("Images that were made", _made)] if any(material.made.values()) else []),
         *([("Answers to test images", _drawn)] if material.answers.drawn else []),
         ("Similar layers", _layers),
+        *([("Search", _search)] if material.search else []),
+        ("Protocol", _protocol),
         ("How to repeat it", _repeat),
     ]
     sections = [Section(title, list(write(material))) for title, write in parts]
-    return Document(findings.name, findings.question, list(words.answer(findings)), sections)
+    shown = [section for section in sections if section.blocks]
+    return Document(findings.name, findings.question, list(words.answer(findings)), shown)
+
+
+def _differences(material: Material) -> Iterator[Block]:
+    if (drawn := forest(material.findings)) is not None:
+        yield drawn
+
+
+def _best_first(material: Material) -> Material:
+    """Sort the variants by the deciding score; those without a result come last."""
+    found, name = material.findings, material.findings.deciding.name
+    order = {v.name: -rank(found.deciding, v.last[name]) for v in found.ran}
+    ranked = sorted(found.variants, key=lambda v: order.get(v.name, math.inf))
+    return replace(
+        material,
+        findings=replace(found, variants=tuple(ranked)),
+        courses={v.name: material.courses[v.name] for v in ranked},
+    )
 
 
 def _protocol(material: Material) -> Iterator[Block]:
     yield Facts(list(words.protocol(material.findings, material.recipes)))
-    about = [(v.name, v.about) for v in material.findings.variants]
-    if any(text for _, text in about):
-        if len(about) > LINES // 2:
-            yield Listing(
-                "What each variant learns from",
-                "\n".join(f"{name}: {text}" for name, text in about),
-            )
-        else:
-            yield Words("What each variant learns from:")
-            yield Facts(about)
+    about = [(v.name, v.about) for v in material.findings.variants if v.about]
+    if about:
+        yield Words("What each variant learns from:")
+        yield Facts(about)
 
 
 def _search(material: Material) -> Iterator[Block]:
     found = material.search
     assert found is not None
     yield Words(
-        f"{'. '.join(search_table.sentences(found))}. Below, the winner is measured on test data"
+        f"{'. '.join(search_table.sentences(found))}. Above, the winner is measured on test data"
         " with other seeds; the baseline was not searched, which favours the winner."
     )
     unit = f" {found.score.unit}" if found.score.unit else ""
@@ -153,7 +168,7 @@ def _cost(material: Material) -> Iterator[Block]:
     ]
     if len(points) > 1:
         unit, teacher = "CPU seconds" if measured else "seconds", _of_teacher(findings)
-        yield Pictures([plots.against_cost(points, findings.baseline, unit, teacher, score)])
+        yield plots.against_cost(points, findings.baseline, unit, teacher, score)
 
 
 def _of_teacher(findings: Findings) -> float | None:
@@ -174,28 +189,19 @@ def _all_in_all(together: Mapping[str, float]) -> str:
 def _learning(material: Material) -> Iterator[Block]:
     findings, courses = material.findings, material.courses
     teacher, score = _of_teacher(findings), findings.deciding
-    curves = list(plots.learning_curves(courses, findings.baseline, teacher, score))
-    if not curves:
+    curves = plots.learning_curves(courses, findings.baseline, teacher, score)
+    if curves is None:
         yield Words("The runs are not there any more, so there are no curves.")
         return
     bands = any(one.seeds > 1 for one in courses.values())
     yield Words(
-        "Means over the seeds; the bands are one standard deviation to each side."
+        "Lines are means over the seeds; bands are one standard deviation to each side."
         if bands
         else "One seed each, so no bands."
     )
-    yield Pictures(curves)
-    if totals := list(plots.training_loss(courses, findings.baseline)):
-        yield Words(
-            "The training loss: the whole objective of each variant. Different objectives have"
-            " different scales."
-        )
-        yield Pictures(totals)
-    if losses := list(plots.loss_terms(courses)):
-        yield Words(
-            "The training loss of each variant and its terms, weighted as they count in the total."
-        )
-        yield Pictures(losses)
+    yield curves
+    losses = plots.training_loss(courses, findings.baseline), plots.loss_terms(courses)
+    yield from (one for one in losses if one is not None)
 
 
 def _agreement(material: Material) -> Iterator[Block]:
@@ -213,7 +219,7 @@ def _agreement(material: Material) -> Iterator[Block]:
         else ""
     )
     yield Words(f"On the test data, over the epochs. Bands as above.{without}")
-    yield Pictures(drawn)
+    yield from drawn
 
 
 def _classes(material: Material) -> Iterator[Block]:
@@ -235,29 +241,31 @@ def _classes(material: Material) -> Iterator[Block]:
             # NaN: classes without test images come last
             (accuracy.amax(0) - accuracy.amin(0)).nan_to_num(-1).topk(MANY).indices.tolist()
         )
-    yield Words(f"{many}{_asked(material)}.")
     rows = names
     if answers.teacher is not None:
         rows, accuracy = (
             [*names, "(teacher)"],
             torch.cat([accuracy, confusion(answers.teacher).diag()[None]]),
         )
+    shown = [answers.classes[i] for i in chosen]
     yield Pictures(
-        [heatmaps.class_accuracy(rows, [answers.classes[i] for i in chosen], accuracy[:, chosen])]
+        "Test accuracy by class, %",
+        [heatmaps.class_accuracy(rows, shown, accuracy[:, chosen])],
+        f"{many}{_asked(material)}.",
     )
     leader = _leader(findings, names)
     if leader is not None and findings.baseline in names:
         change = answers.confusion_change(leader, findings.baseline)
-        yield Words(
-            f"Confusions of {leader} less those of {findings.baseline}: of the images of a class,"
-            " how many more percent are taken for each class. On the diagonal, more is better;"
-            " elsewhere, less."
-        )
         # A matrix of many classes is not readable: the largest changes are drawn as bars.
         draw = (
             heatmaps.confusion_pairs if len(answers.classes) > MANY else heatmaps.confusion_change
         )
-        yield Pictures([draw(leader, findings.baseline, answers.classes, change)])
+        yield Pictures(
+            f"Confusions of {leader} minus those of {findings.baseline}, points",
+            [draw(leader, findings.baseline, answers.classes, change)],
+            "Of the images of a class, how many more percent are taken for each class. On the"
+            " diagonal, more is better; elsewhere, less.",
+        )
 
 
 def _leader(findings: Findings, names: list[str]) -> str | None:
@@ -293,33 +301,33 @@ def _softened(material: Material) -> Iterator[Block]:
         )
         yield Words(f"{reason}, so its answers are not drawn.")
         return
-    yield Words(
-        "Test images that the teacher gets right: first those to which it gives the most probable"
+    caption = (
+        "The teacher gets these images right. First those to which it gives the most probable"
         " second class, then ordinary ones, of which it is as sure as of half of their class; of"
-        " each kind, at most one of a class. Its probabilities softmax(z / T), and above them that"
-        " of its second choice: a higher temperature T shows what else the image resembles. The"
-        " light bar is the label."
+        " each kind, at most one of a class. Bars: its probabilities softmax(z / T); the number is"
+        " that of its second choice. A higher temperature T shows what else the image resembles."
+        " The light bar is the label."
         + (
             f" Of {len(classes)} classes, the {heatmaps.BARS} most probable."
             if len(classes) > heatmaps.BARS
             else ""
         )
     )
-    yield Pictures(
-        [
-            heatmaps.softened(i, one.image, one.label, one.logits, classes)
-            for i, one in enumerate(examples, 1)
-        ]
-    )
+    drawn = [
+        heatmaps.softened(i, one.image, one.label, one.logits, classes)
+        for i, one in enumerate(examples, 1)
+    ]
+    yield Pictures("The teacher's answers to test images, by temperature", drawn, caption)
 
 
 def _drawn(material: Material) -> Iterator[Block]:
     drawn = material.answers.drawn
-    yield Words(
+    yield Pictures(
+        "Answers to test images",
+        [picture.picture for picture in drawn],
         f"{len(drawn)} test images, evenly spaced in the order of the data, with the answers of the"
-        f" first seed of each network: {', '.join(drawn[0].names)}."
+        f" first seed of each network: {', '.join(drawn[0].names)}.",
     )
-    yield Pictures([picture.picture for picture in drawn])
 
 
 def _made(material: Material) -> Iterator[Block]:
@@ -329,16 +337,17 @@ def _made(material: Material) -> Iterator[Block]:
         " from, with the teacher's answers to them."
     )
     yield Pictures(
+        "Images that were made",
         [
             Picture(
                 f"made-{i}-{j}",
-                png,
+                heatmaps.images(png, f"{name}: {title}"),
                 f"Images that {name} has made for its student to learn from.",
-                caption=f"{name}: {title}",
+                photo=True,
             )
             for i, (name, pictures) in enumerate(making.items(), 1)
             for j, (title, png) in enumerate(pictures.items(), 1)
-        ]
+        ],
     )
 
 
@@ -360,17 +369,15 @@ def _layers(material: Material) -> Iterator[Block]:
         if rest and len(found) == COMPARED
         else ""
     )
-    yield Words(
-        f"Linear CKA (Kornblith et al. 2019; unbiased, over batches) of the {first}teacher's layers"
-        f" with the student's, on the first {images} test images: 1 says that one is a rotation and"
-        " rescaling of the other, 0 that they have nothing in common. The first seed of each"
-        f" variant.{only}"
-    )
     yield Pictures(
+        f"Similarity of the {first}teacher's layers with the student's (linear CKA)",
         [
             heatmaps.similar_layers(i, name, one.rows, one.columns, one.values)
             for i, (name, one) in enumerate(found.items(), 1)
-        ]
+        ],
+        f"Linear CKA (Kornblith et al. 2019; unbiased, over batches) on the first {images} test"
+        " images: 1 says that one layer is a rotation and rescaling of the other, 0 that they have"
+        f" nothing in common. The first seed of each variant.{only}",
     )
 
 

@@ -42,12 +42,6 @@ def gain(difference: Difference | None, score: ScoreInfo) -> str:
     return intervals.shown(difference, score.digits).replace("-", "−") if difference else NONE
 
 
-def points(score: ScoreInfo) -> str:
-    """Return the unit of its differences."""
-    # A difference of percentages in % would read as relative.
-    return "points" if score.unit == "%" else score.unit
-
-
 def _joined(*parts: str, by: str = " ") -> str:
     return by.join(filter(None, parts))
 
@@ -118,7 +112,9 @@ def _over(leader: Variant, baseline: Variant, score: ScoreInfo) -> str:
         )
     # A gain of a loss is negative, and is none "over" the baseline.
     word = "over" if score.higher_is_better else "against"
-    return f", {_joined(gain(leader.difference, score), points(score), word)} {baseline.name}"
+    return (
+        f", {_joined(gain(leader.difference, score), score.difference_unit, word)} {baseline.name}"
+    )
 
 
 def _carried(leader: Variant, findings: Findings) -> str:
@@ -149,7 +145,7 @@ def _next_best(leader: Variant, findings: Findings) -> Iterator[str]:
     # As if the next best were the baseline: paired by seed, like all differences here.
     apart = intervals.gained(replace(findings, baseline=second.name), leader)
     if apart is not None and apart.t is not None:
-        told = _joined(gain(apart, findings.deciding), points(findings.deciding))
+        told = _joined(gain(apart, findings.deciding), findings.deciding.difference_unit)
         yield f"Against the next best, {second.name}: {told} (not corrected)."
 
 
@@ -233,7 +229,7 @@ def score_table(findings: Findings) -> Figures:
     caption = (
         f"Test data, {findings.moment} unless the column says otherwise; {deviation}{interval}."
     )
-    score, unit = findings.deciding, points(findings.deciding)
+    score, unit = findings.deciding, findings.deciding.difference_unit
     columns: list[Column] = [
         _last(score),
         (_joined("difference", unit, by=", "), lambda v: gain(v.difference, score), None),
@@ -266,7 +262,8 @@ def further_table(findings: Findings) -> Figures:
         if not one.part_of and any(one.name in v.last for v in findings.variants)
     ]
     told = "; ".join(f"{one.title}: {one.meaning}" for one in scores if one.meaning)
-    return _table(findings, list(map(_last, scores)), f"{told}." if told else "")
+    table = _table(findings, list(map(_last, scores)), f"{told}." if told else "")
+    return replace(table, folded="Further scores")
 
 
 def parts_tables(findings: Findings) -> Iterator[Figures]:
@@ -287,7 +284,9 @@ def parts_tables(findings: Findings) -> Iterator[Figures]:
         header = [replace(parts[0], title=title).heading]
         header += [_called(v, findings) for v in findings.ran]
         header += [_named(teacher)] if teacher else []
-        yield Figures(header, rows, f"{title}: {parts[0].meaning}.")
+        yield Figures(
+            header, rows, f"{title}: {parts[0].meaning}.", folded=f"{title}, part by part"
+        )
 
 
 def _table(findings: Findings, columns: Sequence[Column], caption: str) -> Figures:
@@ -338,10 +337,17 @@ def intervals_table(findings: Findings) -> Figures | None:
                     for i, cell in enumerate((v.name, each, t, resampled))
                 ]
             )
-    less = f"{score.title} less that of {findings.baseline} with the same seed"
-    caption = f"Difference: {_joined(less, points(score), by=', ')}; 95 % intervals of the mean."
+    less = f"{score.title} minus that of {findings.baseline} with the same seed"
+    caption = (
+        f"Difference: {_joined(less, score.difference_unit, by=', ')}; 95 % intervals of the mean."
+    )
     return (
-        Figures(["variant", "seed by seed", "paired t", "bootstrap"], rows, caption)
+        Figures(
+            ["variant", "seed by seed", "paired t", "bootstrap"],
+            rows,
+            caption,
+            folded="Differences seed by seed, and intervals by bootstrap",
+        )
         if rows
         else None
     )
