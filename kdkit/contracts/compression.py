@@ -32,6 +32,8 @@ class Compression(abc.ABC):
     order: ClassVar[int] = 0
     """Of several compressions of one student, a lower one goes first: 0 changes the layers, 1 the
     arithmetic."""
+    on_cpu_only: ClassVar[bool] = False
+    """True if what it makes is trained and measured on the CPU only."""
     Options: ClassVar[type[CompressionOptions]] = CompressionOptions
 
     def __init__(self, options: CompressionOptions) -> None:

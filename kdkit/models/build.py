@@ -17,7 +17,7 @@ from kdkit.contracts.layers import NoHead, classifier_path
 from kdkit.contracts.model_source import ModelOptions, ModelSource, Normalize, TeacherOptions
 from kdkit.errors import CheckpointError, InputError, ModelError, TapError
 from kdkit.finite import faulty_weight
-from kdkit.models.compressing import begun, finished
+from kdkit.models.compressing import begun, finished, refuse_device
 from kdkit.models.normalization import InputAdapter, NormalizationAdapter
 from kdkit.models.seen import Seen, SeenInput
 from kdkit.models.tapped import TappedModel
@@ -82,6 +82,7 @@ def build_model(
         if options.new_head and not file:
             _head(module, outputs)  # report a missing classifier even if no weights are read
         if compressions:
+            refuse_device(compressions, device)
             module = finished(begun(module, shape, compressions), shape, compressions)
         if weights and load:
             _load(options, source, module, outputs, file)

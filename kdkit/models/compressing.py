@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from kdkit.contracts.compression import Compression, Samples
@@ -11,6 +12,23 @@ from kdkit.contracts.inputs import Shape, is_text, random_inputs
 from kdkit.errors import ModelError
 
 PROBE = 2  # images: one would be taken for a batch of a fixed size
+
+
+def parameters_of(module: nn.Module) -> int:
+    """Count the numbers that a network has learnt: its parameters, and weights in int8."""
+    weights = (value for value in module.buffers() if value.dtype == torch.int8)
+    return sum(value.numel() for value in (*module.parameters(), *weights))
+
+
+def refuse_device(compressions: Sequence[Compression], device: torch.device | None) -> None:
+    """Check that compressed networks run on a device.
+
+    Raises:
+        ModelError: one runs on the CPU only.
+    """
+    for one in compressions:
+        if one.on_cpu_only and device is not None and device.type not in ("cpu", "meta"):
+            raise ModelError(f"{one.name} is for the CPU: say `device: cpu`, or `--device cpu`")
 
 
 def begun(module: nn.Module, shape: Shape, compressions: Sequence[Compression]) -> nn.Module:

@@ -34,7 +34,7 @@ from kdkit.errors import (
     TapError,
 )
 from kdkit.models.build import build_model
-from kdkit.models.compressing import begun
+from kdkit.models.compressing import begun, refuse_device
 from kdkit.models.devices import is_channels_last
 from kdkit.models.folding import fold_batchnorm, unfoldable
 from kdkit.models.given_answers import Reading
@@ -95,6 +95,7 @@ class ModelFactory:
         # with.
         self._skeletons: dict[str, nn.Module] = {}
         self.inherited: list[str] = []  # tensors that the last student has inherited from a teacher
+        self.inheriting = 0  # number of its tensors then
         self._shared = shared or Alone()
 
     def demands(self) -> Iterator[Demand]:
@@ -154,6 +155,7 @@ class ModelFactory:
             return
         assert student.input_shape is not None
         try:
+            refuse_device(compressions, self.device)
             module = begun(student.module.cpu(), student.input_shape, compressions)
         except ModelError as error:
             place = wanted.place_of(self.recipe, "student", options)
@@ -198,6 +200,7 @@ class ModelFactory:
             self.recipe.model_source(options),
         )
         try:
+            self.inheriting = len(student.module.state_dict())
             self.inherited = inherit(
                 student.module,
                 donor.module,

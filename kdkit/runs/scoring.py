@@ -89,7 +89,9 @@ class Standing:
 
     def _samples(self, model: TappedModel) -> Samples:
         def samples(count: int) -> Iterator[Tensor]:
-            for batch in itertools.islice(batches(self.trainer.loader, self.trainer.stage, 0), count):
+            for batch in itertools.islice(
+                batches(self.trainer.loader, self.trainer.stage, 0), count
+            ):
                 yield model.adapt(batch.inputs)
 
         return samples

@@ -95,7 +95,9 @@ class Prune(kdkit.Compression):
     def _kept(self, network: nn.Module) -> list[nn.Module]:
         kept = []
         for pattern in self.options.keep:
-            found = [m for path, m in network.named_modules() if path and fnmatchcase(path, pattern)]
+            found = [
+                m for path, m in network.named_modules() if path and fnmatchcase(path, pattern)
+            ]
             if not found:
                 raise kdkit.ModelError(f"prune.keep: there is no layer '{pattern}'")
             kept += found

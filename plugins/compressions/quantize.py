@@ -34,6 +34,7 @@ class Quantize(kdkit.Compression):
 
     name = "quantize"
     order = 1
+    on_cpu_only = True
 
     class Options(kdkit.CompressionOptions):
         """To what, and when."""
@@ -52,7 +53,9 @@ class Quantize(kdkit.Compression):
     @classmethod
     def refused(cls, options: Any, train: Mapping[str, Any]) -> dict[str, str]:
         if train["precision"] != "fp32":
-            return {"": f"fake quantisation is in fp32, not `train.precision: {train['precision']}`"}
+            return {
+                "": f"fake quantisation is in fp32, not `train.precision: {train['precision']}`"
+            }
         if train["compile"]:
             return {"": "its graph is exported already; leave `train.compile` out"}
         return {}
@@ -137,7 +140,9 @@ def _begin_ranges(network: nn.Module, images: Tensor, wanted: Tensor) -> None:
                 found, wanted, rtol=TOLERANCE, atol=TOLERANCE * float(wanted.abs().max())
             ):
                 gap = float((found - wanted).abs().max())
-                raise kdkit.ModelError(f"quantize: the exported network's answer differs by {gap:.1g}")
+                raise kdkit.ModelError(
+                    f"quantize: the exported network's answer differs by {gap:.1g}"
+                )
     for observer in observers:
         _forget(observer)
 
@@ -151,30 +156,33 @@ def _forget(observer: Any) -> None:
 
 
 class Int8(fx.GraphModule):
-    """A converted network, whose scales and zero points of activations are tensors of its file."""
+    """A converted network. Scales and zero points of activations, which are numbers in the code of
+    its graph, are tensors of its file: (N,), in the order of the code.
+    """
 
     @classmethod
     def of(cls, converted: fx.GraphModule) -> "Int8":
+        made = cls(converted, converted.graph)
+        scales, zero_points = zip(*(node.args[1:3] for node in made._rounding()), strict=True)
+        made.register_buffer("activation_scales", torch.tensor(scales))
+        made.register_buffer("activation_zero_points", torch.tensor(zero_points))
+        return made
+
+    def _rounding(self) -> list[fx.Node]:
         ops = torch.ops.quantized_decomposed
-        forms = {
-            ops.quantize_per_tensor.default: ops.quantize_per_tensor.tensor,
-            ops.dequantize_per_tensor.default: ops.dequantize_per_tensor.tensor,
-        }
-        graph = converted.graph
-        known: dict[tuple[float, int], tuple[fx.Node, fx.Node]] = {}
-        for node in [node for node in graph.nodes if node.target in forms]:
-            value, scale, zero_point, *rest = node.args
-            number = len(known)
-            if (scale, zero_point) not in known:
-                converted.register_buffer(f"scale_{number}", torch.tensor(scale))
-                converted.register_buffer(f"zero_point_{number}", torch.tensor(zero_point))
-                with graph.inserting_before(node):
-                    known[scale, zero_point] = (
-                        graph.get_attr(f"scale_{number}"),
-                        graph.get_attr(f"zero_point_{number}"),
-                    )
-            node.target, node.args = forms[node.target], (value, *known[scale, zero_point], *rest)
-        return cls(converted, graph)
+        forms = (ops.quantize_per_tensor.default, ops.dequantize_per_tensor.default)
+        return [node for node in self.graph.nodes if node.target in forms]
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        read = (self.activation_scales.tolist(), self.activation_zero_points.tolist())
+        for node, scale, zero_point in zip(self._rounding(), *read, strict=True):
+            node.args = (node.args[0], scale, zero_point, *node.args[3:])
+        self.recompile()
+
+    # what no node of the graph names would be left behind
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Int8":
+        return Int8.of(super().__deepcopy__(memo))
 
 
 @kdkit.hookimpl
