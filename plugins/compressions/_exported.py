@@ -19,6 +19,7 @@ Call = tuple[str, str, str]
 FOLDED = "kdkit_folded"
 """Key of a graph's `meta`: of each batch norm's node, that of the layer that it may fold into."""
 GIVEN = "given"
+FORWARD = "forward"  # by name: type checkers know no method that is replaced
 
 
 def exported(network: nn.Module, images: Tensor) -> tuple[fx.GraphModule, list[Call]]:
@@ -33,7 +34,8 @@ def exported(network: nn.Module, images: Tensor) -> tuple[fx.GraphModule, list[C
     network.eval()
     for layer in network.modules():
         if getattr(layer, "inplace", False) is True:
-            layer.inplace = False  # otherwise it would overwrite what the layer before it gives
+            # otherwise it would overwrite what the layer before it gives
+            setattr(layer, "inplace", False)  # noqa: B010
     told: list[_Told] = []
     handles = [
         layer.register_forward_hook(functools.partial(_tell, told, path))
@@ -84,7 +86,9 @@ def _only_answer(module: fx.GraphModule) -> list[Call]:
     graph, codegen = module.graph, module.graph._codegen
     assert isinstance(codegen, fx.graph._PyTreeCodeGen)
     (output,) = (node for node in graph.nodes if node.op == "output")
-    answer, shown = _pytree.tree_unflatten(output.args[0], codegen.pytree_info.out_spec)
+    spec = codegen.pytree_info.out_spec
+    assert spec is not None
+    answer, shown = _pytree.tree_unflatten(output.args[0], spec)
     calls = [
         (name.partition(":")[2], first.name, given.name) for name, (first, given) in shown.items()
     ]
@@ -151,12 +155,12 @@ def _take_tensors(network: nn.Module, prepared: fx.GraphModule) -> None:
         for kept in (layer._parameters, layer._buffers):
             for name in [name for name, value in kept.items() if value is not None]:
                 del kept[name]
-        layer.forward = passed_on
+        setattr(layer, FORWARD, passed_on)
         # folded: what looks for batch norms must not find it
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and path:
             parent, _, name = path.rpartition(".")
             rest = nn.Sequential(OrderedDict(layer.named_children()))
-            rest.forward = passed_on
+            setattr(rest, FORWARD, passed_on)
             setattr(network.get_submodule(parent), name, rest)
     for node in prepared.graph.nodes:
         path, _, name = str(node.target).rpartition(".")

@@ -6,6 +6,7 @@ is the quantisation-aware distillation of Mishra, Marr, "Apprentice", ICLR 2018,
 """
 
 import copy
+import importlib.util
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -61,6 +62,7 @@ class Quantize(kdkit.Compression):
         return {}
 
     def begin(self, network: nn.Module, images: Tensor) -> nn.Module:
+        _require_torchao()
         if not self.options.aware:
             return network
         wanted = _answer(network, images)
@@ -73,9 +75,11 @@ class Quantize(kdkit.Compression):
         return made
 
     def finish(self, network: nn.Module, samples: kdkit.Samples) -> nn.Module:
+        _require_torchao()
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
         if self.options.aware:
+            assert isinstance(network, fx.GraphModule)
             prepared = without_calls(network)
             # no batch so far, where the structure alone is wanted
             if not all(_has_range(observer) for observer in _observers(prepared)):
@@ -94,6 +98,11 @@ class Quantize(kdkit.Compression):
             return Int8.of(convert_pt2e(prepared))
 
 
+def _require_torchao() -> None:
+    if importlib.util.find_spec("torchao") is None:
+        raise kdkit.ModelError("quantize needs torchao: pip install kdkit[quantize]")
+
+
 def _prepared(graph: fx.GraphModule, *, aware: bool) -> fx.GraphModule:
     """Fold batch norms and put observers, or fake quantisation, into an exported graph."""
     from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
@@ -102,7 +111,7 @@ def _prepared(graph: fx.GraphModule, *, aware: bool) -> fx.GraphModule:
     folded = graph.meta[FOLDED]
     config = x86.get_default_x86_inductor_quantization_config(is_qat=aware)
     # not `prepare_qat_pt2e`, which would simulate the folding: it takes a hundred times longer
-    prepared = prepare_pt2e(graph, x86.X86InductorQuantizer().set_global(config))
+    prepared: fx.GraphModule = prepare_pt2e(graph, x86.X86InductorQuantizer().set_global(config))
     prepared.meta[FOLDED] = folded
     return prepared
 
@@ -113,7 +122,8 @@ def _watch_in_training(observer: Any, _: Any) -> None:
 
 def _answer(network: nn.Module, images: Tensor) -> Tensor:
     with torch.no_grad():
-        return network.eval()(images)
+        answer: Tensor = network.eval()(images)
+    return answer
 
 
 def _observers(network: nn.Module) -> list[Any]:
@@ -140,9 +150,7 @@ def _begin_ranges(network: nn.Module, images: Tensor, wanted: Tensor) -> None:
                 found, wanted, rtol=TOLERANCE, atol=TOLERANCE * float(wanted.abs().max())
             ):
                 gap = float((found - wanted).abs().max())
-                raise kdkit.ModelError(
-                    f"quantize: the exported network's answer differs by {gap:.1g}"
-                )
+                raise kdkit.ModelError(f"quantize: exporting changes the answers by {gap:.1g}")
     for observer in observers:
         _forget(observer)
 
@@ -167,6 +175,9 @@ class Int8(fx.GraphModule):
         made.register_buffer("activation_scales", torch.tensor(scales))
         made.register_buffer("activation_zero_points", torch.tensor(zero_points))
         return made
+
+    activation_scales: Tensor
+    activation_zero_points: Tensor
 
     def _rounding(self) -> list[fx.Node]:
         ops = torch.ops.quantized_decomposed
