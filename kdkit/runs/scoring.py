@@ -14,8 +14,9 @@ from torch import Tensor
 
 from kdkit.contracts.compression import Samples
 from kdkit.contracts.schedule import Model
+from kdkit.engine import trainer as training
 from kdkit.engine.evaluate import measuring
-from kdkit.engine.trainer import Trainer, batches
+from kdkit.engine.trainer import Trainer
 from kdkit.engine.turns import Turns
 from kdkit.models.compressing import finished
 from kdkit.models.freezing import in_eval_mode
@@ -43,6 +44,7 @@ class Standing:
         self.ensemble: Scores = {}
         self.last: list[Scores] = []
         count = setting.recipe.spec.train.average_best
+        self._kept: tuple[int, list[Model]] | None = None  # finished networks after a step
         self.best_epochs = BestEpochs(setting.folder.best_epochs(number), count) if count else None
 
     def line(self) -> dict[str, Any]:
@@ -75,13 +77,18 @@ class Standing:
 
     def deployed(self) -> list[Model]:
         """Return the networks that are measured and exported in the students' places."""
-        pairs = zip(self.trainer.stage.students, self.trained(), strict=True)
-        return [self._finished(student, cast("TappedModel", model)) for student, model in pairs]
+        students, steps = self.trainer.stage.students, self.trainer.steps
+        if not any(self.setting.factory.compressions(student) for student in students):
+            return self.trained()
+        # to finish takes seconds, and each step is asked for several times
+        if self._kept is None or self._kept[0] != steps:
+            pairs = zip(students, self.trained(), strict=True)
+            kept = [self._finished(one, cast("TappedModel", model)) for one, model in pairs]
+            self._kept = (steps, kept)
+        return [*self._kept[1]]
 
     def _finished(self, student: Model, model: TappedModel) -> TappedModel:
         compressions = self.setting.factory.compressions(student)
-        if not compressions:
-            return model
         assert model.input_shape is not None
         with in_eval_mode(model.module):
             module = finished(model.module, model.input_shape, compressions, self._samples(model))
@@ -90,7 +97,7 @@ class Standing:
     def _samples(self, model: TappedModel) -> Samples:
         def samples(count: int) -> Iterator[Tensor]:
             for batch in itertools.islice(
-                batches(self.trainer.loader, self.trainer.stage, 0), count
+                training.batches(self.trainer.loader, self.trainer.stage, 0), count
             ):
                 yield model.adapt(batch.inputs)
 
@@ -199,7 +206,7 @@ class Standing:
             self.best_epochs.tidy(for_good=True)
         for number, network in zip(self._own, self.trainer.deployed(), strict=True):
             network.load_state_dict(self.best_epochs.mean(number))
-        self.last = self.scores
+        self.last, self._kept = self.scores, None
         # Another place than the last epoch's own measurement: runs in lockstep share by place.
         yield from self.measure(self.trainer.epoch + 1)
 

@@ -1,8 +1,9 @@
 """Structured pruning: the student begins as its teacher with fewer channels.
 
-Fang, Ma, Song, Mi, Wang, "DepGraph: Towards Any Structural Pruning", CVPR 2023, arXiv:2301.12900, by
-its library Torch-Pruning. To prune and then distil is the way of Muralidharan et al., "Compact
-Language Models via Pruning and Knowledge Distillation" (Minitron), NeurIPS 2024, arXiv:2407.14679.
+Fang, Ma, Song, Mi, Wang, "DepGraph: Towards Any Structural Pruning", CVPR 2023,
+arXiv:2301.12900, by its library Torch-Pruning. To prune and then distil is the way of Muralidharan
+et al., "Compact Language Models via Pruning and Knowledge Distillation" (Minitron), NeurIPS 2024,
+arXiv:2407.14679.
 """
 
 from fnmatch import fnmatchcase
