@@ -83,7 +83,9 @@ class Standing:
         # to finish takes seconds, and each step is asked for several times
         if self._kept is None or self._kept[0] != steps:
             pairs = zip(students, self.trained(), strict=True)
-            kept = [self._finished(one, cast("TappedModel", model)) for one, model in pairs]
+            kept: list[Model] = [
+                self._finished(one, cast("TappedModel", model)) for one, model in pairs
+            ]
             self._kept = (steps, kept)
         return [*self._kept[1]]
 

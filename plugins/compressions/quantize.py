@@ -7,6 +7,7 @@ is the quantisation-aware distillation of Mishra, Marr, "Apprentice", ICLR 2018,
 
 import copy
 import importlib.util
+import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -101,6 +102,14 @@ class Quantize(kdkit.Compression):
 def _require_torchao() -> None:
     if importlib.util.find_spec("torchao") is None:
         raise kdkit.ModelError("quantize needs torchao: pip install kdkit[quantize]")
+    # what torchao does to torch while it is imported concerns nobody here
+    logger = logging.getLogger("torch.utils._pytree")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        importlib.import_module("torchao")
+    finally:
+        logger.setLevel(before)
 
 
 def _prepared(graph: fx.GraphModule, *, aware: bool) -> fx.GraphModule:
