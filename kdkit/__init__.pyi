@@ -13,6 +13,9 @@ from .contracts.balance import Balance as Balance
 from .contracts.balance import BalanceOptions as BalanceOptions
 from .contracts.balance import Gradients as Gradients
 from .contracts.balance import Sizes as Sizes
+from .contracts.compression import Compression as Compression
+from .contracts.compression import CompressionOptions as CompressionOptions
+from .contracts.compression import Samples as Samples
 from .contracts.dataset_source import DataInfo as DataInfo
 from .contracts.dataset_source import DatasetOptions as DatasetOptions
 from .contracts.dataset_source import DatasetSource as DatasetSource

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import pluggy
 
 from kdkit.contracts.balance import Balance
+from kdkit.contracts.compression import Compression
 from kdkit.contracts.dataset_source import DatasetSource
 from kdkit.contracts.loss import Loss
 from kdkit.contracts.metric_source import MetricSource
@@ -50,3 +51,8 @@ def kdkit_metrics() -> Sequence[type[MetricSource]]:  # type: ignore[empty-body]
 @hookspec
 def kdkit_balances() -> Sequence[type[Balance]]:  # type: ignore[empty-body]
     """Return the Balance classes this plugin adds."""
+
+
+@hookspec
+def kdkit_compressions() -> Sequence[type[Compression]]:  # type: ignore[empty-body]
+    """Return the Compression classes this plugin adds."""

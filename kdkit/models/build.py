@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from kdkit.contracts.compression import Compression
 from kdkit.contracts.inputs import Shape, is_text, kind_of
 from kdkit.contracts.layers import NoHead, classifier_path
 from kdkit.contracts.model_source import ModelOptions, ModelSource, Normalize, TeacherOptions
 from kdkit.errors import CheckpointError, InputError, ModelError, TapError
 from kdkit.finite import faulty_weight
+from kdkit.models.compressing import begun, finished, refuse_device
 from kdkit.models.normalization import InputAdapter, NormalizationAdapter
 from kdkit.models.seen import Seen, SeenInput
 from kdkit.models.tapped import TappedModel
@@ -44,6 +46,7 @@ def build_model(
     device: torch.device | None = None,
     channels_last: bool = False,
     fields: Mapping[str, int] | None = None,
+    compressions: Sequence[Compression] = (),
 ) -> TappedModel:
     """Build the network with its weights, adapted to the batches and observed at `layers`.
 
@@ -60,6 +63,7 @@ def build_model(
         device: device of the finished model; random weights do not depend on it.
         channels_last: see `TappedModel`.
         fields: the fields that images consist of, see `DataInfo.fields`.
+        compressions: build the network that they leave after training, whose weights `file` holds.
 
     Raises:
         ModelError: no such model, a checkpoint that does not fit, images that do not fit.
@@ -77,6 +81,9 @@ def build_model(
             adapt = _adapter(options, source, module, sees, shape, seen)
         if options.new_head and not file:
             _head(module, outputs)  # report a missing classifier even if no weights are read
+        if compressions:
+            refuse_device(compressions, device)
+            module = finished(begun(module, shape, compressions), shape, compressions)
         if weights and load:
             _load(options, source, module, outputs, file)
             if faulty := faulty_weight(module):

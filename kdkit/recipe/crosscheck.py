@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from kdkit.contracts.loss import Loss
 from kdkit.contracts.model_source import (
     AnswersOptions,
     RecipeTeacher,
@@ -21,7 +22,7 @@ from kdkit.errors import ModelError, shown, suggest
 from kdkit.recipe.explain import Location
 from kdkit.recipe.registry import Registry
 from kdkit.recipe.sections import RecipeBase
-from kdkit.recipe.types import source_of
+from kdkit.recipe.types import compressions_of, source_of
 from kdkit.recipe.walk import is_bookkeeping, leaves
 from kdkit.recipe.yaml_source import Source
 
@@ -50,6 +51,7 @@ def conflicts(spec: RecipeBase, plugins: Registry, path: Path) -> Iterator[Probl
     yield from _model_conflicts(spec, plugins, path)
     yield from _balance_conflicts(spec, plugins)
     yield from _image_conflicts(spec, plugins)
+    yield from _compression_conflicts(spec, plugins)
     names = [entry.name for entry in spec.losses if entry.name]
     for i, entry in enumerate(spec.losses):
         if entry.name and names.count(entry.name) > 1:
@@ -158,6 +160,20 @@ def _balance_conflicts(spec: RecipeBase, plugins: Registry) -> Iterator[Problem]
     kind, optimizer = plugins.balances[spec.balance.use], spec.train.optimizer.model_dump()
     for key, says in kind.refused(spec.balance, spec.loss_names(), optimizer).items():
         yield ["balance", *([key] if key else [])], says
+
+
+def _compression_conflicts(spec: RecipeBase, plugins: Registry) -> Iterator[Problem]:
+    """Find compressions that do not suit the training, or a loss that deploys another network."""
+    train = spec.train.model_dump()
+    deploying = [e.use for e in spec.losses if plugins.losses[e.use].deploy is not Loss.deploy]
+    for location, options in spec.named_models():
+        for one in compressions_of(options, plugins):
+            place = [*location, one.name]
+            for key, says in one.refused(one.options, train).items():
+                yield [*place, *([key] if key else [])], says
+            if deploying and one.finishes():
+                says = f"loss '{deploying[0]}' deploys another network in the student's place"
+                yield place, f"{says}, which is not made for {one.name}"
 
 
 def _model_conflicts(spec: RecipeBase, plugins: Registry, path: Path) -> Iterator[Problem]:

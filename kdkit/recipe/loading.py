@@ -12,6 +12,7 @@ from typing import Any, cast
 import yaml
 from pydantic import ValidationError
 
+from kdkit.contracts.compression import Compression
 from kdkit.contracts.dataset_source import DatasetSource
 from kdkit.contracts.model_source import ModelOptions, ModelSource, RecipeTeacher
 from kdkit.contracts.options import Text, path_of
@@ -22,7 +23,7 @@ from kdkit.recipe.content import digest, fingerprint_of, trained_values
 from kdkit.recipe.explain import Location, explain_source
 from kdkit.recipe.registry import Registry
 from kdkit.recipe.sections import RecipeBase
-from kdkit.recipe.types import recipe_type, source_of
+from kdkit.recipe.types import compressions_of, recipe_type, source_of
 from kdkit.recipe.walk import code_in, is_bookkeeping
 from kdkit.recipe.yaml_source import Source
 
@@ -115,6 +116,10 @@ class Recipe:
         """
         source, name = source_of(options.model, self.plugins.models)
         return self.plugins.models[source](options, name)
+
+    def compressions(self, options: ModelOptions) -> list[Compression]:
+        """Return the compressions of a network, in the order of their work."""
+        return compressions_of(options, self.plugins)
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -6,12 +6,13 @@ import functools
 import json
 from collections.abc import Iterable, Mapping
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, create_model
 
+from kdkit.contracts.compression import Compression
 from kdkit.contracts.model_source import ModelOptions, RecipeTeacher, StudentOptions, TeacherOptions
-from kdkit.contracts.options import Options
+from kdkit.contracts.options import LATER, Options
 from kdkit.errors import ModelError, suggest
 from kdkit.recipe.data_section import DatasetEntry, DataSpec, UnlabelledSpec
 from kdkit.recipe.registry import Registry
@@ -39,15 +40,14 @@ def _recipe_type(
     datasets: tuple[Any, ...],
     tasks: tuple[Any, ...],
     balances: tuple[Any, ...],
+    compressions: tuple[Any, ...],
 ) -> type[RecipeBase]:
-    def networks(kind: str, base: type[Options]) -> dict[str, type[Options]]:
-        return {p.name: _variant(p, kind, base) for p in models}
-
     def variants(plugins: Iterable[Any], kind: str, base: type[Options]) -> Any:
         return _by_use({p.name: _variant(p, kind, base, model=student) for p in plugins})
 
-    student = _by_source(networks("student", StudentOptions))
-    teacher = _by_source({**networks("teacher", TeacherOptions), TAUGHT: RecipeTeacher})
+    student = _by_source(_student_types(models, compressions))
+    teachers = {p.name: _variant(p, "teacher", TeacherOptions) for p in models}
+    teacher = _by_source({**teachers, TAUGHT: RecipeTeacher})
     dataset: Any = variants(datasets, "dataset", DatasetEntry)
     unlabelled: Any = create_model(
         "UnlabelledSpec",
@@ -88,6 +88,51 @@ def _recipe_type(
     )
 
 
+@functools.lru_cache(maxsize=8)
+def _student_types(
+    models: tuple[Any, ...], compressions: tuple[Any, ...]
+) -> dict[str, type[Options]]:
+    """Build the types of a student by its source: with a key for each compression."""
+    fields: dict[str, Any] = {
+        plugin.name: (
+            plugin.Options | None,
+            Field(
+                default=None,
+                description=f"{first_paragraph(plugin)} (default: no).".replace(". (", " ("),
+                json_schema_extra=LATER,
+            ),
+        )
+        for plugin in compressions
+    }
+    base = create_model(
+        "StudentOptions", __base__=StudentOptions, __doc__=StudentOptions.__doc__, **fields
+    )
+    return {p.name: _variant(p, "student", base) for p in models}
+
+
+def student_type(model: str, plugins: Registry) -> type[ModelOptions]:
+    """Return the type of the options of a student whose `model` this is.
+
+    Raises:
+        ModelError: there is no such source.
+    """
+    source, _ = source_of(model, plugins.models)
+    kinds = (tuple(kind.values()) for kind in (plugins.models, plugins.compressions))
+    return cast("type[ModelOptions]", _student_types(*kinds)[source])
+
+
+def compressions_of(options: ModelOptions, plugins: Registry) -> list[Compression]:
+    """Return the compressions that a student's options ask for, in the order of their work."""
+    asked = ((kind, getattr(options, name, None)) for name, kind in plugins.compressions.items())
+    found = (kind(own) for kind, own in asked if own is not None)
+    return sorted(found, key=lambda one: one.order)
+
+
+def first_paragraph(plugin: Any) -> str:
+    """Return what a plugin's docstring says first, on one line."""
+    return " ".join((plugin.__doc__ or "").strip().split("\n\n")[0].split())
+
+
 def _several(item: Any) -> Any:
     return tuple[item, ...]
 
@@ -96,7 +141,7 @@ def recipe_type(plugins: Registry) -> type[RecipeBase]:
     """Build a RecipeBase that accepts exactly the registered plugins and their options."""
     kinds = (
         *(plugins.losses, plugins.schedules, plugins.models, plugins.datasets, plugins.tasks),
-        plugins.balances,
+        *(plugins.balances, plugins.compressions),
     )
     return _recipe_type(*(tuple(kind.values()) for kind in kinds))
 
@@ -120,7 +165,7 @@ def _variant(plugin: Any, kind: str, base: type[Options], model: Any = None) -> 
     return create_model(
         f"{plugin.name}_{kind}",
         __base__=(base, plugin.Options),
-        __doc__=" ".join((plugin.__doc__ or "").strip().split("\n\n")[0].split()),
+        __doc__=first_paragraph(plugin),
         **fields,
     )
 

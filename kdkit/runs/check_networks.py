@@ -32,6 +32,7 @@ from kdkit.errors import (
     ModelError,
     TapError,
 )
+from kdkit.models.compressing import parameters_of
 from kdkit.models.devices import LEAST_CHANNELS, trains_on_cpu, unsafe_convolution
 from kdkit.models.tapped import TappedModel
 from kdkit.recipe import models_in
@@ -97,11 +98,15 @@ class NetworkChecks(Checks):
     def _student(self, factory: ModelFactory, info: DataInfo) -> ModelPlan:
         built = factory.student()
         if factory.inherited:
-            count = len(built.module.state_dict())
             self.report.notes.append(
-                f"the student begins with {len(factory.inherited)} of its {count} tensors from a"
-                " teacher"
+                f"the student begins with {len(factory.inherited)} of its {factory.inheriting}"
+                " tensors from a teacher"
             )
+        elif has_random_weights(self.spec.student):
+            self.report.notes += [
+                f"{one.name} begins with random weights: `init` or `checkpoint` gives trained ones"
+                for one in factory.compressions(built)
+            ]
         planned = self._model(
             f"student {self.spec.student.model}", built, info, factory.device, answering=True
         )
@@ -194,7 +199,7 @@ class NetworkChecks(Checks):
         taps = tuple((name, tuple(value.shape[1:])) for name, value in outputs.features.items())
         return ModelPlan(
             role,
-            sum(p.numel() for p in model.module.parameters()),
+            parameters_of(model.module),
             # A multiply-accumulate counts as two floating-point operations.
             counter.get_total_flops() // 2 // PROBE,
             taps,

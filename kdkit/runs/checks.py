@@ -75,6 +75,8 @@ class _Planner(Checks):
         self.report.raise_if_any()
         build = functools.partial(ModelFactory, self.recipe, info, trained)
         factory = build(device=torch.device("meta"))
+        if factory.compresses:  # which channels go, and what is exported, needs numbers
+            factory = build(device=torch.device("cpu"), rehearsal=True)
         self.networks.check_answers(factory, info, source)
         with self.report.at():
             self.report.notes += compare_checkpoints(factory)

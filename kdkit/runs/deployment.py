@@ -127,6 +127,7 @@ def rebuilt(
         device=device,
         channels_last=channels_last,
         fields=info.fields,
+        compressions=recipe.compressions(network),
     )
     model.module.eval()
     return model

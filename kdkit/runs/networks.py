@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kdkit.cache import served, surveys
 from kdkit.cache.given import has_answers_alone
+from kdkit.contracts.compression import Compression
 from kdkit.contracts.dataset_source import DataInfo
 from kdkit.contracts.layers import expand_pairs
 from kdkit.contracts.loss_options import LayerPair
@@ -33,6 +34,7 @@ from kdkit.errors import (
     TapError,
 )
 from kdkit.models.build import build_model
+from kdkit.models.compressing import begun, refuse_device
 from kdkit.models.devices import is_channels_last
 from kdkit.models.folding import fold_batchnorm, unfoldable
 from kdkit.models.given_answers import Reading
@@ -94,6 +96,7 @@ class ModelFactory:
         # with.
         self._skeletons: dict[str, nn.Module] = {}
         self.inherited: list[str] = []  # tensors that the last student has inherited from a teacher
+        self.inheriting = 0  # number of its tensors then
         self._shared = shared or Alone()
 
     def demands(self) -> Iterator[Demand]:
@@ -140,11 +143,39 @@ class ModelFactory:
         model = self._build(
             "student", options or self.recipe.spec.student, layers, len(self._students) + 1
         )
-        self._students.append(weakref.ref(model))
         self._inherit(model, options or self.recipe.spec.student)
+        self._compress(model, options or self.recipe.spec.student)
+        self._students.append(weakref.ref(model))
         if options is not None:
             self._networks[model] = options
         return model.compile() if self._compiles else model
+
+    def _compress(self, student: TappedModel, options: ModelOptions) -> None:
+        """Put the network in a student's place that learns instead, where the recipe says so."""
+        if not (compressions := self.recipe.compressions(options)):
+            return
+        assert student.input_shape is not None
+        try:
+            refuse_device(compressions, self.device)
+            module = begun(student.module.cpu(), student.input_shape, compressions)
+        except ModelError as error:
+            place = wanted.place_of(self.recipe, "student", options)
+            raise self.recipe.error([*place], str(error)) from error
+        student.module = module.to(self.device)
+        if self._channels_last:
+            student.module.to(memory_format=torch.channels_last)
+
+    @property
+    def compresses(self) -> bool:
+        """True if a network of the recipe, or a teacher that another one trains, is compressed."""
+        own = (options for _, options in self.recipe.spec.named_models())
+        theirs = (teacher.options for teacher in self.trained.values())
+        return any(self.recipe.compressions(options) for options in (*own, *theirs))
+
+    def compressions(self, student: Model) -> list[Compression]:
+        """Return the compressions of a student."""
+        options = self._networks.get(student, self.recipe.spec.student)
+        return self.recipe.compressions(options)
 
     def network(self, student: Model) -> dict[str, Any] | None:
         """Return the options that a student's network is built from, without weights, in plain
@@ -170,6 +201,7 @@ class ModelFactory:
             self.recipe.model_source(options),
         )
         try:
+            self.inheriting = len(student.module.state_dict())
             self.inherited = inherit(
                 student.module,
                 donor.module,
@@ -452,6 +484,10 @@ class ModelFactory:
                     file=file,
                     channels_last=self._channels_last,
                     fields=self.info.fields,
+                    # another run has left it
+                    compressions=self.recipe.compressions(options)
+                    if section in self.trained
+                    else (),
                 )
         except (ModelError, TapError) as error:
             raise wanted.error_in(

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
 from safetensors.torch import save
+from torch import Tensor
 
+from kdkit.contracts.compression import Samples
 from kdkit.contracts.schedule import Model
+from kdkit.engine import trainer as training
 from kdkit.engine.evaluate import measuring
 from kdkit.engine.trainer import Trainer
 from kdkit.engine.turns import Turns
+from kdkit.models.compressing import finished
+from kdkit.models.freezing import in_eval_mode
 from kdkit.models.tapped import TappedModel
 from kdkit.runs.best_epochs import BestEpochs
 from kdkit.runs.context import RunContext
@@ -38,6 +44,7 @@ class Standing:
         self.ensemble: Scores = {}
         self.last: list[Scores] = []
         count = setting.recipe.spec.train.average_best
+        self._kept: tuple[int, list[Model]] | None = None  # finished networks after a step
         self.best_epochs = BestEpochs(setting.folder.best_epochs(number), count) if count else None
 
     def line(self) -> dict[str, Any]:
@@ -63,10 +70,40 @@ class Standing:
         begin = self.trainer.processes.group * count
         return range(begin, begin + count)
 
-    def deployed(self) -> list[Model]:
-        """Return the networks that are measured and exported in the students' places."""
+    def trained(self) -> list[Model]:
+        """Return the networks that training leaves in the students' places, or their averages."""
         pairs = zip(self.trainer.stage.students, self.trainer.deployed(), strict=True)
         return [cast("TappedModel", student).twin(module) for student, module in pairs]
+
+    def deployed(self) -> list[Model]:
+        """Return the networks that are measured and exported in the students' places."""
+        students, steps = self.trainer.stage.students, self.trainer.steps
+        if not any(self.setting.factory.compressions(student) for student in students):
+            return self.trained()
+        # to finish takes seconds, and each step is asked for several times
+        if self._kept is None or self._kept[0] != steps:
+            pairs = zip(students, self.trained(), strict=True)
+            kept: list[Model] = [
+                self._finished(one, cast("TappedModel", model)) for one, model in pairs
+            ]
+            self._kept = (steps, kept)
+        return [*self._kept[1]]
+
+    def _finished(self, student: Model, model: TappedModel) -> TappedModel:
+        compressions = self.setting.factory.compressions(student)
+        assert model.input_shape is not None
+        with in_eval_mode(model.module):
+            module = finished(model.module, model.input_shape, compressions, self._samples(model))
+        return model.twin(module)
+
+    def _samples(self, model: TappedModel) -> Samples:
+        def samples(count: int) -> Iterator[Tensor]:
+            for batch in itertools.islice(
+                training.batches(self.trainer.loader, self.trainer.stage, 0), count
+            ):
+                yield model.adapt(batch.inputs)
+
+        return samples
 
     def measure(self, epoch: int) -> Turns[None]:
         """Measure each student and, if there are several models, their ensemble.
@@ -152,7 +189,7 @@ class Standing:
             for i, scores in enumerate(self.scores)
         ]
         written: dict[str, str] = {}
-        for number, model in zip(self._own, self.deployed(), strict=True):
+        for number, model in zip(self._own, self.trained(), strict=True):
             # Students that all processes train together are the same in each: one process writes
             # them.
             if wanted[number] and self.trainer.processes.writes:
@@ -171,7 +208,7 @@ class Standing:
             self.best_epochs.tidy(for_good=True)
         for number, network in zip(self._own, self.trainer.deployed(), strict=True):
             network.load_state_dict(self.best_epochs.mean(number))
-        self.last = self.scores
+        self.last, self._kept = self.scores, None
         # Another place than the last epoch's own measurement: runs in lockstep share by place.
         yield from self.measure(self.trainer.epoch + 1)
 

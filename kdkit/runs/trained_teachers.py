@@ -10,7 +10,7 @@ from typing import Any, Self
 from kdkit.contracts.model_source import ModelOptions, RecipeTeacher
 from kdkit.errors import RunError
 from kdkit.recipe import Recipe, code_in
-from kdkit.recipe.types import source_of
+from kdkit.recipe.types import student_type
 from kdkit.runs.folder import RunFolder
 from kdkit.runs.result import Result
 
@@ -88,8 +88,7 @@ def options_of(recipe: Recipe, network: Mapping[str, Any] | None) -> ModelOption
     """
     if network is None:
         return recipe.spec.student
-    source, _ = source_of(network["model"], recipe.plugins.models)
-    options = recipe.plugins.models[source].Options(**network)
+    options = student_type(network["model"], recipe.plugins)(**network)
     if strange := {path for _, path in code_in(options)} - set(recipe.code()):
         raise RunError(
             f"the run of {recipe.source.path} says that its network is made by {min(strange)},"

@@ -21,6 +21,7 @@ from kdkit.engine.setup import Carried, build_trainer
 from kdkit.engine.turns import BEGINNING, Stopwatch, Turns, finish
 from kdkit.errors import BusyError, RunError
 from kdkit.launching import is_first, of_launch
+from kdkit.models.compressing import parameters_of
 from kdkit.models.tapped import TappedModel
 from kdkit.randomness import reseed
 from kdkit.recipe import Recipe, teacher_recipes
@@ -118,6 +119,11 @@ class Prepared:
             if problem := sizes.unshared(recipe.spec.data, world):
                 key, says = problem
                 raise recipe.error(["data", *key.split(".")], says)
+            for place, options in recipe.spec.named_models() if world > 1 else ():
+                for one in recipe.compressions(options):
+                    if one.finishes():
+                        says = "is made by one process, and several train here"
+                        raise recipe.error([*place, one.name], says)
             folder.check(recipe, restart=restart)
         # refuses what this machine cannot do before a teacher is trained for it
         accelerator_for(recipe, folder)
@@ -385,7 +391,7 @@ def _result(setting: RunContext, last: StageRun) -> Result:
         seed=recipe.spec.seed,
         test=scores["test"],
         validation=scores.get("validation"),
-        parameters=sum(p.numel() for p in student.module.parameters()),
+        parameters=parameters_of(student.module),
         seconds=round(setting.clock.wall, 3),
         cpu_seconds=round(setting.clock.cpu, 3),
         epochs=last.trainer.epoch,

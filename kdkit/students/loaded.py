@@ -25,7 +25,7 @@ from kdkit.models.devices import is_channels_last
 from kdkit.models.tapped import TappedModel
 from kdkit.recipe import code_in, consent, fetching, registry
 from kdkit.recipe.explain import validated
-from kdkit.recipe.types import source_of
+from kdkit.recipe.types import compressions_of, source_of, student_type
 from kdkit.runs.deployment import deployed, deploying, rebuilt
 from kdkit.runs.folder import ANEW, RunFolder
 from kdkit.runs.networks import ModelFactory
@@ -323,11 +323,12 @@ def _load_exported(folder: Path, device: torch.device, plugins: tuple[Path, ...]
             f"{folder}: the network is made by {needed}, which kdkit does not run unasked; build it"
             f" there and load {WEIGHTS}"
         )
-    sources = registry.load(plugins).models
-    source, name = source_of(about["options"]["model"], sources)
-    options = validated(sources[source].Options, about["options"], str(record), ModelError)
+    known = registry.load(plugins)
+    source, name = source_of(about["options"]["model"], known.models)
+    kind = student_type(about["options"]["model"], known)
+    options = validated(kind, about["options"], str(record), ModelError)
     consent.meet({path: str(record) for _, path in code_in(options)}, plugins)
-    builder = sources[source](options, name)
+    builder = known.models[source](options, name)
     # an older export does not say what its network takes
     takes, shape = about.get("takes", builder.takes), about["image_shape"]
     if takes == "texts":
@@ -342,6 +343,7 @@ def _load_exported(folder: Path, device: torch.device, plugins: tuple[Path, ...]
         file=weights,
         device=device,
         fields=about.get("fields"),
+        compressions=compressions_of(options, known),
     )
     model.module.eval()
     return model

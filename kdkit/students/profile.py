@@ -15,6 +15,7 @@ from kdkit.contracts.inputs import Shape, first_tensor, kind_of, random_inputs
 from kdkit.contracts.records import Inputs
 from kdkit.contracts.schedule import Model
 from kdkit.errors import ModelError
+from kdkit.models.compressing import parameters_of
 from kdkit.models.devices import device_of
 from kdkit.models.freezing import in_eval_mode
 from kdkit.runs.scoring import weights
@@ -127,7 +128,7 @@ def _count(model: Model, shape: Shape) -> tuple[int, int, int]:
             f" {' '.join(str(error).split())}"
         ) from error
     return (
-        sum(p.numel() for p in model.module.parameters()),
+        parameters_of(model.module),
         counter.get_total_flops() // 2,  # a multiply-accumulate is two operations
         len(weights(model)),
     )

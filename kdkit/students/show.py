@@ -174,7 +174,7 @@ def _on(options: Mapping[str, Any]) -> list[str]:
 
 
 def _number(value: Any) -> str:
-    if isinstance(value, Mapping) and "to" in value:  # the value is a ramp
+    if isinstance(value, Mapping) and {"from", "to"} <= value.keys():  # the value is a ramp
         return f"({value['from']:g} -> {value['to']:g} in {value['epochs']:g} epochs)"
     if isinstance(value, Mapping):
         return f"({', '.join(f'{key} {_number(item)}' for key, item in value.items())})"
