@@ -99,6 +99,14 @@ class LossEntry(LossOptions):
         ),
         json_schema_extra=LATER,
     )
+    view: str | None = Field(
+        default=None,
+        description=(
+            "View of the images that the schedule shows (`attacked`): the loss compares the answers"
+            " to it; a teacher that has not seen it is taken by its answer to the images."
+        ),
+        json_schema_extra=LATER,
+    )
 
 
 class ScheduleEntry(ScheduleOptions):
@@ -387,6 +395,14 @@ class RecipeBase(Options):
             " name or with arguments (`{use: NAME, ...}`)."
         ),
         json_schema_extra=BOOKKEEPING,
+    )
+    decide_by: MetricOrName | None = Field(
+        default=None,
+        description=(
+            "Score that chooses epochs, students and variants, and stands first: one of the task's"
+            " or a metric as in `metrics` (default: the task's first)."
+        ),
+        json_schema_extra=LATER,
     )
     data: DataSpec
     teacher: ModelOptions | RecipeTeacher | None = Field(
