@@ -27,7 +27,7 @@ def test_a_schedule_killed_at_random_moments_resumes(schedule, tmp_path):
     spec = {**ALL, "schedule": {"use": schedule, **SCHEDULES.get(schedule, {})}}
     if PLUGINS.schedules[schedule].needs_teacher:
         spec["teacher"] = {"recipe": "teacher.yaml"}
-    if schedule == "supervised":
+    if PLUGINS.schedules[schedule].scheme == "none":
         spec["losses"] = ALL["losses"][:1]
     path = write(tmp_path, spec)
     code, log = Command(tmp_path, "train", path, "--run", "whole").finish()

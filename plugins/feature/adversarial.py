@@ -12,7 +12,7 @@ paper's regularisation, which now and then labels the student's features as the 
 widths differ, a linear layer of the student's side maps its features to the teacher's.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ class AdversarialFeatures(kdkit.Loss):
     }
 
     class Options(kdkit.VectorOptions):
-        widths: tuple[int, ...] = Field(
+        widths: tuple[Annotated[int, Field(ge=1)], ...] = Field(
             default=(128, 256, 128), description="Units of the discriminator's hidden layers."
         )
         reversal: kdkit.Rampable = Field(

@@ -53,7 +53,7 @@ def test_an_attack_stays_in_its_box_of_pixels_and_harms(start, std):
         assert against_labels(student, LABELS)(found) > against_labels(student, LABELS)(x)
     assert (found - x).abs().max() <= 8 / 255 + 1e-6
     assert (found - x).abs().max() > 7.9 / 255  # five steps of 2 reach the border
-    assert 0 <= found.min() and found.max() <= 1 and not found.requires_grad
+    assert found.min() >= 0 and found.max() <= 1 and not found.requires_grad
 
 
 def test_an_attack_leaves_no_trace_in_the_student():
