@@ -172,6 +172,7 @@ def plugins_page() -> Iterator[str]:
         "dataset": "Datasets",
         "task": "Tasks",
         "balance": "Balances",
+        "distiller": "Distillers",
     }
     for kind, title in titles.items():
         entries = _entries(kind)

@@ -22,6 +22,10 @@ from .contracts.dataset_source import SharedStream as SharedStream
 from .contracts.dataset_source import Split as Split
 from .contracts.dataset_source import Stream as Stream
 from .contracts.dataset_source import Texts as Texts
+from .contracts.distiller import DistilledData as DistilledData
+from .contracts.distiller import Distiller as Distiller
+from .contracts.distiller import DistillerOptions as DistillerOptions
+from .contracts.distiller import Material as Material
 from .contracts.distributed import gather as gather
 from .contracts.ensembles import combined as combined
 from .contracts.ensembles import ensemble as ensemble

@@ -6,6 +6,7 @@ import pluggy
 
 from kdkit.contracts.balance import Balance
 from kdkit.contracts.dataset_source import DatasetSource
+from kdkit.contracts.distiller import Distiller
 from kdkit.contracts.loss import Loss
 from kdkit.contracts.metric_source import MetricSource
 from kdkit.contracts.model_source import ModelSource
@@ -50,3 +51,8 @@ def kdkit_metrics() -> Sequence[type[MetricSource]]:  # type: ignore[empty-body]
 @hookspec
 def kdkit_balances() -> Sequence[type[Balance]]:  # type: ignore[empty-body]
     """Return the Balance classes this plugin adds."""
+
+
+@hookspec
+def kdkit_distillers() -> Sequence[type[Distiller]]:  # type: ignore[empty-body]
+    """Return the Distiller classes this plugin adds."""

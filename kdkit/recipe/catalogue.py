@@ -24,6 +24,7 @@ KINDS = {
     "tasks": "task",
     "metrics": "metric",
     "balances": "balance",
+    "distillers": "distiller",
 }
 
 
@@ -32,7 +33,8 @@ class Entry:
     """One plugin.
 
     Attributes:
-        name, kind: as in a recipe; loss, schedule, model source, dataset, task, metric or balance.
+        name, kind: as in a recipe; loss, schedule, model source, dataset, task, metric,
+            balance or distiller.
         group: knowledge of a loss, scheme of a schedule, what the rows of a task are, else empty.
         summary: first paragraph of the class's docstring.
         details: the rest of it, with the formula.

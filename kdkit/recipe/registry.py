@@ -21,6 +21,7 @@ import pluggy
 from kdkit.contracts import hooks
 from kdkit.contracts.balance import Balance
 from kdkit.contracts.dataset_source import DatasetSource
+from kdkit.contracts.distiller import Distiller
 from kdkit.contracts.loss import Loss
 from kdkit.contracts.metric_source import MetricSource
 from kdkit.contracts.model_source import ModelSource
@@ -38,6 +39,7 @@ Plugin = (
     | type[Task]
     | type[MetricSource]
     | type[Balance]
+    | type[Distiller]
 )
 
 KINDS: Mapping[str, type] = {
@@ -48,6 +50,7 @@ KINDS: Mapping[str, type] = {
     "kdkit_tasks": Task,
     "kdkit_metrics": MetricSource,
     "kdkit_balances": Balance,
+    "kdkit_distillers": Distiller,
 }
 ENTRY_POINTS = "kdkit"
 FROM_A_FILE = "kdkit_plugin_"
@@ -71,6 +74,7 @@ class Registry:
     tasks: Mapping[str, type[Task]]
     metrics: Mapping[str, type[MetricSource]]
     balances: Mapping[str, type[Balance]]
+    distillers: Mapping[str, type[Distiller]]
     origins: Mapping[Plugin, str]
 
     def __iter__(self) -> Iterator[tuple[str, Plugin]]:

@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from kdkit.contracts.balance import BalanceOptions
+from kdkit.contracts.distiller import DistillerOptions
 from kdkit.contracts.loss_options import LossOptions
 from kdkit.contracts.model_source import ModelOptions, RecipeTeacher
 from kdkit.contracts.options import (
@@ -119,6 +120,12 @@ class BalanceEntry(BalanceOptions):
     """How the gradients of the losses are combined."""
 
     use: str = Field(description="Name of the balance plugin.")
+
+
+class DistillerEntry(DistillerOptions):
+    """How `kdkit distill-data` makes a few images that stand for the dataset."""
+
+    use: str = Field(description="Name of the distiller plugin.")
 
 
 class OptimizerSpec(Options):
@@ -427,6 +434,14 @@ class RecipeBase(Options):
             " (default: none, the weighted sum)."
         ),
         json_schema_extra=LATER,
+    )
+    distill_data: DistillerEntry | None = Field(
+        default=None,
+        description=(
+            "What `kdkit distill-data` does with this recipe's dataset; training ignores it"
+            " (default: nothing)."
+        ),
+        json_schema_extra=BOOKKEEPING,
     )
     train: TrainSpec
     run: RunSpec = Field(

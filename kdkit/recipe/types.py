@@ -17,6 +17,7 @@ from kdkit.recipe.data_section import DatasetEntry, DataSpec, UnlabelledSpec
 from kdkit.recipe.registry import Registry
 from kdkit.recipe.sections import (
     BalanceEntry,
+    DistillerEntry,
     LossEntry,
     RecipeBase,
     ScheduleEntry,
@@ -39,6 +40,7 @@ def _recipe_type(
     datasets: tuple[Any, ...],
     tasks: tuple[Any, ...],
     balances: tuple[Any, ...],
+    distillers: tuple[Any, ...],
 ) -> type[RecipeBase]:
     def networks(kind: str, base: type[Options]) -> dict[str, type[Options]]:
         return {p.name: _variant(p, kind, base) for p in models}
@@ -85,6 +87,10 @@ def _recipe_type(
             variants(balances, "balance", BalanceEntry) | None,
             RecipeBase.model_fields["balance"],
         ),
+        distill_data=(
+            variants(distillers, "distiller", DistillerEntry) | None,
+            RecipeBase.model_fields["distill_data"],
+        ),
     )
 
 
@@ -96,7 +102,7 @@ def recipe_type(plugins: Registry) -> type[RecipeBase]:
     """Build a RecipeBase that accepts exactly the registered plugins and their options."""
     kinds = (
         *(plugins.losses, plugins.schedules, plugins.models, plugins.datasets, plugins.tasks),
-        plugins.balances,
+        *(plugins.balances, plugins.distillers),
     )
     return _recipe_type(*(tuple(kind.values()) for kind in kinds))
 

@@ -171,7 +171,7 @@ class _Query(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (found,) = torch.autograd.grad(ctx.logits, ctx.images, grad)
+        found: Tensor = torch.autograd.grad(ctx.logits, ctx.images, grad)[0]
         return found, None
 
 
