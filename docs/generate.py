@@ -64,6 +64,11 @@ SECTIONS: list[tuple[str, type[Options], str]] = [
         "See [images without labels beside labelled ones](../how-to/unlabelled.md).",
     ),
     (
+        "data.distilled",
+        data_section.DistilledSpec,
+        "See [distill a dataset](../how-to/distill-a-dataset.md).",
+    ),
+    (
         "student, teacher",
         ModelOptions,
         (
@@ -101,6 +106,11 @@ SECTIONS: list[tuple[str, type[Options], str]] = [
         "balance",
         sections.BalanceEntry,
         "Each balance plugin adds [options of its own](plugins.md#balances).",
+    ),
+    (
+        "distill_data",
+        sections.DistillerEntry,
+        "Each distiller plugin adds [options of its own](plugins.md#distillers).",
     ),
     ("train", sections.TrainSpec, ""),
     ("train.optimizer", sections.OptimizerSpec, ""),
