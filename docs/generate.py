@@ -44,7 +44,11 @@ NOTE = "<!-- Written by docs/generate.py; do not edit. -->"
 SECTIONS: list[tuple[str, type[Options], str]] = [
     ("recipe", sections.RecipeBase, ""),
     ("task", sections.TaskEntry, "Each task plugin adds [options of its own](plugins.md#tasks)."),
-    ("metrics", sections.MetricEntry, ""),
+    (
+        "metrics",
+        sections.MetricEntry,
+        "Each metric plugin adds [options of its own](plugins.md#metrics).",
+    ),
     ("data", data_section.DataSpec, ""),
     (
         "data.dataset",
@@ -181,6 +185,7 @@ def plugins_page() -> Iterator[str]:
         "model source": "Model sources",
         "dataset": "Datasets",
         "task": "Tasks",
+        "metric": "Metrics",
         "balance": "Balances",
         "distiller": "Distillers",
     }
