@@ -52,7 +52,7 @@ def ntk(layers: int, weights: float = 2.0, biases: float = 0.01) -> Kernel:
     def kernel(x: Tensor, y: Tensor) -> Tensor:
         """Kernel of the rows of (N, D) and (M, D), (N, M)."""
         s: Tensor = weights * x @ y.T / x.shape[1] + biases
-        n = s
+        n: Tensor = s
         s_x, s_y = (weights * z.square().sum(1) / z.shape[1] + biases for z in (x, y))
         for _ in range(layers):
             lengths = (s_x[:, None] * s_y[None]).sqrt()
@@ -75,6 +75,7 @@ def factor(k: Tensor, regularization: float) -> Tensor:
         DataError: it is singular.
     """
     ridge = regularization * k.diagonal().mean()
+    found: Tensor
     found, failed = torch.linalg.cholesky_ex(k + ridge * torch.eye(len(k)).to(k))
     if int(failed):
         raise kdkit.DataError(

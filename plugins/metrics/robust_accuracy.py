@@ -166,8 +166,9 @@ class _Query(torch.autograd.Function):
     def forward(ctx: Any, images: Tensor, ask: Callable[[Tensor], kdkit.Outputs]) -> Tensor:
         with torch.enable_grad():
             ctx.images = images.detach().requires_grad_()
-            ctx.logits = ask(ctx.images).logits.float()
-        return ctx.logits.detach()
+            logits = ask(ctx.images).logits.float()
+        ctx.logits = logits
+        return logits.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
