@@ -44,7 +44,11 @@ NOTE = "<!-- Written by docs/generate.py; do not edit. -->"
 SECTIONS: list[tuple[str, type[Options], str]] = [
     ("recipe", sections.RecipeBase, ""),
     ("task", sections.TaskEntry, "Each task plugin adds [options of its own](plugins.md#tasks)."),
-    ("metrics", sections.MetricEntry, ""),
+    (
+        "metrics",
+        sections.MetricEntry,
+        "Each metric plugin adds [options of its own](plugins.md#metrics).",
+    ),
     ("data", data_section.DataSpec, ""),
     (
         "data.dataset",
@@ -62,6 +66,11 @@ SECTIONS: list[tuple[str, type[Options], str]] = [
         "data.unlabelled",
         data_section.UnlabelledSpec,
         "See [images without labels beside labelled ones](../how-to/unlabelled.md).",
+    ),
+    (
+        "data.distilled",
+        data_section.DistilledSpec,
+        "See [distill a dataset](../how-to/distill-a-dataset.md).",
     ),
     (
         "student, teacher",
@@ -101,6 +110,11 @@ SECTIONS: list[tuple[str, type[Options], str]] = [
         "balance",
         sections.BalanceEntry,
         "Each balance plugin adds [options of its own](plugins.md#balances).",
+    ),
+    (
+        "distill_data",
+        sections.DistillerEntry,
+        "Each distiller plugin adds [options of its own](plugins.md#distillers).",
     ),
     ("train", sections.TrainSpec, ""),
     ("train.optimizer", sections.OptimizerSpec, ""),
@@ -171,8 +185,10 @@ def plugins_page() -> Iterator[str]:
         "model source": "Model sources",
         "dataset": "Datasets",
         "task": "Tasks",
+        "metric": "Metrics",
         "balance": "Balances",
         "compression": "Compressions",
+        "distiller": "Distillers",
     }
     for kind, title in titles.items():
         entries = _entries(kind)

@@ -190,7 +190,8 @@ def _about(name: str, value: Any) -> str:
     if name == "hookimpl":
         return (
             "Marks a function of a plugin file as a hook: `kdkit_losses`, `kdkit_schedules`,"
-            " `kdkit_models`, `kdkit_datasets`, `kdkit_tasks`, `kdkit_metrics` or `kdkit_balances`."
+            " `kdkit_models`, `kdkit_datasets`, `kdkit_tasks`, `kdkit_metrics`, `kdkit_balances` or"
+            " `kdkit_distillers`."
         )
     if inspect.isclass(value) and value.__doc__:
         return unwrapped(inspect.cleandoc(value.__doc__).split("\n\n")[0])

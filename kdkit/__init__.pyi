@@ -16,6 +16,10 @@ from .contracts.balance import Sizes as Sizes
 from .contracts.compression import Compression as Compression
 from .contracts.compression import CompressionOptions as CompressionOptions
 from .contracts.compression import Samples as Samples
+from .contracts.data_distiller import DataDistiller as DataDistiller
+from .contracts.data_distiller import DataDistillerOptions as DataDistillerOptions
+from .contracts.data_distiller import DistilledData as DistilledData
+from .contracts.data_distiller import Material as Material
 from .contracts.dataset_source import DataInfo as DataInfo
 from .contracts.dataset_source import DatasetOptions as DatasetOptions
 from .contracts.dataset_source import DatasetSource as DatasetSource

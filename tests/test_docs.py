@@ -200,7 +200,7 @@ def test_decisions_are_numbered():
 def test_commands_shown_exist(page):
     known = (DOCS / "reference" / "cli.md").read_text()
     lines = [line for block in blocks(page) if block.language in ("bash", "console") for line in block.text.splitlines()]
-    for found in filter(None, (re.search(r"\bkdkit ((?:new )?\w+)(.*)", line) for line in lines)):
+    for found in filter(None, (re.search(r"\bkdkit ((?:new )?[\w-]+)(.*)", line) for line in lines)):
         section = known.partition(f"## kdkit {found[1]}\n")[2].partition("\n## ")[0]
         assert section, f"{found[0]}: no such command"
         for option in re.findall(r"(?<= )--[\w-]+", found[2].partition("#")[0]):

@@ -68,7 +68,8 @@ OPTIONS = {
     "vitkd": {**layers("stage2", "stage3"), "weight": 1e-4},
 }
 # What cannot be, and the words that say why.
-NO_TEACHER = "is never used: no stage of schedule 'supervised' has a teacher"
+WITHOUT_TEACHER = ("adversarial_alone", "supervised")
+NO_TEACHER = "is never used: no stage of schedule '{}' has a teacher"
 NO_NETWORK = "there is no teacher network to take a layer from"  # peers and passing answers have none that stays
 WITHOUT_NETWORK = ["codistill", "ensemble_peers", "mean_teacher", "mutual", "okddip", "ps_kd", "branches"]
 ON_LABELS = [name for name, cls in PLUGINS.losses.items() if cls.knowledge == "labels"]
@@ -76,7 +77,7 @@ READING = ["cat_kd", "fcfd", "nd", "ofd", "scalekd", "sdd", "simkd", "srrl", "wk
 MAKING = [name for name, cls in PLUGINS.schedules.items() if not cls.needs_images]
 FOR_CLASSES = [name for name, cls in PLUGINS.losses.items() if serves(cls.tasks or cls.for_tasks(), PLUGINS.tasks["classification"]())]
 REFUSED = {
-    **{("supervised", loss): NO_TEACHER for loss, cls in PLUGINS.losses.items() if cls.knowledge != "labels"},
+    **{(own, loss): NO_TEACHER.format(own) for own in WITHOUT_TEACHER for loss, cls in PLUGINS.losses.items() if cls.knowledge != "labels"},
     **{(schedule, loss): NO_NETWORK for schedule in WITHOUT_NETWORK for loss in READING},
     **{(schedule, "ofd"): "set up with a context that has its network" for schedule in WITHOUT_NETWORK},
     **{("bake", loss): "by pooling and a linear classifier: its head is more" for loss in ("cat_kd", "sdd", "simkd", "srrl")},
@@ -89,10 +90,10 @@ REFUSED = {
     **{
         (schedule, loss): "turned: true"
         for schedule in PLUGINS.schedules
-        if schedule not in ("staged", "supervised")
+        if schedule not in ("staged", *WITHOUT_TEACHER)
         for loss in ("hsakd", "sskd")
     },
-    **{(schedule, "crld"): "second: true" for schedule in PLUGINS.schedules if schedule not in ("staged", "supervised")},
+    **{(schedule, "crld"): "second: true" for schedule in PLUGINS.schedules if schedule not in ("staged", *WITHOUT_TEACHER)},
 }
 
 

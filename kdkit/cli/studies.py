@@ -16,6 +16,7 @@ from kdkit.cli.console import (
     Overrides,
     Plugins,
     Processes,
+    RecipeFile,
     RunPlugins,
     absolute,
     load,
@@ -267,6 +268,24 @@ def report(
     for what in written.missing:
         out.print(f"left out: {what}", markup=False)
     out.print(str(written.page), markup=False)
+
+
+@app.command("distill-data")
+def distill_data(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    plugins: Plugins = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+) -> None:
+    """Make a few images that stand for a recipe's dataset; write them to a file.
+
+    `data.distilled=FILE` trains a recipe on them. An interrupted run starts over.
+    """
+    watch(plugins, no_plugins=False)
+    loaded = load(recipe, overrides, plugins)
+    from kdkit.runs.distilling import distill
+
+    distill(loaded, quiet=quiet)
 
 
 @app.command()

@@ -6,6 +6,7 @@ import pluggy
 
 from kdkit.contracts.balance import Balance
 from kdkit.contracts.compression import Compression
+from kdkit.contracts.data_distiller import DataDistiller
 from kdkit.contracts.dataset_source import DatasetSource
 from kdkit.contracts.loss import Loss
 from kdkit.contracts.metric_source import MetricSource
@@ -56,3 +57,8 @@ def kdkit_balances() -> Sequence[type[Balance]]:  # type: ignore[empty-body]
 @hookspec
 def kdkit_compressions() -> Sequence[type[Compression]]:  # type: ignore[empty-body]
     """Return the Compression classes this plugin adds."""
+
+
+@hookspec
+def kdkit_distillers() -> Sequence[type[DataDistiller]]:  # type: ignore[empty-body]
+    """Return the DataDistiller classes this plugin adds."""

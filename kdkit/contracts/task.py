@@ -133,6 +133,10 @@ def _whole(computed: Any) -> Any:
     return computed
 
 
+Ask = Callable[[Inputs], Outputs]
+"""A network, or several as one, as a function from a batch's inputs to its answer."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Score(ScoreInfo):
     """A score: a number that measures how good answers are.
@@ -141,11 +145,13 @@ class Score(ScoreInfo):
         build: makes the torchmetrics object that accumulates it, batch by batch and over processes.
         sees: selects the arguments of the object's `update`.
         scale: factor of its value, 100 for per cent.
-        reads: selects the score from what the object computes. Scores with the same `build` and
-            `sees` share one object.
+        reads: selects the score from what the object computes. Scores with the same `build`,
+            `sees` and `shown` share one object.
         parts: names of the numbers (P,) that the object computes, such as classes; empty if it
             computes one. Each is a score `name/part`; NaN, such as the accuracy of a class that
             does not occur, is left out.
+        shown: makes the batch that a network is asked about in place of the data's, such as
+            attacked images; it may have fewer samples. Called in eval mode, without gradients.
         of_teacher: whether it compares answers with a teacher's. Without a teacher it is left out;
             the score of the teacher itself is that of its answers to themselves.
     """
@@ -155,6 +161,7 @@ class Score(ScoreInfo):
     scale: float = 1.0
     reads: Callable[[Any], Any] = _whole
     parts: tuple[str, ...] = ()
+    shown: Callable[[Ask, Batch], Batch] | None = None
     of_teacher: bool = False
 
     def infos(self) -> tuple[ScoreInfo, ...]:

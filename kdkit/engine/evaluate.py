@@ -17,7 +17,7 @@ from torch import Tensor
 from kdkit.contracts.dataset_source import DataInfo
 from kdkit.contracts.records import Batch, Outputs
 from kdkit.contracts.schedule import Model
-from kdkit.contracts.task import Rows, Score, Task
+from kdkit.contracts.task import Ask, Rows, Score, Task
 from kdkit.engine.scores import scores_of
 from kdkit.engine.turns import Turns, finish
 from kdkit.errors import RunError
@@ -29,6 +29,8 @@ Place = tuple[int, int]
 """Epoch and part of the data, as in `Turns`."""
 
 NOWHERE = (0, -1)
+
+Shown = Callable[[Ask, Batch], Batch]
 
 
 @dataclass(frozen=True)
@@ -94,25 +96,44 @@ class Tally:
         # by what makes them and what they see: several scores may read one object
         self._metrics: dict[Any, Any] = {}
 
-    def add(self, rows: Rows) -> None:
-        """Add a batch."""
+    @property
+    def shown(self) -> list[Shown]:
+        """List what networks are shown beside the data's own batches."""
+        return [shown for shown in dict.fromkeys(score.shown for score in self._scores) if shown]
+
+    def add(self, rows: Rows, shown: Shown | None = None) -> None:
+        """Add a batch of the data, or one that was `shown` in its place."""
         device = rows.answer.device
         if device.type == "mps":  # MPS has no double precision
             rows, device = rows.to(torch.device("cpu")), torch.device("cpu")
-        for score in self._scores:
-            if (key := (score.build, score.sees)) not in self._metrics:
+        for score in (score for score in self._scores if score.shown is shown):
+            if (key := _key(score)) not in self._metrics:
                 self._metrics[key] = score.build().to(device)
                 self._metrics[key].sync_on_compute = self._together
-        for (_, sees), metric in self._metrics.items():
-            metric.update(*sees(rows))
+        for (_, sees, whose), metric in self._metrics.items():
+            if whose is shown:
+                metric.update(*sees(rows))
 
     def values(self) -> dict[str, float]:
         """Return the scores by name."""
         values: dict[str, float] = {}
         for score in self._scores:
             # computed once: torchmetrics remembers the value until the next update
-            values |= score.numbers(self._metrics[score.build, score.sees].compute())
+            values |= score.numbers(self._metrics[_key(score)].compute())
         return values
+
+
+def _key(score: Score) -> tuple[Any, ...]:
+    return score.build, score.sees, score.shown
+
+
+def show(tally: Tally, ask: Ask, batch: Batch, task: Task, taught: TaughtAnswers | None) -> None:
+    """Add what a network answers to what it is shown in the place of a batch."""
+    for shown in tally.shown:
+        if len((instead := shown(ask, batch)).index):
+            (rows,), asked = task.scored_rows([ask(instead.inputs)], instead)
+            known = taught.of(instead.index) if taught else None
+            tally.add(Rows(rows.logits.float(), asked.labels, known), shown)
 
 
 @contextlib.contextmanager
@@ -181,7 +202,11 @@ def measuring(
     counted = [*known_alone, *(judge.agreement if taught else ())]
     tallies = [Tally(counted, together=world > 1) for _ in models]
     several = len(models) > 1 or everyones is not None
-    ensemble = [Tally(counted, together=world > 1)] if several else []
+    # models in other processes cannot be shown what is made for all together
+    common = counted if everyones is None else [score for score in counted if not score.shown]
+    ensemble = [Tally(common, together=world > 1)] if several else []
+
+    asks: list[Ask] = [*models, as_one(models, judge.task)]
 
     def take(batch: Batch, answers: list[Outputs]) -> None:
         known = taught.of(batch.index) if taught else None
@@ -191,10 +216,19 @@ def measuring(
         rows, asked = judge.task.scored_rows([*answers, *together], batch)
         for tally, answer in zip([*tallies, *ensemble], rows, strict=True):
             tally.add(Rows(answer.logits.float(), asked.labels, known))
+        for tally, ask in zip([*tallies, *ensemble], asks, strict=False):
+            show(tally, ask, batch, judge.task, taught)
 
     yield from asking(models, batches, take, world=world, place=place)
     found = [tally.values() for tally in tallies]
     return found, ensemble[0].values() if ensemble else {}
+
+
+def as_one(models: Sequence[Model], task: Task) -> Ask:
+    """Return the models as a function to their one answer."""
+    if len(models) == 1:
+        return models[0]
+    return lambda inputs: task.combined([model(inputs) for model in models])
 
 
 def measure(
@@ -229,6 +263,7 @@ def taught_answers(
         (rows,), asked = judge.task.scored_rows([whole], batch)
         kept = judge.task.remembered(whole, batch)
         tally.add(Rows(rows.logits.float(), asked.labels, kept))
+        show(tally, as_one(models, judge.task), batch, judge.task, None)
         seen.add(looks_like(rows.logits.float()))
         index.append(batch.index.cpu())
         entries.append(_on_host(kept) if isinstance(kept, Tensor) else kept)

@@ -19,7 +19,7 @@ from kdkit.contracts.records import Batch, Outputs
 from kdkit.contracts.schedule import Lesson
 from kdkit.contracts.survey import Survey
 from kdkit.contracts.task import Task
-from kdkit.errors import PluginError, ShapeError, TapError
+from kdkit.errors import PluginError, ShapeError, TapError, suggest
 from kdkit.recipe import Recipe
 from kdkit.recipe.sections import LossEntry
 
@@ -58,9 +58,9 @@ def without_graph(value: Value) -> Value:
     return replace(value, total=value.total.detach(), weighted=weighted)
 
 
-class Split(dict[tuple[bool, int], tuple[Lesson, Tensor | float]]):
+class Split(dict[tuple[bool, int, str | None], tuple[Lesson, Tensor | float]]):
     """The rows of a lesson's answers, and their weight among those of all processes, by the
-    answers that they are of: only those with labels or all, and the student's output.
+    answers that they are of: only those with labels or all, the student's output, and the view.
     """
 
 
@@ -213,7 +213,8 @@ class Objective(nn.Module):
             read = self._own(name, lesson, batch)
             return _without_labels(read, read.batch or batch), 1.0  # a row is a sample
         has_own = lesson.supervised is not None or batch.labelled is not None
-        key = (is_of_labels and has_own, self.entries[name].output)
+        entry = self.entries[name]
+        key = (is_of_labels and has_own, entry.output, entry.view)
         if key not in split:
             read = self._own(name, lesson, batch)
             shown = read.batch or batch
@@ -226,6 +227,8 @@ class Objective(nn.Module):
     def _own(self, name: str, lesson: Lesson, batch: Batch) -> Lesson:
         is_of_labels = self.losses[name].knowledge == "labels"
         read = lesson.supervised or lesson if is_of_labels else lesson
+        if (view := self.entries[name].view) is not None:
+            read = of_view(name, read, view, len((read.batch or batch).index))
         if number := self.entries[name].output:
             if (other := read.student.features.get(f"output{number}")) is None:
                 raise ShapeError(
@@ -302,6 +305,27 @@ class Objective(nn.Module):
 def _nothing(lesson: Lesson) -> Tensor:
     """Return a loss of zero that depends on the student, as a backward pass requires."""
     return lesson.student.logits.sum() * 0.0
+
+
+def of_view(name: str, lesson: Lesson, view: str, count: int) -> Lesson:
+    """Return the lesson of a view: the student's answer to it, and the teachers', or their answers
+    to the images themselves where they have not seen it.
+
+    Raises:
+        ShapeError: the student has not seen it, or it is not of `count` images.
+    """
+    views = lesson.student.views
+    if view not in views:
+        known = suggest(view, views) if views else "the schedule shows none"
+        raise ShapeError(f"{name}: there is no view '{view}'; {known}")
+    if (copies := len(views[view].logits)) != count:
+        raise ShapeError(f"{name}: view '{view}' has {copies} images, of a batch of {count}")
+    return replace(
+        lesson,
+        student=views[view],
+        teachers=[teacher.views.get(view, teacher) for teacher in lesson.teachers],
+        named={key: teacher.views.get(view, teacher) for key, teacher in lesson.named.items()},
+    )
 
 
 def labelled_part(lesson: Lesson, batch: Batch) -> Lesson:

@@ -26,7 +26,14 @@ def scores_of(recipe: Recipe, info: DataInfo) -> tuple[Score, ...]:
     Raises:
         RecipeError: a metric does not exist, or does not accept its arguments.
     """
-    return (*recipe.task.scores(info), *_metrics(recipe, info))
+    scores = [*recipe.task.scores(info), *_metrics(recipe, info)]
+    if (entry := recipe.spec.decide_by) is None:
+        return tuple(scores)
+    own = next((s for s in scores if s.name == entry.use and not entry.arguments), None)
+    first = own or _made(recipe, entry, info, ["decide_by"])
+    if first.parts:
+        raise recipe.error(["decide_by"], f"'{first.name}' is {len(first.parts)} numbers, not one")
+    return (first, *(score for score in scores if score.name != first.name))
 
 
 @functools.lru_cache(maxsize=1000)
@@ -40,7 +47,7 @@ def usual_scores(info: DataInfo) -> dict[str, ScoreInfo]:
 
 def deciding(recipe: Recipe, info: DataInfo) -> Score:
     """Return the score that is used to choose epochs, students and variants."""
-    return recipe.task.scores(info)[0]
+    return scores_of(recipe, info)[0]
 
 
 def _metrics(recipe: Recipe, info: DataInfo) -> Iterator[Score]:
@@ -48,17 +55,26 @@ def _metrics(recipe: Recipe, info: DataInfo) -> Iterator[Score]:
     for i, entry in enumerate(recipe.spec.metrics):
         if entry.use in taken:
             raise recipe.error(["metrics", i], f"there is a score '{entry.use}' already")
-        try:
-            score = _metric(recipe, entry, info)
-        except DataError as error:
-            raise recipe.error(["metrics", i], str(error)) from None
-        except ValidationError as error:
-            wrong = error.errors()[0]
-            raise recipe.error(["metrics", i, *wrong["loc"]], said(wrong["msg"])) from None
+        score = _made(recipe, entry, info, ["metrics", i])
         if score.name in taken:
             raise recipe.error(["metrics", i], f"there is a score '{score.name}' already")
         taken.add(score.name)
         yield score
+
+
+def _made(recipe: Recipe, entry: MetricEntry, info: DataInfo, place: Sequence[str | int]) -> Score:
+    """Build the score of an entry.
+
+    Raises:
+        RecipeError: at its place.
+    """
+    try:
+        return _metric(recipe, entry, info)
+    except DataError as error:
+        raise recipe.error([*place], str(error)) from None
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise recipe.error([*place, *wrong["loc"]], said(wrong["msg"])) from None
 
 
 def _metric(recipe: Recipe, entry: MetricEntry, info: DataInfo) -> Score:

@@ -20,6 +20,7 @@ from kdkit.contracts.missing_labels import NO_LABELS
 from kdkit.contracts.records import Batch
 from kdkit.contracts.schedule import Lesson, Model, Stage
 from kdkit.contracts.survey import Survey
+from kdkit.contracts.task import Task
 from kdkit.data import loaders
 from kdkit.engine import objective
 from kdkit.engine.objective import Objective
@@ -211,7 +212,7 @@ def build_trainer(
     if stage.parts is not None:
         stage.parts.to(accelerator.device)
     batch = next(batches(prepared.train, stage, 0))
-    labels = _labels_by_index(prepared.train)
+    labels = _labels_by_index(prepared.train, recipe.task)
     tried = rehearse(recipe, networks, stage, batch, prepared.info, labels)
     tried = replace(tried, survey=functools.partial(networks.surveyed, data=prepared))
     networks.verify_finite()
@@ -279,11 +280,13 @@ def _refuse_together(recipe: Recipe, stage: Stage) -> None:
         )
 
 
-def _labels_by_index(loader: loaders.TrainLoader) -> Tensor:
+def _labels_by_index(loader: loaders.TrainLoader, task: Task) -> Tensor:
     """Return the target by `Batch.index`, which also counts images that are not trained on: those
     have -1. Empty where they are read with the images.
     """
     own = loader.labels.cpu()
+    if task.rows_are == "classes" and own.is_floating_point():
+        own = own.argmax(1)  # of learnt labels, the classes, which losses count
     if not len(own):
         return own
     labels = own.new_full((int(loader.indices.max()) + 1, *own.shape[1:]), -1)

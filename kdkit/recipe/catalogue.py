@@ -25,6 +25,7 @@ KINDS = {
     "metrics": "metric",
     "balances": "balance",
     "compressions": "compression",
+    "distillers": "distiller",
 }
 
 
@@ -34,7 +35,7 @@ class Entry:
 
     Attributes:
         name, kind: as in a recipe; loss, schedule, model source, dataset, task, metric,
-            balance or compression.
+            balance, compression or distiller.
         group: knowledge of a loss, scheme of a schedule, what the rows of a task are, else empty.
         summary: first paragraph of the class's docstring.
         details: the rest of it, with the formula.

@@ -52,6 +52,9 @@ def conflicts(spec: RecipeBase, plugins: Registry, path: Path) -> Iterator[Probl
     yield from _balance_conflicts(spec, plugins)
     yield from _image_conflicts(spec, plugins)
     yield from _compression_conflicts(spec, plugins)
+    distilled = spec.data.distilled
+    if distilled is not None and distilled.labels != "hard" and spec.train.mixup is not None:
+        yield ["train", "mixup"], "mixes classes, and `data.distilled.labels: hard` gives them"
     names = [entry.name for entry in spec.losses if entry.name]
     for i, entry in enumerate(spec.losses):
         if entry.name and names.count(entry.name) > 1:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from kdkit.contracts.dataset_source import DatasetOptions
-from kdkit.contracts.options import BOOKKEEPING, COUNT, LATER, SIDE, Options
+from kdkit.contracts.options import BOOKKEEPING, COUNT, LATER, SIDE, Options, RecipePath
 
 LARGEST_SCALE = 16
 """Largest factor that an image is resized by in augmentation."""
@@ -146,10 +146,38 @@ class UnlabelledSpec(Options):
     )
 
 
+class DistilledSpec(Options):
+    """Distilled images in the place of the dataset's training images."""
+
+    file: RecipePath = Field(description="The file that `kdkit distill-data` has written.")
+    labels: Literal["shares", "hard", "solved"] = Field(
+        default="shares",
+        description=(
+            "What learnt labels become: `shares` of the classes (negative ones are 0, the sum is"
+            " 1); `hard`, the largest one's class; or as they were `solved`, for a loss such as"
+            " `label_mse`."
+        ),
+    )
+
+
 class DataSpec(Options):
     """The data for training and measuring."""
 
     dataset: DatasetEntry = Field(description="Dataset plugin and its options.")
+    distilled: Annotated[
+        DistilledSpec | None,
+        BeforeValidator(
+            lambda value: {"file": value} if isinstance(value, str) else value,
+            json_schema_input_type=DistilledSpec | str | None,
+        ),
+    ] = Field(
+        default=None,
+        description=(
+            "A file of `kdkit distill-data`, whose images are trained on in the place of the"
+            " dataset's (default: none)."
+        ),
+        json_schema_extra=LATER,
+    )
     image_size: Side | Size | None = Field(
         default=None,
         description=(

@@ -93,8 +93,14 @@ class Recipe:
 
     def dataset(self) -> DatasetSource:
         """Return the dataset plugin with the recipe's options."""
-        options = self.spec.data.dataset
-        return self.plugins.datasets[options.use](options)
+        options, distilled = self.spec.data.dataset, self.spec.data.distilled
+        source = self.plugins.datasets[options.use](options)
+        if distilled is None:
+            return source
+        # here: safetensors loads torch
+        from kdkit.recipe.distilled_data import Distilled
+
+        return Distilled(source, distilled.file, distilled.labels)
 
     def unlabelled(self) -> DatasetSource | None:
         """Return the dataset plugin of the unlabelled samples; None if the recipe names none."""

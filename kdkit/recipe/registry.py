@@ -21,6 +21,7 @@ import pluggy
 from kdkit.contracts import hooks
 from kdkit.contracts.balance import Balance
 from kdkit.contracts.compression import Compression
+from kdkit.contracts.data_distiller import DataDistiller
 from kdkit.contracts.dataset_source import DatasetSource
 from kdkit.contracts.loss import Loss
 from kdkit.contracts.metric_source import MetricSource
@@ -40,6 +41,7 @@ Plugin = (
     | type[MetricSource]
     | type[Balance]
     | type[Compression]
+    | type[DataDistiller]
 )
 
 KINDS: Mapping[str, type] = {
@@ -51,6 +53,7 @@ KINDS: Mapping[str, type] = {
     "kdkit_metrics": MetricSource,
     "kdkit_balances": Balance,
     "kdkit_compressions": Compression,
+    "kdkit_distillers": DataDistiller,
 }
 ENTRY_POINTS = "kdkit"
 FROM_A_FILE = "kdkit_plugin_"
@@ -75,6 +78,7 @@ class Registry:
     metrics: Mapping[str, type[MetricSource]]
     balances: Mapping[str, type[Balance]]
     compressions: Mapping[str, type[Compression]]
+    distillers: Mapping[str, type[DataDistiller]]
     origins: Mapping[Plugin, str]
 
     def __iter__(self) -> Iterator[tuple[str, Plugin]]:

@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from kdkit.contracts.balance import BalanceOptions
+from kdkit.contracts.data_distiller import DataDistillerOptions
 from kdkit.contracts.loss_options import LossOptions
 from kdkit.contracts.model_source import ModelOptions, RecipeTeacher
 from kdkit.contracts.options import (
@@ -99,6 +100,14 @@ class LossEntry(LossOptions):
         ),
         json_schema_extra=LATER,
     )
+    view: str | None = Field(
+        default=None,
+        description=(
+            "View of the images that the schedule shows (`attacked`): the loss compares the answers"
+            " to it; a teacher that has not seen it is taken by its answer to the images."
+        ),
+        json_schema_extra=LATER,
+    )
 
 
 def names_of(losses: Iterable[LossEntry]) -> list[str]:
@@ -123,6 +132,12 @@ class BalanceEntry(BalanceOptions):
     """How the gradients of the losses are combined."""
 
     use: str = Field(description="Name of the balance plugin.")
+
+
+class DistillerEntry(DataDistillerOptions):
+    """How `kdkit distill-data` makes a few images that stand for the dataset."""
+
+    use: str = Field(description="Name of the distiller plugin.")
 
 
 class OptimizerSpec(Options):
@@ -400,6 +415,14 @@ class RecipeBase(Options):
         ),
         json_schema_extra=BOOKKEEPING,
     )
+    decide_by: MetricOrName | None = Field(
+        default=None,
+        description=(
+            "Score that chooses epochs, students and variants, and stands first: one of the task's"
+            " or a metric as in `metrics` (default: the task's first)."
+        ),
+        json_schema_extra=LATER,
+    )
     data: DataSpec
     teacher: ModelOptions | RecipeTeacher | None = Field(
         default=None, description="The teacher; none for schedules without a teacher."
@@ -423,6 +446,14 @@ class RecipeBase(Options):
             " (default: none, the weighted sum)."
         ),
         json_schema_extra=LATER,
+    )
+    distill_data: DistillerEntry | None = Field(
+        default=None,
+        description=(
+            "What `kdkit distill-data` does with this recipe's dataset; training ignores it"
+            " (default: nothing)."
+        ),
+        json_schema_extra=BOOKKEEPING,
     )
     train: TrainSpec
     run: RunSpec = Field(

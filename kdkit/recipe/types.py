@@ -18,6 +18,7 @@ from kdkit.recipe.data_section import DatasetEntry, DataSpec, UnlabelledSpec
 from kdkit.recipe.registry import Registry
 from kdkit.recipe.sections import (
     BalanceEntry,
+    DistillerEntry,
     LossEntry,
     RecipeBase,
     ScheduleEntry,
@@ -41,6 +42,7 @@ def _recipe_type(
     tasks: tuple[Any, ...],
     balances: tuple[Any, ...],
     compressions: tuple[Any, ...],
+    distillers: tuple[Any, ...],
 ) -> type[RecipeBase]:
     def variants(plugins: Iterable[Any], kind: str, base: type[Options]) -> Any:
         return _by_use({p.name: _variant(p, kind, base, model=student) for p in plugins})
@@ -84,6 +86,10 @@ def _recipe_type(
         balance=(
             variants(balances, "balance", BalanceEntry) | None,
             RecipeBase.model_fields["balance"],
+        ),
+        distill_data=(
+            variants(distillers, "distiller", DistillerEntry) | None,
+            RecipeBase.model_fields["distill_data"],
         ),
     )
 
@@ -141,7 +147,7 @@ def recipe_type(plugins: Registry) -> type[RecipeBase]:
     """Build a RecipeBase that accepts exactly the registered plugins and their options."""
     kinds = (
         *(plugins.losses, plugins.schedules, plugins.models, plugins.datasets, plugins.tasks),
-        *(plugins.balances, plugins.compressions),
+        *(plugins.balances, plugins.compressions, plugins.distillers),
     )
     return _recipe_type(*(tuple(kind.values()) for kind in kinds))
 

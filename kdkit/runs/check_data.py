@@ -12,7 +12,7 @@ from torch import nn
 
 from kdkit.contracts.dataset_source import DataInfo, DatasetSource, InMemory, Stream, Texts
 from kdkit.contracts.records import Batch
-from kdkit.contracts.task import Rows
+from kdkit.contracts.task import Rows, Score
 from kdkit.data import beside
 from kdkit.data.images import Pictures, called
 from kdkit.data.labels import CALLED, Part, described, labels_of, split
@@ -178,16 +178,22 @@ class DataChecks(Checks):
         )
         (rows,), asked = self.task.scored_rows([answer], batch)
         scores = scores_of(self.recipe, info)
-        # The task's own scores come first; those that the recipe names are to be tried.
-        own = len(scores) - len(self.spec.metrics)
-        for i, score in enumerate(scores[own:]):
+        own = {score.name for score in self.task.scores(info)}
+        deciding = scores[0] if self.spec.decide_by else None
+        named = (score for score in scores if score.name not in own and score is not deciding)
+        places: list[tuple[list[str | int], Score]] = [
+            (["metrics", i], score) for i, score in enumerate(named)
+        ]
+        if deciding and deciding.name not in own:
+            places.append((["decide_by"], deciding))
+        for place, score in places:
             tally = Tally([score], together=False)
             try:
-                tally.add(Rows(rows.logits, asked.labels))
+                tally.add(Rows(rows.logits, asked.labels), score.shown)
                 tally.values()
             except Exception as error:  # torchmetrics and plugins raise errors of any type
                 says = f"'{score.name}' does not count answers of task '{self.task.name}': {error}"
-                self.report.refuse(["metrics", i], one_line(says))
+                self.report.refuse(place, one_line(says))
 
     def refuse_labels(self) -> None:
         """Report the keys that need labels of training images, if there are none."""

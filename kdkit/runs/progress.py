@@ -65,6 +65,11 @@ class Reporter:
         if not self.quiet:
             self.console.print(text, markup=False)
 
+    def distilling(self, done: int, of: int, value: str) -> None:
+        """Show a step of `kdkit distill-data`, some twenty times in all."""
+        if done == of or done % max(1, of // 20) == 0:
+            self.say(f"step {done:,}/{of:,}  {value}")
+
     def warn(self, text: str) -> None:
         """Print a warning once, and store it for the result."""
         # Some are found in every epoch.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 import kdkit
 
 BINS = 15
+SUM = 1e-3
+"""How far the sum of a label's shares may be from 1."""
 
 
 class Classes(kdkit.Task):
@@ -35,7 +38,7 @@ class Classes(kdkit.Task):
             raise kdkit.DataError(f"says {info.outputs} class: there must be two to tell apart")
 
     def targets(self, values: Any, info: kdkit.DataInfo, whose: str) -> Tensor:
-        """Class indices as int64 (N,)."""
+        """Class indices as int64 (N,), or shares of the classes as fp32 (N, K)."""
         try:
             found = torch.as_tensor(values)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -44,6 +47,10 @@ class Classes(kdkit.Task):
         supported = (
             f"a label is one whole number from 0 to {info.outputs - 1}, the class of a sample"
         )
+        if found.ndim == 2 and found.is_floating_point():
+            sums = found.sum(1) if found.shape[1] == info.outputs else found.new_zeros(1)
+            if bool(((sums - 1).abs() < SUM).all()):  # NaN is no sum either
+                return found.float()
         if found.ndim != 1:
             raise kdkit.DataError(
                 f"{whose} have the shape {tuple(found.shape)}; {supported}: several tags or numbers"
@@ -65,7 +72,12 @@ class Classes(kdkit.Task):
         return found
 
     def strata(self, targets: Tensor) -> Tensor:
-        return targets
+        return targets if targets.ndim == 1 else targets.argmax(1)
+
+    def scored_rows(
+        self, answers: Sequence[kdkit.Outputs], batch: kdkit.Batch
+    ) -> tuple[list[kdkit.Outputs], kdkit.Batch]:
+        return [*answers], replace(batch, labels=batch.classes)
 
     def random_targets(self, info: kdkit.DataInfo, index: Tensor) -> Tensor:
         return index % info.outputs
