@@ -203,7 +203,7 @@ def test_nothing_is_told_without_the_token(running):
 def test_an_answer_arrives_in_its_layout():
     layer = torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last)
     logits, layers = wire.unpack_answer(*wire.pack_answer(Outputs(torch.rand(2, 6), {"a": layer, "b": layer}), logits=False))
-    assert logits is None and [*layers] == ["a", "b"]
+    assert logits is None and {*layers} == {"a", "b"}
     assert torch.equal(layers["a"], layer) and layers["a"].stride() == layer.stride()
 
 

@@ -60,6 +60,8 @@ def found(
     """
     if data.still is None:
         raise TapError(f"{survey.name} {STREAM}")
+    if teacher.elsewhere is not None:
+        raise TapError(f"{survey.name} asks a network that is here; leave `at` out")
     part = data.still.read()
     assert not isinstance(part, Stream), "its images have places"
     images = data.still.indices if survey.images is None else survey.images.cpu()

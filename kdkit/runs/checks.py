@@ -18,6 +18,7 @@ from kdkit.data import sizes
 from kdkit.data.subsets import images_per_epoch, samples
 from kdkit.errors import ModelError
 from kdkit.recipe import Recipe, fetching, teacher_recipes
+from kdkit.runs import beginnings
 from kdkit.runs import check_caches as cache_plan
 from kdkit.runs.check_data import DataChecks
 from kdkit.runs.check_networks import NetworkChecks
@@ -75,7 +76,8 @@ class _Planner(Checks):
         self.report.raise_if_any()
         build = functools.partial(ModelFactory, self.recipe, info, trained)
         factory = build(device=torch.device("meta"))
-        if factory.compresses:  # which channels go, and what is exported, needs numbers
+        # which channels go, and what is exported, needs numbers
+        if beginnings.compresses(self.recipe, factory.trained):
             factory = build(device=torch.device("cpu"), rehearsal=True)
         self.networks.check_answers(factory, info, source)
         with self.report.at():

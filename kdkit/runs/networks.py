@@ -34,20 +34,18 @@ from kdkit.errors import (
     TapError,
 )
 from kdkit.models.build import build_model
-from kdkit.models.compressing import begun, refuse_device
 from kdkit.models.devices import is_channels_last
 from kdkit.models.folding import fold_batchnorm, unfoldable
 from kdkit.models.given_answers import Reading
-from kdkit.models.inheritance import inherit
 from kdkit.models.seen import refuse_other_places
 from kdkit.models.tapped import TappedModel
 from kdkit.randomness import seeded
 from kdkit.recipe import Recipe, content_of
-from kdkit.runs import wanted
+from kdkit.runs import beginnings, wanted
 from kdkit.runs.frozen import FrozenModels
 from kdkit.runs.meaning import TeacherClasses
-from kdkit.runs.progress import Reporter
 from kdkit.runs.shared import Alone, Demand, Shared
+from kdkit.runs.skeletons import Skeletons
 from kdkit.runs.trained_teachers import TrainedTeacher, snapshot_of
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -92,9 +90,7 @@ class ModelFactory:
         self._networks: weakref.WeakKeyDictionary[Model, ModelOptions] = weakref.WeakKeyDictionary()
         self._teachers: dict[str, TappedModel] = {}
         self._past: list[weakref.ref[TappedModel]] = []  # teachers at an earlier epoch
-        # By section: networks on the meta device, whose layers the globs of losses are matched
-        # with.
-        self._skeletons: dict[str, nn.Module] = {}
+        self._skeleton = Skeletons(recipe, info, trained, self._classes)
         self.inherited: list[str] = []  # tensors that the last student has inherited from a teacher
         self.inheriting = 0  # number of its tensors then
         self._shared = shared or Alone()
@@ -144,33 +140,17 @@ class ModelFactory:
             "student", options or self.recipe.spec.student, layers, len(self._students) + 1
         )
         self._inherit(model, options or self.recipe.spec.student)
-        self._compress(model, options or self.recipe.spec.student)
+        beginnings.compress(
+            self.recipe,
+            model,
+            options or self.recipe.spec.student,
+            self.device,
+            channels_last=self._channels_last,
+        )
         self._students.append(weakref.ref(model))
         if options is not None:
             self._networks[model] = options
         return model.compile() if self._compiles else model
-
-    def _compress(self, student: TappedModel, options: ModelOptions) -> None:
-        """Put the network in a student's place that learns instead, where the recipe says so."""
-        if not (compressions := self.recipe.compressions(options)):
-            return
-        assert student.input_shape is not None
-        try:
-            refuse_device(compressions, self.device)
-            module = begun(student.module.cpu(), student.input_shape, compressions)
-        except ModelError as error:
-            place = wanted.place_of(self.recipe, "student", options)
-            raise self.recipe.error([*place], str(error)) from error
-        student.module = module.to(self.device)
-        if self._channels_last:
-            student.module.to(memory_format=torch.channels_last)
-
-    @property
-    def compresses(self) -> bool:
-        """True if a network of the recipe, or a teacher that another one trains, is compressed."""
-        own = (options for _, options in self.recipe.spec.named_models())
-        theirs = (teacher.options for teacher in self.trained.values())
-        return any(self.recipe.compressions(options) for options in (*own, *theirs))
 
     def compressions(self, student: Model) -> list[Compression]:
         """Return the compressions of a student."""
@@ -193,24 +173,12 @@ class ModelFactory:
         begins = options.init if isinstance(options, StudentOptions) else None
         if begins is None:
             return
-        names = list(self.recipe.spec.all_teachers())
+        number = list(self.recipe.spec.all_teachers()).index(begins.from_)
         known = self.teacher_options(begins.from_)
         assert known is not None
-        donor, source = (
-            self._build(begins.from_, known, (), names.index(begins.from_)),
-            self.recipe.model_source(options),
-        )
-        try:
-            self.inheriting = len(student.module.state_dict())
-            self.inherited = inherit(
-                student.module,
-                donor.module,
-                begins.layers,
-                functools.partial(source.rename, module=student.module),
-            )
-        except ModelError as error:
-            place = [*wanted.place_of(self.recipe, "student", options), "init"]
-            raise self.recipe.error(place, str(error)) from error
+        donor = self._build(begins.from_, known, (), number)
+        self.inheriting = len(student.module.state_dict())
+        self.inherited = beginnings.inherited(self.recipe, student, options, donor, begins.layers)
 
     def models(self) -> list[TappedModel]:
         """List all models that were provided and are still in use."""
@@ -236,11 +204,6 @@ class ModelFactory:
         chosen = name or names[0]
         # A snapshot is not kept in `_teachers`: the route's anchors would all stay in memory.
         if epoch is not None:
-            if self._real and served.addresses(self.recipe, chosen):
-                raise RunError(
-                    f"{chosen} is served (`at`) as it is at the end of its training, and this"
-                    " schedule asks for an earlier epoch; leave `at` out"
-                )
             file = snapshot_of(self.recipe, self.trained, chosen, epoch)
             model = self._build_teacher(chosen, names.index(chosen), file)
             # Weak: a schedule that follows a route holds one anchor at a time.
@@ -292,8 +255,6 @@ class ModelFactory:
         Raises:
             TapError, RunError: see `surveys.found`.
         """
-        if teacher.elsewhere is not None:
-            raise TapError(f"{survey.name} asks for all training images of a network that is here")
         modules = self.teacher_modules().items()
         name = next((name for name, module in modules if module is teacher.module), None)
         return surveys.found(self.recipe, name, teacher, survey, data)
@@ -343,7 +304,10 @@ class ModelFactory:
         # A teacher's recipe was trained before any teacher is built.
         assert options is not None and isinstance(spec, TeacherOptions)
         if self._real and served.addresses(self.recipe, name):
-            return self._served_teacher(name, options, layers, needs_logits)
+            skeleton = self._skeleton(name, options)
+            return beginnings.served_teacher(
+                self.recipe, name, skeleton, layers, self._classes(name), needs_logits=needs_logits
+            )
         model = self._build(name, options, layers, number, file)
         # A hook on the network itself: a wrapper would change the names of its layers.
         if (chosen := self.classes.chosen(name)) is not None or spec.answers != "logits":
@@ -359,17 +323,6 @@ class ModelFactory:
             with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
                 model = fold_batchnorm(model, self.info.image_shape, in_place=True)
         return model.compile() if self._compiles else model
-
-    def _served_teacher(
-        self, name: str, options: ModelOptions, layers: Sequence[str], needs_logits: bool
-    ) -> TappedModel:
-        """Build a teacher that answers elsewhere: shapes and names of layers, without weights."""
-        model = TappedModel(
-            self._skeleton(name, options), layers, role=name, outputs=self._classes(name)
-        )
-        model.needs_logits = needs_logits
-        model.elsewhere = served.ServedTeacher(self.recipe, name, model.role, Reporter().warn)
-        return model.freeze()
 
     def _needs_logits(self, name: str) -> bool:
         return self.classes.are_known(name) and wanted.needs_logits(self.recipe, name)
@@ -436,25 +389,6 @@ class ModelFactory:
             if section in self.recipe.spec.all_teachers()
             else self.task.outputs(self.info)
         )
-
-    def _skeleton(self, section: str, options: ModelOptions) -> nn.Module:
-        if section not in self._skeletons:
-            try:
-                built = build_model(
-                    options,
-                    self.recipe.model_source(options),
-                    self._classes(section),
-                    self.info.image_shape,
-                    role=section,
-                    weights=False,
-                    fields=self.info.fields,
-                )
-            except ModelError as error:
-                raise wanted.error_in(
-                    self.recipe, section, error, trained=section in self.trained
-                ) from error
-            self._skeletons[section] = built.module
-        return self._skeletons[section]
 
     def _build(
         self,

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from kdkit.cache import served
 from kdkit.contracts.model_source import ModelOptions, RecipeTeacher
 from kdkit.errors import RunError
 from kdkit.recipe import Recipe, code_in
 from kdkit.recipe.types import student_type
 from kdkit.runs.folder import RunFolder
+from kdkit.runs.progress import Reporter
 from kdkit.runs.result import Result
 
 
@@ -43,6 +45,17 @@ class TrainedTeacher:
             recipe.task.outputs(run.info()),
         )
 
+    @classmethod
+    def elsewhere(cls, recipe: Recipe, name: str, source: Recipe) -> Self:
+        """Describe a served teacher, which `source` has trained, by what its server says."""
+        server = served.ServedTeacher(recipe, name, name, Reporter().warn)
+        try:
+            about = server.about()
+        finally:
+            server.close()
+        options = options_of(source, about["network"])
+        return cls(options, None, scores=about["scores"], outputs=about["outputs"])
+
     def checked(self, file: Path | None) -> Path | None:
         """Return one of its files, compared with the digest that the run recorded.
 
@@ -63,6 +76,11 @@ def snapshot_of(
         RunError: there is none.
     """
     spec = recipe.spec.all_teachers()[name]
+    if served.addresses(recipe, name):
+        raise RunError(
+            f"{name} is served (`at`) as it is at the end of its training, and this schedule asks"
+            " for an earlier epoch; leave `at` out"
+        )
     if not isinstance(spec, RecipeTeacher):
         raise RunError(
             f"{name} has no snapshots of its training, which only a teacher of another recipe"

@@ -219,7 +219,7 @@ def trained_teachers(
     teachers = {}
     for name, source in teacher_recipes(recipe.spec).items():
         if served.addresses(recipe, name):
-            teachers[name] = _trained_elsewhere(recipe, name, source)
+            teachers[name] = TrainedTeacher.elsewhere(recipe, name, source)
             continue
         folder = folder_for(source, recipe.spec.run.folder, source.spec.name, taken=student_folder)
         if not RunFolder(folder).finished(source):
@@ -231,19 +231,6 @@ def trained_teachers(
         result = _train_or_wait(source, RunFolder(folder), quiet, say)
         teachers[name] = TrainedTeacher.of(RunFolder(folder), source, result)
     return teachers
-
-
-def _trained_elsewhere(recipe: Recipe, name: str, source: Recipe) -> TrainedTeacher:
-    """Describe a served teacher of another recipe by what its server says."""
-    server = served.ServedTeacher(recipe, name, name, Reporter().warn)
-    try:
-        about = server.about()
-    finally:
-        server.close()
-    network, scores = about["network"], about["scores"]
-    return TrainedTeacher(
-        options_of(source, network), None, scores=scores, outputs=about["outputs"]
-    )
 
 
 def _train_or_wait(
