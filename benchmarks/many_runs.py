@@ -1,7 +1,7 @@
 """What a study of many runs costs beside their training: planning it, seeing what is finished,
 claiming, booking, and the findings.
 
-    python -P benchmarks/many_runs.py VARIANTS SEEDS [--findings]
+    python -P benchmarks/many_runs.py VARIANTS SEEDS [--unfinished | --findings]
 
 The runs are small ones on digits. One of each variant's shape is trained; the folders of all others
 are copies of it under the fingerprints of their own recipes. CPU seconds of one process, and the
@@ -26,9 +26,10 @@ import kdkit
 from kdkit import files
 from kdkit.runs.folder import RunFolder
 from kdkit.study import loading, lockstep
-from kdkit.study.comparison import _measured, book
+from kdkit.study.comparison import _measured
 from kdkit.study.finder import Finder
 from kdkit.study.plan import StudyRun, check, trainings
+from kdkit.study.variants import Study
 
 RECIPE = {
     "name": "tiny",
@@ -77,6 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("variants", type=int)
     parser.add_argument("seeds", type=int)
+    parser.add_argument("--unfinished", action="store_true", help="make no folders of runs")
     parser.add_argument("--findings", action="store_true", help="also make the findings")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -103,6 +105,18 @@ def measure(folder: Path, args: argparse.Namespace) -> None:
     timed("plan, nothing finished", runs, lambda: trainings(study))
     timed("check, nothing finished", runs, lambda: check(study))
     planned = trainings(study)
+    study.path.mkdir(parents=True)
+    keys = [each.recipe.fingerprint for each in planned]
+    timed("booking all runs", 1, lambda: _booked(study, keys))
+    timed("booking one pass more", 1, lambda: _booked(study, keys[:1]))
+    if not args.unfinished:
+        finished(study, planned, trained, findings=args.findings)
+    print(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB at most")
+
+
+def finished(study: Study, planned: list[StudyRun], trained: Path, *, findings: bool) -> None:
+    """Measure what a process does in a study whose runs are finished."""
+    runs = len(planned)
     fill(planned, trained)
     size = sum(file.stat().st_blocks * 512 for file in study.path.rglob("*"))
     count_of = sum(1 for file in study.path.rglob("*") if file.is_file())
@@ -111,19 +125,14 @@ def measure(folder: Path, args: argparse.Namespace) -> None:
     timed("check, all finished", runs, lambda: check(study))
     timed("results of all runs", runs, lambda: [each.result for each in planned])
     timed("train, all finished", runs, lambda: lockstep.train_together(planned, spread=True))
-    with book(study, print, planned):
-        pass
-    timed("booking one pass more", 1, lambda: _booked(study, planned[:1]))
-    if args.findings:
+    if findings:
         with _measured(study, print) as measured:
-            finder = Finder(study, planned, {}, measured)
-            timed("findings", runs, finder.findings)
-    print(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB at most")
+            timed("findings", runs, Finder(study, planned, {}, measured).findings)
 
 
-def _booked(study: object, planned: list[StudyRun]) -> None:
-    with book(study, print, planned):
-        pass
+def _booked(study: Study, keys: list[str]) -> None:
+    with _measured(study, print) as measured:
+        measured.spend(1.0, 1.0, keys)
 
 
 if __name__ == "__main__":
