@@ -41,6 +41,11 @@ from .contracts.features import pooled_alike as pooled_alike
 from .contracts.features import resized as resized
 from .contracts.hooks import hookimpl as hookimpl
 from .contracts.inputs import TextShape as TextShape
+from .contracts.known_answers import AnswerArray as AnswerArray
+from .contracts.known_answers import AnswerIndex as AnswerIndex
+from .contracts.known_answers import AnswersOptions as AnswersOptions
+from .contracts.known_answers import KnownAnswers as KnownAnswers
+from .contracts.known_answers import TopK as TopK
 from .contracts.loss import Context as Context
 from .contracts.loss import Loss as Loss
 from .contracts.loss_options import FeatureOptions as FeatureOptions
@@ -53,8 +58,6 @@ from .contracts.loss_options import TokenOptions as TokenOptions
 from .contracts.loss_options import VectorOptions as VectorOptions
 from .contracts.metric_source import MetricOptions as MetricOptions
 from .contracts.metric_source import MetricSource as MetricSource
-from .contracts.model_source import AnswersOptions as AnswersOptions
-from .contracts.model_source import KnownAnswers as KnownAnswers
 from .contracts.model_source import Meaning as Meaning
 from .contracts.model_source import ModelOptions as ModelOptions
 from .contracts.model_source import ModelSource as ModelSource

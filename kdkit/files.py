@@ -125,10 +125,8 @@ def fitting(path: Path, content: Any, kind: type[T] | TypeAdapter[T], way_out: s
         return adapter.validate_python(content)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise DamagedFile(
-            path, f"{key}: {first['msg']}" if key else first["msg"], way_out
-        ) from None
+        key, says = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        raise DamagedFile(path, f"{key}: {says}" if key else says, way_out) from None
 
 
 def read_text(path: Path, way_out: str) -> str:

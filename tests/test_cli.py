@@ -140,7 +140,7 @@ def test_compare(kdkit, tmp_path):
 
 
 def test_caches_are_listed_or_removed_not_both(kdkit):
-    assert "not both" in kdkit("cache", "--list", "--clear", code=2)
+    assert "not several" in kdkit("cache", "--list", "--clear", code=2)
 
 
 def test_a_study_is_no_recipe(kdkit, tmp_path):

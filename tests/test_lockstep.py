@@ -360,3 +360,15 @@ def test_a_group_that_takes_long_says_how_far_it_is(tmp_path, monkeypatch):
     ]
     assert re.search(r", about \d+:\d\d:\d\d left in all$", over[0]) and over[1].endswith(", about 0:00:00 left in all")
     assert [line[:15] for line in said if "loss" in line] == ["train epoch 1/2", "train epoch 2/2"]
+
+
+def test_who_waits_for_many_runs_looks_seldom_and_names_a_few(tmp_path, monkeypatch):
+    found, said, slept = jobs(tmp_path, variants=dict.fromkeys("abcd", {})), [], []
+    monkeypatch.setattr(lockstep, "NAMED", 2)
+    monkeypatch.setattr(lockstep, "LOOKS", 0.5)
+    with contextlib.ExitStack() as elsewhere:
+        for job in found:
+            elsewhere.enter_context(RunFolder(job.folder).held())
+        monkeypatch.setattr("kdkit.study.lockstep.time.sleep", lambda seconds: (slept.append(seconds), elsewhere.close()))
+        next(lockstep._claims(found, [[0, 1], [2, 3]], {}, said.append))
+    assert slept == [8.0] and said == ["waiting for what other processes train: a, b and 2 more"]

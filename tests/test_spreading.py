@@ -1,5 +1,6 @@
 """Processes that share a study, of one launch or of several, and those of a launch that agree."""
 
+import contextlib
 import errno
 import json
 import multiprocessing
@@ -14,7 +15,8 @@ import kdkit
 from kdkit import launching
 from kdkit.runs.agreement import agreed
 from kdkit.runs.folder import RunFolder
-from kdkit.study import loading
+from kdkit.study import comparison, loading
+from kdkit.study.finder import Finder
 from kdkit.study.plan import trainings
 
 FORK = multiprocessing.get_context("fork")
@@ -144,6 +146,31 @@ def test_a_run_that_fails_in_both_processes_does_not_stop_the_other(tmp_path):
     both = [command.finish() for command in together(tmp_path, "compare", "study.yaml")]
     assert [code for code, _ in both] == [1, 0], both
     assert "failed: wild, seed 0" in both[0][1] and "1 runs trained" in both[0][1]
+
+
+@pytest.mark.parametrize("whose", ["same", "fewer seeds", "old"])
+def test_who_waited_for_the_findings_of_another_reads_them(tmp_path, monkeypatch, whose):
+    study(tmp_path, epochs=1)
+    monkeypatch.chdir(tmp_path)
+    loaded, made, locked = loading.load([tmp_path / "study.yaml"]), [], comparison._measured
+    first = comparison.compare(loaded, spread=True)
+    few = comparison.compare(loading.load([tmp_path / "study.yaml"], seeds=1), spread=True)
+    first.save(loaded.path / comparison.FINDINGS)
+
+    @contextlib.contextmanager
+    def waited(*given):
+        with locked(*given) as measured:
+            if whose != "old":
+                (few if whose == "fewer seeds" else first).save(loaded.path / comparison.FINDINGS)
+            yield measured
+
+    monkeypatch.setattr(comparison, "_measured", waited)
+    monkeypatch.setattr(comparison, "Finder", lambda *given: made.append(given) or Finder(*given))
+    found = comparison.compare(loaded, spread=True)
+    assert len(made) == (whose != "same")
+    if whose == "same":
+        assert found == first
+    assert [variant.folders for variant in found.variants] == [variant.folders for variant in first.variants]
 
 
 def test_a_file_system_without_locks_is_told_in_one_line(tmp_path, monkeypatch):

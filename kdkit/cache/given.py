@@ -11,7 +11,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from kdkit.cache.teacher import Forward
 from kdkit.contracts.inputs import first_tensor
-from kdkit.contracts.model_source import OWN_OUTPUTS, AnswersOptions, KnownAnswers
+from kdkit.contracts.known_answers import AnswersOptions, KnownAnswers, TopK
+from kdkit.contracts.model_source import OWN_OUTPUTS
 from kdkit.contracts.records import Batch, Inputs, Outputs
 from kdkit.contracts.schedule import Arrange
 from kdkit.data.loaders import TrainLoader
@@ -35,7 +36,7 @@ def has_answers_alone(recipe: Recipe, name: str) -> bool:
     return isinstance(recipe.spec.all_teachers()[name], AnswersOptions)
 
 
-def read_answers(recipe: Recipe, name: str, images: int, classes: int) -> Tensor:
+def read_answers(recipe: Recipe, name: str, images: int, classes: int) -> Tensor | TopK:
     """Read the answers (N, K) of a teacher.
 
     Args:
@@ -69,11 +70,14 @@ def read_answers(recipe: Recipe, name: str, images: int, classes: int) -> Tensor
             )
             raise ModelError(says)
         rows = source.read()
-        if wrong := (~rows.isfinite().all(1)).nonzero().flatten()[:1].tolist():
-            raise ModelError(
-                f"'{called}' has numbers that are not finite, first in row {wrong[0]} (counted"
-                " from 0)"
-            )
+        if isinstance(rows, TopK) and options.answers != "logits":  # type: ignore[attr-defined]
+            raise ModelError(f"'{called}' has `top_k`, which is of logits; leave `answers` out")
+        for numbers in (rows.values, rows.rest) if isinstance(rows, TopK) else (rows,):
+            if wrong := (~numbers.isfinite().all(1)).nonzero().flatten()[:1].tolist():
+                raise ModelError(
+                    f"'{called}' has numbers that are not finite, first in row {wrong[0]} (counted"
+                    " from 0)"
+                )
     except ModelError as error:
         raise recipe.error([*recipe.spec.place_of(name), "model"], str(error)) from None
     return rows
@@ -83,12 +87,12 @@ class GivenAnswers:
     """Returns a teacher's answers to a batch's images by their place in the training part.
 
     Args:
-        rows: its answers (N, K).
+        rows: its answers (N, K), or the largest of each row.
         teacher: the teacher; its post-processing of answers (such as a choice of classes) is
             applied to these too.
     """
 
-    def __init__(self, rows: Tensor, teacher: TappedModel) -> None:
+    def __init__(self, rows: Tensor | TopK, teacher: TappedModel) -> None:
         self._rows, self._teacher = rows, teacher
         # the images of a batch -> their places (B,); weak, so that no batch is kept alive
         self._places: Any = WeakIdKeyDictionary()

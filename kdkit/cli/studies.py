@@ -307,16 +307,25 @@ def cache(
     clear: Annotated[
         bool, typer.Option("--clear", help="Remove all caches, or the one of that name.")
     ] = False,
+    export: Annotated[
+        Path | None,
+        typer.Option(
+            "--export",
+            metavar="FOLDER",
+            help="Write the filled cache as a folder of answers, for `answers/logits`.",
+            show_default=False,
+        ),
+    ] = None,
     folder: Annotated[
         Path, typer.Option("--dir", help="Where caches are listed or removed.")
     ] = Path("runs/teacher-cache"),
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
-    """Fill the teacher caches of a recipe; list or remove caches."""
+    """Fill the teacher caches of a recipe; write one out; list or remove caches."""
     from kdkit.errors import RecipeError
 
-    if clear and listed:
-        raise RecipeError("give --list or --clear, not both")
+    if clear + listed + (export is not None) > 1:
+        raise RecipeError("give --list, --clear or --export, not several")
     watch(plugins, no_plugins=False)
     wanted = None if clear or listed or recipe is None else load(Path(recipe), overrides, plugins)
     from kdkit.cache import folder as store_folder
@@ -342,6 +351,9 @@ def cache(
         raise RecipeError(
             "name a recipe whose teacher caches are to be filled, or give --list or --clear"
         )
+    elif export is not None:
+        index = fill_caches.write_out(wanted, export, quiet=quiet)
+        out.print(f"{export}: {index.rows:,} answers of {index.teacher}", markup=False)
     else:
         for made in fill_caches.fill(wanted, quiet=quiet):
             out.print(

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-import torch
 from pydantic import BeforeValidator, Field, model_validator
-from torch import Tensor, nn
+from torch import nn
 
 from kdkit.contracts.options import (
     BOOKKEEPING,
@@ -388,62 +387,3 @@ class ModelSource(abc.ABC):
     def in_channels(self, image_channels: int) -> int:
         """Return the network's number of channels; grey images are repeated to it."""
         return image_channels
-
-
-class AnswersOptions(ModelOptions):
-    """Options of a teacher whose answers exist already; keys of a network are refused."""
-
-
-NETWORK_KEYS = (
-    *("checkpoint", "strip_prefix", "new_head", "normalize", "input", "input_size"),
-    *("interpolation", "precision", "mode", "fold_batchnorm", "cache", "at"),
-)
-"""Keys of a teacher that describe its network, or the way it is run."""
-
-
-class KnownAnswers(ModelSource):
-    """A source that has a teacher's answers to the training images, but no network.
-
-    Such a teacher answers only the images of the training part, without augmentation: it is not
-    measured.
-    """
-
-    takes: ClassVar[Literal["images", "texts", "any"]] = "any"
-    Options: ClassVar[type[ModelOptions]] = AnswersOptions
-
-    @abc.abstractmethod
-    def shape(self) -> tuple[int, ...]:
-        """Return the shape of the answers without reading them; it must be (N, K).
-
-        Raises:
-            ModelError: there are none, or they are no floating-point numbers.
-        """
-
-    @abc.abstractmethod
-    def read(self) -> Tensor:
-        """Return the answers (N, K): row i answers the image with `Batch.index` i.
-
-        Raises:
-            ModelError: they cannot be read.
-        """
-
-    def build(self, outputs: int, image_shape: Any) -> nn.Module:
-        """Build a stand-in for the network."""
-        return _PassedOn(outputs)
-
-
-# a module, so that hooks which read a network's answers also read these
-class _PassedOn(nn.Module):
-    """Returns answers (N, K) as they are; for any other batch, as a check tries, random ones."""
-
-    def __init__(self, outputs: int) -> None:
-        super().__init__()
-        self.outputs = outputs
-
-    def forward(self, *inputs: Tensor, **texts: Tensor) -> Tensor:
-        # the place that reads answers passes rows of them; images have more dimensions, token ids
-        # are integers
-        first = inputs[0] if inputs else next(iter(texts.values()))
-        if first.ndim == 2 and first.is_floating_point():
-            return first
-        return torch.randn(len(first), self.outputs, device=first.device)

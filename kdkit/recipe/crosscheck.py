@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from kdkit.contracts.known_answers import AnswersOptions
 from kdkit.contracts.loss import Loss
 from kdkit.contracts.model_source import (
-    AnswersOptions,
     RecipeTeacher,
     StudentOptions,
     TeacherOptions,

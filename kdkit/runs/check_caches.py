@@ -19,7 +19,8 @@ from kdkit.cache.store import SMALLER
 from kdkit.cache.teacher import OTHER_IMAGES
 from kdkit.contracts.dataset_source import DataInfo
 from kdkit.contracts.inputs import first_tensor, is_text
-from kdkit.contracts.model_source import NETWORK_KEYS, CacheOptions, StudentOptions, TeacherOptions
+from kdkit.contracts.known_answers import NETWORK_KEYS, TopK
+from kdkit.contracts.model_source import CacheOptions, StudentOptions, TeacherOptions
 from kdkit.contracts.records import Batch, Inputs, Outputs
 from kdkit.contracts.schedule import Stage
 from kdkit.errors import RecipeError
@@ -128,18 +129,23 @@ def _unreadable(
             "top_k",
             f"{options.top_k} of {info.outputs} classes; leave it out to keep all logits",
         )
+    for called in _reading_all_logits(recipe, factory, name):
+        yield (
+            "top_k",
+            f"'{called}' compares all logits, of which the smaller ones would not be kept",
+        )
+
+
+def _reading_all_logits(recipe: Recipe, factory: ModelFactory, name: str) -> Iterator[str]:
+    """Yield the names of losses that may read any logit of a teacher."""
     for called, entry in zip(recipe.loss_names(), recipe.spec.losses, strict=True):
         loss = recipe.plugins.losses[entry.use]
-        # Losses on responses read softened probabilities, of which the likeliest are kept exactly;
-        # others may read any logit.
+        # Losses on responses read softened probabilities, of which the likeliest are kept exactly.
         whole = loss.knowledge not in ("response", "labels") and loss.needs_teacher_logits
         if entry in looking_at(factory.recipe, name) and (
             whole or any(pair.teacher == "logits" for pair in entry.taps())
         ):
-            yield (
-                "top_k",
-                f"'{called}' compares all logits, of which the smaller ones would not be kept",
-            )
+            yield called
 
 
 def sizes(
@@ -245,8 +251,25 @@ def _refused_losses(recipe: Recipe, factory: ModelFactory, name: str) -> Iterato
             )
 
 
-def notes_on_answers(recipe: Recipe, name: str, rows: Tensor) -> Iterator[str]:
+def refused_largest(
+    recipe: Recipe, factory: ModelFactory, name: str, rows: Tensor | TopK
+) -> Iterator[str]:
+    """Yield a line for each loss that reads logits that a teacher's answers do not have."""
+    if not isinstance(rows, TopK):
+        return
+    place = [*recipe.spec.place_of(name), "model"]
+    if recipe.task.rows_are != "classes":
+        says = f"has the likeliest classes, and task '{recipe.task.name}' has rows of"
+        yield recipe.problem(place, f"{says} {recipe.task.rows_are}")
+    for called in _reading_all_logits(recipe, factory, name):
+        says = f"'{called}' compares all logits, and the {rows.values.shape[1]} largest are kept"
+        yield recipe.problem(place, says)
+
+
+def notes_on_answers(recipe: Recipe, name: str, rows: Tensor | TopK) -> Iterator[str]:
     """Yield notes on unusual values in a teacher's answers."""
+    if isinstance(rows, TopK):
+        return
     teacher = recipe.spec.all_teachers()[name]
     if getattr(teacher, "answers", None) == "logits" and (seen := looks_like(rows)) != "logits":
         yield (

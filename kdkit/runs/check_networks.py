@@ -14,13 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from kdkit.cache.given import STREAM, has_answers_alone, read_answers
 from kdkit.contracts.dataset_source import DataInfo, DatasetSource, Stream
 from kdkit.contracts.inputs import kind_of, random_inputs
+from kdkit.contracts.known_answers import AnswersOptions
 from kdkit.contracts.layers import OUTPUT
-from kdkit.contracts.model_source import (
-    OWN_OUTPUTS,
-    AnswersOptions,
-    Meaning,
-    ModelOptions,
-)
+from kdkit.contracts.model_source import OWN_OUTPUTS, Meaning, ModelOptions
 from kdkit.contracts.records import Inputs
 from kdkit.contracts.task import Task
 from kdkit.data import beside
@@ -308,6 +304,7 @@ class NetworkChecks(Checks):
                     raise DataError(STREAM)
                 count = beside.indexed(self.spec.data, info)
                 rows = read_answers(self.recipe, name, count, factory.classes.own(name))
+                self.report.problems += cache_plan.refused_largest(self.recipe, factory, name, rows)
                 self.report.notes += cache_plan.notes_on_answers(self.recipe, name, rows)
         for place, model in models_in(
             {"student": self.spec.student, "schedule": self.spec.schedule}

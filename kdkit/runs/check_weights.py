@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from kdkit.contracts.model_source import OWN_OUTPUTS, AnswersOptions, ModelOptions, ModelSource
+from kdkit.contracts.known_answers import AnswersOptions
+from kdkit.contracts.model_source import OWN_OUTPUTS, ModelOptions, ModelSource
 from kdkit.errors import CheckpointError, InputError, ModelError, RecipeError
 from kdkit.models.build import build_model, compare_checkpoint, random_weights
 from kdkit.runs.networks import ModelFactory

@@ -1,9 +1,10 @@
-"""Fills the teacher caches of a recipe before its training, and lists caches."""
+"""Fills the teacher caches of a recipe before its training, writes them out, lists them."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -11,10 +12,13 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from kdkit.cache import export
 from kdkit.cache.folder import Found, look
-from kdkit.cache.opening import open_cache, wanted
+from kdkit.cache.opening import called_in, open_cache, wanted
 from kdkit.cache.packing import Slots
 from kdkit.cache.teacher import Forward, TeacherCache
+from kdkit.contracts.known_answers import AnswerIndex
+from kdkit.contracts.model_source import CacheOptions
 from kdkit.contracts.records import Batch, Inputs
 from kdkit.data import loaders
 from kdkit.data.augment import crop_flip
@@ -40,6 +44,46 @@ def fill(recipe: Recipe, *, quiet: bool = False) -> list[Found]:
         RecipeError: no teacher has one, or something does not fit.
         RunError: the disk is nearly full; the answers so far are kept.
     """
+    paths = [cache.store.path for cache in _filled(recipe, recipe.spec.data, quiet)]
+    return [look(path) for path in paths]
+
+
+def write_out(recipe: Recipe, folder: Path, *, quiet: bool = False) -> AnswerIndex:
+    """Fill the cache of the recipe's teacher for the dataset's whole training part, and write it as
+    a folder of answers.
+
+    Raises:
+        RecipeError: as `fill`; several teachers have a cache, or images are shown in several views.
+        RunError: as `fill` and `export.write`.
+    """
+    export.refuse_taken(folder)
+    spec = recipe.spec
+    options = _options(recipe)
+    name = next(iter(options))
+    place = [*spec.place_of(name), "cache"]
+    if len(options) > 1:
+        says = f"{len(options)} teachers have a cache, and a folder holds the answers of one"
+        raise recipe.error(place, f"{says}; leave the others' `cache` out")
+    slots = Slots.of(options[name], spec.data, spec.seed)
+    if not slots.exact or slots.count > 1:
+        says = "a folder of answers has one view, of images as they are; leave `augment`"
+        raise recipe.error(["data"], f"{says}, `timm_augment` and `joint_augment` out")
+    # those of other runs, too, which may train on images that this one leaves out
+    every = {"train_samples": None, "train_fraction": None, "validation": None}
+    whole = {} if spec.data.unlabelled is not None else every
+    (index,) = [
+        export.write(cache, folder, spec.data.dataset.use, called_in(recipe, name))
+        for cache in _filled(recipe, spec.data.model_copy(update=whole), quiet)
+    ]
+    return index
+
+
+def _options(recipe: Recipe) -> dict[str, CacheOptions]:
+    """Return the options of all caches of a recipe, by teacher.
+
+    Raises:
+        RecipeError: there is none.
+    """
     spec = recipe.spec
     options = {name: one for name in spec.all_teachers() if (one := wanted(recipe, name))}
     if not options:
@@ -47,14 +91,20 @@ def fill(recipe: Recipe, *, quiet: bool = False) -> list[Found]:
             ["teacher"] if spec.teacher is not None or not spec.teachers else ["teachers"],
             "has no `cache:` that could be filled",
         )
+    return options
+
+
+def _filled(recipe: Recipe, data: DataSpec, quiet: bool) -> Iterator[TeacherCache]:
+    """Yield each cache of a recipe, open, after filling it for the training images of `data`."""
+    spec, options = recipe.spec, _options(recipe)
     checks.make(recipe, Reporter(quiet=quiet).say)
     trained = training.trained_teachers(recipe, spec.run.folder / spec.name, quiet=quiet)
     device = build_accelerator(spec.train).device
-    exact = Slots.of(next(iter(options.values())), spec.data, spec.seed).exact
+    exact = Slots.of(next(iter(options.values())), data, spec.seed).exact
     plain = {"augment": None} if exact else {}  # every outcome is visited in turn, without drawing
     source = recipe.dataset()
     prepared = loaders.prepare(
-        spec.data.model_copy(update={"drop_last": False, **plain}),
+        data.model_copy(update={"drop_last": False, **plain}),
         source,
         recipe.task,
         seed=spec.seed,
@@ -62,7 +112,6 @@ def fill(recipe: Recipe, *, quiet: bool = False) -> list[Found]:
         unlabelled=recipe.unlabelled(),
     )
     factory = ModelFactory(recipe, prepared.info, trained, device=device)
-    filled = []
     for name in options:
         teacher = factory.teacher(name)
         cache = open_cache(
@@ -70,11 +119,10 @@ def fill(recipe: Recipe, *, quiet: bool = False) -> list[Found]:
         )
         assert cache is not None
         try:
-            _fill(cache, _epochs(spec.data, prepared), teacher.forward, name, quiet)
+            _fill(cache, _epochs(data, prepared), teacher.forward, name, quiet)
+            yield cache
         finally:
             cache.store.close()
-        filled.append(look(cache.store.path))
-    return filled
 
 
 def table(found: Sequence[Found]) -> Table:

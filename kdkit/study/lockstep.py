@@ -36,7 +36,9 @@ from kdkit.study.time_left import TimeLeft
 OF_A_GROUP = ("device", "precision", "accumulate", "capture")  # keys of `train`
 # torch reports out of memory, and much else, by a RuntimeError
 FAILURES = (KdkitError, RuntimeError, OSError)
-BETWEEN_LOOKS = 1.0  # seconds until a process looks again for runs that others have left
+BETWEEN_LOOKS = 1.0  # seconds at least until a process looks again for runs that others have left
+LOOKS = 20.0  # locks a second that a waiting process tries at most: others share the file system
+NAMED = 10  # runs at most that a line names
 BETWEEN_REMINDERS = 300.0  # seconds
 SILENT = 60.0  # seconds of an epoch until a line tells how far it is
 
@@ -151,10 +153,11 @@ def _claims(
         if not (begun or waits):
             return
         if waits and not (begun or whole):
-            names = ", ".join(jobs[i].folder.name for i in waits)
+            names = ", ".join(jobs[i].folder.name for i in waits[:NAMED])
+            names += f" and {len(waits) - NAMED:,} more" if len(waits) > NAMED else ""
             (remind if told else say)(f"waiting for what other processes train: {names}")
             told = True
-            time.sleep(BETWEEN_LOOKS)
+            time.sleep(max(BETWEEN_LOOKS, len(waits) / LOOKS))
         whole = False
 
 
@@ -274,9 +277,12 @@ def passes(recipes: Sequence[Recipe], size: int | None = None) -> list[list[int]
 
 def _passes(kinds: dict[int, str], size: int | None) -> Iterator[list[int]]:
     """Group the runs by kind, in order, at most `size` at a time."""
-    for kind in dict.fromkeys(kinds.values()):
-        alike = iter([i for i in kinds if kinds[i] == kind])
-        while part := list(itertools.islice(alike, size)):
+    alike: dict[str, list[int]] = {}
+    for i, kind in kinds.items():
+        alike.setdefault(kind, []).append(i)
+    for group in alike.values():
+        rest = iter(group)
+        while part := list(itertools.islice(rest, size)):
             yield part
 
 

@@ -1,25 +1,32 @@
-"""A teacher's answers to the training images, from a file."""
+"""A teacher's answers to the training images, from a file or a folder of files."""
 
-import zipfile
 from pathlib import Path
+from typing import Annotated
 
-import numpy
 import torch
-from pydantic import Field
-from safetensors import safe_open
+from pydantic import AfterValidator, Field
 
 import kdkit
 
-# `safe_open` names types so; `numpy` has no bfloat16.
-FLOATING = ("F16", "BF16", "F32", "F64", "float16", "float32", "float64")
+from ._answer_files import array_file
+
+FLOATING = ("float16", "bfloat16", "float32", "float64")
+INTEGERS = ("int16", "int32", "int64")
 ROWS = "a row of floating-point logits for each training image"
+INDEX = "index.json"
+
+
+# the index stands for its folder: it has the digests of all files, and a run's fingerprint its own
+def _index_of(path: Path) -> Path:
+    return path / INDEX if path.is_dir() else path
 
 
 class AnswersSource(kdkit.KnownAnswers):
-    """Answers that a teacher gave: `model: answers/ARRAY` with `file: FILE`.
+    """Answers that a teacher gave: `model: answers/ARRAY` with `file: FILE`, or a folder.
 
     ARRAY is the name of an array (N, K) in the file. Row i answers image i of the dataset's whole
-    training part.
+    training part. A folder holds the rows in several files in order, and an `index.json`
+    (`kdkit.AnswerIndex`) with their digests; of each row all logits, or the `top_k` largest.
     """
 
     name = "answers"
@@ -27,85 +34,80 @@ class AnswersSource(kdkit.KnownAnswers):
     class Options(kdkit.AnswersOptions):
         """Where the answers are."""
 
-        file: kdkit.RecipePath = Field(
-            description="An npz or safetensors file; reading it runs no code."
+        file: Annotated[kdkit.RecipePath, AfterValidator(_index_of)] = Field(
+            description=(
+                "An npz, safetensors or Parquet file, or a folder of them that `kdkit cache"
+                " --export` has written; reading it runs no code."
+            )
         )
 
     options: Options
 
     def shape(self) -> tuple[int, ...]:
         """What the file says of the array."""
-        try:
-            shape, kind = (_npz if self._is_npz else _safetensors)(
-                self.options.file, self.model_name
-            )
-        # it says more than `_damaged` would
-        except kdkit.ModelError:
-            raise
-        except Exception as error:  # whatever a damaged file makes a reader raise
-            raise self._damaged(error) from None
+        if self._is_folder:
+            index, array = self._indexed()
+            return (index.rows, *array.shape)
+        shape, kind = array_file(self.options.file).about(self.model_name)
         if kind not in FLOATING:
             raise kdkit.ModelError(
                 f"{self.options.file.name}: '{self.model_name}' is {kind}, not {ROWS}"
             )
         return shape
 
-    def read(self) -> torch.Tensor:
+    def read(self) -> torch.Tensor | kdkit.TopK:
         """The whole array."""
         # refuses what is no such array before all of it is read
-        self.shape()
-        try:
-            if self._is_npz:
-                # a pickle could run code
-                with numpy.load(self.options.file, allow_pickle=False) as file:
-                    rows = file[self.model_name]
-                # torch takes the machine's own byte order only
-                return torch.from_numpy(rows.astype(rows.dtype.newbyteorder("=")))
-            with safe_open(self.options.file, framework="pt") as file:
-                found: torch.Tensor = file.get_tensor(self.model_name)
-                return found
-        except Exception as error:
-            raise self._damaged(error) from None
+        shape = self.shape()
+        if not self._is_folder:
+            return array_file(self.options.file).read(self.model_name)
+        index, array = self._indexed()
+        name, k = self.model_name, array.top_k
+        if k is None:
+            return self._joined(index, name, array.shape, (array.dtype,))
+        if len(shape) != 2:
+            raise kdkit.ModelError(f"'{name}' has `top_k`, and rows of {len(shape) - 1} dimensions")
+        values = self._joined(index, f"{name}.values", (k,), (array.dtype,))
+        indices = self._joined(index, f"{name}.indices", (k,), INTEGERS)
+        if array.rest:
+            rest = self._joined(index, f"{name}.rest", (1,), FLOATING)
+            found = kdkit.TopK(values, indices, rest, array.shape[0])
+        else:
+            found = kdkit.TopK.of_log_probabilities(values, indices, array.shape[0])
+        found.verify()
+        return found
 
     @property
-    def _is_npz(self) -> bool:
-        return self.options.file.suffix != ".safetensors"
+    def _is_folder(self) -> bool:
+        return self.options.file.suffix == ".json"
 
-    def _damaged(self, error: Exception) -> kdkit.ModelError:
-        kind = "npz" if self._is_npz else "safetensors"
-        says = " ".join(str(error).split()) or type(error).__name__
-        return kdkit.ModelError(f"{self.options.file.name}: no {kind} file, or damaged: {says}")
-
-
-def _npz(path: Path, name: str) -> tuple[tuple[int, ...], str]:
-    """Shape and type of an array, from the first bytes of it: the rest may not fit into the
-    memory.
-    """
-    with zipfile.ZipFile(path) as archive:
-        _refuse_unknown(path, name, [entry.removesuffix(".npy") for entry in archive.namelist()])
-        with archive.open(f"{name}.npy") as entry:
-            version = numpy.lib.format.read_magic(entry)
-            header = (
-                numpy.lib.format.read_array_header_1_0
-                if version == (1, 0)
-                else numpy.lib.format.read_array_header_2_0
+    def _indexed(self) -> tuple[kdkit.AnswerIndex, kdkit.AnswerArray]:
+        index = kdkit.AnswerIndex.read(self.options.file)
+        if self.model_name not in index.arrays:
+            raise kdkit.ModelError(
+                f"{self.options.file.parent.name}: has no array '{self.model_name}'; it has"
+                f" {', '.join(index.arrays)}"
             )
-            shape, _, kind = header(entry)
-    return shape, str(kind.newbyteorder("="))
+        return index, index.arrays[self.model_name]
 
-
-def _safetensors(path: Path, name: str) -> tuple[tuple[int, ...], str]:
-    with safe_open(path, framework="pt") as file:
-        _refuse_unknown(path, name, list(file.keys()))
-        array = file.get_slice(name)
-        return tuple(array.get_shape()), array.get_dtype()
-
-
-def _refuse_unknown(path: Path, name: str, names: list[str]) -> None:
-    if name not in names:
-        raise kdkit.ModelError(
-            f"{path.name}: has no array '{name}'; it has {', '.join(names[:8]) or 'none'}"
-        )
+    def _joined(
+        self, index: kdkit.AnswerIndex, name: str, shape: tuple[int, ...], kinds: tuple[str, ...]
+    ) -> torch.Tensor:
+        """Read an array's rows of a shape from all files."""
+        parts = []
+        for path, rows in index.verified(self.options.file):
+            file, wanted = array_file(path), (rows, *shape)
+            found, kind = file.about(name)
+            if found != wanted:
+                raise kdkit.ModelError(
+                    f"{path.name}: '{name}' is {found}, and {INDEX} says {wanted}"
+                )
+            if kind not in kinds:
+                raise kdkit.ModelError(
+                    f"{path.name}: '{name}' is {kind}, and {INDEX} says {' or '.join(kinds)}"
+                )
+            parts.append(file.read(name))
+        return torch.cat(parts)
 
 
 @kdkit.hookimpl

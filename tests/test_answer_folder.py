@@ -1,0 +1,236 @@
+"""A folder of a teacher's answers: it teaches as the answers that it holds, and damage is one line."""
+
+import hashlib
+import json
+import shutil
+
+import numpy
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_answers_file import BASE, ROWS, refused, weights
+from training import merged, train, write
+
+from kdkit import recipe
+from kdkit.cache import export
+from kdkit.cache.folder import stores
+from kdkit.errors import RecipeError, RunError
+from kdkit.runs import fill_caches
+
+FOLDER = {**BASE, "teacher": {"model": "answers/logits", "file": "answers"}}
+PARTS = (slice(0, 20), slice(20, 48))
+LARGEST = torch.from_numpy(ROWS).log_softmax(1).topk(2)
+
+
+def write_npz(path, arrays):
+    numpy.savez(path, **{name: value.numpy() for name, value in arrays.items()})
+
+
+def write_parquet(path, arrays):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    columns = {name: [row.numpy() for row in value] for name, value in arrays.items()}
+    parquet.write_table(pa.table(columns), path)
+
+
+WRITERS = {"npz": write_npz, "safetensors": lambda path, arrays: save_file(arrays, path), "parquet": write_parquet}
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def write_folder(folder, arrays, about, kind="npz"):
+    folder.mkdir()
+    shards = []
+    for number, part in enumerate(PARTS):
+        path = folder / f"part-{number}.{kind}"
+        WRITERS[kind](path, {name: value[part].contiguous() for name, value in arrays.items()})
+        shards.append({"file": path.name, "rows": part.stop - part.start, "sha256": digest(path)})
+    return write_index(folder, {"format": 1, "rows": 48, "arrays": {"logits": about}, "shards": shards})
+
+
+def write_index(folder, index):
+    (folder / "index.json").write_text(json.dumps(index))
+    return index
+
+
+def whole(folder, kind="npz"):
+    return write_folder(folder, {"logits": torch.from_numpy(ROWS)}, {"shape": [6], "dtype": "float32"}, kind)
+
+
+def largest(folder, values=LARGEST.values, indices=LARGEST.indices, **about):
+    arrays = {"logits.values": values, "logits.indices": indices}
+    return write_folder(folder, arrays, {"shape": [6], "dtype": "float32", "top_k": 2, **about})
+
+
+def spread():
+    """The rows that the two likeliest classes stand for, by plain loops."""
+    rows = numpy.zeros((48, 6), dtype="float32")
+    for row, (values, indices) in enumerate(zip(*LARGEST, strict=True)):
+        left = 1 - values.double().exp().sum()
+        rows[row] = torch.log(left / 4)
+        for value, index in zip(values, indices, strict=True):
+            rows[row, index] = value
+    return rows
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_folder_teaches_as_one_file(kind, tmp_path):
+    whole(tmp_path / "answers", kind)
+    numpy.savez(tmp_path / "teacher.npz", logits=ROWS)
+    assert_weights(train(tmp_path, FOLDER, "a"), train(tmp_path, FOLDER, "b", teacher={"file": "teacher.npz"}), 0)
+
+
+def test_a_parquet_file_teaches_as_one_of_numpy(tmp_path):
+    write_parquet(tmp_path / "teacher.parquet", {"logits": torch.from_numpy(ROWS)})
+    numpy.savez(tmp_path / "teacher.npz", logits=ROWS)
+    assert_weights(*(train(tmp_path, FOLDER, kind, teacher={"file": f"teacher.{kind}"}) for kind in ("parquet", "npz")), 0)
+
+
+def test_the_largest_log_probabilities_leave_the_rest_to_the_other_classes(tmp_path):
+    largest(tmp_path / "answers")
+    numpy.savez(tmp_path / "teacher.npz", logits=spread())
+    assert_weights(train(tmp_path, FOLDER, "a"), train(tmp_path, FOLDER, "b", teacher={"file": "teacher.npz"}), 1e-6)
+
+
+def assert_weights(ours, theirs, tolerance):
+    for name, value in weights(theirs).items():
+        torch.testing.assert_close(weights(ours)[name], value, rtol=0, atol=tolerance)
+
+
+def test_a_copy_of_a_folder_is_the_same_recipe_and_another_content_is_not(tmp_path):
+    index = whole(tmp_path / "answers")
+    shutil.copytree(tmp_path / "answers", tmp_path / "copy")
+    prints = [recipe.load(write(tmp_path, FOLDER, teacher={"file": name})).fingerprint for name in ("answers", "copy")]
+    write_index(tmp_path / "copy", {**index, "teacher": "another"})
+    prints.append(recipe.load(write(tmp_path, FOLDER, teacher={"file": "copy"})).fingerprint)
+    assert prints[0] == prints[1] != prints[2]
+
+
+def without(index, *keys):
+    return {key: value for key, value in index.items() if key not in keys}
+
+
+SHARDS = {
+    "missing": (lambda folder, index: (folder / "part-1.npz").unlink(), "part-1.npz: No such file or directory"),
+    "digest": (
+        lambda folder, index: (folder / "part-1.npz").write_bytes(b"other"),
+        "part-1.npz: is damaged: its SHA-256 is not the one in index.json",
+    ),
+    "sum": (lambda folder, index: write_index(folder, {**index, "rows": 47}), "its shards have 48 rows together, not 47"),
+    "rows": (
+        lambda folder, index: write_index(
+            folder, {**index, "shards": [{**index["shards"][0], "rows": 19}, {**index["shards"][1], "rows": 29}]}
+        ),
+        "part-0.npz: 'logits' is (20, 6), and index.json says (19, 6)",
+    ),
+    "dtype": (
+        lambda folder, index: write_index(folder, {**index, "arrays": {"logits": {"shape": [6], "dtype": "float16"}}}),
+        "part-0.npz: 'logits' is float32, and index.json says float16",
+    ),
+    "version": (lambda folder, index: write_index(folder, {**index, "format": 2}), "index.json: is damaged: format: "),
+    "key": (lambda folder, index: write_index(folder, without(index, "shards")), "index.json: is damaged: shards: Field required"),
+    "outside": (
+        lambda folder, index: write_index(folder, {**index, "shards": [{**index["shards"][0], "file": "../x.npz"}]}),
+        "index.json: is damaged: shards.0.file: ",
+    ),
+    "array": (
+        lambda folder, index: write_index(folder, {**index, "arrays": {"other": index["arrays"]["logits"]}}),
+        "answers: has no array 'logits'; it has other",
+    ),
+    "columns": (
+        lambda folder, index: write_index(folder, {**index, "arrays": {"logits": {"shape": [5], "dtype": "float32"}}}),
+        "'logits' has 5 columns, for 6 classes",
+    ),
+    "index": (lambda folder, index: (folder / "index.json").write_text("{"), "index.json: is damaged: it is not JSON"),
+    "none": (lambda folder, index: (folder / "index.json").unlink(), "no such file: answers/index.json"),
+}
+
+
+@pytest.mark.parametrize("kind", SHARDS)
+def test_a_damaged_folder_is_one_line(kind, tmp_path):
+    change, says = SHARDS[kind]
+    change(tmp_path / "answers", whole(tmp_path / "answers"))
+    assert says in refused(tmp_path, FOLDER)
+
+
+TWICE = LARGEST.indices.clone()
+TWICE[7] = 3
+LARGEST_ROWS = {
+    "logits": ({"values": LARGEST.values + 3}, {}, "those of row 0 (counted from 0) sum to "),
+    "twice": ({"indices": TWICE}, {}, "row 7 (counted from 0) names classes twice, or others than 0 to 5: [3, 3]"),
+    "outside": ({"indices": LARGEST.indices + 1}, {}, "names classes twice, or others than 0 to 5"),
+    "floats": ({"indices": LARGEST.indices.float()}, {}, "'logits.indices' is float32, and index.json says int16 or int32 or int64"),
+    "rest": ({"rest": True}, {}, "part-0.npz: has no array 'logits.rest'; it has logits.values, logits.indices"),
+    "probabilities": ({}, {"teacher": {"answers": "softmax"}}, "'logits' has `top_k`, which is of logits; leave `answers` out"),
+    "loss": (
+        {},
+        {"losses": [{"use": "sp", "layers": [{"student": "logits", "teacher": "logits"}]}]},
+        "'sp' compares all logits, and the 2 largest are kept",
+    ),
+    "not_finite": ({"values": torch.full((48, 2), -torch.inf)}, {}, "numbers that are not finite, first in row 0"),
+}
+
+
+@pytest.mark.parametrize("kind", LARGEST_ROWS)
+def test_largest_answers_that_do_not_fit_are_one_line(kind, tmp_path):
+    about, changes, says = LARGEST_ROWS[kind]
+    largest(tmp_path / "answers", **about)
+    assert says in refused(tmp_path, merged(FOLDER, changes))
+
+
+# What `kdkit cache --export` writes
+
+CACHED = {"model": "mlp/8", "cache": {"views": 1, "dtype": "fp32"}}
+KEPT = {"all": {}, "top_k": {"top_k": 2}, "bf16": {"dtype": "bf16"}}
+
+
+def cached(folder, name="cached.yaml", **changes):
+    return recipe.load(write(folder, {**BASE, "teacher": CACHED, "run": {"folder": "runs"}}, name, **changes))
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_an_exported_cache_teaches_as_the_cache(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(export.write, "__defaults__", (500,))
+    teacher = {**CACHED, "cache": {**CACHED["cache"], **KEPT[kind]}}
+    index = fill_caches.write_out(cached(tmp_path, data={"train_samples": 40}, teacher=teacher), tmp_path / "answers", quiet=True)
+    assert index.rows == 48 and len(index.shards) > 1 and (index.dataset, index.teacher) == ("synthetic", "mlp/8")
+    by_cache = train(tmp_path, {**BASE, "teacher": teacher}, "cache")
+    assert_weights(train(tmp_path, FOLDER, "export"), by_cache, 0)
+
+
+def test_an_export_that_fails_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "save", lambda values: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fill_caches.write_out(cached(tmp_path), tmp_path / "out" / "answers", quiet=True)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+EXPORTS = {
+    "views": ({"data": {"augment": {"flip": 0.5}}, "teacher": {"cache": {"views": "all"}}}, "data: a folder of answers has one view"),
+    "none": ({"teacher": {"cache": None}}, "teacher: has no `cache:` that could be filled"),
+    "layers": (
+        {
+            "teacher": {"cache": {"what": "taps"}},
+            "losses": [{"use": "hint", "layers": [{"student": "layer1", "teacher": "layer1"}]}, {"use": "logit_kl"}],
+        },
+        "a folder of answers has one row of logits (K,)",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", EXPORTS)
+def test_what_cannot_be_exported_is_one_line(kind, tmp_path):
+    changes, says = EXPORTS[kind]
+    with pytest.raises((RecipeError, RunError)) as caught:
+        fill_caches.write_out(cached(tmp_path, **changes), tmp_path / "answers", quiet=True)
+    assert says in str(caught.value) and not (tmp_path / "answers").exists()
+
+
+def test_a_folder_that_is_taken_is_left_alone(tmp_path):
+    whole(tmp_path / "answers")
+    with pytest.raises(RunError, match="answers exists"):
+        fill_caches.write_out(cached(tmp_path), tmp_path / "answers", quiet=True)
+    assert len(list((tmp_path / "answers").iterdir())) == 3 and stores(tmp_path / "runs" / "teacher-cache") == []
