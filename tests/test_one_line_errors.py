@@ -252,7 +252,7 @@ def test_only_the_options_of_the_loss_that_is_meant_are_suggested(write, tmp_pat
     plugin = "import kdkit\n\nclass Logit(kdkit.Loss):\n    '''Mine.'''\n    name, knowledge = 'logit', 'response'\n\n    def forward(self, student, teacher, batch):\n        return student.logits.sum()\n\n@kdkit.hookimpl\ndef kdkit_losses():\n    return [Logit]\n"
     (tmp_path / "mine.py").write_text(plugin)
     told = refused(recipe.load, write(RECIPE), {"losses.0": {"use": "logit", "temprature": 2}, "plugins": [str(tmp_path / "mine.py")]})
-    assert told == ["override: losses.0.temprature: no such key; allowed: name, output, teacher, use, weight"]
+    assert told == ["override: losses.0.temprature: no such key; allowed: name, output, teacher, use, view, weight"]
 
 
 def test_an_override_of_a_missing_item_lists_those_that_exist(write):
