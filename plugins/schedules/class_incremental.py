@@ -3,9 +3,9 @@ keeps the student from forgetting the earlier ones.
 
 Stage s trains on the images of its new classes alone. From the second stage on, the frozen student
 of the stage before teaches: losses on responses compare the logits of the classes that it knows, z
-restricted to the first K' of the K classes. Losses on labels compare those of the others, as in a
-head of its own: in a softmax over all, images of new classes alone would push all earlier classes
-down. Where images of earlier classes are kept, labels count over all. So the recipes are:
+restricted to the first K' of the K classes. Losses on labels compare those of the classes that the
+stage shows, as in a head of its own: in a softmax over all, images of new classes alone would push the others
+down. So the recipes are:
 
 LwF: Li, Hoiem, "Learning without Forgetting", ECCV 2016, arXiv:1606.09282, equations 2 and 3:
 `cross_entropy` and `logit_kl` with T = 2, whose weight is the paper's lambda. The paper is told in
@@ -41,8 +41,8 @@ class ClassIncremental(kdkit.Schedule):
     Classes come in the order of their numbers. An epoch has as many images as the training part,
     those of the stage's classes several times. Each stage begins with the weights of the one
     before, has `train.epochs` epochs and a learning-rate schedule of its own; the last one's
-    student is the result. Hardly any answer is a class that has not come yet: after a stage, the
-    balanced accuracy times K / K' is that on the K' classes so far. A step costs a forward and a
+    student is the result. After a stage, the balanced accuracy times K / K' is that on the K'
+    classes so far; an answer that is a class to come counts as wrong. A step costs a forward and a
     backward an image, from the second stage on a forward more.
     """
 
@@ -82,7 +82,7 @@ class ClassIncremental(kdkit.Schedule):
             yield kdkit.Stage(
                 f"stage_{number}",
                 [student],
-                Step(student, earlier, old, rehearses=self.options.memory > 0),
+                Step(student, earlier, old, shown=range(0 if self.options.memory else old, end)),
                 arrange=Group(old, end, self.options.memory),
                 teachers=[] if earlier is None else [earlier],
             )
@@ -105,19 +105,17 @@ class ClassIncremental(kdkit.Schedule):
 
 
 class Step:
-    """A teacher's answer over the first `old` classes, labels over the others, or over all if the
-    stage rehearses earlier ones.
-    """
+    """A teacher's answer over the first `old` classes, labels over those that are shown."""
 
     def __init__(
-        self, student: kdkit.Model, teacher: kdkit.Model | None, old: int, *, rehearses: bool
+        self, student: kdkit.Model, teacher: kdkit.Model | None, old: int, shown: range
     ) -> None:
-        self.student, self.teacher, self.old, self.rehearses = student, teacher, old, rehearses
+        self.student, self.teacher, self.old, self.shown = student, teacher, old, shown
 
     def __call__(self, batch: kdkit.Batch) -> Sequence[kdkit.Lesson]:
         answer = self.student(batch.inputs)
         if self.teacher is None:
-            return [kdkit.Lesson(answer)]
+            return [self.labelled(answer)]
         with torch.no_grad():
             taught = self.teacher(batch.inputs).detach()
         known = [kdkit.with_logits(each, each.logits[:, : self.old]) for each in (answer, taught)]
@@ -125,11 +123,10 @@ class Step:
 
     def labelled(self, answer: kdkit.Outputs) -> kdkit.Lesson:
         """The lesson of losses on labels."""
-        if self.rehearses:
-            return kdkit.Lesson(answer)
         # masked, not cut off: losses on labels expect a logit for each class
-        earlier = torch.arange(answer.logits.shape[1], device=answer.logits.device) < self.old
-        return kdkit.Lesson(kdkit.with_logits(answer, answer.logits.masked_fill(earlier, LOW)))
+        classes = torch.arange(answer.logits.shape[1], device=answer.logits.device)
+        hidden = (classes < self.shown.start) | (classes >= self.shown.stop)
+        return kdkit.Lesson(kdkit.with_logits(answer, answer.logits.masked_fill(hidden, LOW)))
 
 
 class Group:
