@@ -4,8 +4,8 @@ keeps the student from forgetting the earlier ones.
 Stage s trains on the images of its new classes alone. From the second stage on, the frozen student
 of the stage before teaches: losses on responses compare the logits of the classes that it knows, z
 restricted to the first K' of the K classes. Losses on labels compare those of the classes that the
-stage shows, as in a head of its own: in a softmax over all, images of new classes alone would push the others
-down. So the recipes are:
+stage shows, as in a head of its own: in a softmax over all, images of new classes alone would push
+the others down. So the recipes are:
 
 LwF: Li, Hoiem, "Learning without Forgetting", ECCV 2016, arXiv:1606.09282, equations 2 and 3:
 `cross_entropy` and `logit_kl` with T = 2, whose weight is the paper's lambda. The paper is told in
