@@ -29,6 +29,7 @@ SCHEDULES = {
     "assistants": {"assistants": [TINY]},
     "branches": {"split": "stage2"},
     "born_again": {"generations": 2},
+    "class_incremental": {"stages": 2},
     "rco": {"anchors": [1]},
     "cmi": {**BANK, "width": 4, "latent": 4, "negatives": 8, "projection": 4},
     "dafl": {"width": 4, "latent": 4},
@@ -80,7 +81,11 @@ REFUSED = {
     **{(own, loss): NO_TEACHER.format(own) for own in WITHOUT_TEACHER for loss, cls in PLUGINS.losses.items() if cls.knowledge != "labels"},
     **{(schedule, loss): NO_NETWORK for schedule in WITHOUT_NETWORK for loss in READING},
     **{(schedule, "ofd"): "set up with a context that has its network" for schedule in WITHOUT_NETWORK},
-    **{("bake", loss): "by pooling and a linear classifier: its head is more" for loss in ("cat_kd", "sdd", "simkd", "srrl")},
+    **{
+        (schedule, loss): "by pooling and a linear classifier: its head is more"  # its logits are put together, or cut off
+        for schedule in ("bake", "class_incremental")
+        for loss in ("cat_kd", "sdd", "simkd", "srrl")
+    },
     **{(schedule, "nd"): "needs a teacher that stays as it is" for schedule in ("bake", "cs_kd", "ddgsd", "dlb")},
     **{(schedule, loss): "reads the labels of training images, and they have none" for schedule in MAKING for loss in ON_LABELS},
     **{(schedule, "nd"): "and there are none" for schedule in MAKING},
