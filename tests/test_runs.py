@@ -315,7 +315,7 @@ def test_stages_that_cannot_be_told_apart_or_learn_nothing_are_refused(tmp_path)
 def test_labels_are_found_by_the_index_of_a_batch(tmp_path):
     loaded = recipe.load(write(tmp_path, data={"train_samples": 24, "validation": 12}))
     prepared = opening.open_data(loaded, build_accelerator(loaded.spec.train))
-    labels = setup._labels_by_index(prepared.train)
+    labels = setup._labels_by_index(prepared.train, loaded.task)
     for batch in prepared.train.epoch(0):
         assert torch.equal(labels[batch.index.cpu()], batch.labels.cpu())
     assert int((labels >= 0).sum()) == 24

@@ -25,6 +25,10 @@ class Average:
 
         self._ema = ModelEmaV3(network, decay=decay, use_warmup=warmup)
         self.module: nn.Module = self._ema.module
+        # such as the ranges of an observer that has seen nothing: they follow the network
+        self._without_mean = [
+            name for name, buffer in network.named_buffers() if not buffer.isfinite().all()
+        ]
 
     def changing_share(self, steps: int) -> float | None:
         """Return the share of the network in its average after `steps` steps, 1 - decay in fp32;
@@ -50,6 +54,8 @@ class Average:
                 self._move(network, share)
             else:
                 self._ema.update(network, step=steps)
+            for name in self._without_mean:
+                self.module.get_buffer(name).copy_(network.get_buffer(name))
         # shapes differ: the network was pruned, or its buffers have grown
         except RuntimeError:
             theirs = self.module.state_dict()

@@ -1,8 +1,9 @@
 """Squared error on labels that are shares of the classes.
 
-Nguyen, Chen, Lee, ICLR 2021, arXiv:2011.00050, section 4.3, trains networks on the labels that a
-kernel regression has learnt by the squared error on them; Hui, Belkin, ICLR 2021, arXiv:2006.07322,
-on one-hot labels.
+Nguyen, Chen, Lee, "Dataset Meta-Learning from Kernel Ridge-Regression", ICLR 2021,
+arXiv:2011.00050, section 4.3, trains networks by it on the labels that a kernel regression has
+learnt; Hui, Belkin, "Evaluation of Neural Architectures Trained with Square Loss vs Cross-Entropy
+in Classification Tasks", ICLR 2021, arXiv:2006.07322, on one-hot labels.
 """
 
 import torch.nn.functional as F

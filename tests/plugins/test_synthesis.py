@@ -193,7 +193,7 @@ SMALL = {"round_size": 6, "warmup": 1, "every": 2, "shift": 0, "flip": 0}
 
 def test_the_loss_of_dafl_is_the_papers(monkeypatch):
     losses = []
-    monkeypatch.setattr(dafl, "descend", lambda loss, optimizer: losses.append(float(loss)))
+    monkeypatch.setattr(dafl, "descend", lambda loss, optimizer: losses.append(loss.item()))
     models = Models()
     (stage,) = dafl.Dafl(dafl.Dafl.Options(latent=3, width=2, one_hot=0.7, activation=0.3, balance=2)).stages(models)
     batch = kdkit.Batch(torch.zeros(6, 1, 6, 6), torch.full((6,), -1), torch.arange(6))
