@@ -17,7 +17,7 @@ from kdkit.contracts.records import Outputs
 from kdkit.runs import checks, serving
 from kdkit.study import comparison, loading
 
-TOKEN = "a secret of this test"
+TOKEN = "a secret of this test, 鍵"  # whatever signs it has
 HINT = {"use": "hint", "layers": [{"student": "stage3", "teacher": "stage3"}]}
 FEATURES = {**PLAIN, "losses": [{"use": "cross_entropy"}, {"use": "logit_kl"}, HINT]}
 
@@ -185,12 +185,20 @@ def running(tmp_path_factory):
 def test_a_strange_request_gets_one_line(running, path, body, asked, status):
     body = wire.pack_inputs(torch.rand(2, 3, 8, 8)) if body is None else body
     client = http.client.HTTPConnection(running.address)
-    client.request("POST", path, body, {"Authorization": f"Bearer {TOKEN}", wire.ASKED: asked})
+    client.request("POST", path, body, {"Authorization": wire.authorization(TOKEN), wire.ASKED: asked})
     answer = client.getresponse()
     assert answer.status == status
     text = answer.read().decode()
     assert text and "\n" not in text
     client.close()
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"[1]", b'{"teacher": 3}'])
+def test_another_server_is_told(tmp_path, monkeypatch, body):
+    monkeypatch.setattr(served._Connection, "_once", lambda *given: (200, body, "[]"))
+    with pytest.raises(kdkit.RunError) as caught:
+        train(tmp_path, teacher={"at": "localhost:7070"})
+    assert str(caught.value) == "teacher: what listens at localhost:7070 is no `kdkit serve`"
 
 
 def test_nothing_is_told_without_the_token(running):

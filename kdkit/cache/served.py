@@ -91,7 +91,7 @@ class _Connection:
             if lost:
                 self.tell(f"{self._role}: {self.address} answers again")
             if status != http.client.OK:
-                says = answer.decode(errors="replace")[:300]
+                says = one_line(answer.decode(errors="replace"))
                 raise RunError(f"{self._role}: {self.address} refuses: {says}")
             return answer, last
         raise RunError(f"{self._role}: {self.address} is not asked any more")
@@ -100,7 +100,7 @@ class _Connection:
         if self._open is None:
             self._open = http.client.HTTPConnection(self.address, timeout=SILENT)
         headers = {
-            "Authorization": f"Bearer {os.environ.get(wire.TOKEN, '')}",
+            "Authorization": wire.authorization(os.environ.get(wire.TOKEN, "")),
             wire.ASKED: json.dumps(asked),
         }
         self._open.request("GET" if body is None else "POST", path, body, headers)
@@ -146,14 +146,19 @@ class ServedTeacher:
         """
         found: list[dict[str, Any]] = []
         for server in self._servers:
-            known = json.loads(server.ask(wire.ABOUT).result()[0])
-            if self._name not in known:
-                served = ", ".join(known)
+            try:
+                known = json.loads(server.ask(wire.ABOUT).result()[0])
+                teachers = {name: dict(about) for name, about in known.items()}
+            except (ValueError, AttributeError, TypeError):
+                says = f"{self._role}: what listens at {server.address} is no `kdkit serve`"
+                raise RunError(says) from None
+            if self._name not in teachers:
+                served = ", ".join(teachers)
                 raise RunError(
                     f"{self._role}: {server.address} serves no '{self._name}', only {served}"
                 )
-            found.append(known[self._name])
-            if found[-1]["key"] != key(self._recipe, self._name):
+            found.append(teachers[self._name])
+            if found[-1].get("key") != key(self._recipe, self._name):
                 raise RunError(
                     f"{self._role}: {server.address} serves another '{self._name}' than this"
                     " recipe describes"

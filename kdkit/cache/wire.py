@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +20,11 @@ ASKED = "Kdkit-Asked"  # HTTP header of a request: what is asked, as JSON
 LAST = "Kdkit-Channels-Last"  # of an answer: names of tensors in that layout, as JSON
 ABOUT, ANSWER = "/about", "/answer"
 IMAGES, LOGITS, LAYER = "images", "logits", "layer "
+
+
+def authorization(token: str) -> str:
+    """Return the header of a request that knows the token: a digest, as a header is ASCII."""
+    return f"Bearer {hashlib.sha256(token.encode()).hexdigest()}"
 
 
 def pack_inputs(inputs: Inputs) -> bytes:
@@ -50,7 +56,7 @@ def unpack_answer(data: bytes, last: str) -> tuple[Tensor | None, dict[str, Tens
         RunError: these are no tensors.
     """
     named = _unpacked(data)
-    for name in json.loads(last):
+    for name in named.keys() & set(json.loads(last)):
         named[name] = named[name].contiguous(memory_format=torch.channels_last)
     layers = {k.removeprefix(LAYER): v for k, v in named.items() if k.startswith(LAYER)}
     return named.get(LOGITS), layers

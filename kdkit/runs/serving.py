@@ -174,8 +174,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(HTTPStatus.OK, body, last)
 
     def _allowed(self) -> bool:
-        given = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        if hmac.compare_digest(given.encode(), self.server.token.encode()):
+        given, wanted = self.headers.get("Authorization", ""), wire.authorization(self.server.token)
+        if hmac.compare_digest(given.encode(), wanted.encode()):
             return True
         # what else was sent is not read
         self.close_connection = True
