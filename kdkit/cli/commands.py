@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import platform
@@ -17,7 +16,7 @@ import typer
 from rich.table import Table
 
 from kdkit import __version__, launching
-from kdkit.cli import starting, studies, usage
+from kdkit.cli import ahead, starting, studies, usage
 from kdkit.cli.console import (
     DEBUG,
     NoPlugins,
@@ -48,6 +47,7 @@ app = typer.Typer(
     help="Knowledge distillation from recipes: any loss plugin under any schedule plugin.",
 )
 app.add_typer(studies.app)
+app.add_typer(ahead.app)
 app.add_typer(starting.app)
 RunPath = Annotated[Path, argument(help="Run folder.")]
 Best = Annotated[
@@ -356,39 +356,6 @@ def profile(
             markup=False,
         )
     out.print(cost_table.table([s.name for s in found], measured))
-
-
-@app.command()
-def serve(
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    plugins: Plugins = None,
-    host: Annotated[
-        str, typer.Option("--host", metavar="NAME", help="Address of this machine to listen at.")
-    ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, metavar="N", help="0: any that is free.")
-    ] = 7070,
-    no_plugins: NoPlugins = False,
-) -> None:
-    """Let a recipe's teachers answer runs in other processes, which name it by `at`.
-
-    The environment variable KDKIT_TOKEN of both sides holds a secret of your own.
-    """
-    watch(plugins, no_plugins)
-    token = os.environ.get("KDKIT_TOKEN", "")
-    if not token:
-        raise RunError("KDKIT_TOKEN is not set; choose a secret, and set it for both sides")
-    loaded = load(recipe, overrides, plugins)
-    from kdkit.runs import serving
-
-    if at := serving.here(loaded):
-        loaded = load(recipe, [*(overrides or []), *at], plugins)
-    with serving.Server(serving.Teachers.of(loaded), host, port, token) as server:
-        names = ", ".join(server.teachers.models)
-        out.print(f"{names}: served at {server.address} until Ctrl-C", markup=False)
-        with contextlib.suppress(KeyboardInterrupt):
-            server.serve_forever()
 
 
 @app.command()

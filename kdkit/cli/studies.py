@@ -1,5 +1,5 @@
-"""The commands for several runs: compare, search, report, cache. Everything heavy is imported in
-the command that needs it.
+"""The commands for several runs: compare, search, report. Everything heavy is imported in the
+command that needs it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,10 @@ import typer
 
 from kdkit.cli.console import (
     NoPlugins,
-    Overrides,
     Plugins,
     Processes,
-    RecipeFile,
     RunPlugins,
     absolute,
-    load,
     out,
     start_processes,
     watch,
@@ -268,94 +265,3 @@ def report(
     for what in written.missing:
         out.print(f"left out: {what}", markup=False)
     out.print(str(written.page), markup=False)
-
-
-@app.command("distill-data")
-def distill_data(
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    plugins: Plugins = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
-) -> None:
-    """Make a few images that stand for a recipe's dataset; write them to a file.
-
-    `data.distilled=FILE` trains a recipe on them. An interrupted run starts over.
-    """
-    watch(plugins, no_plugins=False)
-    loaded = load(recipe, overrides, plugins)
-    from kdkit.runs.distilling import distill
-
-    distill(loaded, quiet=quiet)
-
-
-@app.command()
-def cache(
-    recipe: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[RECIPE|NAME]",
-            help="Recipe file; a cache's name for --list, --clear.",
-            show_default=False,
-        ),
-    ] = None,
-    overrides: Overrides = None,
-    plugins: Plugins = None,
-    listed: Annotated[
-        bool,
-        typer.Option("--list", help="List the caches that there are, or the one of that name."),
-    ] = False,
-    clear: Annotated[
-        bool, typer.Option("--clear", help="Remove all caches, or the one of that name.")
-    ] = False,
-    export: Annotated[
-        Path | None,
-        typer.Option(
-            "--export",
-            metavar="FOLDER",
-            help="Write the filled cache as a folder of answers, for `answers/logits`.",
-            show_default=False,
-        ),
-    ] = None,
-    folder: Annotated[
-        Path, typer.Option("--dir", help="Where caches are listed or removed.")
-    ] = Path("runs/teacher-cache"),
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
-) -> None:
-    """Fill the teacher caches of a recipe; write one out; list or remove caches."""
-    from kdkit.errors import RecipeError
-
-    if clear + listed + (export is not None) > 1:
-        raise RecipeError("give --list, --clear or --export, not several")
-    watch(plugins, no_plugins=False)
-    wanted = None if clear or listed or recipe is None else load(Path(recipe), overrides, plugins)
-    from kdkit.cache import folder as store_folder
-
-    # after the recipe, so that its errors appear before the slow import
-    from kdkit.runs import fill_caches
-    from kdkit.units import gigabytes
-
-    if clear:
-        for gone in store_folder.clear(folder, recipe):
-            out.print(f"removed {gone.path} ({gigabytes(gone.bytes)})", markup=False)
-    elif listed:
-        out.print(
-            fill_caches.table(
-                [
-                    found
-                    for found in store_folder.stores(folder)
-                    if recipe in (None, found.path.name)
-                ]
-            )
-        )
-    elif wanted is None:
-        raise RecipeError(
-            "name a recipe whose teacher caches are to be filled, or give --list or --clear"
-        )
-    elif export is not None:
-        index = fill_caches.write_out(wanted, export, quiet=quiet)
-        out.print(f"{export}: {index.rows:,} answers of {index.teacher}", markup=False)
-    else:
-        for made in fill_caches.fill(wanted, quiet=quiet):
-            out.print(
-                f"{made.path}: {made.filled:,} answers, {gigabytes(made.bytes)}", markup=False
-            )
