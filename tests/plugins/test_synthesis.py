@@ -193,7 +193,7 @@ SMALL = {"round_size": 6, "warmup": 1, "every": 2, "shift": 0, "flip": 0}
 
 def test_the_loss_of_dafl_is_the_papers(monkeypatch):
     losses = []
-    monkeypatch.setattr(dafl, "descend", lambda loss, optimizer: losses.append(loss.item()))
+    monkeypatch.setattr(dafl, "descend", lambda loss, optimizer: losses.append(float(loss.detach())))
     models = Models()
     (stage,) = dafl.Dafl(dafl.Dafl.Options(latent=3, width=2, one_hot=0.7, activation=0.3, balance=2)).stages(models)
     batch = kdkit.Batch(torch.zeros(6, 1, 6, 6), torch.full((6,), -1), torch.arange(6))
@@ -223,7 +223,7 @@ def test_the_loss_of_a_round_is_the_weighted_sum(module, competing):
     networks = _synthesis.Networks(models, made.taps, batch_norm=True)
     images, labels = torch.rand(6, 1, 6, 6), torch.tensor([0, 0, 0, 1, 1, 1])
     found = made.synthesis(networks).loss(images, labels, competing=competing)
-    found = float(found[0] if isinstance(found, tuple) else found)
+    found = float((found[0] if isinstance(found, tuple) else found).detach())
     net, student = models.teacher().module, networks.student.module
     with torch.no_grad():
         z, s = net(images), student(images)
