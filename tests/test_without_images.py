@@ -9,6 +9,7 @@ from PIL import Image
 from test_lockstep import alone, jobs
 from training import PLAIN, Command, assert_same_run, lines, merged, metrics, stop_and_go_on, train, write
 
+import kdkit
 from kdkit import recipe
 from kdkit.errors import RecipeError
 from kdkit.runs import checks, pictures
@@ -72,6 +73,25 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bits(schedule, tmp_pa
     code, log = Command(tmp_path, "train", path, "--run", "parts").finish()
     assert code == 0, log
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_step_of_several_batches_makes_images_once(tmp_path, monkeypatch):
+    from kdkit_plugins.schedules.fast import Meta
+
+    rounds, make = [], Meta.__call__
+    monkeypatch.setattr(Meta, "__call__", lambda self, *, competing: rounds.append(competing) or make(self, competing=competing))
+    # two epochs of six batches: steps 0 to 5, a round before steps 0 (2 to warm up) and 3
+    train(tmp_path, of("fast", data={"synthetic_batches": 6}, train={"accumulate": 2}))
+    assert rounds == [False, False, True]
+
+
+@pytest.mark.parametrize(("schedule", "rates"), [("cmi", {"lr": 1e30}), ("fast", {"lr": 1e30, "lr_noise": 1e30})])
+def test_images_that_cannot_be_made_stop_the_run_in_a_line(schedule, rates, tmp_path):
+    spec = of(schedule)
+    spec["schedule"] |= rates
+    with pytest.raises(kdkit.RunError, match="the loss of the images that are made is nan") as told:
+        train(tmp_path, spec)
+    assert "\n" not in str(told.value)
 
 
 def test_runs_side_by_side_end_as_alone(tmp_path):

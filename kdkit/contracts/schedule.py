@@ -198,9 +198,10 @@ class Stage:
         step: decides who teaches whom on a batch, at the moment before the step; returns one lesson
             per student, in their order, then further lessons about answers that `parts` and several
             students make together: losses that read layers are ignored in these.
-        prepare: called before each optimizer step, outside of its forward; returns the batch that
-            the step gets in place of the loader's, with as many samples. It may train objects of
-            the schedule (`keeps`), but must leave no gradients in the students.
+        prepare: called before each optimizer step, outside of its forward, on each of its batches
+            (several with `train.accumulate`); returns the batch that the step gets in place of the
+            loader's, with as many samples. It may train objects of the schedule (`keeps`), but must
+            leave no gradients in the students.
         after_step: called after each optimizer step, which the moment counts.
         after_epoch: called after the last step of each epoch, which the moment counts.
         data: requirements on the batches.

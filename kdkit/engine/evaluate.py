@@ -4,9 +4,10 @@ teacher's.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from kdkit.engine.scores import scores_of
 from kdkit.engine.turns import Turns, finish
 from kdkit.errors import RunError
 from kdkit.finite import LOOK
+from kdkit.models.freezing import in_eval_mode
 from kdkit.models.given_answers import looks_like
 from kdkit.recipe import Recipe
 
@@ -106,7 +108,8 @@ class Tally:
         device = rows.answer.device
         if device.type == "mps":  # MPS has no double precision
             rows, device = rows.to(torch.device("cpu")), torch.device("cpu")
-        for score in (score for score in self._scores if score.shown is shown):
+        # all of them: another process may be shown samples where this one is shown none
+        for score in self._scores:
             if (key := _key(score)) not in self._metrics:
                 self._metrics[key] = score.build().to(device)
                 self._metrics[key].sync_on_compute = self._together
@@ -115,11 +118,20 @@ class Tally:
                 metric.update(*sees(rows))
 
     def values(self) -> dict[str, float]:
-        """Return the scores by name."""
+        """Return the scores by name.
+
+        Raises:
+            RunError: a score that shows something else was shown no sample, so it has no value.
+        """
         values: dict[str, float] = {}
         for score in self._scores:
-            # computed once: torchmetrics remembers the value until the next update
-            values |= score.numbers(self._metrics[_key(score)].compute())
+            with warnings.catch_warnings():
+                # no update: the samples were shown in other processes, or the value is NaN
+                warnings.filterwarnings("ignore", "The ``compute`` method")
+                # computed once: torchmetrics remembers the value until the next update
+                values |= score.numbers(self._metrics[_key(score)].compute())
+            if score.shown and math.isnan(values.get(score.name, 0.0)):
+                raise RunError(f"'{score.name}': none of the samples is shown; show more of them")
         return values
 
 
@@ -136,22 +148,6 @@ def show(tally: Tally, ask: Ask, batch: Batch, task: Task, taught: TaughtAnswers
             tally.add(Rows(rows.logits.float(), asked.labels, known), shown)
 
 
-@contextlib.contextmanager
-def evaluating(models: Iterable[Model]) -> Iterator[None]:
-    """Put models in eval mode inside the block, and restore each module's mode afterwards: only
-    some parts of a teacher may be in eval mode.
-    """
-    modules = [model.module for model in models]
-    training = [part for module in modules for part in module.modules() if part.training]
-    for module in modules:
-        module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
-
-
 def asking(
     models: Sequence[Model],
     batches: Iterable[Batch],
@@ -165,7 +161,7 @@ def asking(
     Yields (*`place`, batch) before each batch; not in several processes, whose shares can differ by
     one batch.
     """
-    with evaluating(models):
+    with in_eval_mode(*(model.module for model in models)):
         coming = iter(batches)
         for number in itertools.count():
             if world == 1:

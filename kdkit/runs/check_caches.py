@@ -23,6 +23,7 @@ from kdkit.contracts.known_answers import NETWORK_KEYS, TopK
 from kdkit.contracts.model_source import CacheOptions, StudentOptions, TeacherOptions
 from kdkit.contracts.records import Batch, Inputs, Outputs
 from kdkit.contracts.schedule import Stage
+from kdkit.engine.scores import scores_of
 from kdkit.errors import RecipeError
 from kdkit.models.given_answers import looks_like
 from kdkit.models.tapped import TappedModel
@@ -83,6 +84,13 @@ def _refused_served(recipe: Recipe, factory: ModelFactory, name: str) -> Iterato
         yield recipe.problem(
             place, f"a loss reads the weights of {name}, which are elsewhere; leave it out"
         )
+    if recipe.spec.data.synthetic_batches is not None:
+        yield recipe.problem(
+            place, f"images are made by gradients through {name}, and its network is elsewhere"
+        )
+    if showing := [score.name for score in scores_of(recipe, factory.info) if score.shown]:
+        says = f"'{showing[0]}' needs gradients through {name}, and its network is elsewhere"
+        yield recipe.problem(place, says)
     own = factory.teacher_options(name)
     if own is not None and own.input is not None and own.input.is_drawn:
         yield recipe.problem(

@@ -181,8 +181,9 @@ class DataChecks(Checks):
         own = {score.name for score in self.task.scores(info)}
         deciding = scores[0] if self.spec.decide_by else None
         named = (score for score in scores if score.name not in own and score is not deciding)
+        others = (i for i, e in enumerate(self.spec.metrics) if e != self.spec.decide_by)
         places: list[tuple[list[str | int], Score]] = [
-            (["metrics", i], score) for i, score in enumerate(named)
+            (["metrics", i], score) for i, score in zip(others, named, strict=False)
         ]
         if deciding and deciding.name not in own:
             places.append((["decide_by"], deciding))

@@ -75,9 +75,9 @@ class RobustAccuracy(kdkit.MetricSource):
         changed = options.model_dump(exclude_defaults=True)
 
         def build() -> Any:
-            from torchmetrics.classification import MulticlassAccuracy
+            from torchmetrics import MeanMetric
 
-            return MulticlassAccuracy(classes, average="micro", validate_args=False)
+            return MeanMetric()  # NaN of no samples
 
         return kdkit.Score(
             name="_".join([self.name, *(f"{key}={value}" for key, value in changed.items())]),
@@ -85,6 +85,7 @@ class RobustAccuracy(kdkit.MetricSource):
             unit="%",
             scale=100.0,
             build=build,
+            sees=right,
             shown=lambda ask, batch: attacked(options, ask, batch, classes),
             meaning=(
                 "share of samples whose class is right when each pixel is changed against the"
@@ -93,6 +94,11 @@ class RobustAccuracy(kdkit.MetricSource):
                 + (f"; of {options.fraction:.0%} of the samples" if options.fraction < 1 else "")
             ),
         )
+
+
+def right(rows: kdkit.Rows) -> tuple[Tensor]:
+    """Return for each row whether its class is right, as 0 or 1."""
+    return ((rows.answer.argmax(1) == rows.target).float(),)
 
 
 def attacked(
@@ -178,19 +184,18 @@ class _Query(torch.autograd.Function):
 
 @contextlib.contextmanager
 def seeded(*parts: int) -> Iterator[None]:
-    """Seed the generators that the library draws from, NumPy's and torch's; both go on afterwards
-    as if nothing had been drawn.
+    """Seed NumPy's generator, which starts are drawn from; it and torch's, which the library's
+    loader draws from, go on afterwards as if nothing had been drawn.
     """
     import numpy as np
 
-    numeric = np.random.get_state()
-    with torch.random.fork_rng([]):
-        np.random.seed([*parts])
-        torch.manual_seed(parts[0])
-        try:
+    before = np.random.get_state()
+    np.random.seed([*parts])
+    try:
+        with torch.random.fork_rng([]):
             yield
-        finally:
-            np.random.set_state(numeric)
+    finally:
+        np.random.set_state(before)
 
 
 @kdkit.hookimpl

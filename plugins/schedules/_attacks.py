@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 import kdkit
 
@@ -81,20 +80,6 @@ def against_answers(student: kdkit.Model, logits: Tensor) -> Callable[[Tensor], 
     return lambda images: F.kl_div(
         student(images).logits.float().log_softmax(1), known, reduction="sum", log_target=True
     )
-
-
-@contextmanager
-def in_eval_mode(network: nn.Module) -> Iterator[None]:
-    """Put a network in eval mode inside the block: an attack changes no running statistics, and
-    draws no dropout. Each module's own mode comes back.
-    """
-    training = [module for module in network.modules() if module.training]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def images_of(batch: kdkit.Batch) -> Tensor:

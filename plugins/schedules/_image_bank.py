@@ -13,20 +13,17 @@ from torch import Tensor
 
 import kdkit
 
-from ._synthesis import Networks, moved
+from ._synthesis import Every, Networks, moved
 
 SHOWN = 64
 """Images in a picture."""
 
 
 class Ring:
-    """The last `capacity` rows that were added.
+    """The last `capacity` rows that were added, on a device. They are saved with the run."""
 
-    They are saved with the run; where the device has memory of its own, they stay there.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(self, capacity: int, device: torch.device | str = "cpu") -> None:
+        self.capacity, self.device = capacity, device
         self.rows: Tensor | None = None  # (capacity, ...), of which the first `count` are there
         self.count = self.place = 0
 
@@ -59,7 +56,7 @@ class Ring:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rows, self.count, self.place = None, 0, 0
         if (rows := state["rows"]) is not None:
-            self.add(rows)
+            self.add(rows.to(self.device))
             self.place = state["place"]
 
 
@@ -135,10 +132,11 @@ class BankSchedule(kdkit.Schedule):
     def stages(self, models: kdkit.Models) -> Iterator[kdkit.Stage]:
         o = self.options
         networks = Networks(models, self.taps, batch_norm=o.batch_norm > 0)
-        make, bank = self.synthesis(networks), Ring(o.images)
+        make, due = self.synthesis(networks), Every(o.every)
+        bank = Ring(o.images, networks.device)
 
         def prepare(batch: kdkit.Batch, moment: kdkit.Moment) -> kdkit.Batch:
-            if moment.step % o.every == 0:
+            if due(moment.step):
                 for _ in range(1 if moment.step else o.warmup):
                     bank.add(in_bytes(make(competing=moment.step > 0)))
             images = bank.draw(len(batch.index)).float() / 255

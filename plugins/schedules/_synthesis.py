@@ -226,6 +226,33 @@ def moved(images: Tensor, *, shift: int = 0, flip: float = 0.0, smallest: float 
     return F.grid_sample(images, grid, align_corners=False)
 
 
+class Every:
+    """Tells when a step is an n-th one, once, however many batches the step has (`accumulate`)."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self._last = -1
+
+    def __call__(self, step: int) -> bool:
+        due = step % self.steps == 0 and step != self._last
+        self._last = step
+        return due
+
+
+def finite(loss: Tensor) -> float:
+    """Return a loss of synthesis as a number.
+
+    Raises:
+        RunError: it is NaN or infinite.
+    """
+    if not math.isfinite(value := loss.item()):
+        raise kdkit.RunError(
+            f"the loss of the images that are made is {value}; a smaller `lr` of the schedule may"
+            " help"
+        )
+    return value
+
+
 def descend(loss: Tensor, *optimizers: torch.optim.Optimizer) -> None:
     """Take a step on the loss; no other parameter gets a gradient."""
     for parameter, gradient in gradients(loss, *optimizers):

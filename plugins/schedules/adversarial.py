@@ -35,7 +35,6 @@ from ._attacks import (
     against_labels,
     attacked,
     images_of,
-    in_eval_mode,
 )
 
 VIEW = "attacked"
@@ -64,7 +63,7 @@ class AdversarialAlone(kdkit.Schedule):
 
         def step(batch: kdkit.Batch) -> Sequence[kdkit.Lesson]:
             images = images_of(batch)
-            with in_eval_mode(student.module):
+            with kdkit.in_eval_mode(student.module):
                 changed = attacked(self.options, images, against_labels(student, batch.labels))
             return [kdkit.Lesson(student(images).seen_beside({VIEW: student(changed)}))]
 
@@ -111,7 +110,7 @@ class Adversarial(kdkit.Schedule):
                 if self.options.against == "labels"
                 else against_answers(student, taught[0].logits)
             )
-            with in_eval_mode(student.module):
+            with kdkit.in_eval_mode(student.module):
                 changed = attacked(self.options, images, harm)
             answer = student(images).seen_beside({VIEW: student(changed)})
             return [kdkit.Lesson(answer, taught, named=answers)]

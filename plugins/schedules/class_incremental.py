@@ -19,7 +19,8 @@ and `embedding` on what the classifier reads. The paper keeps 20 images of each 
 several proxies of a class, its growing weight and its balanced fine-tuning at the end of a stage
 are left out.
 
-Without a loss that reads the teacher it is plain fine-tuning, which forgets.
+Use no `label_smoothing`: it would ask for the hidden classes too. Without a loss that reads the
+teacher it is plain fine-tuning, which forgets.
 """
 
 from collections.abc import Iterator, Sequence

@@ -11,7 +11,7 @@ The contrast is the cross-entropy of telling which global view belongs to a loca
 by the cosines of h(f) / T: f is the teacher's embedding, h a small network that is learnt along,
 and the others are this round's images and features of earlier ones. The round's best batch goes
 into the bank. As in the release, the global side gets no gradient, and the mean over this round's
-images is added to that over the earlier ones.
+images is added to that over the earlier ones; its f are the channel means of all batch norms.
 """
 
 import torch
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 import kdkit
 
 from ._image_bank import BankOptions, BankSchedule, Ring
-from ._synthesis import Generator, Networks, descend, disagreement, moved
+from ._synthesis import Generator, Networks, descend, disagreement, finite, moved
 
 EMBEDDING = "penultimate"
 
@@ -88,7 +88,7 @@ class Contrasting:
             nn.Linear(width, width), nn.ReLU(), nn.Linear(width, o.projection)
         ).to(networks.device)
         self.optimizer = torch.optim.Adam(self.project.parameters(), lr=o.lr)
-        self.memory = Ring(o.memory)
+        self.memory = Ring(o.memory, networks.device)
         self.keeps: dict[str, kdkit.Stateful] = {
             "projection": self.project,
             "optimizer": self.optimizer,
@@ -105,7 +105,7 @@ class Contrasting:
         for _ in range(o.iterations):
             images = generator(noise)
             loss, embeddings = self.loss(images, labels, competing=competing)
-            if (value := loss.item()) < lowest:
+            if (value := finite(loss)) < lowest:
                 lowest, best = value, (images.detach(), embeddings.detach())
             descend(loss, learnt, *([self.optimizer] if o.contrast else []))
         self.memory.add(best[1])

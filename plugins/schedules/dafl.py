@@ -23,7 +23,7 @@ from torch.nn import functional as F
 import kdkit
 
 from ._image_bank import SHOWN
-from ._synthesis import Generator, Networks, balance, descend
+from ._synthesis import Every, Generator, Networks, balance, descend
 
 
 class Dafl(kdkit.Schedule):
@@ -84,6 +84,7 @@ class Dafl(kdkit.Schedule):
         generator = Generator(o.latent, o.width, networks.shape).to(networks.device)
         optimizer = torch.optim.Adam(generator.parameters(), lr=o.lr, betas=(0.5, 0.999))
         shown: dict[str, Tensor] = {}
+        due = Every(o.every)
 
         def loss(images: Tensor) -> Tensor:
             answer = networks.answer(images)
@@ -97,7 +98,7 @@ class Dafl(kdkit.Schedule):
 
         def prepare(batch: kdkit.Batch, moment: kdkit.Moment) -> kdkit.Batch:
             count = len(batch.index)
-            if moment.step % o.every == 0:
+            if due(moment.step):
                 descend(loss(generator(networks.noise(count, o.latent))), optimizer)
             with torch.no_grad():
                 images = generator(networks.noise(count, o.latent))

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 import kdkit
 
 from ._image_bank import BankOptions, BankSchedule
-from ._synthesis import Networks, competition, descend, moved, total_variation
+from ._synthesis import Networks, competition, descend, finite, moved, total_variation
 
 
 class DeepInversion(BankSchedule):
@@ -77,9 +77,11 @@ class Inversion:
         images = images.clamp_(0, 1).requires_grad_(True)
         optimizer = torch.optim.Adam([images], lr=o.lr, betas=(0.5, 0.9))
         for _ in range(o.iterations):
-            descend(self.loss(images, labels, competing=competing), optimizer)
+            loss = self.loss(images, labels, competing=competing)
+            descend(loss, optimizer)
             with torch.no_grad():
                 images.clamp_(0, 1)
+        finite(loss)  # a pixel that is NaN remains so
         return images
 
     def loss(self, images: Tensor, labels: Tensor, *, competing: bool) -> Tensor:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 import kdkit
 
 from ._image_bank import BankOptions, BankSchedule
-from ._synthesis import BatchNorms, Generator, Networks, disagreement, gradients, moved
+from ._synthesis import BatchNorms, Generator, Networks, disagreement, finite, gradients, moved
 
 
 class Fast(BankSchedule):
@@ -105,7 +105,7 @@ class Meta:
         for _ in range(o.iterations):
             images = generator(noise)
             loss, answer = self.loss(images, labels, competing=competing)
-            if (value := loss.item()) < lowest:
+            if (value := finite(loss)) < lowest:
                 lowest, best = value, images.detach()
             for parameter, gradient in gradients(loss, learnt):
                 parameter.grad = gradient

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from kdkit_plugins.schedules._attacks import AttackOptions, against_answers, against_labels, attacked, in_eval_mode
+from kdkit_plugins.schedules._attacks import AttackOptions, against_answers, against_labels, attacked
 from test_stage_resume import interrupt_at
 from torch import nn
 from training import PLAIN, assert_same_run, merged, train, write
@@ -15,6 +15,7 @@ import kdkit
 from kdkit.contracts.records import Batch, Outputs
 from kdkit.engine.evaluate import Judge, measure
 from kdkit.errors import RecipeError
+from kdkit.models.freezing import in_eval_mode
 from kdkit.models.normalization import InputAdapter, NormalizationAdapter
 from kdkit.models.tapped import TappedModel
 from kdkit.recipe import registry
@@ -210,6 +211,12 @@ def test_a_fraction_is_the_same_samples_in_batches_of_any_size():
     judge = judge_of(steps=1, restarts=0, fraction=0.3)
     one, other = (measure(network(), batches(size), judge) for size in (7, 60))
     assert one == pytest.approx(other)
+
+
+def test_no_sample_is_no_accuracy():
+    judge = judge_of(steps=1, fraction=0.001)
+    with pytest.raises(kdkit.RunError, match="fraction=0.001': none of the samples is shown"):
+        measure(network(), batches(20)[1:], judge)
 
 
 def test_it_decides_and_is_reported(tmp_path):

@@ -18,9 +18,10 @@ from kdkit.contracts.inputs import first_tensor
 from kdkit.contracts.records import Batch, Outputs
 from kdkit.contracts.task import Task
 from kdkit.engine.accelerator import build_accelerator
-from kdkit.engine.evaluate import Predictions, evaluating, predict
+from kdkit.engine.evaluate import Predictions, predict
 from kdkit.errors import KdkitError, RecipeError
 from kdkit.models.devices import for_reading
+from kdkit.models.freezing import in_eval_mode
 from kdkit.models.tapped import TappedModel
 from kdkit.recipe.consent import Unasked
 from kdkit.students.loaded import LoadedRun
@@ -286,7 +287,7 @@ def _spread(
     for batch in batches:
         for place in sorted(chosen & set(range(seen, seen + len(batch.index)))):
             one = batch.map(lambda value, at=place - seen: value[at : at + 1])  # type: ignore[misc]
-            with evaluating(models.values()), torch.no_grad():
+            with in_eval_mode(*(model.module for model in models.values())), torch.no_grad():
                 answers = {
                     name: model(one.inputs).logits[0].cpu() for name, model in models.items()
                 }
