@@ -65,6 +65,8 @@ def distill(recipe: Recipe, *, quiet: bool = False) -> Written:
         material = _material(recipe, trained, reporter)
         reseed(spec.seed, "distill data", entry.use)
         found = method.distill(material)
+        if not (found.images.isfinite().all() and found.labels.isfinite().all()):
+            raise DataError("its images or labels are not finite: lower the learning rate")
     except DataError as error:
         raise recipe.error(["distill_data"], str(error)) from error
     images = _as_pixels(found.images).cpu()
