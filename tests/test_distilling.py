@@ -288,8 +288,12 @@ def test_a_damaged_file_is_refused(soft):
         ({"distill_data": {"use": "random"}, "data": {"distilled": "SOFT"}}, "data.distilled: is what this command makes"),
         ({"distill_data": {"use": "random"}, "data": {"train_samples": 3, "batch_size": 2}}, "distill_data: class . has no training image"),
         (
-            {"distill_data": {"use": "dm", "images_per_class": 1, "steps": 4, "real": 4, "lr": 3e38}},
+            {"distill_data": {"use": "dm", "images_per_class": 2, "steps": 4, "real": 4, "lr": 3e38}},
             "distill_data: its images or labels are not finite",
+        ),
+        (
+            {"distill_data": {"use": "dm", "images_per_class": 1, "steps": 1}},
+            "distill_data: the student cannot embed 1 images: Expected more",
         ),
         ({"distill_data": {"use": "random"}, "task": "multilabel"}, "is for one class of each image, and task 'multilabel'"),
     ],
