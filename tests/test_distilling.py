@@ -295,11 +295,13 @@ def test_a_damaged_file_is_refused(soft):
             {"distill_data": {"use": "dm", "images_per_class": 1, "steps": 1}},
             "distill_data: the student cannot embed 1 images: Expected more",
         ),
+        ({"distill_data": {"use": "random", "file": "FOLDER/a.safetensors"}}, "a.safetensors is a folder, not a file"),
         ({"distill_data": {"use": "random"}, "task": "multilabel"}, "is for one class of each image, and task 'multilabel'"),
     ],
 )
 def test_what_cannot_be_distilled_is_refused(changed, says, soft, tmp_path):
-    changed = ast.literal_eval(str(changed).replace("SOFT", str(soft)))
+    (tmp_path / "a.safetensors").mkdir()
+    changed = ast.literal_eval(str(changed).replace("SOFT", str(soft)).replace("FOLDER", str(tmp_path)))
     losses = {"losses": [{"use": "bce"}]} if "task" in changed else {}
     with pytest.raises(RecipeError, match=says):
         distill(recipe.load(write(tmp_path, merged({**ALONE, **losses}, changed))), quiet=True)
