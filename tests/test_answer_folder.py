@@ -136,6 +136,14 @@ SHARDS = {
         lambda folder, index: write_index(folder, {**index, "shards": [{**index["shards"][0], "file": "../x.npz"}]}),
         "index.json: is damaged: shards.0.file: ",
     ),
+    "name": (
+        lambda folder, index: write_index(folder, {**index, "shards": [{**index["shards"][0], "file": "x\0.npz"}]}),
+        "index.json: is damaged: shards.0.file: ",
+    ),
+    "shape": (
+        lambda folder, index: write_index(folder, {**index, "arrays": {"logits": {"shape": [], "dtype": "float32", "top_k": 2}}}),
+        "index.json: is damaged: arrays.logits.shape: ",
+    ),
     "array": (
         lambda folder, index: write_index(folder, {**index, "arrays": {"other": index["arrays"]["logits"]}}),
         "answers: has no array 'logits'; it has other",

@@ -262,6 +262,7 @@ def broken(path, at=-1):
         ({"data": {"distilled": "SOFT"}, "train": {"mixup": {"mixup_alpha": 0.1}}}, "train.mixup: mixes classes"),
         ({"distill_data": {"use": "kipp"}}, "distill_data.*did you mean 'kip'"),
         ({"distill_data": {"use": "kip", "images_per_class": 0}}, "distill_data.images_per_class"),
+        ({"distill_data": {"use": "random", "file": "images.png"}}, "distill_data.file: .* its name ends in .safetensors"),
     ],
 )
 def test_mistakes_are_one_line(changed, says, soft, tmp_path):
@@ -275,6 +276,8 @@ def test_mistakes_are_one_line(changed, says, soft, tmp_path):
 def test_a_damaged_file_is_refused(soft):
     with pytest.raises(DataError, match="is damaged: its images or labels are not those that were written"):
         distilled_data.read(broken(soft))
+    with pytest.raises(DataError, match="its content does not match its `sha256`"):
+        distilled_data.read(broken(soft, soft.read_bytes().index(b"outputs")))
 
 
 @pytest.mark.parametrize(
@@ -283,11 +286,22 @@ def test_a_damaged_file_is_refused(soft):
         ({}, "has no `distill_data:`"),
         ({"distill_data": {"use": "rded"}}, "distill_data.use: 'rded' needs one `teacher:`"),
         ({"distill_data": {"use": "random"}, "data": {"distilled": "SOFT"}}, "data.distilled: is what this command makes"),
+        ({"distill_data": {"use": "random"}, "data": {"train_samples": 3, "batch_size": 2}}, "distill_data: class . has no training image"),
+        (
+            {"distill_data": {"use": "dm", "images_per_class": 2, "steps": 4, "real": 4, "lr": 3e38}},
+            "distill_data: its images or labels are not finite",
+        ),
+        (
+            {"distill_data": {"use": "dm", "images_per_class": 1, "steps": 1}},
+            "distill_data: the student cannot embed 1 images: Expected more",
+        ),
+        ({"distill_data": {"use": "random", "file": "FOLDER/a.safetensors"}}, "a.safetensors is a folder, not a file"),
         ({"distill_data": {"use": "random"}, "task": "multilabel"}, "is for one class of each image, and task 'multilabel'"),
     ],
 )
 def test_what_cannot_be_distilled_is_refused(changed, says, soft, tmp_path):
-    changed = ast.literal_eval(str(changed).replace("SOFT", str(soft)))
+    (tmp_path / "a.safetensors").mkdir()
+    changed = ast.literal_eval(str(changed).replace("SOFT", str(soft)).replace("FOLDER", str(tmp_path)))
     losses = {"losses": [{"use": "bce"}]} if "task" in changed else {}
     with pytest.raises(RecipeError, match=says):
         distill(recipe.load(write(tmp_path, merged({**ALONE, **losses}, changed))), quiet=True)

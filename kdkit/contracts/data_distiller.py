@@ -6,14 +6,24 @@ import abc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from kdkit.contracts.options import COUNT, FolderPath, Options
 from kdkit.contracts.schedule import Model
+from kdkit.errors import DataError
+
+SUFFIX = ".safetensors"
+
+
+# a picture is written beside it, with another suffix
+def _named(path: Path) -> Path:
+    if path.suffix != SUFFIX:
+        raise ValueError(f"the file is a safetensors file: its name ends in {SUFFIX}")
+    return path
 
 
 class DataDistillerOptions(Options):
@@ -22,14 +32,16 @@ class DataDistillerOptions(Options):
     images_per_class: int = Field(
         default=10, gt=0, le=COUNT, description="Number of images of each class."
     )
-    file: FolderPath | None = Field(
+    file: Annotated[FolderPath, AfterValidator(_named)] | None = Field(
         default=None,
-        description="The file that is written (default: the run's name, in `run.folder`).",
+        description=(
+            "The .safetensors file that is written (default: the run's name, in `run.folder`)."
+        ),
     )
 
     def path(self, folder: Path, name: str) -> Path:
         """Return the path of the file of a recipe of that name."""
-        return self.file or folder / f"{name}.safetensors"
+        return self.file or folder / f"{name}{SUFFIX}"
 
 
 @dataclass(frozen=True)
@@ -66,10 +78,15 @@ class Material:
     def drawn(self, count: int) -> Tensor:
         """Draw places of `count` images of each class, (K * count,), class by class; with
         repetition where a class has fewer.
+
+        Raises:
+            DataError: a class has none.
         """
         places = []
         for number in range(self.classes):
             own = self.of_class(number)
+            if not len(own):
+                raise DataError(f"class {number} has no training image")
             order = torch.randperm(len(own), device=own.device)
             places.append(own[order.repeat(-(-count // len(own)))[:count]])
         return torch.cat(places)

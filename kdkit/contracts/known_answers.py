@@ -148,7 +148,9 @@ class AnswerArray(Options):
     `rest` also ARRAY.rest (n, 1), the logit of each other class.
     """
 
-    shape: tuple[Annotated[int, Field(ge=1)], ...] = Field(description="Of a row, such as [K].")
+    shape: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        min_length=1, description="Of a row, such as [K]."
+    )
     dtype: Literal["float16", "bfloat16", "float32", "float64"] = Field(
         description="Type of the numbers."
     )
@@ -171,7 +173,7 @@ class AnswerArray(Options):
 class AnswerShard(Options):
     """One file of a folder of answers."""
 
-    file: str = Field(pattern=r"^[^/\\]+$", description="Its name in the folder.")
+    file: str = Field(pattern=r"^[^/\\\x00]+$", description="Its name in the folder.")
     rows: int = Field(ge=1, description="Number of its rows.")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="Digest of the file.")
 

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from kdkit import files
 from kdkit.contracts.dataset_source import DataInfo, DatasetSource, InMemory, Lacking
-from kdkit.errors import DataError
+from kdkit.errors import DataError, RunError
 
-ABOUT = "kdkit"
-"""Key of the safetensors metadata: JSON of what made the images, and the digest of the tensors."""
+ABOUT, TENSORS = "kdkit", "tensors"
+"""Keys of the safetensors metadata, sealed JSON of what made the images, and in it of the digest of
+the tensors.
+"""
 
 
 def write(path: Path, images: Tensor, labels: Tensor, about: dict[str, Any]) -> None:
@@ -32,7 +34,7 @@ def write(path: Path, images: Tensor, labels: Tensor, about: dict[str, Any]) -> 
         about: plain values that say what made them; readable without loading the tensors.
     """
     tensors = {"images": images.cpu().contiguous(), "labels": labels.cpu().contiguous()}
-    told = {**about, "sha256": _digest(**tensors)}
+    told = files.sealed({**about, TENSORS: _digest(**tensors)})
     files.write_atomically(path, save(tensors, {ABOUT: json.dumps(told, sort_keys=True)}))
 
 
@@ -44,13 +46,16 @@ def read(path: Path) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """
     try:
         with safe_open(path, "pt") as opened:
-            about = json.loads((opened.metadata() or {})[ABOUT])
+            told = json.loads((opened.metadata() or {})[ABOUT])
+            about = files.unsealed(path, told, "it must be made again")
             images, labels = opened.get_tensor("images"), opened.get_tensor("labels")
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise DataError(
             f"{path}: is no file of `kdkit distill-data`, or damaged ({type(error).__name__})"
         ) from None
-    if not isinstance(about, dict) or about.get("sha256") != _digest(images, labels):
+    except RunError as error:
+        raise DataError(str(error)) from None
+    if not isinstance(about, dict) or about.get(TENSORS) != _digest(images, labels):
         raise DataError(f"{path}: is damaged: its images or labels are not those that were written")
     return images, labels, about
 

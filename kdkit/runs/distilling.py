@@ -58,6 +58,11 @@ def distill(recipe: Recipe, *, quiet: bool = False) -> Written:
     method: DataDistiller = recipe.plugins.distillers[entry.use](entry)
     if method.needs_teacher and len(spec.all_teachers()) != 1:
         raise recipe.error(["distill_data", "use"], f"'{entry.use}' needs one `teacher:`")
+    # a file that cannot be written must not be found out after hours
+    path = entry.path(spec.run.folder, spec.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise recipe.error(["distill_data"], f"{path} is a folder, not a file")
     reporter = Reporter(quiet=quiet)
     checks.make(recipe, reporter.say)
     trained = training.trained_teachers(recipe, spec.run.folder / spec.name, quiet=quiet)
@@ -65,10 +70,11 @@ def distill(recipe: Recipe, *, quiet: bool = False) -> Written:
         material = _material(recipe, trained, reporter)
         reseed(spec.seed, "distill data", entry.use)
         found = method.distill(material)
+        if not (found.images.isfinite().all() and found.labels.isfinite().all()):
+            raise DataError("its images or labels are not finite: lower the learning rate")
     except DataError as error:
         raise recipe.error(["distill_data"], str(error)) from error
     images = _as_pixels(found.images).cpu()
-    path = entry.path(spec.run.folder, spec.name)
     labels = found.labels.float() if found.labels.ndim == 2 else found.labels
     about = {
         "method": entry.use,

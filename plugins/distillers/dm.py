@@ -89,8 +89,16 @@ def moved(images: Tensor, move: Tensor) -> Tensor:
 
 
 def embedded(network: kdkit.Model, images: Tensor) -> Tensor:
-    """Mean embedding of the images, (D,)."""
-    return network(images).features["penultimate"].flatten(1).mean(0)
+    """Mean embedding of the images, (D,).
+
+    Raises:
+        DataError: a batch norm cannot normalise so few values.
+    """
+    try:
+        answer = network(images)
+    except ValueError as error:
+        raise kdkit.DataError(f"the student cannot embed {len(images)} images: {error}") from error
+    return answer.features["penultimate"].flatten(1).mean(0)
 
 
 @kdkit.hookimpl
