@@ -68,7 +68,7 @@ class TopK:
         return cls(values, indices, left.log() - math.log(classes - values.shape[1]), classes)
 
     def __getitem__(self, rows: Tensor) -> Tensor:
-        """Return whole rows of logits (B, K) in fp32."""
+        """Return whole rows of logits (N, K) in fp32."""
         logits = self.rest[rows].float().expand(-1, self.classes).clone()
         return logits.scatter_(1, self.indices[rows].long(), self.values[rows].float())
 
