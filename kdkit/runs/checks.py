@@ -27,6 +27,7 @@ from kdkit.runs.check_stages import StageChecks
 from kdkit.runs.check_weights import compare_checkpoints
 from kdkit.runs.networks import ModelFactory
 from kdkit.runs.plan import Plan
+from kdkit.runs.shapes_only import ShapesOnly
 from kdkit.runs.trained_teachers import TrainedTeacher
 
 
@@ -42,7 +43,7 @@ def make(recipe: Recipe, fetch: Callable[[str], None] | None = None) -> Plan:
         RecipeError: everything that cannot work, one line each with file and line.
     """
     # Guards the whole plan: networks and datasets may connect wherever they are built.
-    with contextlib.nullcontext() if fetch else fetching.nothing_fetched():
+    with ShapesOnly(), contextlib.nullcontext() if fetch else fetching.nothing_fetched():
         return _Planner(recipe, fetch).plan()
 
 

@@ -1,0 +1,65 @@
+"""Operations on the meta device that are cut short give what torch would."""
+
+import contextlib
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from kdkit.runs.shapes_only import KNOWN, ShapesOnly
+
+IMAGES, WIDTH = (4, 3, 5, 5), torch.ones(3, device="meta")
+OPERATIONS = {
+    "batch norm": lambda x: F.batch_norm(x, WIDTH, WIDTH, WIDTH, WIDTH, training=True),
+    "batch norm in eval mode": lambda x: F.batch_norm(x, WIDTH, WIDTH, WIDTH, WIDTH),
+    "batch norm without gradients": torch.no_grad()(lambda x: F.batch_norm(x, WIDTH, WIDTH)),
+    "layer norm": lambda x: F.layer_norm(x, x.shape[2:]),
+    "relu": F.relu,
+    "first weights": lambda x: torch.empty_like(x).normal_().uniform_().clamp_(-1, 1),
+}
+
+
+def facts(tensors):
+    return [(tuple(each.shape), each.stride(), each.dtype, each.device.type) for each in tensors]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_results_are_like_those_of_torch(name, precision, layout):
+    found = {}
+    for quick in (False, True):
+        saved = []
+        x = torch.empty(IMAGES, device="meta", dtype=precision).to(memory_format=layout).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+            if quick:
+                with ShapesOnly():
+                    y = OPERATIONS[name](x)
+            else:
+                y = OPERATIONS[name](x)
+        if y.grad_fn is not None:
+            y.sum().backward()
+        found[quick] = (facts([y, *saved]), y.requires_grad, x.grad is not None and facts([x.grad]))
+    assert found[True] == found[False]
+
+
+def test_each_operation_is_tried():
+    seen = set()
+
+    class Listening(ShapesOnly):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.add(func)
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    for counting in (contextlib.nullcontext(), FlopCounterMode(display=False)):
+        with Listening(), counting:
+            for operation in OPERATIONS.values():
+                operation(torch.empty(IMAGES, device="meta"))
+    assert seen >= KNOWN.keys(), KNOWN.keys() - seen
+
+
+def test_numbers_are_computed():
+    x = torch.randn(IMAGES)
+    with ShapesOnly():
+        assert torch.equal(F.relu(x), x.clamp_min(0))
