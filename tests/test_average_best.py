@@ -138,6 +138,7 @@ def test_average_best_resumes_to_the_same_bits(tmp_path):
     assert kept[0] == kept[1] and len(kept[0]) == 2
 
 
+@pytest.mark.slow
 def test_average_best_averages_the_last_stage_alone(tmp_path):
     found = twice(tmp_path)
     result = train(tmp_path, found, data={"validation": 12}, train={"average_best": 3})
@@ -156,6 +157,7 @@ def test_average_best_of_several_students(tmp_path):
     assert sum(alike) == 1 and len(result.averaged) == 2 and len(result.peers) == 1
 
 
+@pytest.mark.slow
 def test_average_best_in_lockstep_is_what_it_is_alone(tmp_path):
     alone = train(tmp_path, **CHANGES, into="alone")
     files = [write(tmp_path, name=f"{i}.yaml", **CHANGES, losses=losses) for i, losses in enumerate([PLAIN["losses"], PLAIN["losses"][1:]])]

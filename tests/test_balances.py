@@ -215,6 +215,7 @@ def test_side_by_side_a_balanced_run_is_what_it_is_alone(together, name):
     assert any((weights(found[0].folder)[k] != v).any() for k, v in weights(found[place].folder).items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dot", "gradient_share"])
 def test_a_stopped_balanced_run_goes_on_with_the_same_bits(tmp_path, monkeypatch, name):
     changes = merged(BALANCES[name], {"train": {"mixup": None}, "data": {"workers": 0}})

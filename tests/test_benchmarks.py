@@ -11,6 +11,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 LOSSES = runpy.run_path(str(BENCHMARKS / "losses.py"))
 
 
+@pytest.mark.slow
 def test_every_loss_is_timed(capsys):
     LOSSES["main"](["--size", "small", "--steps", "1"])
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -54,7 +55,7 @@ def benchmark(monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", [name if name in ("loader", "teacher") else pytest.param(name, marks=pytest.mark.slow) for name in TINY])
 def test_a_benchmark_has_figures(benchmark, name):
     if name == "segmentation":
         pytest.importorskip("segmentation_models_pytorch")

@@ -133,7 +133,10 @@ def under(schedule, folder, teacher, **changes):
     return written(folder, schedule, losses, teacher, **changes)
 
 
-@pytest.mark.parametrize("schedule", FOR_ANY_NETWORK)
+FEW = ["fast", "mutual", "staged"]
+
+
+@pytest.mark.parametrize("schedule", FEW + [pytest.param(each, marks=pytest.mark.slow) for each in FOR_ANY_NETWORK if each not in FEW])
 def test_every_schedule_recorded(schedule, teacher, tmp_path, monkeypatch):
     monkeypatch.chdir(teacher.parent)
     reasons = compare(under(schedule, tmp_path, teacher))

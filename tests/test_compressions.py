@@ -54,7 +54,7 @@ def compression(name, **options):
     return kind(kind.Options(**options))
 
 
-@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("student", ["aware", "pruned", *(pytest.param(each, marks=pytest.mark.slow) for each in ("after", "both"))])
 def test_a_compressed_student_learns_by_any_loss_and_is_read_back(tmp_path, student):
     result = train(tmp_path, BEGINS, student=STUDENTS[student])
     file, back = weights(tmp_path / "run"), kdkit.load_student(tmp_path / "run")
@@ -71,7 +71,7 @@ def test_a_compressed_student_learns_by_any_loss_and_is_read_back(tmp_path, stud
     assert back(torch.rand(1, 3, 8, 8)).logits.shape == (1, 6)
 
 
-@pytest.mark.parametrize("student", ["aware", pytest.param("both", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("student", ["aware", "both"])
 def test_a_stopped_run_ends_with_the_same_bits(tmp_path, student, monkeypatch):
     changes = {"student": STUDENTS[student], "run": {"checkpoint_steps": 2}}
     train(tmp_path, BEGINS, into="whole", **changes)
@@ -87,6 +87,7 @@ def test_rounding_after_training_leaves_the_training_alone(tmp_path):
     assert (tmp_path / "int8" / "student.safetensors").stat().st_size < (tmp_path / "float" / "student.safetensors").stat().st_size
 
 
+@pytest.mark.slow
 def test_means_of_weights_are_taken_before_they_are_rounded(tmp_path):
     changes = {"train": {"average_best": 2, "ema": {"decay": 0.5}}, "data": {"validation": 0.3}}
     result = train(tmp_path, BEGINS, student=AWARE, **changes)
@@ -206,6 +207,7 @@ def test_a_check_notes_what_begins_with_random_weights(tmp_path):
     assert "random weights: `init`" not in str(kdkit.check(write(tmp_path, BEGINS, student=PRUNED)))
 
 
+@pytest.mark.slow
 def test_side_by_side_as_alone(tmp_path):
     found = jobs(tmp_path, BEGINS, {name: {"student": STUDENTS[name]} for name in ("aware", "pruned")})
     train_together(found)
@@ -213,6 +215,7 @@ def test_side_by_side_as_alone(tmp_path):
         assert_same_run(alone(tmp_path, job), job.folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("student", ["aware", "pruned"])
 def test_an_exported_student_and_an_onnx_file_answer_alike(tmp_path, student):
     from kdkit.students.export import export

@@ -207,6 +207,7 @@ def test_commands_shown_exist(page):
             assert f"| `{option}" in section, f"{found[0]}: no such option"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", sorted((DOCS / "tutorial").glob("*.md")), ids=lambda page: page.stem)
 def test_a_tutorial_can_be_followed(page, folder):
     printed = follow(page)
@@ -329,12 +330,14 @@ def test_the_guide_to_data_trains_on_its_plugin(folder):
     assert kdkit.train("spots.yaml", quiet=True).test["top1"] > 60  # a quarter would be chance
 
 
+@pytest.mark.slow
 def test_the_guide_to_several_labels_can_be_followed(folder):
     printed = follow(DOCS / "how-to" / "several-labels.md")
     assert "mAP %" in printed and "MAE to teacher" in printed
 
 
 # of the trainers that it shows, not of kdkit
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::Warning")
 def test_the_guide_to_other_trainers_can_be_followed(folder, capsys):
     follow(DOCS / "how-to" / "own-trainer.md")

@@ -84,6 +84,7 @@ def test_each_ends_with_the_bits_that_it_has_alone(trained, name):
     assert_same_run(alone(folder, found[place]), found[place].folder)
 
 
+@pytest.mark.slow
 def test_files_read_by_workers_too(tmp_path):
     changes = {"data": {"augment": None, "timm_augment": {"auto_augment": "rand-m5"}, "workers": 2}}
     found = jobs(tmp_path, variants={name: VARIANTS[name] for name in ("response", "mixed", "mutual")}, **changes)

@@ -26,6 +26,7 @@ def test_it_runs_in_jupyter(tmp_path, monkeypatch):
     assert (tmp_path / "runs/first_study/report.html").is_file()
 
 
+@pytest.mark.slow
 def test_its_cells_do_what_they_say(tmp_path, monkeypatch, capsys):
     """As in Jupyter, with one epoch: files are written, commands and code run."""
     monkeypatch.chdir(tmp_path)

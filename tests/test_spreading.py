@@ -89,6 +89,7 @@ def test_a_study_in_two_processes_of_a_launch(tmp_path, words):
         assert_as_alone(tmp_path, path)
 
 
+@pytest.mark.slow
 def test_processes_without_a_launcher_share_a_study(tmp_path):
     """Each run, and the teacher of all, is trained once; both print the same table."""
     path = study(tmp_path, teacher=None)

@@ -150,6 +150,7 @@ def test_mistakes_are_one_line(changed, says, tmp_path):
         kdkit.check(path)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     spec = merged(PLAIN, {**RSLAD, "train": {"epochs": 2}, "run": {"checkpoint_steps": 1}})
     whole = train(tmp_path, spec, into="whole")

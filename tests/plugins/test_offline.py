@@ -218,6 +218,7 @@ SEEDS = merged(PLAIN, {"name": "pupil", "teacher": None, "train": {"epochs": 1}}
 TAUGHT = {**PLAIN, "name": "taught", "schedule": {"use": "supervised"}, "teacher": None, "losses": [{"use": "cross_entropy"}]}
 
 
+@pytest.mark.slow
 def test_one_recipe_with_several_seeds(tmp_path):
     """Each is trained once, by its seed, and every command knows them."""
     write(tmp_path, TAUGHT, "teacher.yaml", train={"epochs": 1})
