@@ -11,8 +11,10 @@ waits for the teacher, which is part of the figures: real epochs have more steps
     here     the teacher answers in the training process
     served   it answers from the other process, asked ahead
 
-Each column is the wall time of a step; the last ones are served / here, and served / the slower of
-student and teacher, with the quartiles of the rounds.
+CPU: the seconds that each process computes. With a core each, a served step takes as long as the
+busier of the two processes; that, divided by the slower of student and teacher, is what serving
+costs where the cores are free. Wall: by the clock, which counts waiting for the other process, and
+for a core where other programs want it too.
 """
 
 from __future__ import annotations
@@ -123,8 +125,10 @@ def asked_epoch(one: sides.Opened) -> sides.Side:
 
 
 @contextlib.contextmanager
-def serving(pair: str, options: argparse.Namespace, core: int | None) -> Iterator[str]:
-    """The address of a server on a core of its own."""
+def serving(
+    pair: str, options: argparse.Namespace, core: int | None
+) -> Iterator[tuple[str, psutil.Process]]:
+    """The address of a server on a core of its own, and its process."""
     with tempfile.TemporaryDirectory() as folder:
         path = sides.write(content(pair, options), Path(folder))
         words = [sys.executable, "-Pu", "-m", "kdkit", "serve", str(path), "--port", "0"]
@@ -135,7 +139,7 @@ def serving(pair: str, options: argparse.Namespace, core: int | None) -> Iterato
             assert server.stdout is not None
             for line in server.stdout:
                 if found := re.search(r"served at (\S+)", line):
-                    yield found[1]
+                    yield found[1], psutil.Process(server.pid)
                     return
             raise SystemExit("the server has ended before it served")
         finally:
@@ -143,28 +147,45 @@ def serving(pair: str, options: argparse.Namespace, core: int | None) -> Iterato
             server.wait()
 
 
-def row(pair: str, options: argparse.Namespace, core: int | None) -> list[str]:
-    with serving(pair, options, core) as at:
-        here = sides.opened(content(pair, options))
+def rows(pair: str, options: argparse.Namespace, core: int | None) -> Iterator[list[str]]:
+    with serving(pair, options, core) as (at, server):
+        here, asking = sides.opened(content(pair, options)), served_epoch(pair, options, at)
+        answering: list[float] = []  # CPU seconds of the server in each epoch
+
+        def served() -> None:
+            before = sum(server.cpu_times()[:2])
+            asking()
+            answering.append(sum(server.cpu_times()[:2]) - before)
+
         turns = {
             "student": free_epoch(pair, options),
             "teacher": asked_epoch(here),
             "here": here.epoch,
-            "served": served_epoch(pair, options, at),
+            "served": served,
         }
         found = sides.in_turns(turns, options.rounds)
-    took = {name: sides.median(costs).wall for name, costs in found.items()}
-    slower = max(took["student"], took["teacher"])
-    rounds = zip(found["student"], found["teacher"], found["served"], strict=True)
-    ratios = [served.wall / max(one.wall, other.wall) for one, other, served in rounds]
-    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    return [
-        pair,
-        *(f"{1000 * seconds / options.steps:.1f}" for seconds in took.values()),
-        f"{took['served'] / took['here']:.2f}",
-        f"{took['served'] / slower:.3f}",
-        f"{low:.3f} - {high:.3f}",
+    # the server is a child of this process, and counts in its CPU time
+    ours = [
+        max(one.cpu - its, its)
+        for one, its in zip(found["served"], answering[-options.rounds :], strict=True)
     ]
+    for kind in ("CPU", "wall"):
+        took = {
+            name: [one.cpu if kind == "CPU" else one.wall for one in costs]
+            for name, costs in found.items()
+        }
+        if kind == "CPU":
+            took["served"] = ours
+        slower = [max(pair) for pair in zip(took["student"], took["teacher"], strict=True)]
+        ratios = [one / other for one, other in zip(took["served"], slower, strict=True)]
+        middle = {name: statistics.median(costs) for name, costs in took.items()}
+        yield [
+            f"{pair}: {kind}",
+            *(f"{1000 * seconds / options.steps:.1f}" for seconds in middle.values()),
+            f"{middle['served'] / middle['here']:.2f}",
+            f"{middle['served'] / max(middle['student'], middle['teacher']):.3f}",
+            f"{min(ratios):.3f} - {max(ratios):.3f}",
+        ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -184,11 +205,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if len(cores) > 1:
         own.cpu_affinity(cores[-1:])
     table = sides.table(
-        "ms a step", "student", "teacher", "here", "served", "/ here", "/ slower", "quartiles"
+        "ms a step", "student", "teacher", "here", "served", "/ here", "/ slower", "least, largest"
     )
     try:
         for pair in options.pairs:
-            table.add_row(*row(pair, options, cores[0] if len(cores) > 1 else None))
+            for row in rows(pair, options, cores[0] if len(cores) > 1 else None):
+                table.add_row(*row)
     finally:
         own.cpu_affinity(cores)
     sides.show(table)
