@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +35,7 @@ class Parts:
     count: int
     full: Callable[[], bool]
 
-    def free(self) -> Iterator[tuple[int, AnswerStore]]:
+    def free(self) -> Generator[tuple[int, AnswerStore], None, None]:
         """Yield part after part that no other process fills, with its open store, until all are
         filled; a part counts as filled when the next one is asked for.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Iterator, Sequence
@@ -220,10 +221,12 @@ class _Asking:
         """Fill it together with other processes."""
         steps, store = len(self.train), self.cache.store
         parts = Parts(store, min(MOST, steps), self._is_full)
-        for part, own in parts.free():
-            chosen = range(steps * part // parts.count, steps * (part + 1) // parts.count)
-            says = f"asking {self.name}, part {part + 1} of {parts.count}"
-            self._ask(chosen, replace(self.cache, store=own), says)
+        # closed, so that a part is free again at once if this process does not go on with it
+        with contextlib.closing(parts.free()) as free:
+            for part, own in free:
+                chosen = range(steps * part // parts.count, steps * (part + 1) // parts.count)
+                says = f"asking {self.name}, part {part + 1} of {parts.count}"
+                self._ask(chosen, replace(self.cache, store=own), says)
         parts.join()
         if not self._is_full():  # a row of a part was damaged
             self.all()
