@@ -156,6 +156,7 @@ class ServedTeacher:
         self._head: Head | None = None
         # also where nobody closes it: networks are built to be measured, too
         self.close = weakref.finalize(self, _close, self._servers)
+        self.close.atexit = False  # connections end with the process, and threads have ended then
 
     def __len__(self) -> int:
         return len(self._servers)
