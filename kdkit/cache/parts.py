@@ -82,7 +82,8 @@ class Parts:
         store = self._open(part)
         try:
             known = store.known(torch.arange(store.count)).nonzero()[:, 0]
-            for rows in known.split(READ_AT_ONCE):
+            for start in range(0, len(known), READ_AT_ONCE):
+                rows = known[start : start + READ_AT_ONCE]
                 values = store.read(rows)
                 sound = ~store.damaged(rows, values)
                 self.store.write(rows[sound], {k: v[sound] for k, v in values.items()})
