@@ -45,6 +45,7 @@ bench: $(VENV)/installed  ## kdkit against plain torch: a step, an epoch, the lo
 	$(BIN)/python benchmarks/segmentation.py
 	$(BIN)/python benchmarks/study.py
 	$(BIN)/python benchmarks/cache.py
+	$(BIN)/python benchmarks/served.py
 	$(BIN)/python benchmarks/startup.py
 
 clean:

@@ -41,6 +41,9 @@ TINY = {
 FIGURES = {"balances": 42, "cache": 34, "epoch": 15, "loader": 12, "segmentation": 8, "study": 8, "teacher": 28}  # at least, in the table
 
 
+SERVED = ["--pairs=resnet56, resnet20", "--steps=2", "--batch-size=2", "--image-size=8", "--rounds=1"]
+
+
 @pytest.fixture
 def benchmark(monkeypatch, capsys):
     """Runs one; the numbers of its tables, and what it printed."""
@@ -76,3 +79,10 @@ def test_memory_of_a_study(benchmark):
     _, said = benchmark("study", "--only=memory", "--runs=2", "--images=16", "--epochs=1", "--batch-size=8", "--image-size=8")
     found = dict(re.findall(r"^ *(\S.*?) +([\d.]+) *$", said, re.M))
     assert float(found["resident set, one run"]) > 100 and float(found["a student's own: gradients and activations of a step"]) > 1
+
+
+@pytest.mark.slow  # starts a server
+def test_a_served_teacher_is_timed_in_both_processes(benchmark):
+    numbers, said = benchmark("served", *SERVED)
+    assert "resnet20: CPU" in said and "resnet20: wall" in said
+    assert len(numbers) >= 16 and all(number > 0 for number in numbers), said

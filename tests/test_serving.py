@@ -2,18 +2,23 @@
 
 import contextlib
 import http.client
+import json
 import threading
 import time
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from training import EVERYTHING, PLAIN, assert_same_run, train, write
 
 import kdkit
 from kdkit import recipe
 from kdkit.cache import served, wire
+from kdkit.cache.heads import Head
+from kdkit.cache.teacher import autocast
 from kdkit.contracts.records import Outputs
+from kdkit.models.tapped import TappedModel
 from kdkit.runs import checks, serving
 from kdkit.study import comparison, loading
 
@@ -56,6 +61,76 @@ def test_a_served_teacher_teaches_as_one_that_is_here(tmp_path, base):
         away = train(tmp_path, base, "away", teacher={"at": server.address})
     assert_same_run(here.folder, away.folder)
     assert len(asked) >= 12  # its answers to the test images too
+
+
+def test_what_the_classifier_reads_is_sent_in_place_of_logits(tmp_path):
+    here = train(tmp_path, FEATURES, "here")
+    with serving_of(write(tmp_path, FEATURES)) as server:
+        questions, answer = [], server.teachers.answer
+        server.teachers.answer = lambda asked, inputs: (questions.append(asked), answer(asked, inputs))[1]
+        away = train(tmp_path, FEATURES, "away", teacher={"at": server.address, "sends": "hidden"})
+    assert_same_run(here.folder, away.folder)
+    assert len(questions) > 12 and not any(asked["logits"] for asked in questions)
+    assert all(asked["layers"][-1] == "penultimate" for asked in questions)
+
+
+class Headed(nn.Module):
+    """A network with a head that ends it, or not."""
+
+    def __init__(self, head, end):
+        super().__init__()
+        self.body, self.head, self.end = nn.Linear(5, 16), head, end
+
+    def forward(self, x):
+        return self.end(self.head(self.body(x.mean((2, 3)).repeat(1, 5)[:, :5]).relu()))
+
+    def get_classifier(self):
+        return self.head
+
+
+@pytest.mark.parametrize("own", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("callers", [None, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_classifier_that_is_applied_elsewhere_gives_the_same_logits(own, callers, bias):
+    model = TappedModel(Headed(nn.Linear(16, 7, bias), nn.Identity()), ["penultimate"], precision=own).freeze()
+    head = Head.of(model, (3, 4, 4))
+    head = Head.unpacked(head.packed(), json.loads(json.dumps(head.about())))
+    with autocast(torch.device("cpu"), callers):
+        answer = model(torch.rand(9, 3, 4, 4))
+    sent = wire.unpack_answer(*wire.pack_answer(answer, logits=False))[1]["penultimate"]
+    logits = head(sent, callers)
+    assert torch.equal(logits, answer.logits) and logits.dtype == answer.logits.dtype
+
+
+NO_HEADS = {
+    "a layer behind it": (nn.Linear(16, 7), nn.Linear(7, 7), "something changes them afterwards"),
+    "a softmax": (nn.Linear(16, 7), nn.Softmax(1), "something changes them afterwards"),
+    "no linear layer": (nn.Tanh(), nn.Identity(), "not Tanh"),
+}
+
+
+@pytest.mark.parametrize("head, end, says", NO_HEADS.values(), ids=NO_HEADS)
+def test_what_does_not_end_in_one_linear_layer_keeps_its_classifier(head, end, says):
+    model = TappedModel(Headed(head, end), role="teacher").freeze()
+    with pytest.raises(kdkit.RunError) as caught:
+        Head.of(model, (3, 4, 4))
+    assert str(caught.value).startswith("teacher: `sends: hidden` needs logits that one linear layer gives") and says in str(caught.value)
+
+
+def test_a_teacher_without_such_a_classifier_is_refused(tmp_path):
+    base = {**PLAIN, "teacher": {**PLAIN["teacher"], "num_classes": 8, "classes": [0, 1, 2, 3, 4, 5]}}
+    with serving_of(write(tmp_path, base)) as server, pytest.raises(kdkit.RunError) as caught:
+        train(tmp_path, base, teacher={"at": server.address, "sends": "hidden"})
+    assert f"teacher: {server.address} refuses: teacher" in str(caught.value) and "`sends: hidden` needs" in str(caught.value)
+
+
+def test_another_classifier_than_was_told_of_is_refused():
+    model = TappedModel(Headed(nn.Linear(16, 7), nn.Identity())).freeze()
+    head = Head.of(model, (3, 4, 4))
+    about = head.about()
+    model.module.head.bias += 1
+    with pytest.raises(kdkit.RunError, match="sent another classifier than it has told of"):
+        Head.unpacked(head.packed(), about)
 
 
 def test_a_teacher_of_another_recipe(tmp_path):

@@ -13,7 +13,7 @@ from training import PATIENCE, PLAIN, PROCESSES, Command, forked, merged, write
 
 from kdkit import recipe
 from kdkit.cache import store as answer_store
-from kdkit.cache.folder import clear, stores
+from kdkit.cache.folder import clear, look, stores
 from kdkit.cache.opening import answering, open_cache
 from kdkit.cache.packing import KeptAnswers, Slots
 from kdkit.contracts.model_source import CacheOptions
@@ -622,6 +622,61 @@ def test_filling_a_cache_resumes(tmp_path, monkeypatch):
     )
     (found,) = fill(loaded, quiet=True)
     assert found.filled == 18 * 48 and sum(writes) == 18 * 48
+
+
+def content(path):
+    """The bytes of a cache's files, without its description."""
+    return {file.name: file.read_bytes() for file in path.iterdir() if file.suffix == ".bin"}
+
+
+@pytest.mark.parametrize(
+    "data, options", [(SHIFTS, ALL), ({"timm_augment": {}, "workers": 0, "batch_size": 20}, {"views": 3})], ids=["outcomes", "views"]
+)
+def test_a_cache_filled_in_parts_has_the_bytes_of_one_filled_at_once(tmp_path, monkeypatch, data, options):
+    """Also after a stop, and with a damaged row in a part; what the cache has is not asked for again."""
+    cache = {"cache": {**options, "dir": "there"}}
+    loaded = recipe.load(write(tmp_path, data=data, teacher=cache, run={"folder": str(tmp_path / "runs")}))
+    (whole,) = fill(loaded, quiet=True)
+    expected = content(whole.path)
+    (tmp_path / "there").rename(tmp_path / "at once")
+    written, answers = answer_store.AnswerStore.write, []
+
+    def stops(self, rows, values):
+        answers.append(len(rows))
+        written(self, rows, values)
+        if len(answers) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(answer_store.AnswerStore, "write", stops)
+        fill(loaded, quiet=True, spread=True)
+    (part,) = answer_store.parts_of(whole.path).glob("*/resnet18-*")
+    assert look(part).filled == sum(answers)
+    column = part / "column-0.bin"
+    column.write_bytes(bytes(byte ^ 1 for byte in column.read_bytes()))
+    (found,) = fill(loaded, quiet=True, spread=True)
+    assert content(found.path) == expected
+    assert [path.name for path in (tmp_path / "there").iterdir()] == [whole.path.name]
+    monkeypatch.setattr(answer_store.AnswerStore, "write", stops)
+    fill(loaded, quiet=True, spread=True)
+    assert len(answers) == 3
+
+
+def test_processes_share_the_filling_of_a_cache_and_one_that_is_killed_is_replaced(tmp_path):
+    data = {**SHIFTS, "dataset": {"train": 480}}
+    base = {"data": data, "teacher": {"cache": {**ALL, "dir": "there"}}}
+    (whole,) = fill(recipe.load(write(tmp_path, **base)), quiet=True)
+    (tmp_path / "there").rename(tmp_path / "at once")
+    parts = answer_store.parts_of(whole.path)
+    killed, other = (Command(tmp_path, "cache", "recipe.yaml", "--spread") for _ in range(2))
+    assert killed.wait_for(lambda: len([*parts.glob("*/done")]) > 3)
+    killed.send(signal.SIGKILL)
+    third = Command(tmp_path, "cache", "recipe.yaml", "--spread")
+    for process in (other, third):
+        code, said = process.finish()
+        assert code == 0 and "8,640 answers" in said, said
+    assert content(whole.path) == content(tmp_path / "at once" / whole.path.name)
+    assert not parts.exists()
 
 
 def test_the_cache_command_fills_lists_and_removes(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from kdkit.cache.store import (
     CHECKS,
+    JOINING,
     LOCK,
     MARKER,
     STATES,
@@ -19,6 +21,7 @@ from kdkit.cache.store import (
     About,
     allocated,
     locks,
+    parts_of,
     read_about,
 )
 from kdkit.errors import RunError, suggest
@@ -99,8 +102,11 @@ def _remove(store: Path) -> None:
         return
     (store / MARKER).unlink()  # first, so that a half-removed folder is no longer a store
     for file in store.iterdir():
-        is_own = file.name in (LOCK, WRITING, STATES, CHECKS) or COLUMN.fullmatch(file.name)
+        is_own = file.name in (LOCK, WRITING, JOINING, STATES, CHECKS) or COLUMN.fullmatch(
+            file.name
+        )
         if is_own or file.suffix == ".part":  # of a write that was cut off
             file.unlink()
     with contextlib.suppress(OSError):  # the folder contains other files
         store.rmdir()
+    shutil.rmtree(parts_of(store), ignore_errors=True)

@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from kdkit.cache import fingerprint, wire
+from kdkit.cache.heads import HIDDEN, Head
 from kdkit.cache.teacher import Forward
 from kdkit.contracts.inputs import first_tensor
 from kdkit.contracts.model_source import TeacherOptions
@@ -108,6 +110,23 @@ class _Connection:
         return response.status, response.read(), response.headers.get(wire.LAST, "[]")
 
 
+@dataclass(frozen=True)
+class _Coming:
+    """An answer that is under way.
+
+    Attributes:
+        answer: a future of it.
+        layers: asked for.
+        precision: the type that the caller autocasts to (None: fp32).
+        head: makes the logits of it (None: they are in it, or nobody reads them).
+    """
+
+    answer: Future[Any]
+    layers: Sequence[str]
+    precision: torch.dtype | None
+    head: Head | None
+
+
 class ServedTeacher:
     """A teacher's answers from the servers that the recipe names.
 
@@ -132,8 +151,12 @@ class ServedTeacher:
         self._role = role
         self._turn = 0
         self._compared = False
+        options = recipe.spec.all_teachers()[name]
+        self._hidden = isinstance(options, TeacherOptions) and options.sends == "hidden"
+        self._head: Head | None = None
         # also where nobody closes it: networks are built to be measured, too
         self.close = weakref.finalize(self, _close, self._servers)
+        self.close.atexit = False  # connections end with the process, and threads have ended then
 
     def __len__(self) -> int:
         return len(self._servers)
@@ -163,8 +186,21 @@ class ServedTeacher:
                     f"{self._role}: {server.address} serves another '{self._name}' than this"
                     " recipe describes"
                 )
+        if self._hidden and self._head is None:
+            self._fetch_head([one.get("head") for one in found])
         self._compared = True
         return found[0]
+
+    def _fetch_head(self, told: Sequence[Any]) -> None:
+        """Ask for the classifier, once all servers have told of the same."""
+        asked = self._servers[0]
+        data, _ = asked.ask(wire.HEAD, b"", {"teacher": self._name}).result()
+        for server, about in zip(self._servers, told, strict=True):
+            try:
+                self._head = Head.unpacked(data, about or {})
+            except (RunError, KeyError):
+                says = f"{server.address} has another classifier than {asked.address} sends"
+                raise RunError(f"{self._role}: {says}") from None
 
     def send(
         self,
@@ -173,29 +209,35 @@ class ServedTeacher:
         precision: torch.dtype | None,
         *,
         logits: bool,
-    ) -> Future[Any]:
+    ) -> _Coming:
         """Ask the next server for the answer to a batch."""
         if not self._compared:
             self.about()
         server = self._servers[self._turn % len(self._servers)]
         self._turn += 1
+        head = self._head if logits else None
         asked = {
             "teacher": self._name,
-            "layers": [*layers],
-            "logits": logits,
-            "precision": str(precision).removeprefix("torch.") if precision else None,
+            "layers": [*dict.fromkeys([*layers, HIDDEN] if head else layers)],
+            "logits": logits and head is None,
+            "precision": wire.name_of(precision),
         }
-        return server.ask(wire.ANSWER, wire.pack_inputs(inputs), asked)
+        answer = server.ask(wire.ANSWER, wire.pack_inputs(inputs), asked)
+        return _Coming(answer, layers, precision, head)
 
-    def received(self, coming: Future[Any], inputs: Inputs) -> Outputs:
+    def received(self, coming: _Coming, inputs: Inputs) -> Outputs:
         """Wait for an answer, and bring it to the device of its images.
 
         Raises:
             RunError: the server refuses to answer.
         """
-        logits, layers = wire.unpack_answer(*coming.result())
+        logits, layers = wire.unpack_answer(*coming.answer.result())
         device = first_tensor(inputs).device
-        features = {name: value.to(device) for name, value in layers.items()}
+        found = {name: value.to(device) for name, value in layers.items()}
+        features = {name: found[name] for name in coming.layers}
+        if coming.head is not None:
+            self._head = coming.head.to(device)  # once
+            logits = self._head(found[HIDDEN], coming.precision)
         if logits is None:
             return features_only(features, self._role, mask_of(inputs))
         return Outputs(logits.to(device), features, mask=mask_of(inputs))

@@ -18,8 +18,19 @@ from kdkit.errors import RunError
 TOKEN = "KDKIT_TOKEN"  # environment variable that both sides read
 ASKED = "Kdkit-Asked"  # HTTP header of a request: what is asked, as JSON
 LAST = "Kdkit-Channels-Last"  # of an answer: names of tensors in that layout, as JSON
-ABOUT, ANSWER = "/about", "/answer"
+ABOUT, ANSWER, HEAD = "/about", "/answer", "/head"
 IMAGES, LOGITS, LAYER = "images", "logits", "layer "
+PRECISIONS = {
+    None: None,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+
+
+def name_of(precision: torch.dtype | None) -> str | None:
+    """Return the name of a type, a key of PRECISIONS."""
+    return str(precision).removeprefix("torch.") if precision else None
 
 
 def authorization(token: str) -> str:
@@ -30,7 +41,7 @@ def authorization(token: str) -> str:
 def pack_inputs(inputs: Inputs) -> bytes:
     """Return a batch as bytes."""
     named = {IMAGES: inputs} if isinstance(inputs, Tensor) else inputs
-    return _packed(named)[0]
+    return pack(named)[0]
 
 
 def unpack_inputs(data: bytes) -> Inputs:
@@ -39,14 +50,14 @@ def unpack_inputs(data: bytes) -> Inputs:
     Raises:
         RunError: these are no tensors.
     """
-    named = _unpacked(data)
+    named = unpack(data)
     return named[IMAGES] if [*named] == [IMAGES] else named
 
 
 def pack_answer(answer: Outputs, *, logits: bool) -> tuple[bytes, str]:
     """Return an answer as bytes, and the names of its tensors that are channels-last as JSON."""
     named = {LAYER + name: value for name, value in answer.features.items()}
-    return _packed({**named, **({LOGITS: answer.logits} if logits else {})})
+    return pack({**named, **({LOGITS: answer.logits} if logits else {})})
 
 
 def unpack_answer(data: bytes, last: str) -> tuple[Tensor | None, dict[str, Tensor]]:
@@ -55,14 +66,15 @@ def unpack_answer(data: bytes, last: str) -> tuple[Tensor | None, dict[str, Tens
     Raises:
         RunError: these are no tensors.
     """
-    named = _unpacked(data)
+    named = unpack(data)
     for name in named.keys() & set(json.loads(last)):
         named[name] = named[name].contiguous(memory_format=torch.channels_last)
     layers = {k.removeprefix(LAYER): v for k, v in named.items() if k.startswith(LAYER)}
     return named.get(LOGITS), layers
 
 
-def _packed(named: Mapping[str, Tensor]) -> tuple[bytes, str]:
+def pack(named: Mapping[str, Tensor]) -> tuple[bytes, str]:
+    """Return tensors as bytes, and the names of those that are channels-last as JSON."""
     last = [
         name
         for name, value in named.items()
@@ -75,7 +87,12 @@ def _packed(named: Mapping[str, Tensor]) -> tuple[bytes, str]:
     return save(tensors), json.dumps(last)
 
 
-def _unpacked(data: bytes) -> dict[str, Any]:
+def unpack(data: bytes) -> dict[str, Any]:
+    """Return tensors (see `pack`).
+
+    Raises:
+        RunError: these are none.
+    """
     try:
         found: dict[str, Any] = load(data)
     except (SafetensorError, ValueError, KeyError) as error:

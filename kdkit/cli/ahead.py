@@ -71,14 +71,22 @@ def cache(
             show_default=False,
         ),
     ] = None,
+    spread: Annotated[
+        bool,
+        typer.Option(
+            "--spread",
+            help="Share the work with other processes of this command, on all machines that see"
+            " the folder.",
+        ),
+    ] = False,
     folder: Annotated[
         Path, typer.Option("--dir", help="Where caches are listed or removed.")
     ] = Path("runs/teacher-cache"),
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
     """Fill the teacher caches of a recipe; write one out; list or remove caches."""
-    if clear + listed + (export is not None) > 1:
-        raise RecipeError("give --list, --clear or --export, not several")
+    if clear + listed + spread + (export is not None) > 1:
+        raise RecipeError("give --list, --clear, --export or --spread, not several")
     watch(plugins, no_plugins=False)
     wanted = None if clear or listed or recipe is None else load(Path(recipe), overrides, plugins)
     from kdkit.cache import folder as store_folder
@@ -108,7 +116,7 @@ def cache(
         index = fill_caches.write_out(wanted, export, quiet=quiet)
         out.print(f"{export}: {index.rows:,} answers of {index.teacher}", markup=False)
     else:
-        for made in fill_caches.fill(wanted, quiet=quiet):
+        for made in fill_caches.fill(wanted, quiet=quiet, spread=spread):
             out.print(
                 f"{made.path}: {made.filled:,} answers, {gigabytes(made.bytes)}", markup=False
             )

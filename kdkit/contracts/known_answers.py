@@ -29,7 +29,7 @@ class AnswersOptions(ModelOptions):
 
 NETWORK_KEYS = (
     *("checkpoint", "strip_prefix", "new_head", "normalize", "input", "input_size"),
-    *("interpolation", "precision", "mode", "fold_batchnorm", "cache", "at"),
+    *("interpolation", "precision", "mode", "fold_batchnorm", "cache", "at", "sends"),
 )
 """Keys of a teacher that describe its network, or the way it is run."""
 

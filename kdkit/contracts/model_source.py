@@ -291,6 +291,14 @@ class TeacherOptions(Options):
         ),
         json_schema_extra=BOOKKEEPING,
     )
+    sends: Literal["logits", "hidden"] = Field(
+        default="logits",
+        description=(
+            "What a served teacher sends of its answer. hidden: what its last, linear layer reads;"
+            " that layer is then applied here. Fewer bytes with many classes, the same numbers."
+        ),
+        json_schema_extra=BOOKKEEPING,
+    )
 
 
 class RecipeTeacher(TeacherOptions):

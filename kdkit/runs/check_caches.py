@@ -103,7 +103,8 @@ def _never_again(recipe: Recipe, teacher: TeacherOptions) -> Iterator[str]:
     if recipe.spec.train.mixup is not None:
         yield (
             "mixed images never come twice (`train.mixup`), so answers to them cannot be kept;"
-            " leave one of them out"
+            " leave one of them out, or let the teacher answer beside the training (`at`, `kdkit"
+            " serve`)"
         )
     if key := recipe.spec.data.repeating:
         yield (

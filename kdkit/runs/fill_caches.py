@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +19,7 @@ from kdkit.cache import export
 from kdkit.cache.folder import Found, look
 from kdkit.cache.opening import called_in, open_cache, wanted
 from kdkit.cache.packing import Slots
+from kdkit.cache.parts import MOST, Parts
 from kdkit.cache.teacher import Forward, TeacherCache
 from kdkit.contracts.known_answers import AnswerIndex
 from kdkit.contracts.model_source import CacheOptions
@@ -36,15 +40,20 @@ BETWEEN_COMMITS = 10.0  # seconds
 Step = tuple[Tensor, Inputs]  # rows of the store and their images
 
 
-def fill(recipe: Recipe, *, quiet: bool = False) -> list[Found]:
+def fill(recipe: Recipe, *, quiet: bool = False, spread: bool = False) -> list[Found]:
     """Ask the teachers that have a `cache` for every view of every training image, leaving existing
     answers as they are; return the filled caches.
+
+    Args:
+        recipe: whose caches are filled.
+        quiet: show no progress.
+        spread: share the work with other processes that do the same.
 
     Raises:
         RecipeError: no teacher has one, or something does not fit.
         RunError: the disk is nearly full; the answers so far are kept.
     """
-    paths = [cache.store.path for cache in _filled(recipe, recipe.spec.data, quiet)]
+    paths = [cache.store.path for cache in _filled(recipe, recipe.spec.data, quiet, spread)]
     return [look(path) for path in paths]
 
 
@@ -94,7 +103,9 @@ def _options(recipe: Recipe) -> dict[str, CacheOptions]:
     return options
 
 
-def _filled(recipe: Recipe, data: DataSpec, quiet: bool) -> Iterator[TeacherCache]:
+def _filled(
+    recipe: Recipe, data: DataSpec, quiet: bool, spread: bool = False
+) -> Iterator[TeacherCache]:
     """Yield each cache of a recipe, open, after filling it for the training images of `data`."""
     spec, options = recipe.spec, _options(recipe)
     checks.make(recipe, Reporter(quiet=quiet).say)
@@ -119,7 +130,8 @@ def _filled(recipe: Recipe, data: DataSpec, quiet: bool) -> Iterator[TeacherCach
         )
         assert cache is not None
         try:
-            _fill(cache, _epochs(data, prepared), teacher.forward, name, quiet)
+            asking = _Asking(cache, _epochs(data, prepared), teacher.forward, name, quiet)
+            asking.parts() if spread else asking.all()
             yield cache
         finally:
             cache.store.close()
@@ -174,10 +186,15 @@ class _Epochs:
     def __len__(self) -> int:
         return self._count * len(self._train)
 
-    def view(self, number: int) -> Iterator[Batch]:
-        """Yield the batches in a view."""
+    def view(self, number: int, chosen: range) -> Iterator[Batch]:
+        """Yield the chosen ones of all batches in a view."""
+        length = len(self._train)
         for epoch in range(self._count):
-            yield from self._train.epoch(epoch, view=number)
+            before = epoch * length
+            start, stop = max(chosen.start - before, 0), min(chosen.stop - before, length)
+            if start < stop:
+                batches = self._train.epoch(epoch, start, view=number)
+                yield from itertools.islice(batches, stop - start)
 
 
 def _epochs(spec: DataSpec, prepared: loaders.Data) -> _Epochs:
@@ -186,49 +203,84 @@ def _epochs(spec: DataSpec, prepared: loaders.Data) -> _Epochs:
     return _Epochs(prepared.train, -(-prepared.info.unlabelled // beside) if beside else 1)
 
 
-def _fill(cache: TeacherCache, train: _Epochs, forward: Forward, name: str, quiet: bool) -> None:
-    saved = time.monotonic()
-    steps = cache.slots.count * len(train)
-    console = Console()
-    hidden = quiet or not console.is_terminal
-    for rows, inputs in track(
-        _steps(cache, train),
-        f"asking {name}",
-        total=steps,
-        console=console,
-        transient=True,
-        disable=hidden,
-    ):
-        whole = cache.store.whole(rows)
-        if bool((cache.store.known(rows) & ~whole).any()):
-            cache.tell_of_damage()
-        if not bool(whole.all()):
-            cache.keep(rows, inputs, forward)
-        if time.monotonic() - saved > BETWEEN_COMMITS:
-            cache.store.commit()
-            saved = time.monotonic()
+@dataclass(frozen=True)
+class _Asking:
+    """One teacher, asked about the images of some epochs."""
 
+    cache: TeacherCache
+    train: _Epochs
+    forward: Forward
+    name: str
+    quiet: bool
 
-def _steps(cache: TeacherCache, train: _Epochs) -> Iterator[Step]:
-    """Yield every view of every image, a few images at a time."""
-    slots = cache.slots
-    if slots.exact:
-        for batch in train.view(0):
-            for slot in range(slots.count):
-                outcome, images = torch.full_like(batch.index, slots.outcome(slot)), batch.inputs
-                # texts have one view
-                shown = (
-                    crop_flip(images, outcome, slots.padding)
-                    if isinstance(images, Tensor)
-                    else images
-                )
-                yield cache.rows(slot, batch.index).cpu(), shown
-        return
-    for slot in range(slots.count):
-        if bool(cache.store.whole(cache.rows(slot, train.indices).cpu()).all()):
-            continue  # avoids reading the images
-        for batch in train.view(slot):
-            yield cache.rows(slot, batch.index).cpu(), batch.inputs
+    def all(self) -> None:
+        """Fill the cache."""
+        self._ask(range(len(self.train)), self.cache, f"asking {self.name}")
+
+    def parts(self) -> None:
+        """Fill it together with other processes."""
+        steps, store = len(self.train), self.cache.store
+        parts = Parts(store, min(MOST, steps), self._is_full)
+        # closed, so that a part is free again at once if this process does not go on with it
+        with contextlib.closing(parts.free()) as free:
+            for part, own in free:
+                chosen = range(steps * part // parts.count, steps * (part + 1) // parts.count)
+                says = f"asking {self.name}, part {part + 1} of {parts.count}"
+                self._ask(chosen, replace(self.cache, store=own), says)
+        parts.join()
+        if not self._is_full():  # a row of a part was damaged
+            self.all()
+
+    def _is_full(self) -> bool:
+        cache = self.cache
+        rows = (cache.rows(slot, self.train.indices).cpu() for slot in range(cache.slots.count))
+        return all(bool(cache.store.known(slot).all()) for slot in rows)
+
+    def _ask(self, chosen: range, into: TeacherCache, says: str) -> None:
+        saved = time.monotonic()
+        console = Console()
+        for rows, inputs in track(
+            self._steps(chosen),
+            says,
+            total=self.cache.slots.count * len(chosen),
+            console=console,
+            transient=True,
+            disable=self.quiet or not console.is_terminal,
+        ):
+            whole = into.store.whole(rows)
+            if bool((into.store.known(rows) & ~whole).any()):
+                into.tell_of_damage()
+            if into is not self.cache:
+                whole |= self.cache.store.whole(rows)
+            if not bool(whole.all()):
+                into.keep(rows, inputs, self.forward)
+            if time.monotonic() - saved > BETWEEN_COMMITS:
+                into.store.commit()
+                saved = time.monotonic()
+
+    def _steps(self, chosen: range) -> Iterator[Step]:
+        """Yield every view of every image of the chosen batches, a few images at a time."""
+        cache, slots = self.cache, self.cache.slots
+        if slots.exact:
+            for batch in self.train.view(0, chosen):
+                for slot in range(slots.count):
+                    outcome, images = (
+                        torch.full_like(batch.index, slots.outcome(slot)),
+                        batch.inputs,
+                    )
+                    # texts have one view
+                    shown = (
+                        crop_flip(images, outcome, slots.padding)
+                        if isinstance(images, Tensor)
+                        else images
+                    )
+                    yield cache.rows(slot, batch.index).cpu(), shown
+            return
+        for slot in range(slots.count):
+            if bool(cache.store.whole(cache.rows(slot, self.train.indices).cpu()).all()):
+                continue  # avoids reading the images
+            for batch in self.train.view(slot, chosen):
+                yield cache.rows(slot, batch.index).cpu(), batch.inputs
 
 
 def _span(seconds: float) -> str:

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from kdkit.cache import served, wire
+from kdkit.cache.heads import Head
 from kdkit.cache.teacher import autocast
+from kdkit.contracts.inputs import Shape
 from kdkit.contracts.layers import resolve
 from kdkit.contracts.records import Inputs, Outputs
 from kdkit.errors import KdkitError, RunError, one_line
@@ -29,7 +31,6 @@ from kdkit.runs.networks import ModelFactory
 from kdkit.runs.progress import Reporter
 from kdkit.runs.training import accelerator_for, trained_teachers
 
-PRECISIONS = {None: None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MOST_BYTES = 4_000_000_000  # of a batch
 
 
@@ -39,11 +40,14 @@ class Teachers:
 
     Attributes:
         models: by name.
-        about: what is told of each: the fingerprint of its description, and of its own recipe.
+        about: what is told of each: the fingerprint of its description, of its own recipe, and of
+            its classifier.
+        heads: the classifiers, or why there is none.
     """
 
     models: Mapping[str, TappedModel]
     about: Mapping[str, Any]
+    heads: Mapping[str, Head | KdkitError]
     _busy: threading.Lock = field(default_factory=threading.Lock)
     _views: dict[tuple[str, tuple[str, ...], bool], TappedModel] = field(default_factory=dict)
 
@@ -71,7 +75,21 @@ class Teachers:
                 "scores": dict(known.scores),
                 "outputs": known.outputs,
             }
-        return cls(models, about)
+        heads = {name: _head(model, info.train_shape) for name, model in models.items()}
+        for name, head in heads.items():
+            about[name]["head"] = head.about() if isinstance(head, Head) else None
+        return cls(models, about, heads)
+
+    def head(self, asked: Mapping[str, Any]) -> bytes:
+        """Return the classifier of a teacher.
+
+        Raises:
+            KdkitError: there is no such teacher, or it has none.
+        """
+        self._refuse_unknown(asked["teacher"])
+        if isinstance(head := self.heads[asked["teacher"]], KdkitError):
+            raise head
+        return head.packed()
 
     def answer(self, asked: Mapping[str, Any], inputs: Inputs) -> Outputs:
         """Answer a batch as the teacher would in the run itself.
@@ -80,8 +98,7 @@ class Teachers:
             KdkitError: there is no such teacher or layer, or the batch does not fit.
         """
         name, layers, logits = asked["teacher"], tuple(asked["layers"]), bool(asked["logits"])
-        if name not in self.models:
-            raise RunError(f"no teacher is called '{name}', only {', '.join(self.models)}")
+        self._refuse_unknown(name)
         model = self.models[name]
         device = device_of(model.module)
         shown = (
@@ -89,9 +106,13 @@ class Teachers:
             if isinstance(inputs, torch.Tensor)
             else {key: value.to(device) for key, value in inputs.items()}
         )
-        precision = PRECISIONS[asked["precision"]]
+        precision = wire.PRECISIONS[asked["precision"]]
         with self._busy, torch.no_grad(), autocast(device, precision):
             return self._view(name, layers, logits)(shown)
+
+    def _refuse_unknown(self, name: str) -> None:
+        if name not in self.models:
+            raise RunError(f"no teacher is called '{name}', only {', '.join(self.models)}")
 
     def _view(self, name: str, layers: Sequence[str], logits: bool) -> TappedModel:
         key = name, tuple(layers), logits
@@ -101,6 +122,13 @@ class Teachers:
             view.layers = {layer: resolve(layer, model.module) for layer in layers}
             self._views[key] = view
         return self._views[key]
+
+
+def _head(model: TappedModel, shape: Shape) -> Head | KdkitError:
+    try:
+        return Head.of(model, shape)
+    except KdkitError as error:
+        return error
 
 
 def here(recipe: Recipe) -> list[str]:
@@ -163,8 +191,11 @@ class _Handler(BaseHTTPRequestHandler):
         data = self.rfile.read(int(length))
         try:
             asked = json.loads(self.headers.get(wire.ASKED, ""))
-            answer = self.server.teachers.answer(asked, wire.unpack_inputs(data))
-            body, last = wire.pack_answer(answer, logits=asked["logits"])
+            if self.path == wire.HEAD:
+                body, last = self.server.teachers.head(asked), "[]"
+            else:
+                answer = self.server.teachers.answer(asked, wire.unpack_inputs(data))
+                body, last = wire.pack_answer(answer, logits=asked["logits"])
         except (KdkitError, ValueError, KeyError, TypeError, AttributeError) as error:
             self._send(HTTPStatus.BAD_REQUEST, one_line(str(error)).encode())
         except Exception as error:  # of the network's own code
