@@ -125,7 +125,11 @@ def test_a_test_part_is_drawn_where_there_is_none(new, tmp_path, there, section)
 
 @pytest.mark.parametrize(
     ("student", "teacher", "keys"),
-    [("resnet10t", "mlp/8", {"model"}), ("mlp/8", "resnet10t", {"model", "pretrained"}), ("resnet10t", "torchvision/resnet18", {"model", "pretrained"})],
+    [
+        ("resnet10t", "mlp/8", {"model"}),
+        ("mlp/8", "resnet10t", {"model", "pretrained"}),
+        ("resnet10t", "torchvision/resnet18", {"model", "pretrained"}),
+    ],
 )
 def test_networks_of_two_sources_have_their_own_keys(new, tmp_path, student, teacher, keys):
     photos(tmp_path / "photos")

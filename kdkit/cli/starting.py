@@ -105,7 +105,11 @@ def new_recipe(
     ] = None,
     columns: Annotated[
         str | None,
-        option("--columns", metavar="A,B,...", help="Columns of a table: the targets, or of texts TEXT,LABEL."),
+        option(
+            "--columns",
+            metavar="A,B,...",
+            help="Columns of a table: the targets, or of texts TEXT,LABEL.",
+        ),
     ] = None,
     size: Annotated[
         str | None,
@@ -133,7 +137,7 @@ def new_recipe(
         "recipe.yaml"
     ),
 ) -> None:
-    """Write a recipe for your own images or texts, and one for its teacher; both pass `kdkit check`."""
+    """Write a recipe for your images or texts, and one for its teacher; both pass `kdkit check`."""
     from kdkit.start import recipes
 
     if images is not None and texts is not None:

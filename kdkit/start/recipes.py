@@ -130,7 +130,9 @@ def _values(wish: Wish) -> dict[str, str]:
         "file": one_line(wish.output.name),
         "name": _name(wish),
         "dataset": flow(section) + share,
-        "size": f"  image_size: {size}   # one side, or [height, width], in pixels\n" if size else "",
+        "size": f"  image_size: {size}   # one side, or [height, width], in pixels\n"
+        if size
+        else "",
         "batch": str(wish.batch or beginning.batch),
         "augmentation": f"{beginning.augmentation}\n" if beginning.augmentation else "",
         "student_network": _network(wish.student, wish),
@@ -147,8 +149,8 @@ def _values(wish: Wish) -> dict[str, str]:
 
 
 def _shared(values: Mapping[str, str], recipe: str) -> dict[str, str]:
-    """Return what a teacher's recipe has of the student's: all by `extends`, or sections alone where
-    its network does not know the keys of the student's, which would be merged into it.
+    """Return what a teacher's recipe has of the student's: all, by `extends`, or only two sections
+    where its network does not know all keys of the student's, which `extends` would merge in.
     """
     keys, known = (yaml.safe_load(values[name]).keys() for name in ("student_network", "network"))
     if keys <= known:
