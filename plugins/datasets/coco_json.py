@@ -73,8 +73,8 @@ class CocoJson(BoxSet):
 
     def entries(self, part: Literal["train", "test"]) -> list[ImageEntry]:
         entries = self._contents["test" if part == "test" and self._has_file else "train"].entries
-        if not self._has_file:
-            chosen = drawn([os.path.basename(one.path) for one in entries], self.options.test)
+        if not isinstance(share := self.options.test, str):
+            chosen = drawn([os.path.basename(one.path) for one in entries], share)
             entries = [one for i, one in enumerate(entries) if (i in chosen) == (part == "test")]
         if not entries:
             raise kdkit.DataError(f"{self.files[0]}: too few images for a {part} part")
