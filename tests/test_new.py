@@ -113,6 +113,70 @@ def test_a_recipe_passes_its_check(new, tmp_path, case):
         assert loss in kdkit.check("recipe.yaml").stages[0].formula
 
 
+@pytest.mark.parametrize(("there", "section"), [("train", {"test": 0.2}), (".", {"train": ".", "test": 0.2})])
+def test_a_test_part_is_drawn_where_there_is_none(new, tmp_path, there, section):
+    photos(tmp_path / "photos")
+    shutil.copytree(tmp_path / "photos/train", tmp_path / "mine" / there)
+    code, lines = new("recipe", "--images", "mine", *SMALL, "--batch-size", "8")
+    assert code == 0, lines
+    assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["data"]["dataset"] == {"use": "image_folder", "root": "mine", **section}
+    info = kdkit.check("recipe.yaml").info
+    assert (info.num_train, info.num_test, info.class_names) == (26, 6, ("cat", "dog"))
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "keys"),
+    [
+        ("resnet10t", "mlp/8", {"model"}),
+        ("mlp/8", "resnet10t", {"model", "pretrained"}),
+        ("resnet10t", "torchvision/resnet18", {"model", "pretrained"}),
+    ],
+)
+def test_networks_of_two_sources_have_their_own_keys(new, tmp_path, student, teacher, keys):
+    photos(tmp_path / "photos")
+    words = ("--student", student, "--teacher", teacher, "--size", "32", "--epochs", "2", "--from-scratch")
+    code, lines = new("recipe", "--images", "photos", *words)
+    assert code == 0, lines
+    own, taught = recipe.load("recipe-teacher.yaml"), recipe.load("recipe.yaml")
+    assert own.spec.student.model_fields_set == keys and own.spec.student.model == teacher
+    assert (own.spec.data, own.spec.train) == (taught.spec.data, taught.spec.train)
+
+
+TEXTS = {  # files: what `--texts` names, further words, and the section of the data
+    ("t.csv",): ("t.csv", (), {"dataset": "csv", "files": {"train": "t.csv"}, "test": 0.2, "text": "sentence", "label": "intent"}),
+    ("d/train.jsonl", "d/validation.jsonl"): (
+        "d",
+        ("--columns", "sentence,intent"),
+        {"dataset": "json", "files": {"train": "d/train.jsonl", "test": "d/validation.jsonl"}, "text": "sentence", "label": "intent"},
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("names", TEXTS, ids=lambda names: names[0])
+def test_a_recipe_of_texts_passes_its_check(new, tmp_path, monkeypatch, names):
+    pytest.importorskip("datasets")
+    transformers = pytest.importorskip("transformers")
+    from small_texts import NARROW, tokenizer
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    tokenizer(tmp_path / "small")
+    transformers.BertConfig(num_hidden_layers=1, **{**NARROW, "max_position_embeddings": 64}).save_pretrained(tmp_path / "small")
+    rows = [{"sentence": f"word{i} word7", "intent": "yes" if i % 2 else "no"} for i in range(10)]
+    for name in names:
+        (path := tmp_path / name).parent.mkdir(exist_ok=True)
+        lines = [json.dumps(row) if path.suffix == ".jsonl" else ",".join(row.values()) for row in rows]
+        path.write_text("\n".join([*(["sentence,intent"] if path.suffix == ".csv" else []), *lines]) + "\n")
+    path, words, section = TEXTS[names]
+    model = ("--student", "hf/./small", "--teacher", "hf/./small", "--from-scratch")
+    code, lines = new("recipe", "--texts", path, *words, *model, "--batch-size", "4")
+    assert code == 0, lines
+    usual = {"use": "hf_dataset", "max_length": 64, "tokenizer": "./small"}
+    assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["data"]["dataset"] == {**usual, **section}
+    info = kdkit.check("recipe.yaml").info
+    assert info.class_names == ("no", "yes") and (info.num_train, info.num_test) == ((8, 2) if len(names) == 1 else (10, 10))
+
+
 LARGE = {
     "segmentation": (scenes, ("--images", "scenes", "--classes", "ground,thing")),
     "detection": (cells, ("--images", "cells")),
@@ -162,6 +226,10 @@ WRONG = [  # the words of `kdkit new`, and a part of the one line
     (("recipe",), "--images is missing: folder or table"),
     (("recipe", "--images", "nowhere"), "--images: nowhere: no such folder or table"),
     (("recipe", "--images", "."), "has no folder 'train'; needed are train/CLASS/1.jpg"),
+    (("recipe", "--images", "photos", "--texts", "table.csv"), "--texts: takes the place of --images"),
+    (("recipe", "--texts", "nowhere"), "--texts: nowhere: no such folder or table"),
+    (("recipe", "--texts", "photos"), "--texts: photos: needed is a table .csv, .json, .jsonl, .parquet"),
+    (("recipe", "--texts", "table.csv"), "--columns: name the columns of table.csv that hold the texts and the labels"),
     (("recipe", "--images", "photos", "--task", "detect"), "--task: 'detect': did you mean 'detection'?"),
     (("recipe", "--images", "photos", "--task", "regression"), "regression needs a table"),
     (("recipe", "--images", "photos", "--task", "segmentation"), "--classes is missing: names of the classes"),

@@ -47,6 +47,7 @@ NewName = Annotated[
 ]
 HERE = Path()
 TASK_NAMES = ", ".join(tasks.TASKS)
+USUAL, OF_TEXTS = tasks.TASKS[tasks.TASK], tasks.TASKS[tasks.TEXTS]
 
 
 @new.command("recipe")
@@ -56,32 +57,44 @@ def new_recipe(
         option(
             "--images",
             metavar="FOLDER|TABLE",
-            help="Your images: a folder with a part each for training and test, or a CSV table.",
+            help="Your images: folders of classes, in a part each for training and test or not, or"
+            " a CSV table.",
+        ),
+    ] = None,
+    texts: Annotated[
+        Path | None,
+        option(
+            "--texts",
+            metavar="FOLDER|TABLE",
+            help="Your texts and labels, in their place: a CSV, JSON or Parquet table, or a folder"
+            f" of two. The task is {tasks.TEXTS}.",
         ),
     ] = None,
     task: Annotated[
         str, typer.Option("--task", metavar="TASK", help=f"What is asked: {TASK_NAMES}.")
     ] = tasks.TASK,
     teacher: Annotated[
-        str,
-        typer.Option(
+        str | None,
+        option(
             "--teacher",
             metavar="MODEL|FILE",
-            help="A model to train first, a file of weights, or a recipe that trains it.",
+            help="A model to train first, a file of weights, or a recipe that trains it (default:"
+            f" {USUAL.teacher}; for texts {OF_TEXTS.teacher}).",
         ),
-    ] = tasks.TEACHER,
+    ] = None,
     teacher_model: Annotated[
         str | None,
         option("--teacher-model", metavar="MODEL", help="The network of a file of weights."),
     ] = None,
     student: Annotated[
-        str,
-        typer.Option(
+        str | None,
+        option(
             "--student",
             metavar="MODEL",
-            help="timm's name (of the backbone, for masks and boxes), or SOURCE/NAME.",
+            help="timm's name (of the backbone, for masks and boxes), or SOURCE/NAME (default:"
+            f" {USUAL.student}; for texts {OF_TEXTS.student}).",
         ),
-    ] = tasks.STUDENT,
+    ] = None,
     loss: Annotated[
         str | None,
         option("--loss", help="What the teacher teaches by (default: the task's response loss)."),
@@ -92,7 +105,11 @@ def new_recipe(
     ] = None,
     columns: Annotated[
         str | None,
-        option("--columns", metavar="A,B,...", help="Columns of a table that are asked for."),
+        option(
+            "--columns",
+            metavar="A,B,...",
+            help="Columns of a table: the targets, or of texts TEXT,LABEL.",
+        ),
     ] = None,
     size: Annotated[
         str | None,
@@ -103,8 +120,15 @@ def new_recipe(
         option("--batch-size", min=1, metavar="N", help="Images of a step (default: the task's)."),
     ] = None,
     epochs: Annotated[
-        int, typer.Option("--epochs", min=1, max=100_000, metavar="N", help="Epochs to train.")
-    ] = tasks.EPOCHS,
+        int | None,
+        option(
+            "--epochs",
+            min=1,
+            max=100_000,
+            metavar="N",
+            help=f"Epochs to train (default: {USUAL.epochs}; for texts {OF_TEXTS.epochs}).",
+        ),
+    ] = None,
     scratch: Annotated[
         bool, typer.Option("--from-scratch", help="Begin without public weights of the networks.")
     ] = False,
@@ -113,25 +137,28 @@ def new_recipe(
         "recipe.yaml"
     ),
 ) -> None:
-    """Write a recipe for your own images, and one for its teacher; both pass `kdkit check`."""
+    """Write a recipe for your images or texts, and one for its teacher; both pass `kdkit check`."""
     from kdkit.start import recipes
 
-    where = asked(images, "--images", "Folder or table of your images")
+    if images is not None and texts is not None:
+        raise RecipeError("--texts: takes the place of --images; name one of them")
+    where = texts or asked(images, "--images", "Folder or table of your images")
+    task = tasks.TEXTS if texts is not None else task
     words = asked(classes, "--classes", MASKS) if task == "segmentation" else classes
     wish = recipes.Wish(
         Path(where),
         output,
         task,
-        teacher,
+        teacher or "",
         teacher_model,
-        student,
+        student or "",
         loss,
         name,
         _parts(words),
         _parts(columns),
         _size(size),
         batch,
-        epochs,
+        epochs or 0,
         pretrained=not scratch,
     )
     written = recipes.write(wish)

@@ -1,20 +1,25 @@
-"""The `data.dataset` section for a folder or a table of a user's own images."""
+"""The `data.dataset` section for a folder or a table of a user's own images or texts."""
 
 from __future__ import annotations
 
 import csv
+import mimetypes
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kdkit.errors import DataError
+from kdkit.start import tasks
 
 Section = dict[str, Any]
 TABLES = (".csv", ".parquet")
+TEXTS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+"""What a file of texts is, by its suffix."""
+TEXT_COLUMNS, LABEL_COLUMNS = ("text", "sentence"), ("label", "class", "intent")
 TEST_SHARE = 0.2
-"""Share of the images that become test images where an annotation tool wrote one file."""
+"""Share of the samples that become test samples where no file or folder says which."""
 MOST_FILES = 200
 """Maximum number of json files that are looked at to find the annotations."""
 
@@ -60,7 +65,10 @@ def section(task: str, images: Images) -> Section:
         DataError: there are none, or none in a layout that the task knows; says which it knows.
     """
     if not images.path.expanduser().exists():
-        raise DataError(f"--images: {images.path}: no such folder or table")
+        flag = "--texts" if task == tasks.TEXTS else "--images"
+        raise DataError(f"{flag}: {images.path}: no such folder or table")
+    if task == tasks.TEXTS:
+        return _of_texts(images)
     if images.is_table and task != "segmentation":
         return _boxes_of_table(images) if task == "detection" else _of_table(task, images)
     if not images.path.expanduser().is_dir():
@@ -74,13 +82,72 @@ def section(task: str, images: Images) -> Section:
 
 
 def _of_class_folders(images: Images) -> Section:
-    train = images.path.expanduser() / "train"
-    if not train.is_dir():
+    root = images.path.expanduser()
+    section: Section = {"use": "image_folder", "root": images.written}
+    if (root / "train").is_dir():
+        parts = any((root / name).is_dir() for name in ("test", "val"))
+        return section if parts else {**section, "test": TEST_SHARE}
+    if any(_has_images(folder) for folder in root.iterdir()):
+        return {**section, "train": ".", "test": TEST_SHARE}
+    raise DataError(
+        f"--images: {images.path}: has no folder 'train'; needed are train/CLASS/1.jpg and"
+        " test/CLASS/2.jpg, or CLASS/1.jpg alone"
+    )
+
+
+def _has_images(folder: Path) -> bool:
+    return folder.is_dir() and any(
+        (mimetypes.guess_type(path.name)[0] or "").startswith("image/") for path in folder.iterdir()
+    )
+
+
+def _of_texts(images: Images) -> Section:
+    root = images.path.expanduser()
+    found = [root]
+    if root.is_dir():
+        found = sorted(path for pattern in ("*", "*/*") for path in root.glob(pattern))
+    found = [path for path in found if path.is_file() and path.suffix.lower() in TEXTS]
+    inside = [path.relative_to(root) for path in found]
+    train, test = _called("train", inside), _called("test", inside) or _called("val", inside)
+    if len(train) == len(test) == 1:
+        files = {"train": root / train[0], "test": root / test[0]}
+    elif len(found) == 1:
+        files = {"train": found[0]}
+    else:
         raise DataError(
-            f"--images: {images.path}: has no folder 'train'; needed are train/CLASS/1.jpg and"
-            " test/CLASS/2.jpg"
+            f"--texts: {images.path}: needed is a table {', '.join(TEXTS)}, or a folder with one,"
+            " or with one that has train and one that has test in its name"
         )
-    return {"use": "image_folder", "root": images.written}
+    kinds = {TEXTS[path.suffix.lower()] for path in files.values()}
+    if len(kinds) > 1:
+        raise DataError(f"--texts: {images.path}: both files must be of one kind")
+    columns = _text_columns(images, files["train"])
+    return {
+        "use": "hf_dataset",
+        "dataset": kinds.pop(),
+        "files": {part: relative(path, images.beside) for part, path in files.items()},
+        **({} if "test" in files else {"test": TEST_SHARE}),
+        "text": columns[0] if len(columns) == 2 else columns[:-1],
+        "label": columns[-1],
+        "max_length": 64,
+    }
+
+
+def _text_columns(images: Images, file: Path) -> list[str]:
+    """Return the column of the texts, or two of pairs, and that of the labels."""
+    header = _header(replace(images, path=file))
+    usual = [
+        next((name for name in names if name in header), names[0])
+        for names in (TEXT_COLUMNS, LABEL_COLUMNS)
+    ]
+    columns = [*images.columns] or usual
+    absent = [name for name in columns if header and name not in header]
+    if absent or not 2 <= len(columns) <= 3:
+        raise DataError(
+            f"--columns: name the columns of {file} that hold the texts and the labels, such as"
+            f" text,label; it has: {', '.join(header) or 'columns that are not read here'}"
+        )
+    return columns
 
 
 def _of_masks(images: Images) -> Section:

@@ -1,14 +1,16 @@
-"""A new recipe for a user's own images, and the recipe of its teacher."""
+"""A new recipe for a user's own images or texts, and the recipe of its teacher."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
+
+import yaml
 
 from kdkit.errors import KdkitError, RecipeError, one_line, suggest
 from kdkit.start import datasets, tasks
@@ -27,34 +29,34 @@ class Wish:
     """What the user says about a new recipe.
 
     Attributes:
-        images: folder or table.
+        images: folder or table, of texts if the task is one of texts.
         output: the file to write.
         task: a key of `TASKS`.
-        teacher: a network's name, a file of weights, or a recipe.
+        teacher: a network's name, a file of weights, or a recipe (empty: the task's).
         teacher_model: of a file of weights, its network.
-        student: a network's name.
+        student: a network's name (empty: the task's).
         loss: what the teacher teaches by (None: the task's response loss).
         name: of the run (None: after the images).
         classes, columns: see `datasets.Images`.
         size: `data.image_size` (None: the task's).
         batch: `data.batch_size` (None: the task's).
-        epochs: of the student and of its teacher.
+        epochs: of the student and of its teacher (0: the task's).
         pretrained: whether networks begin with their public weights.
     """
 
     images: Path
     output: Path
     task: str = tasks.TASK
-    teacher: str = tasks.TEACHER
+    teacher: str = ""
     teacher_model: str | None = None
-    student: str = tasks.STUDENT
+    student: str = ""
     loss: str | None = None
     name: str | None = None
     classes: Sequence[str] = ()
     columns: Sequence[str] = ()
     size: str | None = None
     batch: int | None = None
-    epochs: int = tasks.EPOCHS
+    epochs: int = 0
     pretrained: bool = True
 
     @property
@@ -73,11 +75,18 @@ def write(wish: Wish) -> list[Path]:
         raise RecipeError(f"--task: '{one_line(wish.task)}': {suggest(wish.task, TASKS)}")
     if wish.output.suffix not in RECIPES:
         raise RecipeError(f"--output: {wish.output}: write a file .yaml")
+    usual = wish.beginning
+    wish = replace(
+        wish,
+        teacher=wish.teacher or usual.teacher,
+        student=wish.student or usual.student,
+        epochs=wish.epochs or usual.epochs,
+    )
     values = _values(wish)
-    default = wish.beginning.losses["response"]
-    files = {wish.output: filled("recipe.yaml", {**values, "loss": default})}
+    text = filled("recipe.yaml", {**values, "loss": usual.losses["response"]})
+    files = {wish.output: text}
     if _is_network(wish.teacher):
-        files[_teacher_file(wish)] = filled("teacher.yaml", values)
+        files[_teacher_file(wish)] = filled("teacher.yaml", {**values, **_shared(values, text)})
     refuse_existing(files)
     # before the slow import
     _refuse_suffixes(wish)
@@ -110,14 +119,22 @@ def _values(wish: Wish) -> dict[str, str]:
     beginning = wish.beginning
     images = datasets.Images(wish.images, wish.output.parent, wish.classes, wish.columns)
     teacher, comment = _teacher(wish)
+    section = datasets.section(wish.task, images)
+    if wish.task == tasks.TEXTS:
+        # a folder begins with `.` in both
+        section["tokenizer"] = wish.student.removeprefix("hf/")
+    size = wish.size or beginning.size
+    share = "   # a test part, drawn" if isinstance(section.get("test"), float) else ""
     return {
         "images": one_line(wish.images.name or str(wish.images)),
         "file": one_line(wish.output.name),
         "name": _name(wish),
-        "dataset": flow(datasets.section(wish.task, images)),
-        "size": wish.size or beginning.size,
+        "dataset": flow(section) + share,
+        "size": f"  image_size: {size}   # one side, or [height, width], in pixels\n"
+        if size
+        else "",
         "batch": str(wish.batch or beginning.batch),
-        "augmentation": beginning.augmentation,
+        "augmentation": f"{beginning.augmentation}\n" if beginning.augmentation else "",
         "student_network": _network(wish.student, wish),
         "teacher": one_line(wish.teacher),
         "student": one_line(wish.student),
@@ -126,7 +143,21 @@ def _values(wish: Wish) -> dict[str, str]:
         "network": _network(wish.teacher, wish),
         "label_loss": beginning.label_loss,
         "epochs": str(wish.epochs),
+        "lr": beginning.lr,
+        "warmup": str(max(1, wish.epochs // 15)),
     }
+
+
+def _shared(values: Mapping[str, str], recipe: str) -> dict[str, str]:
+    """Return what a teacher's recipe has of the student's: all, by `extends`, or only two sections
+    where its network does not know all keys of the student's, which `extends` would merge in.
+    """
+    keys, known = (yaml.safe_load(values[name]).keys() for name in ("student_network", "network"))
+    if keys <= known:
+        says = "# Data and training are those of {file}; keys here replace them.\nextends: {file}\n"
+        return {"extends": says.format(file=values["file"]), "sections": ""}
+    sections = re.findall(r"^(?:data|train):\n(?:  .*\n)+", recipe, re.MULTILINE)
+    return {"extends": "", "sections": "".join(sections)}
 
 
 def _name(wish: Wish) -> str:
@@ -142,7 +173,11 @@ def _last(model: str) -> str:
 def _network(model: str, wish: Wish) -> str:
     """Return the section of a network: SOURCE/NAME as it is, a bare name within the task's."""
     if "/" in model:
-        return flow({"model": model})
+        from kdkit.recipe import registry
+
+        source = registry.load().models.get(model.partition("/")[0])
+        weights = source is not None and "pretrained" in source.Options.model_fields
+        return flow({"model": model, **({"pretrained": wish.pretrained} if weights else {})})
     told = {"backbone": flow(model), "pretrained": flow(wish.pretrained)}
     return Template(wish.beginning.network).substitute(told)
 

@@ -30,6 +30,9 @@ class Beginning:
         batch: `data.batch_size`.
         augmentation: a line of the `data` section.
         layers: for a loss that compares layers, the pair it begins with.
+        teacher, student: names of networks.
+        epochs: of the student and of its teacher.
+        lr: AdamW's learning rate.
     """
 
     label_loss: str
@@ -39,6 +42,10 @@ class Beginning:
     batch: int = 32
     augmentation: str = CROPS
     layers: str = STAGE
+    teacher: str = "resnet50"
+    student: str = "mobilenetv3_small_100"
+    epochs: int = 30
+    lr: str = "0.001"
 
 
 TASKS: Mapping[str, Beginning] = {
@@ -93,10 +100,23 @@ TASKS: Mapping[str, Beginning] = {
         augmentation=TOGETHER,
         layers=PYRAMID,
     ),
+    "text_classification": Beginning(
+        "{use: cross_entropy}",
+        {
+            "response": "{use: logit_kl, temperature: 2}",
+            "feature": f"{{use: hint, layers: [{STAGE}]}}",
+            "relation": RKD,
+        },
+        network="{model: $backbone, pretrained: $pretrained}",
+        size="",
+        augmentation="",
+        teacher="hf/bert-base-uncased",
+        student="hf/distilbert-base-uncased",
+        epochs=4,
+        lr="5e-5",
+    ),
 }
 """By the task's name."""
 
 TASK = "classification"
-TEACHER = "resnet50"
-STUDENT = "mobilenetv3_small_100"
-EPOCHS = 30
+TEXTS = "text_classification"

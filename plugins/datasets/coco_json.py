@@ -6,14 +6,13 @@ https://cocodataset.org/#format-data.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -21,9 +20,9 @@ import kdkit
 
 from ._boxes import UNKNOWN, BoxEntry, BoxSet, BoxSetOptions, ImageEntry, listed
 from ._files import refuse_missing
+from ._share import Share, drawn
 from ._table import as_number
 
-Share = Annotated[float, Field(gt=0, lt=1)]
 ID = int | str  # what an id is
 
 
@@ -74,8 +73,9 @@ class CocoJson(BoxSet):
 
     def entries(self, part: Literal["train", "test"]) -> list[ImageEntry]:
         entries = self._contents["test" if part == "test" and self._has_file else "train"].entries
-        if not self._has_file:
-            entries = _drawn(entries, self.options.test)[part]
+        if not isinstance(share := self.options.test, str):
+            chosen = drawn([os.path.basename(one.path) for one in entries], share)
+            entries = [one for i, one in enumerate(entries) if (i in chosen) == (part == "test")]
         if not entries:
             raise kdkit.DataError(f"{self.files[0]}: too few images for a {part} part")
         return entries
@@ -120,20 +120,6 @@ class _Content:
     path: Path
     categories: tuple[str, ...]
     entries: list[ImageEntry]
-
-
-def _drawn(entries: Sequence[ImageEntry], share: Any) -> dict[str, list[ImageEntry]]:
-    """Draw a share of the images for the test by their names: added images move no other one."""
-
-    def drawn(entry: ImageEntry) -> bytes:
-        return hashlib.sha256(os.path.basename(entry.path).encode()).digest()
-
-    order = sorted(range(len(entries)), key=lambda place: drawn(entries[place]))
-    chosen = {*order[: round(share * len(entries))]}
-    parts: dict[str, list[ImageEntry]] = {"train": [], "test": []}
-    for place, entry in enumerate(entries):
-        parts["test" if place in chosen else "train"].append(entry)
-    return parts
 
 
 def _read(path: Path, folder: Path) -> _Content:

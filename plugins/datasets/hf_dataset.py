@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 import kdkit
 
+from ._share import Share, drawn
 from ._text.tokens import TextOptions, digest_of, tokenized
 
 KINDS = ("csv", "json", "parquet", "text")
@@ -31,11 +32,18 @@ class HfDatasetOptions(TextOptions):
     files: dict[Literal["train", "test"], kdkit.RecipePath] | None = Field(
         default=None,
         description=(
-            "Files of the parts, `{train: FILE, test: FILE}`, where `dataset` is a kind of files."
+            "Files of the parts, `{train: FILE, test: FILE}`, where `dataset` is a kind of files;"
+            " without `test`, that says which share is for it."
         ),
     )
     train: str = Field(default="train", description="Split to train on.")
-    test: str = Field(default="test", description="Split to test on.")
+    test: str | Share = Field(
+        default="test",
+        description=(
+            "Split to test on; or, such as 0.2, the share of each class in `train` that are test"
+            " texts instead, drawn by their first column."
+        ),
+    )
     text: str | tuple[str, str] = Field(
         default="text", description="Column of the texts, or two of pairs of texts."
     )
@@ -50,6 +58,11 @@ class HfDatasetOptions(TextOptions):
             raise ValueError(
                 f"dataset: '{self.dataset}' is no kind of files that is read here; allowed:"
                 f" {', '.join(KINDS)}"
+            )
+        parts = {"train", "test"} if isinstance(self.test, str) else {"train"}
+        if self.files is not None and self.files.keys() != parts:
+            raise ValueError(
+                "files: name `train` and `test`, or `train` alone with a share as `test`"
             )
         return self
 
@@ -107,11 +120,9 @@ class HfDataset(kdkit.DatasetSource):
             if options.files
             else {}
         )
-        wanted = (
-            {"train": "train", "test": "test"}
-            if options.files
-            else {"train": options.train, "test": options.test}
-        )
+        wanted = {"train": "train" if options.files else options.train}
+        if isinstance(options.test, str):
+            wanted["test"] = "test" if options.files else options.test
         try:
             loaded = {
                 # whatever a dataset comes with, no Python of it runs
@@ -126,14 +137,18 @@ class HfDataset(kdkit.DatasetSource):
             raise kdkit.DataError(
                 f"dataset '{options.dataset}' cannot be loaded: {reason}"
             ) from error
-        columns = (
-            *([options.text] if isinstance(options.text, str) else options.text),
-            options.label,
-        )
+        texts = [options.text] if isinstance(options.text, str) else [*options.text]
+        columns = (*texts, options.label)
         for part, rows in loaded.items():
             if absent := [column for column in columns if column not in rows.column_names]:
                 says = f"has no column '{absent[0]}'; it has: {', '.join(rows.column_names)}"
                 raise kdkit.DataError(f"dataset '{options.dataset}', {part}: {says}")
+        if not isinstance(options.test, str):
+            rows = loaded["train"]
+            names, classes = ([*map(str, rows[column])] for column in (texts[0], options.label))
+            chosen = drawn(names, options.test, classes)
+            loaded["test"] = rows.select(sorted(chosen))
+            loaded["train"] = rows.select([i for i in range(len(rows)) if i not in chosen])
         return loaded
 
     @cached_property

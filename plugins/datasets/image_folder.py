@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,15 +14,22 @@ import kdkit
 
 from ._archive import SCHEMES, fetch
 from ._files import Files
+from ._share import Share, drawn
 
 
 class ImageFolderOptions(kdkit.DatasetOptions):
     """Where the images are."""
 
     root: kdkit.RecipePath = Field(description="Folder that holds the parts' folders.")
-    train: str = Field(default="train", description="Training folder inside `root`.")
-    test: str | None = Field(
-        default=None, description="Test folder inside `root` (default: `test`, or else `val`)."
+    train: str = Field(
+        default="train", description="Training folder inside `root`; `.` is `root` itself."
+    )
+    test: str | Share | None = Field(
+        default=None,
+        description=(
+            "Test folder inside `root` (default: `test`, or else `val`); or, such as 0.2, the share"
+            " of each class in `train` that are test images instead, drawn by their file names."
+        ),
     )
     url: str | None = Field(
         default=None,
@@ -61,8 +69,8 @@ class ImageFolderOptions(kdkit.DatasetOptions):
 
 
 class ImageFolder(kdkit.DatasetSource):
-    """Your own images, in folders: train/CLASS/*.jpg and test/CLASS/*.jpg (or val/). Needs
-    `data.image_size`.
+    """Your own images, in folders: train/CLASS/*.jpg and test/CLASS/*.jpg (or val/), or CLASS/*.jpg
+    alone (`train: .`, `test: 0.2`). Needs `data.image_size`.
 
     Images that lie in train/ itself, without class folders, have no labels; the classes are then
     the test part's folders. Test images may have none either, for a task that measures without.
@@ -132,7 +140,16 @@ class ImageFolder(kdkit.DatasetSource):
 
     @cached_property
     def _parts(self) -> dict[str, Files]:
-        return {"train": self._files(self.options.train), "test": self._files(self._test)}
+        train, share = self._files(self.options.train), self.options.test
+        if not isinstance(share, float):
+            return {"train": train, "test": self._files(self._test)}
+        names = [os.path.basename(path) for path in train.paths]
+        chosen = drawn(names, share, train.labels)
+        places = {"train": {*range(len(train))} - chosen, "test": chosen}
+        return {
+            part: Files([train.paths[i] for i in there], [train.labels[i] for i in there])
+            for part, there in ((part, sorted(found)) for part, found in places.items())
+        }
 
     def _files(self, name: str) -> Files:
         """The images of a part, with their classes if it has any."""
@@ -143,7 +160,9 @@ class ImageFolder(kdkit.DatasetSource):
 
     @property
     def _test(self) -> str:
-        """Name of the test folder."""
+        """Name of the folder in which the test images lie."""
+        if isinstance(self.options.test, float):
+            return self.options.train
         there = (name for name in ("test", "val") if (self.options.root / name).is_dir())
         return self.options.test or next(there, "test")
 

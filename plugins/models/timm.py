@@ -126,7 +126,14 @@ class TimmSource(kdkit.ModelSource):
         try:
             module: nn.Module = timm.create_model(name, **arguments)
         except Exception as error:
-            raise kdkit.ModelError(f"timm cannot build '{name}': {kdkit.cause(error)}") from error
+            way = (
+                "; `pretrained: false` begins without these weights"
+                if arguments.get("pretrained")
+                else ""
+            )
+            raise kdkit.ModelError(
+                f"timm cannot build '{name}': {kdkit.cause(error)}{way}"
+            ) from error
         return module
 
     def _narrow_stem(self) -> dict[str, Any]:

@@ -107,7 +107,8 @@ class TorchvisionSource(kdkit.ModelSource):
         except Exception as error:
             cause = " ".join(str(error).split())
             raise kdkit.ModelError(
-                f"torchvision's weights of '{self.model_name}' cannot be fetched: {cause}"
+                f"torchvision's weights of '{self.model_name}' cannot be fetched: {cause};"
+                " `pretrained: false` begins without them"
             ) from error
         own = module.state_dict()
         # an auxiliary head is for training, and need not be built

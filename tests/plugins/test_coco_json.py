@@ -103,6 +103,7 @@ def test_a_share_of_one_file_is_drawn_for_the_test(images, tmp_path):
     write(tmp_path, "all.json", changed(images=CONTENT["images"][::-1]))
     again = source("coco_json", root=tmp_path, train="all.json", test=0.4, train_images=str(images))
     assert again.split("test").paths == paths["test"]
+    write(tmp_path, "all.json", changed(images=CONTENT["images"][:1], annotations=[]))
     with pytest.raises(DataError, match=r"all\.json: too few images for a test part$"):
         source("coco_json", root=tmp_path, train="all.json", test=0.1, train_images=str(images)).info()
     with pytest.raises(ValidationError, match="test images that are drawn are in `train_images`"):

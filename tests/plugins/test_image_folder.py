@@ -265,3 +265,17 @@ def test_photographs():
     for left, right in zip(one.train.epoch(0), two.train.epoch(0), strict=True):
         assert torch.equal(left.inputs, right.inputs) and left.inputs.shape == (32, 3, 64, 64)
     assert sum(len(batch.labels) for batch in two.test) == 153
+
+
+def test_a_share_of_each_class_is_drawn_by_name(tmp_path):
+    for name, count in (("ant", 10), ("bee", 5), ("cow", 2)):
+        for number in range(count):
+            write(tmp_path / name, f"{number}.png")
+    draw = lambda: ImageFolder(ImageFolderOptions(root=tmp_path, train=".", test=0.2))  # noqa: E731
+    parts = {part: draw().split(part) for part in ("train", "test")}
+    paths = {part: {*files.paths} for part, files in parts.items()}
+    assert not paths["train"] & paths["test"]
+    assert [parts["test"].labels.count(label) for label in range(3)] == [2, 1, 1]
+    assert [parts["train"].labels.count(label) for label in range(3)] == [8, 4, 1]
+    write(tmp_path / "ant", "more.png")  # the others stay where they are
+    assert {*draw().split("test").paths} - paths["test"] <= {str(tmp_path / "ant" / "more.png")}
