@@ -132,10 +132,10 @@ def _unreadable(
         says = f"keeps the likeliest classes, and task '{recipe.task.name}' has rows of"
         yield "top_k", f"{says} {recipe.task.rows_are}; leave it out"
     # Keeping indices beside all values would only take more space.
-    if options.top_k >= info.outputs:
+    if options.top_k >= (classes := recipe.task.row_width(info)):
         yield (
             "top_k",
-            f"{options.top_k} of {info.outputs} classes; leave it out to keep all logits",
+            f"{options.top_k} of {classes} classes; leave it out to keep all logits",
         )
     for called in _reading_all_logits(recipe, factory, name):
         yield (
@@ -189,7 +189,8 @@ def sizes(
             yield says, recipe.problem([*place, "what"], says)
             continue
         answer = tuple(recipe.task.random_answer(info, 1).logits.shape[1:])
-        kept = KeptAnswers(options, answer, factory.classes.are_known(name), taps)
+        axis = recipe.task.answer_axis
+        kept = KeptAnswers(options, answer, factory.classes.are_known(name), taps, axis=axis)
         # An upper bound: rows are filled as images are seen, and the files are sparse.
         size = slots.count * num_train * kept.bytes
         views = "1 view" if slots.count == 1 else f"{slots.count} views"
