@@ -313,10 +313,13 @@ class Rehearsal:
         """Wrap a source of batches, so that their images become known.
 
         Raises:
-            RecipeError: they come in several views.
+            RecipeError: they come in several views, or the stage makes its own.
         """
         # Rows are kept by image and view, and further views of a batch have no number.
-        if stage.data.views > 1 and self._places:
+        shows = f"shows {stage.data.views} views of each image at once"
+        if stage.prepare is not None:
+            shows = "makes batches of its own"
+        if (stage.data.views > 1 or stage.prepare is not None) and self._places:
             name, place = next(iter(self._places.items()))
             alone = has_answers_alone(self._recipe, name)
             why = (
@@ -326,7 +329,7 @@ class Rehearsal:
             )
             raise self._recipe.error(
                 place,
-                f"stage '{stage.name}' shows {stage.data.views} views of each image at once, {why}",
+                f"stage '{stage.name}' {shows}, {why}",
             )
 
         def noted(count: int) -> Batch:
