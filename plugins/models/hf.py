@@ -2,7 +2,8 @@
 
 Wolf et al., "Transformers: State-of-the-Art Natural Language Processing", EMNLP 2020 demos,
 arXiv:1910.03771. `AutoModelForSequenceClassification` builds classifiers, an encoder and a
-classifier on its pooled answer; `AutoModelForCausalLM` what says the next token. Layers have the paths of `named_modules()`, such as `bert.encoder.layer.3`.
+classifier on its pooled answer; `AutoModelForCausalLM` what says the next token. Layers have
+the paths of `named_modules()`, such as `bert.encoder.layer.3`.
 """
 
 from __future__ import annotations
@@ -210,7 +211,7 @@ class HuggingFaceSource(kdkit.ModelSource):
             raise kdkit.ModelError(f"config: {config.model_type} has no '{unknown[0]}'{hint}")
         if not self._says_tokens:
             return made(num_labels=num_classes, **said)
-        return made(**({"vocab_size": num_classes} if kind is not None else {}), **said)
+        return made(**{**({"vocab_size": num_classes} if kind is not None else {}), **said})
 
     @contextlib.contextmanager
     def _asking(self, what: str) -> Iterator[Any]:

@@ -25,8 +25,8 @@ class SkewedKL(kdkit.Loss):
 
     u = softmax(z_t / T) and v = softmax(z_s / T) for the direction `forward`: the student covers
     what the teacher deems possible; the other way round for `reverse`: it keeps to what the teacher
-    deems likely. a is `alpha`: 0 is the plain divergence; above 0 the value is at most -log a, where
-    the plain one has no bound. Logits (B, K) on both sides.
+    deems likely. a is `alpha`: 0 is the plain divergence; above 0 the value is at most -log a,
+    where the plain one has no bound. Logits (B, K) on both sides.
     """
 
     name = "skewed_kl"
@@ -35,7 +35,7 @@ class SkewedKL(kdkit.Loss):
     class Options(kdkit.ResponseOptions):
         direction: Literal["forward", "reverse"] = Field(
             default="forward",
-            description="Which prediction comes first: the teacher's, or (`reverse`) the student's.",
+            description="Whose prediction comes first: the teacher's; `reverse`: the student's.",
         )
         alpha: kdkit.Rampable = Field(
             default=0.1,

@@ -1,14 +1,15 @@
 """On-policy distillation of language models: the student learns on texts that it writes itself.
 
 Agarwal et al., "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes",
-ICLR 2024, arXiv:2306.13649, algorithm 1 (GKD). For each batch u is drawn from U(0, 1). If u is at
-most lambda (`on_policy`), the student writes on behind the prompts: each next token is drawn from
-softmax(z_s / T). Then both networks read the texts, and a divergence of each token that was written
-is minimised, with no gradient through the drawing. Otherwise they read the texts of the data. The
-paper's divergence is `jsd`; it has no loss on labels, tries lambda 0, 0.5 and 1, and draws at T = 1.
+ICLR 2024, arXiv:2306.13649, algorithm 1 (GKD). With probability lambda (`on_policy`) the student
+writes on behind the prompts of a batch: each next token is drawn from softmax(z_s / T). Then both
+networks read the texts, and a divergence of each token that was written is minimised, with no
+gradient through the drawing. Otherwise they read the texts of the data. The paper's divergence is
+`jsd`, without a loss on labels.
 
-A prompt is what the data marks as one (`completion_mask`), or the first tokens of a text (`prompt`).
-It does not count in texts that the student wrote; the data's own count as without this schedule.
+A prompt is what the data marks as one (`completion_mask`), or the first tokens of a text
+(`prompt`). It does not count in texts that the student wrote; the data's own count as without this
+schedule.
 """
 
 import inspect

@@ -13,7 +13,6 @@ from pydantic import BeforeValidator, Field
 
 import kdkit
 
-
 BYTES = "bytes"
 
 
