@@ -83,12 +83,10 @@ def test_losses_are_their_formulas_on_each_token_that_counts(folder, prompt):
 def test_rows_are_the_next_tokens_that_count():
     batch = some_texts()
     longer = Outputs(torch.cat([answer(0).logits, torch.full((4, 2, K), torch.nan)], 1))  # as a cache answers
-    for given in (answer(0), longer):
+    for given in (answer(0), longer, Outputs(answer(0).logits[:, :6])):
         (rows,), asked = LANGUAGE.rows([given], batch)
         assert torch.equal(rows.logits, torch.cat([answer(0).logits[i, : n - 1] for i, n in enumerate(LENGTHS.tolist())]))
-        assert asked.labels.tolist() == [*range(5, 35, 5), 2, 7, 1, 8] or asked.labels.tolist() == [
-            int(batch.inputs["input_ids"][i, n]) for i in range(4) for n in range(1, int(LENGTHS[i]))
-        ]
+        assert asked.labels.tolist() == [int(batch.inputs["input_ids"][i, n]) for i in range(4) for n in range(1, int(LENGTHS[i]))]
         assert asked.index.tolist() == [10] * 6 + [11] * 3 + [12]
 
 
@@ -136,6 +134,7 @@ class Reader(torch.nn.Module):
         return self.inner(input_ids=input_ids, attention_mask=attention_mask).logits
 
 
+@torch.no_grad()
 def written(module, batch, **options):
     torch.manual_seed(0)
     return Gkd(Gkd.Options(**options)).written(module, batch)
@@ -145,8 +144,7 @@ def written(module, batch, **options):
 @pytest.mark.parametrize("config", [GPT, LLAMA], ids=["gpt2", "llama"])
 def test_a_student_writes_on_behind_each_prompt(config, marked):
     module, batch = built(config), some_texts(3 if marked else 0)
-    with torch.no_grad():
-        made, again = (written(each, batch, prompt=3) for each in (module, Reader(module)))
+    made, again = (written(each, batch, prompt=3) for each in (module, Reader(module)))
     prompts = LENGTHS.clamp(max=3)
     places = torch.arange(7)
     given = places < prompts[:, None]
@@ -159,12 +157,10 @@ def test_a_student_writes_on_behind_each_prompt(config, marked):
 
 def test_a_text_ends_where_the_network_ends_it():
     module, batch = built(), some_texts()
-    with torch.no_grad():
-        module.lm_head = torch.nn.Linear(16, VOCABULARY)
-        module.lm_head.bias.zero_()[1] = 1e4  # the end is certain
-        made = written(module, batch, prompt=2)
-    assert made.inputs["completion_mask"].tolist() == [[0, 0, 1, 0, 0, 0, 0]] * 3 + [[0, 1, 0, 0, 0, 0, 0]] or True
-    assert made.inputs["completion_mask"].sum(1).tolist() == [1, 1, 1, 1]
+    module.lm_head = torch.nn.Linear(16, VOCABULARY)
+    module.lm_head.bias.data.zero_()[1] = 1e4  # the end is certain
+    made = written(module, batch, prompt=2)
+    assert made.inputs["completion_mask"].tolist() == [[0, 0, 1, 0, 0, 0, 0]] * 3 + [[0, 1, 0, 0, 0, 0, 0]]
     assert (made.inputs["input_ids"] * made.inputs["completion_mask"]).sum(1).tolist() == [1, 1, 1, 1]
     module.config.eos_token_id = [3, 1]
     batch.inputs["input_ids"][:, 0] = 3  # the prompt has ended: nothing is written
@@ -203,7 +199,7 @@ GKD = {"schedule": {"use": "gkd", "prompt": 2, "on_policy": 0.5}}
 
 @pytest.fixture(scope="module")
 def run(folder):
-    """Labels, responses, hidden states and relations together, two teachers' worth of layers."""
+    """Labels, responses, hidden states and relations together."""
     pair = [{"student": "transformer.h.0", "teacher": "transformer.h.1"}]
     losses = [{"use": "cross_entropy"}, {"use": "skewed_kl"}, *({"use": use, "layers": pair} for use in ("hint", "rkd_distance"))]
     return trained(folder, "run", losses=losses)
@@ -257,7 +253,7 @@ def test_a_cache_answers_as_the_teacher_does(folder, texts):
 
 
 REFUSED = {
-    "a head for classes": ({"student": {**network(), "head": "classes"}}, "gives (2, 259) for 2 images, and task 'language_model' asks for the form of (2, 14, 259)"),
+    "a head for classes": ({"student": {**network({**GPT, "pad_token_id": 0}), "head": "classes"}}, "gives (2, 259) for 2 images, and task 'language_model' asks for the form of (2, 14, 259)"),
     "a cache of texts to come": ({**GKD, "teacher": {**network(), "cache": {"views": "all"}}}, "stage 'distill' makes batches of its own, which caches do not keep; leave `cache` out"),
     "more texts than a network reads": ({"student": network({**GPT, "n_positions": 8})}, "reads 8 tokens at most, and texts have up to 14"),
     "fewer tokens than the tokenizer's": ({"student": network({**GPT, "vocab_size": 100})}, "gives (2, 100) for 2 images"),

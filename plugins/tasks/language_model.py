@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import kdkit
@@ -151,8 +152,11 @@ class LanguageModel(kdkit.Task):
 
 def _behind(answer: kdkit.Outputs, counts: Tensor) -> Tensor:
     """The answers (R, V) to the tokens in front of those that count."""
+    logits, length = answer.logits, counts.shape[1]
+    if logits.shape[1] < length:  # given to the same texts in a batch of shorter ones
+        logits = F.pad(logits, (0, 0, 0, length - logits.shape[1]))
     # answers of a cache are as long as the longest text of all
-    return answer.logits[:, : counts.shape[1]][counts]
+    return logits[:, :length][counts]
 
 
 @kdkit.hookimpl
