@@ -163,8 +163,8 @@ def test_a_text_ends_where_the_network_ends_it():
     assert made.inputs["completion_mask"].tolist() == [[0, 0, 1, 0, 0, 0, 0]] * 3 + [[0, 1, 0, 0, 0, 0, 0]]
     assert (made.inputs["input_ids"] * made.inputs["completion_mask"]).sum(1).tolist() == [1, 1, 1, 1]
     module.config.eos_token_id = [3, 1]
-    batch.inputs["input_ids"][:, 0] = 3  # the prompt has ended: nothing is written
-    assert not written(module, batch, prompt=2).inputs["completion_mask"].any()
+    batch.inputs["input_ids"][:, :2] = 3  # a text that ends within the prompt is not written on, one that begins so is
+    assert written(module, batch, prompt=2).inputs["completion_mask"].sum(1).tolist() == [0, 0, 0, 1]
 
 
 def test_tokens_are_drawn_by_the_student_s_probabilities():

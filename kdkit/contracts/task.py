@@ -264,15 +264,14 @@ class Task(abc.ABC):
         Raises:
             DataError: samples of this task have no such shape.
         """
-        sides, takes = (1, "texts of at most N tokens (N,)")
-        if self.takes == "images":
-            sides, takes = 3, "images (C, H, W)"
-        if len(shape) != sides:
+        of_texts = self.takes == "texts"
+        takes = "texts of at most N tokens (N,)" if of_texts else "images (C, H, W)"
+        if len(shape) != (1 if of_texts else 3):
             raise DataError(
                 f"task '{self.name}' takes {takes}, and the samples are {tuple(shape)}; say which"
                 " task it is (`task:`)"
             )
-        return TextShape(shape) if self.takes == "texts" else tuple(shape)
+        return TextShape(shape) if of_texts else tuple(shape)
 
     def described(self, info: DataInfo) -> DataInfo:
         """Return what is known of a dataset in the task's terms, such as other outputs than those

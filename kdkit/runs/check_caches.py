@@ -327,10 +327,7 @@ class Rehearsal:
                 if alone
                 else "which caches do not keep; leave `cache` out"
             )
-            raise self._recipe.error(
-                place,
-                f"stage '{stage.name}' {shows}, {why}",
-            )
+            raise self._recipe.error(place, f"stage '{stage.name}' {shows}, {why}")
 
         def noted(count: int) -> Batch:
             made = batch(count)

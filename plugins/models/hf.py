@@ -154,7 +154,7 @@ class HuggingFaceSource(kdkit.ModelSource):
         """The classes that its configuration names, and the tokenizer in its folder."""
         config: Any = module.config
         names = tuple(str(config.id2label[number]) for number in sorted(config.id2label))
-        # what the library calls them by itself, also where it is asked for no classes
+        # what the library calls them by itself
         numbered = all(name == f"LABEL_{number}" for number, name in enumerate(names))
         tokenizer = (
             digest_of(self.model_name)[0]

@@ -66,7 +66,7 @@ class Gkd(kdkit.Schedule):
 
         def prepare(batch: kdkit.Batch) -> kdkit.Batch:
             # also where it is certain, so that what comes after draws the same numbers
-            if torch.rand(()) > self.options.on_policy:
+            if torch.rand(()) >= self.options.on_policy:
                 return batch
             with kdkit.in_eval_mode(student.module), torch.no_grad():
                 return self.written(student.module, batch)
@@ -104,20 +104,22 @@ class Gkd(kdkit.Schedule):
         # a network of transformers remembers what it has read; another one reads it again
         remembers = "past_key_values" in takes
         ends = ids.new_tensor(ends_of(network))
-        begun = int(prompt.sum(1).min())
         memory: dict[str, Any] = {"use_cache": True} if remembers else {}
         ids, real, read = ids.clone(), prompt.clone(), 0
-        goes_on = ~torch.isin(ids[:, :begun], ends).any(1)
-        for place in range(begun, ids.shape[1]):
+        given = prompt.sum(1, keepdim=True)
+        # a text may be shorter than a prompt; some begin with the token that ends others
+        goes_on = ~(torch.isin(ids.gather(1, given - 1), ends) & (given > 1))[:, 0]
+        for place in range(int(given.min()), ids.shape[1]):
             shown = {TOKENS: ids[:, read:place], MASK: real[:, :place].long()}
             answer = network(**shown, **memory)
             if remembers:
                 memory, read = {"use_cache": True, "past_key_values": answer.past_key_values}, place
             z = getattr(answer, "logits", answer)[:, -1].float() / self.options.temperature
             drawn = torch.multinomial(z.softmax(1), 1)[:, 0]
-            token = torch.where(prompt[:, place], ids[:, place], drawn)
-            ids[:, place], real[:, place] = token * goes_on, goes_on
-            goes_on = goes_on & ~torch.isin(token, ends)
+            writes = goes_on & ~prompt[:, place]
+            ids[:, place] = torch.where(writes, drawn, ids[:, place])
+            real[:, place] |= writes
+            goes_on = goes_on & ~(writes & torch.isin(drawn, ends))
         return ids, real
 
 
