@@ -6,6 +6,7 @@ import pytest
 import torch
 from kdkit_plugins.schedules.gkd import Gkd
 from small_language import GPT, LLAMA, VOCABULARY, lay_out, network, recipe, write
+from small_texts import tokenizer
 from training import assert_same_run, stop_and_go_on, task, weights
 
 import kdkit
@@ -253,10 +254,10 @@ def test_a_cache_answers_as_the_teacher_does(folder, texts):
 
 
 REFUSED = {
-    "a head for classes": ({"student": {**network({**GPT, "pad_token_id": 0}), "head": "classes"}}, "gives (2, 259) for 2 images, and task 'language_model' asks for the form of (2, 14, 259)"),
+    "a head for classes": ({"student": {**network({**GPT, "pad_token_id": 0}), "head": "classes"}}, "gives (4, 259) for 4 images, and task 'language_model' asks for the form of (4, 14, 259)"),
     "a cache of texts to come": ({**GKD, "teacher": {**network(), "cache": {"views": "all"}}}, "stage 'distill' makes batches of its own, which caches do not keep; leave `cache` out"),
     "more texts than a network reads": ({"student": network({**GPT, "n_positions": 8})}, "reads 8 tokens at most, and texts have up to 14"),
-    "fewer tokens than the tokenizer's": ({"student": network({**GPT, "vocab_size": 100})}, "gives (2, 100) for 2 images"),
+    "fewer tokens than the tokenizer's": ({"student": network({**GPT, "vocab_size": 100})}, "gives (4, 14, 100) for 4 images"),
     "frequencies of classes": ({"losses": [{"use": "cross_entropy", "class_weights": "balanced"}]}, "needs the labels of all training samples"),
     "a task of classes": ({"task": "text_classification", "student": {**network(), "head": "classes"}, **GKD}, "gkd"),
     "no text": ({"data": {"dataset": {"train": "empty.txt"}}}, "empty.txt: has no text"),
@@ -277,16 +278,13 @@ def test_check_refuses_in_one_line(folder, case):
 
 
 def test_a_teacher_with_another_tokenizer_is_refused(folder):
-    taught = {"teacher": None, "schedule": {"use": "supervised"}, "losses": [{"use": "cross_entropy"}], "train": {"epochs": 1}}
-    from small_texts import tokenizer
-
+    alone = {"teacher": None, "schedule": {"use": "supervised"}, "losses": [{"use": "cross_entropy"}], "train": {"epochs": 1}}
     tokenizer(folder / "tokenizer")
-    words = {**taught, "name": "words", "data": {"dataset": {"tokenizer": str(folder / "tokenizer")}}}
-    first = kdkit.train(write(folder, **words), folder=folder / "words", quiet=True)
-    student = network({**GPT, "vocab_size": 44})
-    made = recipe(folder, student=student, teacher={**student, "checkpoint": str(first.folder / "student.safetensors")})
+    padded = network({**GPT, "vocab_size": VOCABULARY})
+    trained(folder, "words", **alone, student=padded, data={"dataset": {"tokenizer": str(folder / "tokenizer")}})
+    teacher = {**padded, "checkpoint": str(folder / "words" / "student.safetensors")}
     with pytest.raises(KdkitError, match="has another tokenizer than the data"):
-        checks.make(recipes.load(write(folder, teacher=made["teacher"])))
+        checks.make(recipes.load(write(folder, teacher=teacher)))
 
 
 def test_transformers_loads_and_continues_the_exported_student(folder, run):
