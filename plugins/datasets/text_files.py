@@ -39,10 +39,10 @@ class TextFiles(kdkit.DatasetSource):
     options: TextFilesOptions
 
     def info(self) -> kdkit.DataInfo:
-        counts = [len(self._parts[part].labels) for part in ("train", "test")]
+        train, test = (len(self._parts[part]) for part in ("train", "test"))
         digest, number = digest_of(self.options.tokenizer)
         shape = (self.options.max_length,)
-        return kdkit.DataInfo(shape, number, *counts, tokenizer=digest, num_tokens=number)
+        return kdkit.DataInfo(shape, number, train, test, tokenizer=digest, num_tokens=number)
 
     def own_files(self) -> Sequence[Path]:
         files = (self.options.train, self.options.test, Path(self.options.tokenizer))
