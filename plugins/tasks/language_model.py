@@ -144,7 +144,7 @@ class LanguageModel(kdkit.Task):
         """The most likely next tokens of each text: all logits would fill memories."""
         counts = counted(batch)
         likely = _behind(answer, counts).argmax(1).cpu()
-        return likely.split(counts.sum(1).tolist())
+        return torch.split(likely, counts.sum(1).tolist())
 
     def metric_arguments(self, info: kdkit.DataInfo) -> dict[str, Any]:
         return {"task": "multiclass", "num_classes": info.outputs}
