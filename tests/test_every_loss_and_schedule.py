@@ -15,7 +15,8 @@ from kdkit.runs import checks, opening, training
 from kdkit.runs.networks import ModelFactory
 
 PLUGINS = registry.load()
-FOR_ANY_NETWORK = [name for name in PLUGINS.schedules if name != "maskedkd"]  # which masks tokens of vision transformers
+# maskedkd masks tokens of vision transformers, gkd writes texts
+FOR_ANY_NETWORK = [name for name in PLUGINS.schedules if name not in ("maskedkd", "gkd")]
 WIDER = {**TINY, "args": {**TINY["args"], "channels": [8, 8, 16, 16]}}
 BASE = {
     "name": "pair",

@@ -182,7 +182,8 @@ def _look(
     if not shapes and not teacher.needs_logits:
         raise RunError(f"no loss reads anything that {teacher.role} says; leave `cache` out")
     logits = tuple(answer.logits.shape[1:]) if teacher.needs_logits else ()
-    return KeptAnswers(options, logits, teacher.needs_logits, shapes, aliases, last)
+    axis = recipe.task.answer_axis
+    return KeptAnswers(options, logits, teacher.needs_logits, shapes, aliases, last, axis)
 
 
 def _open_store(

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kdkit.cache.rows import Column
@@ -80,12 +81,14 @@ class KeptAnswers:
 
     Attributes:
         options: the recipe's.
-        shape: of the logits of a sample, such as (K,), or (K, H, W) of a map.
+        shape: of the logits of a sample, such as (K,), (K, H, W) of a map, or (N, K) of a text of N
+            tokens; those of a shorter text are filled up with 0.
         logits: whether the answer has any.
         taps: shape of each tapped layer's output by name, without the batch.
         aliases: tapped layers that are the logits.
         channels_last: layers whose maps are (B, C, H, W) with channels last in memory, and are
             stored that way.
+        axis: of the K classes in logits (B, ...).
     """
 
     options: CacheOptions
@@ -94,6 +97,7 @@ class KeptAnswers:
     taps: Mapping[str, tuple[int, ...]]
     aliases: Sequence[str] = ()
     channels_last: Sequence[str] = ()
+    axis: int = 1
 
     def columns(self) -> list[Column]:
         """List the columns of a row of the store."""
@@ -102,12 +106,12 @@ class KeptAnswers:
         if self.logits and k is None:
             columns.append(Column(LOGITS, self.shape, dtype))
         elif self.logits and k is not None:
-            classes, *places = self.shape
+            classes = self.shape[self.axis - 1]
             short = "int16" if classes <= torch.iinfo(torch.int16).max else "int32"
-            largest = (k, *places)
+            largest, one = (self._shape_of(count) for count in (k, 1))
             columns += [Column(VALUES, largest, dtype), Column(INDICES, largest, short)]
             # one number a row: its rounding would change the probability of every other class
-            columns.append(Column(REST, (1, *places), "float32"))
+            columns.append(Column(REST, one, "float32"))
         for name, shape in self.taps.items():
             stored = (*shape[1:], shape[0]) if name in self.channels_last else shape
             columns.append(Column(TAP + name, stored, dtype))
@@ -128,12 +132,14 @@ class KeptAnswers:
         if self.logits and self.options.top_k is None:
             plain[LOGITS] = outputs.logits
         elif self.logits:
-            plain |= _largest(outputs.logits.float(), self.options.top_k or 0)
+            plain |= _largest(outputs.logits.float(), self.options.top_k or 0, self.axis)
         for name in self.taps:
             value = outputs.features[name]
             plain[TAP + name] = value.permute(0, 2, 3, 1) if name in self.channels_last else value
         packed = {
-            column.name: plain[column.name].detach().to(column.type).contiguous()
+            column.name: _filled(plain[column.name].detach(), column.shape)
+            .to(column.type)
+            .contiguous()
             for column in self.columns()
         }
         if self.options.dtype == "fp16":
@@ -151,7 +157,10 @@ class KeptAnswers:
 
     def _spread(self, values: Mapping[str, Tensor]) -> Tensor:
         logits = values[REST].expand(-1, *self.shape).clone()
-        return logits.scatter_(1, values[INDICES].long(), values[VALUES].float())
+        return logits.scatter_(self.axis, values[INDICES].long(), values[VALUES].float())
+
+    def _shape_of(self, classes: int) -> tuple[int, ...]:
+        return (*self.shape[: self.axis - 1], classes, *self.shape[self.axis :])
 
     def _refuse_overflow(self, plain: Mapping[str, Tensor], packed: Mapping[str, Tensor]) -> None:
         # all columns at once, so that a GPU is waited for once
@@ -166,12 +175,17 @@ class KeptAnswers:
             )
 
 
-def _largest(logits: Tensor, k: int) -> dict[str, Tensor]:
-    """Return the k largest logits of (B, K, ...), their classes, and the logit of each other
-    class.
-    """
-    values, indices = logits.topk(k, dim=1)
-    others = logits.scatter(1, indices, -torch.inf)
+def _filled(value: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Fill answers (B, n, ...) to the tokens of texts up to the shape (N, ...) of the longest."""
+    if value.shape[1:] == shape:
+        return value
+    return F.pad(value, (*(0, 0) * (value.ndim - 2), 0, shape[0] - value.shape[1]))
+
+
+def _largest(logits: Tensor, k: int, axis: int) -> dict[str, Tensor]:
+    """Return the k largest logits of each row, their classes, and the logit of each other class."""
+    values, indices = logits.topk(k, dim=axis)
+    others = logits.scatter(axis, indices, -torch.inf)
     # the other classes share the remaining probability evenly
-    rest = others.logsumexp(1, keepdim=True) - math.log(logits.shape[1] - k)
+    rest = others.logsumexp(axis, keepdim=True) - math.log(logits.shape[axis] - k)
     return {VALUES: values, INDICES: indices, REST: rest}

@@ -15,9 +15,12 @@ Combination = Literal["logits", "probabilities"]
 
 
 def combined(
-    logits: Sequence[Tensor], by: Combination = "probabilities", weights: Tensor | None = None
+    logits: Sequence[Tensor],
+    by: Combination = "probabilities",
+    weights: Tensor | None = None,
+    axis: int = 1,
 ) -> Tensor:
-    """Combine several models' logits, each (R, K) or (B, K, ...), into one answer.
+    """Combine several models' logits, each (R, K) or (B, ..., K, ...), into one answer.
 
     Args:
         logits: of each of M models.
@@ -25,11 +28,12 @@ def combined(
             their softmaxes.
         weights: shares of the models (M,), or for each row (M, R), that sum to 1 over the models
             (None: equal shares).
+        axis: of the K classes.
     """
     stacked = torch.stack(list(logits))
     if by == "logits":
         return (_shares(weights, stacked) * stacked).sum(0)
-    return _log_mean(stacked.log_softmax(2), weights)
+    return _log_mean(stacked.log_softmax(axis + 1), weights)
 
 
 def combined_labels(logits: Sequence[Tensor], weights: Tensor | None = None) -> Tensor:
@@ -65,16 +69,23 @@ def ensemble(
     weights: Tensor | None = None,
     *,
     of_labels: bool = False,
+    axis: int = 1,
 ) -> Outputs:
     """Combine several models' answers, and their views, into one without features."""
     views = {
-        name: ensemble([answer.views[name] for answer in answers], by, weights, of_labels=of_labels)
+        name: ensemble(
+            [answer.views[name] for answer in answers],
+            by,
+            weights,
+            of_labels=of_labels,
+            axis=axis,
+        )
         for name in answers[0].views
     }
     logits = [answer.logits for answer in answers]
     by_sigmoids = of_labels and by == "probabilities"
     return Outputs(
-        combined_labels(logits, weights) if by_sigmoids else combined(logits, by, weights),
+        combined_labels(logits, weights) if by_sigmoids else combined(logits, by, weights, axis),
         views=views,
         mask=answers[0].mask,
     )

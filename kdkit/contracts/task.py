@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kdkit.contracts.dataset_source import DataInfo
 from kdkit.contracts.ensembles import Combination, ensemble
-from kdkit.contracts.inputs import Shape, random_inputs
+from kdkit.contracts.inputs import Shape, TextShape, random_inputs
 from kdkit.contracts.options import Options
 from kdkit.contracts.records import Batch, Inputs, Outputs
 from kdkit.errors import DataError, ShapeError
@@ -227,6 +227,8 @@ class Task(abc.ABC):
     """
     fill: ClassVar[int] = 0
     """Value of a mask where its image is padded."""
+    answer_axis: ClassVar[int] = 1
+    """Axis of a network's output (B, ...) that has the K values of a row."""
     in_pixels: ClassVar[bool] = False
     """Whether answers are in pixels of the batch's images, as boxes are: then networks see images
     at that size.
@@ -262,12 +264,20 @@ class Task(abc.ABC):
         Raises:
             DataError: samples of this task have no such shape.
         """
-        if len(shape) != 3:
+        of_texts = self.takes == "texts"
+        takes = "texts of at most N tokens (N,)" if of_texts else "images (C, H, W)"
+        if len(shape) != (1 if of_texts else 3):
             raise DataError(
-                f"task '{self.name}' takes images (C, H, W), and the samples are"
-                f" {tuple(shape)}; say which task it is (`task:`)"
+                f"task '{self.name}' takes {takes}, and the samples are {tuple(shape)}; say which"
+                " task it is (`task:`)"
             )
-        return tuple(shape)
+        return TextShape(shape) if of_texts else tuple(shape)
+
+    def described(self, info: DataInfo) -> DataInfo:
+        """Return what is known of a dataset in the task's terms, such as other outputs than those
+        that it was made for.
+        """
+        return info
 
     @abc.abstractmethod
     def targets(self, values: Any, info: DataInfo, whose: str) -> Tensor:
@@ -336,8 +346,9 @@ class Task(abc.ABC):
         return tuple(shape) == (count, info.outputs)
 
     def of_classes(self, answer: Tensor, classes: Sequence[int]) -> Tensor:
-        """Select classes, by number, of a network's answer (B, K, ...)."""
-        return answer[:, list(classes)]
+        """Select classes, by number, of a network's answer (B, ...)."""
+        chosen = torch.tensor(list(classes), device=answer.device)
+        return answer.index_select(self.answer_axis, chosen)
 
     def random_answer(self, info: DataInfo, count: int) -> Outputs:
         """Make a random answer to `count` samples, for checks and tests."""
@@ -372,8 +383,9 @@ class Task(abc.ABC):
             ShapeError: answers of this task have no mean.
         """
         if self.rows_are == "numbers":  # numbers have only one kind of mean
-            return ensemble(answers, "logits", weights)
-        return ensemble(answers, by, weights, of_labels=self.rows_are == "labels")
+            by = "logits"
+        is_of_labels = self.rows_are == "labels"
+        return ensemble(answers, by, weights, of_labels=is_of_labels, axis=self.answer_axis)
 
     def mixer(
         self, options: Mapping[str, Any], info: DataInfo
@@ -388,7 +400,7 @@ class Task(abc.ABC):
     def as_targets(self, answer: Outputs) -> Tensor:
         """Convert a teacher's answer to labels (B, ...)."""
         if self.rows_are == "classes":
-            return answer.logits.argmax(1)
+            return answer.logits.argmax(self.answer_axis)
         # a logit above 0 is a probability above 1/2
         return (answer.logits > 0).long() if self.rows_are == "labels" else answer.logits
 

@@ -73,4 +73,4 @@ def described(source: DatasetSource, task: Task) -> DataInfo:
     """
     info = source.info()
     task.check(info)
-    return replace(info, image_shape=task.shape(info.image_shape))
+    return replace(task.described(info), image_shape=task.shape(info.image_shape))

@@ -282,13 +282,13 @@ def _refuse_together(recipe: Recipe, stage: Stage) -> None:
 
 def _labels_by_index(loader: loaders.TrainLoader, task: Task) -> Tensor:
     """Return the target by `Batch.index`, which also counts images that are not trained on: those
-    have -1. Empty where they are read with the images.
+    have -1. Empty where they are read with the images, or are in the texts.
     """
     own = loader.labels.cpu()
+    if not own.numel():
+        return own.new_empty(0)
     if task.rows_are == "classes" and own.is_floating_point():
         own = own.argmax(1)  # of learnt labels, the classes, which losses count
-    if not len(own):
-        return own
     labels = own.new_full((int(loader.indices.max()) + 1, *own.shape[1:]), -1)
     labels[loader.indices.cpu()] = own
     return labels

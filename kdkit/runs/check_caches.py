@@ -133,10 +133,10 @@ def _unreadable(
         says = f"keeps the likeliest classes, and task '{recipe.task.name}' has rows of"
         yield "top_k", f"{says} {recipe.task.rows_are}; leave it out"
     # Keeping indices beside all values would only take more space.
-    if options.top_k >= info.outputs:
+    if options.top_k >= (classes := recipe.task.row_width(info)):
         yield (
             "top_k",
-            f"{options.top_k} of {info.outputs} classes; leave it out to keep all logits",
+            f"{options.top_k} of {classes} classes; leave it out to keep all logits",
         )
     for called in _reading_all_logits(recipe, factory, name):
         yield (
@@ -190,7 +190,8 @@ def sizes(
             yield says, recipe.problem([*place, "what"], says)
             continue
         answer = tuple(recipe.task.random_answer(info, 1).logits.shape[1:])
-        kept = KeptAnswers(options, answer, factory.classes.are_known(name), taps)
+        axis = recipe.task.answer_axis
+        kept = KeptAnswers(options, answer, factory.classes.are_known(name), taps, axis=axis)
         # An upper bound: rows are filled as images are seen, and the files are sparse.
         size = slots.count * num_train * kept.bytes
         views = "1 view" if slots.count == 1 else f"{slots.count} views"
@@ -313,10 +314,13 @@ class Rehearsal:
         """Wrap a source of batches, so that their images become known.
 
         Raises:
-            RecipeError: they come in several views.
+            RecipeError: they come in several views, or the stage makes its own.
         """
         # Rows are kept by image and view, and further views of a batch have no number.
-        if stage.data.views > 1 and self._places:
+        shows = f"shows {stage.data.views} views of each image at once"
+        if stage.prepare is not None:
+            shows = "makes batches of its own"
+        if (stage.data.views > 1 or stage.prepare is not None) and self._places:
             name, place = next(iter(self._places.items()))
             alone = has_answers_alone(self._recipe, name)
             why = (
@@ -324,10 +328,7 @@ class Rehearsal:
                 if alone
                 else "which caches do not keep; leave `cache` out"
             )
-            raise self._recipe.error(
-                place,
-                f"stage '{stage.name}' shows {stage.data.views} views of each image at once, {why}",
-            )
+            raise self._recipe.error(place, f"stage '{stage.name}' {shows}, {why}")
 
         def noted(count: int) -> Batch:
             made = batch(count)

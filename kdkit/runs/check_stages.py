@@ -74,6 +74,8 @@ class StageChecks(Checks):
 
         batch = watching.noting(stage, shown)
         self._check_images(stage, groups if info.labelled else NO_LABELS, info)
+        # as in training: of texts, whose targets are in them, no label is known
+        targets = targets if targets.numel() else targets.new_empty(0)
         labels = targets if info.labelled else NO_LABELS
         rehearsed = rehearse(self.recipe, factory, stage, batch(few), info, labels)
         lessons = rehearsed.lessons

@@ -18,7 +18,7 @@ from kdkit.errors import DataError
 # Not a multiple of 7, so that one of the batch sizes tried leaves a smaller last batch.
 SAMPLES = 24
 IMAGES = DataInfo((3, 8, 8), outputs=5, num_train=SAMPLES, num_test=SAMPLES)
-TEXTS = DataInfo((7,), outputs=5, num_train=SAMPLES, num_test=SAMPLES)
+TEXTS = DataInfo((7,), outputs=5, num_train=SAMPLES, num_test=SAMPLES, num_tokens=9)
 
 
 def check_task(task: Task, info: DataInfo | None = None) -> None:
@@ -34,6 +34,7 @@ def check_task(task: Task, info: DataInfo | None = None) -> None:
     """
     info = info or _taken(task)
     task.check(info)
+    info = task.described(info)
     torch.manual_seed(0)
     batch = _batch(task, info)
     answer, teacher = (task.random_answer(info, SAMPLES) for _ in range(2))

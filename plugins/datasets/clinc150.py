@@ -62,14 +62,14 @@ class Clinc150(kdkit.DatasetSource):
 
     def info(self) -> kdkit.DataInfo:
         """What the file has, or, before it is fetched, what is known of it."""
+        shape, tokens = (self.options.max_length,), digest_of(self.options.tokenizer)
         # so that `kdkit check` can plan before anything is fetched
         if self.lacks():
-            return kdkit.DataInfo((self.options.max_length,), INTENTS, *SIZES[self.options.config])
+            return kdkit.DataInfo(shape, INTENTS, *SIZES[self.options.config], (), (), *tokens)
         counts = [
             len(self._content[part]) + len(self._content[f"{OUT_OF_SCOPE}_{part}"])
             for part in ("train", "test")
         ]
-        shape, tokens = (self.options.max_length,), digest_of(self.options.tokenizer)
         return kdkit.DataInfo(
             shape, len(self._intents), counts[0], counts[1], tuple(self._intents), (), *tokens
         )

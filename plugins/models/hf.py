@@ -1,8 +1,9 @@
-"""Text classifiers of Hugging Face transformers (extra `text`).
+"""Text classifiers and causal language models of Hugging Face transformers (extra `text`).
 
 Wolf et al., "Transformers: State-of-the-Art Natural Language Processing", EMNLP 2020 demos,
-arXiv:1910.03771. `AutoModelForSequenceClassification` builds them: an encoder, and a classifier on
-its pooled answer. Layers have the paths of `named_modules()`, such as `bert.encoder.layer.3`.
+arXiv:1910.03771. `AutoModelForSequenceClassification` builds classifiers, an encoder and a
+classifier on its pooled answer; `AutoModelForCausalLM` what says the next token. Layers have
+the paths of `named_modules()`, such as `bert.encoder.layer.3`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 from torch import nn
@@ -26,6 +27,11 @@ from ..datasets._text.tokens import digest_of
 # Said to every loader of the library, whatever a folder or the hub says: no Python that comes with
 # a network runs. Left out, it asks on the terminal.
 OWN_CODE_ONLY = {"trust_remote_code": False}
+
+HEADS = {
+    "classes": "AutoModelForSequenceClassification",
+    "language_model": "AutoModelForCausalLM",
+}
 
 # How DistilBERT calls what BERT calls otherwise, so that it can begin with BERT's layers (Sanh et
 # al. 2019, arXiv:1910.01108, section 3).
@@ -52,7 +58,7 @@ def _beside_its_file(value: Any) -> Any:
 
 class HuggingFaceSource(kdkit.ModelSource):
     """Text classifiers of transformers: `model: hf/bert-base-uncased`, a local folder
-    (`hf/./folder`), or a `config` alone.
+    (`hf/./folder`), or a `config` alone. With `head: language_model`, causal language models.
     """
 
     name = "hf"
@@ -74,6 +80,14 @@ class HuggingFaceSource(kdkit.ModelSource):
                 " random."
             ),
         )
+        head: Literal["classes", "language_model"] = Field(
+            default="classes",
+            description=(
+                "What it says: one class of a text, or the next token behind each token (for `task:"
+                " language_model`), as many as the tokenizer has: where an embedding is padded to"
+                " more, the others are left out."
+            ),
+        )
         config: kdkit.NetworkArguments = Field(
             default_factory=dict,
             description=(
@@ -89,9 +103,7 @@ class HuggingFaceSource(kdkit.ModelSource):
         """The network with random weights."""
         with self._asking("built") as transformers:
             config = self._config(transformers, num_classes)
-            network: nn.Module = transformers.AutoModelForSequenceClassification.from_config(
-                config, **OWN_CODE_ONLY
-            )
+            network: nn.Module = self._class(transformers).from_config(config, **OWN_CODE_ONLY)
         if (most := _positions(config)) is not None and image_shape[0] > most:
             raise kdkit.ModelError(
                 f"reads {most} tokens at most, and texts have up to {image_shape[0]}: see the"
@@ -99,6 +111,8 @@ class HuggingFaceSource(kdkit.ModelSource):
             )
         names = set(inspect.signature(network.forward).parameters)
         network.register_forward_pre_hook(_KnownOnly(names), with_kwargs=True)
+        if self._says_tokens and config.vocab_size > num_classes:
+            network.register_forward_hook(_FirstOnly(num_classes))
         return network
 
     def load(self, module: nn.Module) -> None:
@@ -106,7 +120,7 @@ class HuggingFaceSource(kdkit.ModelSource):
         if not self.options.pretrained:
             return
         with self._asking("loaded") as transformers:
-            donor, found = transformers.AutoModelForSequenceClassification.from_pretrained(
+            donor, found = self._class(transformers).from_pretrained(
                 self.model_name,
                 config=module.config,
                 # a classifier of other classes keeps random weights; the encoder's misfits are
@@ -115,7 +129,8 @@ class HuggingFaceSource(kdkit.ModelSource):
                 output_loading_info=True,
                 **OWN_CODE_ONLY,
             )
-        encoder = f"{module.base_model_prefix}."
+        # a language model's last layer is no new one
+        encoder = "" if self._says_tokens else f"{module.base_model_prefix}."
         absent = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
         # a pooler belongs to the classifier: many encoders are published without one
         if lacking := sorted(
@@ -161,11 +176,15 @@ class HuggingFaceSource(kdkit.ModelSource):
             if key not in ("id2label", "label2id", "transformers_version")
         }
         options = {"model": f"hf/{config.model_type}", "pretrained": False, "config": own}
-        return kdkit.Portable(
-            options,
-            about,
-            'load it by AutoModelForSequenceClassification.from_pretrained("{folder}")',
-        )
+        how = f'load it by {HEADS[self.options.head]}.from_pretrained("{{folder}}")'
+        return kdkit.Portable(options, about, how)
+
+    @property
+    def _says_tokens(self) -> bool:
+        return self.options.head == "language_model"
+
+    def _class(self, transformers: Any) -> Any:
+        return getattr(transformers, HEADS[self.options.head])
 
     def _config(self, transformers: Any, num_classes: int) -> Any:
         said = dict(self.options.config)
@@ -190,7 +209,9 @@ class HuggingFaceSource(kdkit.ModelSource):
             close = difflib.get_close_matches(unknown[0], known, n=1)
             hint = f"; did you mean '{close[0]}'?" if close else ""
             raise kdkit.ModelError(f"config: {config.model_type} has no '{unknown[0]}'{hint}")
-        return made(num_labels=num_classes, **said)
+        if not self._says_tokens:
+            return made(num_labels=num_classes, **said)
+        return made(**{**({"vocab_size": num_classes} if kind is not None else {}), **said})
 
     @contextlib.contextmanager
     def _asking(self, what: str) -> Iterator[Any]:
@@ -241,7 +262,20 @@ class _KnownOnly:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return args, {name: value for name, value in kwargs.items() if name in self.names}
+        known = {name: value for name, value in kwargs.items() if name in self.names}
+        # keys and values for tokens to come, which training does not ask for
+        return args, {**({"use_cache": False} if "use_cache" in self.names else {}), **known}
+
+
+class _FirstOnly:
+    """A hook that keeps the logits of the first token ids, which are the tokenizer's."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        output.logits = output.logits[..., : self.count]
+        return output
 
 
 @kdkit.hookimpl

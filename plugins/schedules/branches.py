@@ -40,6 +40,10 @@ class Branches(kdkit.Schedule):
     name = "branches"
     scheme = "online"
     needs_teacher = False
+    # peers are weighed for each sample, whose answer is one row
+    tasks = frozenset(
+        {"classes of samples", "labels of samples", "numbers of samples", "embeddings of samples"}
+    )
     students_teach = True
 
     class Options(kdkit.ScheduleOptions):

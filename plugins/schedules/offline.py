@@ -146,6 +146,8 @@ class Offline(kdkit.Schedule):
             drawn = (shares / torch.empty_like(shares).exponential_()).argmax()
             return answers, torch.arange(len(answers), device=shares.device) == drawn
         if self.options.per_sample != "none":
+            if answers[0].logits.ndim != 2:
+                raise kdkit.RunError("per_sample weighs answers with one row of logits a sample")
             shares = confidence(
                 answers, batch.labels if self.options.per_sample == "cross_entropy" else None
             )

@@ -37,6 +37,10 @@ class DiversePeers(kdkit.Schedule):
     name = "okddip"
     scheme = "online"
     needs_teacher = False
+    # peers are weighed for each sample, whose answer is one row
+    tasks = frozenset(
+        {"classes of samples", "labels of samples", "numbers of samples", "embeddings of samples"}
+    )
     students_teach = True
 
     class Options(kdkit.PeerOptions):

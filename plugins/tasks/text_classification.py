@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import kdkit
 
 from ._classes import Classes
@@ -18,14 +16,6 @@ class TextClassification(Classes):
 
     name = "text_classification"
     takes = "texts"
-
-    def shape(self, shape: Sequence[int]) -> kdkit.TextShape:
-        if len(shape) != 1:
-            raise kdkit.DataError(
-                f"task '{self.name}' takes texts of at most N tokens (N,), and the samples are"
-                f" {tuple(shape)}; say which task it is (`task:`)"
-            )
-        return kdkit.TextShape(shape)
 
 
 @kdkit.hookimpl
