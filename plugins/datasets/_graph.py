@@ -1,4 +1,4 @@
-"""Graphs whose nodes are samples: what the dataset `graph_nodes` and the models of `graph` share."""
+"""Graphs whose nodes are samples, for the dataset `graph_nodes` and the models of `graph`."""
 
 from __future__ import annotations
 
