@@ -127,7 +127,7 @@ def made(seed: int) -> Graph:
 
 def both_ways(edges: Tensor) -> Tensor:
     """Return edges (2, E) in both directions, each once, without those of a node to itself."""
-    whole = torch.cat([edges, edges.flip(0)], 1).unique(dim=1)
+    whole: Tensor = torch.unique(torch.cat([edges, edges.flip(0)], 1), dim=1)
     return whole[:, whole[0] != whole[1]]
 
 

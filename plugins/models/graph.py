@@ -60,9 +60,9 @@ class GraphNetwork(nn.Module):
         return logits[places]
 
     def _numbers(self, samples: Tensor) -> Tensor:
-        own, code = samples.split([self.features.shape[1], len(CODE)], 1)
-        code = code * 255
-        number = (code.round().long() * torch.tensor(CODE, device=code.device)).sum(1)
+        words = self.features.shape[1]
+        own, code = samples[:, :words], samples[:, words:] * 255
+        number: Tensor = (code.round().long() * torch.tensor(CODE, device=code.device)).sum(1)
         node = number % len(self.features)
         # what is no bytes was drawn to try the network
         real = ((code - code.round()).abs() < ROUNDING).all(1)
