@@ -260,11 +260,20 @@ REFUSED = {
     "fewer tokens than the tokenizer's": ({"student": network({**GPT, "vocab_size": 100})}, "gives (4, 14, 100) for 4 images"),
     "frequencies of classes": ({"losses": [{"use": "cross_entropy", "class_weights": "balanced"}]}, "needs the labels of all training samples"),
     "a task of classes": ({"task": "text_classification", "student": {**network(), "head": "classes"}, **GKD}, "gkd"),
+    "classes that nobody gave": ({"task": "text_classification", "student": {**network({**GPT, "pad_token_id": 0}), "head": "classes"}, "teacher": None, "schedule": {"use": "supervised"}, "losses": [{"use": "cross_entropy"}]}, "labels"),
+    "nothing to write": ({"schedule": {"use": "gkd", "prompt": 14}}, "prompt: 14 tokens are given, and texts have 14 at most"),
     "no text": ({"data": {"dataset": {"train": "empty.txt"}}}, "empty.txt: has no text"),
     "too short": ({"data": {"dataset": {"train": "short.txt", "texts": "blocks"}}}, "short.txt: has 4 tokens, fewer than the 14 of a block (`max_length`)"),
     "no file": ({"data": {"dataset": {"train": "none.txt"}}}, "none.txt"),
     "no tokenizer": ({"data": {"dataset": {"tokenizer": "./nowhere"}}}, "does not say how many token ids there are|there is no folder"),
 }  # fmt: skip
+
+
+def test_a_line_is_what_an_editor_calls_one(folder):
+    (folder / "lines.txt").write_text("\ufeffab\u2028c\x0cd\n\n \nef", encoding="utf-8")
+    texts = recipes.load(write(folder, data={"dataset": {"train": "lines.txt"}})).dataset().split("train")
+    own = [[byte + 3 for byte in line.encode()] + [1] for line in ("ab\u2028c\x0cd", "ef")]
+    assert [list(ids) for ids in texts.tokens["input_ids"]] == own
 
 
 @pytest.mark.parametrize("case", REFUSED)

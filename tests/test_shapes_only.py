@@ -44,6 +44,20 @@ def test_results_are_like_those_of_torch(name, precision, layout):
     assert found[True] == found[False]
 
 
+MISFITS = {
+    "batch norm": lambda: torch.nn.BatchNorm2d(4),
+    "batch norm in eval mode": lambda: torch.nn.BatchNorm2d(4).eval(),
+    "layer norm": lambda: torch.nn.LayerNorm(4),
+    "layer norm of maps": lambda: torch.nn.LayerNorm((4, 5)),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_other_widths_are_refused_as_by_torch(name):
+    with torch.device("meta"), ShapesOnly(), pytest.raises(RuntimeError, match=r"expected input|should contain"):
+        MISFITS[name]()(torch.empty(IMAGES))
+
+
 def test_each_operation_is_tried():
     seen = set()
 

@@ -28,6 +28,7 @@ MAY_SAY = {
     "contracts/loss.py": "tells authors of losses of that name",
     "contracts/model_source.py": "the key of recipes for a teacher's own classes",
     "contracts/options.py": "arguments of timm and torchvision that recipes may not give",
+    "start/tasks.py": "what `kdkit new` begins with, for each task by its name",
     "students/export.py": "timm's own format of an exported network",
 }
 

@@ -63,7 +63,7 @@ class Head:
         return head
 
     def __call__(self, hidden: Tensor, precision: torch.dtype | None) -> Tensor:
-        """Return the logits (B, K) of embeddings (B, D), in the caller's autocast type."""
+        """Return the logits (B, ..., K) of embeddings (B, ..., D), in the caller's type."""
         own = self.precision or precision
         with torch.no_grad(), autocast(hidden.device, None if own == torch.float32 else own):
             logits = F.linear(hidden, self.weight, self.bias)

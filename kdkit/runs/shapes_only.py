@@ -51,7 +51,9 @@ def _batch_norm_in_eval_mode(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor
     return torch.empty_like(x), *_statistics(x, [0])
 
 
-def _layer_norm(x: Tensor, shape: Sequence[int], *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _layer_norm(x: Tensor, shape: Sequence[int], *others: Any) -> Any:
+    if (*x.shape[-len(shape) :],) != tuple(shape):
+        return aten.native_layer_norm(x, shape, *others)  # refuses it
     normalized = torch.empty_like(x, memory_format=torch.contiguous_format)
     return normalized, *_statistics(x, [*x.shape[: -len(shape)], *[1] * len(shape)])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy
@@ -16,7 +16,7 @@ from ..models._answer_files import array_file
 
 CODE = (1 << 16, 1 << 8, 1)
 """A node's number is three bytes, the highest first."""
-MOST = 1 << 24
+MOST = 1 << 23
 SHAPES = {"features": "NF", "labels": "N", "edges": "2E", "train": "M", "test": "M"}
 """What a file holds."""
 
@@ -59,6 +59,8 @@ class Graph:
         labels: class of each node, int64 (N,).
         edges: int64 (2, E), from a node to one that reads it.
         train, test: numbers of the labelled nodes and of those to test on, int64.
+        first: what the numbers in samples begin with; another one if test nodes come after
+            training, so that a network that reads all edges is noticed.
     """
 
     features: Tensor
@@ -66,16 +68,17 @@ class Graph:
     edges: Tensor
     train: Tensor
     test: Tensor
+    first: int = 0
 
     @property
     def classes(self) -> int:
-        """Number of classes."""
-        return int(self.labels.max()) + 1
+        """Number of classes; labels of nodes in neither part are not read."""
+        return int(self.labels[torch.cat([self.train, self.test])].max()) + 1
 
     @property
     def codes(self) -> Tensor:
         """Bytes of all numbers, uint8 (N, 3)."""
-        numbers = torch.arange(len(self.labels))[:, None]
+        numbers = self.first + torch.arange(len(self.labels))[:, None]
         return (numbers // torch.tensor(CODE) % 256).to(torch.uint8)
 
 
@@ -94,7 +97,7 @@ def graph_of(options: GraphOptions) -> Graph:
         late[found.test] = True
         source, reader = late[found.edges]
         kept = found.edges[:, ~(source & ~reader)]
-        return Graph(found.features, found.labels, kept, found.train, found.test)
+        return replace(found, edges=kept, first=MOST)
 
 
 def made(seed: int) -> Graph:

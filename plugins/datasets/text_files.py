@@ -42,7 +42,16 @@ class TextFiles(kdkit.DatasetSource):
         train, test = (len(self._parts[part]) for part in ("train", "test"))
         digest, number = digest_of(self.options.tokenizer)
         shape = (self.options.max_length,)
-        return kdkit.DataInfo(shape, number, train, test, tokenizer=digest, num_tokens=number)
+        return kdkit.DataInfo(
+            shape,
+            number,
+            train,
+            test,
+            tokenizer=digest,
+            num_tokens=number,
+            labelled=False,
+            test_labelled=False,
+        )
 
     def own_files(self) -> Sequence[Path]:
         files = (self.options.train, self.options.test, Path(self.options.tokenizer))
@@ -57,10 +66,10 @@ class TextFiles(kdkit.DatasetSource):
 
     def _read(self, file: Path) -> kdkit.Texts:
         try:
-            content = file.read_text(encoding="utf-8")
+            content = file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise kdkit.DataError(f"dataset '{self.name}': {file}: {kdkit.cause(error)}") from None
-        lines = [line for line in content.splitlines() if line.strip()]
+        lines = [line for line in content.split("\n") if line.strip()]
         if not lines:
             raise kdkit.DataError(f"dataset '{self.name}': {file}: has no text")
         if self.options.texts == "lines":

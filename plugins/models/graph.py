@@ -10,9 +10,10 @@ Networks", ICLR 2022, arXiv:2110.08727.
 """
 
 import warnings
+from typing import Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 import kdkit
@@ -37,6 +38,7 @@ class GraphNetwork(nn.Module):
         super().__init__()
         self.network = network
         self.layers = layers
+        self.first = graph.first
         # not persistent: they are the file's
         self.register_buffer("features", torch.as_tensor(graph.features) / 255, persistent=False)
         self.register_buffer("edges", torch.as_tensor(graph.edges), persistent=False)
@@ -62,14 +64,16 @@ class GraphNetwork(nn.Module):
     def _numbers(self, samples: Tensor) -> Tensor:
         words = self.features.shape[1]
         own, code = samples[:, :words], samples[:, words:] * 255
-        number: Tensor = (code.round().long() * torch.tensor(CODE, device=code.device)).sum(1)
-        node = number % len(self.features)
+        number = (code.round().long() * torch.tensor(CODE, device=code.device)).sum(1) - self.first
+        node: Tensor = number % len(self.features)
         # what is no bytes was drawn to try the network
         real = ((code - code.round()).abs() < ROUNDING).all(1)
-        if bool((real & ((number != node) | (own != self.features[node]).any(1))).any()):
+        # devices divide by 255 in other ways
+        others = (own * 255 - self.features[node] * 255).abs() > ROUNDING
+        if bool((real & ((number != node) | others.any(1))).any()):
             raise kdkit.ModelError(
-                "a sample is no node of this graph: data and network must name the same `file` and"
-                " `graph_seed`, and nodes are neither mixed nor augmented"
+                "a sample is no node of this graph: data and network must name the same `file`,"
+                " `graph_seed` and `inductive`, and nodes are neither mixed nor augmented"
             )
         return node
 
@@ -91,6 +95,12 @@ class GraphSource(kdkit.ModelSource):
         dropout: float = Field(
             default=0.5, ge=0, lt=1, description="Share of units dropped between the layers."
         )
+
+        @model_validator(mode="after")
+        def _numbers_as_they_are(self) -> Self:
+            if self.normalize is not None:
+                raise ValueError("normalize: would change the numbers of the nodes; leave it out")
+            return self
 
     options: Options
 

@@ -63,6 +63,11 @@ class Gkd(kdkit.Schedule):
 
     def stages(self, models: kdkit.Models) -> Iterator[kdkit.Stage]:
         student, teacher = models.student(), models.teacher()
+        if student.input_shape and student.input_shape[0] <= self.options.prompt:
+            raise kdkit.RunError(
+                f"prompt: {self.options.prompt} tokens are given, and texts have"
+                f" {student.input_shape[0]} at most: the student has none to write"
+            )
 
         def prepare(batch: kdkit.Batch) -> kdkit.Batch:
             # also where it is certain, so that what comes after draws the same numbers

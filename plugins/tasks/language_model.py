@@ -44,8 +44,10 @@ class LanguageModel(kdkit.Task):
             )
 
     def described(self, info: kdkit.DataInfo) -> kdkit.DataInfo:
-        """An output for each token id; classes of texts are not asked for."""
-        return replace(info, outputs=info.num_tokens, class_names=())
+        """An output for each token id; classes and labels of texts are not asked for."""
+        return replace(
+            info, outputs=info.num_tokens, class_names=(), labelled=True, test_labelled=True
+        )
 
     def targets(self, values: Any, info: kdkit.DataInfo, whose: str) -> Tensor:
         """Nothing beside the texts, int64 (N, 0)."""

@@ -102,10 +102,26 @@ def test_nobody_reads_a_node_that_comes_later(tmp_path):
     assert torch.equal(net(others), before)
 
 
+def test_labels_of_nodes_in_neither_part_are_not_read(tmp_path):
+    file = save(tmp_path / "g.npz", labels=[i % 3 if i != 7 else 99 for i in range(13)])
+    assert data(file).info().outputs == 3
+
+
+def test_bytes_that_a_device_divides_in_another_way_are_of_the_same_node(tmp_path):
+    file = save(tmp_path / "g.npz")
+    images = data(file).split("train").images
+    assert torch.equal(network(file)(images * torch.tensor(1 / 255)), network(file)(images.float() / 255))
+
+
+def test_numbers_of_nodes_are_not_normalised():
+    with pytest.raises(ValueError, match="normalize: would change the numbers of the nodes"):
+        GraphSource.Options(model="graph/sage", normalize={"mean": [0.5], "std": [0.5]})
+
+
 def test_samples_of_another_graph_are_refused(tmp_path):
     file, other = save(tmp_path / "g.npz"), save(tmp_path / "h.npz", features=numpy.zeros((13, 5)))
     net, nodes = network(file), samples(data(file))
-    for wrong in (samples(data(other)), torch.where(torch.arange(8)[:, None, None] == 7, 1.0, nodes)):
+    for wrong in (samples(data(other)), samples(data(file, inductive=True)), torch.where(torch.arange(8)[:, None, None] == 7, 1.0, nodes)):
         with pytest.raises(kdkit.ModelError, match="no node of this graph: data and network must name"):
             net(wrong)
     assert net(torch.rand(4, 8, 1, 1)).shape == (4, 3)  # with such, a check tries it
@@ -122,6 +138,7 @@ WRONG = {
     "an edge to nowhere": ({"edges": [[0], [13]]}, "'edges' names the nodes 0 to 13, and there are 13"),
     "both parts": ({"test": [5, 6]}, "'train' and 'test' have nodes in common"),
     "no class": ({"labels": [-1] * 13}, "a negative class"),
+    "no class of a test node": ({"labels": [0] * 9 + [-1] * 4}, "a negative class"),
     "a pickle": ({"labels": [{}] * 13}, "damaged"),
 }
 
