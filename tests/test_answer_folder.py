@@ -182,6 +182,51 @@ LARGEST_ROWS = {
 }
 
 
+# Outputs of layers beside the logits
+
+HINT = {"losses": [{"use": "logit_kl"}, {"use": "hint", "layers": [{"student": "block1", "teacher": "block1"}]}]}
+MAPS = {**HINT, "student": {"model": "convnet/4"}}
+STATES = torch.arange(48 * 4 * 4 * 3, dtype=torch.float32).view(48, 4, 4, 3).sin()
+
+
+def with_layers(folder, layers, **abouts):
+    arrays = {"logits": torch.from_numpy(ROWS), **layers}
+    index = write_folder(folder, arrays, {"shape": [6], "dtype": "float32"})
+    about = {name: {"shape": [*value.shape[1:]], "dtype": "float32", **abouts} for name, value in layers.items()}
+    return write_index(folder, {**index, "arrays": {**index["arrays"], **about}})
+
+
+def test_a_loss_reads_layers_of_a_folder_by_any_name_with_channels_first_or_last(tmp_path):
+    with_layers(tmp_path / "first", {"a.b@input": STATES.permute(0, 3, 1, 2), "other": torch.zeros(48, 2)})
+    with_layers(tmp_path / "last", {"a.b@input": STATES}, channels_last=True)
+    assert_weights(*(train(tmp_path, {**FOLDER, **reading("a.b@input")}, name, teacher={"file": name}) for name in ("first", "last")), 1e-6)
+
+
+def reading(teacher, use="hint"):
+    return {**MAPS, "losses": [{"use": use, "layers": [{"student": "block1", "teacher": teacher}]}, {"use": "cross_entropy"}]}
+
+
+NO_LAYERS = {
+    "name": (reading("stage1"), {}, "losses.0.layers.0: there is no layer 'stage1'; did you mean 'stage'? allowed: logits, stage"),
+    "glob": (reading("layer*"), {}, "no layer matches 'layer*'; allowed: logits, stage"),
+    "finite": (reading("stage"), {"stage": STATES / 0}, "teacher.model: 'stage' has numbers that are not finite, first in row 0"),
+    "dtype": (reading("stage"), {"stage": STATES.half()}, "teacher.model: part-0.npz: 'stage' is float16, and index.json says float32"),
+    "sides": (reading("stage"), {"stage": STATES[:, 0, 0]}, "index.json is damaged: arrays.stage: "),
+    "survey": (
+        {**MAPS, "losses": [{"use": "dense_mse", "standardize_teacher": True, "layers": [{"student": "block1", "teacher": "stage"}]}]},
+        {},
+        "answers alone have no network",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NO_LAYERS)
+def test_layers_that_do_not_fit_are_one_line(kind, tmp_path):
+    changes, layers, says = NO_LAYERS[kind]
+    with_layers(tmp_path / "answers", {"stage": STATES, **layers}, channels_last=True)
+    assert says in refused(tmp_path, {**FOLDER, **changes})
+
+
 @pytest.mark.parametrize("kind", LARGEST_ROWS)
 def test_largest_answers_that_do_not_fit_are_one_line(kind, tmp_path):
     about, changes, says = LARGEST_ROWS[kind]
@@ -192,7 +237,12 @@ def test_largest_answers_that_do_not_fit_are_one_line(kind, tmp_path):
 # What `kdkit cache --export` writes
 
 CACHED = {"model": "mlp/8", "cache": {"views": 1, "dtype": "fp32"}}
-KEPT = {"all": {}, "top_k": {"top_k": 2}, "bf16": {"dtype": "bf16"}}
+KEPT = {
+    "all": ({}, {}),
+    "top_k": ({"cache": {"top_k": 2}}, {}),
+    "bf16": ({"cache": {"dtype": "bf16"}}, {}),
+    "layers": ({"model": "convnet/6", "cache": {"what": "taps", "top_k": 2}}, MAPS),
+}
 
 
 def cached(folder, name="cached.yaml", **changes):
@@ -202,11 +252,13 @@ def cached(folder, name="cached.yaml", **changes):
 @pytest.mark.parametrize("kind", KEPT)
 def test_an_exported_cache_teaches_as_the_cache(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(export.write, "__defaults__", (500,))
-    teacher = {**CACHED, "cache": {**CACHED["cache"], **KEPT[kind]}}
-    index = fill_caches.write_out(cached(tmp_path, data={"train_samples": 40}, teacher=teacher), tmp_path / "answers", quiet=True)
-    assert index.rows == 48 and len(index.shards) > 1 and (index.dataset, index.teacher) == ("synthetic", "mlp/8")
-    by_cache = train(tmp_path, {**BASE, "teacher": teacher}, "cache")
-    assert_weights(train(tmp_path, FOLDER, "export"), by_cache, 0)
+    own, changes = KEPT[kind]
+    teacher = merged(CACHED, own)
+    given = cached(tmp_path, data={"train_samples": 40}, teacher=teacher, **changes)
+    index = fill_caches.write_out(given, tmp_path / "answers", quiet=True)
+    assert index.rows == 48 and len(index.shards) > 1 and (index.dataset, index.teacher) == ("synthetic", teacher["model"])
+    by_cache = train(tmp_path, {**BASE, "teacher": teacher, **changes}, "cache")
+    assert_weights(train(tmp_path, {**FOLDER, **changes}, "export"), by_cache, 0)
 
 
 def test_an_export_that_fails_leaves_no_folder(tmp_path, monkeypatch):
@@ -222,9 +274,9 @@ EXPORTS = {
     "layers": (
         {
             "teacher": {"cache": {"what": "taps"}},
-            "losses": [{"use": "hint", "layers": [{"student": "layer1", "teacher": "layer1"}]}, {"use": "logit_kl"}],
+            "losses": [{"use": "hint", "layers": [{"student": "layer1", "teacher": "layer1"}]}, {"use": "cross_entropy"}],
         },
-        "a folder of answers has one row of logits (K,)",
+        "has layers alone; a folder of answers has a row of logits (K,) of each image",
     ),
 }
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from kdkit.cache.packing import is_channels_last
 from kdkit.cache.teacher import Forward
 from kdkit.contracts.inputs import first_tensor
 from kdkit.contracts.known_answers import AnswersOptions, KnownAnswers, TopK
@@ -73,14 +74,34 @@ def read_answers(recipe: Recipe, name: str, images: int, classes: int) -> Tensor
         if isinstance(rows, TopK) and options.answers != "logits":  # type: ignore[attr-defined]
             raise ModelError(f"'{called}' has `top_k`, which is of logits; leave `answers` out")
         for numbers in (rows.values, rows.rest) if isinstance(rows, TopK) else (rows,):
-            if wrong := (~numbers.isfinite().all(1)).nonzero().flatten()[:1].tolist():
-                raise ModelError(
-                    f"'{called}' has numbers that are not finite, first in row {wrong[0]} (counted"
-                    " from 0)"
-                )
+            _refuse_not_finite(called, numbers)
     except ModelError as error:
         raise recipe.error([*recipe.spec.place_of(name), "model"], str(error)) from None
     return rows
+
+
+def read_layers(recipe: Recipe, name: str, layers: Iterable[str]) -> dict[str, Tensor]:
+    """Read the outputs (N, ...) of layers of a teacher whose answers `read_answers` has read.
+
+    Raises:
+        RecipeError: they cannot be read, or are not finite.
+    """
+    source = cast("KnownAnswers", recipe.model_source(recipe.spec.all_teachers()[name]))
+    found = {}
+    try:
+        for layer in layers:
+            found[layer] = source.read_layer(layer)
+            _refuse_not_finite(layer, found[layer])
+    except ModelError as error:
+        raise recipe.error([*recipe.spec.place_of(name), "model"], str(error)) from None
+    return found
+
+
+def _refuse_not_finite(name: str, rows: Tensor) -> None:
+    if wrong := (~rows.isfinite().flatten(1).all(1)).nonzero().flatten()[:1].tolist():
+        raise ModelError(
+            f"'{name}' has numbers that are not finite, first in row {wrong[0]} (counted from 0)"
+        )
 
 
 class GivenAnswers:
@@ -90,10 +111,13 @@ class GivenAnswers:
         rows: its answers (N, K), or the largest of each row.
         teacher: the teacher; its post-processing of answers (such as a choice of classes) is
             applied to these too.
+        layers: outputs (N, ...) of its layers by name; they stay where they are.
     """
 
-    def __init__(self, rows: Tensor | TopK, teacher: TappedModel) -> None:
-        self._rows, self._teacher = rows, teacher
+    def __init__(
+        self, rows: Tensor | TopK, teacher: TappedModel, layers: Mapping[str, Tensor]
+    ) -> None:
+        self._rows, self._teacher, self._layers = rows, teacher, layers
         # the images of a batch -> their places (B,); weak, so that no batch is kept alive
         self._places: Any = WeakIdKeyDictionary()
 
@@ -120,8 +144,12 @@ class GivenAnswers:
         # the module is a stand-in, with the hooks that convert a network's answers
         with torch.no_grad():
             logits: Tensor = self._teacher.module(self._rows[positions].float())
-        # the only layer that such a teacher can have is `logits`
-        features = dict.fromkeys(self._teacher.layers, logits)
+        features = {name: logits for name in self._teacher.layers if name not in self._layers}
+        for name, rows in self._layers.items():
+            taken = rows[positions.to(rows.device)].float()
+            # the layout of the cache, on which the order of a sum depends
+            layout = torch.channels_last if is_channels_last(rows) else torch.contiguous_format
+            features[name] = taken.contiguous(memory_format=layout).to(positions.device)
         if self._teacher.needs_logits:
             return Outputs(logits, features)
         return features_only(features, self._teacher.role)

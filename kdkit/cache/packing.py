@@ -166,6 +166,15 @@ class KeptAnswers:
             )
 
 
+def is_channels_last(value: Tensor) -> bool:
+    """Check whether maps (B, C, H, W) have channels last in memory."""
+    return (
+        value.ndim == 4
+        and value.is_contiguous(memory_format=torch.channels_last)
+        and not value.is_contiguous()
+    )
+
+
 def _largest(logits: Tensor, k: int) -> dict[str, Tensor]:
     """Return the k largest logits of (B, K, ...), their classes, and the logit of each other
     class.
