@@ -1,8 +1,10 @@
 """A folder of a teacher's answers: it teaches as the answers that it holds, and damage is one line."""
 
 import hashlib
+import io
 import json
 import shutil
+import tarfile
 
 import numpy
 import pytest
@@ -34,7 +36,21 @@ def write_parquet(path, arrays):
     parquet.write_table(pa.table(columns), path)
 
 
-WRITERS = {"npz": write_npz, "safetensors": lambda path, arrays: save_file(arrays, path), "parquet": write_parquet}
+def write_tar(path, arrays, ends=("logits.npy", "npy", "npz"), change=None):
+    """Samples of a web dataset, each beside a member that is no array; the keys are in no order."""
+    with tarfile.open(path, "w") as archive:
+        for row in range(len(arrays["logits"])):
+            array, made, end = arrays["logits"][row].numpy(), io.BytesIO(), ends[row % len(ends)]
+            numpy.savez(made, logits=array) if end == "npz" else numpy.save(made, array)
+            for name, content in ((f"v1.0/{-row}.cls", b"3"), (f"v1.0/{-row}.{end}", made.getvalue())):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+        if change is not None:
+            change(archive)
+
+
+WRITERS = {"npz": write_npz, "tar": write_tar, "safetensors": lambda path, arrays: save_file(arrays, path), "parquet": write_parquet}
 
 
 def digest(path):
@@ -81,6 +97,38 @@ def test_a_folder_teaches_as_one_file(kind, tmp_path):
     whole(tmp_path / "answers", kind)
     numpy.savez(tmp_path / "teacher.npz", logits=ROWS)
     assert_weights(train(tmp_path, FOLDER, "a"), train(tmp_path, FOLDER, "b", teacher={"file": "teacher.npz"}), 0)
+
+
+def added(name, content=b"", kind=tarfile.REGTYPE):
+    def change(archive):
+        member = tarfile.TarInfo(name)
+        member.size, member.type, member.linkname = len(content), kind, "v1.0/0.npy"
+        archive.addfile(member, io.BytesIO(content))
+
+    return change
+
+
+def npy(array):
+    made = io.BytesIO()
+    numpy.save(made, array)
+    return made.getvalue()
+
+
+TARS = {
+    "link": (added("9.npy", kind=tarfile.SYMTYPE), "teacher.tar: '9.npy' is no plain file"),
+    "lacks": (added("9.jpg"), "teacher.tar: '9' has no array 'logits'"),
+    "twice": (added("v1.0/-1.logits.npy", npy(ROWS[0])), "teacher.tar: has 'v1.0/-1.logits.npy' twice"),
+    "dtype": (added("9.npy", npy(ROWS[0].astype("float64"))), "'logits' of '9' is float64 (6,), and others are float32 (6,)"),
+    "pickle": (added("9.npy", npy(ROWS[0].astype(object))), "teacher.tar: no tar file, or damaged: Object arrays cannot be loaded"),
+    "rows": (added("9.npy", npy(ROWS[0])), "'logits' has 49 rows, and the dataset's whole training part 48 images"),
+}
+
+
+@pytest.mark.parametrize("kind", TARS)
+def test_a_shard_of_a_web_dataset_that_does_not_fit_is_one_line(kind, tmp_path):
+    change, says = TARS[kind]
+    write_tar(tmp_path / "teacher.tar", {"logits": torch.from_numpy(ROWS)}, change=change)
+    assert says in refused(tmp_path, FOLDER, teacher={"file": "teacher.tar"})
 
 
 def test_a_parquet_file_teaches_as_one_of_numpy(tmp_path):
@@ -199,7 +247,8 @@ def with_layers(folder, layers, **abouts):
 def test_a_loss_reads_layers_of_a_folder_by_any_name_with_channels_first_or_last(tmp_path):
     with_layers(tmp_path / "first", {"a.b@input": STATES.permute(0, 3, 1, 2), "other": torch.zeros(48, 2)})
     with_layers(tmp_path / "last", {"a.b@input": STATES}, channels_last=True)
-    assert_weights(*(train(tmp_path, {**FOLDER, **reading("a.b@input")}, name, teacher={"file": name}) for name in ("first", "last")), 1e-6)
+    first, last = (train(tmp_path, {**FOLDER, **reading("a.b@input")}, f"by {name}", teacher={"file": name}) for name in ("first", "last"))
+    assert_weights(first, last, 1e-6)
 
 
 def reading(teacher, use="hint"):
@@ -211,9 +260,13 @@ NO_LAYERS = {
     "glob": (reading("layer*"), {}, "no layer matches 'layer*'; allowed: logits, stage"),
     "finite": (reading("stage"), {"stage": STATES / 0}, "teacher.model: 'stage' has numbers that are not finite, first in row 0"),
     "dtype": (reading("stage"), {"stage": STATES.half()}, "teacher.model: part-0.npz: 'stage' is float16, and index.json says float32"),
-    "sides": (reading("stage"), {"stage": STATES[:, 0, 0]}, "index.json is damaged: arrays.stage: "),
+    "sides": (
+        reading("stage"),
+        {"stage": STATES[:, 0, 0]},
+        "index.json: is damaged: arrays.stage: channels_last is of maps [H, W, C], not [3]",
+    ),
     "survey": (
-        {**MAPS, "losses": [{"use": "dense_mse", "standardize_teacher": True, "layers": [{"student": "block1", "teacher": "stage"}]}]},
+        {**MAPS, "losses": [{"use": "dense_mse", "standardize_teacher": "phi_s", "layers": [{"student": "block1", "teacher": "stage"}]}]},
         {},
         "answers alone have no network",
     ),

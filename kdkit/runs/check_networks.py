@@ -71,6 +71,7 @@ class NetworkChecks(Checks):
                 layers = [layer for layer in factory.teacher_layers(name) if layer != "logits"]
                 with self.report.at():
                     read_layers(self.recipe, name, layers)
+        self.report.raise_if_any()
 
     def networks_of(
         self, factory: ModelFactory, info: DataInfo
