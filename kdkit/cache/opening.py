@@ -78,7 +78,8 @@ def open_cache(
             "this dataset can only be read from start to end, so its images have no names to keep"
             " answers under",
         )
-    slots = Slots.of(options, recipe.spec.data, recipe.spec.seed)
+    mixed = recipe.spec.train.mixup is not None
+    slots = Slots.of(options, recipe.spec.data, recipe.spec.seed, mixed=mixed)
     other = None if (source := recipe.unlabelled()) is None else source.split("train")
     assert not isinstance(other, Stream), "the loader has refused it"
     images = len(part) + (0 if other is None else len(other))

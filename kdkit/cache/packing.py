@@ -35,6 +35,7 @@ class Slots:
             loader's numbering.
         padding, flip: of `data.augment`.
         seed: of the augmentation.
+        mixed: whether images are mixed; a slot is then a whole epoch, with its order and mixes.
     """
 
     count: int
@@ -42,13 +43,14 @@ class Slots:
     padding: int
     flip: float
     seed: int
+    mixed: bool = False
 
     @classmethod
-    def of(cls, options: CacheOptions, data: DataSpec, seed: int) -> Slots:
+    def of(cls, options: CacheOptions, data: DataSpec, seed: int, *, mixed: bool) -> Slots:
         """Determine the slots of a recipe; one, if images always look the same."""
         padding, flip = (data.augment.crop_padding, data.augment.flip) if data.augment else (0, 0.0)
         outcomes = crop_flip_count(padding) // (1 if 0 < flip < 1 else 2)
-        is_still = outcomes == 1 and not data.timm_augment and not data.joint_augment
+        is_still = outcomes == 1 and not (data.timm_augment or data.joint_augment or mixed)
         exact = options.views == "all" or is_still
         return cls(
             outcomes if options.views == "all" or exact else options.views,
@@ -56,6 +58,7 @@ class Slots:
             padding,
             flip,
             seed,
+            mixed,
         )
 
     def view(self, number: int) -> int:

@@ -38,8 +38,8 @@ class AnswersSource(kdkit.KnownAnswers):
 
         file: Annotated[kdkit.RecipePath, AfterValidator(_index_of)] = Field(
             description=(
-                "An npz, safetensors, Parquet or tar file (a web dataset's shard), or a folder of them,"
-                " as `kdkit cache --export` writes it; reading it runs no code."
+                "An npz, safetensors, Parquet or tar file (shard of a web dataset), or a folder of"
+                " them, as `kdkit cache --export` writes it; reading it runs no code."
             )
         )
 
