@@ -323,6 +323,7 @@ def test_an_export_that_fails_leaves_no_folder(tmp_path, monkeypatch):
 
 EXPORTS = {
     "views": ({"data": {"augment": {"flip": 0.5}}, "teacher": {"cache": {"views": "all"}}}, "data: a folder of answers has one view"),
+    "mixes": ({"train": {"mixup": {"mixup_alpha": 0.4}}}, "train.mixup: mixes are kept as training makes them"),
     "none": ({"teacher": {"cache": None}}, "teacher: has no `cache:` that could be filled"),
     "layers": (
         {

@@ -190,11 +190,10 @@ def _data(recipe: Recipe, slots: Slots) -> dict[str, Any]:
     }
     if slots.mixed:  # the whole batch, and the share of a process, decide what is mixed
         processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        mixup = content_of(recipe.spec.train.mixup)
         return {
-            **values,
             "batches": content_of(spec),
-            "mixup": mixup,
+            "slots": slots.count,
+            "mixup": content_of(recipe.spec.train.mixup),
             "seed": slots.seed,
             "processes": processes,
             "versions": [version(p) for p in ("numpy", "timm", "torchvision")],

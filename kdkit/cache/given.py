@@ -144,7 +144,7 @@ class GivenAnswers:
         # the module is a stand-in, with the hooks that convert a network's answers
         with torch.no_grad():
             logits: Tensor = self._teacher.module(self._rows[positions].float())
-        features = {name: logits for name in self._teacher.layers if name not in self._layers}
+        features = dict.fromkeys(self._teacher.layers, logits)
         for name, rows in self._layers.items():
             taken = rows[positions.to(rows.device)].float()
             # the layout of the cache, on which the order of a sum depends
