@@ -37,6 +37,12 @@ def has_answers_alone(recipe: Recipe, name: str) -> bool:
     return isinstance(recipe.spec.all_teachers()[name], AnswersOptions)
 
 
+def source_of(recipe: Recipe, name: str) -> KnownAnswers:
+    """Return the source of a teacher that is a set of answers."""
+    options = cast("AnswersOptions", recipe.spec.all_teachers()[name])
+    return cast("KnownAnswers", recipe.model_source(options))
+
+
 def read_answers(recipe: Recipe, name: str, images: int, classes: int) -> Tensor | TopK:
     """Read the answers (N, K) of a teacher.
 
@@ -49,8 +55,7 @@ def read_answers(recipe: Recipe, name: str, images: int, classes: int) -> Tensor
     Raises:
         RecipeError: they cannot be read, are of another shape, or not finite.
     """
-    options = cast("AnswersOptions", recipe.spec.all_teachers()[name])
-    source = cast("KnownAnswers", recipe.model_source(options))
+    source = source_of(recipe, name)
     called = source.model_name
     try:
         shape = source.shape()
@@ -71,7 +76,7 @@ def read_answers(recipe: Recipe, name: str, images: int, classes: int) -> Tensor
             )
             raise ModelError(says)
         rows = source.read()
-        if isinstance(rows, TopK) and options.answers != "logits":  # type: ignore[attr-defined]
+        if isinstance(rows, TopK) and source.options.answers != "logits":  # type: ignore[attr-defined]
             raise ModelError(f"'{called}' has `top_k`, which is of logits; leave `answers` out")
         for numbers in (rows.values, rows.rest) if isinstance(rows, TopK) else (rows,):
             _refuse_not_finite(called, numbers)
@@ -86,8 +91,7 @@ def read_layers(recipe: Recipe, name: str, layers: Iterable[str]) -> dict[str, T
     Raises:
         RecipeError: they cannot be read, or are not finite.
     """
-    source = cast("KnownAnswers", recipe.model_source(recipe.spec.all_teachers()[name]))
-    found = {}
+    source, found = source_of(recipe, name), {}
     try:
         for layer in layers:
             found[layer] = source.read_layer(layer)

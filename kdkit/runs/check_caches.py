@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
@@ -19,7 +19,7 @@ from kdkit.cache.store import SMALLER
 from kdkit.cache.teacher import OTHER_IMAGES
 from kdkit.contracts.dataset_source import DataInfo
 from kdkit.contracts.inputs import first_tensor, is_text
-from kdkit.contracts.known_answers import NETWORK_KEYS, KnownAnswers, TopK
+from kdkit.contracts.known_answers import NETWORK_KEYS, TopK
 from kdkit.contracts.model_source import CacheOptions, StudentOptions, TeacherOptions
 from kdkit.contracts.records import Batch, Inputs, Outputs
 from kdkit.contracts.schedule import Stage
@@ -245,7 +245,7 @@ def refused_answers(recipe: Recipe, factory: ModelFactory, name: str) -> Iterato
 
 def _refused_losses(recipe: Recipe, factory: ModelFactory, name: str) -> Iterator[str]:
     """List losses that read more of a teacher than its answers."""
-    source = cast("KnownAnswers", recipe.model_source(recipe.spec.all_teachers()[name]))
+    source = given.source_of(recipe, name)
     for i, entry in enumerate(recipe.spec.losses):
         loss = recipe.plugins.losses[entry.use]
         if loss.knowledge == "labels" or entry not in looking_at(factory.recipe, name):

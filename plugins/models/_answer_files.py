@@ -182,7 +182,7 @@ class Tar(ArrayFile):
     def _rows(self, name: str) -> list[numpy.ndarray]:
         """Return an array's rows, all of one shape and type."""
         self._refuse_unknown(name, sorted({one for row in self._samples.values() for one in row}))
-        rows = []
+        rows: list[numpy.ndarray] = []
         for key, sample in self._samples.items():
             if name not in sample:
                 raise kdkit.ModelError(f"{self.path.name}: '{key}' has no array '{name}'")
