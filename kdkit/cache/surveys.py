@@ -20,7 +20,6 @@ from kdkit.cache.opening import DIRECTORY, called_in, directory, folder_name, wa
 from kdkit.cache.rows import Column
 from kdkit.cache.store import MARKER, AnswerStore, read_about
 from kdkit.contracts.dataset_source import Stream
-from kdkit.contracts.known_answers import AnswersAlone
 from kdkit.contracts.missing_labels import NO_LABELS
 from kdkit.contracts.records import Batch
 from kdkit.contracts.survey import Survey
@@ -36,7 +35,6 @@ STREAM = (
     "shows the teacher all training images before the first step, and this dataset can only be read"
     " from start to end"
 )
-ALONE = "shows the teacher images before the first step, and answers alone have no network"
 ROW = torch.zeros(1, dtype=torch.int64)  # a survey is a store of one row
 
 T = TypeVar("T")
@@ -64,8 +62,6 @@ def found(
         raise TapError(f"{survey.name} {STREAM}")
     if teacher.elsewhere is not None:
         raise TapError(f"{survey.name} asks a network that is here; leave `at` out")
-    if isinstance(teacher.module, AnswersAlone):
-        raise TapError(f"{survey.name} {ALONE}")
     part = data.still.read()
     assert not isinstance(part, Stream), "its images have places"
     images = data.still.indices if survey.images is None else survey.images.cpu()

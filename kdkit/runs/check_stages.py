@@ -10,10 +10,9 @@ from typing import NoReturn, cast
 import torch
 from torch import nn
 
-from kdkit.cache.surveys import ALONE, STREAM
+from kdkit.cache.surveys import STREAM
 from kdkit.contracts.dataset_source import DataInfo, Stream
 from kdkit.contracts.inputs import is_text, random_inputs
-from kdkit.contracts.known_answers import AnswersAlone
 from kdkit.contracts.loss import Context
 from kdkit.contracts.missing_labels import NO_LABELS
 from kdkit.contracts.records import Batch
@@ -274,9 +273,6 @@ class StageChecks(Checks):
         if self.spec.data.synthetic_batches is not None:
             says = "shows the teacher all training images before the first step, and there are none"
             self.report.refuse(place, f"{loss} {says}")
-            return
-        if isinstance(teacher.module, AnswersAlone):
-            self.report.refuse(place, f"{loss} {ALONE}")
             return
         source = self.recipe.dataset()
         is_here = source.split_at_check and source.lacks() is None
