@@ -1,8 +1,10 @@
 """A folder of a teacher's answers: it teaches as the answers that it holds, and damage is one line."""
 
 import hashlib
+import io
 import json
 import shutil
+import tarfile
 
 import numpy
 import pytest
@@ -34,7 +36,21 @@ def write_parquet(path, arrays):
     parquet.write_table(pa.table(columns), path)
 
 
-WRITERS = {"npz": write_npz, "safetensors": lambda path, arrays: save_file(arrays, path), "parquet": write_parquet}
+def write_tar(path, arrays, ends=("logits.npy", "npy", "npz"), change=None):
+    """Samples of a web dataset, each beside a member that is no array; the keys are in no order."""
+    with tarfile.open(path, "w") as archive:
+        for row in range(len(arrays["logits"])):
+            array, made, end = arrays["logits"][row].numpy(), io.BytesIO(), ends[row % len(ends)]
+            numpy.savez(made, logits=array) if end == "npz" else numpy.save(made, array)
+            for name, content in ((f"v1.0/{-row}.cls", b"3"), (f"v1.0/{-row}.{end}", made.getvalue())):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+        if change is not None:
+            change(archive)
+
+
+WRITERS = {"npz": write_npz, "tar": write_tar, "safetensors": lambda path, arrays: save_file(arrays, path), "parquet": write_parquet}
 
 
 def digest(path):
@@ -81,6 +97,38 @@ def test_a_folder_teaches_as_one_file(kind, tmp_path):
     whole(tmp_path / "answers", kind)
     numpy.savez(tmp_path / "teacher.npz", logits=ROWS)
     assert_weights(train(tmp_path, FOLDER, "a"), train(tmp_path, FOLDER, "b", teacher={"file": "teacher.npz"}), 0)
+
+
+def added(name, content=b"", kind=tarfile.REGTYPE):
+    def change(archive):
+        member = tarfile.TarInfo(name)
+        member.size, member.type, member.linkname = len(content), kind, "v1.0/0.npy"
+        archive.addfile(member, io.BytesIO(content))
+
+    return change
+
+
+def npy(array):
+    made = io.BytesIO()
+    numpy.save(made, array)
+    return made.getvalue()
+
+
+TARS = {
+    "link": (added("9.npy", kind=tarfile.SYMTYPE), "teacher.tar: '9.npy' is no plain file"),
+    "lacks": (added("9.jpg"), "teacher.tar: '9' has no array 'logits'"),
+    "twice": (added("v1.0/-1.logits.npy", npy(ROWS[0])), "teacher.tar: has 'v1.0/-1.logits.npy' twice"),
+    "dtype": (added("9.npy", npy(ROWS[0].astype("float64"))), "'logits' of '9' is float64 (6,), and others are float32 (6,)"),
+    "pickle": (added("9.npy", npy(ROWS[0].astype(object))), "teacher.tar: no tar file, or damaged: Object arrays cannot be loaded"),
+    "rows": (added("9.npy", npy(ROWS[0])), "'logits' has 49 rows, and the dataset's whole training part 48 images"),
+}
+
+
+@pytest.mark.parametrize("kind", TARS)
+def test_a_shard_of_a_web_dataset_that_does_not_fit_is_one_line(kind, tmp_path):
+    change, says = TARS[kind]
+    write_tar(tmp_path / "teacher.tar", {"logits": torch.from_numpy(ROWS)}, change=change)
+    assert says in refused(tmp_path, FOLDER, teacher={"file": "teacher.tar"})
 
 
 def test_a_parquet_file_teaches_as_one_of_numpy(tmp_path):
@@ -182,6 +230,56 @@ LARGEST_ROWS = {
 }
 
 
+# Outputs of layers beside the logits
+
+HINT = {"losses": [{"use": "logit_kl"}, {"use": "hint", "layers": [{"student": "block1", "teacher": "block1"}]}]}
+MAPS = {**HINT, "student": {"model": "convnet/4"}}
+STATES = torch.arange(48 * 4 * 4 * 3, dtype=torch.float32).view(48, 4, 4, 3).sin()
+
+
+def with_layers(folder, layers, **abouts):
+    arrays = {"logits": torch.from_numpy(ROWS), **layers}
+    index = write_folder(folder, arrays, {"shape": [6], "dtype": "float32"})
+    about = {name: {"shape": [*value.shape[1:]], "dtype": "float32", **abouts} for name, value in layers.items()}
+    return write_index(folder, {**index, "arrays": {**index["arrays"], **about}})
+
+
+def test_a_loss_reads_layers_of_a_folder_by_any_name_with_channels_first_or_last(tmp_path):
+    with_layers(tmp_path / "first", {"a.b@input": STATES.permute(0, 3, 1, 2), "other": torch.zeros(48, 2)})
+    with_layers(tmp_path / "last", {"a.b@input": STATES}, channels_last=True)
+    first, last = (train(tmp_path, {**FOLDER, **reading("a.b@input")}, f"by {name}", teacher={"file": name}) for name in ("first", "last"))
+    assert_weights(first, last, 1e-6)
+
+
+def reading(teacher, use="hint"):
+    return {**MAPS, "losses": [{"use": use, "layers": [{"student": "block1", "teacher": teacher}]}, {"use": "cross_entropy"}]}
+
+
+NO_LAYERS = {
+    "name": (reading("stage1"), {}, "losses.0.layers.0: there is no layer 'stage1'; did you mean 'stage'? allowed: logits, stage"),
+    "glob": (reading("layer*"), {}, "no layer matches 'layer*'; allowed: logits, stage"),
+    "finite": (reading("stage"), {"stage": STATES / 0}, "teacher.model: 'stage' has numbers that are not finite, first in row 0"),
+    "dtype": (reading("stage"), {"stage": STATES.half()}, "teacher.model: part-0.npz: 'stage' is float16, and index.json says float32"),
+    "sides": (
+        reading("stage"),
+        {"stage": STATES[:, 0, 0]},
+        "index.json: is damaged: arrays.stage: channels_last is of maps [H, W, C], not [3]",
+    ),
+    "survey": (
+        {**MAPS, "losses": [{"use": "dense_mse", "standardize_teacher": "phi_s", "layers": [{"student": "block1", "teacher": "stage"}]}]},
+        {},
+        "answers alone have no network",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NO_LAYERS)
+def test_layers_that_do_not_fit_are_one_line(kind, tmp_path):
+    changes, layers, says = NO_LAYERS[kind]
+    with_layers(tmp_path / "answers", {"stage": STATES, **layers}, channels_last=True)
+    assert says in refused(tmp_path, {**FOLDER, **changes})
+
+
 @pytest.mark.parametrize("kind", LARGEST_ROWS)
 def test_largest_answers_that_do_not_fit_are_one_line(kind, tmp_path):
     about, changes, says = LARGEST_ROWS[kind]
@@ -192,7 +290,12 @@ def test_largest_answers_that_do_not_fit_are_one_line(kind, tmp_path):
 # What `kdkit cache --export` writes
 
 CACHED = {"model": "mlp/8", "cache": {"views": 1, "dtype": "fp32"}}
-KEPT = {"all": {}, "top_k": {"top_k": 2}, "bf16": {"dtype": "bf16"}}
+KEPT = {
+    "all": ({}, {}),
+    "top_k": ({"cache": {"top_k": 2}}, {}),
+    "bf16": ({"cache": {"dtype": "bf16"}}, {}),
+    "layers": ({"model": "convnet/6", "cache": {"what": "taps", "top_k": 2}}, MAPS),
+}
 
 
 def cached(folder, name="cached.yaml", **changes):
@@ -202,11 +305,13 @@ def cached(folder, name="cached.yaml", **changes):
 @pytest.mark.parametrize("kind", KEPT)
 def test_an_exported_cache_teaches_as_the_cache(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(export.write, "__defaults__", (500,))
-    teacher = {**CACHED, "cache": {**CACHED["cache"], **KEPT[kind]}}
-    index = fill_caches.write_out(cached(tmp_path, data={"train_samples": 40}, teacher=teacher), tmp_path / "answers", quiet=True)
-    assert index.rows == 48 and len(index.shards) > 1 and (index.dataset, index.teacher) == ("synthetic", "mlp/8")
-    by_cache = train(tmp_path, {**BASE, "teacher": teacher}, "cache")
-    assert_weights(train(tmp_path, FOLDER, "export"), by_cache, 0)
+    own, changes = KEPT[kind]
+    teacher = merged(CACHED, own)
+    given = cached(tmp_path, data={"train_samples": 40}, teacher=teacher, **changes)
+    index = fill_caches.write_out(given, tmp_path / "answers", quiet=True)
+    assert index.rows == 48 and len(index.shards) > 1 and (index.dataset, index.teacher) == ("synthetic", teacher["model"])
+    by_cache = train(tmp_path, {**BASE, "teacher": teacher, **changes}, "cache")
+    assert_weights(train(tmp_path, {**FOLDER, **changes}, "export"), by_cache, 0)
 
 
 def test_an_export_that_fails_leaves_no_folder(tmp_path, monkeypatch):
@@ -218,13 +323,14 @@ def test_an_export_that_fails_leaves_no_folder(tmp_path, monkeypatch):
 
 EXPORTS = {
     "views": ({"data": {"augment": {"flip": 0.5}}, "teacher": {"cache": {"views": "all"}}}, "data: a folder of answers has one view"),
+    "mixes": ({"train": {"mixup": {"mixup_alpha": 0.4}}}, "train.mixup: mixes are kept as training makes them"),
     "none": ({"teacher": {"cache": None}}, "teacher: has no `cache:` that could be filled"),
     "layers": (
         {
             "teacher": {"cache": {"what": "taps"}},
-            "losses": [{"use": "hint", "layers": [{"student": "layer1", "teacher": "layer1"}]}, {"use": "logit_kl"}],
+            "losses": [{"use": "hint", "layers": [{"student": "layer1", "teacher": "layer1"}]}, {"use": "cross_entropy"}],
         },
-        "a folder of answers has one row of logits (K,)",
+        "has layers alone; a folder of answers has a row of logits (K,) of each image",
     ),
 }
 

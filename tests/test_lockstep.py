@@ -42,6 +42,8 @@ VARIANTS = {
     "accumulated": {"train": {"accumulate": 2}},
     "layout": {"train": {"channels_last": False}},
     "cached": {"teacher": {"cache": {"views": 2, "what": "taps", "dtype": "fp32", "dir": "cache"}}, "losses": [{"use": "hint", **TAPS}]},
+    "cached_mixed": {"train": {"mixup": {"mixup_alpha": 0.4}}, "teacher": {"cache": {"views": 1, "dtype": "fp32", "dir": "cache"}}},
+    "cached_cut": {"train": {"mixup": {"cutmix_alpha": 1.0}}, "teacher": {"cache": {"views": 1, "dtype": "fp32", "dir": "cache"}}},
     "cached_all": {"teacher": {"cache": {"views": "all", "what": "logits", "dir": "cache"}}},
     "mutual": {"teacher": None, "schedule": {"use": "mutual"}},
     "generations": {"teacher": None, "schedule": {"use": "born_again", "generations": 2}},

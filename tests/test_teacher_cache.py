@@ -118,6 +118,31 @@ def test_cached_training_is_bitwise_equal_where_a_row_does_not_depend_on_its_bat
     assert all(torch.equal(kept[name], alone[name]) for name in alone)
 
 
+MIXED = {"train": {"mixup": {"mixup_alpha": 0.4, "cutmix_alpha": 1.0}}, "data": SHIFTS}
+KEPT_MIXES = {"teacher": {"cache": {"views": 2, "dtype": "fp32"}}, **MIXED}
+
+
+def test_kept_mixes_teach_as_the_teacher_and_come_again(tmp_path):
+    alone, kept = wired(tmp_path, **MIXED).train(), wired(tmp_path, **KEPT_MIXES).train()
+    assert all(torch.equal(kept[name], alone[name]) for name in alone)
+    again = wired(tmp_path, **KEPT_MIXES)
+    batches = [list(again.data.train.epoch(number)) for number in (1, 2, 3)]
+    # a run that goes on in the middle of an epoch
+    for first, third, resumed in zip(batches[0][3:], batches[2][3:], again.data.train.epoch(3, 3), strict=True):
+        for batch in (third, resumed):
+            assert all(torch.equal(getattr(batch, part), getattr(first, part)) for part in ("inputs", "labels", "index"))
+            assert torch.equal(again.teacher(batch.inputs).logits, again.teacher.forward(batch.inputs).logits)
+    assert not torch.equal(batches[0][0].inputs, batches[1][0].inputs)
+    assert again.asked.images == 8  # one batch, to compare
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"data": {"batch_size": 16}}, {"train": {"mixup": {"mixup_alpha": 0.5}}}])
+def test_mixes_of_other_batches_are_another_cache(tmp_path, change):
+    for own in ({}, change):
+        wired(tmp_path, merged(PLAIN, KEPT_MIXES), **own).cache.close()
+    assert len(caches(tmp_path)) == 2
+
+
 def test_an_empty_and_a_full_cache_give_the_same_bits(tmp_path):
     kept = {"cache": {**ALL, "what": "taps"}}
     first, second = wired(tmp_path, losses=WITH_HINT, data=SHIFTS, teacher=kept), None
@@ -211,7 +236,7 @@ def test_a_slot_of_the_cache_is_one_picture_of_an_image():
     for flip in (0.0, 0.5, 1.0):
         options = CacheOptions(views="all")
         data = recipe_data(padding=1, flip=flip)
-        slots, index, seen = Slots.of(options, data, seed=3), torch.arange(40), {}
+        slots, index, seen = Slots.of(options, data, seed=3, mixed=False), torch.arange(40), {}
         assert slots.count == (18 if flip == 0.5 else 9)
         images = torch.rand(40, 3, 6, 6)
         for view in range(200):
@@ -448,7 +473,11 @@ def test_a_killed_training_leaves_no_wrong_row_in_the_cache(tmp_path, after):
 
 
 REFUSED = {
-    "mixup": ({"train": {"mixup": {"mixup_alpha": 1.0}}}, r"teacher.cache: mixed images never come twice \(`train.mixup`\)"),
+    "all mixes": ({"train": {"mixup": {"mixup_alpha": 1.0}}}, r"teacher.cache.views: `train.mixup` gives ever new views"),
+    "mixes that end": (
+        {"train": {"mixup": {"mixup_alpha": 1.0, "off_epoch": 1}}, "teacher": {"cache": {"views": 2}}},
+        r"teacher.cache: epochs of kept mixes repeat, and later ones are not mixed \(`train.mixup.off_epoch`\)",
+    ),
     "batch statistics": ({"teacher": {"mode": "train", "cache": ALL}}, r"teacher.cache: with `mode: train` an answer depends on"),
     "all of timm's": ({"data": {"timm_augment": {}}}, r"teacher.cache.views: `data.timm_augment` gives ever new views"),
     "layers": ({"losses": WITH_HINT}, r"teacher.cache.what: losses look at stage3, which is not kept; write `what: taps`"),

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save
 
 from kdkit import files
-from kdkit.cache.packing import LOGITS
+from kdkit.cache.packing import LOGITS, TAP
 from kdkit.cache.teacher import TeacherCache
 from kdkit.contracts.known_answers import INDEX, AnswerArray, AnswerIndex, AnswerShard
 from kdkit.errors import RunError
@@ -47,14 +47,17 @@ def write(
         shard: size of a file at most, in bytes; at least one row.
 
     Raises:
-        RunError: the folder is taken; the cache has more than predictions, or rows that are missing
-            or damaged.
+        RunError: the folder is taken; the cache has no row of logits of each image, or rows that
+            are missing or damaged.
     """
     refuse_taken(folder)
     kept, store = cache.kept, cache.store
-    if kept.taps or len(kept.shape) != 1:
-        what = ", ".join(kept.taps) or f"{kept.shape} of each image"
-        raise RunError(f"{store.path}: has {what}; a folder of answers has one row of logits (K,)")
+    if len(kept.shape) != 1:
+        what = f"{kept.shape} of each image" if kept.logits else "layers alone"
+        raise RunError(
+            f"{store.path}: has {what}; a folder of answers has a row of logits (K,) of each image,"
+            " and what a loss reads beside them"
+        )
     missing = int((~store.known(torch.arange(cache.images))).sum())
     if missing:
         raise RunError(
@@ -71,18 +74,23 @@ def write(
             files.write_atomically(path, content)
             digest = hashlib.sha256(content).hexdigest()
             shards.append(AnswerShard(file=path.name, rows=end - start, sha256=digest))
-        array = AnswerArray.model_validate(
-            {
-                "shape": kept.shape,
-                "dtype": store.columns[0].dtype,
-                "top_k": kept.options.top_k,
-                "rest": kept.options.top_k is not None,
+        dtype, top_k = store.columns[0].dtype, kept.options.top_k
+        logits = {"shape": kept.shape, "dtype": dtype, "top_k": top_k, "rest": top_k is not None}
+        taps = {
+            name: {
+                "shape": next(one.shape for one in store.columns if one.name == TAP + name),
+                "dtype": dtype,
+                "channels_last": name in kept.channels_last,
             }
-        )
+            for name in kept.taps
+        }
         index = AnswerIndex(
             format=1,
             rows=cache.images,
-            arrays={LOGITS: array},
+            arrays={
+                name: AnswerArray.model_validate(about)
+                for name, about in {LOGITS: logits, **taps}.items()
+            },
             shards=tuple(shards),
             dataset=dataset,
             teacher=teacher,
@@ -100,7 +108,7 @@ def _values(cache: TeacherCache, start: int, end: int) -> dict[str, torch.Tensor
         if bool(cache.store.damaged(rows, values).any()):
             raise RunError(f"{cache.store.path}: answers were damaged meanwhile; try it again")
         parts.append(values)
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return {name.removeprefix(TAP): torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from kdkit.cache.packing import KeptAnswers, Slots
@@ -187,6 +188,16 @@ def _data(recipe: Recipe, slots: Slots) -> dict[str, Any]:
         "interpolation": spec.interpolation,
         "slots": slots.count,
     }
+    if slots.mixed:  # the whole batch, and the share of a process, decide what is mixed
+        processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        return {
+            "batches": content_of(spec),
+            "slots": slots.count,
+            "mixup": content_of(recipe.spec.train.mixup),
+            "seed": slots.seed,
+            "processes": processes,
+            "versions": [version(p) for p in ("numpy", "timm", "torchvision")],
+        }
     if slots.exact:  # the seed decides which outcome is drawn, not what it looks like
         return {
             **values,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from kdkit.cache.packing import is_channels_last
 from kdkit.cache.teacher import Forward
 from kdkit.contracts.inputs import first_tensor
 from kdkit.contracts.known_answers import AnswersOptions, KnownAnswers, TopK
@@ -36,6 +37,12 @@ def has_answers_alone(recipe: Recipe, name: str) -> bool:
     return isinstance(recipe.spec.all_teachers()[name], AnswersOptions)
 
 
+def source_of(recipe: Recipe, name: str) -> KnownAnswers:
+    """Return the source of a teacher that is a set of answers."""
+    options = cast("AnswersOptions", recipe.spec.all_teachers()[name])
+    return cast("KnownAnswers", recipe.model_source(options))
+
+
 def read_answers(recipe: Recipe, name: str, images: int, classes: int) -> Tensor | TopK:
     """Read the answers (N, K) of a teacher.
 
@@ -48,8 +55,7 @@ def read_answers(recipe: Recipe, name: str, images: int, classes: int) -> Tensor
     Raises:
         RecipeError: they cannot be read, are of another shape, or not finite.
     """
-    options = cast("AnswersOptions", recipe.spec.all_teachers()[name])
-    source = cast("KnownAnswers", recipe.model_source(options))
+    source = source_of(recipe, name)
     called = source.model_name
     try:
         shape = source.shape()
@@ -70,17 +76,36 @@ def read_answers(recipe: Recipe, name: str, images: int, classes: int) -> Tensor
             )
             raise ModelError(says)
         rows = source.read()
-        if isinstance(rows, TopK) and options.answers != "logits":  # type: ignore[attr-defined]
+        if isinstance(rows, TopK) and source.options.answers != "logits":  # type: ignore[attr-defined]
             raise ModelError(f"'{called}' has `top_k`, which is of logits; leave `answers` out")
         for numbers in (rows.values, rows.rest) if isinstance(rows, TopK) else (rows,):
-            if wrong := (~numbers.isfinite().all(1)).nonzero().flatten()[:1].tolist():
-                raise ModelError(
-                    f"'{called}' has numbers that are not finite, first in row {wrong[0]} (counted"
-                    " from 0)"
-                )
+            _refuse_not_finite(called, numbers)
     except ModelError as error:
         raise recipe.error([*recipe.spec.place_of(name), "model"], str(error)) from None
     return rows
+
+
+def read_layers(recipe: Recipe, name: str, layers: Iterable[str]) -> dict[str, Tensor]:
+    """Read the outputs (N, ...) of layers of a teacher whose answers `read_answers` has read.
+
+    Raises:
+        RecipeError: they cannot be read, or are not finite.
+    """
+    source, found = source_of(recipe, name), {}
+    try:
+        for layer in layers:
+            found[layer] = source.read_layer(layer)
+            _refuse_not_finite(layer, found[layer])
+    except ModelError as error:
+        raise recipe.error([*recipe.spec.place_of(name), "model"], str(error)) from None
+    return found
+
+
+def _refuse_not_finite(name: str, rows: Tensor) -> None:
+    if wrong := (~rows.isfinite().flatten(1).all(1)).nonzero().flatten()[:1].tolist():
+        raise ModelError(
+            f"'{name}' has numbers that are not finite, first in row {wrong[0]} (counted from 0)"
+        )
 
 
 class GivenAnswers:
@@ -90,10 +115,13 @@ class GivenAnswers:
         rows: its answers (N, K), or the largest of each row.
         teacher: the teacher; its post-processing of answers (such as a choice of classes) is
             applied to these too.
+        layers: outputs (N, ...) of its layers by name; they stay where they are.
     """
 
-    def __init__(self, rows: Tensor | TopK, teacher: TappedModel) -> None:
-        self._rows, self._teacher = rows, teacher
+    def __init__(
+        self, rows: Tensor | TopK, teacher: TappedModel, layers: Mapping[str, Tensor]
+    ) -> None:
+        self._rows, self._teacher, self._layers = rows, teacher, layers
         # the images of a batch -> their places (B,); weak, so that no batch is kept alive
         self._places: Any = WeakIdKeyDictionary()
 
@@ -120,8 +148,12 @@ class GivenAnswers:
         # the module is a stand-in, with the hooks that convert a network's answers
         with torch.no_grad():
             logits: Tensor = self._teacher.module(self._rows[positions].float())
-        # the only layer that such a teacher can have is `logits`
         features = dict.fromkeys(self._teacher.layers, logits)
+        for name, rows in self._layers.items():
+            taken = rows[positions.to(rows.device)].float()
+            # the layout of the cache, on which the order of a sum depends
+            layout = torch.channels_last if is_channels_last(rows) else torch.contiguous_format
+            features[name] = taken.contiguous(memory_format=layout).to(positions.device)
         if self._teacher.needs_logits:
             return Outputs(logits, features)
         return features_only(features, self._teacher.role)

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
 from kdkit.cache import fingerprint
-from kdkit.cache.given import STREAM, GivenAnswers, has_answers_alone, read_answers
-from kdkit.cache.packing import KeptAnswers, Slots
+from kdkit.cache.given import STREAM, GivenAnswers, has_answers_alone, read_answers, read_layers
+from kdkit.cache.packing import KeptAnswers, Slots, is_channels_last
 from kdkit.cache.served import AskedAhead, ServedTeacher
 from kdkit.cache.store import SMALLER, AnswerStore
 from kdkit.cache.teacher import TeacherCache, autocast
@@ -79,7 +78,8 @@ def open_cache(
             "this dataset can only be read from start to end, so its images have no names to keep"
             " answers under",
         )
-    slots = Slots.of(options, recipe.spec.data, recipe.spec.seed)
+    mixed = recipe.spec.train.mixup is not None
+    slots = Slots.of(options, recipe.spec.data, recipe.spec.seed, mixed=mixed)
     other = None if (source := recipe.unlabelled()) is None else source.split("train")
     assert not isinstance(other, Stream), "the loader has refused it"
     images = len(part) + (0 if other is None else len(other))
@@ -118,9 +118,9 @@ def open_answers(
     if not train.indexed:
         raise recipe.error([*recipe.spec.place_of(name), "model"], STREAM)
     outputs = int(cast("Any", teacher.module).outputs)
-    return GivenAnswers(
-        read_answers(recipe, name, beside.indexed(recipe.spec.data, info), outputs), teacher
-    )
+    rows = read_answers(recipe, name, beside.indexed(recipe.spec.data, info), outputs)
+    kept = [layer for layer, place in teacher.layers.items() if place.path]
+    return GivenAnswers(rows, teacher, read_layers(recipe, name, kept))
 
 
 @contextlib.contextmanager
@@ -178,7 +178,7 @@ def _look(
         for name, value in answer.features.items()
         if name not in aliases
     }
-    last = [name for name in shapes if _is_channels_last(answer.features[name])]
+    last = [name for name in shapes if is_channels_last(answer.features[name])]
     if not shapes and not teacher.needs_logits:
         raise RunError(f"no loss reads anything that {teacher.role} says; leave `cache` out")
     logits = tuple(answer.logits.shape[1:]) if teacher.needs_logits else ()
@@ -236,14 +236,6 @@ def called_in(recipe: Recipe, name: str) -> str:
     """Return the usual name of a teacher: its network, or the recipe that trains it."""
     options = recipe.spec.all_teachers()[name]
     return options.recipe.stem if isinstance(options, RecipeTeacher) else options.model
-
-
-def _is_channels_last(value: Tensor) -> bool:
-    return (
-        value.ndim == 4
-        and value.is_contiguous(memory_format=torch.channels_last)
-        and not value.is_contiguous()
-    )
 
 
 def _same(answer: Outputs, again: Outputs, *, exactly: bool) -> bool:

@@ -36,6 +36,7 @@ class Slots:
             loader's numbering.
         padding, flip: of `data.augment`.
         seed: of the augmentation.
+        mixed: whether images are mixed; a slot is then a whole epoch, with its order and mixes.
     """
 
     count: int
@@ -43,13 +44,14 @@ class Slots:
     padding: int
     flip: float
     seed: int
+    mixed: bool = False
 
     @classmethod
-    def of(cls, options: CacheOptions, data: DataSpec, seed: int) -> Slots:
+    def of(cls, options: CacheOptions, data: DataSpec, seed: int, *, mixed: bool) -> Slots:
         """Determine the slots of a recipe; one, if images always look the same."""
         padding, flip = (data.augment.crop_padding, data.augment.flip) if data.augment else (0, 0.0)
         outcomes = crop_flip_count(padding) // (1 if 0 < flip < 1 else 2)
-        is_still = outcomes == 1 and not data.timm_augment and not data.joint_augment
+        is_still = outcomes == 1 and not (data.timm_augment or data.joint_augment or mixed)
         exact = options.views == "all" or is_still
         return cls(
             outcomes if options.views == "all" or exact else options.views,
@@ -57,6 +59,7 @@ class Slots:
             padding,
             flip,
             seed,
+            mixed,
         )
 
     def view(self, number: int) -> int:
@@ -173,6 +176,15 @@ class KeptAnswers:
                 f"the teacher's '{name}' has numbers above 65,504, which `dtype: fp16` cannot hold;"
                 " set `cache.dtype: bf16`"
             )
+
+
+def is_channels_last(value: Tensor) -> bool:
+    """Check whether maps (B, C, H, W) have channels last in memory."""
+    return (
+        value.ndim == 4
+        and value.is_contiguous(memory_format=torch.channels_last)
+        and not value.is_contiguous()
+    )
 
 
 def _filled(value: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -192,6 +192,8 @@ class _KeptViews(WrappedLoader):
         self, number: int, start: int = 0, view: int | None = None, arrange: Arrange | None = None
     ) -> Iterator[Batch]:
         stored = self._cache.slots.view(number if view is None else view)
+        if self._cache.slots.mixed:  # the order decides which images are mixed
+            number = stored
         waiting: collections.deque[Batch] = collections.deque()
         try:
             for batch in self._loader.epoch(number, start, stored, arrange):

@@ -119,18 +119,41 @@ class KnownAnswers(ModelSource):
             ModelError: they cannot be read.
         """
 
+    def layers(self) -> Mapping[str, tuple[int, ...]]:
+        """Return the layers whose outputs are kept, with the shape of one; none by default.
+
+        Raises:
+            ModelError: see `shape`.
+        """
+        return {}
+
+    def read_layer(self, name: str) -> Tensor:
+        """Return the outputs (N, ...) of one of `layers`, in the order of `read`.
+
+        Raises:
+            ModelError: see `read`.
+        """
+        raise ModelError(f"'{name}' is not kept")
+
     def build(self, outputs: int, image_shape: Any) -> nn.Module:
         """Build a stand-in for the network."""
-        return _PassedOn(outputs)
+        return AnswersAlone(outputs, self.layers())
 
 
 # a module, so that hooks which read a network's answers also read these
-class _PassedOn(nn.Module):
-    """Returns answers (N, K) as they are; for any other batch, as a check tries, random ones."""
+class AnswersAlone(nn.Module):
+    """Returns answers (N, K) as they are; for any other batch, as a check tries, random ones, also
+    of layers.
+    """
 
-    def __init__(self, outputs: int) -> None:
+    output_fmt = "NCHW"  # so that no map is taken for one with channels last
+
+    def __init__(self, outputs: int, layers: Mapping[str, tuple[int, ...]]) -> None:
         super().__init__()
         self.outputs = outputs
+        self.rows = nn.ModuleList(_Noise(shape) for shape in layers.values())
+        # a name may hold dots, which a module's may not
+        self.layer_paths = {name: f"rows.{i}" for i, name in enumerate(layers)} | {"logits": ""}
 
     def forward(self, *inputs: Tensor, **texts: Tensor) -> Tensor:
         # the place that reads answers passes rows of them; images have more dimensions, token ids
@@ -138,7 +161,20 @@ class _PassedOn(nn.Module):
         first = inputs[0] if inputs else next(iter(texts.values()))
         if first.ndim == 2 and first.is_floating_point():
             return first
+        for layer in self.rows:
+            layer(first)
         return torch.randn(len(first), self.outputs, device=first.device)
+
+
+class _Noise(nn.Module):
+    """Stands in for a layer; returns random numbers."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, first: Tensor) -> Tensor:
+        return torch.randn(len(first), *self.shape, device=first.device)
 
 
 class AnswerArray(Options):
@@ -162,11 +198,16 @@ class AnswerArray(Options):
             " probabilities, whose rest is spread evenly over the other classes."
         ),
     )
+    channels_last: bool = Field(
+        default=False, description="Whether `shape` is [H, W, C]; losses get (B, C, H, W)."
+    )
 
     @model_validator(mode="after")
     def _keeps_a_part(self) -> Self:
         if self.top_k is not None and self.top_k >= self.shape[-1]:
             raise ValueError(f"top_k {self.top_k} of {self.shape[-1]} classes; leave it out")
+        if self.channels_last and len(self.shape) != 3:
+            raise ValueError(f"channels_last is of maps [H, W, C], not {[*self.shape]}")
         return self
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from kdkit.contracts.inputs import Shape, answered, kind_of, random_inputs
 from kdkit.contracts.loss_options import LayerPair
 from kdkit.contracts.records import Inputs
-from kdkit.errors import TapError
+from kdkit.errors import TapError, suggest
 
 INPUT = "@input"
 OUTPUT = re.compile(r"output(\d+)")  # a further output of the network, counted from 0
@@ -103,6 +103,8 @@ def resolve(name: str, module: nn.Module, outputs: int | None = None) -> Layer:
     Raises:
         TapError: no such layer; suggests the closest name and lists the others.
     """
+    if (kept := kept_layers(module)) is not None:
+        return _kept_layer(name, kept)
     if name == "logits":
         return Layer("")
     numbered = OUTPUT.fullmatch(name)
@@ -136,6 +138,17 @@ def resolve(name: str, module: nn.Module, outputs: int | None = None) -> Layer:
     )
 
 
+def kept_layers(module: nn.Module) -> Mapping[str, str] | None:
+    """Return the paths of all layers by name, of a stand-in for a network; None of a network."""
+    return getattr(module, "layer_paths", None)
+
+
+def _kept_layer(name: str, kept: Mapping[str, str]) -> Layer:
+    if name not in kept:
+        raise TapError(f"there is no layer '{name}'; {suggest(name, kept)}")
+    return Layer(kept[name])
+
+
 def expand(name: str, module: nn.Module) -> list[str]:
     """List the layers that a glob matches, in the network's order, or the name without one.
 
@@ -145,16 +158,17 @@ def expand(name: str, module: nn.Module) -> list[str]:
     if not any(sign in name for sign in "*?["):
         resolve(name, module)
         return [name]
-    if name.endswith(INPUT):
+    kept = kept_layers(module)
+    if name.endswith(INPUT) and kept is None:
         return [f"{layer}{INPUT}" for layer in expand(name.removesuffix(INPUT), module)]
     steps = name.split(".")
     aliases = [f"stage{i}" for i in range(1, len(stage_paths(module)) + 1)]
     matches = [alias for alias in aliases if fnmatchcase(alias, name)]
-    matches = matches or [
-        path for path, _ in module.named_modules() if path and _matches(path.split("."), steps)
-    ]
+    paths = [path for path, _ in module.named_modules() if path] if kept is None else [*kept]
+    matches = matches or [path for path in paths if _matches(path.split("."), steps)]
     if not matches:
-        raise TapError(f"no layer matches '{name}'; paths begin with {_top(module)}")
+        says = f"paths begin with {_top(module)}" if kept is None else suggest(name, kept)
+        raise TapError(f"no layer matches '{name}'; {says}")
     return matches
 
 
@@ -315,8 +329,11 @@ def tappable_layers(module: nn.Module, shape: Shape) -> list[LayerRow]:
     for number, path in enumerate(stage_paths(module), 1):
         aliases.setdefault(path, []).append(f"stage{number}")
     modules = dict(module.named_modules())
+    names = {path: name for name, path in (kept_layers(module) or {}).items()}
     rows = [
-        LayerRow(path, type(modules[path]).__name__, size, tuple(aliases.get(path, ())))
+        LayerRow(
+            names.get(path, path), type(modules[path]).__name__, size, tuple(aliases.get(path, ()))
+        )
         for path, size in shapes.items()
     ]
     return [*rows, *_embedding(module, modules)]

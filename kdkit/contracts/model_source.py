@@ -185,7 +185,8 @@ class CacheOptions(Options):
 
     views: Annotated[int, Field(ge=1, le=COUNT)] | Literal["all"] = Field(
         description=(
-            "Number K of augmentations of each image to cache; training cycles through them. `all`:"
+            "Number K of augmentations of each image to cache; training cycles through them. With"
+            " `train.mixup`, number of epochs after which order and mixes come again. `all`:"
             " every possible crop and flip of `data.augment`, so that training sees the same images"
             " as without a cache."
         )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kdkit.contracts.inputs import first_tensor
+from kdkit.contracts.known_answers import AnswersAlone
 from kdkit.contracts.layers import resolve
 from kdkit.contracts.records import Batch, Outputs
 from kdkit.contracts.survey import Survey
@@ -24,9 +25,15 @@ def surveyed(survey: Survey, teacher: TappedModel, batches: Iterable[Batch]) -> 
     `precision`, and sees the same part of an image each time.
 
     Raises:
-        TapError: it has no such layer.
+        TapError: it has no such layer, or no network.
         PluginError: the survey's function gives no tensors.
     """
+    # a stand-in's answers to these are random
+    if isinstance(teacher.module, AnswersAlone):
+        raise TapError(
+            f"{survey.name} shows {teacher.role} all training images before the first step, and"
+            " answers alone have no network"
+        )
     # a twin is neither compiled nor answers from a cache, and has no taps of other losses
     asked = teacher.twin()
     try:

@@ -53,10 +53,11 @@ def refused(recipe: Recipe, factory: ModelFactory, info: DataInfo) -> Iterator[s
             yield recipe.problem(place, DRAWN)
         for says in _never_again(recipe, teacher):
             yield recipe.problem(place, says)
-        ever_new = [k for k in ("timm_augment", "joint_augment") if getattr(spec.data, k)]
+        ever_new = [f"data.{k}" for k in ("timm_augment", "joint_augment") if getattr(spec.data, k)]
+        ever_new += ["train.mixup"] if spec.train.mixup else []
         if options.views == "all" and ever_new:
             says = (
-                f"`data.{ever_new[0]}` gives ever new views, so that not all can be kept; say how"
+                f"`{ever_new[0]}` gives ever new views, so that not all can be kept; say how"
                 " many, or leave it out"
             )
             yield recipe.problem([*place, "views"], says)
@@ -100,9 +101,9 @@ def _refused_served(recipe: Recipe, factory: ModelFactory, name: str) -> Iterato
 
 def _never_again(recipe: Recipe, teacher: TeacherOptions) -> Iterator[str]:
     """Yield the reasons for which an answer is of no use for a later batch."""
-    if recipe.spec.train.mixup is not None:
+    if recipe.spec.train.mixup is not None and recipe.spec.train.mixup.off_epoch:
         yield (
-            "mixed images never come twice (`train.mixup`), so answers to them cannot be kept;"
+            "epochs of kept mixes repeat, and later ones are not mixed (`train.mixup.off_epoch`);"
             " leave one of them out, or let the teacher answer beside the training (`at`, `kdkit"
             " serve`)"
         )
@@ -175,7 +176,8 @@ def sizes(
         shapes: of the layers tapped of each teacher, by its name.
     """
     for name, options in _wanted(recipe):
-        slots = Slots.of(options, recipe.spec.data, recipe.spec.seed)
+        mixed = recipe.spec.train.mixup is not None
+        slots = Slots.of(options, recipe.spec.data, recipe.spec.seed, mixed=mixed)
         taps = {layer: shape for layer, shape in shapes[name].items() if layer != "logits"}
         place = [*recipe.spec.place_of(name), "cache"]
         if (
@@ -244,12 +246,13 @@ def refused_answers(recipe: Recipe, factory: ModelFactory, name: str) -> Iterato
 
 def _refused_losses(recipe: Recipe, factory: ModelFactory, name: str) -> Iterator[str]:
     """List losses that read more of a teacher than its answers."""
+    source = given.source_of(recipe, name)
     for i, entry in enumerate(recipe.spec.losses):
         loss = recipe.plugins.losses[entry.use]
         if loss.knowledge == "labels" or entry not in looking_at(factory.recipe, name):
             continue
         layers = [pair.teacher for pair in entry.taps() if pair.teacher != "logits"]
-        if layers:
+        if layers and not source.layers():
             yield recipe.problem(
                 ["losses", i],
                 f"'{entry.use}' looks at '{layers[0]}' of {name}, which has answers alone, and no"

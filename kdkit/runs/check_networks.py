@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdkit.cache.given import STREAM, has_answers_alone, read_answers
+from kdkit.cache.given import STREAM, has_answers_alone, read_answers, read_layers
 from kdkit.contracts.dataset_source import DataInfo, DatasetSource, Stream
 from kdkit.contracts.inputs import kind_of, random_inputs
 from kdkit.contracts.known_answers import AnswersOptions
@@ -65,6 +65,12 @@ class NetworkChecks(Checks):
                 # The recipe does not name the others, and they lack for the same reason.
                 if is_default and not found:
                     break
+        self.report.raise_if_any()
+        for name in self.spec.all_teachers():
+            if has_answers_alone(self.recipe, name):
+                layers = [layer for layer in factory.teacher_layers(name) if layer != "logits"]
+                with self.report.at():
+                    read_layers(self.recipe, name, layers)
         self.report.raise_if_any()
 
     def networks_of(
@@ -298,8 +304,8 @@ class NetworkChecks(Checks):
         for name in self.spec.all_teachers():
             if not has_answers_alone(self.recipe, name):
                 continue
-            self.report.problems += cache_plan.refused_answers(self.recipe, factory, name)
             with self.report.at(*self.spec.place_of(name), "model"):
+                self.report.problems += cache_plan.refused_answers(self.recipe, factory, name)
                 if is_stream:
                     raise DataError(STREAM)
                 count = beside.indexed(self.spec.data, info)

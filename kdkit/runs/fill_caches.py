@@ -73,7 +73,7 @@ def write_out(recipe: Recipe, folder: Path, *, quiet: bool = False) -> AnswerInd
     if len(options) > 1:
         says = f"{len(options)} teachers have a cache, and a folder holds the answers of one"
         raise recipe.error(place, f"{says}; leave the others' `cache` out")
-    slots = Slots.of(options[name], spec.data, spec.seed)
+    slots = Slots.of(options[name], spec.data, spec.seed, mixed=False)
     if not slots.exact or slots.count > 1:
         says = "a folder of answers has one view, of images as they are; leave `augment`"
         raise recipe.error(["data"], f"{says}, `timm_augment` and `joint_augment` out")
@@ -91,7 +91,7 @@ def _options(recipe: Recipe) -> dict[str, CacheOptions]:
     """Return the options of all caches of a recipe, by teacher.
 
     Raises:
-        RecipeError: there is none.
+        RecipeError: there is none, or images are mixed.
     """
     spec = recipe.spec
     options = {name: one for name in spec.all_teachers() if (one := wanted(recipe, name))}
@@ -100,6 +100,9 @@ def _options(recipe: Recipe) -> dict[str, CacheOptions]:
             ["teacher"] if spec.teacher is not None or not spec.teachers else ["teachers"],
             "has no `cache:` that could be filled",
         )
+    if spec.train.mixup is not None:
+        says = "mixes are kept as training makes them, and cannot be asked for ahead or handed on"
+        raise recipe.error(["train", "mixup"], says)
     return options
 
 
@@ -111,7 +114,7 @@ def _filled(
     checks.make(recipe, Reporter(quiet=quiet).say)
     trained = training.trained_teachers(recipe, spec.run.folder / spec.name, quiet=quiet)
     device = build_accelerator(spec.train).device
-    exact = Slots.of(next(iter(options.values())), data, spec.seed).exact
+    exact = Slots.of(next(iter(options.values())), data, spec.seed, mixed=False).exact
     plain = {"augment": None} if exact else {}  # every outcome is visited in turn, without drawing
     source = recipe.dataset()
     prepared = loaders.prepare(

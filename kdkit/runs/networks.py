@@ -348,12 +348,15 @@ class ModelFactory:
         # the compiled code depends on the taps
         compiled = [sorted(layers), self._needs_logits(name)] if self._compiles else []
         # what is drawn for each step is another in each run
-        drawn = [self.recipe.fingerprint] if options.input and options.input.is_drawn else []
+        apart = [self.recipe.fingerprint] if options.input and options.input.is_drawn else []
+        # a cache holds answers to images that are mixed in one way
+        if getattr(spec, "cache", None):
+            apart.append(content_of(self.recipe.spec.train.mixup))
         # plugins may build different networks under the same name
         source = type(self.recipe.model_source(options))
         made_by = source.__module__, source.__qualname__
         return json.dumps(
-            [content_of(spec), made_by, number, folded, compiled, self._channels_last, *drawn],
+            [content_of(spec), made_by, number, folded, compiled, self._channels_last, *apart],
             sort_keys=True,
             default=str,
         )

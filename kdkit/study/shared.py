@@ -278,7 +278,8 @@ class Sharing:
                 if cache is not None:
                     whole.answers = functools.partial(cache.answer, forward=whole.forward)
             caches.append(self._caches[whole])
-        # mixed batches are another chain of loaders, whose coming batches are not known here
+        # mixed batches are another chain of loaders, whose coming batches are not known here; their
+        # cache is of this chain alone, as each way of mixing has a teacher of its own
         mixed = data.train is not self.data.train
         found = [
             cache
@@ -286,10 +287,9 @@ class Sharing:
             if cache is not None and not (mixed and isinstance(cache, AskedAhead))
         ]
 
-        def in_kept_views(_: TrainLoader) -> TrainLoader:
-            return functools.reduce(
-                lambda train, cache: cache.loader(train), found, self._alone.train
-            )
+        def in_kept_views(train: TrainLoader) -> TrainLoader:
+            base = train if mixed else self._alone.train
+            return functools.reduce(lambda train, cache: cache.loader(train), found, base)
 
         key = f"kept {[id(cache) for cache in found]}"
         yield replace(data, train=self.changed(key, data.train, in_kept_views)) if found else data

@@ -1,6 +1,9 @@
-"""Arrays by name in npz, safetensors and Parquet files. Reading them runs no code."""
+"""Arrays by name in npz, safetensors, Parquet and tar files. Reading them runs no code."""
 
 import abc
+import functools
+import io
+import tarfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -161,7 +164,68 @@ class Parquet(ArrayFile):
         return parquet.ParquetFile(self.path)
 
 
+class Tar(ArrayFile):
+    """A shard of a web dataset: row i is of the i-th KEY, in KEY.NAME.npy; KEY.npy is of `logits`,
+    KEY.npz of all its arrays. Other members, such as images, are left alone.
+    """
+
+    kind = "tar"
+
+    def _about(self, name: str) -> tuple[tuple[int, ...], str]:
+        rows = self._rows(name)
+        return (len(rows), *rows[0].shape), rows[0].dtype.name
+
+    def _read(self, name: str) -> torch.Tensor:
+        rows = numpy.stack(self._rows(name))
+        return torch.from_numpy(rows.astype(rows.dtype.newbyteorder("=")))
+
+    def _rows(self, name: str) -> list[numpy.ndarray]:
+        """Return an array's rows, all of one shape and type."""
+        self._refuse_unknown(name, sorted({one for row in self._samples.values() for one in row}))
+        rows: list[numpy.ndarray] = []
+        for key, sample in self._samples.items():
+            if name not in sample:
+                raise kdkit.ModelError(f"{self.path.name}: '{key}' has no array '{name}'")
+            row, first = sample[name], rows[0] if rows else sample[name]
+            if (row.shape, row.dtype) != (first.shape, first.dtype):
+                raise kdkit.ModelError(
+                    f"{self.path.name}: '{name}' of '{key}' is {row.dtype} {row.shape}, and others"
+                    f" are {first.dtype} {first.shape}"
+                )
+            rows.append(row)
+        return rows
+
+    @functools.cached_property
+    def _samples(self) -> dict[str, dict[str, numpy.ndarray]]:
+        """All arrays by key and name, in the order of the file."""
+        samples: dict[str, dict[str, numpy.ndarray]] = {}
+        # uncompressed: no member is larger than the file
+        with tarfile.open(self.path, "r:") as archive:
+            for member in archive:
+                # a link would stand for another member; a sparse one may be larger than the file
+                if not (member.isdir() or member.isreg()) or member.issparse():
+                    raise kdkit.ModelError(f"{self.path.name}: '{member.name}' is no plain file")
+                file = member.name.rpartition("/")[2]
+                end = file.partition(".")[2]
+                if (content := archive.extractfile(member)) is None or not end:
+                    continue
+                sample = samples.setdefault(member.name.removesuffix(f".{end}"), {})
+                if not end.endswith(("npy", "npz")):
+                    continue
+                loaded = numpy.load(io.BytesIO(content.read()), allow_pickle=False)
+                name = end.removesuffix("npy").removesuffix(".") or "logits"
+                arrays = {name: loaded} if isinstance(loaded, numpy.ndarray) else dict(loaded)
+                if sample.keys() & arrays.keys():
+                    raise kdkit.ModelError(f"{self.path.name}: has '{member.name}' twice")
+                sample |= arrays
+        return samples
+
+
 def array_file(path: Path) -> ArrayFile:
     """Return the reader of a file, by the end of its name; npz by default."""
-    kinds: dict[str, type[ArrayFile]] = {".safetensors": Safetensors, ".parquet": Parquet}
+    kinds: dict[str, type[ArrayFile]] = {
+        ".safetensors": Safetensors,
+        ".parquet": Parquet,
+        ".tar": Tar,
+    }
     return kinds.get(path.suffix, Npz)(path)

@@ -1,5 +1,6 @@
 """A teacher's answers to the training images, from a file or a folder of files."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +27,8 @@ class AnswersSource(kdkit.KnownAnswers):
 
     ARRAY is the name of an array (N, K) in the file. Row i answers image i of the dataset's whole
     training part. A folder holds the rows in several files in order, and an `index.json`
-    (`kdkit.AnswerIndex`) with their digests; of each row all logits, or the `top_k` largest.
+    (`kdkit.AnswerIndex`) with their digests; of each row all logits, or the `top_k` largest. Its
+    other arrays are outputs of the layers of their names, which losses may read.
     """
 
     name = "answers"
@@ -36,8 +38,8 @@ class AnswersSource(kdkit.KnownAnswers):
 
         file: Annotated[kdkit.RecipePath, AfterValidator(_index_of)] = Field(
             description=(
-                "An npz, safetensors or Parquet file, or a folder of them that `kdkit cache"
-                " --export` has written; reading it runs no code."
+                "An npz, safetensors, Parquet or tar file (shard of a web dataset), or a folder of"
+                " them, as `kdkit cache --export` writes it; reading it runs no code."
             )
         )
 
@@ -77,6 +79,21 @@ class AnswersSource(kdkit.KnownAnswers):
         found.verify()
         return found
 
+    def layers(self) -> Mapping[str, tuple[int, ...]]:
+        """The other arrays of the folder's index; none of a file."""
+        if not self._is_folder:
+            return {}
+        index, _ = self._indexed()
+        arrays = ((n, one) for n, one in index.arrays.items() if n != self.model_name)
+        return {n: _channels_first(one) for n, one in arrays if one.top_k is None}
+
+    def read_layer(self, name: str) -> torch.Tensor:
+        """All rows of an array; maps with channels last in memory stay so."""
+        index, _ = self._indexed()
+        array = index.arrays[name]
+        rows = self._joined(index, name, array.shape, (array.dtype,))
+        return rows.permute(0, 3, 1, 2) if array.channels_last else rows
+
     @property
     def _is_folder(self) -> bool:
         return self.options.file.suffix == ".json"
@@ -108,6 +125,10 @@ class AnswersSource(kdkit.KnownAnswers):
                 )
             parts.append(file.read(name))
         return torch.cat(parts)
+
+
+def _channels_first(array: kdkit.AnswerArray) -> tuple[int, ...]:
+    return (array.shape[-1], *array.shape[:-1]) if array.channels_last else array.shape
 
 
 @kdkit.hookimpl
