@@ -63,10 +63,10 @@ class Gkd(kdkit.Schedule):
 
     def stages(self, models: kdkit.Models) -> Iterator[kdkit.Stage]:
         student, teacher = models.student(), models.teacher()
-        if student.input_shape and student.input_shape[0] <= self.options.prompt:
+        if (longest := models.info.image_shape[0]) <= self.options.prompt:
             raise kdkit.RunError(
-                f"prompt: {self.options.prompt} tokens are given, and texts have"
-                f" {student.input_shape[0]} at most: the student has none to write"
+                f"prompt: {self.options.prompt} tokens are given, and texts have {longest} at"
+                " most: the student has none to write"
             )
 
         def prepare(batch: kdkit.Batch) -> kdkit.Batch:
