@@ -129,6 +129,7 @@ def test_average_best_measures_every_epoch(tmp_path):
     assert all("validation" in line for line in metrics(tmp_path / "run") if line["kind"] == "epoch")
 
 
+@pytest.mark.slow
 def test_average_best_resumes_to_the_same_bits(tmp_path):
     path = write(tmp_path, AVERAGED)
     assert Command(tmp_path, "train", path, "--run", "whole").finish()[0] == 0

@@ -71,6 +71,7 @@ def test_a_compressed_student_learns_by_any_loss_and_is_read_back(tmp_path, stud
     assert back(torch.rand(1, 3, 8, 8)).logits.shape == (1, 6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("student", ["aware", "both"])
 def test_a_stopped_run_ends_with_the_same_bits(tmp_path, student, monkeypatch):
     changes = {"student": STUDENTS[student], "run": {"checkpoint_steps": 2}}

@@ -105,6 +105,7 @@ def test_the_imagenet_recipe_resumes_to_the_same_weights(folder, whole):
     assert_same_run(folder / "killed", whole)
 
 
+@pytest.mark.slow
 def test_the_imagenet_recipe_resumes_in_two_processes(folder):
     commands = together(folder, "train", "small.yaml", "--run", "two")
     assert [command.finish()[0] for command in commands] == [0, 0], commands[0].log.read_text()

@@ -22,7 +22,16 @@ OFTEN = {"base", "alone", "fsp", "review", "crd"}
 
 def planned(path):
     """A recipe or study as a parameter; the default run plans the small ones and what differs most between methods, .ci/run plans all."""
-    large = ("search", "methods", "searched", "alpha", "semi")  # studies of many candidates or networks
+    large = (
+        "search",
+        "methods",
+        "searched",
+        "alpha",
+        "semi",
+        "compared",
+        "robust",
+        "discriminator",
+    )  # studies of many candidates or networks
     small = path.relative_to(RECIPES).parts[0] in ("digits", "mnist") and path.stem not in large
     often = small or (path.parent.name == "resnet32x4-resnet8x4" and path.stem in OFTEN)
     return pytest.param(path, id=str(path.relative_to(RECIPES)), marks=[] if often else pytest.mark.slow)

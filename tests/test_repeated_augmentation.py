@@ -119,6 +119,7 @@ def test_without_repeats_a_recipe_is_what_it_was(tmp_path):
     assert one.fingerprint == plain.fingerprint and two.content()["data"]["repeats"] == 2
 
 
+@pytest.mark.slow
 def test_two_processes_learn_from_repeats_what_one_learns(tmp_path):
     repeated = {"repeats": 3, "augment": {"crop_padding": 1, "flip": 0.5}, "drop_last": False}
     path = write(tmp_path, {**PLAIN, "student": {"model": "mlp/8"}, "teacher": {"model": "mlp/8"}}, data=repeated)

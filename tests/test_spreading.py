@@ -111,6 +111,7 @@ def test_processes_without_a_launcher_share_a_study(tmp_path):
     assert_as_alone(tmp_path, path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_what_a_process_leaves_another_goes_on_with(tmp_path, number):
     path = study(tmp_path, seeds=1, epochs=5)

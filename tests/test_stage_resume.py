@@ -95,6 +95,7 @@ def test_a_stage_killed_many_times_resumes_to_the_same_bits(tmp_path, whole, see
     assert_same_run(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 def test_several_stages_resume_between_and_inside(tmp_path):
     recipe = write(tmp_path, twice(tmp_path))
     assert Command(tmp_path, "train", recipe, "--run", "whole").finish()[0] == 0
@@ -104,7 +105,11 @@ def test_several_stages_resume_between_and_inside(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "group"), [(signal.SIGTERM, 143, False), (signal.SIGTERM, 143, True), (signal.SIGINT, 130, True)]
+    ("number", "code", "group"),
+    [
+        (signal.SIGTERM, 143, False),
+        *(pytest.param(*each, True, marks=pytest.mark.slow) for each in ((signal.SIGTERM, 143), (signal.SIGINT, 130))),
+    ],
 )
 def test_a_signal_saves_and_says_how_to_resume(tmp_path, whole, number, code, group):
     recipe = write(tmp_path, EVERYTHING, run={"checkpoint_steps": None})

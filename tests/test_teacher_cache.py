@@ -691,6 +691,7 @@ def test_a_cache_filled_in_parts_has_the_bytes_of_one_filled_at_once(tmp_path, m
     assert len(answers) == 3
 
 
+@pytest.mark.slow
 def test_processes_share_the_filling_of_a_cache_and_one_that_is_killed_is_replaced(tmp_path):
     data = {**SHIFTS, "dataset": {"train": 480}}
     base = {"data": data, "teacher": {"cache": {**ALL, "dir": "there"}}}

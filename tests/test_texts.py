@@ -268,6 +268,7 @@ def test_tokens_that_a_network_has_not_are_told(folder):
         kdkit.train(file, folder=folder / "short", quiet=True)
 
 
+@pytest.mark.slow
 def test_two_processes_learn_texts_as_one_does(tmp_path):
     """Each pads its own half of a batch; a mean over the tokens of a batch (hint) is left out, as each process has its own."""
     lay_out(tmp_path)

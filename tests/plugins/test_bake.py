@@ -128,6 +128,7 @@ def test_a_stop_changes_nothing(tmp_path):
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     """Each with the images of both."""
     (tmp_path / "net.py").write_text(NET)

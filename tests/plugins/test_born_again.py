@@ -163,6 +163,7 @@ def test_a_run_that_stops_goes_on_with_the_same_bits(tmp_path):
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     (tmp_path / "net.py").write_text(NET)
     path = write(tmp_path, {**SHARED, "teacher": None, "schedule": RECIPE["schedule"], "losses": SHARED["losses"][:3]})

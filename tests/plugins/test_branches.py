@@ -80,6 +80,7 @@ def test_first_weights_of_the_gate_follow_the_seed(tmp_path):
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     schedule = {"use": "branches", "split": "conv1", "branches": 2}
     (tmp_path / "gates.py").write_text(PLAIN_GATE)

@@ -84,6 +84,7 @@ def test_each_peer_sees_a_view_of_its_own(tmp_path):
     assert len(seen) == 3 and not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["best", "lowest"])
 def test_two_processes_equal_one(tmp_path, target):
     schedule = {"use": "ensemble_peers", "target": target}

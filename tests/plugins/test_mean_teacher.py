@@ -138,6 +138,7 @@ def test_the_decay_matters(tmp_path):
     assert {"logit_mse", "hint"} <= set(metrics(tmp_path / "slow")[0]["terms"])
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     (tmp_path / "net.py").write_text(NET)
     losses = [loss for loss in SHARED["losses"] if loss["use"] != "at"]

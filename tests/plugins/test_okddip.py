@@ -60,6 +60,7 @@ def test_the_leader_is_exported(tmp_path):
     assert len(result.peers) == 3 and result.network is None
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     schedule = {"use": "okddip", "size": 3, "layer": "fc@input"}
     path = shared(tmp_path, teacher=None, schedule=schedule, losses=[{"use": "cross_entropy"}, {"use": "logit_kl"}])

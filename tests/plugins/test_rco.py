@@ -173,6 +173,7 @@ def test_a_teacher_that_was_trained_without_snapshots_is_told(tmp_path, monkeypa
     assert not (tmp_path / "runs" / "pupil" / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_killed_it_ends_with_the_same_bits_and_can_be_evaluated(tmp_path):
     path = recipes(tmp_path, run={"checkpoint_steps": 3})
     assert Command(tmp_path, "train", path, "--run", "whole").finish()[0] == 0
@@ -189,6 +190,7 @@ def test_killed_it_ends_with_the_same_bits_and_can_be_evaluated(tmp_path):
     assert code == 0 and f"{test['nll']:.4f}" in log
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     path = recipes(tmp_path)
     assert Command(tmp_path, "train", path, "--run", "one").finish()[0] == 0  # and the teacher, once
