@@ -32,7 +32,6 @@ import torch
 
 from kdkit.cache.opening import open_cache
 from kdkit.cache.teacher import TeacherCache
-from kdkit.contracts.records import Inputs, Outputs
 from kdkit.data.loaders import Data
 from kdkit.recipe import Recipe
 from kdkit.runs.networks import ModelFactory
@@ -105,21 +104,7 @@ def cached(
 
 def free(kind: str, options: argparse.Namespace) -> sides.Opened:
     """The recipe with a teacher that has one answer."""
-    known: list[Outputs] = []
-
-    def arrange(recipe: Recipe, data: Data, factory: ModelFactory) -> Data:
-        teacher = factory.teacher()
-
-        def answer(inputs: Inputs) -> Outputs:
-            if not known:
-                with torch.no_grad():
-                    known.append(teacher.forward(inputs))
-            return known[0]
-
-        teacher.answers = answer
-        return data
-
-    return sides.opened(content(kind, options), arrange)
+    return sides.opened(content(kind, options), sides.one_answer)
 
 
 def written(kind: str, options: argparse.Namespace, folder: Path, rounds: int) -> sides.Side:

@@ -40,7 +40,6 @@ import torch
 
 from kdkit.cache import wire
 from kdkit.cache.opening import open_answers
-from kdkit.contracts.records import Inputs, Outputs
 from kdkit.data.loaders import Data
 from kdkit.recipe import Recipe
 from kdkit.runs.networks import ModelFactory
@@ -95,21 +94,7 @@ def served_epoch(pair: str, options: argparse.Namespace, at: str) -> sides.Side:
 
 
 def free_epoch(pair: str, options: argparse.Namespace) -> sides.Side:
-    known: list[Outputs] = []
-
-    def arrange(recipe: Recipe, data: Data, factory: ModelFactory) -> Data:
-        teacher = factory.teacher()
-
-        def answer(inputs: Inputs) -> Outputs:
-            if not known:
-                with torch.no_grad():
-                    known.append(teacher.forward(inputs))
-            return known[0]
-
-        teacher.answers = answer
-        return data
-
-    return sides.opened(content(pair, options), arrange).epoch
+    return sides.opened(content(pair, options), sides.one_answer).epoch
 
 
 def asked_epoch(one: sides.Opened) -> sides.Side:

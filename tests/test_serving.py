@@ -14,7 +14,7 @@ from training import EVERYTHING, PLAIN, assert_same_run, train, write
 
 import kdkit
 from kdkit import recipe
-from kdkit.cache import served, wire
+from kdkit.cache import connections, served, wire
 from kdkit.cache.heads import Head
 from kdkit.cache.teacher import autocast
 from kdkit.contracts.records import Outputs
@@ -30,7 +30,7 @@ FEATURES = {**PLAIN, "losses": [{"use": "cross_entropy"}, {"use": "logit_kl"}, H
 @pytest.fixture(autouse=True)
 def secret(monkeypatch):
     monkeypatch.setenv(wire.TOKEN, TOKEN)
-    monkeypatch.setattr(served, "AGAIN", 0.02)
+    monkeypatch.setattr(connections, "AGAIN", 0.02)
 
 
 @contextlib.contextmanager
@@ -270,7 +270,7 @@ def test_a_strange_request_gets_one_line(running, path, body, asked, status):
 
 @pytest.mark.parametrize("body", [b"<html>", b"[1]", b'{"teacher": 3}'])
 def test_another_server_is_told(tmp_path, monkeypatch, body):
-    monkeypatch.setattr(served._Connection, "_once", lambda *given: (200, body, "[]"))
+    monkeypatch.setattr(connections.Connection, "_once", lambda *given: (200, body, "[]"))
     with pytest.raises(kdkit.RunError) as caught:
         train(tmp_path, teacher={"at": "localhost:7070"})
     assert str(caught.value) == "teacher: what listens at localhost:7070 is no `kdkit serve`"

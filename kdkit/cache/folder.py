@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from kdkit.cache.parts import JOINING, parts_of
 from kdkit.cache.store import (
     CHECKS,
-    JOINING,
     LOCK,
     MARKER,
     STATES,
@@ -21,7 +21,6 @@ from kdkit.cache.store import (
     About,
     allocated,
     locks,
-    parts_of,
     read_about,
 )
 from kdkit.errors import RunError, suggest

@@ -11,11 +11,17 @@ from pathlib import Path
 
 import torch
 
-from kdkit.cache.store import JOINING, LOCK, READ_AT_ONCE, AnswerStore, locks, parts_of, read_about
+from kdkit.cache.store import LOCK, READ_AT_ONCE, AnswerStore, locks, read_about
 
 MOST = 64  # parts
 LOOK = 1.0  # seconds until a part that another process fills is looked at again
 DONE = "done"
+JOINING = ".joining"
+
+
+def parts_of(path: Path) -> Path:
+    """Return the folder where processes fill parts of a store."""
+    return path.with_name(f"{path.name}.parts")
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import collections
-import http.client
 import json
-import os
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from kdkit.cache import fingerprint, wire
+from kdkit.cache.connections import Connection
 from kdkit.cache.heads import HIDDEN, Head
 from kdkit.cache.teacher import Forward
 from kdkit.contracts.inputs import first_tensor
@@ -26,12 +24,9 @@ from kdkit.contracts.records import Batch, Inputs, Outputs
 from kdkit.contracts.schedule import Arrange
 from kdkit.data.loaders import TrainLoader
 from kdkit.data.wrapping import WrappedLoader
-from kdkit.errors import RunError, one_line
+from kdkit.errors import RunError
 from kdkit.models.tapped import TappedModel, features_only, mask_of
 from kdkit.recipe import Recipe, content_of
-
-AGAIN = 1.0  # seconds until a server that does not answer is asked again
-SILENT = 600.0  # seconds after which a connection without an answer counts as lost
 
 
 def addresses(recipe: Recipe, name: str) -> tuple[str, ...]:
@@ -45,69 +40,6 @@ def key(recipe: Recipe, name: str) -> str:
     content = content_of(recipe.spec.all_teachers()[name])
     own = {k: v for k, v in content.items() if k not in ("cache", "name")}
     return fingerprint.fingerprint({"task": recipe.task.name, "teacher": own})
-
-
-class _Connection:
-    """One server, asked in order by a thread of its own."""
-
-    def __init__(self, address: str, role: str, tell: Callable[[str], None]) -> None:
-        self.address, self._role, self.tell = address, role, tell
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"teacher at {address}")
-        self._closed = threading.Event()
-        self._open: http.client.HTTPConnection | None = None
-
-    def ask(self, path: str, body: bytes | None = None, asked: Any = None) -> Future[Any]:
-        """Send a request, until it is answered: a future of the body and of the layouts in it.
-
-        Raises, in the future:
-            RunError: the server refuses it.
-        """
-        return self._thread.submit(self._ask, path, body, asked)
-
-    def close(self) -> None:
-        self._closed.set()
-        self._thread.submit(self._hang_up)
-        self._thread.shutdown()
-
-    def _hang_up(self) -> None:
-        if self._open is not None:
-            self._open.close()
-        self._open = None
-
-    def _ask(self, path: str, body: bytes | None, asked: Any) -> tuple[bytes, str]:
-        lost = False
-        while not self._closed.is_set():
-            try:
-                status, answer, last = self._once(path, body, asked)
-            except (OSError, http.client.HTTPException) as error:
-                self._hang_up()
-                if not lost:
-                    reason = one_line(str(error))
-                    self.tell(
-                        f"{self._role}: {self.address} does not answer ({reason}); it is asked"
-                        " again until it does"
-                    )
-                lost = True
-                self._closed.wait(AGAIN)
-                continue
-            if lost:
-                self.tell(f"{self._role}: {self.address} answers again")
-            if status != http.client.OK:
-                says = one_line(answer.decode(errors="replace"))
-                raise RunError(f"{self._role}: {self.address} refuses: {says}")
-            return answer, last
-        raise RunError(f"{self._role}: {self.address} is not asked any more")
-
-    def _once(self, path: str, body: bytes | None, asked: Any) -> tuple[int, bytes, str]:
-        if self._open is None:
-            self._open = http.client.HTTPConnection(self.address, timeout=SILENT)
-        headers = {
-            "Authorization": wire.authorization(os.environ.get(wire.TOKEN, "")),
-            wire.ASKED: json.dumps(asked),
-        }
-        self._open.request("GET" if body is None else "POST", path, body, headers)
-        response = self._open.getresponse()
-        return response.status, response.read(), response.headers.get(wire.LAST, "[]")
 
 
 @dataclass(frozen=True)
@@ -147,7 +79,7 @@ class ServedTeacher:
         self, recipe: Recipe, name: str, role: str, tell: Callable[[str], None] = lambda _: None
     ) -> None:
         self._recipe, self._name = recipe, name
-        self._servers = [_Connection(a, role, tell) for a in addresses(recipe, name)]
+        self._servers = [Connection(a, role, tell) for a in addresses(recipe, name)]
         self._role = role
         self._turn = 0
         self._compared = False
@@ -254,7 +186,7 @@ class ServedTeacher:
             server.tell = tell
 
 
-def _close(servers: Sequence[_Connection]) -> None:
+def _close(servers: Sequence[Connection]) -> None:
     for server in servers:
         server.close()
 

@@ -35,7 +35,6 @@ from kdkit.units import gigabytes
 MARKER = "cache.json"
 LOCK = ".lock"
 WRITING = ".writing"
-JOINING = ".joining"
 STATES = "states.bin"
 CHECKS = "checks.bin"
 EMPTY = 0
@@ -284,11 +283,6 @@ SMALLER = (
     "keep less (`what: logits`, `top_k`, `dtype: fp16`, fewer `views`), choose another `dir`, or"
     " make room with `kdkit cache --clear`"
 )
-
-
-def parts_of(path: Path) -> Path:
-    """Return the folder where processes fill parts of a store (see `kdkit.cache.parts`)."""
-    return path.with_name(f"{path.name}.parts")
 
 
 def allocated(path: Path) -> int:
