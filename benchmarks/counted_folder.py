@@ -30,7 +30,7 @@ class CountedFiles(Files):
     """Image files that note when they are read."""
 
     def __init__(self, files: Files, log: Path) -> None:
-        super().__init__(list(zip(files.paths, files.labels, strict=True)))
+        super().__init__(files.paths, files.labels)
         self.log = log
 
     def __getitem__(self, index: int) -> tuple[Any, int]:

@@ -117,19 +117,18 @@ def serving(
     with tempfile.TemporaryDirectory() as folder:
         path = sides.write(content(pair, options), Path(folder))
         words = [sys.executable, "-Pu", "-m", "kdkit", "serve", str(path), "--port", "0"]
-        server = subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, text=True)
-        try:
-            if core is not None:
-                psutil.Process(server.pid).cpu_affinity([core])
-            assert server.stdout is not None
-            for line in server.stdout:
-                if found := re.search(r"served at (\S+)", line):
-                    yield found[1], psutil.Process(server.pid)
-                    return
-            raise SystemExit("the server has ended before it served")
-        finally:
-            server.terminate()
-            server.wait()
+        with subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, text=True) as server:
+            try:
+                if core is not None:
+                    psutil.Process(server.pid).cpu_affinity([core])
+                assert server.stdout is not None
+                for line in server.stdout:
+                    if found := re.search(r"served at (\S+)", line):
+                        yield found[1], psutil.Process(server.pid)
+                        return
+                raise SystemExit("the server has ended before it served")
+            finally:
+                server.terminate()
 
 
 def rows(pair: str, options: argparse.Namespace, core: int | None) -> Iterator[list[str]]:
