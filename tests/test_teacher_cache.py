@@ -16,6 +16,7 @@ from kdkit.cache import store as answer_store
 from kdkit.cache.folder import clear, look, stores
 from kdkit.cache.opening import answering, open_cache
 from kdkit.cache.packing import KeptAnswers, Slots
+from kdkit.cache.parts import parts_of
 from kdkit.contracts.model_source import CacheOptions
 from kdkit.contracts.records import Outputs
 from kdkit.data import augment
@@ -679,7 +680,7 @@ def test_a_cache_filled_in_parts_has_the_bytes_of_one_filled_at_once(tmp_path, m
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(answer_store.AnswerStore, "write", stops)
         fill(loaded, quiet=True, spread=True)
-    (part,) = answer_store.parts_of(whole.path).glob("*/resnet18-*")
+    (part,) = parts_of(whole.path).glob("*/resnet18-*")
     assert look(part).filled == sum(answers)
     column = part / "column-0.bin"
     column.write_bytes(bytes(byte ^ 1 for byte in column.read_bytes()))
@@ -697,7 +698,7 @@ def test_processes_share_the_filling_of_a_cache_and_one_that_is_killed_is_replac
     base = {"data": data, "teacher": {"cache": {**ALL, "dir": "there"}}}
     (whole,) = fill(recipe.load(write(tmp_path, **base)), quiet=True)
     (tmp_path / "there").rename(tmp_path / "at once")
-    parts = answer_store.parts_of(whole.path)
+    parts = parts_of(whole.path)
     killed, other = (Command(tmp_path, "cache", "recipe.yaml", "--spread") for _ in range(2))
     assert killed.wait_for(lambda: len([*parts.glob("*/done")]) > 3)
     killed.send(signal.SIGKILL)
