@@ -154,7 +154,7 @@ class _Planner(Checks):
             with self.report.at(*self.spec.place_of(name)):
                 # The teacher's recipe is checked whole: its training comes first, and would fail
                 # late.
-                planned = make(source, self.fetch)
+                planned = _Planner(source, self.fetch).plan()
                 theirs = source.task.outputs(planned.info)
                 whose = f"the teacher of {source.source.path.name}"
                 one = self.spec.all_teachers()[name]
