@@ -1,5 +1,5 @@
+import collections
 import gc
-import sys
 
 import pytest
 import torch
@@ -15,15 +15,20 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True)
-def loaded_modules_stay():
-    """Set what is loaded aside: Accelerate collects garbage after every stage, and would look at all of it each time."""
-    yield
-    if len(sys.modules) > loaded[-1] + 20:
-        loaded.append(len(sys.modules))
-        gc.collect()
-        gc.freeze()
+@pytest.fixture(autouse=True, scope="module")
+def what_is_loaded_stays():
+    """Set it aside: Accelerate collects garbage after every stage, and would look at all of it each time."""
+    gc.collect()
+    gc.freeze()
 
 
-loaded = [0]
-"""How many modules there were when they were last set aside."""
+@pytest.hookimpl(tryfirst=True)  # before slow tests are left out
+def pytest_collection_modifyitems(items):
+    """Mark all but the first cases of a test that has the mark `first` as slow."""
+    seen = collections.Counter()
+    for item in items:
+        if mark := item.get_closest_marker("first"):
+            test = item.nodeid.partition("[")[0]
+            seen[test] += 1
+            if seen[test] > mark.args[0]:
+                item.add_marker(pytest.mark.slow)

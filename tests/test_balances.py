@@ -55,6 +55,7 @@ def drawn(seed, terms=3, every=7):
     return torch.randn(terms, every, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -206,6 +207,7 @@ def together(tmp_path_factory):
     return folder, found, train_together(found)
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("name", BALANCES)
 def test_side_by_side_a_balanced_run_is_what_it_is_alone(together, name):
     folder, found, outcomes = together

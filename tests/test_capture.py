@@ -266,6 +266,7 @@ def test_a_hook_that_changes_the_step_is_noticed(name, teacher, tmp_path, monkey
     assert [says in reason for reason in reasons] == [True] * bool(says)
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("name", ["response", "accumulated", "cached", "two_stages"])
 def test_recorded_steps_in_lockstep_are_those_of_a_run_alone(name, tmp_path, monkeypatch):
     def begin(trainer, wanted, say):

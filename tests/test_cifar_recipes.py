@@ -47,6 +47,7 @@ def test_a_cifar_recipe_follows_the_protocol(path):
     assert re.search(r"Published: \d\d\.\d\d \(.*\)\. Protocol: ", path.read_text())
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("path", CASES)
 def test_a_cifar_recipe_trains(tmp_path, path):
     found = recipe.load(path)

@@ -54,7 +54,8 @@ def compression(name, **options):
     return kind(kind.Options(**options))
 
 
-@pytest.mark.parametrize("student", ["aware", "pruned", *(pytest.param(each, marks=pytest.mark.slow) for each in ("after", "both"))])
+@pytest.mark.first(1)
+@pytest.mark.parametrize("student", ["pruned", "aware", "after", "both"])
 def test_a_compressed_student_learns_by_any_loss_and_is_read_back(tmp_path, student):
     result = train(tmp_path, BEGINS, student=STUDENTS[student])
     file, back = weights(tmp_path / "run"), kdkit.load_student(tmp_path / "run")

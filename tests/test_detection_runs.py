@@ -106,6 +106,7 @@ def test_side_by_side_a_run_is_what_it_is_alone(trained, name):
     assert_same_run(trained / "alone" / name, trained / "together" / name)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_the_same_bits(trained, monkeypatch):
     stop_and_go_on(trained / "taught.yaml", trained / "stopped", monkeypatch)
     assert_same_run(trained / "stopped", trained / "together" / "taught")

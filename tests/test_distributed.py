@@ -103,6 +103,7 @@ def assert_alike(run, other):
     )
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize(
     "changes",
     [

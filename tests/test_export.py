@@ -131,6 +131,7 @@ def test_a_network_of_the_user_s_file_is_described_without_the_file_s_place(runs
     torch.testing.assert_close(logits(own, images()), logits(kdkit.load_student(runs["python"], plugins=net(runs)), images()).logits)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("name", ["small", "resized"])
 def test_onnx_runtime_gives_the_student_s_logits_for_any_batch(name, runs, tmp_path, monkeypatch, capsys):
     import onnxruntime

@@ -247,6 +247,7 @@ def test_a_claimed_run_is_told_with_the_way_out(tmp_path):
     assert outcomes[0].reason.endswith("another process is training in this folder; with `--spread` processes share a study")
 
 
+@pytest.mark.slow
 def test_interrupted_they_all_go_on(tmp_path):
     names = ("response", "feature", "mutual")
     for name in names:

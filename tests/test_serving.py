@@ -53,6 +53,7 @@ def answers(server):
     return count
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("base", [PLAIN, FEATURES, EVERYTHING], ids=["responses", "layers", "everything"])
 def test_a_served_teacher_teaches_as_one_that_is_here(tmp_path, base):
     here = train(tmp_path, base, "here")

@@ -76,7 +76,8 @@ def test_processes_agree_until_one_dies(dies, says):
         process.join(PATIENCE)
 
 
-@pytest.mark.parametrize("words", [pytest.param([], marks=pytest.mark.slow), ["--spread"]])
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [[], ["--spread"]])
 def test_a_study_in_two_processes_of_a_launch(tmp_path, words):
     """Spread, each process trains groups alone; else both train every run together."""
     path = study(tmp_path)
@@ -150,6 +151,7 @@ def test_a_run_that_fails_in_both_processes_does_not_stop_the_other(tmp_path):
     assert "failed: wild, seed 0" in both[0][1] and "1 runs trained" in both[0][1]
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("whose", ["same", "fewer seeds", "old"])
 def test_who_waited_for_the_findings_of_another_reads_them(tmp_path, monkeypatch, whose):
     study(tmp_path, epochs=1)

@@ -389,8 +389,9 @@ def test_a_variant_that_trains_longer_than_the_baseline_is_refused(compare, tmp_
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("place", ["check", "_train"])
+@pytest.mark.first(2)
 @pytest.mark.parametrize("stop", [Interrupted("saved", signal.SIGTERM), signal.SIGTERM, signal.SIGINT], ids=["saved", "SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("place", ["check", "_train"])
 def test_a_stop_says_how_to_go_on(compare, monkeypatch, stop, place):
     def stopped(*arguments):
         if isinstance(stop, Interrupted):

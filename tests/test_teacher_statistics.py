@@ -181,6 +181,7 @@ def test_another_run_reads_it(tmp_path, made):
     assert len(made) == 1
 
 
+@pytest.mark.first(3)
 @pytest.mark.parametrize(
     "changes",
     [

@@ -211,6 +211,7 @@ def test_a_run_on_texts_is_shown_and_reported(folder, run, capsys):
     assert "The test data are texts" in written.page.with_suffix(".md").read_text()
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize(
     ("schedule", "losses"),
     [

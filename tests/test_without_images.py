@@ -44,6 +44,7 @@ def refused(folder, spec):
     return str(told.value)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_run_goes_on_to_the_same_bits_and_shows_its_images(schedule, tmp_path, monkeypatch):
     made = checks.make(recipe.load(write(tmp_path, of(schedule))))
@@ -94,6 +95,7 @@ def test_images_that_cannot_be_made_stop_the_run_in_a_line(schedule, rates, tmp_
     assert "\n" not in str(told.value)
 
 
+@pytest.mark.slow
 def test_runs_side_by_side_end_as_alone(tmp_path):
     variants = {name: {"schedule": {"use": name, **options}} for name, options in SCHEDULES.items()}
     together = jobs(tmp_path, RECIPE, variants)

@@ -246,6 +246,7 @@ def test_one_recipe_with_several_seeds(tmp_path):
     assert code == 0 and "teacher" in log and "pupil" in log, log
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     teachers = [{"model": "mlp/16"}, {"model": "mlp/24"}]
     recipe = {**SEVERAL, "student": {"model": "mlp/6"}, "teachers": teachers, **schedule(per_sample="cross_entropy", combine="logits")}
