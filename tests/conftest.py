@@ -1,5 +1,6 @@
 import collections
 import gc
+import sys
 
 import pytest
 import torch
@@ -15,11 +16,19 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def what_is_loaded_stays():
+@pytest.fixture(autouse=True)
+def what_is_loaded_stays(request):
     """Set it aside: Accelerate collects garbage after every stage, and would look at all of it each time."""
-    gc.collect()
-    gc.freeze()
+    yield
+    now = request.module, len(sys.modules)
+    if now != last[0]:
+        last[0] = now
+        gc.collect()
+        gc.freeze()
+
+
+last = [None]
+"""The module, and how many were loaded, when garbage was last collected."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before slow tests are left out

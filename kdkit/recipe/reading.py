@@ -6,6 +6,7 @@ words. Dates are text.
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import Any, cast
@@ -150,7 +151,7 @@ _Composer.add_implicit_resolver(
 
 
 def read(path: Path) -> yaml.MappingNode:
-    """Read the mapping in a file.
+    """Read the mapping in a file; it is shared, so it must not be changed.
 
     Raises:
         RecipeError: it cannot be read, is no YAML, or no mapping.
@@ -168,10 +169,16 @@ def read(path: Path) -> yaml.MappingNode:
         raise RecipeError(f"{name}: {says}") from None
     if len(content) > LARGEST_FILE:
         raise RecipeError(f"{name}: is larger than {LARGEST_FILE:,} bytes, which no recipe is")
-    root = compose(text, str(path))
+    root = _composed(text, str(path))
     if not isinstance(root, yaml.MappingNode):
         raise RecipeError(f"{name}:1: a recipe is a mapping of keys, such as `name: first`")
     return root
+
+
+# the variants of a study extend the same files
+@functools.lru_cache(maxsize=64)
+def _composed(text: str, name: str) -> yaml.Node | None:
+    return compose(text, name)
 
 
 def compose(text: str, name: str) -> yaml.Node | None:

@@ -178,7 +178,8 @@ def _with_parent(root: yaml.MappingNode, children: tuple[Path, ...]) -> yaml.Map
     entry = _entry(root, "extends")
     if entry is None:
         return root
-    root.value.remove(entry)
+    others = [item for item in root.value if item[0] is not entry[0]]
+    root = yaml.MappingNode(root.tag, others, root.start_mark, root.end_mark, root.flow_style)
     at = f"{place(entry[0].start_mark)}: extends"
     if not isinstance(entry[1], yaml.ScalarNode):
         raise RecipeError(f"{at}: names one recipe file")
