@@ -88,6 +88,7 @@ def test_missing_or_damaged_epoch_weights_are_one_line(tmp_path, content):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("ema", [None, {"decay": 0.7}])
 def test_average_best_gives_the_mean_of_the_best_epochs(tmp_path, monkeypatch, capsys, ema):
     result = (

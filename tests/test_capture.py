@@ -160,6 +160,7 @@ def beside_labels(group, folder, teacher, **changes):
     return written(folder, schedule, losses, teacher, **changes)
 
 
+@pytest.mark.first(4)
 @pytest.mark.parametrize("group", GROUPS, ids=" ".join)
 def test_every_loss_recorded(group, teacher, tmp_path, monkeypatch):
     monkeypatch.chdir(teacher.parent)

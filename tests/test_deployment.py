@@ -94,6 +94,7 @@ def test_export_of_a_deployed_network_to_timm_is_refused_in_one_line(run, tmp_pa
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_onnx_of_a_deployed_network_gives_the_same_logits(run, tmp_path):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")

@@ -94,6 +94,7 @@ def test_the_imagenet_recipe_does_what_it_says(folder, whole):
     assert code == 0 and f"{result['test']['nll']:.4f}" in log, log
 
 
+@pytest.mark.slow
 def test_the_imagenet_recipe_resumes_to_the_same_weights(folder, whole):
     command = Command(folder, "train", "small.yaml", "--run", "killed")
     wanted = random.randint(3, lines(whole) - 3)

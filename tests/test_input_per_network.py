@@ -194,6 +194,7 @@ def together(tmp_path_factory):
     return folder, found, outcomes, answered
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("name", ["grey", "same_teacher", "drawn_too"])
 def test_a_run_beside_others_ends_with_the_bits_that_it_has_alone(together, name):
     folder, found, outcomes, _ = together
@@ -276,6 +277,7 @@ def test_a_student_is_measured_by_what_it_sees(taught):
     assert whole.macs == costs[1].macs < costs[0].macs
 
 
+@pytest.mark.slow
 def test_an_exported_student_takes_what_it_sees_and_says_so(taught, tmp_path):
     run, images = LoadedRun(taught[0]), batch()
     student = run.student()

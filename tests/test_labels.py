@@ -83,6 +83,7 @@ def test_check_tells_what_is_wrong_with_labels_in_one_line(tmp_path, case):
     assert "data.dataset: dataset 'mine'" in told and says in told, told
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("case", ["regression", "too few", "broken"])
 def test_train_tells_wrong_labels_where_check_may_not_look(tmp_path, case):
     labels, says = WRONG[case]
@@ -91,6 +92,7 @@ def test_train_tells_wrong_labels_where_check_may_not_look(tmp_path, case):
     assert says in said(train, tmp_path, recipe)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(
     ("labels", "says"),
     [("[0.5] * 24", "labels are torch.float32 (0.5, "), ("[6] * 24", "go from 6 to 6"), ("torch.zeros(24, 6)", "have the shape (8, 6)")],

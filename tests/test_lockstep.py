@@ -267,6 +267,7 @@ def test_interrupted_they_all_go_on(tmp_path):
         assert_same_run(tmp_path / "alone" / name, tmp_path / "runs" / "s" / f"{name}-seed0")
 
 
+@pytest.mark.slow
 def test_all_of_a_stream_is_measured(tmp_path):
     """Several workers each have a last batch of their own, so that there are more batches than the stream's length says."""
     (tmp_path / "streams.py").write_text(STREAMS)

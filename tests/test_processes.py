@@ -25,6 +25,7 @@ def ends(commands):
     return [code for code, _ in found], [log.splitlines() for _, log in found]
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -210,6 +211,7 @@ def test_a_loader_worker_that_is_killed_is_told_in_one_line(tmp_path):
     assert (code, log) == (2, f"a process that loads data has ended unexpectedly (killed, or out of memory?); {LEFT}\n")
 
 
+@pytest.mark.slow
 def test_processes_of_two_students_train_their_teacher_once(tmp_path):
     write(tmp_path, {**SUPERVISED, "name": "teacher"}, "teacher.yaml", train={"epochs": 10})
     taught = {**PLAIN, "teacher": {"recipe": "teacher.yaml"}, "train": {**PLAIN["train"], "epochs": 1}}

@@ -196,6 +196,7 @@ def test_a_teacher_named_as_its_pupil_gets_a_folder_of_its_own(tmp_path, monkeyp
     assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_its_teacher_trains_resumes_there(tmp_path):
     long = merged(TEACHER, {"train": {"epochs": 3}, "run": {"checkpoint_steps": 2}})
     write(tmp_path, long, "teacher.yaml")

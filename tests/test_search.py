@@ -89,6 +89,7 @@ def test_rungs_cost_at_most_a_third_of_the_grid(count):
     assert cost * 3 <= count * 81
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(
     ("changes", "pauses"),
     # in its first epochs, again where it is, and at the end of a stage and inside the next

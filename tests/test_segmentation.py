@@ -224,6 +224,7 @@ def trained(tmp_path_factory):
     return folder
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_side_by_side_a_run_is_what_it_is_alone(trained, name):
     kdkit.train(trained / f"{name}.yaml", folder=trained / "alone" / name, quiet=True)

@@ -64,6 +64,7 @@ def agree(rank, port, told, dies):
         told.put(str(error))
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(("dies", "says"), [(None, ["agreed"] * 3), (0, [GONE] * 2), (2, [GONE] * 2)])
 def test_processes_agree_until_one_dies(dies, says):
     """One that dies is noticed without a launcher; it may be the one that hosts the store."""

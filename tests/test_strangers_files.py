@@ -447,6 +447,7 @@ def test_load_student_runs_what_it_is_told(home, trap):
     assert kdkit.load_student(home / "run", plugins=[home / "net.py"]).module is not None
 
 
+@pytest.mark.slow
 def test_a_report_leaves_out_what_would_run_python(home, trap, capsys):
     assert command("report", home / "run", home / "taught", "--output", home / "told") == ("", 0)
     out = capsys.readouterr().out

@@ -266,6 +266,7 @@ def test_a_search_chooses_by_validation_for_each_variant_alike(compare, tmp_path
     assert found == Findings.load(tmp_path / "runs/s/study.json")
 
 
+@pytest.mark.slow
 def test_a_search_that_was_stopped_goes_on(compare, carry_out, monkeypatch, tmp_path):
     train = study.train_together
     monkeypatch.setattr(study, "train_together", lambda jobs, **more: train(jobs[:5], **more) and _stop())
@@ -310,6 +311,7 @@ def kdkit_tasks():
 """
 
 
+@pytest.mark.slow
 def test_of_a_score_that_is_better_lower_the_lowest_is_chosen(compare, tmp_path):
     (tmp_path / "by_loss.py").write_text(BY_LOSS)
     base = merged(BASE, {"plugins": ["by_loss.py"], "task": "by_loss", "data": {"validation": 16}})

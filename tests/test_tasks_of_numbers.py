@@ -222,6 +222,7 @@ def name(request):
     return request.param
 
 
+@pytest.mark.first(1)
 def test_a_run_is_resumed_measured_and_exported(folder, name):
     whole = train(folder, TASKS[name])
     assert set(whole.test) == SCORES[name] and all(map(math.isfinite, whole.test.values()))

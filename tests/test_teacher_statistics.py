@@ -258,6 +258,7 @@ def test_it_is_listed_and_removed_like_a_cache(tmp_path, made):
 # A run that goes on, several processes
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("gone", [False, True])
 def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path, monkeypatch, made, gone):
     losses = [{"use": "cross_entropy"}, ND, CKA, {"use": "dense_mse", "standardize_teacher": "phi_s", **LAYER}]

@@ -180,6 +180,7 @@ def test_transformers_loads_the_exported_student(folder, run):
     assert "/" not in json.loads((folder / "exported" / "config.json").read_text())["kdkit"]["options"]["model"].removeprefix("hf/")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the exporter's, about itself
 def test_onnx_gives_the_student_s_logits_for_texts_of_any_length(folder, run):
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -196,6 +197,7 @@ def test_onnx_gives_the_student_s_logits_for_texts_of_any_length(folder, run):
 EXTRA = {"transformers", "tokenizers", "datasets"}
 
 
+@pytest.mark.slow
 def test_only_plugins_for_texts_need_the_extra():
     """The core imports none of it, and no plugin before it is used: it need not be installed for images."""
     code = "import sys, kdkit.recipe.registry, kdkit.runs.checks, kdkit.runs.training; kdkit.recipe.registry.load(); print([*filter(sys.modules.__contains__, sys.argv[1:])])"

@@ -235,6 +235,7 @@ def alone(tmp_path_factory):
     return {name: train(folder, merged(RECIPE, changes), into=name).folder for name, changes in RUNS.items()}
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("name", RUNS)
 def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, monkeypatch, alone, name):
     spec = merged(RECIPE, RUNS[name])

@@ -180,6 +180,7 @@ def test_a_picture_shows_any_channels_and_a_broken_one_is_left_out(tmp_path):
     assert pictures.read(tmp_path / "one.png") is None
 
 
+@pytest.mark.slow
 def test_a_report_shows_the_images(tmp_path):
     from kdkit.study.report import output
 

@@ -103,6 +103,7 @@ def test_an_attack_on_a_teachers_answer_raises_the_divergence():
         assert harm(attacked(AttackOptions(start="normal"), x, harm)) > harm(x)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("recipe", [ALONE, ARD, RSLAD], ids=["alone", "ard", "rslad"])
 def test_recipes_of_the_papers_run(recipe, tmp_path):
     spec = merged(PLAIN, {**recipe, "train": {"epochs": 1}})

@@ -241,6 +241,7 @@ def test_a_frozen_student_must_stay_as_it_is_but_where_a_stage_says_so(tmp_path)
     train(tmp_path, tampering, into="allowed")
 
 
+@pytest.mark.slow
 def test_killed_between_and_inside_stages_it_ends_with_the_same_bits(tmp_path):
     changes = {"schedule": {"dense": True, "drop": 0.3}, "train": {"ema": {"decay": 0.6}}, "run": {"checkpoint_steps": 4}}
     path = write(tmp_path, merged(MLPS, changes))
@@ -256,6 +257,7 @@ def test_killed_between_and_inside_stages_it_ends_with_the_same_bits(tmp_path):
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     path = write(tmp_path, MLPS, schedule={"dense": True}, train={"ema": {"decay": 0.6}})
     commands = [Command(tmp_path, "train", path, "--run", "one"), *together(tmp_path, "train", path, "--run", "two")]

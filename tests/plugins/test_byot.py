@@ -76,6 +76,7 @@ def test_the_deepest_answer_gets_no_gradient():
     assert student.features["shallow"].grad.any() and student.features["middle"].grad.any()
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("options", [{"hint": 0.0}, {"labels": 0.0}, {"keep": True, "temperature": 1.0}])
 def test_keeps_the_promises_with_options(options):
     check_loss(BYOT, **options)

@@ -79,6 +79,7 @@ def test_everything_learns_and_a_stop_changes_nothing(tmp_path):
     assert all(line["logit_kl"] > 0 and line["hint"] > 0 for line in terms)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     (tmp_path / "net.py").write_text(NET)
     path = write(tmp_path, {**SHARED, "teacher": None}, schedule={"use": "cs_kd"}, train={"epochs": 1})

@@ -94,6 +94,7 @@ def test_a_stop_changes_nothing_under_losses_of_every_kind(tmp_path):
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     (tmp_path / "net.py").write_text(NET)
     path = write(tmp_path, {**SHARED, "teacher": None}, schedule={"use": "ddgsd"}, train={"epochs": 1}, data=AUGMENT)

@@ -123,6 +123,7 @@ def test_a_stop_changes_nothing(tmp_path):
     assert [line["step"] for line in steps if line["terms"]["logit_kl"] < 1e-6] == [1, 7]
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     (tmp_path / "net.py").write_text(NET)
     path = write(tmp_path, {**SHARED, "teacher": None}, schedule={"use": "dlb"})

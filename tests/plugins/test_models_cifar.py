@@ -97,6 +97,7 @@ def test_preactivations(name, pairs):
         assert context.teacher_norm(layer) is model.module.get_submodule(norm)
 
 
+@pytest.mark.first(6)
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_no_layer_is_overwritten(name):
     every = [path for path, part in build(name, weights=False).module.named_modules() if path and not isinstance(part, nn.ModuleList)]

@@ -156,6 +156,7 @@ def test_the_plan_says_what_a_step_costs(tmp_path, name, cost):
     assert (stage.cost.forwards, stage.cost.backwards, stage.cost.teachers) == cost
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     path = shared(tmp_path, teacher=None, schedule={"use": "mutual"}, losses=[{"use": "cross_entropy"}, {"use": "logit_kl"}])
     commands = [Command(tmp_path, "train", path, "--run", "one"), *together(tmp_path, "train", path, "--run", "two")]

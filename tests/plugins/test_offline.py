@@ -160,6 +160,7 @@ def schedule(**options):
     return {"schedule": {"use": "offline", **options}}
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("options", [{}, {"per_sample": "cross_entropy"}, {"combine": "each", "weights": {"flat": 1, "vit": 2, "wide": 0}}])
 def test_teachers_of_all_kinds_side_by_side(tmp_path, options):
     train(tmp_path, SEVERAL, losses=[*PLAIN["losses"], *HINTS], **schedule(**options))
