@@ -34,7 +34,9 @@ def lay_out(home):
         hollow(place, "cifar_resnet20", num_classes=classes)
     weights = home / "data" / "weights" / "cifar10_resnet"
     weights.mkdir(parents=True)
-    torch.save(shapes("cifar_resnet56", num_classes=10, shortcut="pad"), weights / "resnet56-4bfd9763.th")
+    for name, file in (("resnet56", "resnet56-4bfd9763.th"), ("resnet20", "resnet20-12fca82f.th")):
+        torch.save(shapes(f"cifar_{name}", num_classes=10, shortcut="pad"), weights / file)
+    things(home / "data" / "cifar10_folders", {"train": 4000, "val": 10})
     (home / "data" / "cifar-10-batches-py").mkdir()
     torch.save(shapes("cifar_resnet56", num_classes=100), home / "data" / "cifar100_resnet56-f2eff4c8.pt")
     for part, count in (("train", 13), ("val", 1)):  # ImageNet's classes with a hundredth of its files
@@ -53,6 +55,18 @@ def photographs(home, counts):
             place.mkdir(parents=True, exist_ok=True)
             value = 40 + 120 * (i % 2) + i
             Image.new("RGB", (40, 36), (value % 256, 90, 255 - value % 256)).save(place / f"{i}.jpg")
+
+
+def things(folder, counts):
+    """CIFAR-10's images in folders of classes, all the same black one."""
+    folder.mkdir()
+    one = folder / "one.png"
+    Image.new("RGB", (32, 32)).save(one)
+    for part, count in counts.items():
+        for i in range(count):
+            place = folder / part / f"class {i % 10}"
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"{i}.png").hardlink_to(one)
 
 
 def pets(home):
