@@ -55,7 +55,7 @@ def drawn(seed, terms=3, every=7):
     return torch.randn(terms, every, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.first(2)
+@pytest.mark.first(1)
 @pytest.mark.parametrize(
     "changes",
     [

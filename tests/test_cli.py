@@ -112,6 +112,7 @@ def test_plugins_that_fit_a_task(kdkit):
     assert {"crosskd", "hint", "offline", "voc_boxes", "detection", "timm"} <= names
     assert not {"logit_kl", "digits", "classification"} & names
     assert "logit_kl" in kdkit("plugins", "--for", "segmentation")
+    assert "rded" not in kdkit("plugins", "--for", "language_model")
     assert "no task is called 'detect'; did you mean 'detection'?" in kdkit("plugins", "--for", "detect", code=2)
 
 

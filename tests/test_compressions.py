@@ -81,6 +81,7 @@ def test_a_stopped_run_ends_with_the_same_bits(tmp_path, student, monkeypatch):
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
+@pytest.mark.slow
 def test_rounding_after_training_leaves_the_training_alone(tmp_path):
     train(tmp_path, BEGINS, into="float")
     train(tmp_path, BEGINS, into="int8", student=AFTER)

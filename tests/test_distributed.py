@@ -145,6 +145,7 @@ def test_a_plateau_schedule_is_the_same_in_all_processes(tmp_path):
     assert_alike(tmp_path / "two", tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together_and_resume(tmp_path):
     path = recipe(tmp_path, train={"epochs": 12, "evaluate_every": 6})
     whole = together(tmp_path, "train", path, "--run", "whole")

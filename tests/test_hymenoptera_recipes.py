@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
     return lay_out(tmp_path_factory.mktemp("plan")) / "hymenoptera"
 
 
-@pytest.mark.first(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_hymenoptera_study_compares_networks_of_the_published_sizes(folder, name):
     study = study_file.load([folder / f"{name}.yaml"])

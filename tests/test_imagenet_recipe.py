@@ -75,6 +75,7 @@ def test_the_small_imagenet_recipe_differs_in_sizes_only(folder):
     assert {key for key in changed if not any(key == size or key.startswith(f"{size}.") for size in SIZES)} == set()
 
 
+@pytest.mark.slow
 def test_the_imagenet_recipe_does_what_it_says(folder, whole):
     steps = [line for line in metrics(whole) if line["kind"] == "step"]
     epochs = [line for line in metrics(whole) if line["kind"] == "epoch"]

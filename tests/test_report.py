@@ -124,7 +124,7 @@ def test_the_page_stands_alone_and_its_pictures_are_there(written):
         assert min(border) > 250, "nothing is cut at the top or the left"
 
 
-@pytest.mark.first(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["pdf", "svg", "png"])
 def test_figures_for_papers_are_all_those_of_the_page(runs, written, tmp_path, form):
     done = CliRunner().invoke(app, ["report", str(runs), "--output", str(tmp_path), "--figures", form])

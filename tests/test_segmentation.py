@@ -236,6 +236,7 @@ def test_a_stopped_run_goes_on_with_the_same_bits(trained, monkeypatch):
     assert_same_run(trained / "stopped", trained / "together" / "drawn")
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(trained):
     """Their shares have different numbers of pixels that count."""
     networks = (trained / "net.py").read_text().replace("nn.BatchNorm2d(width)", "nn.Identity()")

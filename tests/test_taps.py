@@ -303,7 +303,7 @@ def test_twin_answers_alike_without_taps():
     assert model.twin(other).module is other
 
 
-@pytest.mark.first(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("needs_logits", [True, False])
 def test_compiled_with_its_taps(needs_logits):
     net = tiny().eval()

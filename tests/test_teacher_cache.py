@@ -457,7 +457,7 @@ def test_two_trainings_share_a_cache(tmp_path):
     assert rows_are_right(tmp_path) == 2 * 48 and len(caches(tmp_path)) == 1
 
 
-@pytest.mark.first(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [0.01, 0.05])
 def test_a_killed_training_leaves_no_wrong_row_in_the_cache(tmp_path, after):
     mark = PROCESSES.Event()

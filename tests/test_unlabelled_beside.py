@@ -297,6 +297,7 @@ def test_a_run_on_masks_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path, alone):
     path = write(tmp_path, RECIPE)
     for command in together(tmp_path, "train", path, "--run", "two"):

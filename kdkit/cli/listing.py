@@ -13,8 +13,6 @@ from kdkit.contracts.dataset_source import DatasetSource
 from kdkit.contracts.inputs import Shape, TextShape, as_image, is_text, parse_shape
 from kdkit.contracts.layers import LayerRow, tappable_layers
 from kdkit.contracts.loss import Loss
-from kdkit.contracts.metric_source import MetricSource
-from kdkit.contracts.schedule import Schedule
 from kdkit.contracts.task import Task, serves
 from kdkit.errors import ModelError, PluginError, suggest
 from kdkit.recipe import registry
@@ -102,8 +100,8 @@ def _entries(plugins: registry.Registry, task: str | None) -> list[Entry]:
 
 
 def fitting(plugins: registry.Registry, task: str) -> set[tuple[str, str]]:
-    """Find the plugins that fit a task, as (kind, name): losses, schedules and metrics by the tasks
-    that they declare, datasets by the task of their targets; model sources and balances fit any.
+    """Find the plugins that fit a task, as (kind, name): by the tasks that they declare,
+    datasets by the task of their targets; others fit any.
 
     Raises:
         PluginError: there is no such task.
@@ -122,4 +120,5 @@ def _fits(plugin: registry.Plugin, task: Task) -> bool:
     if issubclass(plugin, Loss):
         # it may serve further tasks under other options
         return serves(plugin.for_tasks(), task)
-    return serves(plugin.tasks, task) if issubclass(plugin, Schedule | MetricSource) else True
+    # model sources, balances and compressions fit any
+    return serves(getattr(plugin, "tasks", "any"), task)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import AfterValidator, Field
@@ -113,6 +113,8 @@ class DataDistiller(abc.ABC):
 
     name: ClassVar[str]
     needs_teacher: ClassVar[bool] = False
+    tasks: ClassVar[Set[str] | Literal["any"]] = frozenset({"classes of samples"})
+    """Names of the supported tasks, or the meaning of their rows."""
     Options: ClassVar[type[DataDistillerOptions]] = DataDistillerOptions
 
     def __init__(self, options: DataDistillerOptions) -> None:

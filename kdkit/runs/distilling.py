@@ -14,7 +14,7 @@ from torch import Tensor
 from kdkit import files
 from kdkit.contracts.data_distiller import DataDistiller, Material
 from kdkit.contracts.records import Batch
-from kdkit.contracts.task import Task
+from kdkit.contracts.task import serves
 from kdkit.data import loaders
 from kdkit.engine.accelerator import build_accelerator
 from kdkit.errors import DataError
@@ -52,10 +52,10 @@ def distill(recipe: Recipe, *, quiet: bool = False) -> Written:
         raise recipe.error([], "has no `distill_data:` that says how")
     if spec.data.distilled is not None:
         raise recipe.error(["data", "distilled"], "is what this command makes; leave it out")
-    if recipe.task.rows_are != "classes" or type(recipe.task).rows is not Task.rows:
+    method: DataDistiller = recipe.plugins.distillers[entry.use](entry)
+    if not serves(method.tasks, recipe.task):
         says = f"is for one class of each image, and task '{recipe.task.name}' asks something else"
         raise recipe.error(["distill_data"], says)
-    method: DataDistiller = recipe.plugins.distillers[entry.use](entry)
     if method.needs_teacher and len(spec.all_teachers()) != 1:
         raise recipe.error(["distill_data", "use"], f"'{entry.use}' needs one `teacher:`")
     # a file that cannot be written must not be found out after hours

@@ -2,8 +2,8 @@
 
     python recipes/cifar10/folders.py data
 
-Reads `data/cifar-10-batches-py` and writes `data/cifar10_folders`: `train/CLASS/` with 800 images of
-each class and `val/CLASS/` with the other 200. The networks of these recipes are published ones,
+Reads `data/cifar-10-batches-py` and writes `data/cifar10_folders`: `train/CLASS/` with 800 images
+of each class and `val/CLASS/` with the other 200. The networks of these recipes are published ones,
 which have seen the training images: so they are tuned on images that are new to them, and measured
 on others.
 """

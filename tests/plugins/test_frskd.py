@@ -120,7 +120,7 @@ def test_maps_of_any_sizes_will_do(shapes):
     assert loss(student, None, batch).isfinite()
 
 
-@pytest.mark.first(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"labels": 0.5, "hint": 0.0}, {"width": 1, "temperature": 1.0}])
 def test_keeps_the_promises_with_options(options):
     check_loss(FRSKD, layers=own("a", "b"), **options)

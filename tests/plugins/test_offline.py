@@ -261,6 +261,7 @@ def test_two_processes_equal_one(tmp_path):
         torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_offline_resumes_to_the_same_bits(tmp_path):
     recipe = merged(SEVERAL, {"train": {"epochs": 3}, "run": {"checkpoint_steps": 2}, **schedule(combine="random")})
     path = write(tmp_path, recipe, losses=[*PLAIN["losses"], HINTS[0]])

@@ -169,6 +169,7 @@ def test_several_pairs_are_averaged():
     torch.testing.assert_close(both(student, teacher, random_batch()), sum(alone) / 2)
 
 
+@pytest.mark.slow
 def test_keeps_the_promises_without_logits():
     check_loss(SSKD, logit_weight=0)
 
