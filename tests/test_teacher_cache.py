@@ -693,6 +693,24 @@ def test_a_cache_filled_in_parts_has_the_bytes_of_one_filled_at_once(tmp_path, m
     assert len(answers) == 3
 
 
+def test_a_cache_that_becomes_full_while_a_part_is_filled_loses_nothing(tmp_path, monkeypatch):
+    """As by a training beside, after which another process removes the parts."""
+    cache = {"cache": {"views": 1, "dir": "there"}}
+    loaded = recipe.load(write(tmp_path, teacher=cache, run={"folder": str(tmp_path / "runs")}))
+    written = answer_store.AnswerStore.write
+
+    def beside(self, rows, values):
+        written(self, rows, values)
+        monkeypatch.undo()
+        fill(loaded, quiet=True)
+        fill(loaded, quiet=True, spread=True)
+        assert not parts_of(tmp_path / "there" / self.path.name).exists()
+
+    monkeypatch.setattr(answer_store.AnswerStore, "write", beside)
+    (found,) = fill(loaded, quiet=True, spread=True)
+    assert found.filled == 48 and [path.name for path in (tmp_path / "there").iterdir()] == [found.path.name]
+
+
 @pytest.mark.slow
 def test_processes_share_the_filling_of_a_cache_and_one_that_is_killed_is_replaced(tmp_path):
     data = {**SHIFTS, "dataset": {"train": 480}}
