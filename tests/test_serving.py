@@ -308,6 +308,28 @@ def test_another_server_is_told(tmp_path, monkeypatch, body):
     assert str(caught.value) == "teacher: what listens at localhost:7070 is no `kdkit serve`"
 
 
+ANSWERS = {
+    "no tensors": (False, lambda sent: (b"<html>", "[]"), "no tensors, or damaged ones"),
+    "no layouts": (False, lambda sent: (wire.pack(sent)[0], "3"), "'int' object is not iterable"),
+    "rows": (False, lambda sent: wire.pack({name: value[:1] for name, value in sent.items()}), "1 rows for 20 samples"),
+    "no layer": (True, lambda sent: wire.pack({"other": torch.zeros(1)}), "'penultimate'"),
+}
+
+
+@pytest.mark.parametrize("hidden, change, says", ANSWERS.values(), ids=ANSWERS)
+def test_an_answer_that_does_not_fit_is_one_line(tmp_path, monkeypatch, hidden, change, says):
+    once = connections.Connection._once
+
+    def changed(self, path, body, asked):
+        status, data, last = once(self, path, body, asked)
+        return (status, *change(wire.unpack(data))) if path == wire.ANSWER else (status, data, last)
+
+    monkeypatch.setattr(connections.Connection, "_once", changed)
+    with serving_of(write(tmp_path)) as server, pytest.raises(kdkit.RunError) as caught:
+        train(tmp_path, teacher={"at": server.address, "sends": "hidden" if hidden else "logits"})
+    assert str(caught.value).startswith("teacher: what its server sends is not what was asked for (") and says in str(caught.value)
+
+
 def test_nothing_is_told_without_the_token(running):
     client = http.client.HTTPConnection(running.address)
     client.request("GET", wire.ABOUT)

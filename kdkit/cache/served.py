@@ -24,7 +24,7 @@ from kdkit.contracts.records import Batch, Inputs, Outputs
 from kdkit.contracts.schedule import Arrange
 from kdkit.data.loaders import TrainLoader
 from kdkit.data.wrapping import WrappedLoader
-from kdkit.errors import RunError
+from kdkit.errors import RunError, one_line
 from kdkit.models.tapped import TappedModel, features_only, mask_of
 from kdkit.recipe import Recipe, content_of
 
@@ -143,7 +143,7 @@ class ServedTeacher:
         for server, about in zip(self._servers, told, strict=True):
             try:
                 self._head = Head.unpacked(data, about or {})
-            except (RunError, KeyError):
+            except (RunError, KeyError, TypeError):
                 says = f"{server.address} has another classifier than {asked.address} sends"
                 raise RunError(f"{self._role}: {says}") from None
         self._known["head"] = told[0]
@@ -175,18 +175,25 @@ class ServedTeacher:
         """Wait for an answer, and bring it to the device of its images.
 
         Raises:
-            RunError: the server refuses to answer.
+            RunError: the server refuses to answer, or sends something else.
         """
-        logits, layers = wire.unpack_answer(*coming.answer.result())
-        device = first_tensor(inputs).device
-        found = {name: value.to(device) for name, value in layers.items()}
-        features = {name: found[name] for name in coming.layers}
-        if coming.head is not None:
-            self._head = coming.head.to(device)  # once
-            logits = self._head(found[HIDDEN], coming.precision)
+        answer, images = coming.answer.result(), first_tensor(inputs)
+        try:
+            logits, layers = wire.unpack_answer(*answer)
+            found = {name: value.to(images.device) for name, value in layers.items()}
+            features = {name: found[name] for name in coming.layers}
+            if coming.head is not None:
+                self._head = coming.head.to(images.device)  # once
+                logits = self._head(found[HIDDEN], coming.precision)
+            if logits is not None and len(logits) != len(images):
+                raise RunError(f"{len(logits)} rows for {len(images)} samples")
+        # such as of another version of kdkit
+        except (RunError, KeyError, ValueError, TypeError) as error:
+            says = f"what its server sends is not what was asked for ({one_line(str(error))})"
+            raise RunError(f"{self._role}: {says}") from None
         if logits is None:
             return features_only(features, self._role, mask_of(inputs))
-        return Outputs(logits.to(device), features, mask=mask_of(inputs))
+        return Outputs(logits.to(images.device), features, mask=mask_of(inputs))
 
     def __call__(self, inputs: Inputs, layers: Sequence[str], needs_logits: bool) -> Outputs:
         """Answer as the network would here, in the autocast type of the caller."""
