@@ -330,7 +330,7 @@ EXPORTS = {
             "teacher": {"cache": {"what": "taps"}},
             "losses": [{"use": "hint", "layers": [{"student": "layer1", "teacher": "layer1"}]}, {"use": "cross_entropy"}],
         },
-        "has layers alone; a folder of answers has a row of logits (K,) of each image",
+        "has layers alone; a folder of answers has a row of logits (K,) a sample",
     ),
 }
 

@@ -55,7 +55,7 @@ def write(
     if len(kept.shape) != 1:
         what = f"{kept.shape} of each sample" if kept.logits else "layers alone"
         raise RunError(
-            f"{store.path}: has {what}; such a folder has a row of logits (K,) of each sample,"
+            f"{store.path}: has {what}; a folder of answers has a row of logits (K,) a sample,"
             " and what a loss reads beside them"
         )
     missing = int((~store.known(torch.arange(cache.images))).sum())
