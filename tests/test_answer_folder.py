@@ -120,7 +120,7 @@ TARS = {
     "twice": (added("v1.0/-1.logits.npy", npy(ROWS[0])), "teacher.tar: has 'v1.0/-1.logits.npy' twice"),
     "dtype": (added("9.npy", npy(ROWS[0].astype("float64"))), "'logits' of '9' is float64 (6,), and others are float32 (6,)"),
     "pickle": (added("9.npy", npy(ROWS[0].astype(object))), "teacher.tar: no tar file, or damaged: Object arrays cannot be loaded"),
-    "rows": (added("9.npy", npy(ROWS[0])), "'logits' has 49 rows, and the dataset's whole training part 48 images"),
+    "rows": (added("9.npy", npy(ROWS[0])), "'logits' has 49 rows, and the dataset's whole training part 48 samples"),
 }
 
 
@@ -330,7 +330,7 @@ EXPORTS = {
             "teacher": {"cache": {"what": "taps"}},
             "losses": [{"use": "hint", "layers": [{"student": "layer1", "teacher": "layer1"}]}, {"use": "cross_entropy"}],
         },
-        "has layers alone; a folder of answers has a row of logits (K,) of each image",
+        "has layers alone; a folder of answers has a row of logits (K,) a sample",
     ),
 }
 

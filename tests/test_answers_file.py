@@ -102,7 +102,7 @@ def test_what_an_answers_file_cannot_do_is_one_line(kind, tmp_path):
 
 
 FILES = {
-    "rows": (ROWS[:47], "'logits' has 47 rows, and the dataset's whole training part 48 images"),
+    "rows": (ROWS[:47], "'logits' has 47 rows, and the dataset's whole training part 48 samples"),
     "columns": (ROWS[:, :5], "'logits' has 5 columns, for 6 classes"),
     "sides": (ROWS.reshape(48, 2, 3), "'logits' is (48, 2, 3), not (N, K)"),
     "whole_numbers": (ROWS.astype("int64"), "teacher.npz: 'logits' is int64, not a row of floating-point logits"),

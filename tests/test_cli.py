@@ -71,7 +71,7 @@ def test_the_installed_command_ends_with_its_code(tmp_path):
 def test_train_and_what_it_says(kdkit, tmp_path):
     code, said = Command(tmp_path, "train", "r.yaml", "train.epochs=1", "losses.1.temperature=2", COLUMNS="120").finish()
     assert code == 0 and "Traceback" not in said, said
-    assert "distill epoch 1/1  loss" in said and "logit_kl" in said and "images/s" in said and "teacher" in said
+    assert "distill epoch 1/1  loss" in said and "logit_kl" in said and "samples/s" in said and "teacher" in said
     assert json.loads((tmp_path / "runs" / "shell" / "result.json").read_text())["epochs"] == 1
     assert "trained already" in kdkit("train", "r.yaml", "train.epochs=1", "losses.1.temperature=2")
     assert "another recipe (different: losses.1.temperature, train.epochs)" in kdkit("train", "r.yaml", "train.epochs=3", code=2)

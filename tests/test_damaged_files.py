@@ -178,7 +178,7 @@ def healthy(world, tmp_path_factory):
 
 def plain(text):
     """What is printed, without times and speeds, and without what a run that trains tells of its steps."""
-    text = re.sub(r".* images/s.*\n", "", text)
+    text = re.sub(r".* samples/s.*\n", "", text)
     text = re.sub(r"left [\d:]+|for [\d.,]+ s|just now|\d+ (second|minute|hour)s? ago", "", text)
     return re.sub(r" {2,}", " ", text)
 

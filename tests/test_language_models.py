@@ -254,10 +254,10 @@ def test_a_cache_answers_as_the_teacher_does(folder, texts):
 
 
 REFUSED = {
-    "a head for classes": ({"student": {**network({**GPT, "pad_token_id": 0}), "head": "classes"}}, "gives (4, 259) for 4 images, and task 'language_model' asks for the form of (4, 14, 259)"),
+    "a head for classes": ({"student": {**network({**GPT, "pad_token_id": 0}), "head": "classes"}}, "gives (4, 259) for 4 samples, and task 'language_model' asks for the form of (4, 14, 259)"),
     "a cache of texts to come": ({**GKD, "teacher": {**network(), "cache": {"views": "all"}}}, "stage 'distill' makes batches of its own, which caches do not keep; leave `cache` out"),
     "more texts than a network reads": ({"student": network({**GPT, "n_positions": 8})}, "reads 8 tokens at most, and texts have up to 14"),
-    "fewer tokens than the tokenizer's": ({"student": network({**GPT, "vocab_size": 100})}, "gives (4, 14, 100) for 4 images"),
+    "fewer tokens than the tokenizer's": ({"student": network({**GPT, "vocab_size": 100})}, "gives (4, 14, 100) for 4 samples"),
     "frequencies of classes": ({"losses": [{"use": "cross_entropy", "class_weights": "balanced"}]}, "needs the labels of all training samples"),
     "a task of classes": ({"task": "text_classification", "student": {**network(), "head": "classes"}, **GKD}, "gkd"),
     "classes that nobody gave": ({"task": "text_classification", "student": {**network({**GPT, "pad_token_id": 0}), "head": "classes"}, "teacher": None, "schedule": {"use": "supervised"}, "losses": [{"use": "cross_entropy"}]}, "labels"),

@@ -24,7 +24,7 @@ def test_the_progress_of_an_epoch_is_a_line_with_every_term():
     made = reporter()
     made.epoch("distill epoch 1/2", TERMS, 0.05, 1234.4, [(SHARE, 12.25)], 3725.0)
     expected = (
-        "distill epoch 1/2  loss 1.5 = kl 0.5 (1) + cross_entropy 1 (0.5)  test top-1 12.25 %  lr 0.05  1,234 images/s  1:02:05 left\n"
+        "distill epoch 1/2  loss 1.5 = kl 0.5 (1) + cross_entropy 1 (0.5)  test top-1 12.25 %  lr 0.05  1,234 samples/s  1:02:05 left\n"
     )
     assert made.console.file.getvalue() == expected
 
@@ -36,8 +36,8 @@ def test_a_progress_line_is_broken_between_its_parts_on_a_narrow_terminal():
     made.epoch("distill epoch 1/2", terms, 0.05, 1234.4, [(SHARE, 12.25), (ERROR, 2.5)], 5.0)
     assert made.console.file.getvalue().splitlines() == [
         "distill epoch 1/2  loss 1.5 = kl 1.5",
-        "    test top-1 12.25 %, RMSE 2.500 m  lr 0.05  1,234 images/s",
-        "    0:00:05 left",
+        "    test top-1 12.25 %, RMSE 2.500 m  lr 0.05",
+        "    1,234 samples/s  0:00:05 left",
     ]
 
 

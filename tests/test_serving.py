@@ -236,12 +236,43 @@ def test_another_teacher_is_refused(tmp_path):
     assert str(caught.value) == f"teacher: {server.address} serves another 'teacher' than this recipe describes"
 
 
+def test_a_server_of_other_classes_is_refused(tmp_path):
+    data = {"dataset": {**PLAIN["data"]["dataset"], "num_classes": 5}}
+    with serving_of(write(tmp_path, PLAIN, data=data)) as server, pytest.raises(kdkit.RunError) as caught:
+        train(tmp_path, teacher={"at": server.address})
+    assert str(caught.value) == f"teacher: {server.address} serves a 'teacher' of 5 classes, not 6"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the connection that breaks down
+def test_another_teacher_in_place_of_a_lost_server_is_refused(tmp_path):
+    base = {**PLAIN, "teacher": {**PLAIN["teacher"], "sends": "hidden"}}
+    with serving_of(write(tmp_path, base, "served.yaml")) as server:
+        address, port = server.address, server.server_address[1]
+        _fail_after(server, 5)
+        caught = []
+        away = threading.Thread(target=lambda: caught.append(_refusal(tmp_path, base, address)))
+        away.start()
+        server.failed.wait()
+    # other weights, by the same description
+    with serving_of(write(tmp_path, base, "other.yaml", seed=1), port):
+        away.join()
+    assert caught == [f"teacher: {address} refuses: 'teacher' is another here than where this run began"]
+
+
+def _refusal(folder, base, address):
+    with pytest.raises(kdkit.RunError) as caught:
+        train(folder, base, teacher={"at": address})
+    return str(caught.value)
+
+
 REQUESTS = {
     "no tensors": (wire.ANSWER, b"nonsense", '{"teacher": "teacher", "layers": [], "logits": true, "precision": null}', 400),
     "no question": (wire.ANSWER, None, "", 400),
     "no such teacher": (wire.ANSWER, None, '{"teacher": "large", "layers": [], "logits": true, "precision": null}', 400),
     "no such layer": (wire.ANSWER, None, '{"teacher": "teacher", "layers": ["os"], "logits": true, "precision": null}', 400),
     "no such type": (wire.ANSWER, None, '{"teacher": "teacher", "layers": [], "logits": true, "precision": "os"}', 400),
+    "another teacher": (wire.ANSWER, None, '{"teacher": "teacher", "key": "0", "layers": [], "logits": true, "precision": null}', 400),
+    "another head": (wire.HEAD, None, '{"teacher": "teacher", "head": {"sha256": "0"}}', 400),
     "other images": (
         wire.ANSWER,
         wire.pack_inputs(torch.rand(2, 5)),
@@ -275,6 +306,28 @@ def test_another_server_is_told(tmp_path, monkeypatch, body):
     with pytest.raises(kdkit.RunError) as caught:
         train(tmp_path, teacher={"at": "localhost:7070"})
     assert str(caught.value) == "teacher: what listens at localhost:7070 is no `kdkit serve`"
+
+
+ANSWERS = {
+    "no tensors": (False, lambda sent: (b"<html>", "[]"), "no tensors, or damaged ones"),
+    "no layouts": (False, lambda sent: (wire.pack(sent)[0], "3"), "'int' object is not iterable"),
+    "rows": (False, lambda sent: wire.pack({name: value[:1] for name, value in sent.items()}), "1 rows for 20 samples"),
+    "no layer": (True, lambda sent: wire.pack({"other": torch.zeros(1)}), "'penultimate'"),
+}
+
+
+@pytest.mark.parametrize("hidden, change, says", ANSWERS.values(), ids=ANSWERS)
+def test_an_answer_that_does_not_fit_is_one_line(tmp_path, monkeypatch, hidden, change, says):
+    once = connections.Connection._once
+
+    def changed(self, path, body, asked):
+        status, data, last = once(self, path, body, asked)
+        return (status, *change(wire.unpack(data))) if path == wire.ANSWER else (status, data, last)
+
+    monkeypatch.setattr(connections.Connection, "_once", changed)
+    with serving_of(write(tmp_path)) as server, pytest.raises(kdkit.RunError) as caught:
+        train(tmp_path, teacher={"at": server.address, "sends": "hidden" if hidden else "logits"})
+    assert str(caught.value).startswith("teacher: what its server sends is not what was asked for (") and says in str(caught.value)
 
 
 def test_nothing_is_told_without_the_token(running):

@@ -493,11 +493,11 @@ REFUSED = {
     ),
     "size": (
         {"teacher": {"cache": {"views": 10_000, "max_gb": 0.001}}, "data": SHIFTS},
-        r"teacher.cache.max_gb: the cache may take up to 5.76 MB \(10000 views of 48 images, 12 bytes each\), `max_gb` is 0.001; keep less",
+        r"teacher.cache.max_gb: the cache may take up to 5.76 MB \(10000 views of 48 samples, 12 bytes each\), `max_gb` is 0.001; keep less",
     ),
     "turned images": (
         {"schedule": {"use": "staged", "turned": True, "stages": [{"name": "one", "epochs": 1}]}},
-        r"teacher.cache: teacher is shown other images than those of the batch",
+        r"teacher.cache: teacher is shown other samples than those of the batch",
     ),
     "no number": ({"teacher": {"cache": {"views": "some"}}}, r"teacher.cache.views"),
     "misspelt": ({"teacher": {"cache": {"views": 1, "dytpe": "fp16"}}}, r"teacher.cache.dytpe: no such key; did you mean 'dtype'"),
@@ -529,14 +529,14 @@ def test_a_cache_of_a_random_teacher_is_refused(tmp_path):
         "        return self.head(torch.nn.functional.dropout(x.flatten(1), 0.1))\n"
     )
     base = {**PLAIN, "teacher": {"model": "python/Net", "file": "net.py", "cache": ALL}}
-    with pytest.raises(RecipeError, match=r"recipe.yaml:\d+: teacher.cache: teacher answers the same images twice in different ways"):
+    with pytest.raises(RecipeError, match=r"recipe.yaml:\d+: teacher.cache: teacher answers the same samples twice in different ways"):
         wired(tmp_path, base)
 
 
 def test_a_cache_refuses_other_images_than_those_of_a_batch(tmp_path):
     there = wired(tmp_path, teacher={"cache": ALL})
     batch = next(iter(there.data.train.epoch(0)))
-    with pytest.raises(RunError, match="teacher is shown other images than those of the batch"):
+    with pytest.raises(RunError, match="teacher is shown other samples than those of the batch"):
         there.teacher(batch.inputs.clone())
 
 
@@ -569,7 +569,7 @@ def test_a_cache_lies_where_the_recipe_says(tmp_path):
 
 def test_check_says_how_large_a_cache_may_grow(tmp_path):
     path = write(tmp_path, data=SHIFTS, teacher={"cache": ALL})
-    assert "note: the answers of teacher are kept, up to 10.4 kB (18 views of 48 images, 12 bytes each)" in str(
+    assert "note: the answers of teacher are kept, up to 10.4 kB (18 views of 48 samples, 12 bytes each)" in str(
         checks.make(recipe.load(path))
     )
 
@@ -691,6 +691,24 @@ def test_a_cache_filled_in_parts_has_the_bytes_of_one_filled_at_once(tmp_path, m
     monkeypatch.setattr(answer_store.AnswerStore, "write", stops)
     fill(loaded, quiet=True, spread=True)
     assert len(answers) == 3
+
+
+def test_a_cache_that_becomes_full_while_a_part_is_filled_loses_nothing(tmp_path, monkeypatch):
+    """As by a training beside, after which another process removes the parts."""
+    cache = {"cache": {"views": 1, "dir": "there"}}
+    loaded = recipe.load(write(tmp_path, teacher=cache, run={"folder": str(tmp_path / "runs")}))
+    written = answer_store.AnswerStore.write
+
+    def beside(self, rows, values):
+        written(self, rows, values)
+        monkeypatch.undo()
+        fill(loaded, quiet=True)
+        fill(loaded, quiet=True, spread=True)
+        assert not parts_of(tmp_path / "there" / self.path.name).exists()
+
+    monkeypatch.setattr(answer_store.AnswerStore, "write", beside)
+    (found,) = fill(loaded, quiet=True, spread=True)
+    assert found.filled == 48 and [path.name for path in (tmp_path / "there").iterdir()] == [found.path.name]
 
 
 @pytest.mark.slow

@@ -53,15 +53,15 @@ def write(
     refuse_taken(folder)
     kept, store = cache.kept, cache.store
     if len(kept.shape) != 1:
-        what = f"{kept.shape} of each image" if kept.logits else "layers alone"
+        what = f"{kept.shape} of each sample" if kept.logits else "layers alone"
         raise RunError(
-            f"{store.path}: has {what}; a folder of answers has a row of logits (K,) of each image,"
+            f"{store.path}: has {what}; a folder of answers has a row of logits (K,) a sample,"
             " and what a loss reads beside them"
         )
     missing = int((~store.known(torch.arange(cache.images))).sum())
     if missing:
         raise RunError(
-            f"{store.path}: {missing:,} of {cache.images:,} images have no answer, as the recipe"
+            f"{store.path}: {missing:,} of {cache.images:,} samples have no answer, as the recipe"
             " does not train on them"
         )
     with _appearing(folder) as made:

@@ -23,11 +23,11 @@ from kdkit.models.tapped import TappedModel, features_only
 from kdkit.recipe import Recipe
 
 OTHER_IMAGES = (
-    "is shown other images than those of the batch (further views, changed ones), to which there"
+    "is shown other samples than those of the batch (further views, changed ones), to which there"
     " are no answers"
 )
 STREAM = (
-    "this dataset is read from start to end, so its images have no places that a row could"
+    "this dataset is read from start to end, so its samples have no places that a row could"
     " belong to"
 )
 
@@ -62,12 +62,12 @@ def read_answers(recipe: Recipe, name: str, images: int, classes: int) -> Tensor
         if len(shape) != 2:
             raise ModelError(
                 f"'{called}' is {_listed(shape)}, not (N, K): a row of logits for each training"
-                " image"
+                " sample"
             )
         if shape[0] != images:
             raise ModelError(
                 f"'{called}' has {shape[0]:,} rows, and the dataset's whole training part"
-                f" {images:,} images"
+                f" {images:,} samples"
             )
         if shape[1] != classes:
             says = (

@@ -75,7 +75,7 @@ def open_cache(
     if not train.indexed or isinstance(part, Stream):
         raise recipe.error(
             key_path,
-            "this dataset can only be read from start to end, so its images have no names to keep"
+            "this dataset can only be read from start to end, so its samples have no names to keep"
             " answers under",
         )
     mixed = recipe.spec.train.mixup is not None
@@ -165,7 +165,7 @@ def _look(
         answer, again = plain.forward(noise), plain.forward(noise)
     if not _same(answer, again, exactly=device.type == "cpu"):
         raise RunError(
-            f"{teacher.role} answers the same images twice in different ways, so that its answers"
+            f"{teacher.role} answers the same samples twice in different ways, so that its answers"
             " cannot be kept"
         )
     aliases = [
@@ -215,7 +215,7 @@ def _open_store(
     if grown > options.max_gb * 1e9:
         store.close()
         says = (
-            f"may take {gigabytes(grown)} ({slots.count} views of {train.num_samples:,} images,"
+            f"may take {gigabytes(grown)} ({slots.count} views of {train.num_samples:,} samples,"
             f" {kept.bytes:,} bytes each)"
         )
         raise recipe.error(

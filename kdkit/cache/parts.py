@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import shutil
 import time
@@ -51,22 +52,24 @@ class Parts:
             taken = False
             for part in missing:
                 folder = self._folder(part)
-                folder.mkdir(parents=True, exist_ok=True)
-                with (folder / LOCK).open("a") as claim:
-                    # another process may have filled it meanwhile, or even joined all
-                    if (
-                        not locks(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                        or not self._is_missing(part)
-                        or self.full()
-                    ):
-                        continue
-                    taken = True
-                    store = self._open(part)
-                    try:
-                        yield part, store
-                    finally:
-                        store.close()
-                    (folder / DONE).touch()
+                # another process may join meanwhile, and remove all parts
+                with contextlib.suppress(FileNotFoundError):
+                    folder.mkdir(parents=True, exist_ok=True)
+                    with (folder / LOCK).open("a") as claim:
+                        # another process may have filled it meanwhile, or even joined all
+                        if (
+                            not locks(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                            or not self._is_missing(part)
+                            or self.full()
+                        ):
+                            continue
+                        taken = True
+                        store = self._open(part)
+                        try:
+                            yield part, store
+                        finally:
+                            store.close()
+                        (folder / DONE).touch()
             if not taken:
                 time.sleep(LOOK)
 

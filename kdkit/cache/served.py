@@ -24,7 +24,7 @@ from kdkit.contracts.records import Batch, Inputs, Outputs
 from kdkit.contracts.schedule import Arrange
 from kdkit.data.loaders import TrainLoader
 from kdkit.data.wrapping import WrappedLoader
-from kdkit.errors import RunError
+from kdkit.errors import RunError, one_line
 from kdkit.models.tapped import TappedModel, features_only, mask_of
 from kdkit.recipe import Recipe, content_of
 
@@ -70,15 +70,21 @@ class ServedTeacher:
         name: of the teacher.
         role: its name in messages.
         tell: called with a message about a server that is lost or back.
+        classes: of its network, if they are known.
 
     Attributes:
         close: ends the connections.
     """
 
     def __init__(
-        self, recipe: Recipe, name: str, role: str, tell: Callable[[str], None] = lambda _: None
+        self,
+        recipe: Recipe,
+        name: str,
+        role: str,
+        tell: Callable[[str], None] = lambda _: None,
+        classes: int | None = None,
     ) -> None:
-        self._recipe, self._name = recipe, name
+        self._name = name
         self._servers = [Connection(a, role, tell) for a in addresses(recipe, name)]
         self._role = role
         self._turn = 0
@@ -86,6 +92,10 @@ class ServedTeacher:
         options = recipe.spec.all_teachers()[name]
         self._hidden = isinstance(options, TeacherOptions) and options.sends == "hidden"
         self._head: Head | None = None
+        # what each request says of the teacher, as another server may begin at the address
+        self._known: dict[str, Any] = {"teacher": name, "key": key(recipe, name)}
+        if classes is not None:
+            self._known["classes"] = classes
         # also where nobody closes it: networks are built to be measured, too
         self.close = weakref.finalize(self, _close, self._servers)
         self.close.atexit = False  # connections end with the process, and threads have ended then
@@ -113,11 +123,14 @@ class ServedTeacher:
                     f"{self._role}: {server.address} serves no '{self._name}', only {served}"
                 )
             found.append(teachers[self._name])
-            if found[-1].get("key") != key(self._recipe, self._name):
+            if found[-1].get("key") != self._known["key"]:
                 raise RunError(
                     f"{self._role}: {server.address} serves another '{self._name}' than this"
                     " recipe describes"
                 )
+            if (classes := found[-1].get("classes")) != self._known.get("classes", classes):
+                says = f"a '{self._name}' of {classes} classes, not {self._known['classes']}"
+                raise RunError(f"{self._role}: {server.address} serves {says}")
         if self._hidden and self._head is None:
             self._fetch_head([one.get("head") for one in found])
         self._compared = True
@@ -126,13 +139,14 @@ class ServedTeacher:
     def _fetch_head(self, told: Sequence[Any]) -> None:
         """Ask for the classifier, once all servers have told of the same."""
         asked = self._servers[0]
-        data, _ = asked.ask(wire.HEAD, b"", {"teacher": self._name}).result()
+        data, _ = asked.ask(wire.HEAD, b"", self._known).result()
         for server, about in zip(self._servers, told, strict=True):
             try:
                 self._head = Head.unpacked(data, about or {})
-            except (RunError, KeyError):
+            except (RunError, KeyError, TypeError):
                 says = f"{server.address} has another classifier than {asked.address} sends"
                 raise RunError(f"{self._role}: {says}") from None
+        self._known["head"] = told[0]
 
     def send(
         self,
@@ -149,7 +163,7 @@ class ServedTeacher:
         self._turn += 1
         head = self._head if logits else None
         asked = {
-            "teacher": self._name,
+            **self._known,
             "layers": [*dict.fromkeys([*layers, HIDDEN] if head else layers)],
             "logits": logits and head is None,
             "precision": wire.name_of(precision),
@@ -161,18 +175,25 @@ class ServedTeacher:
         """Wait for an answer, and bring it to the device of its images.
 
         Raises:
-            RunError: the server refuses to answer.
+            RunError: the server refuses to answer, or sends something else.
         """
-        logits, layers = wire.unpack_answer(*coming.answer.result())
-        device = first_tensor(inputs).device
-        found = {name: value.to(device) for name, value in layers.items()}
-        features = {name: found[name] for name in coming.layers}
-        if coming.head is not None:
-            self._head = coming.head.to(device)  # once
-            logits = self._head(found[HIDDEN], coming.precision)
+        answer, images = coming.answer.result(), first_tensor(inputs)
+        try:
+            logits, layers = wire.unpack_answer(*answer)
+            found = {name: value.to(images.device) for name, value in layers.items()}
+            features = {name: found[name] for name in coming.layers}
+            if coming.head is not None:
+                self._head = coming.head.to(images.device)  # once
+                logits = self._head(found[HIDDEN], coming.precision)
+            if logits is not None and len(logits) != len(images):
+                raise RunError(f"{len(logits)} rows for {len(images)} samples")
+        # such as of another version of kdkit
+        except (RunError, KeyError, ValueError, TypeError) as error:
+            says = f"what its server sends is not what was asked for ({one_line(str(error))})"
+            raise RunError(f"{self._role}: {says}") from None
         if logits is None:
             return features_only(features, self._role, mask_of(inputs))
-        return Outputs(logits.to(device), features, mask=mask_of(inputs))
+        return Outputs(logits.to(images.device), features, mask=mask_of(inputs))
 
     def __call__(self, inputs: Inputs, layers: Sequence[str], needs_logits: bool) -> Outputs:
         """Answer as the network would here, in the autocast type of the caller."""

@@ -29,7 +29,7 @@ FAR_ON_CPU = 1e-4  # in fp32
 # and by this because it is kept in fewer digits
 ROUNDED = {torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float32: 0.0}
 OTHER_IMAGES = (
-    "is shown other images than those of the batch (further views, changed ones), whose answers"
+    "is shown other samples than those of the batch (further views, changed ones), whose answers"
     " cannot be kept; leave `cache` out"
 )
 

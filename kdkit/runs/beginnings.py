@@ -89,5 +89,5 @@ def served_teacher(
     """Build a teacher that answers elsewhere: shapes and names of layers, without weights."""
     model = TappedModel(skeleton, layers, role=name, outputs=outputs)
     model.needs_logits = needs_logits
-    model.elsewhere = served.ServedTeacher(recipe, name, model.role, Reporter().warn)
+    model.elsewhere = served.ServedTeacher(recipe, name, model.role, Reporter().warn, outputs)
     return model.freeze()

@@ -63,7 +63,7 @@ def refused(recipe: Recipe, factory: ModelFactory, info: DataInfo) -> Iterator[s
             yield recipe.problem([*place, "views"], says)
         if len(views) > 1:
             says = (
-                "all teachers see the same images, so the caches of all must have the same `views`"
+                "all teachers see the same samples, so the caches of all must have the same `views`"
             )
             yield recipe.problem([*place, "views"], says)
         for key, says in _unreadable(recipe, factory, info, name, options):
@@ -109,13 +109,13 @@ def _never_again(recipe: Recipe, teacher: TeacherOptions) -> Iterator[str]:
         )
     if key := recipe.spec.data.repeating:
         yield (
-            f"repeated images (`data.{key}`) come in ever new views, of which answers are not"
+            f"repeated samples (`data.{key}`) come in ever new views, of which answers are not"
             " kept; leave one of them out"
         )
     if teacher.mode == "train":
         yield (
             "with `mode: train` an answer depends on the whole batch, and cannot be kept for each"
-            " image"
+            " sample"
         )
 
 
@@ -198,7 +198,7 @@ def sizes(
         size = slots.count * num_train * kept.bytes
         views = "1 view" if slots.count == 1 else f"{slots.count} views"
         says = (
-            f"up to {gigabytes(size)} ({views} of {num_train:,} images, {kept.bytes:,} bytes each)"
+            f"up to {gigabytes(size)} ({views} of {num_train:,} samples, {kept.bytes:,} bytes each)"
         )
         large = size > options.max_gb * 1e9
         problem = (

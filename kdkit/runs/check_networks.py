@@ -127,7 +127,7 @@ class NetworkChecks(Checks):
             student.module.eval()
         if not self.task.fits(outputs[0].shape, info, PROBE):
             raise ModelError(
-                f"{student.role} gives {tuple(outputs[0].shape)} for {PROBE} images in training"
+                f"{student.role} gives {tuple(outputs[0].shape)} for {PROBE} samples in training"
                 f" mode, {self._wanted(info)}"
             )
         for i, entry in enumerate(self.spec.losses):
@@ -191,7 +191,7 @@ class NetworkChecks(Checks):
         self.check_layout(model)
         if answering and not self.task.fits(outputs.logits.shape, info, PROBE):
             given = tuple(outputs.logits.shape)
-            says = f"{model.role} gives {given} for {PROBE} images, {self._wanted(info)}"
+            says = f"{model.role} gives {given} for {PROBE} samples, {self._wanted(info)}"
             more = (
                 f" (`{OWN_OUTPUTS}`, `classes` say what a teacher's answers are)"
                 if model.frozen

@@ -146,7 +146,7 @@ def table(found: Sequence[Found]) -> Table:
         "cache",
         "teacher",
         "data",
-        "images x views",
+        "samples x views",
         "filled",
         "on disk",
         "last written",

@@ -110,7 +110,7 @@ class Reporter:
         """Update the bar."""
         if self._progress is not None:
             self._shown = time.monotonic()
-            status = f"{epoch}  {_terms(terms)}  lr {lr:.2g}  {images_per_second:,.0f} images/s"
+            status = f"{epoch}  {_terms(terms)}  lr {lr:.2g}  {images_per_second:,.0f} samples/s"
             self._progress.update(self._progress.task_ids[0], completed=done, status=status)
 
     def epoch(
@@ -125,7 +125,7 @@ class Reporter:
         """Print one line for a finished epoch."""
         test = ", ".join(f"{score.title} {score.text(value)}" for score, value in scores)
         parts = [label, _terms(terms), *([f"test {test}"] if test else [])]
-        parts += [f"lr {lr:.2g}", f"{images_per_second:,.0f} images/s", f"{clock(left)} left"]
+        parts += [f"lr {lr:.2g}", f"{images_per_second:,.0f} samples/s", f"{clock(left)} left"]
         if self.quiet:
             self._instead("  ".join(parts))
         self.say(_filled(parts, self.console.width if self.console.is_terminal else None))

@@ -40,8 +40,8 @@ class Teachers:
 
     Attributes:
         models: by name.
-        about: what is told of each: the fingerprint of its description, of its own recipe, and of
-            its classifier.
+        about: what is told of each: the fingerprint of its description, the classes of its network,
+            its own recipe, and its classifier.
         heads: the classifiers, or why there is none.
     """
 
@@ -62,11 +62,13 @@ class Teachers:
         folder = RunFolder(recipe.spec.run.folder / recipe.spec.name)
         trained = trained_teachers(recipe, folder.path)
         device = accelerator_for(recipe, folder).device
-        models = ModelFactory(recipe, info, trained, device=device).teachers()
+        factory = ModelFactory(recipe, info, trained, device=device)
+        models = factory.teachers()
         if not models:
             raise RunError("this recipe has no teacher")
         about: dict[str, dict[str, Any]] = {
-            name: {"key": served.key(recipe, name)} for name in models
+            name: {"key": served.key(recipe, name), "classes": factory.classes.own(name)}
+            for name in models
         }
         for name, known in trained.items():
             result = known.run.result() if known.run else None
@@ -86,7 +88,7 @@ class Teachers:
         Raises:
             KdkitError: there is no such teacher, or it has none.
         """
-        self._refuse_unknown(asked["teacher"])
+        self._refuse_other(asked)
         if isinstance(head := self.heads[asked["teacher"]], KdkitError):
             raise head
         return head.packed()
@@ -98,7 +100,7 @@ class Teachers:
             KdkitError: there is no such teacher or layer, or the batch does not fit.
         """
         name, layers, logits = asked["teacher"], tuple(asked["layers"]), bool(asked["logits"])
-        self._refuse_unknown(name)
+        self._refuse_other(asked)
         model = self.models[name]
         device = device_of(model.module)
         shown = (
@@ -110,9 +112,12 @@ class Teachers:
         with self._busy, torch.no_grad(), autocast(device, precision):
             return self._view(name, layers, logits)(shown)
 
-    def _refuse_unknown(self, name: str) -> None:
-        if name not in self.models:
+    def _refuse_other(self, asked: Mapping[str, Any]) -> None:
+        if (name := asked["teacher"]) not in self.models:
             raise RunError(f"no teacher is called '{name}', only {', '.join(self.models)}")
+        # a run outlives its server, in whose place this one may be
+        if any(asked.get(known, own) != own for known, own in self.about[name].items()):
+            raise RunError(f"'{name}' is another here than where this run began")
 
     def _view(self, name: str, layers: Sequence[str], logits: bool) -> TappedModel:
         key = name, tuple(layers), logits

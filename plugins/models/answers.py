@@ -13,7 +13,7 @@ from ._answer_files import array_file
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")
 INTEGERS = ("int16", "int32", "int64")
-ROWS = "a row of floating-point logits for each training image"
+ROWS = "a row of floating-point logits for each training sample"
 INDEX = "index.json"
 
 

@@ -104,7 +104,7 @@ def test_a_recorded_step_masks_anew(tmp_path):
 REFUSED = {
     "another network": ({"teacher": PLAIN["teacher"]}, "maskedkd: the teacher must be a vision transformer of timm"),
     "other patches": ({"teacher": merged(TEACHER, {"args": {"patch_size": 4}})}, "the student has 16 patches and the teacher 4"),
-    "a cache": ({"teacher": {**TEACHER, "cache": {"views": 1}}}, "is shown other images than those of the batch"),
+    "a cache": ({"teacher": {**TEACHER, "cache": {"views": 1}}}, "is shown other samples than those of the batch"),
     "another layer": ({"schedule": {"use": "maskedkd"}}, "there is no layer 'blocks.11.attn.qkv'"),
 }
 
