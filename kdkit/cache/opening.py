@@ -13,9 +13,10 @@ from typing import Any, cast
 import torch
 
 from kdkit.cache import fingerprint
+from kdkit.cache.asked_ahead import AskedAhead
 from kdkit.cache.given import STREAM, GivenAnswers, has_answers_alone, read_answers, read_layers
 from kdkit.cache.packing import KeptAnswers, Slots, is_channels_last
-from kdkit.cache.served import AskedAhead, ServedTeacher
+from kdkit.cache.served import ServedTeacher
 from kdkit.cache.store import SMALLER, AnswerStore
 from kdkit.cache.teacher import TeacherCache, autocast
 from kdkit.contracts.dataset_source import DataInfo, Stream

@@ -16,8 +16,8 @@ from typing import TypeVar, cast
 from torch import nn
 
 from kdkit.cache import opening
+from kdkit.cache.asked_ahead import AskedAhead
 from kdkit.cache.given import GivenAnswers
-from kdkit.cache.served import AskedAhead
 from kdkit.cache.teacher import TeacherCache
 from kdkit.contracts.records import Batch, Inputs, Outputs, tensors
 from kdkit.contracts.schedule import Arrange
