@@ -514,7 +514,7 @@ def test_what_cannot_be_cached_is_refused_with_its_place(tmp_path, changes, says
 def test_cached_teachers_see_the_same_views(tmp_path):
     one = {**PLAIN["teacher"], "cache": {"views": 2}}
     path = write(tmp_path, {**PLAIN, "teacher": None, "teachers": [one, {**one, "cache": {"views": 3}}]}, data=SHIFTS)
-    with pytest.raises(RecipeError, match=r"teachers.1.cache.views: all teachers see the same images"):
+    with pytest.raises(RecipeError, match=r"teachers.1.cache.views: all teachers see the same samples"):
         checks.make(recipe.load(path))
 
 
