@@ -11,6 +11,7 @@ from kdkit.contracts.dataset_source import DataInfo
 from kdkit.contracts.inputs import is_text
 from kdkit.recipe.sections import LossEntry
 from kdkit.runs.step_cost import StepCost
+from kdkit.units import with_unit
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Plan:
             yield f"beside them: {info.unlabelled:,} unlabelled training {what.split()[0]}"
         for model in (*self.teachers, self.student):
             yield (
-                f"{model.role}: {model.parameters:,} parameters, {model.macs / 1e6:,.2f} M"
+                f"{model.role}: {model.parameters:,} parameters, {with_unit(model.macs)}"
                 f" multiply-accumulates per {one}{f', sees {model.sees}' if model.sees else ''}"
             )
             yield from (
