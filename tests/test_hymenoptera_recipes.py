@@ -75,5 +75,5 @@ def test_the_small_hymenoptera_study_from_the_backbones_to_the_report(tmp_path, 
     drawn = {file.stem for file in written.files}
     assert {"training-loss-1", "learning-curves-1", "logit-difference-1"} <= drawn and written.missing == ()
     text = written.page.with_suffix(".md").read_text()
-    for start in ("Training loss", "Test top-1", r"Mean of \|z\_s - z\_t\| over samples and classes"):
+    for start in ("Training loss of each variant", "Test top-1 over the epochs", r"Mean of \|z\_s - z\_t\| over samples and classes"):
         assert re.search(rf"!\[{re.escape(start)}: .*alpha\\_0 .*alpha\\_0\.5 .*alpha\\_1", text)
