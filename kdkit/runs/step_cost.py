@@ -85,9 +85,10 @@ def step_cost(
     return StepCost(forwards, backwards, teachers)
 
 
-class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts floating-point operations inside the block, as torch's own counter does, which also
-    keeps a sum for each module and takes three times as long.
+class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts floating-point operations inside the block by torch's formulas.
+
+    Torch's own counter also keeps a sum for each module, which takes time and nobody reads here.
     """
 
     def __init__(self) -> None:
@@ -117,7 +118,7 @@ def _passes(
     began: dict[int, int] = {}
     # the counted step may update the schedule's own buffers
     remembered = copy.deepcopy(stage.parts.state_dict()) if stage.parts is not None else {}
-    with torch.enable_grad(), _Counter() as counter:
+    with torch.enable_grad(), _Operations() as counter:
 
         def starts(part: nn.Module, args: object) -> None:
             began[id(part)] = counter.total
@@ -148,7 +149,7 @@ def _values(output: object) -> Iterable[object]:
 
 def _whole(model: TappedModel, batch: Batch) -> float:
     """Count the operations of one complete forward with a batch."""
-    with torch.no_grad(), _Counter() as counter:
+    with torch.no_grad(), _Operations() as counter:
         model.twin()(batch.inputs)
     # A network without counted operations must not divide by 0.
     return max(1.0, float(counter.total))
