@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 T = TypeVar("T")
 
@@ -103,10 +103,11 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return work()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # aliases, as `squeeze_` changes the shape of a tensor; lists are copied, as their owner may
+        # clear them
+        held = tree_map(_alias, (args, kwargs or {}))
         result = func(*args, **(kwargs or {}))
-        # lists are copied, as their owner may clear them
-        held = torch.utils._pytree.tree_map(lambda value: value, (args, kwargs or {}))
-        self._steps.append((func, *held, result))
+        self._steps.append((func, *held, tree_map(_alias, result)))
         return result
 
     @torch.no_grad()
@@ -118,4 +119,9 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 continue
             for tensor, value in zip(tree_leaves(result), tree_leaves(again), strict=True):
                 if isinstance(tensor, Tensor):
-                    tensor.detach().copy_(value)
+                    tensor.copy_(value)
+
+
+def _alias(value: Any) -> Any:
+    """Return a tensor of its own for the same memory."""
+    return value.detach() if isinstance(value, Tensor) else value
