@@ -190,13 +190,20 @@ class CommonTeacher:
         opened, device = _opened(self.run), self._device
         data = opened.data(device=device)
         judge = Judge.of(opened.recipe, data.info)
+        if self._recorded:
+            judge = replace(judge, scores=())
         return taught_answers(opened.teachers(device=device), data.test, judge)
 
     def scores(self) -> dict[str, float]:
         """Return its test scores: those recorded by the run that it taught, or measured now."""
-        if (result := RunFolder(self.run.folder).result()) and result.teacher:
-            return dict(result.teacher)
+        if self._recorded:
+            return self._recorded
         return self.answers.scores if self.answers else {}
+
+    @functools.cached_property
+    def _recorded(self) -> dict[str, float]:
+        result = RunFolder(self.run.folder).result()
+        return dict(result.teacher or {}) if result else {}
 
     def compare(self, run: Run, *, best: bool) -> dict[str, float]:
         """Measure how a run's student agrees with it on the test data."""
