@@ -28,15 +28,21 @@ RECIPES = {
 EPOCHS = 6  # so that the smaller last batch is recorded too
 
 
+def prepared(name, folder, train):
+    """A recipe of the table, with its data, and the reason that is to be told."""
+    content, reason = RECIPES[name]
+    if content in (small_texts, small_language):
+        content = content.recipe(content.lay_out(folder))
+    elif name == "detection":
+        test_detection_runs.lay_out(folder)
+    (folder / "spots.py").write_text(test_tasks_of_numbers.PLUGIN)
+    return write(folder, merged(content, {"train": {"epochs": EPOCHS, **train}})), reason
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.first(1)
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_step_is_recorded_or_the_reason_is_told(name, tmp_path):
-    content, reason = RECIPES[name]
-    if content in (small_texts, small_language):
-        content = content.recipe(content.lay_out(tmp_path))
-    elif name == "detection":
-        test_detection_runs.lay_out(tmp_path)
-    (tmp_path / "spots.py").write_text(test_tasks_of_numbers.PLUGIN)
-    reasons = compare(write(tmp_path, merged(content, {"train": {**FUSED, "epochs": EPOCHS}})))
+    path, reason = prepared(name, tmp_path, FUSED)
+    reasons = compare(path)
     assert bool(reasons) == bool(reason) and all(reason in one for one in reasons)

@@ -16,6 +16,7 @@ from test_capture import (  # noqa: F401
     under,
     written,
 )
+from test_capture_of_tasks import RECIPES, prepared
 from test_cifar_recipes import ALL_METHODS, FILES, TINY
 from test_lockstep import VARIANTS, alone, jobs
 
@@ -62,6 +63,14 @@ def test_a_recorded_schedule_is_the_plain_one(schedule, teacher, tmp_path, monke
     monkeypatch.chdir(teacher.parent)
     reasons = compare(under(schedule, tmp_path, teacher, train=DEVICE), on_device, rtol=1e-3, atol=1e-3)
     assert bool(reasons) == (schedule in PLAIN_SCHEDULES), reasons
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", RECIPES)
+def test_tasks_balances_and_compressed_students_are_recorded(name, tmp_path):
+    path, reason = prepared(name, tmp_path, DEVICE)
+    reasons = compare(path, on_device, rtol=1e-3, atol=1e-3)
+    assert bool(reasons) == bool(reason) and all(reason in one for one in reasons)
 
 
 DRAWN = {"crd", "mgd", "vitkd", "total"}
