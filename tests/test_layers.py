@@ -5,7 +5,8 @@ import torchvision
 from torch import nn
 
 import kdkit
-from kdkit.contracts.layers import Layer, classifier_path, expand, expand_pairs, norm_path, resolve, stage_paths, tappable_layers
+from kdkit.contracts.layer_rows import tappable_layers
+from kdkit.contracts.layers import Layer, classifier_path, expand, expand_pairs, norm_path, resolve, stage_paths
 
 
 def meta(name, **options):

@@ -11,7 +11,7 @@ from rich.table import Table
 from kdkit.cli.console import out
 from kdkit.contracts.dataset_source import DatasetSource
 from kdkit.contracts.inputs import Shape, TextShape, as_image, is_text, parse_shape
-from kdkit.contracts.layers import LayerRow, tappable_layers
+from kdkit.contracts.layer_rows import LayerRow, tappable_layers
 from kdkit.contracts.loss import Loss
 from kdkit.contracts.task import Task, serves
 from kdkit.errors import ModelError, PluginError, suggest

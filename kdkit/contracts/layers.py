@@ -8,21 +8,16 @@ gives: `layer1.0.act2@input` is a block's sum before its activation.
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
-from kdkit.contracts.inputs import Shape, answered, kind_of, random_inputs
 from kdkit.contracts.loss_options import LayerPair
-from kdkit.contracts.records import Inputs
 from kdkit.errors import TapError, suggest
 
 INPUT = "@input"
@@ -48,16 +43,6 @@ class Layer:
     embedding: bool = False
     # excluded, because cache keys contain the repr of before this field existed
     output: int = field(default=0, repr=False)
-
-
-@dataclass(frozen=True)
-class LayerRow:
-    """One line of `kdkit layers`: path, class, shape of the output, aliases."""
-
-    name: str
-    type: str
-    shape: tuple[int, ...]
-    aliases: tuple[str, ...] = ()
 
 
 LOGITS = ("logits", "out")
@@ -308,76 +293,6 @@ def _norm_before(path: str, module: nn.Module) -> str | None:
             f" front of that one (`norms`): {candidates}"
         )
     return ".".join(step for step in (block, names[before[-1]]) if step)
-
-
-def tappable_layers(module: nn.Module, shape: Shape) -> list[LayerRow]:
-    """List the layers that return one tensor, with shapes for two samples, in order.
-
-    Runs a copy of the network without data (meta device); one that needs data is run on zeros.
-
-    Raises:
-        TapError: the network cannot take inputs of that shape.
-    """
-    # on the meta device shapes cost nothing; a copy, whose hooks need not be removed either
-    shadow = copy.deepcopy(module).to("meta").eval()
-    try:
-        shapes = _shapes(shadow, random_inputs(shape, 2, "meta"))
-    # some operations have no meta kernel, or read values of tensors
-    except (RuntimeError, NotImplementedError):
-        shapes = _shapes_on_zeros(shadow, shape)
-    aliases: dict[str, list[str]] = {"": ["logits"]}
-    for number, path in enumerate(stage_paths(module), 1):
-        aliases.setdefault(path, []).append(f"stage{number}")
-    modules = dict(module.named_modules())
-    names = {path: name for name, path in (kept_layers(module) or {}).items()}
-    rows = [
-        LayerRow(
-            names.get(path, path), type(modules[path]).__name__, size, tuple(aliases.get(path, ()))
-        )
-        for path, size in shapes.items()
-    ]
-    return [*rows, *_embedding(module, modules)]
-
-
-def _embedding(module: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[LayerRow]:
-    """Find the classifier's input, if the network has exactly one classifier."""
-    # no single classifier, so no `penultimate` alias
-    with contextlib.suppress(TapError):
-        path = classifier_path(module)
-        if (width := getattr(modules[path], "in_features", None)) is not None:
-            yield LayerRow(
-                f"{path}{INPUT}", "input of the classifier", (2, width), ("penultimate",)
-            )
-
-
-def _shapes(module: nn.Module, inputs: Inputs) -> dict[str, tuple[int, ...]]:
-    seen: dict[str, tuple[int, ...]] = {}
-
-    def watch(path: str) -> Any:
-        def hook(child: nn.Module, args: object, output: object) -> None:
-            if isinstance(output, Tensor):
-                seen[path] = tuple(output.shape)
-
-        return hook
-
-    for path, child in module.named_modules():
-        child.register_forward_hook(watch(path))
-    with torch.no_grad():
-        answered(module, inputs)
-    # hooks fire at the end of a module, so an outer one comes after what it contains
-    return {path: seen[path] for path, _ in module.named_modules() if path in seen}
-
-
-def _shapes_on_zeros(module: nn.Module, shape: Shape) -> dict[str, tuple[int, ...]]:
-    real = module.to_empty(device="cpu")
-    for value in (*real.parameters(), *real.buffers()):
-        value.data.zero_()  # zeros are also valid if a buffer is used as an index
-    try:
-        return _shapes(real, random_inputs(shape, 2))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise TapError(
-            f"the network does not take {kind_of(shape)} of {shape}: {' '.join(str(error).split())}"
-        ) from error
 
 
 def _is_stem(path: str, known: Mapping[str, nn.Module]) -> bool:

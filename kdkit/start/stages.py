@@ -7,7 +7,7 @@ import re
 import torch
 
 from kdkit.contracts.inputs import as_image, is_text
-from kdkit.contracts.layers import tappable_layers
+from kdkit.contracts.layer_rows import tappable_layers
 from kdkit.contracts.model_source import ModelOptions, ModelSource, RecipeTeacher
 from kdkit.data import sizes
 from kdkit.recipe import Recipe, teacher_recipes
