@@ -5,15 +5,17 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from torch.distributed.elastic.multiprocessing import SignalException
-from training import PLAIN, Command, lines, metrics, needs_a_device_each, start, together, write
+from training import PLAIN, Command, free_port, lines, metrics, needs_a_device_each, start, together, write
 
 from kdkit import launching
 from kdkit.data import images
-from kdkit.errors import DataError, RecipeError
+from kdkit.errors import DataError, RecipeError, RunError
+from kdkit.runs import agreement
 
 SUPERVISED = {**PLAIN, "teacher": None, "schedule": {"use": "supervised"}, "losses": [{"use": "cross_entropy"}]}
 LEFT = "the same command goes on from the last checkpoint"
@@ -162,6 +164,15 @@ def test_processes_are_started_once(monkeypatch):
     assert not launching.must_launch(2)
     with pytest.raises(RecipeError, match="a launcher has started 2 processes already"):
         launching.must_launch(3)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_launch_whose_processes_do_not_all_come_ends_in_one_line(monkeypatch, rank):
+    for name, value in {"WORLD_SIZE": 2, "RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(agreement, "TO_START", timedelta(seconds=1))
+    with pytest.raises(RunError, match=r"the 2 processes of this launch have not all met at 127\.0\.0\.1:\d+ within"):
+        agreement._launch_store(rank)
 
 
 def test_only_errors_about_another_process_are_reworded(monkeypatch):

@@ -21,6 +21,8 @@ from kdkit.errors import BusyError, Interrupted, KdkitError, RunError
 from kdkit.launching import of_launch
 from kdkit.recipe.fairness import differences
 
+# for the first meeting: one may have ended before it, and nobody can tell
+TO_START = timedelta(minutes=10)
 LONGEST = timedelta(days=365)
 # interval of checks for a dead process, as no launcher may watch
 BETWEEN_LOOKS = timedelta(seconds=2)
@@ -102,8 +104,20 @@ def _tell(mine: Mapping[str, Any]) -> list[Any]:
 
 @functools.cache
 def _launch_store(rank: int) -> Any:
-    """Return the store that all processes of this launch can write to and read from."""
-    store, *_ = next(rendezvous("env://", timeout=LONGEST))
+    """Return the store that all processes of this launch can write to and read from.
+
+    Raises:
+        RunError: not all of them have come.
+    """
+    try:
+        store, *_ = next(rendezvous("env://", timeout=TO_START))
+    except torch.distributed.DistError:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise RunError(
+            f"the {os.environ.get('WORLD_SIZE')} processes of this launch have not all met at"
+            f" {place} within {TO_START.seconds // 60} minutes; start all of them together"
+        ) from None
+    store.set_timeout(LONGEST)
     myself = [_machine(), os.getpid(), psutil.Process().create_time()]
     store.set(f"{PROCESS}{rank}", json.dumps(myself))
     return store
