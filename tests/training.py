@@ -100,6 +100,7 @@ class Command:
 
     def __init__(self, folder, *arguments, **environment):
         self.log = Path(folder) / f"log-{time.monotonic_ns()}"
+        self.log.touch()  # it may be killed before it writes
         self.process = forked(_run, str(folder), str(self.log), [str(a) for a in arguments], environment)
         self.process.start()
 
