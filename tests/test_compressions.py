@@ -115,6 +115,30 @@ def test_hooks_see_on_the_exported_network_what_they_see_on_the_eager_one():
         torch.testing.assert_close(found.features[layer], wanted.features[layer], rtol=1e-4, atol=1e-4)
 
 
+def test_a_step_moves_the_folded_network_as_far_as_the_one_before():
+    model = network()
+    images = torch.rand(5, 3, 16, 16)
+    graph = begun(copy.deepcopy(model.module), model.input_shape, [compression("quantize")])
+    for name, flag in graph.named_buffers():
+        if name.endswith("fake_quant_enabled"):
+            flag.zero_()
+    for name, parameter in model.module.named_parameters():
+        # gamma stays as it is
+        parameter.requires_grad_(not (parameter.ndim == 1 and name.endswith("weight")))
+    answers = []
+    for each in (model.module, graph):
+        each.eval()
+        optimizer = torch.optim.SGD([p for p in each.parameters() if p.requires_grad], 0.05)
+        answers.append(each(images))
+        answers[-1].square().mean().backward()
+        optimizer.step()
+        answers.append(each(images))
+    before, after, same, moved = (answer.detach() for answer in answers)
+    assert (after - before).abs().max() > 0.1 * before.abs().max()
+    torch.testing.assert_close(same, before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(moved, after, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("layer", ["layer1.0.conv1", "layer1.0.bn1@input", "layer1.0.bn2"])
 def test_what_a_folded_or_overwritten_layer_gave_is_refused_not_guessed(layer):
     model = network([layer])

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 import kdkit
 
 from ._exported import FOLDED, exported, shown_to_hooks, without_calls
+from ._scaled import folded, scales_of, unfold
 
 TOLERANCE = 1e-4  # between the network and its graph in fp32, relative to the largest answer
 
@@ -68,7 +69,9 @@ class Quantize(kdkit.Compression):
             return network
         wanted = _answer(network, images)
         graph, calls = exported(network, images)
+        scales = scales_of(graph)
         prepared = _prepared(graph, aware=True)
+        unfold(prepared, scales)
         made = shown_to_hooks(network, prepared, calls)
         for observer in _observers(made):
             observer.register_forward_pre_hook(_watch_in_training)
@@ -81,7 +84,7 @@ class Quantize(kdkit.Compression):
 
         if self.options.aware:
             assert isinstance(network, fx.GraphModule)
-            prepared = without_calls(network)
+            prepared = folded(without_calls(network))
             # no batch so far, where the structure alone is wanted
             if not all(_has_range(observer) for observer in _observers(prepared)):
                 prepared.train()
