@@ -208,7 +208,7 @@ def test_the_least_important_channels_go_and_kept_layers_stay():
         ({"student": {"prune": {"share": 1.5}}}, "student.prune.share"),
         ({"student": {"prune": {"share": 0.5, "keep": ["nowhere"]}}}, "there is no layer 'nowhere'"),
         ({"student": {"quantize": {"to": "int3"}}}, "student.quantize.to"),
-        ({"student": {"prune": {"share": 0.5, "keep": ["*"]}}}, "no channel is removed"),
+        ({"student": {"prune": {"share": 0.5, "keep": ["*"]}}}, "no channel is removed; see `share`, `round_to` and `keep`"),
     ],
 )
 def test_what_cannot_be_compressed_is_told_in_one_line(tmp_path, changes, says):

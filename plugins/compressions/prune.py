@@ -88,7 +88,9 @@ class Prune(kdkit.Compression):
                 " that gives them in `keep`"
             )
         if sum(p.numel() for p in network.parameters()) == before:
-            raise kdkit.ModelError("prune: no channel is removed; `share` is too small for it")
+            raise kdkit.ModelError(
+                "prune: no channel is removed; see `share`, `round_to` and `keep`"
+            )
         for layer, mode in modes.items():
             layer.training = mode
         return network

@@ -150,10 +150,14 @@ def _read(file: Path) -> Graph:
             array.ndim != len(shape) or not array.numel() or (name == "edges" and len(array) != 2),
             f"'{name}' has the shape {tuple(array.shape)}, not ({', '.join(shape)})",
         )
+        # a mask is no list of numbers
+        unlike = array.is_floating_point() or array.dtype == torch.bool
         refuse(
-            array.is_complex() or (whole and array.is_floating_point()),
+            array.is_complex() or (whole and unlike),
             f"'{name}' is {array.dtype}, not {'whole ' if whole else ''}numbers",
         )
+        if whole:  # torch computes little with unsigned ones
+            arrays[name] = array.long()
     features, labels, edges, train, test = (arrays[name] for name in SHAPES)
     nodes = len(features)
     least, most = float(features.min()), float(features.max())
@@ -172,10 +176,11 @@ def _read(file: Path) -> Graph:
             f"'{name}' names the nodes {least} to {most}, and there are {nodes}, counted from 0",
         )
     refuse(bool(torch.isin(test, train).any()), "'train' and 'test' have nodes in common")
+    known = labels[torch.cat([train, test])]
+    refuse(int(known.min()) < 0, "'labels' has a negative class of a node of 'train' or 'test'")
     refuse(
-        int(labels[torch.cat([train, test]).long()].min()) < 0,
-        "'labels' has a negative class of a node of 'train' or 'test'",
+        int(known.max()) >= nodes,
+        f"'labels' has class {int(known.max())}, counted from 0, and there are {nodes} nodes",
     )
     pixels = (features.double() * 255).round().to(torch.uint8)
-    edges = both_ways(edges.long())
-    return Graph(pixels, labels.long(), edges, train.long(), test.long())
+    return Graph(pixels, labels, both_ways(edges), train, test)

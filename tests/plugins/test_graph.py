@@ -102,6 +102,15 @@ def test_nobody_reads_a_node_that_comes_later(tmp_path):
     assert torch.equal(net(others), before)
 
 
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "uint32", "uint64"])
+def test_whole_numbers_of_any_type_are_read(tmp_path, kind):
+    plain, file = save(tmp_path / "g.npz"), tmp_path / "h.npz"
+    arrays = dict(numpy.load(plain))
+    numpy.savez(file, **{name: x if name == "features" else x.astype(kind) for name, x in arrays.items()})
+    assert torch.equal(data(file)._graph.edges, data(plain)._graph.edges)
+    assert torch.equal(data(file).split("test").labels, data(plain).split("test").labels)
+
+
 def test_labels_of_nodes_in_neither_part_are_not_read(tmp_path):
     file = save(tmp_path / "g.npz", labels=[i % 3 if i != 7 else 99 for i in range(13)])
     assert data(file).info().outputs == 3
@@ -139,6 +148,8 @@ WRONG = {
     "both parts": ({"test": [5, 6]}, "'train' and 'test' have nodes in common"),
     "no class": ({"labels": [-1] * 13}, "a negative class"),
     "no class of a test node": ({"labels": [0] * 9 + [-1] * 4}, "a negative class"),
+    "more classes than nodes": ({"labels": [10**8] * 13}, "class 100000000, counted from 0, and there are 13 nodes"),
+    "a mask": ({"train": [True] * 6 + [False] * 7}, "'train' is torch.bool, not whole numbers"),
     "a pickle": ({"labels": [{}] * 13}, "damaged"),
 }
 
