@@ -74,10 +74,15 @@ class Distilled(DatasetSource):
     split_at_check = True
 
     def __init__(
-        self, source: DatasetSource, path: Path, labels: Literal["shares", "hard", "solved"]
+        self,
+        source: DatasetSource,
+        path: Path,
+        labels: Literal["shares", "hard", "solved"],
+        *,
+        resized: bool = False,
     ) -> None:
         super().__init__(source.options)
-        self._source, self._path, self._labels = source, path, labels
+        self._source, self._path, self._labels, self._resized = source, path, labels, resized
         self.name = source.name  # type: ignore[misc]
         self.task = source.task  # type: ignore[misc]
 
@@ -91,7 +96,8 @@ class Distilled(DatasetSource):
         """Return the dataset's own, of as many training images as the file has.
 
         Raises:
-            DataError: the file is of other classes.
+            DataError: the file is of other classes, or its images are of another shape and not
+                resized.
         """
         info = self._source.info()
         images, _, about = read(self._path)
@@ -99,6 +105,11 @@ class Distilled(DatasetSource):
             raise DataError(
                 f"{self._path}: has {about['outputs']} classes of dataset '{about['dataset']}', and"
                 f" dataset '{self.name}' has {info.outputs}"
+            )
+        if not self._resized and images.shape[1:] != info.image_shape:
+            raise DataError(
+                f"{self._path}: has images of {tuple(images.shape[1:])} (channels, height, width),"
+                f" and dataset '{self.name}' has {info.image_shape}; `data.image_size` resizes both"
             )
         return dataclasses.replace(info, num_train=len(images))
 

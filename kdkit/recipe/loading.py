@@ -100,7 +100,8 @@ class Recipe:
         # here: safetensors loads torch
         from kdkit.recipe.distilled_data import Distilled
 
-        return Distilled(source, distilled.file, distilled.labels)
+        resized = self.spec.data.image_size is not None
+        return Distilled(source, distilled.file, distilled.labels, resized=resized)
 
     def unlabelled(self) -> DatasetSource | None:
         """Return the dataset plugin of the unlabelled samples; None if the recipe names none."""

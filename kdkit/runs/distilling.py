@@ -57,7 +57,8 @@ def distill(recipe: Recipe, *, quiet: bool = False) -> Written:
         says = f"is for one class of each image, and task '{recipe.task.name}' asks something else"
         raise recipe.error(["distill_data"], says)
     if method.needs_teacher and len(spec.all_teachers()) != 1:
-        raise recipe.error(["distill_data", "use"], f"'{entry.use}' needs one `teacher:`")
+        says = f"'{entry.use}' needs one `teacher:`, and a schedule that has one, such as `offline`"
+        raise recipe.error(["distill_data", "use"], says)
     # a file that cannot be written must not be found out after hours
     path = entry.path(spec.run.folder, spec.name)
     path.parent.mkdir(parents=True, exist_ok=True)
