@@ -245,6 +245,7 @@ def test_side_by_side_as_alone(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("student", ["aware", "pruned"])
 def test_an_exported_student_and_an_onnx_file_answer_alike(tmp_path, student):
+    from kdkit.students import export_onnx
     from kdkit.students.export import export
     from kdkit.students.loaded import LoadedRun, exported_about
 
@@ -258,4 +259,9 @@ def test_an_exported_student_and_an_onnx_file_answer_alike(tmp_path, student):
     if student == "aware":
         pytest.importorskip("onnxruntime", reason="needs kdkit[export]")
         told = export(run, "onnx", tmp_path / "onnx")
-        assert (tmp_path / "onnx" / "model.onnx").exists() and "int8 kernels" in told.notes[-1]
+        assert "int8 kernels" in told.notes[-2]
+        # the file of another network is still told from rounding
+        module = kdkit.load_student(tmp_path / "run").module
+        module.load_state_dict({k: v * 1.5 if k == "activation_scales" else v for k, v in module.state_dict().items()})
+        with pytest.raises(kdkit.ModelError, match="gives other logits than torch"):
+            [*export_onnx._compared(tmp_path / "onnx" / "model.onnx", module, [{"images": images}], "logits")]

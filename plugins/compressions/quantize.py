@@ -28,9 +28,9 @@ class Quantize(kdkit.Compression):
     tensor.
 
     With `aware`, training sees the rounding: weights and activations are fake-quantised, with the
-    straight-through gradient, and ranges of activations are moving averages. Batch norms are folded:
-    weights and biases learn as before, while statistics and gamma stay as they are. So the network
-    should begin with trained weights (`init`, `checkpoint`).
+    straight-through gradient, and ranges of activations are moving averages. Batch norms are
+    folded: weights and biases learn as before, while statistics and gamma stay as they are. So the
+    network should begin with trained weights (`init`, `checkpoint`).
     Without, the float network is trained, and quantised whenever it is measured: ranges then come
     from `calibration` batches of training images. In both cases scores, files and exports are those
     of the int8 network. Needs `pip install kdkit[quantize]`.
