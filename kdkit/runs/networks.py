@@ -154,8 +154,7 @@ class ModelFactory:
 
     def compressions(self, student: Model) -> list[Compression]:
         """Return the compressions of a student."""
-        options = self._networks.get(student, self.recipe.spec.student)
-        return self.recipe.compressions(options)
+        return self.recipe.compressions(self._networks.get(student, self.recipe.spec.student))
 
     def network(self, student: Model) -> dict[str, Any] | None:
         """Return the options that a student's network is built from, without weights, in plain
@@ -255,9 +254,8 @@ class ModelFactory:
         Raises:
             TapError, RunError: see `surveys.found`.
         """
-        modules = self.teacher_modules().items()
-        name = next((name for name, module in modules if module is teacher.module), None)
-        return surveys.found(self.recipe, name, teacher, survey, data)
+        names = {module: name for name, module in self.teacher_modules().items()}
+        return surveys.found(self.recipe, names.get(teacher.module), teacher, survey, data)
 
     def watch(self, but: Sequence[Model] = ()) -> None:
         """Record digests of the students that are frozen now, except those that a stage changes
@@ -328,10 +326,11 @@ class ModelFactory:
         return self.classes.are_known(name) and wanted.needs_logits(self.recipe, name)
 
     def _folds(self, name: str) -> bool:
-        # Answers from a file have no such option.
-        asked = getattr(self.recipe.spec.all_teachers()[name], "fold_batchnorm", False)
-        # A loss that inspects the network would find other layers than the recipe names.
-        return asked and not wanted.needs_network(self.recipe, name)
+        # Answers from a file have no such option, and a loss that inspects the network would find
+        # other layers than the recipe names.
+        return getattr(
+            self.recipe.spec.all_teachers()[name], "fold_batchnorm", False
+        ) and not wanted.needs_network(self.recipe, name)
 
     def _sort_of_teacher(self, name: str, number: int) -> str:
         """Key of a teacher's outputs, down to their rounding; leaves out the file of its weights
