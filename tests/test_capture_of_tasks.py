@@ -25,6 +25,7 @@ RECIPES = {
     **{f"balance {name}": (merged(BALANCED, changes), None) for name, changes in test_balances.BALANCES.items()},
     **{f"student {name}": (merged(test_compressions.BEGINS, {"student": one}), None) for name, one in test_compressions.STUDENTS.items()},
 }
+ON_CPU = {f"student {name}" for name, one in test_compressions.STUDENTS.items() if "quantize" in one}
 EPOCHS = 6  # so that the smaller last batch is recorded too
 
 
