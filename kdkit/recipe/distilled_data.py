@@ -91,7 +91,7 @@ class Distilled(DatasetSource):
         """Return the dataset's own, of as many training images as the file has.
 
         Raises:
-            DataError: the file is of other classes.
+            DataError: the file is of other classes, or its images are of another size.
         """
         info = self._source.info()
         images, _, about = read(self._path)
@@ -99,6 +99,14 @@ class Distilled(DatasetSource):
             raise DataError(
                 f"{self._path}: has {about['outputs']} classes of dataset '{about['dataset']}', and"
                 f" dataset '{self.name}' has {info.outputs}"
+            )
+        if 0 not in info.image_shape and tuple(images.shape[1:]) != tuple(info.image_shape):
+            of_file, asked = (
+                " x ".join(map(str, shape)) for shape in (images.shape[1:], info.image_shape)
+            )
+            raise DataError(
+                f"{self._path}: has images of {of_file} of dataset '{about['dataset']}', and"
+                f" those of dataset '{self.name}' are {asked}"
             )
         return dataclasses.replace(info, num_train=len(images))
 
