@@ -259,7 +259,10 @@ def broken(path, at=-1):
             {"data": {"distilled": "SOFT", "dataset": {"num_classes": 5}}},
             "has 6 classes of dataset 'synthetic', and dataset 'synthetic' has 5",
         ),
-        ({"data": {"distilled": "SOFT", "dataset": {"image_size": 9}}}, "has images of 3 x . x . of dataset 'synthetic', and those of .* are 3 x 9 x 9"),
+        (
+            {"data": {"distilled": "SOFT", "dataset": {"image_size": 9}}},
+            "has images of 3 x . x . of dataset 'synthetic', and those of .* are 3 x 9 x 9",
+        ),
         ({"data": {"distilled": "SOFT"}, "train": {"mixup": {"mixup_alpha": 0.1}}}, "train.mixup: mixes classes"),
         ({"distill_data": {"use": "kipp"}}, "distill_data.*did you mean 'kip'"),
         ({"distill_data": {"use": "kip", "images_per_class": 0}}, "distill_data.images_per_class"),
