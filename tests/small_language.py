@@ -17,6 +17,7 @@ LLAMA = {
     "num_attention_heads": 2,
     "max_position_embeddings": 16,
 }
+BERT = {"model_type": "bert", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 VOCABULARY = 259
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from kdkit_plugins.schedules.gkd import Gkd
-from small_language import GPT, LLAMA, VOCABULARY, lay_out, network, recipe, write
+from small_language import BERT, GPT, LLAMA, VOCABULARY, lay_out, network, recipe, write
 from small_texts import tokenizer
 from training import assert_same_run, stop_and_go_on, task, weights
 
@@ -258,6 +258,7 @@ REFUSED = {
     "a cache of texts to come": ({**GKD, "teacher": {**network(), "cache": {"views": "all"}}}, "stage 'distill' makes batches of its own, which caches do not keep; leave `cache` out"),
     "more texts than a network reads": ({"student": network({**GPT, "n_positions": 8})}, "reads 8 tokens at most, and texts have up to 14"),
     "fewer tokens than the tokenizer's": ({"student": network({**GPT, "vocab_size": 100})}, "gives (4, 14, 100) for 4 samples"),
+    "a network that sees the next token": ({"student": network(BERT)}, "config: bert sees the tokens that it is to say; `is_decoder: true` hides them"),
     "frequencies of classes": ({"losses": [{"use": "cross_entropy", "class_weights": "balanced"}]}, "needs the labels of all training samples"),
     "a task of classes": ({"task": "text_classification", "student": {**network(), "head": "classes"}, **GKD}, "gkd"),
     "classes that nobody gave": ({"task": "text_classification", "student": {**network({**GPT, "pad_token_id": 0}), "head": "classes"}, "teacher": None, "schedule": {"use": "supervised"}, "losses": [{"use": "cross_entropy"}]}, "labels"),

@@ -106,7 +106,9 @@ class Distilled(DatasetSource):
                 f"{self._path}: has {about['outputs']} classes of dataset '{about['dataset']}', and"
                 f" dataset '{self.name}' has {info.outputs}"
             )
-        if not self._resized and images.shape[1:] != info.image_shape:
+        # 0: the dataset's images are of several sizes
+        known = not self._resized and 0 not in info.image_shape
+        if known and images.shape[1:] != info.image_shape:
             raise DataError(
                 f"{self._path}: has images of {tuple(images.shape[1:])} (channels, height, width),"
                 f" and dataset '{self.name}' has {info.image_shape}; `data.image_size` resizes both"

@@ -113,6 +113,11 @@ class HuggingFaceSource(kdkit.ModelSource):
         network.register_forward_pre_hook(_KnownOnly(names), with_kwargs=True)
         if self._says_tokens and config.vocab_size > num_classes:
             network.register_forward_hook(_FirstOnly(num_classes))
+        if self._says_tokens and _looks_ahead(network):
+            raise kdkit.ModelError(
+                f"config: {config.model_type} sees the tokens that it is to say;"
+                " `is_decoder: true` hides them"
+            )
         return network
 
     def load(self, module: nn.Module) -> None:
@@ -249,6 +254,19 @@ def _positions(config: Any) -> int | None:
     if most is None or "roberta" not in config.model_type:
         return most
     return most - int(config.pad_token_id) - 1  # there, positions begin behind the padding's number
+
+
+def _looks_ahead(network: nn.Module) -> bool:
+    """Whether what a network says behind a token depends on the tokens that follow it."""
+    import torch
+
+    device = next(network.parameters()).device
+    if device.type == "meta":  # shapes only
+        return False
+    ids = torch.tensor([[0, 1], [0, 2]], device=device)
+    with kdkit.in_eval_mode(network), torch.no_grad():
+        first, second = network(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, 0]
+    return not torch.allclose(first, second, rtol=1e-4, atol=1e-5)
 
 
 class _KnownOnly:

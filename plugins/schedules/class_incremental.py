@@ -42,9 +42,9 @@ class ClassIncremental(kdkit.Schedule):
     Classes come in the order of their numbers. An epoch has as many images as the training part,
     those of the stage's classes several times. Each stage begins with the weights of the one
     before, has `train.epochs` epochs and a learning-rate schedule of its own; the last one's
-    student is the result. After a stage, the balanced accuracy times K / K' is that on the K'
-    classes so far; an answer that is a class to come counts as wrong. A step costs a forward and a
-    backward an image, from the second stage on a forward more.
+    student is the result. After a stage, the balanced accuracy times K / K' is at least that on the
+    K' classes so far: images of classes to come also count where they are guessed right. A step
+    costs a forward and a backward an image, from the second stage on a forward more.
     """
 
     name = "class_incremental"
