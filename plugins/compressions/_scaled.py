@@ -34,7 +34,9 @@ def unfold(prepared: fx.GraphModule, scales: dict[str, Tensor]) -> None:
     graph = prepared.graph
     nodes = {node.name: node for node in graph.nodes}
     held = Counter(node.target for node in graph.nodes if node.op == "get_attr")
-    for layer in {layer for norm, layer in prepared.meta[FOLDED].items() if norm not in nodes}:
+    for norm, layer in prepared.meta[FOLDED].items():
+        if norm in nodes:  # not folded
+            continue
         _, weight, bias, *_ = nodes[layer].args
         # folding makes it, in place of the batch norm's, as a constant
         _value(prepared, bias).requires_grad_()
